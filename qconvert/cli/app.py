@@ -1,0 +1,420 @@
+"""The commands: signatures and help. Each body imports its stage, calls it and emits the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qconvert import __version__
+from qconvert.errors import UsageError
+from qconvert.schemes import SCHEME_GRAMMAR, Scheme, parse_scheme
+
+if TYPE_CHECKING:
+    from qconvert.ranges import RangeMethod
+
+app = typer.Typer(
+    name="qconvert",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="safetensors file, directory, GGUF or qblk file")
+]
+Json = Annotated[bool, typer.Option("--json", help="print the report as one JSON object")]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="also write the report as JSON to FILE"),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no warnings on stderr")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks of errors")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, metavar="N", help="default: all available processors"),
+]
+Force = Annotated[bool, typer.Option("--force", help="replace existing output and report files")]
+Strict = Annotated[bool, typer.Option("--strict", help="exit with 1 when there is a warning")]
+SchemeName = Annotated[
+    str, typer.Option("--scheme", metavar="NAME", help=f"one of: {SCHEME_GRAMMAR}")
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    """Convert model weights to quantized files, and prove the result.
+
+    \b
+    Examples:
+      qconvert inspect model.safetensors
+      qconvert quantize model.safetensors --scheme q4_block64
+      qconvert verify model.q4_block64.qblk --against model.safetensors --min-sqnr 18
+
+    \b
+    Exit codes:
+      0 done, every check asked for holds     4 the machine refused (exists, disk full, ...)
+      1 the answer is no                      70 a bug in qconvert
+      2 the command line is wrong             130, 143, 141 interrupted, terminated,
+      3 an input cannot be used               reader of stdout gone
+
+    \b
+    Environment: QCONVERT_KERNELS=reference|native, QCONVERT_DEBUG=1, NO_COLOR, TERM
+    """
+    if version:
+        typer.echo(f"qconvert {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def inspect(
+    model: Model,
+    tensor: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor", metavar="GLOB", help="only these tensors, with histograms; repeatable"
+        ),
+    ] = None,
+    scheme: SchemeName = "q4_block64",
+    headers_only: Annotated[
+        bool, typer.Option("--headers-only", help="names, shapes and sizes; reads no weights")
+    ] = False,
+    bins: Annotated[int, typer.Option("--bins", min=2, max=200, help="bins of a histogram")] = 32,
+    threads: Threads = None,
+    json: Json = False,
+    report: ReportFile = None,
+    force: Force = False,
+    strict: Strict = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Show tensors, statistics, histograms, and the scheme that would suit each.
+
+    \b
+    Examples:
+      qconvert inspect model.safetensors
+      qconvert inspect model.safetensors --tensor '*q_proj*'
+      qconvert inspect model.q4_block64.qblk --headers-only --json | jq .total_bytes
+    """
+    from qconvert.cli import render
+    from qconvert.cli.progress import make_progress
+    from qconvert.stages.inspect import InspectOptions
+    from qconvert.stages.inspect import inspect as stage
+
+    options = InspectOptions(
+        scheme=parse_scheme(scheme),
+        tensors=tuple(tensor or ()),
+        headers_only=headers_only,
+        bins=bins,
+        threads=threads,
+    )
+    with render.Emitter(json, report, force, quiet, strict) as emitter:
+        return emitter.emit(stage(model, options, make_progress(quiet)), render.inspect_text)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    activations: Annotated[
+        list[Path],
+        typer.Option(
+            "--activations",
+            metavar="FILE",
+            help="safetensors file of (samples, features) arrays named like layers; repeatable",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="calibration file")
+    ],
+    observer: Annotated[
+        str, typer.Option("--observer", metavar="NAME", help="minmax, ema, percentile or mse")
+    ] = "minmax",
+    percentile: Annotated[
+        float | None,
+        typer.Option("--percentile", metavar="P", help="of the percentile observer [99.99]"),
+    ] = None,
+    json: Json = False,
+    report: ReportFile = None,
+    force: Force = False,
+    strict: Strict = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Turn recorded activations into static scales and zero points.
+
+    \b
+    Examples:
+      qconvert calibrate model.safetensors --activations acts.safetensors -o calibration.safetensors
+      qconvert calibrate model.safetensors --activations a.safetensors --activations b.safetensors
+      \\
+          --observer mse -o calibration.safetensors
+    """
+    from qconvert.cli import render
+    from qconvert.cli.progress import make_progress
+    from qconvert.stages.calibrate import CalibrateOptions
+    from qconvert.stages.calibrate import calibrate as stage
+
+    options = CalibrateOptions(
+        activations=tuple(activations),
+        output=output,
+        model=model,
+        observer=observer,
+        percentile=percentile,
+        force=force,
+    )
+    with render.Emitter(json, report, force, quiet, strict) as emitter:
+        return emitter.emit(stage(options, make_progress(quiet)), render.calibrate_text)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    scheme: SchemeName,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help=".qblk or .gguf [MODEL.SCHEME.qblk]"),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format", metavar="qblk|gguf", help="container, where the name does not say"
+        ),
+    ] = None,
+    range: Annotated[
+        str | None,
+        typer.Option(
+            "--range",
+            metavar="METHOD",
+            help="minmax, percentile or mse (least squared error) [mse up to 6 bits, else minmax]",
+        ),
+    ] = None,
+    percentile: Annotated[
+        float | None,
+        typer.Option("--percentile", metavar="P", help="of --range percentile [99.99]"),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="FILE", help="store static activation parameters"),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option("--keep", metavar="GLOB", help="keep these tensors bit for bit; repeatable"),
+    ] = None,
+    tensor_scheme: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor-scheme",
+            metavar="GLOB=NAME",
+            help="another scheme for these tensors; repeatable, the first match wins",
+        ),
+    ] = None,
+    min_values: Annotated[
+        int, typer.Option("--min-values", min=0, metavar="N", help="keep smaller tensors")
+    ] = 1024,
+    hash_source: Annotated[
+        bool,
+        typer.Option(
+            "--hash-source", help="record the SHA-256 of the source files (reads them again)"
+        ),
+    ] = False,
+    threads: Threads = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the plan and write nothing")
+    ] = False,
+    force: Force = False,
+    strict: Strict = False,
+    json: Json = False,
+    report: ReportFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Quantize a safetensors model to .qblk or GGUF.
+
+    Floating tensors of two or more dimensions and at least 1,024 values take the scheme, token
+    embeddings and the output head included (with at least 4 bits). Norms, biases, one-dimensional
+    and integer tensors stay bit for bit.
+
+    \b
+    Examples:
+      qconvert quantize model.safetensors --scheme q4_block64
+      qconvert quantize model-directory --scheme q8_0 -o model.gguf
+      qconvert quantize model.safetensors --scheme q3_block32 \\
+          --tensor-scheme '*down_proj*=q6_block32' --keep 'lm_head.*'
+    """
+    from qconvert.cli import render
+    from qconvert.cli.progress import make_progress
+    from qconvert.stages.quantize import QuantizeOptions
+    from qconvert.stages.quantize import quantize as stage
+
+    options = QuantizeOptions(
+        scheme=parse_scheme(scheme),
+        output=output,
+        container=_container(format),
+        range=_range(range, percentile),
+        calibration=calibration,
+        keep=tuple(keep or ()),
+        tensor_schemes=tuple(_tensor_scheme(text) for text in tensor_scheme or ()),
+        min_values=min_values,
+        threads=threads,
+        dry_run=dry_run,
+        force=force,
+        hash_source=hash_source,
+    )
+    with render.Emitter(json, report, force, quiet, strict) as emitter:
+        return emitter.emit(stage(model, options, make_progress(quiet)), render.quantize_text)
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="qblk or GGUF file")],
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="MODEL", help="the source it was made from")
+    ] = None,
+    min_sqnr: Annotated[
+        float | None, typer.Option("--min-sqnr", metavar="DB", help="fail when a tensor is below")
+    ] = None,
+    max_nmse: Annotated[
+        float | None, typer.Option("--max-nmse", metavar="X", help="fail when a tensor is above")
+    ] = None,
+    rows: Annotated[
+        int,
+        typer.Option("--rows", min=1, metavar="N", help="activation rows of the integer product"),
+    ] = 8,
+    activations: Annotated[
+        str,
+        typer.Option("--activations", metavar="MODE", help="auto, static or dynamic"),
+    ] = "auto",
+    samples: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--samples", metavar="FILE", help="recorded activations instead of Gaussian ones"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="of Gaussian activations")] = 0,
+    threads: Threads = None,
+    json: Json = False,
+    report: ReportFile = None,
+    force: Force = False,
+    strict: Strict = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Prove that a file is whole, close to its source, and right in integer arithmetic.
+
+    \b
+    Examples:
+      qconvert verify model.q4_block64.qblk
+      qconvert verify model.q4_block64.qblk --against model.safetensors --min-sqnr 18
+      qconvert verify model.gguf --against model.safetensors --json | jq -e '.status == "pass"'
+    """
+    from qconvert.cli import render
+    from qconvert.cli.progress import make_progress
+    from qconvert.stages.verify import ACTIVATIONS, VerifyOptions
+    from qconvert.stages.verify import verify as stage
+
+    if activations not in ACTIVATIONS:
+        raise UsageError("--activations", found=activations, wanted=", ".join(ACTIVATIONS))
+    options = VerifyOptions(
+        against=against,
+        min_sqnr=min_sqnr,
+        max_nmse=max_nmse,
+        rows=rows,
+        seed=seed,
+        activations=activations,
+        samples=tuple(samples or ()),
+        threads=threads,
+    )
+    with render.Emitter(json, report, force, quiet, strict) as emitter:
+        return emitter.emit(stage(file, options, make_progress(quiet)), render.verify_text)
+
+
+@app.command()
+def bench(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="take the largest matrix of this model")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape", metavar="ROWSxCOLS", help="Gaussian weights of this shape; repeatable"
+        ),
+    ] = None,
+    scheme: SchemeName = "q4_block64",
+    range: Annotated[
+        str | None, typer.Option("--range", metavar="METHOD", help="minmax, percentile or mse")
+    ] = None,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, metavar="N", help="activation rows of the products")
+    ] = 32,
+    runs: Annotated[int, typer.Option("--runs", min=1, metavar="N", help="medians of so many")] = 5,
+    threads: Annotated[int, typer.Option("--threads", min=1, metavar="N")] = 1,
+    json: Json = False,
+    report: ReportFile = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Measure quantization, dequantization and the integer product.
+
+    \b
+    Examples:
+      qconvert bench
+      qconvert bench model.safetensors --scheme q8_block64 --threads 2
+      qconvert bench --shape 4096x4096 --shape 4096x11008 --json
+    """
+    from qconvert.cli import render
+    from qconvert.cli.progress import make_progress
+    from qconvert.stages.bench import BenchOptions
+    from qconvert.stages.bench import bench as stage
+
+    if file and shape:
+        raise UsageError("FILE and --shape exclude each other")
+    shapes = tuple(_shape(text) for text in shape or ("4096x4096",))
+    options = BenchOptions(
+        scheme=parse_scheme(scheme),
+        file=file,
+        shapes=shapes,
+        rows=rows,
+        runs=runs,
+        threads=threads,
+        range=_range(range, None),
+    )
+    with render.Emitter(json, report, force, quiet, False) as emitter:
+        return emitter.emit(stage(options, make_progress(quiet)), render.bench_text)
+
+
+def _container(text: str | None) -> str | None:
+    if text is None or text.lower() in ("qblk", "gguf"):
+        return text and text.lower()
+    raise UsageError("--format", found=text, wanted="qblk or gguf")
+
+
+def _range(name: str | None, percentile: float | None) -> RangeMethod | None:
+    """The range method asked for, None for the default of each width."""
+    from qconvert.ranges import DEFAULT_PERCENTILE, RANGE_METHODS, RangeMethod
+
+    if name is not None and name not in RANGE_METHODS:
+        raise UsageError("--range", found=name, wanted=", ".join(RANGE_METHODS))
+    if percentile is not None and name != "percentile":
+        raise UsageError("--percentile goes with --range percentile")
+    if percentile is not None and not 50 < percentile <= 100:
+        raise UsageError("--percentile", found=percentile, wanted="above 50, at most 100")
+    return RangeMethod(name, percentile or DEFAULT_PERCENTILE) if name else None
+
+
+def _tensor_scheme(text: str) -> tuple[str, Scheme]:
+    glob, equals, name = text.rpartition("=")
+    if not equals or not glob:
+        raise UsageError("--tensor-scheme", found=text, wanted="GLOB=NAME")
+    return glob, parse_scheme(name)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(p.isdecimal() and 0 < int(p) <= 1 << 20 for p in parts):
+        raise UsageError("--shape", found=text, wanted="ROWSxCOLS, each up to 1,048,576")
+    return int(parts[0]), int(parts[1])

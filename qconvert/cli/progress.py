@@ -1,0 +1,111 @@
+"""Progress on stderr: a bar on a terminal, plain lines elsewhere, nothing with --quiet."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from qconvert.errors import printable
+from qconvert.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+LINE_SECONDS = 30.0
+
+
+def make_progress(quiet: bool) -> Progress:
+    """The right kind of progress for where stderr goes."""
+    if quiet:
+        return Silent()
+    if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        return BarProgress()
+    return LineProgress()
+
+
+def amount(value: int, unit: str) -> str:
+    return size(value) if unit == "bytes" else f"{value:,}"
+
+
+def size(nbytes: int) -> str:
+    """Bytes in decimal units, three digits."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5 or unit == "GB":
+            break
+        value /= 1000
+    return (
+        f"{nbytes} B"
+        if unit == "B"
+        else f"{value:.3g} {unit}"
+        if value < 1000
+        else f"{value:,.0f} {unit}"
+    )
+
+
+class LineProgress:
+    """One line when a stage begins, and one every 30 seconds: logs show life and stay short."""
+
+    def begin(self, title: str, total: int, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0
+        self.last = time.monotonic()
+        print(
+            f"{printable(title)}: {amount(total, unit)} {'' if unit == 'bytes' else unit}".rstrip(),
+            file=sys.stderr,
+        )
+
+    def advance(self, amount_done: int, item: str = "") -> None:
+        self.done += amount_done
+        now = time.monotonic()
+        if now - self.last >= LINE_SECONDS:
+            self.last = now
+            text = f"{amount(self.done, self.unit)} of {amount(self.total, self.unit)}"
+            print(f"{printable(self.title)}: {text}", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        pass
+
+
+class BarProgress:
+    """A rich bar that disappears when the stage ends."""
+
+    def __init__(self) -> None:
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+
+    def begin(self, title: str, total: int, unit: str) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self.end()
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn() if unit == "bytes" else MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[item]}", markup=False),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(title, total=total, item="")
+
+    def advance(self, amount_done: int, item: str = "") -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=amount_done, item=printable(item))
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

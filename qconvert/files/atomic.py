@@ -1,0 +1,181 @@
+"""Writing a file so that its name is old, absent or complete, whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from qconvert.errors import MachineError, OutputExistsError
+
+HINTS = {
+    errno.ENOSPC: "free some space, or write to another disk with -o",
+    errno.EDQUOT: "the disk quota is used up; write to another disk with -o",
+    errno.EFBIG: "the file size limit (ulimit -f) or the file system does not allow it",
+    errno.EACCES: "choose a directory you may write to with -o",
+    errno.EROFS: "choose a directory you may write to with -o",
+    errno.ENOENT: "create the directory first",
+}
+
+_under_construction: set[Path] = set()
+
+
+def remove_partial_files() -> None:
+    """Remove what an interrupt left between the making of a file and the ``with`` block that owns
+    it.
+    """
+    for path in tuple(_under_construction):
+        path.unlink(missing_ok=True)
+        _under_construction.discard(path)
+
+
+@contextmanager
+def machine_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into the MachineError that names the file."""
+    try:
+        yield
+    except OSError as e:
+        text = (e.strerror or str(e)).lower()
+        raise MachineError(text, path=path, hint=HINTS.get(e.errno or 0)) from e
+
+
+class AtomicOutput:
+    """A file under construction beside its target.
+
+    Opened before any long work, so that an unwritable directory costs no time. ``commit`` makes it
+    durable and moves it to its name; leaving the ``with`` block without it removes it.
+
+    Args:
+        target: the final name.
+        overwrite: whether an existing target may be replaced.
+        inputs: files that must not be the target, by any spelling or link.
+
+    Raises:
+        OutputExistsError: the target exists and ``overwrite`` is False.
+        MachineError: the target is an input or not a regular file, or the directory refuses.
+    """
+
+    def __init__(self, target: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+        self.target = target
+        self.overwrite = overwrite
+        with machine_errors(target):
+            self._check(inputs)
+            name = f".{target.name[:200]}.partial-{os.getpid()}"
+            self.path = target.parent / name
+            _under_construction.add(self.path)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self.fd = os.open(self.path, flags, 0o666)
+        self._open = True
+
+    def _check(self, inputs: Sequence[Path]) -> None:
+        if not self.target.name:
+            raise MachineError("the output has no file name", path=self.target)
+        if not self.target.parent.is_dir():
+            raise MachineError(
+                "no such directory",
+                path=self.target.parent,
+                hint="create it first, or choose another with -o",
+            )
+        if not os.path.lexists(self.target):
+            return
+        for source in inputs:
+            if source.exists() and self.target.exists() and self.target.samefile(source):
+                raise MachineError(
+                    "the output is the input",
+                    path=self.target,
+                    hint="choose another name with -o",
+                )
+        if self.target.exists() and not stat.S_ISREG(self.target.stat().st_mode):
+            raise MachineError("the output is not a regular file", path=self.target)
+        if not self.overwrite:
+            raise OutputExistsError(
+                "the output exists", path=self.target, hint="replace it with --force"
+            )
+
+    def write_at(self, offset: int, data: bytes) -> None:
+        """Write all of ``data`` at a position of the file."""
+        view = memoryview(data)
+        with machine_errors(self.target):
+            while view:
+                done = os.pwrite(self.fd, view, offset)
+                view = view[done:]
+                offset += done
+
+    def truncate(self, size: int) -> None:
+        with machine_errors(self.target):
+            os.ftruncate(self.fd, size)
+
+    def commit(self) -> None:
+        """Flush to the disk and give the file its name."""
+        with machine_errors(self.target):
+            os.fsync(self.fd)
+            if self.overwrite:
+                os.replace(self.path, self.target)
+            else:
+                self._link()
+            directory = os.open(self.target.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        self._close()
+
+    def _link(self) -> None:
+        """Take the name only if nobody has taken it meanwhile, where the file system has links."""
+        try:
+            os.link(self.path, self.target)
+        except FileExistsError:
+            raise OutputExistsError(
+                "the output appeared while it was being written",
+                path=self.target,
+                hint="replace it with --force",
+            ) from None
+        except OSError:
+            os.replace(self.path, self.target)
+        else:
+            self.path.unlink()
+
+    def _close(self) -> None:
+        if self._open:
+            self._open = False
+            os.close(self.fd)
+            _under_construction.discard(self.path)
+
+    def __enter__(self) -> AtomicOutput:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if self._open:
+            self.path.unlink(missing_ok=True)
+            self._close()
+
+
+def write_whole(target: Path, data: bytes, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    """Write a small file in one go, atomically."""
+    with AtomicOutput(target, overwrite=overwrite, inputs=inputs) as out:
+        out.write_at(0, data)
+        out.commit()
+
+
+def check_space(target: Path, wanted: int) -> None:
+    """Refuse early when the disk has fewer than ``wanted`` bytes free."""
+    with machine_errors(target):
+        fs = os.statvfs(target.parent)
+    free = fs.f_bavail * fs.f_frsize
+    if free < wanted:
+        raise MachineError(
+            "not enough space on the disk",
+            path=target,
+            found=f"{free:,} bytes free",
+            wanted=f"{wanted:,}",
+            hint=HINTS[errno.ENOSPC],
+        )

@@ -1,0 +1,452 @@
+"""Read GGUF files. The profile, and the reasons for its limits: formats/gguf.md.
+
+The header has a reader of our own because the ``gguf`` package trusts the file: it maps it, follows
+its counts and offsets unchecked, and dies with the process when the file shrinks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.errors import FormatError, UnsupportedError
+from qconvert.files.regular import RegularFile
+from qconvert.kernels.widen import widen
+from qconvert.model import DTYPES, SourceFile, TensorInfo
+from qconvert.quantizers.ggml import GGML_BLOCKS
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_ALIGNMENT = 65536
+MAX_DIMS = 4
+MAX_VALUES = (1 << 63) - 1
+# Ten times what is in use; they bound the memory that a hostile header can ask for.
+MAX_HEADER = 128 << 20
+MAX_TENSORS = 1_000_000
+MAX_KEYS = 100_000
+
+_CHUNK = 1 << 20
+_ALIGNMENT_KEY = "general.alignment"
+
+# What a key or a tensor description takes at least: bounds the counts before anything is built.
+_KEY_BYTES = 8 + 4 + 1
+_INFO_BYTES = 8 + 4 + 4 + 8
+
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+_UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
+
+
+def _float32(value: float) -> str:
+    return str(np.float32(value))  # the shortest text that gives the same float32
+
+
+_SCALARS: dict[int, tuple[struct.Struct, Callable[..., str]]] = {
+    0: (struct.Struct("<B"), str),
+    1: (struct.Struct("<b"), str),
+    2: (struct.Struct("<H"), str),
+    3: (struct.Struct("<h"), str),
+    _UINT32: (_U32, str),
+    5: (struct.Struct("<i"), str),
+    6: (struct.Struct("<f"), _float32),
+    _BOOL: (struct.Struct("<B"), lambda value: "true" if value else "false"),
+    10: (_U64, str),
+    11: (struct.Struct("<q"), str),
+    12: (struct.Struct("<d"), repr),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """A ggml type as it lies in a file: ``block`` values in ``nbytes`` bytes."""
+
+    name: str
+    block: int
+    nbytes: int
+
+
+_STORAGE: dict[int, _Storage] = {
+    int(kind): _Storage(kind.name, block, nbytes)
+    for kind, (block, nbytes) in gguf.GGML_QUANT_SIZES.items()
+}
+_STORAGE_BY_NAME = {s.name: s for s in _STORAGE.values()}
+
+
+class GgufModel:
+    """A GGUF file, opened: implements `qconvert.model.Model`.
+
+    ``metadata`` holds numbers and strings as text, and of an array how many values it has.
+    """
+
+    kind = "gguf"
+    companions: tuple[Path, ...] = ()
+
+    def __init__(self, path: Path, file: RegularFile) -> None:
+        header = _Header(file)
+        self.path = path
+        self.metadata = header.metadata
+        self.tensors = tuple(tensor for tensor, _ in header.tensors)
+        self.sources: tuple[SourceFile, ...] = (
+            SourceFile(path.name, file.size, _sha256(file, header.data_start)),
+        )
+        self._file = file
+        self._starts = {
+            tensor.name: header.data_start + offset for tensor, offset in header.tensors
+        }
+
+    def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[np.floating]:
+        """Values ``start..stop`` of the flattened tensor, see `qconvert.model.Model.values`.
+
+        Raises:
+            FormatError: the file has become shorter since it was opened.
+            UnsupportedError: a block type that nothing here can decode.
+        """
+        if not 0 <= start <= stop <= tensor.size:
+            raise ValueError(f"values {start}..{stop} of a tensor of {tensor.size}")
+        if tensor.dtype in DTYPES:
+            size = DTYPES[tensor.dtype].size
+            raw = self.raw(tensor, start * size, (stop - start) * size)
+            return widen(raw, tensor.dtype)
+        if start == stop:  # gguf refuses to decode no blocks
+            return np.empty(0, np.float32)
+        storage = _STORAGE_BY_NAME[tensor.dtype]
+        first, last = start // storage.block, -(-stop // storage.block)
+        raw = self.raw(tensor, first * storage.nbytes, (last - first) * storage.nbytes)
+        blocks = np.frombuffer(raw, np.uint8).reshape(-1, storage.nbytes)
+        skipped = first * storage.block
+        return self._decoded(tensor, blocks)[start - skipped : stop - skipped]
+
+    def raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
+        """Stored bytes ``offset..offset+size`` of the tensor.
+
+        Raises:
+            FormatError: the file has become shorter since it was opened.
+        """
+        if not 0 <= offset <= offset + size <= tensor.nbytes:
+            raise ValueError(f"bytes {offset}..{offset + size} of a tensor of {tensor.nbytes}")
+        return self._file.read(self._starts[tensor.name] + offset, size)
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that was written to since it was opened.
+
+        Raises:
+            InputError: its size or its time of modification differs.
+        """
+        self._file.check_unchanged()
+
+    def close(self) -> None:
+        """Close the file; may be called again."""
+        self._file.close()
+
+    def _decoded(self, tensor: TensorInfo, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The values of whole blocks, flat."""
+        if tensor.dtype in GGML_BLOCKS:
+            return GGML_BLOCKS[tensor.dtype].decode(blocks).reshape(-1)
+        kind = gguf.GGMLQuantizationType[tensor.dtype]
+        try:
+            # One row: gguf works through rows in small groups, which is slow when a row is a block.
+            with np.errstate(over="ignore", invalid="ignore"):  # Inf and NaN scales are the file's
+                decoded = gguf.quants.dequantize(blocks.reshape(1, -1), kind)
+        except NotImplementedError:
+            raise UnsupportedError(
+                f"type {tensor.dtype} cannot be decoded",
+                path=self.path,
+                tensor=tensor.name,
+                code="GGUF-DECODE",
+            ) from None
+        flat: NDArray[np.float32] = decoded.reshape(-1)
+        return flat
+
+
+def open_gguf(path: Path) -> GgufModel:
+    """Open a GGUF file, reading and checking everything before the tensor data.
+
+    Raises:
+        InputError: no such file, not a regular file, or no permission.
+        MachineError: the operating system cannot read it.
+        FormatError: the file breaks a rule of the format.
+        UnsupportedError: big-endian, or a version or tensor type unknown to us.
+    """
+    file = RegularFile(path)
+    try:
+        return GgufModel(path, file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _sha256(file: RegularFile, size: int) -> str:
+    """Digest of the first ``size`` bytes, in hex."""
+    digest = hashlib.sha256()
+    for offset in range(0, size, _CHUNK):
+        digest.update(file.read(offset, min(_CHUNK, size - offset)))
+    return digest.hexdigest()
+
+
+class _Header:
+    """Everything before the tensor data, read from front to back and checked.
+
+    Attributes:
+        metadata: key -> text.
+        tensors: each tensor with the offset of its bytes in the tensor data.
+        data_start: where the tensor data begins in the file.
+    """
+
+    def __init__(self, file: RegularFile) -> None:
+        self._file = file
+        self._position = 0
+        self._buffer = b""
+        self._buffer_start = 0
+        self._check_version()
+        tensor_count = self._count("tensors", _INFO_BYTES, MAX_TENSORS)
+        key_count = self._count("keys", _KEY_BYTES, MAX_KEYS)
+        self.metadata: dict[str, str] = {}
+        self._alignment = DEFAULT_ALIGNMENT
+        for _ in range(key_count):
+            self._read_key()
+        self.tensors: list[tuple[TensorInfo, int]] = []
+        self._read_tensors(tensor_count)
+        # A file without tensors may end before the padding.
+        self.data_start = min(
+            -(-self._position // self._alignment) * self._alignment, self._file.size
+        )
+        self._check_places()
+
+    def _check_version(self) -> None:
+        magic = self._take(4)
+        if magic != MAGIC:
+            raise self._broken("not a GGUF file", "GGUF-MAGIC", found=magic.hex(" "))
+        version = self._u32()
+        if version in VERSIONS:
+            return
+        if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
+            raise UnsupportedError(
+                "a big-endian GGUF file",
+                path=self._file.path,
+                hint="convert it with gguf-convert-endian from the gguf package",
+                code="GGUF-ENDIAN",
+            )
+        raise UnsupportedError(
+            "unknown GGUF version",
+            path=self._file.path,
+            found=version,
+            wanted="2 or 3",
+            code="GGUF-VERSION",
+        )
+
+    def _read_key(self) -> None:
+        key = self._string("key")
+        if not key:
+            raise self._broken("a key is empty", "GGUF-KEY")
+        if key in self.metadata:
+            raise self._broken(f"key '{key}' appears twice", "GGUF-DUPLICATE-KEY")
+        kind = self._u32()
+        if kind == _STRING:
+            self.metadata[key] = self._string(f"value of '{key}'")
+        elif kind == _ARRAY:
+            self.metadata[key] = f"[{self._skip_array(key)} values]"
+        elif kind in _SCALARS:
+            self.metadata[key] = self._scalar(key, kind)
+        else:
+            raise self._broken(f"key '{key}' has an unknown type", "GGUF-VALUE-TYPE", found=kind)
+        if key == _ALIGNMENT_KEY:
+            self._set_alignment(kind)
+
+    def _scalar(self, key: str, kind: int) -> str:
+        layout, text = _SCALARS[kind]
+        (value,) = layout.unpack(self._take(layout.size))
+        if kind == _BOOL and value > 1:
+            raise self._broken(
+                f"key '{key}' is no truth value", "GGUF-BOOL", found=value, wanted="0 or 1"
+            )
+        return text(value)
+
+    def _skip_array(self, key: str) -> int:
+        """Pass over an array; its number of values."""
+        kind = self._u32()
+        if kind == _ARRAY:
+            raise self._broken(f"key '{key}' is an array of arrays", "GGUF-NESTED-ARRAY")
+        if kind == _STRING:
+            count = self._count(f"strings in '{key}'", _U64.size)
+            for _ in range(count):
+                self._skip(self._u64())
+        elif kind in _SCALARS:
+            size = _SCALARS[kind][0].size
+            count = self._count(f"values in '{key}'", size)
+            self._skip(count * size)
+        else:
+            raise self._broken(
+                f"key '{key}' is an array of an unknown type", "GGUF-VALUE-TYPE", found=kind
+            )
+        return count
+
+    def _set_alignment(self, kind: int) -> None:
+        text = self.metadata[_ALIGNMENT_KEY]
+        value = int(text) if kind == _UINT32 else 0
+        if not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
+            raise self._broken(
+                "bad alignment",
+                "GGUF-ALIGNMENT",
+                found=text,
+                wanted=f"a power of two up to {MAX_ALIGNMENT} as uint32",
+            )
+        self._alignment = value
+
+    def _read_tensors(self, count: int) -> None:
+        names: set[str] = set()
+        for _ in range(count):
+            name = self._string("tensor name")
+            if name in names:
+                raise self._broken("the name appears twice", "GGUF-DUPLICATE-TENSOR", tensor=name)
+            names.add(name)
+            shape = self._shape(name)
+            storage = self._storage(name, shape)
+            nbytes = math.prod(shape) // storage.block * storage.nbytes
+            offset = self._u64()
+            if offset % self._alignment:
+                raise self._broken(
+                    "bad offset",
+                    "GGUF-OFFSET",
+                    tensor=name,
+                    found=offset,
+                    wanted=f"a multiple of {self._alignment}",
+                )
+            self.tensors.append((TensorInfo(name, shape, storage.name, nbytes), offset))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """The shape, outermost dimension first; GGUF begins with the innermost."""
+        dims = self._u32()
+        if dims > MAX_DIMS:
+            raise self._broken(
+                "too many dimensions",
+                "GGUF-DIMS",
+                tensor=name,
+                found=dims,
+                wanted=f"at most {MAX_DIMS}",
+            )
+        shape = tuple(self._u64() for _ in range(dims))[::-1]
+        # A 0 counts as 1, so that an empty tensor's other dimensions are bounded too.
+        if math.prod(max(d, 1) for d in shape) > MAX_VALUES:
+            raise self._broken("the shape overflows", "GGUF-SHAPE", tensor=name, found=shape)
+        return shape
+
+    def _storage(self, name: str, shape: tuple[int, ...]) -> _Storage:
+        number = self._u32()
+        storage = _STORAGE.get(number)
+        if storage is None:
+            raise UnsupportedError(
+                f"tensor type {number} is not known",
+                path=self._file.path,
+                tensor=name,
+                hint="a newer gguf package may know it",
+                code="GGUF-TYPE",
+            )
+        row = shape[-1] if shape else 1
+        if row % storage.block:
+            raise self._broken(
+                f"a row of {storage.name} is not a whole number of blocks",
+                "GGUF-BLOCK",
+                tensor=name,
+                found=row,
+                wanted=f"a multiple of {storage.block}",
+            )
+        return storage
+
+    def _check_places(self) -> None:
+        """Refuse tensors that leave the file or share bytes."""
+        available = self._file.size - self.data_start
+        for tensor, offset in self.tensors:
+            if offset + tensor.nbytes > available:
+                raise self._broken(
+                    "the tensor leaves the file",
+                    "GGUF-BOUNDS",
+                    tensor=tensor.name,
+                    found=f"bytes {offset} to {offset + tensor.nbytes}",
+                    wanted=f"at most {available} bytes of tensor data",
+                )
+        ordered = sorted((o, o + t.nbytes, t.name) for t, o in self.tensors if t.nbytes)
+        for (_, end, before), (start, _, name) in pairwise(ordered):
+            if start < end:
+                raise self._broken(
+                    f"shares bytes with tensor '{before}'",
+                    "GGUF-OVERLAP",
+                    tensor=name,
+                    found=start,
+                    wanted=f"at least {end}",
+                )
+
+    def _count(self, what: str, size: int, limit: int = MAX_HEADER) -> int:
+        """A count, at most ``limit``, of things that take at least ``size`` bytes each."""
+        count = self._u64()
+        most = min(limit, (self._file.size - self._position) // size)
+        if count > most:
+            raise self._broken(
+                f"too many {what}", "GGUF-COUNT", found=count, wanted=f"at most {most}"
+            )
+        return count
+
+    def _string(self, what: str) -> str:
+        try:
+            return self._take(self._u64()).decode()
+        except UnicodeDecodeError:
+            raise self._broken(f"a {what} is not UTF-8", "GGUF-UTF8") from None
+
+    def _u32(self) -> int:
+        number: int = _U32.unpack(self._take(4))[0]
+        return number
+
+    def _u64(self) -> int:
+        number: int = _U64.unpack(self._take(8))[0]
+        return number
+
+    def _take(self, size: int) -> bytes:
+        """The next ``size`` bytes."""
+        position = self._position
+        self._skip(size)
+        start = position - self._buffer_start
+        if start + size > len(self._buffer):
+            wanted = min(max(size, _CHUNK), self._file.size - position)
+            self._buffer = self._file.read(position, wanted)
+            self._buffer_start, start = position, 0
+        return self._buffer[start : start + size]
+
+    def _skip(self, size: int) -> None:
+        end = self._position + size
+        if end > self._file.size:
+            raise self._broken(
+                "the file ends inside its header",
+                "GGUF-TRUNCATED",
+                found=f"{self._file.size} bytes",
+                wanted=f"at least {end}",
+            )
+        if end > MAX_HEADER:
+            raise self._broken(
+                "the header is too long",
+                "GGUF-HEADER-SIZE",
+                found=f"at least {end} bytes",
+                wanted=f"at most {MAX_HEADER}",
+            )
+        self._position = end
+
+    def _broken(
+        self,
+        message: str,
+        code: str,
+        *,
+        tensor: str | None = None,
+        found: object = None,
+        wanted: object = None,
+    ) -> FormatError:
+        return FormatError(
+            message, path=self._file.path, tensor=tensor, found=found, wanted=wanted, code=code
+        )

@@ -1,0 +1,254 @@
+"""Write GGUF files as a stream: the header at once, then each tensor's bytes in order.
+
+Keys and tensor descriptions are encoded by the ``gguf`` package; the profile is formats/gguf.md.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from qconvert.errors import UnsupportedError
+from qconvert.files.gguf import MAX_DIMS
+
+MAX_NAME_BYTES = 63  # GGML_MAX_NAME, less the terminating zero
+
+_ARCHITECTURE = "general.architecture"
+_ALIGNMENT = "general.alignment"
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """A tensor to be written.
+
+    Attributes:
+        name: at most 63 bytes of UTF-8.
+        shape: outermost dimension first.
+        ggml_type: a name of ``gguf.GGMLQuantizationType``, such as ``F16`` or ``Q4_0``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor, padding not counted."""
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.ggml_type]]
+        return math.prod(self.shape) // int(block) * int(size)
+
+
+def check_gguf(tensors: Sequence[GgufTensor]) -> None:
+    """Refuse tensors that a GGUF file cannot hold, before a byte is written.
+
+    Raises:
+        UnsupportedError: names the first such tensor.
+    """
+    names: set[str] = set()
+    for tensor in tensors:
+        _check_name(tensor)
+        if tensor.name in names:
+            raise UnsupportedError(
+                "GGUF cannot hold two tensors of one name",
+                tensor=tensor.name,
+                code="GGUF-DUPLICATE-TENSOR",
+            )
+        names.add(tensor.name)
+        _check_type(tensor)
+        _check_shape(tensor)
+
+
+class GgufWriter:
+    """Writes one GGUF file, version 3, little-endian, with an alignment of 32 bytes.
+
+    For each tensor in the order given call `begin`, then `append` until it is complete; at the end
+    `finish`. On an error call `close`; what was written so far is then no valid file.
+
+    Args:
+        path: the file, replaced if it exists.
+        metadata: keys in the order in which they are written. Integers become uint32, or the
+            narrowest of int32, uint64 and int64 that holds them; floats become float32. The key
+            ``general.alignment`` is left out: it describes another file's layout, not the model.
+        tensors: in the order in which they are written.
+
+    Raises:
+        UnsupportedError: a tensor, key or value that GGUF cannot hold; nothing was written.
+        OSError: the file could not be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        metadata: Mapping[str, str | int | float | bool],
+        tensors: Sequence[GgufTensor],
+    ) -> None:
+        check_gguf(tensors)
+        values = {key: _checked(key, value) for key, value in metadata.items()}
+        architecture = metadata.get(_ARCHITECTURE)
+        if not isinstance(architecture, str) or not architecture:
+            raise UnsupportedError(
+                f"GGUF needs the key '{_ARCHITECTURE}'", code="GGUF-ARCHITECTURE"
+            )
+        self._tensors = tuple(tensors)
+        self._current = -1
+        self._missing = 0  # bytes that the current tensor still needs
+        self._writer = gguf.GGUFWriter(path, architecture)
+        for key, (value, kind) in values.items():
+            if key not in (_ARCHITECTURE, _ALIGNMENT):
+                self._writer.add_key_value(key, value, kind)
+        for tensor in self._tensors:
+            self._writer.add_tensor_info(
+                tensor.name,
+                tensor.shape,
+                np.dtype(np.float32),  # not uint8, which would make the shape one of bytes
+                tensor.nbytes,
+                raw_dtype=gguf.GGMLQuantizationType[tensor.ggml_type],
+            )
+        self._write_header()
+
+    def begin(self, index: int) -> None:
+        """Start the tensor with that index; the one before must be complete."""
+        self._check_complete()
+        if index != self._current + 1 or index >= len(self._tensors):
+            raise RuntimeError(f"tensor {index} does not follow tensor {self._current}")
+        self._current = index
+        self._missing = self._tensors[index].nbytes
+
+    def append(self, data: bytes) -> None:
+        """Write the next bytes of the tensor that was begun."""
+        if len(data) > self._missing:
+            raise RuntimeError(f"{len(data) - self._missing} bytes too many for a tensor")
+        self._out.write(data)
+        self._missing -= len(data)
+        if not self._missing:
+            self._pad()
+
+    def finish(self) -> None:
+        """Check that every tensor is complete and close the file."""
+        self._check_complete()
+        if self._current + 1 != len(self._tensors):
+            raise RuntimeError(f"tensor {self._current + 1} was not written")
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, complete or not; a second call does nothing."""
+        self._writer.close()
+
+    def _write_header(self) -> None:
+        try:
+            self._writer.write_header_to_file()
+            self._writer.write_kv_data_to_file()
+            self._writer.write_ti_data_to_file()
+            self._out = self._writer.fout[0]
+            self._pad()
+        except BaseException:
+            self.close()
+            raise
+
+    def _pad(self) -> None:
+        """Zeros up to the next multiple of the alignment; none when the file ends there already."""
+        self._writer.write_padding(self._out, self._out.tell())
+
+    def _check_complete(self) -> None:
+        if self._missing:
+            raise RuntimeError(f"tensor {self._current} lacks {self._missing} bytes")
+
+
+def _check_name(tensor: GgufTensor) -> None:
+    length = _utf8_length(tensor.name)
+    if length is None or not 0 < length <= MAX_NAME_BYTES or "\0" in tensor.name:
+        raise UnsupportedError(
+            "GGUF cannot hold this name",
+            tensor=tensor.name,
+            found="no UTF-8" if length is None else f"{length} bytes",
+            wanted=f"1 to {MAX_NAME_BYTES} bytes of UTF-8 without a zero",
+            code="GGUF-NAME",
+        )
+
+
+def _check_type(tensor: GgufTensor) -> None:
+    if tensor.ggml_type not in gguf.GGMLQuantizationType.__members__:
+        raise UnsupportedError(
+            f"GGUF has no type {tensor.ggml_type}",
+            tensor=tensor.name,
+            hint="write a .qblk file, which keeps every type",
+            code="GGUF-DTYPE",
+        )
+
+
+def _check_shape(tensor: GgufTensor) -> None:
+    if len(tensor.shape) > MAX_DIMS:
+        raise UnsupportedError(
+            "too many dimensions for GGUF",
+            tensor=tensor.name,
+            found=len(tensor.shape),
+            wanted=f"at most {MAX_DIMS}",
+            code="GGUF-DIMS",
+        )
+    if 0 in tensor.shape:
+        raise UnsupportedError(
+            "GGUF cannot hold an empty tensor",
+            tensor=tensor.name,
+            found=list(tensor.shape),
+            code="GGUF-EMPTY",
+        )
+    row = tensor.shape[-1] if tensor.shape else 1
+    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.ggml_type]][0]
+    if row % block:
+        raise UnsupportedError(
+            f"rows do not divide into blocks of {tensor.ggml_type}",
+            tensor=tensor.name,
+            found=f"{row} values",
+            wanted=f"a multiple of {block}",
+            code="GGUF-BLOCK",
+        )
+
+
+def _checked(
+    key: str, value: str | int | float | bool
+) -> tuple[str | int | float | bool, gguf.GGUFValueType]:
+    """The value with the GGUF type it is written in."""
+    kinds = gguf.GGUFValueType
+    if not _utf8_length(key):
+        raise UnsupportedError("GGUF cannot hold this key", found=repr(key), code="GGUF-KEY")
+    if isinstance(value, bool):
+        return value, kinds.BOOL
+    if isinstance(value, int):
+        for kind, bits, low in (
+            (kinds.UINT32, 32, 0),
+            (kinds.INT32, 31, -(1 << 31)),
+            (kinds.UINT64, 64, 0),
+            (kinds.INT64, 63, -(1 << 63)),
+        ):
+            if low <= value < 1 << bits:
+                return value, kind
+    elif isinstance(value, str):
+        if _utf8_length(value) is not None:
+            return value, kinds.STRING
+    elif _fits_float32(value):
+        return value, kinds.FLOAT32
+    raise UnsupportedError(
+        f"GGUF cannot hold the value of key '{key}'", found=repr(value), code="GGUF-VALUE"
+    )
+
+
+def _fits_float32(value: float) -> bool:
+    try:
+        struct.pack("<f", value)
+    except OverflowError:
+        return False
+    return True
+
+
+def _utf8_length(text: str) -> int | None:
+    """Bytes of ``text`` in UTF-8; None for a lone surrogate, which JSON lets through."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return None

@@ -1,0 +1,249 @@
+"""Writing qblk: segments at their final places while they are made, the header last.
+
+formats/qblk/SPEC.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.encoding import AffineEncoding, Encoding
+from qconvert.files.atomic import AtomicOutput
+from qconvert.files.qblk import (
+    MAGIC,
+    MAJOR,
+    MAX_HEADER,
+    MAX_INTEGER,
+    MINOR,
+    PREAMBLE,
+    align,
+    canonical,
+    tensor_digest,
+)
+from qconvert.geometry import PACK_GROUP
+from qconvert.quantizers.affine import pack_zero_points
+
+SIGNIFICANT_DIGITS = 6
+LONGEST_NUMBER = -1.23456789012e-300  # wider than what `rounded`, binary32 and 2^53 leave
+DIGEST = "0" * 64
+
+
+def rounded(value: object) -> object:
+    """Measured numbers in a JSON value to six significant digits, so that the header's size has a
+    bound.
+    """
+    if isinstance(value, float):
+        return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return value
+
+
+def widest(value: object) -> object:
+    """The same JSON value with every number as wide as it can get."""
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, dict):
+        return {k: widest(v) for k, v in value.items()}
+    return LONGEST_NUMBER
+
+
+class QblkWriter:
+    """Writes tensors one after the other; each segment may grow in pieces.
+
+    Args:
+        out: the file.
+        header_bound: an upper bound of the header's length in bytes, from `header_bound`.
+    """
+
+    def __init__(self, out: AtomicOutput, header_bound: int) -> None:
+        self.out = out
+        self.payload = align(PREAMBLE.size + header_bound)
+        self.end = 0  # of the payload so far
+        self.tensors: list[dict[str, Any]] = []
+        self.files: list[dict[str, Any]] = []
+
+    def begin(
+        self, name: str, shape: tuple[int, ...], source_dtype: str, encoding: Encoding
+    ) -> TensorWriter:
+        """Lay out the next tensor; it must be finished before another one begins."""
+        segments = []
+        for kind, size in encoding.segments(shape):
+            offset = align(self.end)
+            segments.append({"kind": kind, "offset": offset, "size": size})
+            self.end = offset + size
+        return TensorWriter(self, name, shape, source_dtype, encoding, segments)
+
+    def add_file(self, name: str, data: bytes) -> None:
+        """Carry a companion file; all tensors come first."""
+        offset = align(self.end)
+        self.out.write_at(self.payload + offset, data)
+        self.end = offset + len(data)
+        self.files.append(
+            {
+                "name": name,
+                "segments": [{"kind": "data", "offset": offset, "size": len(data)}],
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
+        )
+
+    def finish(self, metadata: dict[str, str], provenance: dict[str, Any]) -> int:
+        """Write header and preamble.
+
+        Returns:
+            Length of the file in bytes.
+        """
+        header = canonical(_header(self.tensors, self.files, metadata, provenance))
+        assert PREAMBLE.size + len(header) <= self.payload, "header outgrew its bound"
+        total = self.payload + self.end
+        start = PREAMBLE.pack(MAGIC, MAJOR, MINOR, 0, len(header), self.payload, total, bytes(32))[
+            :32
+        ]
+        digest = hashlib.sha256(start + header).digest()
+        self.out.truncate(total)
+        self.out.write_at(0, start + digest + header)
+        return total
+
+
+class TensorWriter:
+    """Takes the bytes of one tensor, segment by segment in any interleaving, each in order."""
+
+    def __init__(
+        self,
+        writer: QblkWriter,
+        name: str,
+        shape: tuple[int, ...],
+        source_dtype: str,
+        encoding: Encoding,
+        segments: list[dict[str, Any]],
+    ) -> None:
+        self.writer = writer
+        self.name = name
+        self.shape = shape
+        self.source_dtype = source_dtype
+        self.encoding = encoding
+        self.segments = {s["kind"]: s for s in segments}
+        self.done = dict.fromkeys(self.segments, 0)
+        self.hashes = {kind: hashlib.sha256() for kind in self.segments}
+        self.zero = np.zeros(0, np.uint8)  # zero points that do not fill a group yet
+
+    def append(self, kind: str, data: bytes) -> None:
+        self.hashes[kind].update(data)
+        place = self.writer.payload + self.segments[kind]["offset"] + self.done[kind]
+        self.writer.out.write_at(place, data)
+        self.done[kind] += len(data)
+
+    def append_zero_points(self, zero: NDArray[np.uint8]) -> None:
+        """Zero points as stored, one byte each; they are packed across calls."""
+        assert isinstance(self.encoding, AffineEncoding)
+        if self.encoding.symmetric:
+            return
+        waiting = np.concatenate([self.zero, zero])
+        whole = len(waiting) // PACK_GROUP * PACK_GROUP
+        self.append("zero_points", pack_zero_points(waiting[:whole], self.encoding))
+        self.zero = waiting[whole:]
+
+    def finish(self, notes: dict[str, Any]) -> None:
+        """Close the tensor; ``notes`` are its ``decision``, ``error`` and ``activation``."""
+        if len(self.zero):
+            assert isinstance(self.encoding, AffineEncoding)
+            self.append("zero_points", pack_zero_points(self.zero, self.encoding))
+        for kind, segment in self.segments.items():
+            assert self.done[kind] == segment["size"], f"{self.name}: {kind} is incomplete"
+        digests = [h.digest() for h in self.hashes.values()]
+        sha256 = tensor_digest(self.name, self.shape, self.source_dtype, self.encoding, digests)
+        self.writer.tensors.append(
+            _tensor_entry(
+                self.name,
+                self.shape,
+                self.source_dtype,
+                self.encoding,
+                list(self.segments.values()),
+                sha256,
+                {k: rounded(v) if k != "activation" else v for k, v in notes.items()},
+            )
+        )
+
+
+def _tensor_entry(
+    name: str,
+    shape: tuple[int, ...],
+    source_dtype: str,
+    encoding: Encoding,
+    segments: list[dict[str, Any]],
+    sha256: str,
+    notes: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "encoding": encoding.to_json(),
+        "name": name,
+        "segments": segments,
+        "sha256": sha256,
+        "shape": list(shape),
+        "source_dtype": source_dtype,
+        **notes,
+    }
+
+
+def _header(
+    tensors: list[dict[str, Any]],
+    files: list[dict[str, Any]],
+    metadata: dict[str, str],
+    provenance: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "files": files,
+        "metadata": metadata,
+        "provenance": provenance,
+        "required_features": [],
+        "tensors": tensors,
+    }
+
+
+def tensor_bound(
+    name: str, shape: tuple[int, ...], source_dtype: str, encoding: Encoding, notes: dict[str, Any]
+) -> int:
+    """Upper bound in bytes of a tensor's header entry; ``notes`` has its longest texts."""
+    segments = [
+        {"kind": kind, "offset": MAX_INTEGER, "size": size}
+        for kind, size in encoding.segments(shape)
+    ]
+    entry = _tensor_entry(
+        name,
+        shape,
+        source_dtype,
+        encoding,
+        segments,
+        DIGEST,
+        {k: widest(v) for k, v in notes.items()},
+    )
+    return len(canonical(entry)) + 1
+
+
+def header_bound(
+    tensor_bounds: list[int],
+    files: list[tuple[str, int]],
+    metadata: dict[str, str],
+    provenance: dict[str, Any],
+) -> int:
+    """Upper bound in bytes of a header.
+
+    Raises:
+        ValueError: the header could be longer than the format allows.
+    """
+    entries = [
+        {
+            "name": name,
+            "segments": [{"kind": "data", "offset": MAX_INTEGER, "size": size}],
+            "sha256": DIGEST,
+        }
+        for name, size in files
+    ]
+    bound = len(canonical(_header([], entries, metadata, provenance))) + sum(tensor_bounds)
+    if bound > MAX_HEADER:
+        raise ValueError("header too long")
+    return bound

@@ -1,0 +1,253 @@
+"""The files of a model: found in a directory, listed by a shard index.
+
+What files say is not trusted: names, sizes and JSON are checked before they are used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from qconvert.errors import FormatError, InputError
+from qconvert.files.regular import RegularFile, os_refusal
+from qconvert.files.strict_json import strict_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+COMPANIONS = frozenset(
+    {
+        "added_tokens.json",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "preprocessor_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+    }
+)
+MAX_JSON_BYTES = 100_000_000  # the limit that safetensors sets for its header
+MAX_COMPANION_BYTES = 64 << 20
+
+_SHARD_OF_SEVERAL = re.compile(r"-\d+-of-0*+(?!1\.)\d+\.safetensors")
+_PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The files that make up a model.
+
+    Attributes:
+        shards: files with tensors, in order of name.
+        weight_map: which shard (by name) the index says each tensor is in; None without an index.
+        companions: small files that belong to the model, in order of name.
+    """
+
+    shards: tuple[Path, ...]
+    weight_map: dict[str, str] | None
+    companions: tuple[Path, ...]
+
+
+def model_files(path: Path) -> ModelFiles:
+    """The files of the model at ``path``: one file, or a directory as Hugging Face lays it out.
+
+    Raises:
+        InputError: the directory cannot be read or does not hold exactly one whole model.
+        FormatError: the index breaks a rule.
+    """
+    if not os.path.isdir(path):
+        return ModelFiles((path,), None, ())
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise os_refusal(path, error) from error
+    weight_map = None
+    if INDEX in names:
+        _check_inside(path, INDEX)
+        weight_map = read_index(path / INDEX)
+        shards = sorted(set(weight_map.values()))
+        _check_present(path, shards)
+    else:
+        shards = [_only_weights(path, names)]
+    companions = [name for name in names if name in COMPANIONS and os.path.isfile(path / name)]
+    for name in shards + companions:
+        _check_inside(path, name)
+    for name in companions:
+        _check_small(path / name)
+    return ModelFiles(
+        tuple(path / name for name in shards),
+        weight_map,
+        tuple(path / name for name in companions),
+    )
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The weight map of a shard index: tensor name to shard name.
+
+    Raises:
+        InputError: the file cannot be opened, or is not an index at all.
+        FormatError: it breaks a rule; a shard name that is not a plain file name is one.
+    """
+    file = RegularFile(path)
+    try:
+        if file.size > MAX_JSON_BYTES:
+            raise FormatError(
+                "index is too large",
+                path=path,
+                found=f"{file.size} bytes",
+                wanted=f"at most {MAX_JSON_BYTES}",
+                code="ST-INDEX",
+            )
+        data = file.read(0, file.size)
+    finally:
+        file.close()
+    if not data.startswith(b"{"):
+        refuse_foreign(path, data[:64])
+    index = strict_json(data, path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(
+            "index has no weight_map, an object of tensor names and file names",
+            path=path,
+            found=reprlib.repr(weight_map),
+            code="ST-INDEX",
+        )
+    for tensor, name in weight_map.items():
+        if not _is_plain(name):
+            raise FormatError(
+                "shard name is not a plain file name",
+                path=path,
+                tensor=tensor[:80],
+                found=reprlib.repr(name),
+                wanted="a name without directories, such as 'model-00001-of-00002.safetensors'",
+                hint="the shards must lie beside the index",
+                code="ST-SHARD-NAME",
+            )
+    return weight_map
+
+
+def refuse_foreign(path: Path, start: bytes) -> None:
+    """Refuse a file by the name of what it is, as far as its first 64 bytes tell; else return.
+
+    Raises:
+        FormatError: it is recognisably something else.
+    """
+    text = start.lstrip().lower()
+    found = hint = None
+    if start.startswith(b"version https://git-lfs.github.com/spec"):
+        found, hint = "a Git LFS pointer", "fetch the file itself: git lfs pull"
+    elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        found, hint = "a web page", "the download failed or needs a login: download it again"
+    elif start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", start):
+        found = "a PyTorch checkpoint (zip or pickle)"
+        hint = "save the model as safetensors first: save_pretrained(..., safe_serialization=True)"
+    elif start.startswith(b"GGUF"):
+        found, hint = "a GGUF file", "pass it by itself, not as safetensors"
+    elif start.startswith(b"\x89QBLK"):
+        found, hint = "a qblk file", "pass it by itself, not as safetensors"
+    elif start.startswith(b"{"):
+        found, hint = "a JSON file", "for a sharded model pass the directory that holds it"
+    if found is not None:
+        raise FormatError("not safetensors", path=path, found=found, hint=hint, code="ST-FOREIGN")
+
+
+def _is_plain(name: object) -> bool:
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and not any(c in "/\\:" or ord(c) < 0x20 for c in name)
+    )
+
+
+def _only_weights(directory: Path, names: list[str]) -> str:
+    """The one safetensors file of a directory without an index."""
+    # A name that starts with a dot is a leftover of a download or of macOS, not a model.
+    weights = [n for n in names if n.endswith(".safetensors") and not n.startswith(".")]
+    if WEIGHTS in weights:
+        return WEIGHTS
+    if not weights:
+        raise _no_weights(directory, names)
+    if len(weights) > 1 or _SHARD_OF_SEVERAL.search(weights[0]):
+        raise InputError(
+            f"several safetensors files, or one shard of several, without {INDEX}",
+            path=directory,
+            found=reprlib.repr(weights),
+            wanted=f"{INDEX}, {WEIGHTS} or a single file",
+            hint=f"download {INDEX}, or pass one of the files",
+            code="ST-NO-INDEX",
+        )
+    return weights[0]
+
+
+def _no_weights(directory: Path, names: list[str]) -> InputError:
+    pickled = [name for name in names if name.endswith(_PICKLED)]
+    other = [name for name in names if name.endswith((".gguf", ".qblk"))]
+    hint = f"a model directory holds {WEIGHTS}, or {INDEX} and its shards"
+    if other:
+        hint = "pass the file by itself"
+    elif pickled:
+        hint = "save the model as safetensors first: save_pretrained(..., safe_serialization=True)"
+    return InputError(
+        "no safetensors file in the directory",
+        path=directory,
+        found=reprlib.repr(other or pickled or names),
+        hint=hint,
+        code="ST-NO-MODEL",
+    )
+
+
+def _check_present(directory: Path, shards: list[str]) -> None:
+    missing = [name for name in shards if not os.path.exists(directory / name)]
+    if missing:
+        raise InputError(
+            "shard is missing",
+            path=directory / missing[0],
+            found=f"{len(shards) - len(missing)} of {len(shards)} shards",
+            wanted=f"every file that {INDEX} names",
+            hint="finish the download",
+            code="ST-SHARD-MISSING",
+        )
+
+
+def _check_inside(directory: Path, name: str) -> None:
+    """Refuse a link out of the directory, unless into the same hub-cache repository's blobs.
+
+    A downloaded directory could otherwise carry any file of this machine into the output.
+    """
+    home = Path(os.path.realpath(directory))
+    target = Path(os.path.realpath(directory / name))
+    allowed = [home]
+    for revision in (home, *home.parents):
+        snapshots = revision.parent
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+            allowed.append(Path(os.path.realpath(snapshots.parent / "blobs")))
+            break
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise InputError(
+            "file is a link that leads out of the model's directory",
+            path=directory / name,
+            found=target,
+            wanted=f"a file in {home}",
+            hint="copy the file into the directory",
+            code="ST-OUTSIDE",
+        )
+
+
+def _check_small(path: Path) -> None:
+    size = path.stat().st_size
+    if size > MAX_COMPANION_BYTES:
+        raise InputError(
+            "companion file is too large to be carried along",
+            path=path,
+            found=f"{size} bytes",
+            wanted=f"at most {MAX_COMPANION_BYTES}",
+            hint="move it out of the directory",
+            code="ST-COMPANION",
+        )

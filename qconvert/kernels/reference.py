@@ -1,0 +1,228 @@
+"""The definition of every kernel, in NumPy: what the bits must be. Native code may only be faster.
+
+Conventions: *groups* are rows of an array ``x`` of shape (G, L), float32, L <= 256; ``counts``
+(G,) says how many values of each group are real (the rest are zeros behind them), None when all
+are. Codes are unsigned throughout (0 .. 2^bits - 1); zero points are unsigned too, in *zero
+steps*: 4 to a code below 8 bits, 1 at 8 bits. Section numbers are those of formats/schemes/SPEC.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
+U8 = NDArray[np.uint8]
+
+LANES = 16  # partial sums, section 6
+HISTOGRAM_BINS = 1 << 16
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Count, extremes and central moments of a run of numbers; m2..m4 are sums, not means."""
+
+    count: int
+    minimum: float
+    maximum: float
+    mean: float
+    m2: float
+    m3: float
+    m4: float
+
+
+def lane_sum(values: F64) -> float:
+    """Sum of a 1-d float64 array in the order of section 6: 16 partial sums, then added in
+    pairs.
+    """
+    whole = len(values) // LANES * LANES
+    lanes = np.add.reduce(values[:whole].reshape(-1, LANES), axis=0)
+    lanes[: len(values) - whole] += values[whole:]
+    return float(_fold(lanes))
+
+
+def moments(x: NDArray[np.floating[Any]]) -> Moments:
+    """Moments of a non-empty 1-d array of finite numbers, in float64."""
+    values = x.astype(np.float64)
+    count = len(values)
+    mean = lane_sum(values) / count
+    d = values - mean
+    d2 = d * d
+    return Moments(
+        count=count,
+        minimum=float(values.min()),
+        maximum=float(values.max()),
+        mean=mean,
+        m2=lane_sum(d2),
+        m3=lane_sum(d2 * d),
+        m4=lane_sum(d2 * d2),
+    )
+
+
+def histogram(x: F32) -> NDArray[np.int64]:
+    """Counts of a 1-d float32 array by the upper 16 bits of each bit pattern (sign, exponent, 7
+    bits).
+
+    65,536 bins, exact for BF16 values and at most 1/128 wide, relative to the value, for others:
+    no range to guess beforehand, so two histograms add.
+    """
+    keys = (x.view(np.uint32) >> 16).astype(np.intp)
+    return np.bincount(keys, minlength=HISTOGRAM_BINS)
+
+
+def extrema(x: F32) -> tuple[F32, F32, NDArray[np.bool_]]:
+    """Smallest and largest value of each row of (G, L), any L, and whether a zero is among them."""
+    return x.min(axis=1), x.max(axis=1), (x == 0).any(axis=1)
+
+
+# --- searching a scale ----------------------------------------------------------------------------
+
+
+def _fold(lanes: NDArray[Any]) -> Any:
+    """Add 16 partial sums (16, ...) in pairs: i with i+8, i+4, i+2, i+1."""
+    for half in (8, 4, 2, 1):
+        lanes = lanes[:half] + lanes[half : 2 * half]
+    return lanes[0]
+
+
+def column_sums(columns: F32) -> F32:
+    """Sums over the first axis of (L, G), in the order of section 6."""
+    length = len(columns)
+    lanes = np.zeros((LANES, columns.shape[1]), np.float32)
+    for start in range(0, length, LANES):
+        part = columns[start : start + LANES]
+        lanes[: len(part)] += part
+    return np.asarray(_fold(lanes))
+
+
+def code_sums(
+    columns: F32, inverse: F32, offset: F32, low: int, top: int, mask: F32 | None
+) -> tuple[F32, F32, F32]:
+    """Sums over codes u = clamp(rint(x * inverse + offset), low, top) of each group.
+
+    Args:
+        columns: values with groups as columns, (L, G).
+        inverse, offset: per group, (G,).
+        mask: 1 for real values and 0 for padding, (L, G), or None.
+
+    Returns:
+        Σu, Σu² (both exact: at most 256 · 255² < 2^24) and Σxu, each (G,).
+    """
+    u = columns * inverse
+    u += offset
+    np.rint(u, out=u)
+    np.clip(u, low, top, out=u)
+    if mask is not None:
+        u *= mask
+    return column_sums(u), column_sums(u * u), column_sums(columns * u)
+
+
+# --- codes ----------------------------------------------------------------------------------------
+
+
+def encode(x: F32, scale: F32, zero: I32, bits: int, symmetric: bool) -> tuple[U8, int]:
+    """Codes of (G, L) values and how many values were clipped, section 2.
+
+    Args:
+        scale: (G,) as stored; 0 only where the group is all zeros.
+        zero: (G,) zero steps; ignored when symmetric.
+
+    Returns:
+        Unsigned codes (G, L), and the number of values whose rounded quotient lay outside the
+        codes.
+    """
+    divisor = np.where(scale == 0, np.float32(1), scale)[:, None]
+    u = x / divisor
+    top = (1 << bits) - 1
+    if symmetric:
+        centre = 1 << (bits - 1)
+        low = 1 if bits == 8 else 0
+        np.rint(u, out=u)
+        u += np.float32(centre)
+    else:
+        low = 0
+        u += _real_zero(zero, bits)[:, None]
+        np.rint(u, out=u)
+    clipped = int(np.count_nonzero((u < low) | (u > top)))
+    np.clip(u, low, top, out=u)
+    return u.astype(np.uint8), clipped
+
+
+def decode(codes: U8, scale: F32, zero: I32, bits: int, symmetric: bool) -> F32:
+    """Values of (G, L) codes, section 2."""
+    if symmetric:
+        k = codes.astype(np.float32) - np.float32(1 << (bits - 1))
+    else:
+        k = codes.astype(np.float32) - _real_zero(zero, bits)[:, None]
+    k *= scale[:, None]
+    return k
+
+
+def zero_steps(bits: int) -> int:
+    """Zero steps to a code, section 3."""
+    return 1 if bits == 8 else 4
+
+
+def _real_zero(zero: I32, bits: int) -> F32:
+    return (zero / zero_steps(bits)).astype(np.float32)
+
+
+def error_sums(x: F32, decoded: F32) -> tuple[float, float, float]:
+    """Σx², Σ(x - x')² and max |x - x'| of two arrays of one shape, in float64."""
+    wide = x.astype(np.float64).ravel()
+    error = wide - decoded.ravel()
+    worst = float(np.abs(error).max(initial=0.0))
+    return lane_sum(wide * wide), lane_sum(error * error), worst
+
+
+# --- packing --------------------------------------------------------------------------------------
+
+
+def planes(width: int) -> tuple[int, ...]:
+    """Bits of each plane of a packed group, section 4: powers of two, the largest first."""
+    return tuple(p for p in (4, 2, 1) if width & p)
+
+
+def pack(values: U8, width: int) -> U8:
+    """Pack values of ``width`` < 8 bits; their number must be a multiple of 32."""
+    groups = values.reshape(-1, 32)
+    out = []
+    for p in planes(width):
+        count = 4 * p  # bytes of this plane
+        part = (groups & ((1 << p) - 1)).reshape(-1, 8 // p, count)
+        plane = part[:, 0].copy()
+        for k in range(1, 8 // p):
+            plane |= part[:, k] << (p * k)
+        out.append(plane)
+        groups = np.right_shift(groups, p, dtype=np.uint8)
+    return np.concatenate(out, axis=1).ravel()
+
+
+def unpack(packed: U8, width: int) -> U8:
+    """The inverse of `pack`."""
+    groups = packed.reshape(-1, 4 * width)
+    values = np.zeros((len(groups), 32), np.uint8)
+    start = low = 0
+    for p in planes(width):
+        plane = groups[:, start : start + 4 * p]
+        part = np.concatenate([plane >> (p * k) for k in range(8 // p)], axis=1)
+        values |= (part & ((1 << p) - 1)) << low
+        start += 4 * p
+        low += p
+    return values.ravel()
+
+
+# --- integer matrix product -----------------------------------------------------------------------
+
+
+def integer_product(codes: NDArray[np.int16], activations: NDArray[np.int8]) -> I32:
+    """Σ code · a over the columns of one group: (R, L) and (M, L) to (M, R), int32, exact."""
+    return activations.astype(np.int32) @ codes.astype(np.int32).T

@@ -1,0 +1,121 @@
+"""What every layer talks about: dtypes, tensors, and a model as a lazy collection of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """An element type as safetensors and qblk name it.
+
+    Attributes:
+        name: the name in the file header.
+        size: bytes per value.
+        kind: ``float``, ``int``, ``uint`` or ``bool``.
+    """
+
+    name: str
+    size: int
+    kind: str
+
+    @property
+    def floating(self) -> bool:
+        return self.kind == "float"
+
+
+DTYPES: dict[str, DType] = {
+    d.name: d
+    for d in (
+        DType("F64", 8, "float"),
+        DType("F32", 4, "float"),
+        DType("F16", 2, "float"),
+        DType("BF16", 2, "float"),
+        DType("F8_E4M3", 1, "float"),
+        DType("F8_E5M2", 1, "float"),
+        DType("I64", 8, "int"),
+        DType("I32", 4, "int"),
+        DType("I16", 2, "int"),
+        DType("I8", 1, "int"),
+        DType("U64", 8, "uint"),
+        DType("U32", 4, "uint"),
+        DType("U16", 2, "uint"),
+        DType("U8", 1, "uint"),
+        DType("BOOL", 1, "bool"),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor in a file, without its values.
+
+    Attributes:
+        name: as in the file.
+        shape: outermost dimension first; ``()`` is a single value.
+        dtype: a name of `DTYPES`, a ggml type (``Q4_0``) or a scheme (``q4_block64_asym``).
+        nbytes: bytes that the tensor occupies in its file, padding between tensors not counted.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def floating(self) -> bool:
+        """Whether the stored values are plain floating numbers (not ints, not quantized)."""
+        return self.dtype in DTYPES and DTYPES[self.dtype].floating
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of a model, as provenance: base name, length and SHA-256 of its header."""
+
+    name: str
+    size: int
+    header_sha256: str
+
+
+class Model(Protocol):
+    """A model file or directory, opened: headers are read and checked, values are read on demand.
+
+    ``values`` and ``raw`` may be called from several threads at once.
+    """
+
+    path: Path
+    kind: str  # "safetensors", "gguf" or "qblk"
+    tensors: tuple[TensorInfo, ...]
+    metadata: dict[str, str]
+    sources: tuple[SourceFile, ...]
+    companions: tuple[Path, ...]
+
+    def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[np.floating]:
+        """Values ``start..stop`` of the flattened tensor as numbers, shape (stop - start,).
+
+        float32 for every floating or quantized type up to 32 bits and for small integers (exact);
+        float64 for F64 and for integers of 32 and 64 bits (the latter rounded).
+        """
+        ...
+
+    def raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
+        """Stored bytes ``offset..offset+size`` of the tensor."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raise an InputError if a file is not the one that was opened."""
+        ...
+
+    def close(self) -> None: ...

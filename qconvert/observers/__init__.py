@@ -1,0 +1,1 @@
+"""Streams of values to statistics and ranges."""

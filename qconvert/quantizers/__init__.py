@@ -1,0 +1,1 @@
+"""Arithmetic per family of encodings: affine, casts, ggml block types."""

@@ -1,0 +1,385 @@
+"""Choosing scale and zero point of a group of values: minmax, percentile, least squared error.
+
+formats/schemes/SPEC.md section 5. `fit` takes whole groups; `fit_stream` one group that is too
+long for a tile and comes in pieces, several times over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.encoding import AffineEncoding
+from qconvert.kernels import reference as kernels
+from qconvert.quantizers.affine import Parameters, round_scale
+from qconvert.ranges import SEARCH_GRIDS, RangeMethod, SearchGrid
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
+Bools = NDArray[np.bool_]
+
+PIECE = 256  # values whose binary32 sums are added before binary64 takes over, section 6
+BATCH = 1 << 16  # values searched at once: the temporaries stay in the second-level cache
+TINY = np.float32(2.0**-100)  # below, reciprocals overflow: such groups take their minmax range
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """The range of each group, 0 included: float32 (G,) each.
+
+    Attributes:
+        low, high: low <= 0 <= high.
+        has_zero: whether a value of the group is exactly 0, which must stay 0.
+    """
+
+    low: F32
+    high: F32
+    has_zero: Bools
+
+    @property
+    def magnitude(self) -> F32:
+        return np.maximum(-self.low, self.high)
+
+
+def extent(x: F32, counts: I32 | None = None) -> Extent:
+    """Extent of groups (G, L); padding zeros behind ``counts`` values do not count as zeros."""
+    low, high, has_zero = kernels.extrema(x)
+    if counts is not None:
+        padding = np.count_nonzero(x == 0, axis=1) - (x.shape[1] - counts)
+        has_zero = padding > 0
+    zero = np.float32(0)
+    return Extent(np.minimum(low, zero), np.maximum(high, zero), has_zero)
+
+
+def minmax(e: Extent, encoding: AffineEncoding) -> Parameters:
+    """Parameters that cover the extent."""
+    if encoding.symmetric:
+        scale = e.magnitude / np.float32((1 << (encoding.bits - 1)) - 1)
+        stored = round_scale(scale, encoding.scale_dtype)
+        return Parameters(stored, np.zeros(len(stored), np.int32))
+    n = np.float32(encoding.levels)
+    stored = round_scale(e.high / n - e.low / n, encoding.scale_dtype)
+    divisor = np.where(stored == 0, np.float32(1), stored)
+    return Parameters(stored, _zero_point(-e.low / divisor, e.has_zero, encoding))
+
+
+def _zero_point(real: NDArray[np.floating], has_zero: Bools, encoding: AffineEncoding) -> I32:
+    """Zero steps nearest to a real zero point; whole codes where a zero must stay zero."""
+    steps = kernels.zero_steps(encoding.bits)
+    fine = np.rint(real * steps)
+    whole = np.rint(real) * steps
+    top = encoding.levels * steps
+    steps_found: I32 = np.clip(np.where(has_zero, whole, fine), 0, top).astype(np.int32)
+    return steps_found
+
+
+def percentile_extent(x: F32, percent: float, whole: Extent, counts: I32 | None = None) -> Extent:
+    """Extent between percentiles of each group, nearest rank; ``whole`` is that of all values."""
+    length = np.full(len(x), x.shape[1]) if counts is None else counts
+    rank = np.maximum(np.ceil(percent / 100 * length).astype(np.int64), 1)
+    ordered = np.sort(x if counts is None else _pad(x, counts, np.inf), axis=1)
+    high = np.take_along_axis(ordered, (rank - 1)[:, None], axis=1)[:, 0]
+    low = np.take_along_axis(ordered, (length - rank)[:, None], axis=1)[:, 0]
+    zero = np.float32(0)
+    return Extent(np.minimum(low, zero), np.maximum(high, zero), whole.has_zero)
+
+
+def _or_whole(e: Extent, whole: Extent) -> Extent:
+    """The percentile range, or all of it where so many values are 0 that nothing would be left."""
+    empty = e.magnitude == 0
+    return Extent(
+        np.where(empty, whole.low, e.low), np.where(empty, whole.high, e.high), e.has_zero
+    )
+
+
+def _pad(x: F32, counts: I32, value: float) -> F32:
+    return np.where(np.arange(x.shape[1]) < counts[:, None], x, np.float32(value))
+
+
+def fit(
+    x: F32, encoding: AffineEncoding, method: RangeMethod, counts: I32 | None = None
+) -> Parameters:
+    """Scale and zero point of each group of (G, L).
+
+    Args:
+        counts: real values of each group, (G,), or None when all L are.
+    """
+    e = extent(x, counts)
+    if method.name == "percentile":
+        return minmax(_or_whole(percentile_extent(x, method.percentile, e, counts), e), encoding)
+    if method.name == "minmax":
+        return minmax(e, encoding)
+    step = max(1, BATCH // x.shape[1])
+    parts = [
+        _search(
+            Extent(e.low[i : i + step], e.high[i : i + step], e.has_zero[i : i + step]),
+            _group_sums(
+                x[i : i + step], encoding, None if counts is None else counts[i : i + step]
+            ),
+            encoding,
+        )
+        for i in range(0, len(x), step)
+    ]
+    return Parameters(
+        np.concatenate([p.scale for p in parts]), np.concatenate([p.zero for p in parts])
+    )
+
+
+def fit_stream(
+    pieces: Callable[[], Iterable[F32]], encoding: AffineEncoding, method: RangeMethod
+) -> Parameters:
+    """Scale and zero point (1,) of one group that arrives in 1-d pieces.
+
+    ``pieces`` is called for each pass over the values: one for the range, and for ``mse`` two more.
+    Every piece but the last is a multiple of 256 long.
+    """
+    parts = [extent(piece[None, :]) for piece in pieces()]
+    e = Extent(
+        np.min([p.low for p in parts], axis=0),
+        np.max([p.high for p in parts], axis=0),
+        np.any([p.has_zero for p in parts], axis=0),
+    )
+    if method.name == "percentile":
+        return minmax(_or_whole(_stream_percentile(pieces, method.percentile), e), encoding)
+    if method.name == "minmax":
+        return minmax(e, encoding)
+    return _search(e, _stream_sums(pieces, encoding), encoding)
+
+
+def _stream_percentile(pieces: Callable[[], Iterable[F32]], percent: float) -> Extent:
+    """Exact nearest-rank percentiles by two counting passes: upper, then lower 16 bits."""
+    upper = np.zeros(kernels.HISTOGRAM_BINS, np.int64)
+    for piece in pieces():
+        upper += kernels.histogram(piece)
+    total = int(upper.sum())
+    rank = max(int(np.ceil(percent / 100 * total)), 1)
+    order = _ascending_keys()
+    edges = np.cumsum(upper[order])
+    found = []
+    for wanted in (total - rank + 1, rank):  # counted from below
+        place = int(np.searchsorted(edges, wanted))
+        key = int(order[place])
+        before = int(edges[place - 1]) if place else 0
+        lower = np.zeros(kernels.HISTOGRAM_BINS, np.int64)
+        for piece in pieces():
+            bits = piece.view(np.uint32)
+            inside = bits[(bits >> 16) == key] & 0xFFFF
+            lower += np.bincount(inside.astype(np.intp), minlength=len(lower))
+        low_order = np.arange(len(lower)) if key < 0x8000 else np.arange(len(lower))[::-1]
+        index = int(low_order[int(np.searchsorted(np.cumsum(lower[low_order]), wanted - before))])
+        found.append(np.array([key << 16 | index], np.uint32).view(np.float32))
+    zero = np.float32(0)
+    has_zero = np.array([bool(upper[0x0000] or upper[0x8000])])
+    return Extent(np.minimum(found[0], zero), np.maximum(found[1], zero), has_zero)
+
+
+def _ascending_keys() -> NDArray[np.intp]:
+    """Upper 16 bits of float32 patterns in the order of their values."""
+    keys = np.arange(kernels.HISTOGRAM_BINS)
+    return np.concatenate([keys[:0x7FFF:-1], keys[:0x8000]])
+
+
+# --- least squared error --------------------------------------------------------------------------
+
+# Per candidate: inverse step and offset in, sums Σu, Σu², Σxu out (float64, (G,)).
+Candidate = tuple[F32, F32]
+Sums = tuple[F64, F64, F64]
+
+
+@dataclass(frozen=True, slots=True)
+class _SumSource:
+    """Where a search gets its sums from: values at hand, or a stream read once per call.
+
+    Attributes:
+        count: real values per group, (G,) float64.
+        total: Σx per group, (G,) float64.
+        sums: candidates to their sums, in order.
+    """
+
+    count: F64
+    total: F64
+    sums: Callable[[list[Candidate]], Iterator[Sums]]
+
+
+def _clamp(encoding: AffineEncoding) -> tuple[int, int]:
+    low = 1 if encoding.symmetric and encoding.bits == 8 else 0
+    return low, encoding.levels
+
+
+def _group_sums(x: F32, encoding: AffineEncoding, counts: I32 | None) -> _SumSource:
+    """Sums over groups (G, L) held in memory; L > 256 is cut into pieces of 256."""
+    groups, length = x.shape
+    low, top = _clamp(encoding)
+    pieces = []  # (columns, mask) of each piece
+    for start in range(0, length, PIECE):
+        part = x[:, start : start + PIECE]
+        mask = None
+        if counts is not None:
+            real = np.arange(start, start + part.shape[1]) < counts[:, None]
+            mask = np.ascontiguousarray(real.T).astype(np.float32)
+        pieces.append((np.ascontiguousarray(part.T), mask))
+
+    def sums(candidates: list[Candidate]) -> Iterator[Sums]:
+        for inverse, offset in candidates:
+            su, suu, sxu = (np.zeros(groups) for _ in range(3))
+            for columns, mask in pieces:
+                u, uu, xu = kernels.code_sums(columns, inverse, offset, low, top, mask)
+                su += u
+                suu += uu
+                sxu += xu
+            yield su, suu, sxu
+
+    total = np.zeros(groups)
+    for columns, _ in pieces:
+        total += kernels.column_sums(columns)
+    count = np.full(groups, float(length)) if counts is None else counts.astype(np.float64)
+    return _SumSource(count, total, sums)
+
+
+def _stream_sums(pieces: Callable[[], Iterable[F32]], encoding: AffineEncoding) -> _SumSource:
+    """Sums over one group that comes in 1-d pieces; each call reads the stream once for all
+    candidates.
+    """
+    low, top = _clamp(encoding)
+    count = 0
+    total = 0.0
+    for piece in pieces():
+        count += len(piece)
+        for columns, _ in _columns(piece):
+            total += _sequential(kernels.column_sums(columns))
+
+    def sums(candidates: list[Candidate]) -> Iterator[Sums]:
+        found = np.zeros((len(candidates), 3))
+        for piece in pieces():
+            for columns, mask in _columns(piece):
+                for k, (inverse, offset) in enumerate(candidates):
+                    parts = kernels.code_sums(columns, inverse, offset, low, top, mask)
+                    found[k] += [_sequential(p) for p in parts]
+        for su, suu, sxu in found:
+            yield np.array([su]), np.array([suu]), np.array([sxu])
+
+    return _SumSource(np.array([float(count)]), np.array([total]), sums)
+
+
+def _sequential(sums: F32) -> float:
+    """Binary64 sum in order (np.sum would add in pairs)."""
+    return float(np.add.accumulate(sums, dtype=np.float64)[-1])
+
+
+def _columns(piece: F32) -> Iterator[tuple[F32, F32 | None]]:
+    """A 1-d run as columns of 256 values, at most `BATCH` values at once; the tail padded and
+    masked.
+    """
+    whole = len(piece) // PIECE * PIECE
+    for start in range(0, whole, BATCH):
+        part = piece[start : min(start + BATCH, whole)]
+        yield np.ascontiguousarray(part.reshape(-1, PIECE).T), None
+    if tail := len(piece) - whole:
+        columns = np.zeros((PIECE, 1), np.float32)
+        columns[:tail, 0] = piece[whole:]
+        yield columns, (np.arange(PIECE) < tail).astype(np.float32)[:, None]
+
+
+class _Best:
+    """The best candidate of each group so far."""
+
+    def __init__(self, e: Extent, source: _SumSource, encoding: AffineEncoding) -> None:
+        groups = len(e.low)
+        self.encoding = encoding
+        self.has_zero = e.has_zero
+        self.source = source
+        self.gain = np.zeros(groups)
+        self.scale = np.zeros(groups)
+        self.zero = np.zeros(groups, np.int32)
+
+    def offer(self, sums: Sums) -> None:
+        """Judge the codes of one candidate by the least squared error that any scale leaves with
+        them.
+
+        With k = code - zero point, Σ(x - Sk)² is least at S = Σxk / Σk², where it is Σx² - Σxk · S.
+        """
+        su, suu, sxu = sums
+        n, sx = self.source.count, self.source.total
+        if self.encoding.symmetric:
+            zero = np.full(len(su), 1 << (self.encoding.bits - 1), np.int32)
+            real = zero.astype(np.float64)
+        else:
+            zero = self._fitted_zero(su, suu, sxu)
+            real = zero / kernels.zero_steps(self.encoding.bits)
+        xk = sxu - real * sx
+        kk = suu - 2 * real * su + n * real * real
+        scale = xk / np.where(kk > 0, kk, 1)
+        gain = xk * scale
+        signed = self.encoding.symmetric and self.encoding.bits < 8
+        better = (kk > 0) & (gain > self.gain) & (signed | (scale > 0))
+        self.gain = np.where(better, gain, self.gain)
+        self.scale = np.where(better, scale, self.scale)
+        self.zero = np.where(better, zero, self.zero)
+
+    def _fitted_zero(self, su: F64, suu: F64, sxu: F64) -> I32:
+        """Zero point of the least-squares line through (code, x)."""
+        n, sx = self.source.count, self.source.total
+        spread = n * suu - su * su
+        slope = (n * sxu - su * sx) / np.where(spread > 0, spread, 1)
+        usable = (spread > 0) & (slope > 0)
+        real = np.where(usable, su - sx / np.where(usable, slope, 1), 0) / n
+        return _zero_point(real, self.has_zero, self.encoding)
+
+    def again(self) -> Candidate:
+        """The winner as a candidate: its own codes may differ once the scale is fitted."""
+        safe = np.where(self.scale == 0, 1, self.scale)
+        if self.encoding.symmetric:
+            real = np.full(len(safe), float(1 << (self.encoding.bits - 1)))
+        else:
+            real = self.zero / kernels.zero_steps(self.encoding.bits)
+        return (1 / safe).astype(np.float32), real.astype(np.float32)
+
+
+def _search(e: Extent, source: _SumSource, encoding: AffineEncoding) -> Parameters:
+    """The mse method of section 5."""
+    best = _Best(e, source, encoding)
+    for sums in source.sums(_candidates(e, encoding)):
+        best.offer(sums)
+    for sums in source.sums([best.again()]):
+        best.offer(sums)
+    plain = minmax(e, encoding)
+    found = (best.gain > 0) & (e.magnitude >= TINY)
+    stored = round_scale(best.scale.astype(np.float32), encoding.scale_dtype)
+    zero = (
+        np.zeros_like(plain.zero) if encoding.symmetric else np.where(found, best.zero, plain.zero)
+    )
+    return Parameters(np.where(found, stored, plain.scale), zero)
+
+
+def _candidates(e: Extent, encoding: AffineEncoding) -> list[Candidate]:
+    grid = SEARCH_GRIDS[encoding.bits]
+    # Groups that are all zeros or tiny take their minmax range; any finite candidate will do.
+    usable = e.magnitude >= TINY
+    if encoding.symmetric:
+        magnitude = np.where(usable, e.magnitude, np.float32(1))
+        return list(_symmetric_candidates(magnitude, encoding.bits, grid))
+    low = np.where(usable, e.low, np.float32(-1))
+    return list(_asymmetric_candidates(low, e.high, np.float32(encoding.levels), grid))
+
+
+def _symmetric_candidates(magnitude: F32, bits: int, grid: SearchGrid) -> Iterator[Candidate]:
+    centre = 1 << (bits - 1)
+    unit = magnitude / np.float32(127 if bits == 8 else centre)
+    offset = np.full(len(unit), centre, np.float32)
+    for sign, t in product((1.0,) if bits == 8 else (1.0, -1.0), grid.symmetric):
+        yield np.float32(sign) / (unit * np.float32(t)), offset
+
+
+def _asymmetric_candidates(
+    low: F32, high: F32, n: np.float32, grid: SearchGrid
+) -> Iterator[Candidate]:
+    unit = high / n - low / n
+    middle = high / 2 + low / 2
+    for t, shift in product(grid.asymmetric, grid.shifts):
+        inverse = np.float32(1) / (unit * np.float32(t))
+        yield inverse, n / 2 - (middle + np.float32(shift) * unit) * inverse

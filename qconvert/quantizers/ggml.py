@@ -1,0 +1,173 @@
+"""ggml's block types of 32 values: the definition of their bytes, in NumPy.
+
+A block is little-endian: the scale as float16, for the ``_1`` types the smallest value as float16,
+for the 5-bit types the 32 fifth bits, then the codes (two to a byte, value j with value j + 16).
+The rounding is that of ``quantize_row_*_ref`` in ggml-quants.c, which divides by the scale *before*
+it is rounded to float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 32
+
+# Values (k, 32) and bits of a code -> scale and perhaps minimum (k, 1 or 2), codes (k, 32).
+_Quantizer = Callable[[NDArray[np.float32], int], tuple[NDArray[np.float32], NDArray[np.uint8]]]
+
+
+@dataclass(frozen=True, slots=True)
+class GgmlBlock:
+    """One block type.
+
+    Attributes:
+        nbytes: bytes of a block.
+        bits: bits of a code.
+        centred: whether codes are signed; else they count from a minimum that the block holds.
+        quantizer: the arithmetic of the type.
+        block: values of a block.
+    """
+
+    nbytes: int
+    bits: int
+    centred: bool
+    quantizer: _Quantizer
+    block: int = BLOCK
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the float16 numbers that a block begins with."""
+        return 2 if self.centred else 4
+
+    @np.errstate(over="ignore", divide="ignore", invalid="ignore")  # see _codes and finite_scales
+    def encode(self, blocks: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Bytes, shape (k, nbytes), of finite float32 values, shape (k, 32).
+
+        A scale or minimum beyond float16 becomes Inf: ask `finite_scales`.
+        """
+        scales, codes = self.quantizer(blocks, self.bits)
+        head = scales.astype("<f2").view(np.uint8)  # (k, 2) or (k, 4)
+        return np.concatenate([head, *_packed(codes, self.bits)], axis=1)
+
+    @np.errstate(over="ignore", invalid="ignore")  # a file may hold Inf and NaN scales
+    def decode(self, data: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Values, float32 of shape (k, 32), of blocks, uint8 of shape (k, nbytes)."""
+        scales = _scales(self, data)
+        values = scales[:, :1] * _unpacked(self, data).astype(np.float32)
+        # Nothing is added for centred codes: + 0 would turn -0 into 0.
+        return values if self.centred else values + scales[:, 1:]
+
+
+def affine_parts(
+    ggml_type: str, data: NDArray[np.uint8]
+) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.float32]]:
+    """Codes, scale and offset of blocks, such that value = scale · code + offset.
+
+    Args:
+        ggml_type: a key of `GGML_BLOCKS`.
+        data: blocks, uint8 of shape (k, nbytes).
+
+    Returns:
+        Codes of shape (k, 32), scales (k,) and offsets (k,); offsets are 0 where codes are signed.
+    """
+    kind = GGML_BLOCKS[ggml_type]
+    scales = _scales(kind, data)
+    offset = np.zeros(len(data), np.float32) if kind.centred else scales[:, 1]
+    return _unpacked(kind, data), scales[:, 0], offset
+
+
+def finite_scales(ggml_type: str, data: NDArray[np.uint8]) -> bool:
+    """Whether no block of ``data``, uint8 (k, nbytes), has an Inf or NaN scale or minimum."""
+    return bool(np.isfinite(_scales(GGML_BLOCKS[ggml_type], data)).all())
+
+
+def _centred(
+    blocks: NDArray[np.float32], bits: int
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Scale such that the value furthest from 0, of either sign, gets the lowest code."""
+    half = 1 << (bits - 1)
+    scale = _pick(blocks, np.abs(blocks).argmax(axis=1)) / np.float32(-half)
+    steps = blocks * _inverse(scale) + np.float32(half + 0.5)
+    return scale, _codes(np.trunc(steps), bits)
+
+
+def _from_minimum(
+    blocks: NDArray[np.float32], bits: int
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Scale and minimum such that the codes span the block's range."""
+    # Not min and max: of -0 and 0 they return either, by processor; ggml takes the first.
+    low = _pick(blocks, blocks.argmin(axis=1))
+    high = _pick(blocks, blocks.argmax(axis=1))
+    scale = (high - low) / np.float32((1 << bits) - 1)
+    steps = (blocks - low) * _inverse(scale) + np.float32(0.5)
+    return np.concatenate([scale, low], axis=1), _codes(np.trunc(steps), bits)
+
+
+def _signed_bytes(
+    blocks: NDArray[np.float32], bits: int
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Scale such that the largest magnitude gets code 127 or -127; halves round away from 0."""
+    top = np.float32((1 << (bits - 1)) - 1)
+    scale = np.abs(blocks).max(axis=1, keepdims=True) / top
+    steps = blocks * _inverse(scale)
+    whole = np.trunc(steps)
+    rounded = whole + np.copysign(np.abs(steps - whole) >= np.float32(0.5), steps)
+    return scale, np.where(np.isfinite(rounded), rounded, 0).astype(np.int8).view(np.uint8)
+
+
+GGML_BLOCKS: dict[str, GgmlBlock] = {
+    "Q4_0": GgmlBlock(18, 4, True, _centred),
+    "Q4_1": GgmlBlock(20, 4, False, _from_minimum),
+    "Q5_0": GgmlBlock(22, 5, True, _centred),
+    "Q5_1": GgmlBlock(24, 5, False, _from_minimum),
+    "Q8_0": GgmlBlock(34, 8, True, _signed_bytes),
+}
+
+
+def _pick(blocks: NDArray[np.float32], index: NDArray[np.intp]) -> NDArray[np.float32]:
+    """The value of each block at its index, shape (k, 1)."""
+    return np.take_along_axis(blocks, index[:, None], axis=1)
+
+
+def _inverse(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """1 / scale, and 0 for 0; Inf below 2^-128."""
+    return np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+
+
+def _codes(steps: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
+    # Inf and NaN come from a scale whose inverse, or a range whose width, overflows. ggml leaves
+    # the code to the processor; 0 is what x86-64 gives.
+    finite = np.where(np.isfinite(steps), steps, np.float32(0))
+    return np.minimum(finite, np.float32((1 << bits) - 1)).astype(np.uint8)
+
+
+def _packed(codes: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:
+    """The parts of (k, 32) codes as a block stores them."""
+    if bits == 8:
+        return [codes]
+    nibbles = (codes[:, :16] & np.uint8(0x0F)) | (codes[:, 16:] << np.uint8(4))
+    if bits == 4:
+        return [nibbles]
+    return [np.packbits(codes >> np.uint8(4), axis=1, bitorder="little"), nibbles]
+
+
+def _scales(kind: GgmlBlock, data: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Scale and, unless centred, minimum of each block, shape (k, 1 or 2)."""
+    head = np.ascontiguousarray(data[:, : kind.scale_bytes])
+    return head.view("<f2").astype(np.float32)
+
+
+def _unpacked(kind: GgmlBlock, data: NDArray[np.uint8]) -> NDArray[np.int16]:
+    """Codes of each block, shape (k, 32), signed where the type's are."""
+    body = data[:, kind.scale_bytes :]
+    if kind.bits == 8:
+        return body.view(np.int8).astype(np.int16)
+    nibbles = body[:, -16:]
+    codes = np.concatenate([nibbles & 0x0F, nibbles >> 4], axis=1).astype(np.int16)
+    if kind.bits == 5:
+        codes |= np.unpackbits(body[:, :4], axis=1, bitorder="little").astype(np.int16) << 4
+    return codes - (1 << (kind.bits - 1)) if kind.centred else codes

@@ -1,0 +1,149 @@
+"""The integer matrix product of a quantized layer: formats/schemes/SPEC.md section 7.
+
+Activations become signed bytes; codes are multiplied as they are stored, zero points are corrected
+for afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.encoding import AffineEncoding
+from qconvert.kernels import reference as kernels
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+SEGMENT = 16_384  # columns that int32 can take at any width: 255 · 255 · 16,384 < 2^30
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Inputs as signed bytes: value = (codes - zero_point) · scale.
+
+    Attributes:
+        codes: int8 (M, c).
+        scale: float32 (M,).
+        zero_point: -128..127.
+    """
+
+    codes: NDArray[np.int8]
+    scale: F32
+    zero_point: int
+
+    @property
+    def values(self) -> F64:
+        """What the codes stand for, float64 (M, c)."""
+        return (self.codes.astype(np.float64) - self.zero_point) * self.scale[:, None]
+
+
+def dynamic_activations(x: F32) -> Activations:
+    """Symmetric signed bytes with a scale per row of (M, c)."""
+    magnitude = np.abs(x).max(axis=1)
+    scale = (magnitude / np.float32(127)).astype(np.float32)
+    scale[scale == 0] = 1
+    codes = np.clip(np.rint(x / scale[:, None]), -127, 127).astype(np.int8)
+    return Activations(codes, scale, 0)
+
+
+def static_activations(x: F32, scale: float, zero_point: int) -> Activations:
+    """Asymmetric signed bytes with parameters known beforehand."""
+    s = np.float32(scale)
+    codes = np.clip(np.rint(x / s + np.float32(zero_point)), -128, 127).astype(np.int8)
+    return Activations(codes, np.full(len(x), s, np.float32), zero_point)
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerRows:
+    """Weight rows in integer units: value = (code - zero) · scale + offset.
+
+    Attributes:
+        codes: int16 (R, c), within -255..255.
+        zero: int32 (R, G).
+        scale: float32 (R, G).
+        offset: float32 (R, G) or None; the float minimum that some ggml types have.
+        group: columns of a group; the last may be shorter.
+    """
+
+    codes: NDArray[np.int16]
+    zero: NDArray[np.int32]
+    scale: F32
+    offset: F32 | None
+    group: int
+
+    def spans(self) -> list[tuple[int, slice]]:
+        """Index of the group and its columns; groups beyond 16,384 columns come in segments."""
+        columns = self.codes.shape[1]
+        step = min(self.group, SEGMENT)
+        return [
+            (start // self.group, slice(start, min(start + step, columns)))
+            for start in range(0, columns, step)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Result of the integer path.
+
+    Attributes:
+        y: float32 (M, R).
+        exact: whether every int32 accumulator equals the int64 one; None when that was not asked
+            for.
+    """
+
+    y: F32
+    exact: bool | None
+
+
+def integer_rows(
+    codes: NDArray[np.uint8], scale: F32, zero: NDArray[np.int32], encoding: AffineEncoding
+) -> IntegerRows:
+    """Unsigned codes (R, c) with parameters (R, G) in integer units: k of section 7."""
+    symmetric = encoding.symmetric
+    steps = 1 if symmetric else kernels.zero_steps(encoding.bits)
+    centre = 1 << (encoding.bits - 1) if symmetric else 0
+    return IntegerRows(
+        codes=codes.astype(np.int16) * np.int16(steps) - np.int16(centre),
+        zero=zero,
+        scale=scale / np.float32(steps),
+        offset=None,
+        group=encoding.block or codes.shape[1],
+    )
+
+
+def integer_product(rows: IntegerRows, a: Activations, *, check: bool = False) -> Product:
+    """y = a · rowsᵀ in integers.
+
+    Args:
+        check: whether to hold each accumulator against int64 arithmetic without correction terms.
+    """
+    y = np.zeros((len(a.codes), len(rows.codes)), np.float32)
+    exact = True if check else None
+    za = np.int32(a.zero_point)
+    for group, span in rows.spans():
+        codes, inputs = rows.codes[:, span], a.codes[:, span]
+        count = np.int32(codes.shape[1])
+        zero = rows.zero[:, group]
+        input_sum = inputs.sum(axis=1, dtype=np.int32)[:, None]
+        code_sum = codes.sum(axis=1, dtype=np.int32)
+        acc = kernels.integer_product(codes, inputs)
+        acc -= input_sum * zero
+        acc -= za * code_sum
+        acc += count * zero * za
+        if exact:
+            exact = bool((acc == _exact(codes, zero, inputs, a.zero_point)).all())
+        y += acc.astype(np.float32) * rows.scale[:, group]
+        if rows.offset is not None:
+            y += (input_sum - count * za).astype(np.float32) * rows.offset[:, group]
+    return Product(y * a.scale[:, None], exact)
+
+
+def _exact(
+    codes: NDArray[np.int16], zero: NDArray[np.int32], inputs: NDArray[np.int8], zero_point: int
+) -> NDArray[np.int64]:
+    """Σ (code - zero) (a - zero point) in int64, without any correction terms."""
+    k = codes.astype(np.int64) - zero[:, None]
+    exact: NDArray[np.int64] = (inputs.astype(np.int64) - zero_point) @ k.T
+    return exact

@@ -1,0 +1,276 @@
+"""What the stages found, as data; `to_json` gives the documented objects of ``--json``.
+
+A report has no clock, host or absolute path in it, so that two runs compare equal; ``bench`` is
+the exception.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from qconvert import __version__
+from qconvert.errors import QconvertError
+
+
+@dataclass
+class Report:
+    """Base of all reports.
+
+    Attributes:
+        status: ``pass``, ``fail`` (a promise is broken) or ``error``.
+        warnings: things that a careful user wants to know; ``--strict`` makes them a failure.
+    """
+
+    SCHEMA: ClassVar[str] = ""
+
+    kernels: str
+    status: str = field(default="pass", kw_only=True)
+    warnings: list[str] = field(default_factory=list, kw_only=True)
+    # Wall time, for people; not part of the JSON, which is the same for the same work.
+    seconds: float = field(default=0.0, kw_only=True)
+
+    def to_json(self) -> dict[str, Any]:
+        head = {"schema": self.SCHEMA, "qconvert": __version__, "status": self.status}
+        body = dataclasses.asdict(self)
+        for name in ("status", "seconds"):
+            del body[name]
+        return {**head, **finite(body)}
+
+
+def finite(value: Any) -> Any:
+    """The value with NaN and infinities as None: JSON has neither."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value
+
+
+def dump(value: dict[str, Any]) -> str:
+    """One JSON document, ended by a line feed."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def error_json(error: QconvertError, exit_code: int) -> dict[str, Any]:
+    """An error as the object that ``--json`` prints."""
+    facts = {
+        "code": error.code,
+        "exit": exit_code,
+        "message": str(error),
+        "hint": error.hint,
+        "path": error.path,
+        "tensor": error.tensor,
+    }
+    return {
+        "schema": "qconvert.error/1",
+        "qconvert": __version__,
+        "status": "error",
+        "error": facts,
+    }
+
+
+@dataclass
+class QuantizedTensor:
+    """One tensor of a written file.
+
+    Attributes:
+        stored: scheme, ggml type or dtype in the file.
+        quantized: False when it was kept bit for bit.
+        reason: why it was kept, or where the scheme came from.
+        nbytes: bytes in the file.
+        bits_per_weight: of everything stored for it; None when empty.
+        sqnr_db: None when nothing was lost, or when it was kept.
+        clipped: values outside the codes' range.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source_dtype: str
+    stored: str
+    quantized: bool
+    reason: str
+    source_nbytes: int
+    nbytes: int
+    bits_per_weight: float | None
+    sqnr_db: float | None = None
+    nmse: float | None = None
+    max_error: float | None = None
+    clipped: int | None = None
+    decision: dict[str, Any] | None = None
+
+
+@dataclass
+class QuantizeReport(Report):
+    SCHEMA: ClassVar[str] = "qconvert.quantize/1"
+
+    source: str
+    output: str
+    container: str
+    scheme: str
+    range: str
+    dry_run: bool
+    tensors: list[QuantizedTensor]
+    source_bytes: int
+    output_bytes: int
+    quantized_bits_per_weight: float | None
+    model_bits_per_weight: float | None
+    sqnr_db: float | None
+    calibration: str | None
+
+
+@dataclass
+class TensorSummary:
+    """A row of ``inspect``; numbers are None where they make no sense."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    minimum: float | None = None
+    maximum: float | None = None
+    mean: float | None = None
+    std: float | None = None
+    absmax: float | None = None
+    skewness: float | None = None
+    kurtosis: float | None = None
+    outlier_share: float | None = None
+    zeros: int | None = None
+    nonfinite: int | None = None
+    suggestion: str | None = None
+    suggestion_reason: str | None = None
+    histogram: Histogram | None = None
+
+
+@dataclass
+class Histogram:
+    """Counts of values in bins of equal width between ``low`` and ``high``."""
+
+    low: float
+    high: float
+    counts: list[int]
+
+
+@dataclass
+class InspectReport(Report):
+    SCHEMA: ClassVar[str] = "qconvert.inspect/1"
+
+    path: str
+    kind: str
+    metadata: dict[str, str]
+    tensors: list[TensorSummary]
+    total_tensors: int
+    total_values: int
+    total_bytes: int
+    statistics: bool
+
+
+@dataclass
+class CalibratedLayer:
+    """Static range and channel figures of one layer's input."""
+
+    name: str
+    samples: int
+    features: int
+    low: float
+    high: float
+    scale: float
+    zero_point: int
+    channel_absmax_ratio: float
+
+
+@dataclass
+class CalibrateReport(Report):
+    SCHEMA: ClassVar[str] = "qconvert.calibrate/1"
+
+    inputs: list[str]
+    output: str
+    observer: str
+    layers: list[CalibratedLayer]
+
+
+@dataclass
+class Check:
+    """One promise that ``verify`` looked at: ``pass``, ``fail`` or ``skip`` (with the reason in
+    ``detail``).
+    """
+
+    id: str
+    status: str
+    detail: str
+    worst: float | None = None
+    limit: float | None = None
+    tensor: str | None = None
+
+
+@dataclass
+class VerifiedTensor:
+    """Measured error of a tensor and of its integer matrix product.
+
+    Attributes:
+        sqnr_db: of the weights against the source; None when lossless or without a source.
+        worst_step: largest error of an unclipped value, in steps (at most 0.5 is promised).
+        output_sqnr_db: of the integer product against the float product of the original weights
+            and inputs.
+        integer_exact: whether int32 accumulation equals int64 arithmetic bit for bit.
+        float_error: largest difference between the integer path and the float product of the
+            dequantized operands, relative to the sum of magnitudes.
+        activations: where the inputs come from: ``static`` or ``dynamic``.
+    """
+
+    name: str
+    stored: str
+    sqnr_db: float | None = None
+    nmse: float | None = None
+    max_error: float | None = None
+    worst_step: float | None = None
+    output_sqnr_db: float | None = None
+    integer_exact: bool | None = None
+    float_error: float | None = None
+    activations: str | None = None
+
+
+@dataclass
+class VerifyReport(Report):
+    SCHEMA: ClassVar[str] = "qconvert.verify/1"
+
+    path: str
+    against: str | None
+    checks: list[Check]
+    tensors: list[VerifiedTensor]
+    sqnr_db: float | None
+
+
+@dataclass
+class Measurement:
+    """One line of ``bench``: medians of several runs.
+
+    Attributes:
+        seconds: median time of one run.
+        rate: the line's own measure per second, in ``unit``.
+        ratio: time of the reference line divided by this time; above 1 is faster than it.
+        reference: name of the reference line.
+    """
+
+    name: str
+    runs: int
+    seconds: float
+    rate: float
+    unit: str
+    ratio: float | None = None
+    reference: str | None = None
+
+
+@dataclass
+class BenchReport(Report):
+    SCHEMA: ClassVar[str] = "qconvert.bench/1"
+
+    subject: str
+    machine: str
+    threads: int
+    measurements: list[Measurement]

@@ -1,0 +1,166 @@
+"""The first pass over a tensor: statistics, the decision, and parameters that all its tiles
+share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.encoding import AffineEncoding
+from qconvert.errors import WeightError
+from qconvert.geometry import Tile, spans_tiles, tiles
+from qconvert.model import Model, TensorInfo
+from qconvert.observers.statistics import (
+    EMPTY_GROUPS,
+    GroupStatistics,
+    TensorStatistics,
+    merge,
+    observe,
+    observe_groups,
+)
+from qconvert.quantizers.affine import Parameters
+from qconvert.quantizers.fitting import fit_stream
+from qconvert.ranges import RangeMethod
+from qconvert.stages.decide import Decision, decide, sample_rows
+
+T = TypeVar("T")
+R = TypeVar("R")
+F32_MAX = float(np.finfo(np.float32).max)
+
+
+class Mapper(Protocol):
+    """`map`, or one that works on several threads and keeps the order."""
+
+    def __call__(self, work: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """What the first pass found.
+
+    Attributes:
+        encoding: settled.
+        shared: parameters by row (or a single one for a tensor scale) where a group spans several
+            tiles, else None.
+    """
+
+    statistics: TensorStatistics
+    decision: Decision
+    encoding: AffineEncoding
+    shared: tuple[Parameters, ...] | None
+
+    def parameters(self, tile: Tile) -> Parameters | None:
+        """The shared parameters of a tile, None when it has its own."""
+        if self.shared is None:
+            return None
+        row = tile.start // self.encoding.row_length
+        return self.shared[0] if self.encoding.granularity == "tensor" else self.shared[row]
+
+
+def rows_of(model: Model, tensor: TensorInfo, tile: Tile) -> NDArray[np.float32]:
+    """A tile as float32 rows; float64 is rounded (`observe_tensor` has refused what does not
+    fit).
+    """
+    values = model.values(tensor, tile.start, tile.stop).astype(np.float32, copy=False)
+    return values.reshape(tile.rows, tile.columns)
+
+
+def observe_tensor(
+    model: Model, tensor: TensorInfo, row_length: int, mapper: Mapper
+) -> TensorStatistics:
+    """Statistics of a whole tensor that has values."""
+
+    def work(tile: Tile) -> TensorStatistics:
+        return observe(model.values(tensor, tile.start, tile.stop), tile.start)
+
+    return reduce(merge, mapper(work, tiles(tensor.size // row_length, row_length)))
+
+
+def check_finite(statistics: TensorStatistics, tensor: TensorInfo, path: Path) -> None:
+    """Refuse weights that no scale can hold.
+
+    Raises:
+        WeightError: NaN or Inf, or a float64 beyond the range of binary32.
+    """
+    if statistics.nonfinite:
+        raise WeightError(
+            f"{statistics.nonfinite:,} of {statistics.size:,} weights are NaN or Inf, "
+            f"the first at index {statistics.first_nonfinite:,}",
+            path=path,
+            tensor=tensor.name,
+            wanted="finite weights",
+            hint=f"mend the source, or keep the tensor with --keep '{tensor.name}'",
+        )
+    if (statistics.absmax or 0.0) > F32_MAX:
+        raise WeightError(
+            "a weight is beyond the range of binary32",
+            path=path,
+            tensor=tensor.name,
+            found=f"{statistics.absmax:g}",
+            wanted=f"at most {F32_MAX:g}",
+            hint=f"keep the tensor with --keep '{tensor.name}'",
+        )
+
+
+def analyse(
+    model: Model,
+    tensor: TensorInfo,
+    encoding: AffineEncoding,
+    requested: bool | None,
+    method: RangeMethod,
+    mapper: Mapper,
+) -> Analysis:
+    """Observe a tensor, decide, and fit what spans tiles.
+
+    Raises:
+        WeightError: see `check_finite`.
+    """
+    columns = encoding.row_length
+    rows = tensor.size // columns
+
+    def work(tile: Tile) -> tuple[TensorStatistics, GroupStatistics]:
+        values = model.values(tensor, tile.start, tile.stop)
+        found = observe(values, tile.start)
+        if found.nonfinite:
+            return found, EMPTY_GROUPS
+        with np.errstate(over="ignore"):  # float64 beyond float32 is refused below
+            x = values.astype(np.float32, copy=False).reshape(tile.rows, tile.columns)
+        return found, observe_groups(x, encoding, method.name == "mse")
+
+    statistics, groups = reduce(
+        lambda a, b: (merge(a[0], b[0]), a[1] + b[1]), mapper(work, tiles(rows, columns))
+    )
+    check_finite(statistics, tensor, model.path)
+    sample = sample_rows(model, tensor, columns)
+    decision = decide(statistics, groups, requested, encoding, method, sample)
+    settled = replace(encoding, symmetric=decision.symmetric, scale_dtype=decision.scale_dtype)
+    return Analysis(statistics, decision, settled, _shared(model, tensor, settled, method))
+
+
+def _shared(
+    model: Model, tensor: TensorInfo, encoding: AffineEncoding, method: RangeMethod
+) -> tuple[Parameters, ...] | None:
+    columns = encoding.row_length
+    rows = tensor.size // columns
+    if encoding.granularity == "tensor":
+        spans = [tuple(tiles(rows, columns))]
+    elif encoding.granularity == "channel" and spans_tiles(columns):
+        spans = [
+            tuple(Tile(1, t.columns, t.start + row * columns, t.last) for t in tiles(1, columns))
+            for row in range(rows)
+        ]
+    else:
+        return None
+
+    def pieces(span: tuple[Tile, ...]) -> Iterator[NDArray[np.float32]]:
+        for tile in span:
+            yield rows_of(model, tensor, tile).ravel()
+
+    return tuple(fit_stream(partial(pieces, span), encoding, method) for span in spans)

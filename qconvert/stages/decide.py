@@ -1,0 +1,165 @@
+"""Symmetric or asymmetric, decided per tensor from measured statistics, with the losing option on
+record.
+
+An asymmetric grid pays for its zero points: 6.02 dB for each bit per weight, what a bit buys in a
+finer grid. It is chosen when it gains more. The gain is first predicted from the ranges of the
+groups; where the prediction is close to the cost, both options are tried on a sample and the
+measurement decides. The sample is always measured and recorded, so the rule can be held against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.encoding import AffineEncoding
+from qconvert.model import Model, TensorInfo
+from qconvert.observers.statistics import GroupStatistics, TensorStatistics
+from qconvert.quantizers.affine import encode_rows, to_groups
+from qconvert.quantizers.fitting import fit
+from qconvert.ranges import RangeMethod
+
+DB_PER_BIT = 6.02  # 20 log10(2)
+CLEAR_MARGIN_DB = 1.0  # the prediction is trusted when it is this far from the cost
+SAMPLE_VALUES = 1 << 16
+STRIP = 1 << 10  # columns of a sampled row; a multiple of every block
+
+SAMPLE_NOTE_KEYS = ("symmetric_db", "asymmetric_db")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The choice for one tensor and what it rests on.
+
+    Attributes:
+        symmetric: the choice.
+        rule: the rule that fired: ``requested``, ``one-sided``, ``step-ratio`` or ``sample``.
+        predicted_db: gain of an asymmetric grid as predicted from group ranges.
+        cost_db: what its zero points cost, at 6.02 dB per bit per weight.
+        symmetric_db, asymmetric_db: SQNR of both options on the sample; None when lossless.
+        scale_dtype: dtype of the scales.
+    """
+
+    symmetric: bool
+    rule: str
+    predicted_db: float
+    cost_db: float
+    symmetric_db: float | None
+    asymmetric_db: float | None
+    scale_dtype: str
+
+    @property
+    def net_db(self) -> float:
+        """Measured advantage of the asymmetric option after its cost."""
+        return _gain(self.symmetric_db, self.asymmetric_db) - self.cost_db
+
+
+def decide(
+    statistics: TensorStatistics,
+    groups: GroupStatistics,
+    requested: bool | None,
+    encoding: AffineEncoding,
+    method: RangeMethod,
+    sample: NDArray[np.float32],
+) -> Decision:
+    """Choose for one tensor.
+
+    Args:
+        requested: symmetric (True) or asymmetric (False) when the scheme says so.
+        encoding: the encoding with either symmetry.
+        sample: rows of the tensor, (R, c) float32.
+    """
+    scale_dtype = choose_scale_dtype(groups, encoding)
+    cost = DB_PER_BIT * zero_point_cost(encoding)
+    predicted = groups.step_ratio_db
+    measured = [
+        sample_sqnr(sample, replace(encoding, symmetric=s, scale_dtype=scale_dtype), method)
+        for s in (True, False)
+    ]
+    if requested is not None:
+        symmetric, rule = requested, "requested"
+    elif abs(statistics.asymmetry or 0.0) == 1.0:
+        symmetric, rule = False, "one-sided"
+    elif abs(predicted - cost) > CLEAR_MARGIN_DB:
+        symmetric, rule = predicted < cost, "step-ratio"
+    else:
+        symmetric, rule = _gain(*measured) <= cost, "sample"
+    return Decision(symmetric, rule, predicted, cost, measured[0], measured[1], scale_dtype)
+
+
+def _gain(symmetric_db: float | None, asymmetric_db: float | None) -> float:
+    """Difference in dB where None means that nothing was lost."""
+    if asymmetric_db is None:
+        return 0.0 if symmetric_db is None else float("inf")
+    return float("-inf") if symmetric_db is None else asymmetric_db - symmetric_db
+
+
+def zero_point_cost(encoding: AffineEncoding) -> float:
+    """Bits per weight that zero points add: for a channel by its row, nothing for a tensor."""
+    if encoding.granularity == "tensor":
+        return 0.0
+    return encoding.zero_point_bits / (encoding.block or encoding.row_length)
+
+
+def choose_scale_dtype(groups: GroupStatistics, encoding: AffineEncoding) -> str:
+    """Dtype of the scales: formats/schemes/SPEC.md section 5, last paragraph."""
+    if not encoding.block or groups.largest == 0:
+        return encoding.scale_dtype
+    least = groups.smallest / encoding.levels
+    if least >= 2.0 ** (encoding.bits - 23) and groups.largest <= 32768:
+        return "F16"
+    return "BF16" if encoding.bits <= 6 and least >= 2.0**-100 else "F32"
+
+
+def sample_sqnr(
+    rows: NDArray[np.float32], encoding: AffineEncoding, method: RangeMethod
+) -> float | None:
+    """SQNR in dB of sample rows under an encoding; None when nothing is lost."""
+    if encoding.granularity == "tensor":
+        rows = rows.reshape(1, -1)
+    groups, counts = to_groups(rows, encoding)
+    return encode_rows(rows, encoding, fit(groups, encoding, method, counts)).error.sqnr_db
+
+
+def sample_rows(model: Model, tensor: TensorInfo, row_length: int) -> NDArray[np.float32]:
+    """Up to 65,536 values: parts of evenly spaced rows, of at most 1,024 columns each."""
+    rows = tensor.size // row_length
+    width = min(row_length, STRIP)
+    count = min(rows, max(1, SAMPLE_VALUES // width))
+    strips = max(1, row_length // STRIP)
+    parts = []
+    for i in range(count):
+        start = (i * rows // count) * row_length + (i % strips) * width
+        parts.append(model.values(tensor, start, start + width).astype(np.float32))
+    return np.stack(parts)
+
+
+def decision_notes(
+    decision: Decision, statistics: TensorStatistics, method: RangeMethod
+) -> dict[str, Any]:
+    """The decision as it goes into reports and the container."""
+    sample = {
+        key: value
+        for key, value in zip(
+            SAMPLE_NOTE_KEYS, (decision.symmetric_db, decision.asymmetric_db), strict=True
+        )
+        if value is not None
+    }
+    figures = {
+        "asymmetry": statistics.asymmetry,
+        "skewness": statistics.skewness,
+        "kurtosis": statistics.kurtosis,
+        "outlier_share": statistics.outlier_share,
+    }
+    return {
+        "rule": decision.rule,
+        "symmetric": decision.symmetric,
+        "range": method.describe(),
+        "cost_db": decision.cost_db,
+        "predicted_db": decision.predicted_db,
+        "sample": sample,
+        "statistics": {k: v for k, v in figures.items() if v is not None},
+    }

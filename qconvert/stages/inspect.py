@@ -1,0 +1,169 @@
+"""inspect: what is in a model, how its values are distributed, and what would suit them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+
+from qconvert import kernels
+from qconvert.errors import UsageError
+from qconvert.files import open_model
+from qconvert.geometry import row_length, tiles
+from qconvert.model import Model, TensorInfo
+from qconvert.observers.statistics import TensorStatistics
+from qconvert.progress import Progress, Silent
+from qconvert.ranges import default_method
+from qconvert.report import Histogram, InspectReport, TensorSummary
+from qconvert.schemes import AffineScheme, Scheme
+from qconvert.stages.analyse import Analysis, analyse, observe_tensor
+from qconvert.stages.decide import Decision
+from qconvert.stages.parallel import Workers, available_threads
+from qconvert.stages.plan import PlannedTensor, PlanOptions, encoding_of, make_plan
+
+POOR_SQNR_DB = {
+    2: 6.0,
+    3: 12.0,
+    4: 18.0,
+}  # 3 dB below a Gaussian: heavier tails than the width can take
+SAFER_BITS = {2: 4, 3: 4, 4: 6}
+
+
+@dataclass(frozen=True, slots=True)
+class InspectOptions:
+    """Options of ``qconvert inspect``; the command line's help describes each."""
+
+    scheme: Scheme
+    tensors: tuple[str, ...] = ()
+    headers_only: bool = False
+    bins: int = 32
+    threads: int | None = None
+
+
+def inspect(path: Path, options: InspectOptions, progress: Progress | None = None) -> InspectReport:
+    """Look at a model.
+
+    Raises:
+        InputError: it cannot be read.
+        UsageError: a glob matches no tensor.
+    """
+    started = time.perf_counter()
+    progress = progress or Silent()
+    model = open_model(path)
+    try:
+        chosen = _choose(model, options.tensors)
+        rows = [TensorSummary(t.name, t.shape, t.dtype, t.nbytes) for t in chosen]
+        if not options.headers_only:
+            plan = {
+                p.tensor.name: p
+                for p in make_plan(model.tensors, PlanOptions(options.scheme), "qblk")
+            }
+            progress.begin("inspect", sum(t.nbytes for t in chosen), "bytes")
+            with Workers(options.threads or available_threads()) as workers:
+                for tensor, row in zip(chosen, rows, strict=True):
+                    if tensor.size:
+                        _describe(model, tensor, row, plan[tensor.name], workers)
+                        if options.tensors:
+                            row.histogram = _histogram(model, tensor, row, options.bins, workers)
+                    progress.advance(tensor.nbytes, tensor.name)
+            progress.end()
+        return InspectReport(
+            kernels=kernels.describe(),
+            path=str(path),
+            kind=model.kind,
+            metadata=model.metadata,
+            tensors=rows,
+            total_tensors=len(model.tensors),
+            total_values=sum(t.size for t in model.tensors),
+            total_bytes=sum(t.nbytes for t in model.tensors),
+            statistics=not options.headers_only,
+            warnings=[
+                f"tensor '{r.name}' has {r.nonfinite:,} NaN or Inf values"
+                for r in rows
+                if r.nonfinite
+            ],
+            seconds=time.perf_counter() - started,
+        )
+    finally:
+        model.close()
+
+
+def _choose(model: Model, globs: tuple[str, ...]) -> list[TensorInfo]:
+    for glob in globs:
+        if not any(fnmatchcase(t.name, glob) for t in model.tensors):
+            raise UsageError(
+                f"no tensor matches '{glob}'", hint="names are listed without --tensor"
+            )
+    return [
+        t for t in model.tensors if not globs or any(fnmatchcase(t.name, glob) for glob in globs)
+    ]
+
+
+def _describe(
+    model: Model, tensor: TensorInfo, row: TensorSummary, planned: PlannedTensor, workers: Workers
+) -> None:
+    scheme = planned.scheme
+    columns = row_length(tensor.shape)
+    s = observe_tensor(model, tensor, columns, workers.map)
+    _fill(row, s)
+    if s.nonfinite and tensor.floating:
+        row.suggestion, row.suggestion_reason = "mend", "has NaN or Inf values"
+    elif not isinstance(scheme, AffineScheme):
+        if model.kind == "safetensors":
+            row.suggestion, row.suggestion_reason = "keep", planned.reason
+    else:
+        encoding = encoding_of(scheme, tensor)
+        method = default_method(scheme.bits)
+        found: Analysis = analyse(model, tensor, encoding, scheme.symmetric, method, workers.map)
+        row.suggestion, row.suggestion_reason = suggest(scheme, found.decision)
+
+
+def _fill(row: TensorSummary, s: TensorStatistics) -> None:
+    row.minimum, row.maximum, row.absmax = s.minimum, s.maximum, s.absmax
+    row.mean, row.std = s.mean, s.std
+    row.skewness, row.kurtosis = s.skewness, s.kurtosis
+    row.outlier_share = s.outlier_share
+    row.zeros, row.nonfinite = s.zeros, s.nonfinite
+
+
+def suggest(scheme: AffineScheme, decision: Decision) -> tuple[str, str]:
+    """Scheme and reason in words, from a decision under ``scheme``."""
+    chosen = decision.symmetric_db if decision.symmetric else decision.asymmetric_db
+    kind = "symmetric" if decision.symmetric else "asymmetric"
+    if chosen is None:
+        return scheme.resolved(decision.symmetric).name, "nothing is lost"
+    poor = POOR_SQNR_DB.get(scheme.bits)
+    if poor is not None and chosen < poor:
+        safer = scheme.resolved(decision.symmetric).with_bits(SAFER_BITS[scheme.bits])
+        return safer.name, f"only {chosen:.1f} dB at {scheme.bits} bits: heavy tails"
+    reason = f"{kind}, {chosen:.1f} dB"
+    if decision.symmetric_db is not None and decision.asymmetric_db is not None:
+        gain = decision.asymmetric_db - decision.symmetric_db
+        reason += (
+            f": zero points gain {gain:.2f} dB and cost {decision.cost_db:.2f} ({decision.rule})"
+        )
+    return scheme.resolved(decision.symmetric).name, reason
+
+
+def _histogram(
+    model: Model, tensor: TensorInfo, row: TensorSummary, bins: int, workers: Workers
+) -> Histogram | None:
+    """Equal bins between the extremes, in a second pass."""
+    if row.minimum is None or row.maximum is None:
+        return None
+    low, high = row.minimum, row.maximum
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+
+    def count(start_stop: tuple[int, int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        values = model.values(tensor, *start_stop)
+        values = values[np.isfinite(values)].astype(np.float64)
+        return np.histogram(values, bins=bins, range=(low, high))[0].astype(np.int64)
+
+    columns = row_length(tensor.shape)
+    spans = ((t.start, t.stop) for t in tiles(tensor.size // columns, columns))
+    total = sum(workers.map(count, spans), np.zeros(bins, np.int64))
+    return Histogram(low, high, [int(c) for c in total])

@@ -1,0 +1,155 @@
+"""Which tensor gets which scheme, and why: from names, shapes and dtypes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from qconvert.encoding import AffineEncoding, stored_size
+from qconvert.errors import UsageError
+from qconvert.geometry import row_length
+from qconvert.model import TensorInfo
+from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme, Scheme
+
+MIN_VALUES = 1024  # smaller tensors: the bytes saved do not matter, the error may
+KEPT_NAMES = ("*.bias", "*norm.weight", "*Norm.weight", "*norm.bias", "*Norm.bias")
+# Token embeddings and output head take the scheme like other matrices, but never fewer bits than
+# this: both are used by every token, and below 4 bits their error dominates the model's (measured
+# in the README).
+TOKEN_TABLE_BITS = 4
+TOKEN_TABLES = (
+    "*embed_tokens.weight",
+    "*word_embeddings.weight",
+    "*tok_embeddings.weight",
+    "*wte.weight",
+    "*token_embd.weight",
+    "*embed_in.weight",
+    "*embed_out.weight",
+    "*lm_head.weight",
+    "output.weight",
+)
+CONTAINERS = {"qblk": (AffineScheme, CastScheme), "gguf": (GgmlScheme, CastScheme)}
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """What the user asked for.
+
+    Attributes:
+        scheme: for every tensor that nothing else is said about.
+        keep: globs of tensors to keep as they are.
+        tensor_schemes: (glob, scheme); the first that matches wins.
+        min_values: smallest tensor that is quantized unasked.
+    """
+
+    scheme: Scheme
+    keep: tuple[str, ...] = ()
+    tensor_schemes: tuple[tuple[str, Scheme], ...] = ()
+    min_values: int = MIN_VALUES
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor with the scheme it will take (None: kept as it is) and the reason."""
+
+    tensor: TensorInfo
+    scheme: Scheme | None
+    reason: str
+
+
+def make_plan(
+    tensors: Sequence[TensorInfo], options: PlanOptions, container: str
+) -> tuple[PlannedTensor, ...]:
+    """Plan every tensor, in order.
+
+    Raises:
+        UsageError: a glob matches no tensor, or a scheme does not go into the container.
+    """
+    for scheme in (options.scheme, *(s for _, s in options.tensor_schemes)):
+        if not isinstance(scheme, CONTAINERS[container]):
+            other = "gguf" if container == "qblk" else "qblk"
+            raise UsageError(
+                f"scheme {scheme.name} does not go into a .{container} file",
+                hint=f"write a .{other} file with -o NAME.{other}, or choose another scheme",
+            )
+    for glob in (*options.keep, *(g for g, _ in options.tensor_schemes)):
+        if not any(fnmatchcase(t.name, glob) for t in tensors):
+            raise UsageError(
+                f"no tensor matches '{glob}'", hint="see the names with: qconvert inspect MODEL"
+            )
+    return tuple(_plan_one(t, options) for t in tensors)
+
+
+def _plan_one(tensor: TensorInfo, options: PlanOptions) -> PlannedTensor:
+    def keep(reason: str) -> PlannedTensor:
+        return PlannedTensor(tensor, None, reason)
+
+    for glob in options.keep:
+        if fnmatchcase(tensor.name, glob):
+            return keep(f"--keep '{glob}'")
+    asked = next((g for g in options.tensor_schemes if fnmatchcase(tensor.name, g[0])), None)
+    if not tensor.floating:
+        return keep(f"{tensor.dtype} is not a floating dtype")
+    if tensor.size == 0:
+        return keep("empty")
+    if asked:
+        return _if_fitting(tensor, asked[1], f"--tensor-scheme '{asked[0]}={asked[1].name}'")
+    scheme = options.scheme
+    if isinstance(scheme, CastScheme):
+        return _if_fitting(tensor, scheme, f"--scheme {scheme.name}")
+    if len(tensor.shape) < 2:
+        return keep("fewer than two dimensions (norm, bias, scalar)")
+    if any(fnmatchcase(tensor.name, glob) for glob in KEPT_NAMES):
+        return keep("norm or bias by name")
+    if tensor.size < options.min_values:
+        return keep(f"fewer than {options.min_values:,} values")
+    if (
+        isinstance(scheme, AffineScheme)
+        and scheme.bits < TOKEN_TABLE_BITS
+        and any(fnmatchcase(tensor.name, glob) for glob in TOKEN_TABLES)
+    ):
+        raised = scheme.with_bits(TOKEN_TABLE_BITS)
+        return _if_fitting(
+            tensor,
+            raised,
+            f"token embeddings and output head take at least {TOKEN_TABLE_BITS} bits",
+        )
+    return _if_fitting(tensor, scheme, f"--scheme {scheme.name}")
+
+
+def _if_fitting(tensor: TensorInfo, scheme: Scheme, reason: str) -> PlannedTensor:
+    """Keep a tensor that the scheme cannot take or would not make smaller."""
+    if isinstance(scheme, GgmlScheme):
+        columns = tensor.shape[-1] if tensor.shape else 1
+        if columns % scheme.block:
+            return PlannedTensor(
+                tensor,
+                None,
+                f"rows of {columns:,} values do not divide into blocks of {scheme.block}",
+            )
+    if isinstance(scheme, CastScheme):
+        if scheme.dtype == tensor.dtype:
+            return PlannedTensor(tensor, None, f"is {tensor.dtype} already")
+        return PlannedTensor(tensor, scheme, reason)
+    if isinstance(scheme, AffineScheme):
+        size = stored_size(encoding_of(scheme, tensor), tensor.shape)
+    else:
+        size = tensor.size // scheme.block * scheme.nbytes
+    if size >= tensor.nbytes:
+        return PlannedTensor(tensor, None, f"{scheme.name} would not make it smaller")
+    return PlannedTensor(tensor, scheme, reason)
+
+
+def encoding_of(
+    scheme: AffineScheme, tensor: TensorInfo, scale_dtype: str | None = None
+) -> AffineEncoding:
+    """The encoding of a tensor under a scheme; while undecided, the larger one (asymmetric)."""
+    return AffineEncoding(
+        bits=scheme.bits,
+        granularity=scheme.granularity,
+        block=scheme.block,
+        symmetric=bool(scheme.symmetric),
+        scale_dtype=scale_dtype or ("F16" if scheme.block else "F32"),
+        row_length=row_length(tensor.shape),
+    )

@@ -1,0 +1,190 @@
+"""Where encoded tensors go: one small adapter a container, so that quantize knows neither."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Protocol
+
+from qconvert.encoding import AffineEncoding, Encoding, RawEncoding
+from qconvert.errors import UnsupportedError
+from qconvert.files.atomic import AtomicOutput, machine_errors
+from qconvert.files.gguf_writer import GgufTensor, GgufWriter, check_gguf
+from qconvert.files.qblk_writer import QblkWriter, TensorWriter, header_bound, tensor_bound
+from qconvert.model import Model, TensorInfo
+from qconvert.quantizers.affine import SCALE_NUMPY, EncodedRows, Parameters, stored_zero_points
+from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme
+from qconvert.stages.plan import PlannedTensor, encoding_of
+
+# The longest notes that a tensor can carry, to bound the header; numbers are widened by
+# `tensor_bound`.
+WIDEST_NOTES: dict[str, Any] = {
+    "decision": {
+        "rule": "step-ratio",
+        "symmetric": False,
+        "range": "percentile 99.9999999",
+        "cost_db": 0,
+        "predicted_db": 0,
+        "sample": {"symmetric_db": 0, "asymmetric_db": 0},
+        "statistics": {"asymmetry": 0, "skewness": 0, "kurtosis": 0, "outlier_share": 0},
+    },
+    "error": {"max": 0, "nmse": 0, "sqnr_db": 0, "clipped": 0},
+}
+WIDEST_ACTIVATION = {"observer": "percentile", "samples": 0, "scale": 0, "zero_point": 0}
+
+
+class TensorTarget(Protocol):
+    """One tensor being written; pieces arrive in order."""
+
+    def append(self, part: EncodedRows) -> None: ...
+
+    def append_raw(self, data: bytes) -> None: ...
+
+    def append_shared(
+        self, parameters: tuple[Parameters, ...], encoding: AffineEncoding
+    ) -> None: ...
+
+    def finish(self, notes: dict[str, Any]) -> None: ...
+
+
+class Sink(Protocol):
+    """A file being written; tensors arrive in the order of the plan."""
+
+    def begin(self, tensor: TensorInfo, encoding: Encoding | None) -> TensorTarget: ...
+
+    def finish(self) -> int:
+        """Complete the file; its length in bytes."""
+        ...
+
+
+class QblkSink:
+    """Writes qblk, with the companion files of the model."""
+
+    def __init__(
+        self,
+        out: AtomicOutput,
+        model: Model,
+        plan: tuple[PlannedTensor, ...],
+        provenance: dict[str, Any],
+    ) -> None:
+        self.out = out
+        self.model = model
+        self.provenance = provenance
+        files = [(path.name, path.stat().st_size) for path in model.companions]
+        calibrated = "calibration" in provenance
+        try:
+            bound = header_bound(
+                [_bound(p, calibrated) for p in plan], files, model.metadata, provenance
+            )
+        except ValueError as e:
+            raise UnsupportedError(
+                "too many tensors or too much metadata for one qblk file", path=model.path
+            ) from e
+        self.writer = QblkWriter(out, bound)
+
+    def begin(self, tensor: TensorInfo, encoding: Encoding | None) -> TensorTarget:
+        encoding = encoding or RawEncoding(tensor.dtype)
+        return _QblkTarget(self.writer.begin(tensor.name, tensor.shape, tensor.dtype, encoding))
+
+    def finish(self) -> int:
+        for path in self.model.companions:
+            with machine_errors(path):
+                data = path.read_bytes()
+            self.writer.add_file(path.name, data)
+        return self.writer.finish(self.model.metadata, self.provenance)
+
+
+def _bound(p: PlannedTensor, calibrated: bool) -> int:
+    tensor = p.tensor
+    notes: dict[str, Any] = {"decision": {"rule": "kept", "reason": p.reason}}
+    encoding: Encoding = RawEncoding(tensor.dtype)
+    if p.scheme is not None:
+        notes = dict(WIDEST_NOTES)
+        if calibrated:
+            notes["activation"] = WIDEST_ACTIVATION
+    if isinstance(p.scheme, AffineScheme):
+        encoding = encoding_of(p.scheme, tensor, "BF16" if p.scheme.block else "F32")
+    elif isinstance(p.scheme, CastScheme):
+        encoding = RawEncoding(p.scheme.dtype)
+    return tensor_bound(tensor.name, tensor.shape, tensor.dtype, encoding, notes)
+
+
+class _QblkTarget:
+    def __init__(self, tensor: TensorWriter) -> None:
+        self.tensor = tensor
+
+    def append(self, part: EncodedRows) -> None:
+        if isinstance(self.tensor.encoding, RawEncoding):
+            self.tensor.append("data", part.codes)
+            return
+        self.tensor.append("codes", part.codes)
+        self.tensor.append("scales", part.scales)
+        self.tensor.append_zero_points(part.zero)
+
+    def append_raw(self, data: bytes) -> None:
+        self.tensor.append("data", data)
+
+    def append_shared(self, parameters: tuple[Parameters, ...], encoding: AffineEncoding) -> None:
+        for p in parameters:
+            self.tensor.append("scales", p.scale.astype(SCALE_NUMPY["F32"]).tobytes())
+            self.tensor.append_zero_points(stored_zero_points(p.zero, encoding))
+
+    def finish(self, notes: dict[str, Any]) -> None:
+        self.tensor.finish(notes)
+
+
+class GgufSink:
+    """Writes GGUF with the source's tensor names and metadata."""
+
+    def __init__(
+        self,
+        out: AtomicOutput,
+        model: Model,
+        plan: tuple[PlannedTensor, ...],
+        provenance: dict[str, Any],
+    ) -> None:
+        self.out = out
+        tensors = [GgufTensor(p.tensor.name, p.tensor.shape, _ggml_type(p)) for p in plan]
+        check_gguf(tensors)
+        self.index = {t.name: i for i, t in enumerate(tensors)}
+        metadata: dict[str, str | int | float | bool] = {
+            "general.architecture": "raw",
+            "general.name": model.path.resolve().stem,
+            "general.quantization_version": 2,
+            "qconvert.provenance": json.dumps(provenance, sort_keys=True, ensure_ascii=False),
+        }
+        metadata |= {f"qconvert.source.{k}": v for k, v in model.metadata.items()}
+        with machine_errors(out.target):
+            self.writer = GgufWriter(out.path, metadata, tensors)
+
+    def begin(self, tensor: TensorInfo, encoding: Encoding | None) -> TensorTarget:
+        self.writer.begin(self.index[tensor.name])
+        return _GgufTarget(self)
+
+    def finish(self) -> int:
+        with machine_errors(self.out.target):
+            self.writer.finish()
+        return self.out.path.stat().st_size
+
+
+def _ggml_type(p: PlannedTensor) -> str:
+    if isinstance(p.scheme, GgmlScheme):
+        return p.scheme.ggml_type
+    return p.scheme.dtype if isinstance(p.scheme, CastScheme) else p.tensor.dtype
+
+
+class _GgufTarget:
+    def __init__(self, sink: GgufSink) -> None:
+        self.sink = sink
+
+    def append(self, part: EncodedRows) -> None:
+        self.append_raw(part.codes)
+
+    def append_raw(self, data: bytes) -> None:
+        with machine_errors(self.sink.out.target):
+            self.sink.writer.append(data)
+
+    def append_shared(self, parameters: tuple[Parameters, ...], encoding: AffineEncoding) -> None:
+        raise AssertionError("GGUF has no affine encoding")
+
+    def finish(self, notes: dict[str, Any]) -> None:
+        pass  # GGUF has no place for notes on a tensor; they are in the report

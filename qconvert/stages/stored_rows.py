@@ -1,0 +1,159 @@
+"""Rows of a written file as ``verify`` needs them: decoded, and in integer units, whatever the
+container.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.encoding import AffineEncoding
+from qconvert.files.qblk import QblkModel, StoredTensor
+from qconvert.geometry import Tile
+from qconvert.kernels import reference as kernels
+from qconvert.model import Model, TensorInfo
+from qconvert.quantizers.ggml import GGML_BLOCKS, affine_parts
+from qconvert.quantizers.integer import Activations, IntegerRows, integer_rows
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class StaticParameters:
+    """Activation scale and zero point from the file."""
+
+    scale: float
+    zero_point: int
+
+
+def static_parameters(stored: StoredTensor | None) -> StaticParameters | None:
+    """The static activation parameters of a tensor, if the file has them."""
+    if stored is None or stored.activation is None:
+        return None
+    return StaticParameters(float(stored.activation["scale"]), stored.activation["zero_point"])
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows of a tensor, or a run of columns of one row.
+
+    Attributes:
+        start, stop: place in the flattened tensor.
+        first_column: of the run.
+        values: decoded, float32 (R, C).
+        integer: in integer units; None where the file holds plain numbers or a type we have no
+            integer product for.
+        low, high: smallest and largest code, in the units of ``integer``.
+        code_step: units of ``integer`` between neighbouring codes.
+        slack: error that rounding may add to half a step, relative to the weight.
+    """
+
+    start: int
+    stop: int
+    first_column: int
+    values: F32
+    integer: IntegerRows | None
+    low: int = 0
+    high: int = 0
+    code_step: int = 1
+    slack: float = 2.0**-22  # codes are made with binary32 quotients
+
+    def worst_step(self, weights: F32) -> float:
+        """Largest |weight - value| in steps over the weights that were not clipped."""
+        if self.integer is None:
+            return 0.0
+        worst = 0.0
+        for group, span in self.integer.spans():
+            unit = self.integer.scale[:, group].astype(np.float64)[:, None]
+            step = np.abs(unit) * self.code_step
+            zero = self.integer.zero[:, group][:, None]
+            w = weights[:, span].astype(np.float64)
+            offset = 0.0 if self.integer.offset is None else self.integer.offset[:, group][:, None]
+            place = np.divide(w - offset, unit, out=np.zeros_like(w), where=unit != 0) + zero
+            half = self.code_step / 2
+            inside = (place >= self.low - half) & (place <= self.high + half) & (step > 0)
+            error = np.abs(w - self.values[:, span])
+            slack = (np.abs(w) + np.abs(offset)) * self.slack
+            steps = np.divide(
+                np.maximum(error - slack, 0), step, out=np.zeros_like(w), where=inside
+            )
+            worst = max(worst, float(steps.max(initial=0.0)))
+        return worst
+
+    def offset_magnitude(self, a: Activations) -> NDArray[np.float64] | float:
+        """Σ|offset · input| per output: its rounding adds to that of the products."""
+        if self.integer is None or self.integer.offset is None:
+            return 0.0
+        total = np.zeros((len(a.codes), len(self.values)))
+        for group, span in self.integer.spans():
+            inputs = np.abs(a.values[:, span]).sum(axis=1)[:, None]
+            total += inputs * np.abs(self.integer.offset[:, group])
+        return total
+
+
+def quantized_rows(model: Model, tensor: TensorInfo, tile: Tile, columns: int) -> Rows:
+    """Read a tile of a quantized (or cast) tensor."""
+    first = tile.start % columns
+    if isinstance(model, QblkModel) and isinstance(
+        model.stored[tensor.name].encoding, AffineEncoding
+    ):
+        return _affine_rows(model, model.stored[tensor.name], tile, first)
+    if tensor.dtype in GGML_BLOCKS:
+        return _ggml_rows(model, tensor, tile, first)
+    values = model.values(tensor, tile.start, tile.stop).astype(np.float32)
+    return Rows(tile.start, tile.stop, first, values.reshape(tile.rows, tile.columns), None)
+
+
+def _affine_rows(model: QblkModel, stored: StoredTensor, tile: Tile, first: int) -> Rows:
+    encoding = stored.encoding
+    assert isinstance(encoding, AffineEncoding)
+    row = tile.start // encoding.row_length
+    part = model.rows(stored, row, row + tile.rows, first, first + tile.columns)
+    length = part.codes.shape[1] // part.scale.shape[1]
+    values = kernels.decode(
+        part.codes.reshape(-1, length),
+        part.scale.ravel(),
+        part.zero.ravel(),
+        encoding.bits,
+        encoding.symmetric,
+    )
+    steps = 1 if encoding.symmetric else kernels.zero_steps(encoding.bits)
+    centre = (1 << (encoding.bits - 1)) if encoding.symmetric else 0
+    return Rows(
+        start=tile.start,
+        stop=tile.stop,
+        first_column=first,
+        values=values.reshape(tile.rows, -1)[:, : tile.columns],
+        integer=integer_rows(part.codes[:, : tile.columns], part.scale, part.zero, encoding),
+        low=(1 if encoding.symmetric and encoding.bits == 8 else 0) - centre,
+        high=encoding.levels * steps - centre,
+        code_step=steps,
+    )
+
+
+def _ggml_rows(model: Model, tensor: TensorInfo, tile: Tile, first: int) -> Rows:
+    block = GGML_BLOCKS[tensor.dtype]
+    start, stop = (n // block.block * block.nbytes for n in (tile.start, tile.stop))
+    data = np.frombuffer(model.raw(tensor, start, stop - start), np.uint8)
+    data = data.reshape(-1, block.nbytes)
+    codes, scale, offset = affine_parts(tensor.dtype, data)
+    per_row = tile.columns // block.block
+    low = -(1 << (block.bits - 1)) if block.centred else 0
+    return Rows(
+        start=tile.start,
+        stop=tile.stop,
+        first_column=first,
+        values=block.decode(data).reshape(tile.rows, tile.columns),
+        integer=IntegerRows(
+            codes=codes.reshape(tile.rows, tile.columns),
+            zero=np.zeros((tile.rows, per_row), np.int32),
+            scale=scale.reshape(tile.rows, per_row),
+            offset=None if block.centred else offset.reshape(tile.rows, per_row),
+            group=block.block,
+        ),
+        low=low,
+        high=low + (1 << block.bits) - 1,
+        slack=2.0**-10,  # ggml makes codes before it rounds the scale to float16
+    )

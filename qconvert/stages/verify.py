@@ -1,0 +1,478 @@
+"""verify: prove that a written file keeps what it promises; every check can fail and none is
+skipped in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert import kernels
+from qconvert.encoding import RawEncoding
+from qconvert.errors import FormatError, UsageError
+from qconvert.files import open_model
+from qconvert.files.qblk import QblkModel
+from qconvert.files.qblk_check import check_payload
+from qconvert.geometry import TILE_VALUES, tiles
+from qconvert.model import Model, TensorInfo
+from qconvert.progress import Progress, Silent
+from qconvert.quantizers.affine import ErrorSums
+from qconvert.quantizers.integer import (
+    Activations,
+    dynamic_activations,
+    integer_product,
+    static_activations,
+)
+from qconvert.report import Check, VerifiedTensor, VerifyReport
+from qconvert.stages.calibrate import read_batches
+from qconvert.stages.parallel import Workers, available_threads
+from qconvert.stages.stored_rows import Rows, StaticParameters, quantized_rows, static_parameters
+
+HALF_STEP = 0.5 + 2.0**-9  # half a step, and the rounding of the scale and of binary32 arithmetic
+RECORDED_DB = 1e-3  # the header has six significant digits
+ACTIVATIONS = ("auto", "static", "dynamic")
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyOptions:
+    """Options of ``qconvert verify``; the command line's help describes each.
+
+    Attributes:
+        rows: activation rows of the integer product.
+        seed: of the Gaussian activations.
+        activations: ``static``, ``dynamic``, or ``auto`` for static where the file has parameters.
+        samples: recorded activations to use instead of Gaussian ones.
+    """
+
+    against: Path | None = None
+    min_sqnr: float | None = None
+    max_nmse: float | None = None
+    rows: int = 8
+    seed: int = 0
+    activations: str = "auto"
+    samples: tuple[Path, ...] = ()
+    threads: int | None = None
+
+
+@dataclass
+class _Measured:
+    """Sums over the tiles of one tensor."""
+
+    error: ErrorSums = field(default_factory=ErrorSums)
+    worst_step: float = 0.0
+    integer: bool = False  # whether there is an integer product at all
+    exact: bool = True
+    float_error: float = 0.0
+    signal: float = 0.0  # Σ of the squared float product
+    noise: float = 0.0  # Σ of its squared difference from the integer path
+
+    def add(self, other: _Measured) -> None:
+        self.error += other.error
+        self.worst_step = max(self.worst_step, other.worst_step)
+        self.integer |= other.integer
+        self.exact &= other.exact
+        self.float_error = max(self.float_error, other.float_error)
+        self.signal += other.signal
+        self.noise += other.noise
+
+
+def verify(path: Path, options: VerifyOptions, progress: Progress | None = None) -> VerifyReport:
+    """Verify a qblk or GGUF file.
+
+    A malformed file is the question that is asked, so it gives a report with status ``fail``; a
+    missing one, or one of an unknown version, raises.
+
+    Raises:
+        InputError: the file or the source cannot be read.
+        UsageError: options contradict the file.
+    """
+    started = time.perf_counter()
+    report = VerifyReport(
+        kernels=kernels.describe(),
+        path=str(path),
+        against=str(options.against) if options.against else None,
+        checks=[],
+        tensors=[],
+        sqnr_db=None,
+    )
+    try:
+        model = open_model(path)
+    except FormatError as e:
+        report.checks.append(Check("integrity", "fail", str(e), tensor=e.tensor))
+        report.status = "fail"
+        return report
+    source = None
+    try:
+        if model.kind == "safetensors":
+            raise UsageError(
+                "verify takes a quantized file",
+                found=f"{path}: safetensors",
+                wanted="a .qblk or .gguf file",
+                hint="give the source with --against",
+            )
+        source = open_model(options.against) if options.against else None
+        _Job(model, source, options, report, progress or Silent()).run()
+    finally:
+        model.close()
+        if source:
+            source.close()
+    report.status = "fail" if any(c.status == "fail" for c in report.checks) else "pass"
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+class _Job:
+    def __init__(
+        self,
+        model: Model,
+        source: Model | None,
+        options: VerifyOptions,
+        report: VerifyReport,
+        progress: Progress,
+    ) -> None:
+        self.model = model
+        self.source = source
+        self.options = options
+        self.report = report
+        self.progress = progress
+        self.total = ErrorSums()
+        self.stored = model.stored if isinstance(model, QblkModel) else {}
+
+    def check(
+        self,
+        id: str,
+        good: bool,
+        detail: str,
+        *,
+        worst: float | None = None,
+        limit: float | None = None,
+        tensor: str | None = None,
+    ) -> None:
+        status = "pass" if good else "fail"
+        self.report.checks.append(Check(id, status, detail, worst, limit, tensor))
+
+    def skip(self, id: str, why: str) -> None:
+        self.report.checks.append(Check(id, "skip", why))
+
+    def run(self) -> None:
+        if not self._integrity():
+            return
+        pairs = self._pairs()
+        quantized = [t for t in self.model.tensors if self._is_quantized(t)]
+        self._kept(pairs)
+        self.progress.begin("verify", sum(t.nbytes for t in quantized), "bytes")
+        with Workers(self.options.threads or available_threads()) as workers:
+            for tensor in quantized:
+                row = self._measure(tensor, pairs.get(tensor.name), workers)
+                self.report.tensors.append(row)
+                self.progress.advance(tensor.nbytes, tensor.name)
+        self.progress.end()
+        if self.source:
+            self.source.check_unchanged()
+            self.report.sqnr_db = self.total.sqnr_db
+        self._verdicts()
+
+    # --- what needs no arithmetic ---
+
+    def _integrity(self) -> bool:
+        if not isinstance(self.model, QblkModel):
+            self.check("integrity", True, "structure; GGUF has no digests")
+            return True
+        self.progress.begin("check digests", self.model.header.file_length, "bytes")
+        try:
+            check_payload(self.model, self.progress.advance)
+        except FormatError as e:
+            self.check("integrity", False, str(e), tensor=e.tensor)
+            return False
+        finally:
+            self.progress.end()
+        count = len(self.model.tensors)
+        self.check("integrity", True, f"every rule of qblk 1.0 and the digests of {count} tensors")
+        return True
+
+    def _pairs(self) -> dict[str, TensorInfo]:
+        """Tensors of the source by name, held against those of the file."""
+        if not self.source:
+            self.skip("same-tensors", "no source: give it with --against")
+            return {}
+        wanted = {t.name: t for t in self.source.tensors}
+        found = {t.name: t for t in self.model.tensors}
+        missing = sorted(set(wanted) - set(found))
+        extra = sorted(set(found) - set(wanted))
+        shapes = [n for n in wanted if n in found and wanted[n].shape != found[n].shape]
+        dtypes = [
+            n for n in wanted if n in self.stored and self.stored[n].source_dtype != wanted[n].dtype
+        ]
+        for what, names in (
+            ("missing from the file", missing),
+            ("not in the source", extra),
+            ("of another shape than in the source", shapes),
+            ("of another source dtype", dtypes),
+        ):
+            if names:
+                self.check("same-tensors", False, f"{len(names)} tensors {what}", tensor=names[0])
+        if not (missing or extra or shapes or dtypes):
+            self.check("same-tensors", True, f"{len(wanted)} names, shapes and dtypes")
+        return {n: t for n, t in wanted.items() if n not in shapes}
+
+    def _is_quantized(self, tensor: TensorInfo) -> bool:
+        """Whether values may differ from the source: anything but a bit-identical copy."""
+        if tensor.name in self.stored:
+            stored = self.stored[tensor.name]
+            return stored.encoding != RawEncoding(stored.source_dtype)
+        if self.source:
+            return all(
+                t.dtype != tensor.dtype for t in self.source.tensors if t.name == tensor.name
+            )
+        return not tensor.floating and tensor.dtype[0] not in "IUB"
+
+    def _kept(self, pairs: dict[str, TensorInfo]) -> None:
+        kept = [t for t in self.model.tensors if not self._is_quantized(t)]
+        if not self.source:
+            self.skip("kept-exact", "no source: give it with --against")
+            return
+        for tensor in kept:
+            original = pairs.get(tensor.name)
+            if original and not self._same_bytes(tensor, original):
+                self.check(
+                    "kept-exact", False, "a kept tensor differs from the source", tensor=tensor.name
+                )
+                return
+        self.check("kept-exact", True, f"{len(kept)} tensors bit for bit")
+
+    def _same_bytes(self, tensor: TensorInfo, original: TensorInfo) -> bool:
+        assert self.source
+        if tensor.nbytes != original.nbytes or tensor.dtype != original.dtype:
+            return False
+        for start in range(0, tensor.nbytes, 4 * TILE_VALUES):
+            size = min(4 * TILE_VALUES, tensor.nbytes - start)
+            if self.model.raw(tensor, start, size) != self.source.raw(original, start, size):
+                return False
+        return True
+
+    # --- what does ---
+
+    def _measure(
+        self, tensor: TensorInfo, original: TensorInfo | None, workers: Workers
+    ) -> VerifiedTensor:
+        columns = self._columns(tensor)
+        static = self._static(tensor)
+        x = self._inputs(tensor, columns, static)
+        a = (
+            static_activations(x, static.scale, static.zero_point)
+            if static
+            else dynamic_activations(x)
+        )
+        total = _Measured()
+
+        def work(rows: Rows) -> _Measured:
+            weights = None
+            if self.source and original:
+                weights = self.source.values(original, rows.start, rows.stop)
+                weights = weights.astype(np.float32).reshape(rows.values.shape)
+            return _measure_rows(rows, weights, x, a)
+
+        for part in workers.map(work, self._all_rows(tensor, columns)):
+            total.add(part)
+        row = VerifiedTensor(tensor.name, tensor.dtype)
+        if self.source and original:
+            self.total += total.error
+            row.sqnr_db, row.nmse = total.error.sqnr_db, total.error.nmse
+            row.max_error, row.worst_step = total.error.worst, total.worst_step
+        if total.integer:
+            row.integer_exact, row.float_error = total.exact, total.float_error
+            row.activations = "static" if static else "dynamic"
+            row.output_sqnr_db = _db(total.signal, total.noise)
+        return row
+
+    def _columns(self, tensor: TensorInfo) -> int:
+        stored = self.stored.get(tensor.name)
+        if stored and not isinstance(stored.encoding, RawEncoding):
+            return stored.encoding.row_length
+        return tensor.shape[-1] if tensor.shape else 1
+
+    def _all_rows(self, tensor: TensorInfo, columns: int) -> Iterator[Rows]:
+        for tile in tiles(tensor.size // columns, columns):
+            yield quantized_rows(self.model, tensor, tile, columns)
+
+    def _static(self, tensor: TensorInfo) -> StaticParameters | None:
+        if self.options.activations == "dynamic":
+            return None
+        found = static_parameters(self.stored.get(tensor.name))
+        if found is None and self.options.activations == "static":
+            raise UsageError(
+                "static activations need a calibration in the file",
+                found=f"none for tensor '{tensor.name}'",
+                hint="quantize with --calibration, or use --activations dynamic",
+            )
+        return found
+
+    def _inputs(
+        self, tensor: TensorInfo, columns: int, static: StaticParameters | None
+    ) -> NDArray[np.float32]:
+        """Activation rows: recorded ones, or Gaussian ones that fit the static range."""
+        name = tensor.name.removesuffix(".weight")
+        for path in self.options.samples:
+            model = open_model(path)
+            try:
+                for t in model.tensors:
+                    if t.name.removesuffix(".weight") == name and t.shape[1:] == (columns,):
+                        batches = list(_first_rows(model, t, path, self.options.rows))
+                        return np.concatenate(batches)[: self.options.rows]
+            finally:
+                model.close()
+        digest = hashlib.sha256(f"{self.options.seed} {tensor.name}".encode()).digest()
+        random = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+        x = random.standard_normal((self.options.rows, columns), np.float32)
+        # The range of a static scale is 255 steps wide: four standard deviations to each side.
+        return x * np.float32(static.scale * 255 / 8) if static else x
+
+    def _verdicts(self) -> None:
+        rows = self.report.tensors
+        if self.source:
+            self._error_bound(rows)
+            self._recorded(rows)
+        else:
+            self.skip("error-bound", "no source: give it with --against")
+        products = [r for r in rows if r.integer_exact is not None]
+        if products:
+            wrong = [r for r in products if not r.integer_exact]
+            self.check(
+                "integer-exact",
+                not wrong,
+                f"int32 accumulation equals int64 arithmetic in {len(products)} tensors",
+                tensor=wrong[0].name if wrong else None,
+            )
+            worst = max(products, key=lambda r: r.float_error or 0)
+            self.check(
+                "float-product",
+                (worst.float_error or 0) <= 1.0,
+                "integer path and float product of the same operands, in units of the rounding",
+                worst=worst.float_error,
+                limit=1.0,
+                tensor=worst.name,
+            )
+        else:
+            self.skip("integer-exact", "the file has no tensor with integer codes")
+        self._limits(rows)
+
+    def _error_bound(self, rows: list[VerifiedTensor]) -> None:
+        bounded = [r for r in rows if r.worst_step is not None and r.integer_exact is not None]
+        if not bounded:
+            self.skip("error-bound", "the file has no tensor with integer codes")
+            return
+        worst = max(bounded, key=lambda r: r.worst_step or 0)
+        self.check(
+            "error-bound",
+            (worst.worst_step or 0) <= HALF_STEP,
+            "largest error of an unclipped weight, in steps",
+            worst=worst.worst_step,
+            limit=HALF_STEP,
+            tensor=worst.name,
+        )
+
+    def _recorded(self, rows: list[VerifiedTensor]) -> None:
+        """The error that the header records is the one measured."""
+        wrong = None
+        counted = 0
+        for r in rows:
+            noted = self.stored[r.name].error.get("sqnr_db") if r.name in self.stored else None
+            if noted is not None:
+                counted += 1
+                if r.sqnr_db is None or abs(r.sqnr_db - noted) > RECORDED_DB:
+                    wrong = wrong or r.name
+        if counted:
+            self.check(
+                "recorded-error",
+                wrong is None,
+                f"SQNR of {counted} tensors as recorded",
+                tensor=wrong,
+            )
+
+    def _limits(self, rows: list[VerifiedTensor]) -> None:
+        o = self.options
+        if o.min_sqnr is None and o.max_nmse is None:
+            return
+        if not self.source:
+            raise UsageError(
+                "--min-sqnr and --max-nmse need the source", hint="give it with --against"
+            )
+        if o.min_sqnr is not None:
+            lossy = [r for r in rows if r.sqnr_db is not None]
+            worst = min(lossy, key=lambda r: r.sqnr_db or 0.0, default=None)
+            self.check(
+                "min-sqnr",
+                worst is None or (worst.sqnr_db or 0.0) >= o.min_sqnr,
+                "lowest SQNR of a tensor, in dB",
+                worst=worst.sqnr_db if worst else None,
+                limit=o.min_sqnr,
+                tensor=worst.name if worst else None,
+            )
+        if o.max_nmse is not None:
+            most = max(rows, key=lambda r: r.nmse or 0.0, default=None)
+            self.check(
+                "max-nmse",
+                most is None or (most.nmse or 0.0) <= o.max_nmse,
+                "highest normalised squared error of a tensor",
+                worst=most.nmse if most else None,
+                limit=o.max_nmse,
+                tensor=most.name if most else None,
+            )
+
+
+def _first_rows(
+    model: Model, tensor: TensorInfo, path: Path, rows: int
+) -> Iterator[NDArray[np.float32]]:
+    taken = 0
+    for batch in read_batches(model, tensor, path):
+        yield batch
+        taken += len(batch)
+        if taken >= rows:
+            return
+
+
+def _db(signal: float, noise: float) -> float | None:
+    if noise == 0:
+        return None
+    return 10 * math.log10(signal / noise) if signal > 0 else float("-inf")
+
+
+def _measure_rows(
+    rows: Rows, weights: NDArray[np.float32] | None, x: NDArray[np.float32], a: Activations
+) -> _Measured:
+    """Errors of some rows: of the weights, and of their product with activations ``x``, as bytes
+    ``a``.
+    """
+    found = _Measured()
+    reference = kernels.reference
+    if weights is not None:
+        sums = reference.error_sums(weights, rows.values)
+        found.error = ErrorSums(weights.size, *sums)
+        found.worst_step = rows.worst_step(weights)
+    if rows.integer is None:
+        return found
+    span = slice(rows.first_column, rows.first_column + rows.values.shape[1])
+    a = Activations(a.codes[:, span], a.scale, a.zero_point)
+    found.integer = True
+    product = integer_product(rows.integer, a, check=True)
+    found.exact = bool(product.exact)
+    inputs = a.values
+    wide = rows.values.astype(np.float64)
+    expected = inputs @ wide.T
+    # Each group adds two binary32 roundings, relative to the sum of magnitudes.
+    terms = 2 * len(rows.integer.spans()) + 4
+    bound = (np.abs(inputs) @ np.abs(wide).T + rows.offset_magnitude(a)) * terms * 2.0**-24
+    difference = np.abs(product.y - expected)
+    found.float_error = float((difference / np.maximum(bound, 1e-300)).max(initial=0.0))
+    if weights is not None:
+        truth = x[:, span].astype(np.float64) @ weights.astype(np.float64).T
+        found.signal = float((truth * truth).sum())
+        found.noise = float(((truth - product.y) ** 2).sum())
+    return found
