@@ -84,7 +84,8 @@ class AffineEncoding:
             ("scales", groups * SCALE_SIZES[self.scale_dtype]),
         ]
         if not self.symmetric:
-            sizes.append(("zero_points", packed_size(groups, self.zero_point_bits)))
+            packed = -(-groups // PACK_GROUP) * 4 * self.zero_point_bits
+            sizes.append(("zero_points", groups if self.bits == 8 else packed))
         return tuple(sizes)
 
     def to_json(self) -> dict[str, object]:
@@ -102,11 +103,6 @@ class AffineEncoding:
 
 
 Encoding = RawEncoding | AffineEncoding
-
-
-def packed_size(count: int, width: int) -> int:
-    """Bytes of ``count`` values of ``width`` bits: whole groups of 32 below 8 bits."""
-    return count if width == 8 else -(-count // PACK_GROUP) * 4 * width
 
 
 def stored_size(encoding: Encoding, shape: tuple[int, ...]) -> int:

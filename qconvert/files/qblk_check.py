@@ -118,7 +118,7 @@ def _check_codes(model: QblkModel, tensor: StoredTensor, encoding: AffineEncodin
         real = encoding.row_length - tile.start % whole
         if bits == 8:
             codes = codes ^ SIGN  # back to the stored byte: padding is 0, -128 is 0x80
-            if encoding.symmetric and (codes[:, :real] == 0x80).any():
+            if encoding.symmetric and (codes == 0x80).any():
                 _refuse(model, 22, "a symmetric tensor has the code -128", tensor.name)
         if padded and codes[:, max(real, 0) :].any():
             _refuse(model, 23, "padding codes are not 0", tensor.name)

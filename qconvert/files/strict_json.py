@@ -18,6 +18,24 @@ MAX_JSON_CONTAINERS = 4_000_000  # a tensor needs three; an empty list of 2 byte
 _BRACKET = re.compile(r'(?:[^\[\]{}"]++|"(?:[^"\\]++|\\.)*+"?)*+([\[\]{}]|\Z)', re.DOTALL)
 
 
+# A string, closed or not: an unclosed one must not be tried again from each quote inside it.
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+
+
+def outside_strings(text: str) -> str:
+    """A JSON text without its strings."""
+    return _STRING.sub("", text)
+
+
+def nesting(outside: str) -> int:
+    """The deepest nesting of a text without strings; nothing recurses."""
+    depth = deepest = 0
+    for bracket in re.finditer(r"[\[\]{}]", outside):
+        depth += 1 if bracket[0] in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def strict_json(data: bytes, path: Path) -> Any:
     """``data`` as JSON, read in the one way in which all readers agree.
 

@@ -156,6 +156,7 @@ def encode(x: F32, scale: F32, zero: I32, bits: int, symmetric: bool) -> tuple[U
     return u.astype(np.uint8), clipped
 
 
+@np.errstate(over="ignore")  # a scale near the end of the range may decode to infinity
 def decode(codes: U8, scale: F32, zero: I32, bits: int, symmetric: bool) -> F32:
     """Values of (G, L) codes, section 2."""
     if symmetric:
@@ -188,11 +189,11 @@ def error_sums(x: F32, decoded: F32) -> tuple[float, float, float]:
 
 def planes(width: int) -> tuple[int, ...]:
     """Bits of each plane of a packed group, section 4: powers of two, the largest first."""
-    return tuple(p for p in (4, 2, 1) if width & p)
+    return tuple(p for p in (8, 4, 2, 1) if width & p)
 
 
 def pack(values: U8, width: int) -> U8:
-    """Pack values of ``width`` < 8 bits; their number must be a multiple of 32."""
+    """Pack values of ``width`` bits; their number must be a multiple of 32."""
     groups = values.reshape(-1, 32)
     out = []
     for p in planes(width):

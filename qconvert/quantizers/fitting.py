@@ -43,7 +43,7 @@ class Extent:
 
     @property
     def magnitude(self) -> F32:
-        return np.maximum(-self.low, self.high)
+        return np.maximum(-self.low, self.high) + np.float32(0)  # never -0: a scale comes of it
 
 
 def extent(x: F32, counts: I32 | None = None) -> Extent:

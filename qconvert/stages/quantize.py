@@ -328,6 +328,13 @@ class _Job:
         # Parameters that tiles share are stored once, not with every tile.
         if analysis is not None and analysis.shared is not None:
             target.append_shared(analysis.shared, analysis.encoding)
+        if not np.isfinite(error.noise):
+            raise WeightError(
+                "weights near the end of the range of binary32 would decode to infinity",
+                path=self.model.path,
+                tensor=p.tensor.name,
+                hint=f"keep the tensor with --keep '{p.tensor.name}'",
+            )
         self.total += error
         row.sqnr_db, row.nmse, row.max_error = error.sqnr_db, error.nmse, error.worst
         row.bits_per_weight = 8 * row.nbytes / p.tensor.size
