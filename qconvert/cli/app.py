@@ -63,7 +63,7 @@ def root(
       3 an input cannot be used               reader of stdout gone
 
     \b
-    Environment: QCONVERT_KERNELS=reference|native, QCONVERT_DEBUG=1, NO_COLOR, TERM
+    Environment: QCONVERT_KERNELS=reference, QCONVERT_DEBUG=1 (tracebacks), NO_COLOR, TERM
     """
     if version:
         typer.echo(f"qconvert {__version__}")
@@ -83,7 +83,9 @@ def inspect(
     headers_only: Annotated[
         bool, typer.Option("--headers-only", help="names, shapes and sizes; reads no weights")
     ] = False,
-    bins: Annotated[int, typer.Option("--bins", min=2, max=200, help="bins of a histogram")] = 32,
+    bins: Annotated[
+        int, typer.Option("--bins", min=2, max=200, metavar="N", help="bins of a histogram")
+    ] = 32,
     threads: Threads = None,
     json: Json = False,
     report: ReportFile = None,
@@ -335,7 +337,7 @@ def verify(
 @app.command()
 def bench(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="take the largest matrix of this model")
+        Path | None, typer.Argument(metavar="FILE", help="take the largest matrix of this model")
     ] = None,
     shape: Annotated[
         list[str] | None,

@@ -138,7 +138,7 @@ def analyse(
         lambda a, b: (merge(a[0], b[0]), a[1] + b[1]), mapper(work, tiles(rows, columns))
     )
     check_finite(statistics, tensor, model.path)
-    sample = sample_rows(model, tensor, columns)
+    sample = sample_rows(model, tensor, encoding)
     decision = decide(statistics, groups, requested, encoding, method, sample)
     settled = replace(encoding, symmetric=decision.symmetric, scale_dtype=decision.scale_dtype)
     return Analysis(statistics, decision, settled, _shared(model, tensor, settled, method))

@@ -23,9 +23,12 @@ from qconvert.quantizers.fitting import fit
 from qconvert.ranges import RangeMethod
 
 DB_PER_BIT = 6.02  # 20 log10(2)
-CLEAR_MARGIN_DB = 1.0  # the prediction is trusted when it is this far from the cost
-SAMPLE_VALUES = 1 << 16
-STRIP = 1 << 10  # columns of a sampled row; a multiple of every block
+CLEAR_MARGIN_DB = (
+    3.0  # a prediction this far from the cost is trusted: clipping moves it by up to 2
+)
+# Values of a sample, and columns taken of a row (a multiple of every block). Blocks are many in any part of
+# a tensor; a channel wants whole rows, and a tensor scale as much of the tensor as is cheap.
+SAMPLES = {"block": (1 << 16, 1 << 10), "channel": (1 << 16, 1 << 14), "tensor": (1 << 18, 1 << 14)}
 
 SAMPLE_NOTE_KEYS = ("symmetric_db", "asymmetric_db")
 
@@ -124,15 +127,17 @@ def sample_sqnr(
     return encode_rows(rows, encoding, fit(groups, encoding, method, counts)).error.sqnr_db
 
 
-def sample_rows(model: Model, tensor: TensorInfo, row_length: int) -> NDArray[np.float32]:
-    """Up to 65,536 values: parts of evenly spaced rows, of at most 1,024 columns each."""
-    rows = tensor.size // row_length
-    width = min(row_length, STRIP)
-    count = min(rows, max(1, SAMPLE_VALUES // width))
-    strips = max(1, row_length // STRIP)
+def sample_rows(model: Model, tensor: TensorInfo, encoding: AffineEncoding) -> NDArray[np.float32]:
+    """Parts of evenly spaced rows, (R, c) float32: see `SAMPLES`."""
+    values, strip = SAMPLES[encoding.granularity]
+    columns = encoding.row_length
+    rows = tensor.size // columns
+    width = min(columns, strip)
+    count = min(rows, max(1, values // width))
+    strips = columns // width
     parts = []
     for i in range(count):
-        start = (i * rows // count) * row_length + (i % strips) * width
+        start = (i * rows // count) * columns + (i % strips) * width
         parts.append(model.values(tensor, start, start + width).astype(np.float32))
     return np.stack(parts)
 

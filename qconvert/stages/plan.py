@@ -15,8 +15,8 @@ from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme, Scheme
 MIN_VALUES = 1024  # smaller tensors: the bytes saved do not matter, the error may
 KEPT_NAMES = ("*.bias", "*norm.weight", "*Norm.weight", "*norm.bias", "*Norm.bias")
 # Token embeddings and output head take the scheme like other matrices, but never fewer bits than
-# this: both are used by every token, and below 4 bits their error dominates the model's (measured
-# in the README).
+# this: every token passes through both. The sample model's perplexity rises by 2.8 % at q3_block64
+# and 10.1 % at q2_block64 with this rule, by 5.0 % and 25.9 % without.
 TOKEN_TABLE_BITS = 4
 TOKEN_TABLES = (
     "*embed_tokens.weight",

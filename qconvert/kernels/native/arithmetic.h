@@ -1,0 +1,75 @@
+/* Rounding, clamping and the order of additions, shared by all loops. Included once per variant. */
+#include "kernels.h"
+
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* Adding and subtracting 1.5 * 2^23 leaves an integer, rounded by the addition: to nearest, ties to
+ * even. Exact for |v| <= 2^22, and unlike rintf() a vector instruction on every processor. */
+INLINE float round_small(float v) {
+    const float magic = 12582912.0f;
+    return (v + magic) - magic;
+}
+
+/* The same in binary64, for |v| <= 2^51. */
+INLINE double round_small_wide(double v) {
+    const double magic = 6755399441055744.0;
+    return (v + magic) - magic;
+}
+
+/* NaN stays NaN. */
+INLINE float clamp(float v, float low, float high) {
+    v = v < low ? low : v;
+    return v > high ? high : v;
+}
+
+INLINE double clamp_wide(double v, double low, double high) {
+    v = v < low ? low : v;
+    return v > high ? high : v;
+}
+
+/* clamp(rint(v), low, top) for integers low and top: clamping first gives the same integer. */
+INLINE float code_of(float v, float low, float top) {
+    return round_small(clamp(v, low, top));
+}
+
+INLINE uint32_t bits_of(float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits;
+}
+
+INLINE float from_bits(uint32_t bits) {
+    float v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+/* Adds partial sums in pairs: i with i+8, i+4, i+2, i+1 (section 6). */
+INLINE double fold_wide(double lanes[LANES]) {
+    for (int half = LANES / 2; half; half /= 2) {
+        for (int i = 0; i < half; i++) {
+            lanes[i] += lanes[i + half];
+        }
+    }
+    return lanes[0];
+}
+
+INLINE float fold(float lanes[LANES]) {
+    for (int half = LANES / 2; half; half /= 2) {
+        for (int i = 0; i < half; i++) {
+            lanes[i] += lanes[i + half];
+        }
+    }
+    return lanes[0];
+}
+
+INLINE size_t smaller(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+
+/* Zero steps to a code, section 3. */
+INLINE int zero_steps(int bits) {
+    return bits == 8 ? 1 : 4;
+}

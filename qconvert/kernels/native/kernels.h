@@ -1,0 +1,130 @@
+/* What the loops offer, one table of functions per instruction set.
+ *
+ * Plain C: nothing here knows Python. Sizes are checked by the caller. Arrays do not overlap; they
+ * are C-contiguous and aligned for their type, except `raw` bytes. The definitions are those of
+ * ../reference.py, bit for bit; section numbers are those of formats/schemes/SPEC.md.
+ */
+#ifndef QCONVERT_KERNELS_H
+#define QCONVERT_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    LANES = 16,            /* partial sums, section 6 */
+    PIECE = 256,           /* values whose binary32 sums are added before binary64 takes over */
+    PACK_GROUP = 32,       /* values packed together, section 4 */
+    SEGMENT = 16384,       /* columns that an int32 accumulator can take, section 7 */
+    HISTOGRAM_BINS = 65536,
+    MAX_CANDIDATES = 64,
+};
+
+/* What a function that may fail returns. */
+enum { DONE = 0, NO_MEMORY = 1 };
+
+typedef struct {
+    size_t nonfinite;       /* NaN and Inf values */
+    size_t first_nonfinite; /* index of the first of them */
+    size_t zeros;
+    size_t count;           /* finite values; the fields below mean nothing when it is 0 */
+    double minimum, maximum, mean, m2, m3, m4;
+} Statistics;
+
+/* The code of an affine scheme. */
+typedef struct {
+    int bits;      /* 2, 3, 4, 5, 6 or 8 */
+    int symmetric;
+    size_t block;  /* values of a row that share a scale; 0: the whole row */
+} Scheme;
+
+typedef struct {
+    double signal, noise, worst;
+    size_t clipped;
+} Errors;
+
+/* The candidates of the mse search, as in qconvert/ranges.py but already binary32. */
+typedef struct {
+    const float *factors, *shifts; /* no shifts when symmetric */
+    size_t factor_count, shift_count;
+} Grid;
+
+typedef struct {
+    Scheme scheme;
+    const uint8_t *packed; /* (rows, row_codes * bits / 8) */
+    size_t rows, row_codes, columns;
+    const float *scale;    /* (rows, groups) as stored */
+    const int32_t *zero;   /* (rows, groups) zero steps; read only when asymmetric */
+    size_t groups;
+    const int8_t *inputs;  /* (samples, columns) */
+    size_t samples;
+    int32_t zero_point;    /* of the inputs, -128..127 */
+    float *y;              /* (samples, rows) */
+} Product;
+
+enum ggml_type { GGML_Q4_0, GGML_Q4_1, GGML_Q5_0, GGML_Q5_1, GGML_Q8_0, GGML_TYPES };
+
+typedef struct {
+    const char *name;
+
+    void (*widen_bf16)(const uint8_t *raw, size_t n, float *out);
+    void (*widen_f16)(const uint8_t *raw, size_t n, float *out);
+    void (*widen_table)(const uint8_t *raw, size_t n, const float table[256], float *out);
+
+    int (*observe_f32)(const float *x, size_t n, Statistics *found);
+    int (*observe_f64)(const double *x, size_t n, Statistics *found);
+    void (*histogram)(const float *x, size_t n, int64_t bins[HISTOGRAM_BINS]);
+    void (*extrema)(const float *x, size_t groups, size_t length, float *low, float *high,
+                    int64_t *zeros);
+    void (*error_sums)(const float *x, const float *decoded, size_t n, Errors *found);
+
+    void (*column_sums)(const float *columns, size_t length, size_t groups, float *sums);
+    void (*code_sums)(const float *columns, size_t length, size_t groups, const float *inverse,
+                      const float *offset, float low, float top, const float *mask, float *su,
+                      float *suu, float *sxu);
+    void (*long_sums)(const float *x, size_t rows, size_t length, size_t candidates,
+                      const float *inverse, const float *offset, float low, float top,
+                      double *sums);
+    int (*search)(const float *x, size_t groups, size_t length, const int32_t *counts,
+                  const float *low, const float *high, const uint8_t *has_zero, Scheme scheme,
+                  Grid grid, double *scale, int32_t *zero, uint8_t *found);
+
+    size_t (*encode)(const float *x, size_t groups, size_t length, const float *scale,
+                     const int32_t *zero, Scheme scheme, uint8_t *codes);
+    void (*decode)(const uint8_t *codes, size_t groups, size_t length, const float *scale,
+                   const int32_t *zero, Scheme scheme, float *out);
+    void (*encode_rows)(const float *x, size_t rows, size_t columns, const float *scale,
+                        const int32_t *zero, size_t groups, Scheme scheme, uint8_t *packed,
+                        Errors *found);
+    void (*pack)(const uint8_t *values, size_t groups, int width, uint8_t *packed);
+    void (*unpack)(const uint8_t *packed, size_t groups, int width, uint8_t *values);
+
+    int (*integer_product)(const int16_t *codes, size_t rows, const int8_t *inputs, size_t samples,
+                           size_t length, int32_t *sums);
+    int (*product)(const Product *task);
+
+    void (*ggml_encode)(enum ggml_type type, const float *x, size_t blocks, uint8_t *out);
+    void (*ggml_decode)(enum ggml_type type, const uint8_t *data, size_t blocks, float *out);
+} Kernels;
+
+/* The variants that this processor can run, best last; `variant_count` of them. */
+const Kernels *variant(size_t index);
+size_t variant_count(void);
+
+/* Bytes of a ggml block of 32 values. */
+size_t ggml_bytes(enum ggml_type type);
+
+/* Codes stored per row of `columns` values, padding included. */
+static inline size_t stored_row(Scheme scheme, size_t columns) {
+    size_t unit = scheme.block ? scheme.block : 1;
+    if (scheme.bits < 8 && unit < PACK_GROUP) {
+        unit = PACK_GROUP;
+    }
+    return (columns + unit - 1) / unit * unit;
+}
+
+/* Groups of a row of `columns` values. */
+static inline size_t row_groups(Scheme scheme, size_t columns) {
+    return scheme.block ? (columns + scheme.block - 1) / scheme.block : 1;
+}
+
+#endif

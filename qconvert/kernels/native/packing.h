@@ -1,0 +1,85 @@
+/* Values of 1 to 8 bits to planes and back, section 4. */
+#include "arithmetic.h"
+
+INLINE void pack_plane(const uint8_t *restrict values, int low, int p, uint8_t *restrict plane) {
+    uint8_t mask = (uint8_t)((1 << p) - 1);
+    for (int i = 0; i < 4 * p; i++) {
+        unsigned byte = 0;
+        for (int k = 0; k < 8 / p; k++) {
+            byte |= (unsigned)((values[i + 4 * p * k] >> low) & mask) << (p * k);
+        }
+        plane[i] = (uint8_t)byte;
+    }
+}
+
+INLINE void unpack_plane(const uint8_t *restrict plane, int low, int p, uint8_t *restrict values) {
+    uint8_t mask = (uint8_t)((1 << p) - 1);
+    for (int k = 0; k < 8 / p; k++) {
+        for (int i = 0; i < 4 * p; i++) {
+            values[i + 4 * p * k] |= (uint8_t)(((plane[i] >> (p * k)) & mask) << low);
+        }
+    }
+}
+
+/* One group of 32 values of a width known to the compiler. */
+INLINE void pack_group(const uint8_t *restrict values, int width, uint8_t *restrict packed) {
+    int low = 0;
+    for (int p = 8; p; p /= 2) {
+        if (width & p) {
+            pack_plane(values, low, p, packed);
+            packed += 4 * p;
+            low += p;
+        }
+    }
+}
+
+INLINE void unpack_group(const uint8_t *restrict packed, int width, uint8_t *restrict values) {
+    int low = 0;
+    memset(values, 0, PACK_GROUP);
+    for (int p = 8; p; p /= 2) {
+        if (width & p) {
+            unpack_plane(packed, low, p, values);
+            packed += 4 * p;
+            low += p;
+        }
+    }
+}
+
+#define EACH_GROUP(width)                                                   \
+    case width:                                                             \
+        for (size_t g = 0; g < groups; g++) {                               \
+            GROUP(from + g * FROM_BYTES(width), width, to + g * TO_BYTES(width)); \
+        }                                                                   \
+        break;
+
+#define EACH_WIDTH         \
+    switch (width) {       \
+        EACH_GROUP(1)      \
+        EACH_GROUP(2)      \
+        EACH_GROUP(3)      \
+        EACH_GROUP(4)      \
+        EACH_GROUP(5)      \
+        EACH_GROUP(6)      \
+        EACH_GROUP(7)      \
+        EACH_GROUP(8)      \
+    }
+
+#define GROUP pack_group
+#define FROM_BYTES(width) PACK_GROUP
+#define TO_BYTES(width) (4 * (width))
+static void pack(const uint8_t *restrict from, size_t groups, int width, uint8_t *restrict to) {
+    EACH_WIDTH
+}
+#undef GROUP
+#undef FROM_BYTES
+#undef TO_BYTES
+
+#define GROUP unpack_group
+#define FROM_BYTES(width) (4 * (width))
+#define TO_BYTES(width) PACK_GROUP
+static void unpack(const uint8_t *restrict from, size_t groups, int width, uint8_t *restrict to) {
+    EACH_WIDTH
+}
+#undef GROUP
+#undef FROM_BYTES
+#undef TO_BYTES

@@ -1,0 +1,142 @@
+/* Moments, histogram, extremes and errors of runs of numbers. */
+#include "arithmetic.h"
+
+#include <stdlib.h>
+
+#define NUMBER float
+#define FINITE finite_f32
+#define SURVEY survey_f32
+#define CENTRAL central_f32
+#define COMPRESS compress_f32
+#define OBSERVE observe_f32
+#include "moments.h"
+#undef NUMBER
+#undef FINITE
+#undef SURVEY
+#undef CENTRAL
+#undef COMPRESS
+#undef OBSERVE
+
+#define NUMBER double
+#define FINITE finite_f64
+#define SURVEY survey_f64
+#define CENTRAL central_f64
+#define COMPRESS compress_f64
+#define OBSERVE observe_f64
+#include "moments.h"
+#undef NUMBER
+#undef FINITE
+#undef SURVEY
+#undef CENTRAL
+#undef COMPRESS
+#undef OBSERVE
+
+static void histogram(const float *restrict x, size_t n, int64_t bins[restrict HISTOGRAM_BINS]) {
+    for (size_t i = 0; i < n; i++) {
+        bins[bits_of(x[i]) >> 16]++;
+    }
+}
+
+static void extrema(const float *restrict x, size_t groups, size_t length, float *restrict low,
+                    float *restrict high, int64_t *restrict zeros) {
+    size_t whole = length / LANES * LANES;
+    for (size_t g = 0; g < groups; g++, x += length) {
+        float small[LANES], large[LANES];
+        int32_t zero_lanes[LANES] = {0};
+        size_t found = 0;
+        for (int j = 0; j < LANES; j++) {
+            small[j] = large[j] = x[0];
+        }
+        for (size_t start = 0; start < whole;) {
+            size_t stop = smaller(whole, start + (1u << 20)); /* int32 counters suffice */
+            for (; start < stop; start += LANES) {
+                for (int j = 0; j < LANES; j++) {
+                    float v = x[start + j];
+                    small[j] = v < small[j] ? v : small[j];
+                    large[j] = v > large[j] ? v : large[j];
+                    zero_lanes[j] += v == 0;
+                }
+            }
+            for (int j = 0; j < LANES; j++) {
+                found += (size_t)zero_lanes[j];
+                zero_lanes[j] = 0;
+            }
+        }
+        for (size_t i = whole; i < length; i++) {
+            small[0] = x[i] < small[0] ? x[i] : small[0];
+            large[0] = x[i] > large[0] ? x[i] : large[0];
+            found += x[i] == 0;
+        }
+        for (int half = LANES / 2; half; half /= 2) {
+            for (int j = 0; j < half; j++) {
+                small[j] = small[j + half] < small[j] ? small[j + half] : small[j];
+                large[j] = large[j + half] > large[j] ? large[j + half] : large[j];
+            }
+        }
+        low[g] = small[0];
+        high[g] = large[0];
+        zeros[g] = (int64_t)found;
+    }
+}
+
+/* Sums of squares in the order of section 6 over a run that arrives in pieces. */
+typedef struct {
+    double signal[LANES], noise[LANES], worst[LANES];
+    unsigned phase; /* lane of the next value */
+} ErrorLanes;
+
+INLINE void add_error(ErrorLanes *lanes, int lane, float x, float decoded) {
+    double wide = (double)x;
+    double error = wide - (double)decoded;
+    double size = error < 0 ? -error : error;
+    lanes->signal[lane] += wide * wide;
+    lanes->noise[lane] += error * error;
+    lanes->worst[lane] = size > lanes->worst[lane] ? size : lanes->worst[lane];
+}
+
+INLINE void add_errors(ErrorLanes *lanes, const float *restrict x, const float *restrict decoded,
+                       size_t n) {
+    size_t i = 0;
+    while (i < n && lanes->phase) {
+        add_error(lanes, (int)lanes->phase, x[i], decoded[i]);
+        lanes->phase = (lanes->phase + 1) % LANES;
+        i++;
+    }
+    double signal[LANES], noise[LANES], worst[LANES];
+    memcpy(signal, lanes->signal, sizeof signal);
+    memcpy(noise, lanes->noise, sizeof noise);
+    memcpy(worst, lanes->worst, sizeof worst);
+    for (; i + LANES <= n; i += LANES) {
+        for (int j = 0; j < LANES; j++) {
+            double wide = (double)x[i + j];
+            double error = wide - (double)decoded[i + j];
+            double size = error < 0 ? -error : error;
+            signal[j] += wide * wide;
+            noise[j] += error * error;
+            worst[j] = size > worst[j] ? size : worst[j];
+        }
+    }
+    memcpy(lanes->signal, signal, sizeof signal);
+    memcpy(lanes->noise, noise, sizeof noise);
+    memcpy(lanes->worst, worst, sizeof worst);
+    for (; i < n; i++) {
+        add_error(lanes, (int)lanes->phase++, x[i], decoded[i]);
+    }
+}
+
+INLINE void finish_errors(ErrorLanes *lanes, Errors *found) {
+    double worst = 0;
+    for (int j = 0; j < LANES; j++) {
+        worst = lanes->worst[j] > worst ? lanes->worst[j] : worst;
+    }
+    found->signal = fold_wide(lanes->signal);
+    found->noise = fold_wide(lanes->noise);
+    /* The sum of squares is NaN only if an error is: then so is the worst. */
+    found->worst = found->noise == found->noise ? worst : found->noise;
+}
+
+static void error_sums(const float *x, const float *decoded, size_t n, Errors *found) {
+    ErrorLanes lanes = {0};
+    add_errors(&lanes, x, decoded, n);
+    finish_errors(&lanes, found);
+}
