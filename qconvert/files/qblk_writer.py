@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qconvert.encoding import AffineEncoding, Encoding
 from qconvert.files.atomic import AtomicOutput
-from qconvert.files.qblk import (
+from qconvert.files.qblk_header import (
     MAGIC,
     MAJOR,
     MAX_HEADER,

@@ -23,11 +23,10 @@ from qconvert.quantizers.fitting import fit
 from qconvert.ranges import RangeMethod
 
 DB_PER_BIT = 6.02  # 20 log10(2)
-CLEAR_MARGIN_DB = (
-    3.0  # a prediction this far from the cost is trusted: clipping moves it by up to 2
-)
-# Values of a sample, and columns taken of a row (a multiple of every block). Blocks are many in any part of
-# a tensor; a channel wants whole rows, and a tensor scale as much of the tensor as is cheap.
+# A prediction is trusted when it is this far from the cost: clipping moves the gain by up to 2 dB.
+CLEAR_MARGIN_DB = 3.0
+# Values of a sample, and columns taken of a row (a multiple of every block). Blocks are many in any
+# part of a tensor; a channel wants whole rows, a tensor scale as much of the tensor as is cheap.
 SAMPLES = {"block": (1 << 16, 1 << 10), "channel": (1 << 16, 1 << 14), "tensor": (1 << 18, 1 << 14)}
 
 SAMPLE_NOTE_KEYS = ("symmetric_db", "asymmetric_db")

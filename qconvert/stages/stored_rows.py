@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.encoding import AffineEncoding
-from qconvert.files.qblk import QblkModel, StoredTensor
+from qconvert.files.qblk import QblkModel
+from qconvert.files.qblk_header import StoredTensor
 from qconvert.geometry import Tile
 from qconvert.kernels import reference as kernels
 from qconvert.model import Model, TensorInfo

@@ -1,0 +1,446 @@
+"""The header of a qblk file: every rule that needs no payload.
+
+formats/qblk/SPEC.md sections 1 to 5; comments and codes cite its rules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from qconvert.encoding import (
+    BITS,
+    BLOCKS,
+    GRANULARITIES,
+    SCALE_SIZES,
+    AffineEncoding,
+    Encoding,
+    RawEncoding,
+)
+from qconvert.errors import FormatError, UnsupportedError
+from qconvert.files.regular import RegularFile
+from qconvert.files.strict_json import nesting, outside_strings
+from qconvert.model import DTYPES
+
+MAGIC = b"\x89QBLK\r\n\n"
+MAJOR, MINOR = 1, 0
+PREAMBLE = struct.Struct("<8sBBHIQQ32s")
+ALIGNMENT = 64
+MAX_HEADER = 1 << 26
+MAX_DEPTH = 16
+MAX_TENSORS = 1_000_000
+MAX_FILES = 10_000
+MAX_NAME = 1_024
+MAX_FILE_NAME = 255
+MAX_DIMS = 16
+MAX_DIM = 1 << 48
+MAX_INTEGER = (1 << 53) - 1
+REQUIRED_FEATURES: frozenset[str] = frozenset()
+HEADER_KEYS = {
+    "files": list,
+    "metadata": dict,
+    "provenance": dict,
+    "required_features": list,
+    "tensors": list,
+}
+
+
+def align(n: int) -> int:
+    return -(-n // ALIGNMENT) * ALIGNMENT
+
+
+def canonical(value: object) -> bytes:
+    """The canonical JSON of QBLK-008."""
+    text = json.dumps(
+        value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
+    )
+    return text.encode()
+
+
+def tensor_digest(
+    name: str, shape: tuple[int, ...], dtype: str, encoding: Encoding, segments: list[bytes]
+) -> str:
+    """QBLK-024, from the SHA-256 of each segment."""
+    bound = {
+        "encoding": encoding.to_json(),
+        "name": name,
+        "shape": list(shape),
+        "source_dtype": dtype,
+    }
+    return hashlib.sha256(canonical(bound) + b"\n" + b"".join(segments)).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of bytes of the payload; ``offset`` counts from the start of the file."""
+
+    kind: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor entry of the header."""
+
+    name: str
+    shape: tuple[int, ...]
+    source_dtype: str
+    encoding: Encoding
+    segments: tuple[Segment, ...]
+    sha256: str
+    decision: dict[str, Any]
+    error: dict[str, Any]
+    activation: dict[str, Any] | None
+
+    def segment(self, kind: str) -> Segment:
+        return next(s for s in self.segments if s.kind == kind)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A companion file entry of the header."""
+
+    name: str
+    segment: Segment
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A header that keeps every rule of SPEC.md sections 1 to 5 that a reader must check."""
+
+    version: tuple[int, int]
+    header_end: int
+    payload_offset: int
+    file_length: int
+    metadata: dict[str, str]
+    provenance: dict[str, Any]
+    tensors: tuple[StoredTensor, ...]
+    files: tuple[StoredFile, ...]
+
+
+class _HeaderReader:
+    """Checks rule after rule, in the order of SPEC.md section 6."""
+
+    def __init__(self, file: RegularFile) -> None:
+        self.path = file.path
+        self.file = file
+        self.tensor: str | None = None
+
+    def refuse(
+        self, rule: int, message: str, found: object = None, wanted: object = None
+    ) -> NoReturn:
+        raise FormatError(
+            message,
+            path=self.path,
+            tensor=self.tensor,
+            found=found,
+            wanted=wanted,
+            code=f"QBLK-{rule:03}",
+        )
+
+    def read(self) -> Header:
+        size = self.file.size
+        head = self.file.read(0, min(PREAMBLE.size, size))
+        if len(head) < PREAMBLE.size or head[:8] != MAGIC:
+            self.refuse(1, "not a qblk file, or damaged by a text-mode transfer")
+        _, major, minor, reserved, length, payload, total, digest = PREAMBLE.unpack(head)
+        if major != MAJOR:
+            raise UnsupportedError(
+                "a version of qblk that this qconvert does not know",
+                path=self.path,
+                found=f"{major}.{minor}",
+                wanted=f"{MAJOR}.x",
+                hint="use a newer qconvert",
+                code="QBLK-002",
+            )
+        if reserved:
+            self.refuse(3, "reserved bytes of the preamble are not 0", reserved, 0)
+        if total != size:
+            self.refuse(4, "length of the file", f"{size:,} bytes", f"{total:,}")
+        if (
+            not 2 <= length <= MAX_HEADER
+            or payload % ALIGNMENT
+            or payload < PREAMBLE.size + length
+            or payload > total
+        ):
+            self.refuse(5, "impossible header length or payload offset", f"{length}, {payload}")
+        text = self.file.read(PREAMBLE.size, length)
+        if hashlib.sha256(head[:32] + text).digest() != digest:
+            self.refuse(6, "the header does not match its digest: the file is damaged")
+        header = self._parse(text)
+        self._top_level(header)
+        tensors = self._tensors(header["tensors"], payload)
+        files = self._files(header["files"], payload)
+        self._places(tensors, files, payload, total)
+        return Header(
+            version=(major, minor),
+            header_end=PREAMBLE.size + length,
+            payload_offset=payload,
+            file_length=total,
+            metadata=header["metadata"],
+            provenance=header["provenance"],
+            tensors=tensors,
+            files=files,
+        )
+
+    # --- section 2 ---
+
+    def _parse(self, text: bytes) -> dict[str, Any]:
+        repeated: list[str] = []
+
+        def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+            keys = [k for k, _ in items]
+            if keys != sorted(keys):
+                raise ValueError("keys are not sorted")
+            result = dict(items)
+            if len(result) != len(keys):
+                repeated.append(next(k for k in keys if keys.count(k) > 1))
+            return result
+
+        def integer(digits: str) -> int:
+            if len(digits) > 17 or abs(int(digits)) > MAX_INTEGER:
+                raise ValueError("integer too large")
+            return int(digits)
+
+        def constant(name: str) -> NoReturn:
+            raise ValueError(f"{name} is not JSON")
+
+        try:
+            decoded = text.decode("utf-8")
+            outside = outside_strings(decoded)
+            if nesting(outside) > MAX_DEPTH:
+                raise ValueError(f"nested more than {MAX_DEPTH} deep")
+            if any(c in outside for c in " \t\r\n"):
+                raise ValueError("white space outside strings")
+            header = json.loads(
+                decoded,
+                object_pairs_hook=pairs,
+                parse_int=integer,
+                parse_constant=constant,
+            )
+            if not isinstance(header, dict):
+                raise ValueError("not an object")
+            json.dumps(header, ensure_ascii=False).encode()  # lone surrogates
+        except ValueError as e:
+            self.refuse(8, f"header is not canonical JSON: {e}")
+        if repeated:
+            self.refuse(9, f"header has the key '{repeated[0]}' twice")
+        return header
+
+    def _field(self, entry: Any, key: str, kind: type) -> Any:
+        """A required key of the right type; bool is not a number."""
+        if not isinstance(entry, dict) or key not in entry:
+            self.refuse(10, f"header lacks the key '{key}'")
+        value = entry[key]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            self.refuse(10, f"type of '{key}'", type(value).__name__, kind.__name__)
+        return value
+
+    def _top_level(self, header: dict[str, Any]) -> None:
+        for key, kind in HEADER_KEYS.items():
+            self._field(header, key, kind)
+        if not all(isinstance(v, str) for v in header["metadata"].values()):
+            self.refuse(10, "a metadata value is not a string")
+        if not all(isinstance(v, str) for v in header["required_features"]):
+            self.refuse(10, "a required feature is not a string")
+        for key, limit in (("tensors", MAX_TENSORS), ("files", MAX_FILES)):
+            if len(header[key]) > limit:
+                self.refuse(10, f"number of {key}", len(header[key]), f"at most {limit:,}")
+        for feature in header["required_features"]:
+            if feature not in REQUIRED_FEATURES:
+                raise UnsupportedError(
+                    f"the file requires the feature '{feature}', which this qconvert does not know",
+                    path=self.path,
+                    hint="use a newer qconvert",
+                    code="QBLK-011",
+                )
+
+    # --- sections 3 and 4 ---
+
+    def _tensors(self, entries: list[Any], payload: int) -> tuple[StoredTensor, ...]:
+        seen: set[str] = set()
+        tensors = []
+        for entry in entries:
+            tensors.append(self._one_tensor(entry, seen, payload))
+            self.tensor = None
+        return tuple(tensors)
+
+    def _one_tensor(self, entry: Any, seen: set[str], payload: int) -> StoredTensor:
+        name = self._field(entry, "name", str)
+        self.tensor = name
+        shape = self._field(entry, "shape", list)
+        dtype = self._field(entry, "source_dtype", str)
+        described = self._field(entry, "encoding", dict)
+        self._field(entry, "segments", list)
+        sha256 = self._field(entry, "sha256", str)
+        for key in ("decision", "error", "activation"):
+            if key in entry:
+                self._field(entry, key, dict)
+        if any(not isinstance(n, int) or isinstance(n, bool) for n in shape):
+            self.refuse(10, "a dimension is not an integer", shape)
+        if not 1 <= len(name.encode()) <= MAX_NAME or "\0" in name:
+            self.refuse(12, "impossible tensor name")
+        if name in seen:
+            self.refuse(12, "two tensors have this name")
+        seen.add(name)
+        if (
+            len(shape) > MAX_DIMS
+            or any(not 0 <= n <= MAX_DIM for n in shape)
+            or math.prod(n or 1 for n in shape) > MAX_INTEGER
+        ):
+            self.refuse(13, "impossible shape", shape)
+        encoding = self._encoding(described, dtype)
+        if isinstance(encoding, AffineEncoding):
+            self._row_length(encoding, tuple(shape))
+        activation = self._activation(entry["activation"]) if "activation" in entry else None
+        return StoredTensor(
+            name=name,
+            shape=tuple(shape),
+            source_dtype=dtype,
+            encoding=encoding,
+            segments=self._segments(entry, encoding.segments(tuple(shape)), payload),
+            sha256=sha256,
+            decision=entry.get("decision", {}),
+            error=entry.get("error", {}),
+            activation=activation,
+        )
+
+    def _encoding(self, described: dict[str, Any], dtype: str) -> Encoding:
+        kind = self._field(described, "kind", str)
+        if dtype not in DTYPES:
+            self.refuse(14, "unknown source_dtype", dtype, " ".join(DTYPES))
+        if kind == "raw":
+            return self._raw(described, dtype)
+        if kind != "affine":
+            self.refuse(14, "unknown encoding", kind, "raw or affine")
+        encoding = AffineEncoding(
+            bits=self._field(described, "bits", int),
+            granularity=self._field(described, "granularity", str),
+            block=self._field(described, "block", int) if "block" in described else 0,
+            symmetric=self._field(described, "symmetric", bool),
+            scale_dtype=self._field(described, "scale_dtype", str),
+            row_length=self._field(described, "row_length", int),
+        )
+        blocks = encoding.granularity == "block"
+        if (
+            encoding.bits not in BITS
+            or encoding.granularity not in GRANULARITIES
+            or blocks != ("block" in described)
+            or (blocks and encoding.block not in BLOCKS)
+            or encoding.scale_dtype not in (SCALE_SIZES if blocks else ("F32",))
+            or not DTYPES[dtype].floating
+        ):
+            self.refuse(14, "impossible affine encoding", json.dumps(described))
+        return encoding
+
+    def _raw(self, described: dict[str, Any], dtype: str) -> RawEncoding:
+        stored = self._field(described, "dtype", str)
+        cast = DTYPES[dtype].floating and stored in ("F32", "F16", "BF16")
+        if not (stored == dtype or cast):
+            self.refuse(14, "impossible raw encoding", json.dumps(described))
+        return RawEncoding(stored)
+
+    def _row_length(self, encoding: AffineEncoding, shape: tuple[int, ...]) -> None:
+        products = {math.prod(shape[i:]) for i in range(len(shape))} or {1}
+        if 0 in shape or encoding.row_length not in products:
+            self.refuse(15, "row length", encoding.row_length, f"a product of trailing {shape}")
+
+    def _activation(self, entry: dict[str, Any]) -> dict[str, Any]:
+        self._field(entry, "observer", str)
+        self._field(entry, "samples", int)
+        self._field(entry, "zero_point", int)
+        scale = entry.get("scale")
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            self.refuse(10, "type of 'scale'", type(scale).__name__, "number")
+        with np.errstate(over="ignore"):
+            narrow = np.float32(scale)
+        if not np.isfinite(narrow) or narrow <= 0:
+            self.refuse(16, "activation scale", scale, "a binary32 number above 0")
+        if not -128 <= entry["zero_point"] <= 127:
+            self.refuse(16, "activation zero point", entry["zero_point"], "-128..127")
+        return entry
+
+    def _segments(
+        self, entry: dict[str, Any], wanted: tuple[tuple[str, int], ...], payload: int
+    ) -> tuple[Segment, ...]:
+        found = []
+        for item in entry["segments"]:
+            found.append(
+                Segment(
+                    self._field(item, "kind", str),
+                    self._field(item, "offset", int),
+                    self._field(item, "size", int),
+                )
+            )
+        sizes = tuple((s.kind, s.size) for s in found)
+        if sizes != wanted or any(s.size < 0 for s in found):
+            self.refuse(17, "segments", sizes, wanted)
+        return tuple(Segment(s.kind, s.offset + payload, s.size) for s in found)
+
+    # --- section 5 ---
+
+    def _files(self, entries: list[Any], payload: int) -> tuple[StoredFile, ...]:
+        seen: set[str] = set()
+        files = []
+        for entry in entries:
+            name = self._field(entry, "name", str)
+            self._field(entry, "segments", list)
+            sha256 = self._field(entry, "sha256", str)
+            if (
+                not 1 <= len(name.encode()) <= MAX_FILE_NAME
+                or name in seen
+                or name in (".", "..")
+                or any(c in "/\\:" or c < " " for c in name)
+            ):
+                self.refuse(25, f"impossible or repeated file name '{name}'")
+            seen.add(name)
+            items = entry["segments"]
+            if len(items) != 1 or not isinstance(items[0], dict) or items[0].get("kind") != "data":
+                self.refuse(25, f"segments of file '{name}'", wanted="one of kind data")
+            size = self._field(items[0], "size", int)
+            segments = self._segments(entry, (("data", size),), payload)
+            files.append(StoredFile(name, segments[0], sha256))
+        return tuple(files)
+
+    def _places(
+        self,
+        tensors: tuple[StoredTensor, ...],
+        files: tuple[StoredFile, ...],
+        payload: int,
+        total: int,
+    ) -> None:
+        """QBLK-018: no holes, no overlaps, nothing behind the end."""
+        end = payload
+        owners = [(t.name, t.segments) for t in tensors]
+        owners += [(f.name, (f.segment,)) for f in files]
+        for name, segments in owners:
+            for segment in segments:
+                if segment.offset != align(end):
+                    self.tensor = name
+                    self.refuse(
+                        18,
+                        f"place of {segment.kind}",
+                        segment.offset - payload,
+                        align(end) - payload,
+                    )
+                end = segment.offset + segment.size
+        if end != total:
+            self.refuse(18, "end of the last segment", end, total)
+
+
+def read_header(file: RegularFile) -> Header:
+    """Read and check the header of an opened file.
+
+    Raises:
+        FormatError: a rule is broken; ``code`` names it.
+        UnsupportedError: the version or a required feature is unknown.
+    """
+    return _HeaderReader(file).read()

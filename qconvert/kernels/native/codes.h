@@ -1,0 +1,123 @@
+/* Values to codes and back with a scale and zero point, section 2. */
+#include "packing.h"
+#include "statistics.h"
+
+/* How to make and read the codes of one group. */
+typedef struct {
+    float divisor, scale;
+    float shift;     /* the real zero point, added to the quotient; 0 when symmetric */
+    float low, top;  /* of the rounded sum */
+    float bias;      /* from there to unsigned codes */
+} Rule;
+
+INLINE Rule rule_of(Scheme scheme, float scale, int32_t zero) {
+    Rule rule = {.divisor = scale == 0 ? 1.0f : scale, .scale = scale};
+    if (scheme.symmetric) {
+        rule.bias = (float)(1 << (scheme.bits - 1));
+        rule.low = scheme.bits == 8 ? -127.0f : -rule.bias;
+        rule.top = rule.bias - 1.0f;
+    } else {
+        /* Division by 1 or 4 is exact for every zero point in range. */
+        rule.shift = (float)zero / (float)zero_steps(scheme.bits);
+        rule.top = (float)((1 << scheme.bits) - 1);
+    }
+    return rule;
+}
+
+/* Codes of n values. Adding a shift of 0 changes no rounded value, so both symmetries share a loop.
+ * Clamping one step outside the codes before rounding keeps round_small() exact and tells which
+ * values were clipped. */
+INLINE size_t encode_run(const float *restrict x, size_t n, const Rule *rule,
+                         uint8_t *restrict codes) {
+    const Rule r = *rule;
+    const float below = r.low - 1.0f, above = r.top + 1.0f;
+    int32_t clipped = 0;
+    for (size_t i = 0; i < n; i++) {
+        float rounded = code_of(x[i] / r.divisor + r.shift, below, above);
+        clipped += (rounded < r.low) | (rounded > r.top);
+        codes[i] = (uint8_t)(int32_t)(clamp(rounded, r.low, r.top) + r.bias);
+    }
+    return (size_t)clipped;
+}
+
+/* k is exact, so its one rounding is that of the product. */
+INLINE void decode_run(const uint8_t *restrict codes, size_t n, const Rule *rule,
+                       float *restrict out) {
+    const float offset = rule->bias + rule->shift, scale = rule->scale;
+    for (size_t i = 0; i < n; i++) {
+        out[i] = ((float)codes[i] - offset) * scale;
+    }
+}
+
+static size_t encode(const float *x, size_t groups, size_t length, const float *scale,
+                     const int32_t *zero, Scheme scheme, uint8_t *codes) {
+    size_t clipped = 0;
+    for (size_t g = 0; g < groups; g++) {
+        Rule rule = rule_of(scheme, scale[g], scheme.symmetric ? 0 : zero[g]);
+        for (size_t i = 0; i < length; i += PIECE) { /* an int32 counts the clipped of a run */
+            size_t at = g * length + i;
+            clipped += encode_run(x + at, smaller(PIECE, length - i), &rule, codes + at);
+        }
+    }
+    return clipped;
+}
+
+static void decode(const uint8_t *codes, size_t groups, size_t length, const float *scale,
+                   const int32_t *zero, Scheme scheme, float *out) {
+    for (size_t g = 0; g < groups; g++) {
+        Rule rule = rule_of(scheme, scale[g], scheme.symmetric ? 0 : zero[g]);
+        decode_run(codes + g * length, length, &rule, out + g * length);
+    }
+}
+
+/* Stores a piece of a row: `count` codes, of which `real` are not padding. Returns the end. */
+INLINE uint8_t *store_codes(uint8_t codes[PIECE], size_t real, size_t count, int bits,
+                            uint8_t *packed) {
+    memset(codes + real, 0, PIECE - real);
+    if (bits < 8) {
+        pack(codes, count / PACK_GROUP, bits, packed);
+        return packed + count / 8 * (size_t)bits;
+    }
+    for (size_t i = 0; i < real; i++) {
+        packed[i] = codes[i] ^ 0x80; /* offset 128 to two's complement */
+    }
+    memset(packed + real, 0, count - real);
+    return packed + count;
+}
+
+static void encode_rows(const float *x, size_t rows, size_t columns, const float *scale,
+                        const int32_t *zero, size_t groups, Scheme scheme, uint8_t *packed,
+                        Errors *found) {
+    const size_t stored = stored_row(scheme, columns);
+    const size_t step = groups == 1 ? 0 : 1; /* one set of parameters may serve all groups */
+    ErrorLanes lanes = {0};
+    size_t group = 0;
+    found->clipped = 0;
+    for (size_t r = 0; r < rows; r++, x += columns) {
+        for (size_t start = 0; start < stored; start += PIECE) {
+            uint8_t codes[PIECE];
+            float decoded[PIECE], tail[PIECE];
+            const size_t count = smaller(PIECE, stored - start);
+            const size_t real = smaller(PIECE, columns - start);
+            const float *values = x + start;
+            if (real < PIECE) { /* runs of 16 below, so the tail gets zeros to read */
+                memcpy(tail, values, real * sizeof *tail);
+                memset(tail + real, 0, (PIECE - real) * sizeof *tail);
+                values = tail;
+            }
+            const size_t run = scheme.block ? scheme.block : PIECE;
+            for (size_t i = 0; i < real; i += run) {
+                const int32_t z = scheme.symmetric ? 0 : zero[group];
+                const Rule rule = rule_of(scheme, scale[group], z);
+                const size_t n = smaller(run, (real - i + LANES - 1) / LANES * LANES);
+                found->clipped += encode_run(values + i, n, &rule, codes + i);
+                decode_run(codes + i, n, &rule, decoded + i);
+                group += scheme.block ? step : 0;
+            }
+            add_errors(&lanes, values, decoded, real);
+            packed = store_codes(codes, real, count, scheme.bits, packed);
+        }
+        group += scheme.block ? 0 : step;
+    }
+    finish_errors(&lanes, found);
+}
