@@ -5,11 +5,12 @@ each.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,16 @@ from qconvert.errors import InputError, UsageError, WeightError
 from qconvert.files import open_model
 from qconvert.files.atomic import AtomicOutput, check_space
 from qconvert.files.calibration import Calibration, read_calibration
-from qconvert.geometry import TILE_VALUES, Tile, row_length, tiles
+from qconvert.geometry import TILE_VALUES, row_length, tiles
 from qconvert.model import Model, SourceFile
 from qconvert.progress import Progress, Silent
-from qconvert.quantizers.affine import EncodedRows, ErrorSums, encode_rows, to_groups
-from qconvert.quantizers.casts import cast
-from qconvert.quantizers.fitting import fit
-from qconvert.quantizers.ggml import GGML_BLOCKS, finite_scales
+from qconvert.quantizers.affine import ErrorSums
 from qconvert.ranges import RangeMethod, default_method
 from qconvert.report import QuantizedTensor, QuantizeReport
 from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme, Scheme
-from qconvert.stages.analyse import Analysis, Mapper, analyse, check_finite, observe_tensor, rows_of
+from qconvert.stages.analyse import Analysis, Mapper, analyse, observe_tensor
 from qconvert.stages.decide import decision_notes
+from qconvert.stages.encoders import affine_encoder, cast_encoder, ggml_encoder
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import MIN_VALUES, PlannedTensor, PlanOptions, encoding_of, make_plan
 from qconvert.stages.sinks import GgufSink, QblkSink, Sink
@@ -169,12 +168,14 @@ def _planned_row(p: PlannedTensor) -> QuantizedTensor:
 
 
 def _totals(report: QuantizeReport, error: ErrorSums) -> None:
-    rows = [t for t in report.tensors if t.quantized]
-    for name, some in (("quantized", rows), ("model", report.tensors)):
-        weights = sum(int(np.prod(t.shape, dtype=object)) for t in some)
-        bits = 8 * sum(t.nbytes for t in some) / weights if weights else None
-        setattr(report, f"{name}_bits_per_weight", bits)
+    report.quantized_bits_per_weight = _bits_per_weight([t for t in report.tensors if t.quantized])
+    report.model_bits_per_weight = _bits_per_weight(report.tensors)
     report.sqnr_db = error.sqnr_db
+
+
+def _bits_per_weight(tensors: list[QuantizedTensor]) -> float | None:
+    weights = sum(math.prod(t.shape) for t in tensors)
+    return 8 * sum(t.nbytes for t in tensors) / weights if weights else None
 
 
 class _Job:
@@ -313,12 +314,12 @@ class _Job:
                 analysis.decision, analysis.statistics, self._method_for(p.scheme)
             )
             notes["decision"] = row.decision
-            encode = self._affine_encoder(p, analysis)
+            encode = affine_encoder(self.model, p.tensor, analysis, self._method_for(p.scheme))
         elif isinstance(p.scheme, CastScheme):
             encoding = RawEncoding(p.scheme.dtype)
-            encode = self._cast_encoder(p, p.scheme, workers.map)
+            encode = cast_encoder(self.model, p.tensor, p.scheme, workers.map)
         else:
-            encode = self._ggml_encoder(p, p.scheme, workers.map)
+            encode = ggml_encoder(self.model, p.tensor, p.scheme, workers.map)
         error = ErrorSums()
         columns = row_length(p.tensor.shape)
         target = sink.begin(p.tensor, encoding)
@@ -363,75 +364,6 @@ class _Job:
                     f"kept tensor '{p.tensor.name}' has {found.nonfinite:,} NaN or Inf values"
                 )
         self.report.tensors.append(row)
-
-    def _affine_encoder(
-        self, p: PlannedTensor, analysis: Analysis
-    ) -> Callable[[Tile], EncodedRows]:
-        assert isinstance(p.scheme, AffineScheme)
-        method = self._method_for(p.scheme)
-        encoding = analysis.encoding
-
-        def encode(tile: Tile) -> EncodedRows:
-            x = rows_of(self.model, p.tensor, tile)
-            shared = analysis.parameters(tile)
-            if shared is not None:
-                done = encode_rows(x, encoding, shared)
-                return replace(done, scales=b"", zero=np.zeros(0, np.uint8))
-            groups, counts = to_groups(x, encoding)
-            return encode_rows(x, encoding, fit(groups, encoding, method, counts))
-
-        return encode
-
-    def _cast_encoder(
-        self, p: PlannedTensor, scheme: CastScheme, mapper: Mapper
-    ) -> Callable[[Tile], EncodedRows]:
-        statistics = observe_tensor(self.model, p.tensor, row_length(p.tensor.shape), mapper)
-        check_finite(statistics, p.tensor, self.model.path)
-
-        def encode(tile: Tile) -> EncodedRows:
-            x = rows_of(self.model, p.tensor, tile)
-            stored, back = cast(x, scheme.dtype)
-            if not np.isfinite(back).all():
-                raise WeightError(
-                    f"a weight does not fit {scheme.dtype}",
-                    path=self.model.path,
-                    tensor=p.tensor.name,
-                    found=f"{statistics.absmax:g}",
-                    hint=f"use --scheme bf16, or keep the tensor with --keep '{p.tensor.name}'",
-                )
-            return _plain(stored, x, back)
-
-        return encode
-
-    def _ggml_encoder(
-        self, p: PlannedTensor, scheme: GgmlScheme, mapper: Mapper
-    ) -> Callable[[Tile], EncodedRows]:
-        block = GGML_BLOCKS[scheme.ggml_type]
-        statistics = observe_tensor(self.model, p.tensor, row_length(p.tensor.shape), mapper)
-        check_finite(statistics, p.tensor, self.model.path)
-
-        def encode(tile: Tile) -> EncodedRows:
-            x = rows_of(self.model, p.tensor, tile)
-            data = block.encode(x.reshape(-1, block.block))
-            if not finite_scales(scheme.ggml_type, data):
-                raise WeightError(
-                    "a block's scale does not fit float16",
-                    path=self.model.path,
-                    tensor=p.tensor.name,
-                    found=f"weights up to {statistics.absmax:g}",
-                    hint=f"keep the tensor with --keep '{p.tensor.name}'",
-                )
-            return _plain(data.tobytes(), x, block.decode(data).reshape(x.shape))
-
-        return encode
-
-
-def _plain(stored: bytes, x: Any, back: Any) -> EncodedRows:
-    """Encoded rows of a format that carries its scales inside."""
-    from qconvert.kernels import reference
-
-    error = ErrorSums(x.size, *reference.error_sums(x, back))
-    return EncodedRows(stored, b"", np.zeros(0, np.uint8), error)
 
 
 def _source_note(s: SourceFile) -> dict[str, Any]:
