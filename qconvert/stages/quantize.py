@@ -94,7 +94,7 @@ def quantize(
             output=str(output),
             container=container,
             scheme=options.scheme.name,
-            range=method.describe() if method else "by width",
+            range=_range_text(options),
             dry_run=options.dry_run,
             tensors=[],
             source_bytes=sum(t.nbytes for t in model.tensors),
@@ -142,6 +142,13 @@ def _output(source: Path, options: QuantizeOptions) -> tuple[Path, str]:
             hint="or say --format qblk or --format gguf",
         )
     return output, found
+
+
+def _range_text(options: QuantizeOptions) -> str:
+    """The range method of the main scheme; other schemes name theirs in their decisions."""
+    if not isinstance(options.scheme, AffineScheme):
+        return "none"
+    return (options.range or default_method(options.scheme.bits)).describe()
 
 
 def _planned_row(p: PlannedTensor) -> QuantizedTensor:

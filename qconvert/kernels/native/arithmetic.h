@@ -1,4 +1,7 @@
 /* Rounding, clamping and the order of additions, shared by all loops. Included once per variant. */
+#ifndef QCONVERT_ARITHMETIC_H
+#define QCONVERT_ARITHMETIC_H
+
 #include "kernels.h"
 
 #include <string.h>
@@ -73,3 +76,5 @@ INLINE size_t smaller(size_t a, size_t b) {
 INLINE int zero_steps(int bits) {
     return bits == 8 ? 1 : 4;
 }
+
+#endif

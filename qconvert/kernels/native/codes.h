@@ -1,4 +1,7 @@
 /* Values to codes and back with a scale and zero point, section 2. */
+#ifndef QCONVERT_CODES_H
+#define QCONVERT_CODES_H
+
 #include "packing.h"
 #include "statistics.h"
 
@@ -121,3 +124,5 @@ static void encode_rows(const float *x, size_t rows, size_t columns, const float
     }
     finish_errors(&lanes, found);
 }
+
+#endif

@@ -1,4 +1,7 @@
 /* Values of 1 to 8 bits to planes and back, section 4. */
+#ifndef QCONVERT_PACKING_H
+#define QCONVERT_PACKING_H
+
 #include "arithmetic.h"
 
 INLINE void pack_plane(const uint8_t *restrict values, int low, int p, uint8_t *restrict plane) {
@@ -83,3 +86,5 @@ static void unpack(const uint8_t *restrict from, size_t groups, int width, uint8
 #undef GROUP
 #undef FROM_BYTES
 #undef TO_BYTES
+
+#endif

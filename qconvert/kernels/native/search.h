@@ -1,4 +1,7 @@
 /* The mse search: scales and zero points judged by the squared error that they leave, section 5. */
+#ifndef QCONVERT_SEARCH_H
+#define QCONVERT_SEARCH_H
+
 #include "arithmetic.h"
 
 enum { BATCH = 16 }; /* groups side by side: fills the widest vector, and GCC vectorises 16 */
@@ -327,3 +330,5 @@ static int search(const float *x, size_t groups, size_t length, const int32_t *c
     free(s);
     return DONE;
 }
+
+#endif

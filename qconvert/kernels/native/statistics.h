@@ -1,4 +1,7 @@
 /* Moments, histogram, extremes and errors of runs of numbers. */
+#ifndef QCONVERT_STATISTICS_H
+#define QCONVERT_STATISTICS_H
+
 #include "arithmetic.h"
 
 #include <stdlib.h>
@@ -140,3 +143,5 @@ static void error_sums(const float *x, const float *decoded, size_t n, Errors *f
     add_errors(&lanes, x, decoded, n);
     finish_errors(&lanes, found);
 }
+
+#endif

@@ -1,4 +1,7 @@
 /* Stored bytes of the narrow float dtypes to binary32, exactly; NaN keep their payload. */
+#ifndef QCONVERT_WIDEN_H
+#define QCONVERT_WIDEN_H
+
 #include "arithmetic.h"
 
 INLINE uint32_t load16(const uint8_t *raw) {
@@ -37,3 +40,5 @@ static void widen_table(const uint8_t *restrict raw, size_t n, const float table
         out[i] = table[raw[i]];
     }
 }
+
+#endif

@@ -1,0 +1,13 @@
+/* The loops for any processor: SSE2 on x86-64, NEON on aarch64, which are the baselines there. */
+#include "product.h"
+#include "search.h"
+#include "ggml.h"
+
+#ifdef __aarch64__
+#define VARIANT "neon"
+#else
+#define VARIANT "portable"
+#endif
+#define TABLE kernels_portable
+#define PRODUCT product_rows
+#include "table.h"

@@ -1,0 +1,27 @@
+/* The table of a variant, of the functions just included. Expects VARIANT, its name as a string,
+ * TABLE, that of the table, and PRODUCT, its matrix product. */
+
+const Kernels TABLE = {
+    .name = VARIANT,
+    .widen_bf16 = widen_bf16,
+    .widen_f16 = widen_f16,
+    .widen_table = widen_table,
+    .observe_f32 = observe_f32,
+    .observe_f64 = observe_f64,
+    .histogram = histogram,
+    .extrema = extrema,
+    .error_sums = error_sums,
+    .column_sums = column_sums,
+    .code_sums = code_sums,
+    .long_sums = long_sums,
+    .search = search,
+    .encode = encode,
+    .decode = decode,
+    .encode_rows = encode_rows,
+    .pack = pack,
+    .unpack = unpack,
+    .integer_product = integer_product,
+    .product = PRODUCT,
+    .ggml_encode = ggml_encode,
+    .ggml_decode = ggml_decode,
+};
