@@ -46,11 +46,21 @@ def _factors(first: float, last: float, count: int) -> tuple[float, ...]:
     return tuple(first + (last - first) * i / (count - 1) for i in range(count))
 
 
+def _minmax_factor(bits: int) -> float:
+    """The minmax step of a symmetric grid, in units of amax / 2^(b-1) (amax / 127 at 8 bits)."""
+    half = 1 << (bits - 1)
+    return 1.0 if bits == 8 else half / (half - 1)
+
+
 # Fewer levels pay for more clipping, so the range of factors widens as the bits fall. Lists of
 # twice this length gain less than 0.1 dB on the weights of all-MiniLM-L6-v2 (tests/test_search.py
 # holds the search to a brute-force optimum).
+# The first factor is that of the minmax range, so that weights which already lie on such a grid are
+# restored.
 SEARCH_GRIDS: dict[int, SearchGrid] = {
-    bits: SearchGrid(_factors(*sym), _factors(*asym), (-0.25, 0.0, 0.25))
+    bits: SearchGrid(
+        (_minmax_factor(bits), *_factors(*sym)), (1.0, *_factors(*asym)), (-0.25, 0.0, 0.25)
+    )
     for bits, sym, asym in (
         (2, (1.0, 0.40, 8), (1.10, 0.40, 7)),
         (3, (1.0, 0.50, 8), (1.08, 0.50, 7)),

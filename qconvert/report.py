@@ -53,8 +53,8 @@ def finite(value: Any) -> Any:
 
 
 def dump(value: dict[str, Any]) -> str:
-    """One JSON document, ended by a line feed."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """One JSON document in ASCII, so that no name in it can drive a terminal, and a line feed."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def error_json(error: QconvertError, exit_code: int) -> dict[str, Any]:
@@ -214,6 +214,7 @@ class VerifiedTensor:
 
     Attributes:
         sqnr_db: of the weights against the source; None when lossless or without a source.
+        cast_exact: whether plain numbers are the source's, rounded; None for codes.
         worst_step: largest error of an unclipped value, in steps (at most 0.5 is promised).
         output_sqnr_db: of the integer product against the float product of the original weights
             and inputs.
@@ -228,6 +229,7 @@ class VerifiedTensor:
     sqnr_db: float | None = None
     nmse: float | None = None
     max_error: float | None = None
+    cast_exact: bool | None = None
     worst_step: float | None = None
     output_sqnr_db: float | None = None
     integer_exact: bool | None = None

@@ -32,7 +32,7 @@ from qconvert.errors import (
     QconvertError,
     UnsupportedError,
 )
-from qconvert.files import shards
+from qconvert.files import shards, strict_json
 from qconvert.files.safetensors import open_safetensors
 from qconvert.kernels.widen import widen
 from qconvert.model import DTYPES, Model, SourceFile, TensorInfo
@@ -419,7 +419,7 @@ def test_unknown_dtype_is_refused_with_the_known_ones(tmp_path: Path, dtype: str
 
 
 def test_too_many_containers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MAX_JSON_CONTAINERS", 6)
+    monkeypatch.setattr(strict_json, "MAX_JSON_CONTAINERS", 6)
     header = {f"t{i}": entry(shape=[0], offsets=[0, 0]) for i in range(2)}
     refused(write(tmp_path / "m", header), "ST-NESTING")
 
@@ -794,6 +794,9 @@ def test_large_companion_is_refused(tmp_path: Path) -> None:
 def test_the_profile_lists_every_code_and_no_other() -> None:
     root = Path(shards.__file__).parents[2]
     code = re.compile(r"\b(?:ST|FILE)-[A-Z0-9-]+[A-Z0-9]")
-    adapter = [root / "qconvert/files" / name for name in ("safetensors.py", "shards.py")]
+    adapter = [
+        root / "qconvert/files" / name
+        for name in ("safetensors.py", "shards.py", "regular.py", "strict_json.py")
+    ]
     used = {c for path in adapter for c in code.findall(path.read_text())}
     assert set(code.findall((root / "formats/safetensors.md").read_text())) == used

@@ -114,7 +114,7 @@ def inspect(
         bins=bins,
         threads=threads,
     )
-    with render.Emitter(json, report, force, quiet, strict) as emitter:
+    with render.Emitter(json, report, force, quiet, strict, [model]) as emitter:
         return emitter.emit(stage(model, options, make_progress(quiet)), render.inspect_text)
 
 
@@ -168,7 +168,7 @@ def calibrate(
         percentile=percentile,
         force=force,
     )
-    with render.Emitter(json, report, force, quiet, strict) as emitter:
+    with render.Emitter(json, report, force, quiet, strict, [model, *activations]) as emitter:
         return emitter.emit(stage(options, make_progress(quiet)), render.calibrate_text)
 
 
@@ -266,7 +266,9 @@ def quantize(
         force=force,
         hash_source=hash_source,
     )
-    with render.Emitter(json, report, force, quiet, strict) as emitter:
+    with render.Emitter(
+        json, report, force, quiet, strict, [model, *([calibration] if calibration else [])]
+    ) as emitter:
         return emitter.emit(stage(model, options, make_progress(quiet)), render.quantize_text)
 
 
@@ -330,7 +332,14 @@ def verify(
         samples=tuple(samples or ()),
         threads=threads,
     )
-    with render.Emitter(json, report, force, quiet, strict) as emitter:
+    with render.Emitter(
+        json,
+        report,
+        force,
+        quiet,
+        strict,
+        [file, *([against] if against else []), *(samples or [])],
+    ) as emitter:
         return emitter.emit(stage(file, options, make_progress(quiet)), render.verify_text)
 
 
@@ -385,7 +394,7 @@ def bench(
         threads=threads,
         range=_range(range, None),
     )
-    with render.Emitter(json, report, force, quiet, False) as emitter:
+    with render.Emitter(json, report, force, quiet, False, [file] if file else []) as emitter:
         return emitter.emit(stage(options, make_progress(quiet)), render.bench_text)
 
 

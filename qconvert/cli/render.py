@@ -5,6 +5,7 @@ is plain.
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import sys
 from collections import Counter
@@ -32,22 +33,29 @@ from qconvert.report import (
 
 R = TypeVar("R", bound=Report)
 WORST_SHOWN = 5
-PIPE_WIDTH = 1000  # more than any table: nothing is cut in a log
+PIPE_WIDTH = 20_000  # more than any table: nothing is cut in a log
 
 
 class Emitter:
     """Puts a report where the user wants it and turns its status into an exit code.
 
     Entered before the long work, so that a report file that cannot be written is found out at once.
+    ``inputs`` are files that the report must not replace.
     """
 
     def __init__(
-        self, json: bool, report: Path | None, force: bool, quiet: bool, strict: bool
+        self,
+        json: bool,
+        report: Path | None,
+        force: bool,
+        quiet: bool,
+        strict: bool,
+        inputs: Sequence[Path],
     ) -> None:
         self.json = json
         self.quiet = quiet
         self.strict = strict
-        self.file = AtomicOutput(report, overwrite=force) if report else None
+        self.file = AtomicOutput(report, overwrite=force, inputs=inputs) if report else None
 
     def emit(self, report: R, text: Callable[[R], str]) -> int:
         if self.strict and report.warnings and report.status == "pass":
@@ -59,8 +67,8 @@ class Emitter:
         if not self.quiet:
             for warning in report.warnings:
                 print(f"warning: {printable(warning)}", file=sys.stderr)
-        sys.stdout.write(document if self.json else text(report))
-        sys.stdout.flush()
+        if not write_stdout(document if self.json else text(report)):
+            return ExitCode.READER_GONE
         return ExitCode.DONE if report.status == "pass" else ExitCode.NO
 
     def __enter__(self) -> Emitter:
@@ -74,6 +82,22 @@ class Emitter:
     ) -> None:
         if self.file:
             self.file.__exit__(kind, error, tb)
+
+
+def write_stdout(text: str) -> bool:
+    """Write to stdout; False when its reader has gone (Typer would take the error for its own)."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        abandon_stdout()
+        return False
+    return True
+
+
+def abandon_stdout() -> None:
+    """Let stdout end in nothing: the interpreter flushes it at exit and would complain again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # --- pieces ---------------------------------------------------------------------------------------

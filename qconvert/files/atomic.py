@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +21,10 @@ HINTS = {
     errno.ENOENT: "create the directory first",
 }
 
+MAX_NAME_BYTES = 255  # of the file systems that matter
+# What a model directory is read for; results of ours may lie there too and may be replaced.
+INPUT_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja"})
+
 _under_construction: set[Path] = set()
 
 
@@ -28,9 +32,9 @@ def remove_partial_files() -> None:
     """Remove what an interrupt left between the making of a file and the ``with`` block that owns
     it.
     """
-    for path in tuple(_under_construction):
-        path.unlink(missing_ok=True)
-        _under_construction.discard(path)
+    while _under_construction:
+        with suppress(OSError):
+            _under_construction.pop().unlink()
 
 
 @contextmanager
@@ -52,7 +56,7 @@ class AtomicOutput:
     Args:
         target: the final name.
         overwrite: whether an existing target may be replaced.
-        inputs: files that must not be the target, by any spelling or link.
+        inputs: files, or model directories, that must not be written over, by any spelling or link.
 
     Raises:
         OutputExistsError: the target exists and ``overwrite`` is False.
@@ -64,16 +68,19 @@ class AtomicOutput:
         self.overwrite = overwrite
         with machine_errors(target):
             self._check(inputs)
-            name = f".{target.name[:200]}.partial-{os.getpid()}"
-            self.path = target.parent / name
-            _under_construction.add(self.path)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self.fd = os.open(self.path, flags, 0o666)
+            self.path, self.fd = _create_beside(target)
         self._open = True
 
     def _check(self, inputs: Sequence[Path]) -> None:
         if not self.target.name:
             raise MachineError("the output has no file name", path=self.target)
+        if len(os.fsencode(self.target.name)) > MAX_NAME_BYTES:
+            raise MachineError(
+                "file name too long",
+                path=self.target,
+                found=f"{len(os.fsencode(self.target.name))} bytes",
+                wanted=f"at most {MAX_NAME_BYTES}",
+            )
         if not self.target.parent.is_dir():
             raise MachineError(
                 "no such directory",
@@ -82,7 +89,7 @@ class AtomicOutput:
             )
         if not os.path.lexists(self.target):
             return
-        for source in inputs:
+        for source in (f for path in inputs for f in _input_files(path)):
             if source.exists() and self.target.exists() and self.target.samefile(source):
                 raise MachineError(
                     "the output is the input",
@@ -159,11 +166,30 @@ class AtomicOutput:
             self._close()
 
 
-def write_whole(target: Path, data: bytes, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
-    """Write a small file in one go, atomically."""
-    with AtomicOutput(target, overwrite=overwrite, inputs=inputs) as out:
-        out.write_at(0, data)
-        out.commit()
+def _input_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    return [f for f in path.iterdir() if f.suffix in INPUT_SUFFIXES]
+
+
+def _create_beside(target: Path) -> tuple[Path, int]:
+    """A new file of our own in the directory of ``target``: its path and descriptor."""
+    name = b"." + os.fsencode(target.name)[:200] + b".partial-%d" % os.getpid()
+    path = target.parent / os.fsdecode(name)
+    if path in _under_construction:
+        raise MachineError("two outputs have this name", path=target)
+    _under_construction.add(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        try:
+            return path, os.open(path, flags, 0o666)
+        except FileExistsError:
+            # Left by a killed run with this process number: containers give every run the same.
+            path.unlink()
+            return path, os.open(path, flags, 0o666)
+    except OSError:
+        _under_construction.discard(path)
+        raise
 
 
 def check_space(target: Path, wanted: int) -> None:

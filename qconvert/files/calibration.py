@@ -24,6 +24,8 @@ ENTRY = "qconvert.calibration"
 SCHEMA = "qconvert.calibration/1"
 CHANNELS = ("minimum", "maximum", "mean_square")
 WEIGHT = ".weight"
+MAX_OBSERVER = 32  # characters of an observer's name
+MAX_SAMPLES = (1 << 53) - 1  # what a qblk header can say
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +124,15 @@ def read_calibration(path: Path) -> Calibration:
             )
         layers = {n: LayerCalibration(**fields) for n, fields in described["layers"].items()}
         observer = described["observer"]
-        good = isinstance(observer, str) and all(
-            _plausible(layer)
-            and all(shapes.get(f"{name}/{kind}") == (layer.features,) for kind in CHANNELS)
-            for name, layer in layers.items()
+        named = isinstance(observer, str) and len(observer) <= MAX_OBSERVER
+        good = (
+            named
+            and observer.isidentifier()
+            and all(
+                _plausible(layer)
+                and all(shapes.get(f"{name}/{kind}") == (layer.features,) for kind in CHANNELS)
+                for name, layer in layers.items()
+            )
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise FormatError("damaged calibration metadata", path=path) from e
@@ -142,7 +149,8 @@ def _plausible(layer: LayerCalibration) -> bool:
     integers = (layer.samples, layer.features, layer.zero_point)
     return (
         all(isinstance(i, int) and not isinstance(i, bool) for i in integers)
-        and layer.samples > 0
+        and all(isinstance(f, float) for f in (layer.low, layer.high, layer.scale))
+        and 0 < layer.samples <= MAX_SAMPLES
         and layer.features > 0
         and -128 <= layer.zero_point <= 127
         and math.isfinite(layer.low)

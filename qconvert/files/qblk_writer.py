@@ -6,18 +6,26 @@ formats/qblk/SPEC.md.
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.encoding import AffineEncoding, Encoding
+from qconvert.errors import UnsupportedError
 from qconvert.files.atomic import AtomicOutput
 from qconvert.files.qblk_header import (
     MAGIC,
     MAJOR,
+    MAX_DIM,
+    MAX_DIMS,
     MAX_HEADER,
     MAX_INTEGER,
+    MAX_NAME,
+    MAX_TENSORS,
     MINOR,
     PREAMBLE,
     align,
@@ -25,6 +33,7 @@ from qconvert.files.qblk_header import (
     tensor_digest,
 )
 from qconvert.geometry import PACK_GROUP
+from qconvert.model import TensorInfo
 from qconvert.quantizers.affine import pack_zero_points
 
 SIGNIFICANT_DIGITS = 6
@@ -204,6 +213,32 @@ def _header(
     }
 
 
+def check_qblk(tensors: Sequence[TensorInfo], path: Path) -> None:
+    """Refuse what a qblk header cannot say, before anything is written.
+
+    Raises:
+        UnsupportedError: a name or shape beyond the limits of SPEC.md, or too many tensors.
+    """
+    if len(tensors) > MAX_TENSORS:
+        raise UnsupportedError("too many tensors for one qblk file", path=path, found=len(tensors))
+    for t in tensors:
+        if not 1 <= len(t.name.encode()) <= MAX_NAME:
+            raise UnsupportedError("name too long", path=path, tensor=t.name, code="QBLK-012")
+        if (
+            len(t.shape) > MAX_DIMS
+            or max(t.shape, default=0) > MAX_DIM
+            or math.prod(n or 1 for n in t.shape) > MAX_INTEGER
+        ):
+            raise UnsupportedError(
+                "the shape does not fit into a qblk file",
+                path=path,
+                tensor=t.name,
+                found=f"{len(t.shape)} dimensions: {list(t.shape)[:20]}",
+                wanted=f"at most {MAX_DIMS}",
+                code="QBLK-013",
+            )
+
+
 def tensor_bound(
     name: str, shape: tuple[int, ...], source_dtype: str, encoding: Encoding, notes: dict[str, Any]
 ) -> int:
@@ -233,7 +268,7 @@ def header_bound(
     """Upper bound in bytes of a header.
 
     Raises:
-        ValueError: the header could be longer than the format allows.
+        UnsupportedError: the header could be longer than the format allows.
     """
     entries = [
         {
@@ -245,5 +280,9 @@ def header_bound(
     ]
     bound = len(canonical(_header([], entries, metadata, provenance))) + sum(tensor_bounds)
     if bound > MAX_HEADER:
-        raise ValueError("header too long")
+        raise UnsupportedError(
+            "too many tensors or too much metadata for one qblk file",
+            found=f"up to {bound:,} bytes of header",
+            wanted=f"at most {MAX_HEADER:,}",
+        )
     return bound

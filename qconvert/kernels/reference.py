@@ -49,6 +49,7 @@ def lane_sum(values: F64) -> float:
     return float(_fold(lanes))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # powers of large float64 values
 def moments(x: NDArray[np.floating[Any]]) -> Moments:
     """Moments of a non-empty 1-d array of finite numbers, in float64."""
     values = x.astype(np.float64)
@@ -128,6 +129,7 @@ def code_sums(
 # --- codes ----------------------------------------------------------------------------------------
 
 
+@np.errstate(over="ignore")  # a quotient beyond binary32 is clipped like any other
 def encode(x: F32, scale: F32, zero: I32, bits: int, symmetric: bool) -> tuple[U8, int]:
     """Codes of (G, L) values and how many values were clipped, section 2.
 
@@ -156,7 +158,7 @@ def encode(x: F32, scale: F32, zero: I32, bits: int, symmetric: bool) -> tuple[U
     return u.astype(np.uint8), clipped
 
 
-@np.errstate(over="ignore")  # a scale near the end of the range may decode to infinity
+@np.errstate(over="ignore", invalid="ignore")  # a scale near the end of the range may overflow
 def decode(codes: U8, scale: F32, zero: I32, bits: int, symmetric: bool) -> F32:
     """Values of (G, L) codes, section 2."""
     if symmetric:
@@ -176,6 +178,7 @@ def _real_zero(zero: I32, bits: int) -> F32:
     return (zero / zero_steps(bits)).astype(np.float32)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # where a value was decoded to infinity
 def error_sums(x: F32, decoded: F32) -> tuple[float, float, float]:
     """Σx², Σ(x - x')² and max |x - x'| of two arrays of one shape, in float64."""
     wide = x.astype(np.float64).ravel()

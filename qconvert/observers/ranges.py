@@ -60,6 +60,11 @@ class Observer(Protocol):
     def range(self) -> tuple[float, float]: ...
 
 
+def _check_kind(a: object, b: object) -> None:
+    if type(a) is not type(b):
+        raise TypeError("only observers of one kind merge")
+
+
 class MinMaxObserver:
     """The smallest and largest value seen."""
 
@@ -71,6 +76,7 @@ class MinMaxObserver:
         self.high = max(self.high, float(batch.max()))
 
     def merge(self, other: Observer) -> None:
+        _check_kind(self, other)
         low, high = other.range()
         self.low, self.high = min(self.low, low), max(self.high, high)
 
@@ -120,8 +126,8 @@ class HistogramObserver:
         self.extremes.update(batch)
 
     def merge(self, other: Observer) -> None:
-        if not isinstance(other, HistogramObserver):
-            raise TypeError("only observers of one kind merge")
+        _check_kind(self, other)
+        assert isinstance(other, HistogramObserver)
         self.counts += other.counts
         self.extremes.merge(other.extremes)
 

@@ -61,7 +61,7 @@ class TensorStatistics:
     @property
     def std(self) -> float | None:
         """Population standard deviation."""
-        return math.sqrt(self.moments.m2 / self.moments.count) if self.moments else None
+        return _finite(math.sqrt(self.moments.m2 / self.moments.count)) if self.moments else None
 
     @property
     def skewness(self) -> float | None:
@@ -69,7 +69,7 @@ class TensorStatistics:
         m = self.moments
         if m is None or m.m2 <= 0:
             return None
-        return math.sqrt(m.count / m.m2) * m.m3 / m.m2
+        return _finite(math.sqrt(m.count / m.m2) * (m.m3 / m.m2))
 
     @property
     def kurtosis(self) -> float | None:
@@ -77,7 +77,7 @@ class TensorStatistics:
         m = self.moments
         if m is None or m.m2 <= 0:
             return None
-        return m.count * m.m4 / (m.m2 * m.m2)
+        return _finite(m.count * (m.m4 / m.m2) / m.m2)
 
     @property
     def asymmetry(self) -> float | None:
@@ -99,6 +99,11 @@ class TensorStatistics:
         centres = bin_centres()
         beyond = np.abs(centres - m.mean) > OUTLIER_SIGMAS * std
         return int(self.histogram[beyond].sum()) / m.count
+
+
+def _finite(value: float) -> float | None:
+    """None for what overflowed on the way: float64 weights may be as far from 1 as they like."""
+    return value if math.isfinite(value) else None
 
 
 def bin_centres() -> NDArray[np.float64]:

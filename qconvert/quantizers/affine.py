@@ -73,8 +73,10 @@ class ErrorSums:
 
     @property
     def nmse(self) -> float:
-        """Σ(x - x')² / Σx²."""
-        return self.noise / self.signal if self.signal else 0.0
+        """Σ(x - x')² / Σx²; infinite when zeros did not stay zeros."""
+        if self.signal == 0:
+            return float("inf") if self.noise else 0.0
+        return self.noise / self.signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +97,11 @@ class EncodedRows:
     error: ErrorSums
 
 
-def round_scale(scale: F32, dtype: str) -> F32:
-    """Scales as stored; one that is not 0 never becomes 0."""
-    kind = SCALE_NUMPY[dtype]
-    stored = scale.astype(kind).astype(np.float32)
+def round_scale(scale: F32, dtype: str, magnitude: F32) -> F32:
+    """Scales as stored; that of a group whose ``magnitude`` is not 0 never becomes 0."""
+    stored = scale.astype(SCALE_NUMPY[dtype]).astype(np.float32)
     smallest = np.float32(SMALLEST_SCALE[dtype])
-    lost = (stored == 0) & (scale != 0)
+    lost = (stored == 0) & (magnitude > 0)
     return np.where(lost, np.copysign(smallest, scale), stored)
 
 

@@ -25,6 +25,7 @@ Bools = NDArray[np.bool_]
 
 PIECE = 256  # values whose binary32 sums are added before binary64 takes over, section 6
 BATCH = 1 << 16  # values searched at once: the temporaries stay in the second-level cache
+HUGE = np.float32(2.0**110)  # above, sums overflow: likewise
 TINY = np.float32(2.0**-100)  # below, reciprocals overflow: such groups take their minmax range
 
 
@@ -60,10 +61,10 @@ def minmax(e: Extent, encoding: AffineEncoding) -> Parameters:
     """Parameters that cover the extent."""
     if encoding.symmetric:
         scale = e.magnitude / np.float32((1 << (encoding.bits - 1)) - 1)
-        stored = round_scale(scale, encoding.scale_dtype)
+        stored = round_scale(scale, encoding.scale_dtype, e.magnitude)
         return Parameters(stored, np.zeros(len(stored), np.int32))
     n = np.float32(encoding.levels)
-    stored = round_scale(e.high / n - e.low / n, encoding.scale_dtype)
+    stored = round_scale(e.high / n - e.low / n, encoding.scale_dtype, e.magnitude)
     divisor = np.where(stored == 0, np.float32(1), stored)
     return Parameters(stored, _zero_point(-e.low / divisor, e.has_zero, encoding))
 
@@ -101,6 +102,7 @@ def _pad(x: F32, counts: I32, value: float) -> F32:
     return np.where(np.arange(x.shape[1]) < counts[:, None], x, np.float32(value))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # near the end of the range; such codes lose
 def fit(
     x: F32, encoding: AffineEncoding, method: RangeMethod, counts: I32 | None = None
 ) -> Parameters:
@@ -130,13 +132,14 @@ def fit(
     )
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def fit_stream(
     pieces: Callable[[], Iterable[F32]], encoding: AffineEncoding, method: RangeMethod
 ) -> Parameters:
     """Scale and zero point (1,) of one group that arrives in 1-d pieces.
 
-    ``pieces`` is called for each pass over the values: one for the range, and for ``mse`` two more.
-    Every piece but the last is a multiple of 256 long.
+    ``pieces`` is called for each pass over the values: one for the range, three more for ``mse``.
+    Sums run piece by piece, so the pieces must be cut the same way every time.
     """
     parts = [extent(piece[None, :]) for piece in pieces()]
     e = Extent(
@@ -145,13 +148,15 @@ def fit_stream(
         np.any([p.has_zero for p in parts], axis=0),
     )
     if method.name == "percentile":
-        return minmax(_or_whole(_stream_percentile(pieces, method.percentile), e), encoding)
+        return minmax(_or_whole(_stream_percentile(pieces, method.percentile, e), e), encoding)
     if method.name == "minmax":
         return minmax(e, encoding)
     return _search(e, _stream_sums(pieces, encoding), encoding)
 
 
-def _stream_percentile(pieces: Callable[[], Iterable[F32]], percent: float) -> Extent:
+def _stream_percentile(
+    pieces: Callable[[], Iterable[F32]], percent: float, whole: Extent
+) -> Extent:
     """Exact nearest-rank percentiles by two counting passes: upper, then lower 16 bits."""
     upper = np.zeros(kernels.HISTOGRAM_BINS, np.int64)
     for piece in pieces():
@@ -174,8 +179,7 @@ def _stream_percentile(pieces: Callable[[], Iterable[F32]], percent: float) -> E
         index = int(low_order[int(np.searchsorted(np.cumsum(lower[low_order]), wanted - before))])
         found.append(np.array([key << 16 | index], np.uint32).view(np.float32))
     zero = np.float32(0)
-    has_zero = np.array([bool(upper[0x0000] or upper[0x8000])])
-    return Extent(np.minimum(found[0], zero), np.maximum(found[1], zero), has_zero)
+    return Extent(np.minimum(found[0], zero), np.maximum(found[1], zero), whole.has_zero)
 
 
 def _ascending_keys() -> NDArray[np.intp]:
@@ -332,7 +336,7 @@ class _Best:
 
     def again(self) -> Candidate:
         """The winner as a candidate: its own codes may differ once the scale is fitted."""
-        safe = np.where(self.scale == 0, 1, self.scale)
+        safe = np.where(np.abs(self.scale) < TINY, 1, self.scale)
         if self.encoding.symmetric:
             real = np.full(len(safe), float(1 << (self.encoding.bits - 1)))
         else:
@@ -348,8 +352,8 @@ def _search(e: Extent, source: _SumSource, encoding: AffineEncoding) -> Paramete
     for sums in source.sums([best.again()]):
         best.offer(sums)
     plain = minmax(e, encoding)
-    found = (best.gain > 0) & (e.magnitude >= TINY)
-    stored = round_scale(best.scale.astype(np.float32), encoding.scale_dtype)
+    found = (best.gain > 0) & _searchable(e)
+    stored = round_scale(best.scale.astype(np.float32), encoding.scale_dtype, e.magnitude)
     zero = (
         np.zeros_like(plain.zero) if encoding.symmetric else np.where(found, best.zero, plain.zero)
     )
@@ -359,12 +363,17 @@ def _search(e: Extent, source: _SumSource, encoding: AffineEncoding) -> Paramete
 def _candidates(e: Extent, encoding: AffineEncoding) -> list[Candidate]:
     grid = SEARCH_GRIDS[encoding.bits]
     # Groups that are all zeros or tiny take their minmax range; any finite candidate will do.
-    usable = e.magnitude >= TINY
+    usable = _searchable(e)
     if encoding.symmetric:
         magnitude = np.where(usable, e.magnitude, np.float32(1))
         return list(_symmetric_candidates(magnitude, encoding.bits, grid))
     low = np.where(usable, e.low, np.float32(-1))
-    return list(_asymmetric_candidates(low, e.high, np.float32(encoding.levels), grid))
+    high = np.where(usable, e.high, np.float32(1))
+    return list(_asymmetric_candidates(low, high, np.float32(encoding.levels), grid))
+
+
+def _searchable(e: Extent) -> Bools:
+    return (e.magnitude >= TINY) & (e.magnitude <= HUGE)
 
 
 def _symmetric_candidates(magnitude: F32, bits: int, grid: SearchGrid) -> Iterator[Candidate]:

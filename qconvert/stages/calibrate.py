@@ -60,7 +60,8 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
     _observer(options)  # a wrong name costs no time
     layers: dict[str, _Layer] = {}
     inputs = []
-    with AtomicOutput(options.output, overwrite=options.force, inputs=options.activations) as out:
+    read = (*options.activations, *((options.model,) if options.model else ()))
+    with AtomicOutput(options.output, overwrite=options.force, inputs=read) as out:
         progress.begin("calibrate", sum(_size(p) for p in options.activations), "bytes")
         for path in options.activations:
             inputs.append(
@@ -78,6 +79,7 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
             }
             for name in found
         }
+        warnings = _model_warnings(options.model, found) if options.model else []
         out.write_at(0, calibration_bytes(options.observer, inputs, found, channels))
         out.commit()
     return CalibrateReport(
@@ -86,7 +88,7 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
         output=str(options.output),
         observer=options.observer,
         layers=[_row(name, layer, layers[name]) for name, layer in found.items()],
-        warnings=_model_warnings(options.model, found) if options.model else [],
+        warnings=warnings,
         seconds=time.perf_counter() - started,
     )
 
@@ -111,7 +113,7 @@ def _observe_file(
     model = open_safetensors(path)
     try:
         for tensor in model.tensors:
-            _check_shape(tensor, path)
+            check_activations(tensor, path)
             name = layer_name(tensor.name)
             features = tensor.shape[1]
             layer = layers.setdefault(name, _Layer(features, options))
@@ -134,7 +136,8 @@ def _observe_file(
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _check_shape(tensor: TensorInfo, path: Path) -> None:
+def check_activations(tensor: TensorInfo, path: Path) -> None:
+    """Refuse an array that is not (samples, features) of floats, or has no sample."""
     if len(tensor.shape) != 2 or not tensor.size or not tensor.floating:
         raise UnsupportedError(
             "activations",

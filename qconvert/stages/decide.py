@@ -9,6 +9,7 @@ measurement decides. The sample is always measured and recorded, so the rule can
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,7 +112,7 @@ def choose_scale_dtype(groups: GroupStatistics, encoding: AffineEncoding) -> str
     if not encoding.block or groups.largest == 0:
         return encoding.scale_dtype
     least = groups.smallest / encoding.levels
-    if least >= 2.0 ** (encoding.bits - 23) and groups.largest <= 32768:
+    if least >= 2.0 ** (encoding.bits - 22) and groups.largest <= 32768:
         return "F16"
     return "BF16" if encoding.bits <= 6 and least >= 2.0**-100 else "F32"
 
@@ -150,7 +151,7 @@ def decision_notes(
         for key, value in zip(
             SAMPLE_NOTE_KEYS, (decision.symmetric_db, decision.asymmetric_db), strict=True
         )
-        if value is not None
+        if value is not None and math.isfinite(value)
     }
     figures = {
         "asymmetry": statistics.asymmetry,

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.errors import UsageError
@@ -155,13 +156,15 @@ def _histogram(
     if row.minimum is None or row.maximum is None:
         return None
     low, high = row.minimum, row.maximum
-    if low == high:
-        low, high = low - 0.5, high + 0.5
+    half = high / 2 - low / 2  # halves, since the width of a float64 range may overflow
 
-    def count(start_stop: tuple[int, int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def count(start_stop: tuple[int, int]) -> NDArray[np.int64]:
         values = model.values(tensor, *start_stop)
         values = values[np.isfinite(values)].astype(np.float64)
-        return np.histogram(values, bins=bins, range=(low, high))[0].astype(np.int64)
+        # Values that are all alike (as far as float64 can tell) share the middle bin.
+        share = (values / 2 - low / 2) / half if half > 0 else np.full(len(values), 0.5)
+        place = share * bins
+        return np.bincount(np.clip(place.astype(np.int64), 0, bins - 1), minlength=bins)
 
     columns = row_length(tensor.shape)
     spans = ((t.start, t.stop) for t in tiles(tensor.size // columns, columns))

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,7 +211,7 @@ class _Job:
 
     def write(self, output: Path, container: str) -> None:
         sources = _source_paths(self.model)
-        inputs = [*sources, *self.model.companions]
+        inputs = [self.model.path, *sources]
         if self.options.calibration:
             inputs.append(self.options.calibration)
         self._activations()
@@ -223,11 +225,11 @@ class _Job:
                 sink = QblkSink(out, self.model, self.plan, provenance)
             threads = self.options.threads or available_threads()
             self.progress.begin("quantize", self.report.source_bytes, "bytes")
-            with Workers(threads) as workers:
+            with closing(sink), Workers(threads) as workers:
                 for planned, analysis in self._analysed(workers):
                     self._one(planned, analysis, sink, workers)
                     self.progress.advance(planned.tensor.nbytes, planned.tensor.name)
-            self.report.output_bytes = sink.finish()
+                self.report.output_bytes = sink.finish()
             self.model.check_unchanged()
             out.commit()
             self.progress.end()
@@ -347,7 +349,7 @@ class _Job:
         row.sqnr_db, row.nmse, row.max_error = error.sqnr_db, error.nmse, error.worst
         row.bits_per_weight = 8 * row.nbytes / p.tensor.size
         measured = {"max": error.worst, "nmse": error.nmse}
-        if error.sqnr_db is not None and np.isfinite(error.sqnr_db):
+        if error.sqnr_db is not None:
             measured["sqnr_db"] = error.sqnr_db
         if analysis is not None:
             row.clipped = error.clipped
@@ -374,7 +376,8 @@ class _Job:
 
 
 def _source_note(s: SourceFile) -> dict[str, Any]:
-    return {"header_sha256": s.header_sha256, "name": s.name, "size": s.size}
+    name = os.fsencode(s.name).decode("utf-8", "backslashreplace")  # a name need not be UTF-8
+    return {"header_sha256": s.header_sha256, "name": name, "size": s.size}
 
 
 def _source_paths(model: Model) -> list[Path]:

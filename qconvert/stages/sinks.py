@@ -6,10 +6,16 @@ import json
 from typing import Any, Protocol
 
 from qconvert.encoding import AffineEncoding, Encoding, RawEncoding
-from qconvert.errors import UnsupportedError
 from qconvert.files.atomic import AtomicOutput, machine_errors
+from qconvert.files.calibration import MAX_OBSERVER
 from qconvert.files.gguf_writer import GgufTensor, GgufWriter, check_gguf
-from qconvert.files.qblk_writer import QblkWriter, TensorWriter, header_bound, tensor_bound
+from qconvert.files.qblk_writer import (
+    QblkWriter,
+    TensorWriter,
+    check_qblk,
+    header_bound,
+    tensor_bound,
+)
 from qconvert.model import Model, TensorInfo
 from qconvert.quantizers.affine import SCALE_NUMPY, EncodedRows, Parameters, stored_zero_points
 from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme
@@ -29,7 +35,7 @@ WIDEST_NOTES: dict[str, Any] = {
     },
     "error": {"max": 0, "nmse": 0, "sqnr_db": 0, "clipped": 0},
 }
-WIDEST_ACTIVATION = {"observer": "percentile", "samples": 0, "scale": 0, "zero_point": 0}
+WIDEST_ACTIVATION = {"observer": "x" * MAX_OBSERVER, "samples": 0, "scale": 0, "zero_point": 0}
 
 
 class TensorTarget(Protocol):
@@ -55,6 +61,10 @@ class Sink(Protocol):
         """Complete the file; its length in bytes."""
         ...
 
+    def close(self) -> None:
+        """Let go of everything, finished or not."""
+        ...
+
 
 class QblkSink:
     """Writes qblk, with the companion files of the model."""
@@ -71,14 +81,9 @@ class QblkSink:
         self.provenance = provenance
         files = [(path.name, path.stat().st_size) for path in model.companions]
         calibrated = "calibration" in provenance
-        try:
-            bound = header_bound(
-                [_bound(p, calibrated) for p in plan], files, model.metadata, provenance
-            )
-        except ValueError as e:
-            raise UnsupportedError(
-                "too many tensors or too much metadata for one qblk file", path=model.path
-            ) from e
+        check_qblk([p.tensor for p in plan], model.path)
+        bounds = [_bound(p, calibrated) for p in plan]
+        bound = header_bound(bounds, files, model.metadata, provenance)
         self.writer = QblkWriter(out, bound)
 
     def begin(self, tensor: TensorInfo, encoding: Encoding | None) -> TensorTarget:
@@ -91,6 +96,9 @@ class QblkSink:
                 data = path.read_bytes()
             self.writer.add_file(path.name, data)
         return self.writer.finish(self.model.metadata, self.provenance)
+
+    def close(self) -> None:
+        pass  # the output file belongs to the caller
 
 
 def _bound(p: PlannedTensor, calibrated: bool) -> int:
@@ -164,6 +172,9 @@ class GgufSink:
         with machine_errors(self.out.target):
             self.writer.finish()
         return self.out.path.stat().st_size
+
+    def close(self) -> None:
+        self.writer.close()
 
 
 def _ggml_type(p: PlannedTensor) -> str:

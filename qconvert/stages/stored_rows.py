@@ -4,6 +4,7 @@ container.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,33 +42,40 @@ class Rows:
     """Some rows of a tensor, or a run of columns of one row.
 
     Attributes:
+        dtype: of the tensor.
         start, stop: place in the flattened tensor.
         first_column: of the run.
         values: decoded, float32 (R, C).
         integer: in integer units; None where the file holds plain numbers or a type we have no
             integer product for.
+        scale: of each group as stored, (R, G); None without codes.
         low, high: smallest and largest code, in the units of ``integer``.
         code_step: units of ``integer`` between neighbouring codes.
+        scaled_always: whether a scale of 0 promises a group of zeros (ggml's may underflow).
         slack: error that rounding may add to half a step, relative to the weight.
     """
 
+    dtype: str
     start: int
     stop: int
     first_column: int
     values: F32
     integer: IntegerRows | None
+    scale: F32 | None = None
     low: int = 0
     high: int = 0
     code_step: int = 1
     slack: float = 2.0**-22  # codes are made with binary32 quotients
+    scaled_always: bool = True
 
     def worst_step(self, weights: F32) -> float:
         """Largest |weight - value| in steps over the weights that were not clipped."""
-        if self.integer is None:
+        if self.integer is None or self.scale is None:
             return 0.0
         worst = 0.0
         for group, span in self.integer.spans():
-            unit = self.integer.scale[:, group].astype(np.float64)[:, None]
+            # Not from the integer path's own scale: a quarter of a denormal one is rounded there.
+            unit = self.scale[:, group].astype(np.float64)[:, None] / self.code_step
             step = np.abs(unit) * self.code_step
             zero = self.integer.zero[:, group][:, None]
             w = weights[:, span].astype(np.float64)
@@ -76,10 +84,12 @@ class Rows:
             half = self.code_step / 2
             inside = (place >= self.low - half) & (place <= self.high + half) & (step > 0)
             error = np.abs(w - self.values[:, span])
-            slack = (np.abs(w) + np.abs(offset)) * self.slack
+            slack = (np.abs(w) + np.abs(offset)) * self.slack + 2.0**-149
             steps = np.divide(
                 np.maximum(error - slack, 0), step, out=np.zeros_like(w), where=inside
             )
+            if self.scaled_always and ((unit == 0) & (w != 0)).any():
+                worst = math.inf
             worst = max(worst, float(steps.max(initial=0.0)))
         return worst
 
@@ -104,7 +114,8 @@ def quantized_rows(model: Model, tensor: TensorInfo, tile: Tile, columns: int) -
     if tensor.dtype in GGML_BLOCKS:
         return _ggml_rows(model, tensor, tile, first)
     values = model.values(tensor, tile.start, tile.stop).astype(np.float32)
-    return Rows(tile.start, tile.stop, first, values.reshape(tile.rows, tile.columns), None)
+    values = values.reshape(tile.rows, tile.columns)
+    return Rows(tensor.dtype, tile.start, tile.stop, first, values, None)
 
 
 def _affine_rows(model: QblkModel, stored: StoredTensor, tile: Tile, first: int) -> Rows:
@@ -123,11 +134,13 @@ def _affine_rows(model: QblkModel, stored: StoredTensor, tile: Tile, first: int)
     steps = 1 if encoding.symmetric else kernels.zero_steps(encoding.bits)
     centre = (1 << (encoding.bits - 1)) if encoding.symmetric else 0
     return Rows(
+        dtype=encoding.scheme,
         start=tile.start,
         stop=tile.stop,
         first_column=first,
         values=values.reshape(tile.rows, -1)[:, : tile.columns],
         integer=integer_rows(part.codes[:, : tile.columns], part.scale, part.zero, encoding),
+        scale=part.scale,
         low=(1 if encoding.symmetric and encoding.bits == 8 else 0) - centre,
         high=encoding.levels * steps - centre,
         code_step=steps,
@@ -143,6 +156,7 @@ def _ggml_rows(model: Model, tensor: TensorInfo, tile: Tile, first: int) -> Rows
     per_row = tile.columns // block.block
     low = -(1 << (block.bits - 1)) if block.centred else 0
     return Rows(
+        dtype=tensor.dtype,
         start=tile.start,
         stop=tile.stop,
         first_column=first,
@@ -154,7 +168,9 @@ def _ggml_rows(model: Model, tensor: TensorInfo, tile: Tile, first: int) -> Rows
             offset=None if block.centred else offset.reshape(tile.rows, per_row),
             group=block.block,
         ),
+        scale=scale.reshape(tile.rows, per_row),
         low=low,
         high=low + (1 << block.bits) - 1,
         slack=2.0**-10,  # ggml makes codes before it rounds the scale to float16
+        scaled_always=False,
     )

@@ -10,20 +10,22 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.encoding import RawEncoding
-from qconvert.errors import FormatError, UsageError
+from qconvert.errors import FormatError, UsageError, WeightError
 from qconvert.files import open_model
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_check import check_payload
 from qconvert.geometry import TILE_VALUES, tiles
-from qconvert.model import Model, TensorInfo
+from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.progress import Progress, Silent
 from qconvert.quantizers.affine import ErrorSums
+from qconvert.quantizers.casts import CAST_NUMPY, cast
 from qconvert.quantizers.integer import (
     Activations,
     dynamic_activations,
@@ -31,12 +33,13 @@ from qconvert.quantizers.integer import (
     static_activations,
 )
 from qconvert.report import Check, VerifiedTensor, VerifyReport
-from qconvert.stages.calibrate import read_batches
+from qconvert.stages.calibrate import check_activations, read_batches
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.stored_rows import Rows, StaticParameters, quantized_rows, static_parameters
 
+F32_MAX = float(np.finfo(np.float32).max)
 HALF_STEP = 0.5 + 2.0**-9  # half a step, and the rounding of the scale and of binary32 arithmetic
-RECORDED_DB = 1e-3  # the header has six significant digits
+RECORDED = 1e-5  # relative; the header has six significant digits
 ACTIVATIONS = ("auto", "static", "dynamic")
 
 
@@ -67,6 +70,7 @@ class _Measured:
 
     error: ErrorSums = field(default_factory=ErrorSums)
     worst_step: float = 0.0
+    cast: bool = True  # whether plain numbers are the source's, rounded
     integer: bool = False  # whether there is an integer product at all
     exact: bool = True
     float_error: float = 0.0
@@ -76,6 +80,7 @@ class _Measured:
     def add(self, other: _Measured) -> None:
         self.error += other.error
         self.worst_step = max(self.worst_step, other.worst_step)
+        self.cast &= other.cast
         self.integer |= other.integer
         self.exact &= other.exact
         self.float_error = max(self.float_error, other.float_error)
@@ -144,6 +149,7 @@ class _Job:
         self.progress = progress
         self.total = ErrorSums()
         self.stored = model.stored if isinstance(model, QblkModel) else {}
+        self.unused_samples = {(p, name) for p in options.samples for name in _names(p)}
 
     def check(
         self,
@@ -165,7 +171,7 @@ class _Job:
         if not self._integrity():
             return
         pairs = self._pairs()
-        quantized = [t for t in self.model.tensors if self._is_quantized(t)]
+        quantized = [t for t in self.model.tensors if not self._is_copy(t, pairs)]
         self._kept(pairs)
         self.progress.begin("verify", sum(t.nbytes for t in quantized), "bytes")
         with Workers(self.options.threads or available_threads()) as workers:
@@ -174,6 +180,10 @@ class _Job:
                 self.report.tensors.append(row)
                 self.progress.advance(tensor.nbytes, tensor.name)
         self.progress.end()
+        self.report.warnings += [
+            f"samples '{name}' of {path.name} fit no quantized tensor"
+            for path, name in sorted(self.unused_samples)
+        ]
         if self.source:
             self.source.check_unchanged()
             self.report.sqnr_db = self.total.sqnr_db
@@ -222,19 +232,15 @@ class _Job:
             self.check("same-tensors", True, f"{len(wanted)} names, shapes and dtypes")
         return {n: t for n, t in wanted.items() if n not in shapes}
 
-    def _is_quantized(self, tensor: TensorInfo) -> bool:
-        """Whether values may differ from the source: anything but a bit-identical copy."""
+    def _is_copy(self, tensor: TensorInfo, pairs: dict[str, TensorInfo]) -> bool:
+        """Whether the tensor claims to be the source's, bit for bit."""
         if tensor.name in self.stored:
-            stored = self.stored[tensor.name]
-            return stored.encoding != RawEncoding(stored.source_dtype)
-        if self.source:
-            return all(
-                t.dtype != tensor.dtype for t in self.source.tensors if t.name == tensor.name
-            )
-        return not tensor.floating and tensor.dtype[0] not in "IUB"
+            return self.stored[tensor.name].source_dtype == tensor.dtype
+        original = pairs.get(tensor.name)
+        return tensor.dtype in DTYPES and (original is None or original.dtype == tensor.dtype)
 
     def _kept(self, pairs: dict[str, TensorInfo]) -> None:
-        kept = [t for t in self.model.tensors if not self._is_quantized(t)]
+        kept = [t for t in self.model.tensors if self._is_copy(t, pairs)]
         if not self.source:
             self.skip("kept-exact", "no source: give it with --against")
             return
@@ -275,13 +281,15 @@ class _Job:
         def work(rows: Rows) -> _Measured:
             weights = None
             if self.source and original:
-                weights = self.source.values(original, rows.start, rows.stop)
-                weights = weights.astype(np.float32).reshape(rows.values.shape)
+                values = self.source.values(original, rows.start, rows.stop)
+                weights = _narrow(values, self.source, original).reshape(rows.values.shape)
             return _measure_rows(rows, weights, x, a)
 
         for part in workers.map(work, self._all_rows(tensor, columns)):
             total.add(part)
         row = VerifiedTensor(tensor.name, tensor.dtype)
+        if self.source and original and tensor.dtype in DTYPES:
+            row.cast_exact = total.cast and tensor.dtype in CAST_NUMPY and original.floating
         if self.source and original:
             self.total += total.error
             row.sqnr_db, row.nmse = total.error.sqnr_db, total.error.nmse
@@ -324,6 +332,8 @@ class _Job:
             try:
                 for t in model.tensors:
                     if t.name.removesuffix(".weight") == name and t.shape[1:] == (columns,):
+                        check_activations(t, path)
+                        self.unused_samples.discard((path, t.name))
                         batches = list(_first_rows(model, t, path, self.options.rows))
                         return np.concatenate(batches)[: self.options.rows]
             finally:
@@ -337,10 +347,12 @@ class _Job:
     def _verdicts(self) -> None:
         rows = self.report.tensors
         if self.source:
+            self._casts(rows)
             self._error_bound(rows)
             self._recorded(rows)
         else:
             self.skip("error-bound", "no source: give it with --against")
+            self.skip("recorded-error", "no source: give it with --against")
         products = [r for r in rows if r.integer_exact is not None]
         if products:
             wrong = [r for r in products if not r.integer_exact]
@@ -361,7 +373,15 @@ class _Job:
             )
         else:
             self.skip("integer-exact", "the file has no tensor with integer codes")
+            self.skip("float-product", "the file has no tensor with integer codes")
         self._limits(rows)
+
+    def _casts(self, rows: list[VerifiedTensor]) -> None:
+        cast = [r for r in rows if r.cast_exact is not None]
+        wrong = next((r.name for r in cast if not r.cast_exact), None)
+        if cast:
+            detail = f"{len(cast)} tensors are the source's, rounded to their dtype"
+            self.check("cast-exact", wrong is None, detail, tensor=wrong)
 
     def _error_bound(self, rows: list[VerifiedTensor]) -> None:
         bounded = [r for r in rows if r.worst_step is not None and r.integer_exact is not None]
@@ -379,22 +399,16 @@ class _Job:
         )
 
     def _recorded(self, rows: list[VerifiedTensor]) -> None:
-        """The error that the header records is the one measured."""
-        wrong = None
-        counted = 0
-        for r in rows:
-            noted = self.stored[r.name].error.get("sqnr_db") if r.name in self.stored else None
-            if noted is not None:
-                counted += 1
-                if r.sqnr_db is None or abs(r.sqnr_db - noted) > RECORDED_DB:
-                    wrong = wrong or r.name
-        if counted:
-            self.check(
-                "recorded-error",
-                wrong is None,
-                f"SQNR of {counted} tensors as recorded",
-                tensor=wrong,
-            )
+        """The errors that the header records are the ones measured."""
+        noted = {r.name: self.stored[r.name].error for r in rows if r.name in self.stored}
+        noted = {name: error for name, error in noted.items() if error}
+        if not noted:
+            self.skip("recorded-error", "the file records no errors")
+            return
+        wrong = next(
+            (r.name for r in rows if r.name in noted and not _agrees(r, noted[r.name])), None
+        )
+        self.check("recorded-error", wrong is None, f"errors of {len(noted)} tensors", tensor=wrong)
 
     def _limits(self, rows: list[VerifiedTensor]) -> None:
         o = self.options
@@ -427,6 +441,45 @@ class _Job:
             )
 
 
+def _names(path: Path) -> list[str]:
+    model = open_model(path)
+    try:
+        return [t.name for t in model.tensors]
+    finally:
+        model.close()
+
+
+def _agrees(row: VerifiedTensor, noted: dict[str, Any]) -> bool:
+    """Whether measured errors are those noted, to the six digits of a note."""
+    measured = {"sqnr_db": row.sqnr_db, "nmse": row.nmse, "max": row.max_error}
+    return all(
+        found is None
+        if (value := noted.get(key)) is None
+        else isinstance(value, int | float)
+        and found is not None
+        and math.isclose(found, value, rel_tol=RECORDED, abs_tol=1e-300)
+        for key, found in measured.items()
+    )
+
+
+def _narrow(weights: NDArray[Any], source: Model, tensor: TensorInfo) -> NDArray[np.float32]:
+    """Weights of the source in float32.
+
+    Raises:
+        WeightError: NaN, Inf or beyond the range, which no file can be held against.
+    """
+    with np.errstate(over="ignore"):
+        narrow: NDArray[np.float32] = weights.astype(np.float32)
+    if not np.isfinite(narrow).all():
+        raise WeightError(
+            "weights of the source are NaN, Inf or beyond binary32",
+            path=source.path,
+            tensor=tensor.name,
+            hint="verify against the source that the file was made from",
+        )
+    return narrow
+
+
 def _first_rows(
     model: Model, tensor: TensorInfo, path: Path, rows: int
 ) -> Iterator[NDArray[np.float32]]:
@@ -439,11 +492,15 @@ def _first_rows(
 
 
 def _db(signal: float, noise: float) -> float | None:
+    """Signal to noise in dB; None without noise, minus infinity without signal."""
     if noise == 0:
         return None
+    if not math.isfinite(noise):
+        return float("-inf")
     return 10 * math.log10(signal / noise) if signal > 0 else float("-inf")
 
 
+@np.errstate(over="ignore", invalid="ignore")  # products of huge weights are infinite, rightly
 def _measure_rows(
     rows: Rows, weights: NDArray[np.float32] | None, x: NDArray[np.float32], a: Activations
 ) -> _Measured:
@@ -456,6 +513,9 @@ def _measure_rows(
         sums = reference.error_sums(weights, rows.values)
         found.error = ErrorSums(weights.size, *sums)
         found.worst_step = rows.worst_step(weights)
+        if rows.integer is None and rows.dtype in CAST_NUMPY:
+            promised = cast(weights, rows.dtype)[1]
+            found.cast = bool((promised.view(np.uint32) == rows.values.view(np.uint32)).all())
     if rows.integer is None:
         return found
     span = slice(rows.first_column, rows.first_column + rows.values.shape[1])
@@ -468,9 +528,14 @@ def _measure_rows(
     expected = inputs @ wide.T
     # Each group adds two binary32 roundings, relative to the sum of magnitudes.
     terms = 2 * len(rows.integer.spans()) + 4
-    bound = (np.abs(inputs) @ np.abs(wide).T + rows.offset_magnitude(a)) * terms * 2.0**-24
-    difference = np.abs(product.y - expected)
-    found.float_error = float((difference / np.maximum(bound, 1e-300)).max(initial=0.0))
+    magnitude = np.abs(inputs) @ np.abs(wide).T + rows.offset_magnitude(a)
+    bound = magnitude * terms * 2.0**-24
+    # Denormal scales and products round to multiples of 2^-149, not to 24 bits.
+    bound += np.abs(a.scale)[:, None] * (1 + a.codes.shape[1]) * 255 * 128 * 2.0**-149 + 2.0**-149
+    difference = np.where(np.isfinite(product.y), np.abs(product.y - expected), 0.0)
+    may_overflow = magnitude / np.minimum(a.scale, 1)[:, None] > F32_MAX / 2
+    difference[~np.isfinite(product.y) & ~may_overflow] = np.inf
+    found.float_error = float((difference / bound).max(initial=0.0))
     if weights is not None:
         truth = x[:, span].astype(np.float64) @ weights.astype(np.float64).T
         found.signal = float((truth * truth).sum())

@@ -1,0 +1,265 @@
+/* Runs every loop of every variant on made-up numbers and prints a digest of all results: equal for
+ * all variants, compilers and processors. tests/test_native.py builds it, with sanitizers too. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+static uint64_t state, digest;
+
+static uint32_t draw(void) {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return (uint32_t)(state >> 32);
+}
+
+static void *make(size_t bytes) {
+    void *memory = malloc(bytes ? bytes : 1); /* of the very size, for the sanitizer */
+    if (!memory) {
+        abort();
+    }
+    return memory;
+}
+
+static uint8_t *bytes(size_t n) {
+    uint8_t *out = make(n);
+    for (size_t i = 0; i < n; i++) {
+        out[i] = (uint8_t)draw();
+    }
+    return out;
+}
+
+static int32_t *integers(size_t n, uint32_t below) {
+    int32_t *out = make(n * sizeof *out);
+    for (size_t i = 0; i < n; i++) {
+        out[i] = (int32_t)(draw() % below);
+    }
+    return out;
+}
+
+/* Zeros, subnormal numbers and a wide range of others, both signs. */
+static float *numbers(size_t n) {
+    float *out = make(n * sizeof *out);
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t exponent = draw() % 16 == 0 ? draw() % 3 : 100 + draw() % 28;
+        const uint32_t bits = (draw() & 0x807FFFFF) | exponent << 23;
+        memcpy(out + i, &bits, sizeof bits);
+    }
+    return out;
+}
+
+static float *scales(size_t n, int negative) {
+    float *out = make(n * sizeof *out);
+    for (size_t i = 0; i < n; i++) {
+        out[i] = (float)(1 + draw() % 1000) / 8192.0f * (negative && draw() % 2 ? -1.0f : 1.0f);
+    }
+    return out;
+}
+
+/* Adds results to the digest (FNV-1a) and frees them. */
+static void take(void *results, size_t size) {
+    for (size_t i = 0; i < size; i++) {
+        digest = (digest ^ ((uint8_t *)results)[i]) * 0x100000001B3u;
+    }
+    free(results);
+}
+
+static void check(int status) {
+    if (status != DONE) {
+        abort();
+    }
+}
+
+static void run_statistics(const Kernels *k, size_t n) {
+    uint8_t *raw = bytes(2 * n + 1);
+    float *x = numbers(n), *y = numbers(n), *table = numbers(256);
+    double *wide = make(n * sizeof *wide);
+    for (int which = 0; which < 3; which++) {
+        float *out = make(n * sizeof *out);
+        which == 0   ? k->widen_bf16(raw + 1, n, out)
+        : which == 1 ? k->widen_f16(raw + 1, n, out)
+                     : k->widen_table(raw, n, table, out);
+        take(out, n * sizeof *out);
+    }
+    for (size_t i = 0; i < n; i++) {
+        wide[i] = (double)x[i] * 1.1;
+    }
+    Statistics *found = calloc(2, sizeof *found);
+    check(k->observe_f32(x, n, found));
+    check(k->observe_f64(wide, n, found + 1));
+    take(found, 2 * sizeof *found);
+    if (n > 5) {
+        const uint32_t nan = 0x7FC00000, inf = 0xFF800000;
+        float *bad = make(n * sizeof *bad);
+        memcpy(bad, x, n * sizeof *bad);
+        memcpy(bad + 3, &nan, sizeof nan);
+        memcpy(bad + n - 1, &inf, sizeof inf);
+        found = calloc(1, sizeof *found);
+        check(k->observe_f32(bad, n, found));
+        take(found, sizeof *found);
+        free(bad);
+    }
+    int64_t *bins = calloc(HISTOGRAM_BINS, sizeof *bins);
+    k->histogram(x, n, bins);
+    take(bins, HISTOGRAM_BINS * sizeof *bins);
+    Errors *errors = calloc(1, sizeof *errors);
+    k->error_sums(x, y, n, errors);
+    take(errors, sizeof *errors);
+    free(raw);
+    free(x);
+    free(y);
+    free(table);
+    free(wide);
+}
+
+static void run_groups(const Kernels *k, size_t groups, size_t length, Scheme scheme) {
+    static const float factors[] = {1.02f, 0.9f, 0.7f}, shifts[] = {-0.25f, 0.0f, 0.25f};
+    const Grid grid = {factors, shifts, 3, scheme.symmetric ? 0 : 3};
+    const size_t n = groups * length;
+    const float top = (float)((1 << scheme.bits) - 1);
+    float *x = numbers(n), *scale = scales(groups, scheme.symmetric);
+    int32_t *zero = integers(groups, scheme.bits == 8 ? 256 : 4u << scheme.bits);
+    int32_t *counts = integers(groups, (uint32_t)length);
+    uint8_t *has_zero = bytes(groups);
+    float *low = make(groups * sizeof *low), *high = make(groups * sizeof *high);
+    int64_t *zeros = make(groups * sizeof *zeros);
+    for (size_t g = 0; g < groups; g++) {
+        counts[g]++;
+        has_zero[g] &= 1;
+        for (size_t i = (size_t)counts[g]; i < length; i++) {
+            x[g * length + i] = 0;
+        }
+    }
+    k->extrema(x, groups, length, low, high, zeros);
+    take(zeros, groups * sizeof *zeros);
+    double *fitted = make(groups * sizeof *fitted);
+    int32_t *points = make(groups * sizeof *points);
+    uint8_t *found = make(groups);
+    for (size_t g = 0; g < groups; g++) {
+        low[g] = low[g] < 0 ? low[g] : 0;
+        high[g] = high[g] > 0 ? high[g] : 0;
+    }
+    check(k->search(x, groups, length, counts, low, high, has_zero, scheme, grid, fitted, points,
+                    found));
+    take(fitted, groups * sizeof *fitted);
+    take(points, groups * sizeof *points);
+    take(found, groups);
+
+    float *sums = make(3 * groups * sizeof *sums), *plain = make(groups * sizeof *plain);
+    float *inverse = scales(groups, 0), *mask = make(n * sizeof *mask);
+    for (size_t i = 0; i < n; i++) {
+        mask[i] = (float)(draw() % 2);
+    }
+    k->code_sums(x, length, groups, inverse, high, 0, top, mask, sums, sums + groups,
+                 sums + 2 * groups);
+    k->column_sums(x, length, groups, plain);
+    take(sums, 3 * groups * sizeof *sums);
+    take(plain, groups * sizeof *plain);
+    double *rows = make(3 * groups * sizeof *rows);
+    k->long_sums(x, groups, length, 1, inverse, high, 0, top, rows);
+    take(rows, 3 * groups * sizeof *rows);
+
+    uint8_t *codes = make(n);
+    float *decoded = make(n * sizeof *decoded);
+    size_t *clipped = make(sizeof *clipped);
+    *clipped = k->encode(x, groups, length, scale, zero, scheme, codes);
+    k->decode(codes, groups, length, scale, zero, scheme, decoded);
+    take(codes, n);
+    take(decoded, n * sizeof *decoded);
+    take(clipped, sizeof *clipped);
+    free(x);
+    free(scale);
+    free(zero);
+    free(counts);
+    free(has_zero);
+    free(low);
+    free(high);
+    free(inverse);
+    free(mask);
+}
+
+static void run_rows(const Kernels *k, size_t rows, size_t columns, Scheme scheme, size_t samples,
+                     int32_t zero_point) {
+    const size_t groups = row_groups(scheme, columns), stored = stored_row(scheme, columns);
+    const size_t size = rows * packed_bytes(stored, scheme.bits);
+    float *x = numbers(rows * columns), *scale = scales(rows * groups, scheme.symmetric);
+    int32_t *zero = integers(rows * groups, scheme.bits == 8 ? 256 : 4u << scheme.bits);
+    uint8_t *packed = make(size);
+    Errors *errors = calloc(1, sizeof *errors);
+    k->encode_rows(x, rows, columns, scale, zero, rows * groups, scheme, packed, errors);
+    take(errors, sizeof *errors);
+    take(packed, size);
+
+    packed = bytes(size);
+    int8_t *inputs = (int8_t *)bytes(samples * columns);
+    float *y = make(samples * rows * sizeof *y);
+    const Product task = {scheme, packed, rows,    stored,     columns, scale, zero,
+                          groups, inputs, samples, zero_point, y};
+    check(k->product(&task));
+    take(y, samples * rows * sizeof *y);
+    int16_t *wide = make(rows * columns * sizeof *wide);
+    for (size_t i = 0; i < rows * columns; i++) {
+        wide[i] = (int16_t)((int)(draw() % 511) - 255);
+    }
+    int32_t *sums = make(samples * rows * sizeof *sums);
+    check(k->integer_product(wide, rows, inputs, samples, columns, sums));
+    take(sums, samples * rows * sizeof *sums);
+    free(wide);
+    free(x);
+    free(scale);
+    free(zero);
+    free(packed);
+    free(inputs);
+}
+
+static void run_packing(const Kernels *k, size_t groups) {
+    for (int width = 1; width <= 8; width++) {
+        uint8_t *values = bytes(groups * PACK_GROUP), *packed = make(groups * 4 * (size_t)width);
+        for (size_t i = 0; i < groups * PACK_GROUP; i++) {
+            values[i] &= (uint8_t)((1 << width) - 1);
+        }
+        k->pack(values, groups, width, packed);
+        k->unpack(packed, groups, width, values);
+        take(values, groups * PACK_GROUP);
+        take(packed, groups * 4 * (size_t)width);
+    }
+    for (enum ggml_type type = 0; type < GGML_TYPES; type++) {
+        float *x = numbers(groups * PACK_GROUP);
+        uint8_t *data = make(groups * ggml_bytes(type));
+        k->ggml_encode(type, x, groups, data);
+        k->ggml_decode(type, data, groups, x);
+        take(data, groups * ggml_bytes(type));
+        take(x, groups * PACK_GROUP * sizeof *x);
+    }
+}
+
+int main(void) {
+    static const size_t lengths[] = {1, 16, 31, 64, 200, 256};
+    static const size_t columns[] = {1, 33, 128, 300, 513};
+    static const size_t blocks[] = {0, 16, 32, 64, 128, 256};
+    for (size_t v = 0; v < variant_count(); v++) {
+        const Kernels *k = variant(v);
+        state = 88172645463325252u;
+        digest = 0xCBF29CE484222325u;
+        for (size_t i = 0; i < 6; i++) {
+            run_statistics(k, lengths[i] - 1);
+            run_packing(k, i);
+        }
+        for (int bits = 2; bits <= 8; bits += bits == 6 ? 2 : 1) {
+            for (int symmetric = 0; symmetric < 2; symmetric++) {
+                for (size_t i = 0; i < 6; i++) {
+                    run_groups(k, 19, lengths[i], (Scheme){bits, symmetric, 0});
+                    for (size_t c = 0; c < 5; c++) {
+                        const Scheme scheme = {bits, symmetric, blocks[i]};
+                        run_rows(k, 5 + i, columns[c], scheme, 1 + 3 * (c % 3), (int32_t)c - 2);
+                    }
+                }
+                run_rows(k, 2, 16417, (Scheme){bits, symmetric, 0}, 6, -128);
+            }
+        }
+        printf("%s %016llx\n", k->name, (unsigned long long)digest);
+    }
+    return 0;
+}

@@ -1,0 +1,206 @@
+"""Observers of activations against brute force on everything they have seen."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+from numpy.typing import NDArray
+
+from qconvert.errors import UsageError
+from qconvert.observers.ranges import (
+    OBSERVERS,
+    ChannelStatistics,
+    Observer,
+    make_observer,
+    static_range,
+)
+
+F32 = NDArray[np.float32]
+NAMES = pytest.mark.parametrize("name", oracle.DISTRIBUTIONS)
+MERGING = pytest.mark.parametrize("kind", ["minmax", "percentile", "mse"])
+
+
+def batches(name: str) -> list[F32]:
+    """Batches of several sizes whose ranges differ."""
+    sizes = [(5, 32), (1, 32), (40, 32), (8, 32), (3, 32)]
+    return [oracle.draw(name, k, *s) * np.float32(k + 1) for k, s in enumerate(sizes)]
+
+
+def run(kind: str, data: list[F32], percentile: float = 99.0) -> Observer:
+    observer = make_observer(kind, percentile)
+    for batch in data:
+        observer.update(batch)
+    return observer
+
+
+def everything(data: list[F32]) -> F32:
+    return np.concatenate([b.ravel() for b in data])
+
+
+# --- ranges ---------------------------------------------------------------------------------------
+
+
+@NAMES
+def test_minmax_is_exact(name: str) -> None:
+    data = batches(name)
+    x = everything(data).tolist()
+    assert run("minmax", data).range() == (min(x), max(x))
+
+
+@NAMES
+def test_moving_average_follows_the_recurrence(name: str) -> None:
+    data = batches(name)
+    low, high = float(data[0].min()), float(data[0].max())
+    for batch in data[1:]:
+        low = 0.9 * low + 0.1 * float(batch.min())
+        high = 0.9 * high + 0.1 * float(batch.max())
+    assert run("ema", data).range() == pytest.approx((low, high), rel=1e-12)
+
+
+@NAMES
+@pytest.mark.parametrize("percent", [51.0, 90.0, 99.0, 99.99, 100.0])
+def test_percentiles_are_exact_to_a_bin(name: str, percent: float) -> None:
+    data = batches(name)
+    x = everything(data)
+    low, high = run("percentile", data, percent).range()
+    wanted_high = np.percentile(x, percent, method="inverted_cdf")
+    wanted_low = -np.percentile(-x, percent, method="inverted_cdf")
+    assert abs(high - wanted_high) <= abs(wanted_high) / 128
+    assert abs(low - wanted_low) <= abs(wanted_low) / 128
+    assert low >= x.min()
+    assert high <= x.max()
+
+
+def snr(x: F32, low: float, high: float) -> float:
+    """dB of 8-bit codes over a range, value by value."""
+    r = static_range(low, high)
+    codes = np.clip(np.rint(x.astype(np.float64) / r.scale + r.zero_point), -128, 127)
+    error = (codes - r.zero_point) * r.scale - x
+    return float(10 * np.log10((x.astype(np.float64) ** 2).sum() / (error**2).sum()))
+
+
+@NAMES
+def test_mse_range_has_nearly_the_best_snr_of_all_candidates(name: str) -> None:
+    """Direct evaluation on the data. Near the ends a bin of the histogram is wider than a step of
+    the grid, which costs at most 0.3 dB here.
+    """
+    data = batches(name)
+    x = everything(data)
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    shrinks = [1 - k / 50 for k in range(40)]
+    ends = itertools.product(
+        [low * a for a in shrinks] if low else [0.0],
+        [high * b for b in shrinks] if high else [0.0],
+    )
+    best = max(snr(x, a, b) for a, b in ends)
+    found = run("mse", data).range()
+    assert snr(x, *found) >= best - 0.3
+    assert low <= found[0] <= 0 <= found[1] <= high
+
+
+def test_mse_gives_up_a_lone_outlier() -> None:
+    x = np.random.default_rng(1).standard_normal((4000, 32)).astype(np.float32)
+    outlier = np.array([[30.0]], np.float32)
+    low, high = run("mse", [x] * 40 + [outlier]).range()
+    assert high < 15
+    seen = np.concatenate([*[x.ravel()] * 40, outlier.ravel()])
+    assert snr(seen, low, high) > snr(seen, float(x.min()), 30.0) + 3
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+@NAMES
+@MERGING
+def test_merged_observers_equal_a_single_run_in_any_order(kind: str, name: str) -> None:
+    data = batches(name)
+    single = run(kind, data).range()
+    assert run(kind, data[::-1]).range() == single
+    for order in ((0, 1, 2), (2, 0, 1), (2, 1, 0)):
+        parts = [run(kind, data[:1]), run(kind, data[1:3]), run(kind, data[3:])]
+        first = parts[order[0]]
+        for k in order[1:]:
+            first.merge(parts[k])
+        assert first.range() == single
+
+
+def test_moving_averages_depend_on_order_and_refuse_to_merge() -> None:
+    data = batches("gaussian")
+    a, b = run("ema", data), run("ema", data[::-1])
+    assert a.range() != b.range()
+    with pytest.raises(UsageError, match="cannot be merged"):
+        a.merge(b)
+
+
+@pytest.mark.parametrize(("kind", "other"), list(itertools.permutations(OBSERVERS, 2)))
+def test_observers_of_different_kinds_do_not_merge(kind: str, other: str) -> None:
+    data = batches("gaussian")
+    with pytest.raises((TypeError, UsageError)):
+        run(kind, data).merge(run(other, data))
+
+
+def test_unknown_observers_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="minmax, ema, percentile, mse"):
+        make_observer("median", 99.0)
+
+
+# --- static parameters ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(-1.0, 3.0), (0.5, 3.0), (-3.0, -0.5), (0.0, 1e-3), (-1e-30, 2e-30), (-3e38, 3e38)]
+    + [tuple(p) for p in np.random.default_rng(3).normal(0, 5, (50, 2)).tolist()],
+)
+def test_static_range_has_an_exact_zero_and_covers_the_ends(low: float, high: float) -> None:
+    low, high = min(low, high), max(low, high)
+    r = static_range(low, high)
+    assert isinstance(r.zero_point, int)
+    assert -128 <= r.zero_point <= 127
+    assert (r.low, r.high) == (min(low, 0.0), max(high, 0.0))
+    # The zero point is a code, so zero is a value of the grid; each end is at most a step away.
+    assert (r.low - r.high) / 255 == pytest.approx(-r.scale, rel=1e-6)
+    assert (-128 - r.zero_point) * r.scale <= r.low + 0.501 * r.scale
+    assert (127 - r.zero_point) * r.scale >= r.high - 0.501 * r.scale
+
+
+def test_static_scale_is_the_shortest_decimal_of_a_binary32_number() -> None:
+    for high in np.random.default_rng(4).uniform(0.01, 100, 200).tolist():
+        scale = static_range(-1.0, high).scale
+        stored = oracle.f32((high + 1.0) / 255)
+        assert oracle.f32(scale) == stored
+        digits = len(f"{scale!r}".replace(".", "").lstrip("0").split("e")[0])
+        # No decimal with fewer digits reads back as that number, and this one has at most nine.
+        assert digits <= 9
+        assert oracle.f32(float(f"{stored:.{digits - 1}g}")) != stored or digits == 1
+
+
+@pytest.mark.parametrize("high", [0.0, -0.0, 1e-46, 1e-44])
+def test_an_empty_range_has_a_scale_above_zero(high: float) -> None:
+    r = static_range(0.0, high)
+    assert (r.scale, r.zero_point) == (1.0, 0)
+
+
+# --- channels -------------------------------------------------------------------------------------
+
+
+@NAMES
+def test_channel_statistics_equal_numpy(name: str) -> None:
+    data = batches(name)
+    x = np.concatenate(data)
+    s = ChannelStatistics(32)
+    for batch in data:
+        s.update(batch)
+    assert s.samples == len(x)
+    assert s.low.tolist() == x.min(axis=0).tolist()
+    assert s.high.tolist() == x.max(axis=0).tolist()
+    wanted = np.mean(x.astype(np.float64) ** 2, axis=0)
+    assert s.mean_square == pytest.approx(wanted, rel=1e-6)
+    assert s.mean_square.dtype == np.float32
+
+
+def test_channel_statistics_without_samples_have_no_nan() -> None:
+    assert ChannelStatistics(3).mean_square.tolist() == [0.0, 0.0, 0.0]

@@ -1,0 +1,99 @@
+"""The README is run: its pipeline, the release script, and what it says about set-up and exit codes.
+
+Not run here: the two set-up commands themselves. They make environments and install; .ci/run is the second of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qconvert.cli.exits import ExitCode
+from qconvert.schemes import SCHEMES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what the commands need."""
+    shutil.copytree(ROOT / "samples", tmp_path / "samples")
+    return tmp_path
+
+
+def shell(script: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["sh", "-euc", script],
+        cwd=cwd,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_there_are_exactly_two_setup_commands() -> None:
+    setup = README.split("## Set up")[1].split("\n## ")[0]
+    commands = re.findall(r"```sh\n(.*?)```", setup, re.DOTALL)
+    assert len(commands) == 2
+    assert all(len(c.strip().splitlines()) == 1 for c in commands)
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    script = (
+        (ROOT / ".ci/run").read_text().split('sh -euc "$command"')[0].replace('"$0"', ".ci/run")
+    )
+    told = shell(script, ROOT).stdout.strip()
+    assert told == BLOCKS[1].strip()
+    assert "pytest" in told
+
+
+def test_the_pipeline_of_the_readme_runs(checkout: Path) -> None:
+    (block,) = re.findall(r"<!-- pipeline -->\n```sh\n(.*?)```", README, re.DOTALL)
+    done = shell(block, checkout)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("verdict    pass") == 2
+
+
+def test_the_release_script_releases_and_checks_its_sum(checkout: Path) -> None:
+    done = shell("sh samples/release.sh samples/tiny-llama out", checkout)
+    assert done.returncode == 0, done.stderr
+    assert "released: out/tiny-llama.q4_block64.qblk" in done.stdout
+    assert (checkout / "out/SHA256SUMS").read_text().endswith("tiny-llama.q4_block64.qblk\n")
+
+
+def test_the_release_script_stops_at_a_broken_promise(checkout: Path) -> None:
+    script = checkout / "samples/release.sh"
+    script.write_text(script.read_text().replace("--min-sqnr 18", "--min-sqnr 40"))
+    done = shell("sh samples/release.sh samples/tiny-llama out", checkout)
+    assert done.returncode == 1
+    assert not (checkout / "out/SHA256SUMS").exists()
+
+
+def test_every_exit_code_is_in_the_table() -> None:
+    table = README.split("## Exit codes")[1].split("\n## ")[0]
+    assert {
+        int(n) for row in re.findall(r"^\| ([\d, ]+) \|", table, re.M) for n in row.split(",")
+    } == {int(code) for code in ExitCode}
+
+
+def test_every_scheme_is_of_a_family_that_the_readme_names() -> None:
+    text = README.split("## Schemes")[1].split("\n## ")[0]
+    affine = re.search(r"q\{([\d,]+)\}_\{([a-z0-9|]+)\}\[_sym\|_asym\]", text)
+    assert affine
+    named = {
+        f"q{bits}_{unit}{suffix}"
+        for bits in affine[1].split(",")
+        for unit in affine[2].split("|")
+        for suffix in ("", "_sym", "_asym")
+    }
+    assert set(SCHEMES) == named | set(re.findall(r"\b(?:b?f\d\d|q\d_[01])\b", text))

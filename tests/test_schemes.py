@@ -1,0 +1,103 @@
+"""Names of schemes: formats/schemes/SPEC.md section 1."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from qconvert.encoding import AffineEncoding
+from qconvert.errors import UsageError
+from qconvert.schemes import (
+    SCHEMES,
+    AffineScheme,
+    CastScheme,
+    GgmlScheme,
+    affine_scheme,
+    parse_scheme,
+)
+
+AFFINE = [
+    f"q{bits}_{unit}{suffix}"
+    for bits, unit, suffix in itertools.product(
+        (2, 3, 4, 5, 6, 8),
+        ("tensor", "channel", "block16", "block32", "block64", "block128", "block256"),
+        ("", "_sym", "_asym"),
+    )
+]
+OTHERS = ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
+
+
+def test_the_table_holds_the_names_of_the_specification_and_no_others() -> None:
+    assert sorted(SCHEMES) == sorted(AFFINE + OTHERS)
+    assert all(name == scheme.name for name, scheme in SCHEMES.items())
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_affine_names_mean_what_they_say(name: str) -> None:
+    width, unit, *suffix = name.split("_")
+    scheme = parse_scheme(name)
+    assert isinstance(scheme, AffineScheme)
+    assert scheme.bits == int(width[1:])
+    if unit.startswith("block"):
+        assert (scheme.granularity, scheme.block) == ("block", int(unit[5:]))
+    else:
+        assert (scheme.granularity, scheme.block) == (unit, 0)
+    assert scheme.symmetric is {"sym": True, "asym": False, "": None}["".join(suffix)]
+    settled = f"{width}_{unit}_"
+    assert scheme.resolved(True).name == settled + "sym"
+    assert scheme.resolved(False).name == settled + "asym"
+    assert scheme.with_bits(4).name == name.replace(width, "q4", 1)
+
+
+@pytest.mark.parametrize("name", [n for n in AFFINE if n.endswith("sym")])
+def test_encodings_name_their_scheme(name: str) -> None:
+    s = parse_scheme(name)
+    assert isinstance(s, AffineScheme)
+    encoding = AffineEncoding(s.bits, s.granularity, s.block, bool(s.symmetric), "F32", 64)
+    assert encoding.scheme == name
+    assert affine_scheme(s.bits, s.granularity, s.block, s.symmetric) == s
+
+
+def test_casts_and_ggml_types() -> None:
+    for name in ("f32", "f16", "bf16"):
+        assert parse_scheme(name) == CastScheme(name, name.upper())
+    sizes = {"q4_0": 18, "q4_1": 20, "q5_0": 22, "q5_1": 24, "q8_0": 34}
+    for name, nbytes in sizes.items():
+        assert parse_scheme(name) == GgmlScheme(name, name.upper(), 32, nbytes)
+
+
+@pytest.mark.parametrize("text", ["Q4_BLOCK32_Asym", " q4_block32_asym\n", "q4_Block32_ASYM"])
+def test_case_and_surrounding_blanks_do_not_matter(text: str) -> None:
+    assert parse_scheme(text).name == "q4_block32_asym"
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("q4_blok32", "q4_block32"),
+        ("q4_block_32", "q4_block32"),
+        ("q8_tensor_symm", "q8_tensor_sym"),
+        ("q4_K", "q4_0"),
+        ("fp16", "f16"),
+        ("bfloat16", "bf16"),
+        ("int8", None),
+        ("", None),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(text: str, meant: str | None) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_scheme(text)
+    assert f"unknown scheme '{text}'" in str(caught.value)
+    hint = caught.value.hint or ""
+    if meant is None:
+        assert "q{2,3,4,5,6,8}_" in hint, "the grammar, for want of a near name"
+    else:
+        assert hint.startswith("did you mean")
+        assert meant in hint
+
+
+@pytest.mark.parametrize("text", ["q7_block32", "q4_block48", "q4_block32_sym_asym", "q16_tensor"])
+def test_names_outside_the_grammar_are_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_scheme(text)
