@@ -1,4 +1,7 @@
-"""How activations.safetensors was made: python samples/make_activations.py (needs torch and transformers)."""
+"""How activations.safetensors was made; needs torch and transformers.
+
+python samples/make_activations.py
+"""
 
 import sys
 from pathlib import Path

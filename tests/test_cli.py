@@ -34,6 +34,7 @@ from conftest import (
 )
 from safetensors.numpy import load_file
 
+from qconvert import kernels
 from qconvert.cli.main import main
 from qconvert.files.qblk import open_qblk
 from qconvert.stages import inspect as inspect_stage
@@ -441,7 +442,7 @@ def test_json_is_one_document_with_schema_status_and_kernels(
     assert told.code == 0, told
     assert told.json["schema"] == f"qconvert.{command}/1"
     assert told.json["status"] == "pass"
-    assert told.json["kernels"] == "reference"
+    assert told.json["kernels"] == kernels.describe()
     assert told.json["warnings"] == []
     assert told.out.endswith("}\n")
     assert list(told.json)[:3] == ["schema", "qconvert", "status"]

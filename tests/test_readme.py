@@ -1,6 +1,7 @@
-"""The README is run: its pipeline, the release script, and what it says about set-up and exit codes.
+"""The README is run: its pipeline, the release script, what it says of set-up and exit codes.
 
-Not run here: the two set-up commands themselves. They make environments and install; .ci/run is the second of them.
+Not run here: the two set-up commands themselves, which make environments and install; .ci/run is
+the second of them.
 """
 
 from __future__ import annotations

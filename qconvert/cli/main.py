@@ -17,11 +17,15 @@ from qconvert.errors import MachineError, QconvertError, Terminated, printable
 
 def run() -> NoReturn:
     """The ``qconvert`` command."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = main(sys.argv[1:])
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: too late to interrupt it
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the work is done: too late to stop it
     except KeyboardInterrupt:
         code = _ended("interrupted", ExitCode.INTERRUPTED)
+    except Terminated:
+        code = _ended("terminated", ExitCode.TERMINATED)
     try:
         sys.stdout.flush()
     except OSError:  # a full disk behind stdout; the interpreter's own flush would exit with 120
@@ -35,7 +39,6 @@ def main(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal need not know every letter
-    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         return _run(arguments)
     except KeyboardInterrupt:
@@ -48,7 +51,6 @@ def main(arguments: list[str]) -> int:
         return _refused(_as_refusal(e), arguments)
     finally:
         _clean_up()
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _run(arguments: list[str]) -> int:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.regular import RegularFile
-from qconvert.kernels.widen import widen
+from qconvert.kernels import widen
 from qconvert.model import DTYPES, SourceFile, TensorInfo
 from qconvert.quantizers.ggml import GGML_BLOCKS
 

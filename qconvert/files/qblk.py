@@ -16,7 +16,7 @@ from qconvert.encoding import SCALE_SIZES, AffineEncoding, RawEncoding
 from qconvert.files.qblk_header import StoredFile, StoredTensor, read_header
 from qconvert.files.regular import RegularFile
 from qconvert.geometry import PACK_GROUP
-from qconvert.kernels.widen import widen
+from qconvert.kernels import widen
 from qconvert.model import DTYPES, SourceFile, TensorInfo
 from qconvert.quantizers.affine import (
     Parameters,

@@ -11,12 +11,12 @@ from typing import NoReturn
 
 import numpy as np
 
+from qconvert import kernels
 from qconvert.encoding import AffineEncoding
 from qconvert.errors import FormatError
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_header import StoredTensor, tensor_digest
 from qconvert.geometry import tiles
-from qconvert.kernels import reference as kernels
 from qconvert.quantizers.affine import SIGN, load_codes, load_scales, load_zero_points
 
 CHUNK = 1 << 20

@@ -22,7 +22,7 @@ from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.regular import RegularFile
 from qconvert.files.shards import INDEX, MAX_JSON_BYTES, ModelFiles, model_files, refuse_foreign
 from qconvert.files.strict_json import strict_json
-from qconvert.kernels.widen import widen
+from qconvert.kernels import widen
 from qconvert.model import DTYPES, SourceFile, TensorInfo
 
 LENGTH_BYTES = 8  # the header's length, u64 little-endian, comes before it

@@ -1,33 +1,112 @@
-"""Chooses the kernels once and says which: the NumPy reference, or native code that gives the same
-bits.
+"""The kernels that run, chosen once: native code where it was built, else the NumPy reference.
 
-``QCONVERT_KERNELS=reference`` or ``native`` forces one.
+Both give the same bits; `describe` says which it is, for every report. ``QCONVERT_KERNELS`` forces
+``reference``, ``native``, or one of native's variants by name (``portable``, ``avx2``, ...).
+
+Callers write ``kernels.encode(...)``. Where native code does several steps in one pass, they ask
+for `fused` and take the steps one by one when it is None.
 """
 
 from __future__ import annotations
 
 import os
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from qconvert.errors import UsageError
-from qconvert.kernels import reference
+from qconvert.kernels.reference import HISTOGRAM_BINS, Moments, lane_sum, zero_steps
 
 VARIABLE = "QCONVERT_KERNELS"
 
 
-def describe() -> str:
-    """What runs, for reports.
+def _choose(wanted: str | None) -> ModuleType | None:
+    """The native kernels, or None for the reference.
 
     Raises:
-        UsageError: the environment forces kernels that this installation does not have.
+        UsageError: the environment asks for kernels that are not to be had.
     """
-    forced = os.environ.get(VARIABLE, "reference")
-    if forced != "reference":
+    if wanted == "reference":
+        return None
+    try:
+        from qconvert.kernels import compiled
+    except ImportError as e:
+        if wanted is None:
+            return None
         raise UsageError(
-            f"{VARIABLE} asks for kernels that this version does not have",
-            found=forced,
-            wanted="reference",
-        )
-    return "reference"
+            f"{VARIABLE}={wanted}: the native kernels were not built",
+            hint="install again where there is a C compiler, or unset the variable",
+        ) from e
+    if wanted not in (None, "native"):
+        if wanted not in compiled.variants():
+            raise UsageError(
+                f"unknown kernels in {VARIABLE}",
+                found=wanted,
+                wanted=", ".join(("reference", "native", *compiled.variants())),
+            )
+        compiled.select(wanted)
+    return compiled
 
 
-__all__ = ["describe", "reference"]
+fused = _choose(os.environ.get(VARIABLE))
+
+
+def describe() -> str:
+    """What runs."""
+    if fused is not None:
+        return f"native, {fused.variant()}"
+    if os.environ.get(VARIABLE):
+        return "reference"
+    return "reference (native not built: no C compiler was found at install)"
+
+
+if TYPE_CHECKING or fused is None:
+    from qconvert.kernels.reference import (
+        code_sums,
+        column_sums,
+        decode,
+        encode,
+        error_sums,
+        extrema,
+        histogram,
+        integer_product,
+        moments,
+        pack,
+        unpack,
+    )
+    from qconvert.kernels.widening import widen
+else:
+    from qconvert.kernels.compiled import (
+        code_sums,
+        column_sums,
+        decode,
+        encode,
+        error_sums,
+        extrema,
+        histogram,
+        integer_product,
+        moments,
+        pack,
+        unpack,
+        widen,
+    )
+
+__all__ = [
+    "HISTOGRAM_BINS",
+    "Moments",
+    "code_sums",
+    "column_sums",
+    "decode",
+    "describe",
+    "encode",
+    "error_sums",
+    "extrema",
+    "fused",
+    "histogram",
+    "integer_product",
+    "lane_sum",
+    "moments",
+    "pack",
+    "unpack",
+    "widen",
+    "zero_steps",
+]

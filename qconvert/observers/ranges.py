@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.errors import UsageError
-from qconvert.kernels import reference as kernels
 from qconvert.observers.statistics import bin_centres
 
 F32 = NDArray[np.float32]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import AffineEncoding
-from qconvert.kernels import reference as kernels
-from qconvert.kernels.reference import Moments
+from qconvert.kernels import Moments
 from qconvert.quantizers.affine import to_groups
 
 OUTLIER_SIGMAS = 4.0  # a Gaussian has 6.3e-5 of its values beyond
@@ -117,6 +117,8 @@ def bin_centres() -> NDArray[np.float64]:
 
 def observe(x: NDArray[np.floating[Any]], start: int = 0) -> TensorStatistics:
     """Statistics of a 1-d run of values that begins at index ``start`` of its tensor."""
+    if kernels.fused is not None:
+        return _observe_fused(x, start)
     finite = np.isfinite(x)
     first = None
     bad = int(len(x) - np.count_nonzero(finite))
@@ -131,6 +133,25 @@ def observe(x: NDArray[np.floating[Any]], start: int = 0) -> TensorStatistics:
         first_nonfinite=first,
         zeros=int(len(x) - np.count_nonzero(x)),
         moments=kernels.moments(x) if len(x) else None,
+        histogram=kernels.histogram(narrow),
+    )
+
+
+def _observe_fused(x: NDArray[np.floating[Any]], start: int) -> TensorStatistics:
+    """`observe` with native kernels."""
+    assert kernels.fused is not None
+    found = kernels.fused.observe(x)
+    first = found.first_nonfinite
+    with np.errstate(over="ignore"):
+        narrow = x.astype(np.float32, copy=False)
+    if found.nonfinite:
+        narrow = narrow[np.isfinite(x)]
+    return TensorStatistics(
+        size=found.size,
+        nonfinite=found.nonfinite,
+        first_nonfinite=None if first is None else start + first,
+        zeros=found.zeros,
+        moments=found.moments,
         histogram=kernels.histogram(narrow),
     )
 

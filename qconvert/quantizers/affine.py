@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import AffineEncoding
 from qconvert.geometry import PACK_GROUP
-from qconvert.kernels import reference as kernels
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -131,6 +131,25 @@ def encode_rows(x: F32, encoding: AffineEncoding, parameters: Parameters) -> Enc
     ``c`` is the row length, or a run of columns of one row that starts at a multiple of 256. A
     single set of parameters serves all groups (tensor granularity, or a run of a channel).
     """
+    bits, symmetric = encoding.bits, encoding.symmetric
+    if kernels.fused is not None:
+        codes, signal, noise, worst, clipped = kernels.fused.encode_rows(
+            x, parameters.scale, parameters.zero, bits, symmetric, encoding.block
+        )
+    else:
+        codes, signal, noise, worst, clipped = _encode_rows(x, encoding, parameters)
+    return EncodedRows(
+        codes=codes,
+        scales=parameters.scale.astype(SCALE_NUMPY[encoding.scale_dtype]).tobytes(),
+        zero=stored_zero_points(parameters.zero, encoding),
+        error=ErrorSums(x.size, signal, noise, worst, clipped),
+    )
+
+
+def _encode_rows(
+    x: F32, encoding: AffineEncoding, parameters: Parameters
+) -> tuple[bytes, float, float, float, int]:
+    """Stored codes, Σx², Σ(x - x')², max |x - x'| and the number of clipped values."""
     groups, counts = to_groups(x, encoding)
     scale = np.broadcast_to(parameters.scale, len(groups))
     zero = np.broadcast_to(parameters.zero, len(groups))
@@ -141,12 +160,8 @@ def encode_rows(x: F32, encoding: AffineEncoding, parameters: Parameters) -> Enc
     signal, noise, worst = kernels.error_sums(x, decoded)
     if counts is not None:
         codes[np.arange(codes.shape[1]) >= counts[:, None]] = 0  # not clipped: a zero is in range
-    return EncodedRows(
-        codes=_store_codes(codes.reshape(rows, -1), columns, encoding),
-        scales=parameters.scale.astype(SCALE_NUMPY[encoding.scale_dtype]).tobytes(),
-        zero=stored_zero_points(parameters.zero, encoding),
-        error=ErrorSums(x.size, signal, noise, worst, clipped),
-    )
+    stored = _store_codes(codes.reshape(rows, -1), columns, encoding)
+    return stored, signal, noise, worst, clipped
 
 
 def _store_codes(codes: U8, columns: int, encoding: AffineEncoding) -> bytes:

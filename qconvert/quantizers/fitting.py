@@ -13,8 +13,8 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import AffineEncoding
-from qconvert.kernels import reference as kernels
 from qconvert.quantizers.affine import Parameters, round_scale
 from qconvert.ranges import SEARCH_GRIDS, RangeMethod, SearchGrid
 
@@ -49,6 +49,8 @@ class Extent:
 
 def extent(x: F32, counts: I32 | None = None) -> Extent:
     """Extent of groups (G, L); padding zeros behind ``counts`` values do not count as zeros."""
+    if kernels.fused is not None:
+        return Extent(*kernels.fused.extent(x, counts))
     low, high, has_zero = kernels.extrema(x)
     if counts is not None:
         padding = np.count_nonzero(x == 0, axis=1) - (x.shape[1] - counts)
@@ -116,6 +118,12 @@ def fit(
         return minmax(_or_whole(percentile_extent(x, method.percentile, e, counts), e), encoding)
     if method.name == "minmax":
         return minmax(e, encoding)
+    if kernels.fused is not None and x.shape[1] <= PIECE:
+        found = kernels.fused.search(
+            *(x, counts, e.low, e.high, e.has_zero, encoding.bits, encoding.symmetric),
+            SEARCH_GRIDS[encoding.bits],
+        )
+        return _settle(e, encoding, *found)
     step = max(1, BATCH // x.shape[1])
     parts = [
         _search(
@@ -229,6 +237,9 @@ def _group_sums(x: F32, encoding: AffineEncoding, counts: I32 | None) -> _SumSou
         pieces.append((np.ascontiguousarray(part.T), mask))
 
     def sums(candidates: list[Candidate]) -> Iterator[Sums]:
+        if kernels.fused is not None and counts is None:
+            yield from _long_sums(x, candidates, low, top)
+            return
         for inverse, offset in candidates:
             su, suu, sxu = (np.zeros(groups) for _ in range(3))
             for columns, mask in pieces:
@@ -260,6 +271,10 @@ def _stream_sums(pieces: Callable[[], Iterable[F32]], encoding: AffineEncoding) 
     def sums(candidates: list[Candidate]) -> Iterator[Sums]:
         found = np.zeros((len(candidates), 3))
         for piece in pieces():
+            if kernels.fused is not None:
+                for batch in _batches(piece):
+                    found += [np.concatenate(s) for s in _long_sums(batch, candidates, low, top)]
+                continue
             for columns, mask in _columns(piece):
                 for k, (inverse, offset) in enumerate(candidates):
                     parts = kernels.code_sums(columns, inverse, offset, low, top, mask)
@@ -268,6 +283,23 @@ def _stream_sums(pieces: Callable[[], Iterable[F32]], encoding: AffineEncoding) 
             yield np.array([su]), np.array([suu]), np.array([sxu])
 
     return _SumSource(np.array([float(count)]), np.array([total]), sums)
+
+
+def _long_sums(x: F32, candidates: list[Candidate], low: int, top: int) -> Iterator[Sums]:
+    """The sums of rows of any length for each candidate, by native code in one pass."""
+    assert kernels.fused is not None
+    inverse, offset = (np.stack(part) for part in zip(*candidates, strict=True))
+    for found in kernels.fused.long_sums(x, inverse, offset, low, top):
+        yield found[:, 0], found[:, 1], found[:, 2]
+
+
+def _batches(piece: F32) -> Iterator[F32]:
+    """The batches of `_columns` as rows (1, c)."""
+    whole = len(piece) // PIECE * PIECE
+    for start in range(0, whole, BATCH):
+        yield piece[None, start : min(start + BATCH, whole)]
+    if whole < len(piece):
+        yield piece[None, whole:]
 
 
 def _sequential(sums: F32) -> float:
@@ -351,12 +383,15 @@ def _search(e: Extent, source: _SumSource, encoding: AffineEncoding) -> Paramete
         best.offer(sums)
     for sums in source.sums([best.again()]):
         best.offer(sums)
+    return _settle(e, encoding, best.scale, best.zero, best.gain > 0)
+
+
+def _settle(e: Extent, encoding: AffineEncoding, scale: F64, zero: I32, found: Bools) -> Parameters:
+    """Round what the search found; the minmax range where it found nothing or could not search."""
     plain = minmax(e, encoding)
-    found = (best.gain > 0) & _searchable(e)
-    stored = round_scale(best.scale.astype(np.float32), encoding.scale_dtype, e.magnitude)
-    zero = (
-        np.zeros_like(plain.zero) if encoding.symmetric else np.where(found, best.zero, plain.zero)
-    )
+    found = found & _searchable(e)
+    stored = round_scale(scale.astype(np.float32), encoding.scale_dtype, e.magnitude)
+    zero = plain.zero if encoding.symmetric else np.where(found, zero, plain.zero)
     return Parameters(np.where(found, stored, plain.scale), zero)
 
 

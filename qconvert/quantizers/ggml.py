@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
+
 BLOCK = 32
 
 # Values (k, 32) and bits of a code -> scale and perhaps minimum (k, 1 or 2), codes (k, 32).
@@ -25,6 +27,7 @@ class GgmlBlock:
     """One block type.
 
     Attributes:
+        name: as in GGUF.
         nbytes: bytes of a block.
         bits: bits of a code.
         centred: whether codes are signed; else they count from a minimum that the block holds.
@@ -32,6 +35,7 @@ class GgmlBlock:
         block: values of a block.
     """
 
+    name: str
     nbytes: int
     bits: int
     centred: bool
@@ -49,6 +53,9 @@ class GgmlBlock:
 
         A scale or minimum beyond float16 becomes Inf: ask `finite_scales`.
         """
+        if kernels.fused is not None:
+            native: NDArray[np.uint8] = kernels.fused.ggml_encode(self.name, blocks)
+            return native
         scales, codes = self.quantizer(blocks, self.bits)
         head = scales.astype("<f2").view(np.uint8)  # (k, 2) or (k, 4)
         return np.concatenate([head, *_packed(codes, self.bits)], axis=1)
@@ -56,6 +63,9 @@ class GgmlBlock:
     @np.errstate(over="ignore", invalid="ignore")  # a file may hold Inf and NaN scales
     def decode(self, data: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Values, float32 of shape (k, 32), of blocks, uint8 of shape (k, nbytes)."""
+        if kernels.fused is not None:
+            native: NDArray[np.float32] = kernels.fused.ggml_decode(self.name, data)
+            return native
         scales = _scales(self, data)
         values = scales[:, :1] * _unpacked(self, data).astype(np.float32)
         # Nothing is added for centred codes: + 0 would turn -0 into 0.
@@ -120,11 +130,11 @@ def _signed_bytes(
 
 
 GGML_BLOCKS: dict[str, GgmlBlock] = {
-    "Q4_0": GgmlBlock(18, 4, True, _centred),
-    "Q4_1": GgmlBlock(20, 4, False, _from_minimum),
-    "Q5_0": GgmlBlock(22, 5, True, _centred),
-    "Q5_1": GgmlBlock(24, 5, False, _from_minimum),
-    "Q8_0": GgmlBlock(34, 8, True, _signed_bytes),
+    "Q4_0": GgmlBlock("Q4_0", 18, 4, True, _centred),
+    "Q4_1": GgmlBlock("Q4_1", 20, 4, False, _from_minimum),
+    "Q5_0": GgmlBlock("Q5_0", 22, 5, True, _centred),
+    "Q5_1": GgmlBlock("Q5_1", 24, 5, False, _from_minimum),
+    "Q8_0": GgmlBlock("Q8_0", 34, 8, True, _signed_bytes),
 }
 
 

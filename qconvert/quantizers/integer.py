@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import AffineEncoding
-from qconvert.kernels import reference as kernels
+from qconvert.quantizers.affine import load_codes
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -138,6 +139,26 @@ def integer_product(rows: IntegerRows, a: Activations, *, check: bool = False) -
         if rows.offset is not None:
             y += (input_sum - count * za).astype(np.float32) * rows.offset[:, group]
     return Product(y * a.scale[:, None], exact)
+
+
+def stored_product(
+    packed: bytes, scale: F32, zero: NDArray[np.int32], encoding: AffineEncoding, a: Activations
+) -> F32:
+    """`integer_product` straight from stored codes: y, float32 (M, R).
+
+    Args:
+        packed: whole rows as in the file.
+        scale, zero: parameters of each group, (R, G).
+    """
+    columns = encoding.row_length
+    if kernels.fused is None:
+        codes = load_codes(packed, encoding).reshape(-1, encoding.row_codes)[:, :columns]
+        return integer_product(integer_rows(codes, scale, zero, encoding), a).y
+    y: F32 = kernels.fused.product(
+        *(packed, encoding.row_codes, columns, scale, zero),
+        *(encoding.bits, encoding.symmetric, encoding.block, a.codes, a.zero_point),
+    )
+    return y * a.scale[:, None]
 
 
 def _exact(

@@ -34,7 +34,7 @@ from qconvert.quantizers.affine import (
 )
 from qconvert.quantizers.fitting import fit
 from qconvert.quantizers.ggml import GGML_BLOCKS
-from qconvert.quantizers.integer import dynamic_activations, integer_product, integer_rows
+from qconvert.quantizers.integer import dynamic_activations, stored_product
 from qconvert.ranges import RangeMethod, default_method
 from qconvert.report import BenchReport, Measurement
 from qconvert.schemes import AffineScheme, GgmlScheme, Scheme
@@ -234,22 +234,16 @@ def _product_lines(
     operations = 2 * rows * weights.size / 1e9
     yield _Line("float32 matmul (BLAS)", lambda: x @ weights.T, operations, "Gop/s")
     a = dynamic_activations(x)
-    stored = []
+    stored: list[tuple[bytes, F32, NDArray[np.int32]]] = []
     for parameters, packed in done:
-        groups = encoding.row_groups
-        codes = load_codes(packed, encoding).reshape(-1, encoding.row_codes)[:, :columns]
-        shape = (len(codes), groups)
-        stored.append(
-            integer_rows(
-                codes,
-                np.broadcast_to(parameters.scale.reshape(-1, groups), shape),
-                np.broadcast_to(parameters.zero.reshape(-1, groups), shape),
-                encoding,
-            )
-        )
+        count = len(packed) * 8 // (encoding.bits * encoding.row_codes)
+        shape = (count, encoding.row_groups)
+        scale = np.broadcast_to(parameters.scale.reshape(-1, shape[1]), shape)
+        zero = np.broadcast_to(parameters.zero.reshape(-1, shape[1]), shape)
+        stored.append((packed, np.ascontiguousarray(scale), np.ascontiguousarray(zero)))
     yield _Line(
         f"integer matmul {encoding.scheme} x int8, {rows} rows",
-        lambda: [integer_product(part, a) for part in stored],
+        lambda: [stored_product(p, s, z, encoding, a) for p, s, z in stored],
         operations,
         "Gop/s",
         "float32 matmul (BLAS)",

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.errors import WeightError
 from qconvert.geometry import Tile, row_length
-from qconvert.kernels import reference as kernels
 from qconvert.model import Model, TensorInfo
 from qconvert.observers.statistics import TensorStatistics
 from qconvert.quantizers.affine import EncodedRows, ErrorSums, encode_rows, to_groups

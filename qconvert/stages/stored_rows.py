@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import AffineEncoding
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_header import StoredTensor
 from qconvert.geometry import Tile
-from qconvert.kernels import reference as kernels
 from qconvert.model import Model, TensorInfo
 from qconvert.quantizers.ggml import GGML_BLOCKS, affine_parts
 from qconvert.quantizers.integer import Activations, IntegerRows, integer_rows

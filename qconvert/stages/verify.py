@@ -508,9 +508,8 @@ def _measure_rows(
     ``a``.
     """
     found = _Measured()
-    reference = kernels.reference
     if weights is not None:
-        sums = reference.error_sums(weights, rows.values)
+        sums = kernels.error_sums(weights, rows.values)
         found.error = ErrorSums(weights.size, *sums)
         found.worst_step = rows.worst_step(weights)
         if rows.integer is None and rows.dtype in CAST_NUMPY:

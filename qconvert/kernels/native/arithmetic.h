@@ -49,6 +49,16 @@ INLINE float from_bits(uint32_t bits) {
     return v;
 }
 
+/* Integers in the order of the values, -0 below 0: unlike floats, their minimum may be taken in any
+ * order, so that reductions vectorise. Its own inverse. */
+INLINE int32_t order_of(uint32_t bits) {
+    return (int32_t)(bits ^ (bits >> 31 ? 0x7FFFFFFF : 0));
+}
+
+INLINE float from_order(int32_t order) {
+    return from_bits((uint32_t)order_of((uint32_t)order));
+}
+
 /* Adds partial sums in pairs: i with i+8, i+4, i+2, i+1 (section 6). */
 INLINE double fold_wide(double lanes[LANES]) {
     for (int half = LANES / 2; half; half /= 2) {

@@ -27,29 +27,32 @@ INLINE Rule rule_of(Scheme scheme, float scale, int32_t zero) {
     return rule;
 }
 
-/* Codes of n values. Adding a shift of 0 changes no rounded value, so both symmetries share a loop.
- * Clamping one step outside the codes before rounding keeps round_small() exact and tells which
- * values were clipped. */
-INLINE size_t encode_run(const float *restrict x, size_t n, const Rule *rule,
-                         uint8_t *restrict codes) {
+/* Codes of n values, as integers; returns how many were clipped. Adding a shift of 0 changes no
+ * rounded value, so both symmetries share the arithmetic. Clamping one step outside the codes
+ * before rounding keeps round_small() exact and tells which values were clipped. */
+INLINE int32_t encode_run(const float *restrict x, size_t n, const Rule *rule,
+                          int32_t *restrict codes) {
     const Rule r = *rule;
     const float below = r.low - 1.0f, above = r.top + 1.0f;
     int32_t clipped = 0;
     for (size_t i = 0; i < n; i++) {
-        float rounded = code_of(x[i] / r.divisor + r.shift, below, above);
+        const float rounded = code_of(x[i] / r.divisor + r.shift, below, above);
         clipped += (rounded < r.low) | (rounded > r.top);
-        codes[i] = (uint8_t)(int32_t)(clamp(rounded, r.low, r.top) + r.bias);
+        codes[i] = (int32_t)(clamp(rounded, r.low, r.top) + r.bias);
     }
-    return (size_t)clipped;
+    return clipped;
+}
+
+/* All codes at once: one width of number to a loop vectorises best. */
+INLINE void narrow(const int32_t *restrict wide, size_t n, uint8_t *restrict codes) {
+    for (size_t i = 0; i < n; i++) {
+        codes[i] = (uint8_t)wide[i];
+    }
 }
 
 /* k is exact, so its one rounding is that of the product. */
-INLINE void decode_run(const uint8_t *restrict codes, size_t n, const Rule *rule,
-                       float *restrict out) {
-    const float offset = rule->bias + rule->shift, scale = rule->scale;
-    for (size_t i = 0; i < n; i++) {
-        out[i] = ((float)codes[i] - offset) * scale;
-    }
+INLINE float decode_value(int32_t code, const Rule *rule) {
+    return ((float)code - (rule->bias + rule->shift)) * rule->scale;
 }
 
 static size_t encode(const float *x, size_t groups, size_t length, const float *scale,
@@ -57,9 +60,11 @@ static size_t encode(const float *x, size_t groups, size_t length, const float *
     size_t clipped = 0;
     for (size_t g = 0; g < groups; g++) {
         Rule rule = rule_of(scheme, scale[g], scheme.symmetric ? 0 : zero[g]);
-        for (size_t i = 0; i < length; i += PIECE) { /* an int32 counts the clipped of a run */
-            size_t at = g * length + i;
-            clipped += encode_run(x + at, smaller(PIECE, length - i), &rule, codes + at);
+        for (size_t i = 0; i < length; i += PIECE) {
+            const size_t at = g * length + i, n = smaller(PIECE, length - i);
+            int32_t wide[PIECE];
+            clipped += (size_t)encode_run(x + at, n, &rule, wide);
+            narrow(wide, n, codes + at);
         }
     }
     return clipped;
@@ -69,7 +74,9 @@ static void decode(const uint8_t *codes, size_t groups, size_t length, const flo
                    const int32_t *zero, Scheme scheme, float *out) {
     for (size_t g = 0; g < groups; g++) {
         Rule rule = rule_of(scheme, scale[g], scheme.symmetric ? 0 : zero[g]);
-        decode_run(codes + g * length, length, &rule, out + g * length);
+        for (size_t i = g * length; i < (g + 1) * length; i++) {
+            out[i] = decode_value(codes[i], &rule);
+        }
     }
 }
 
@@ -99,6 +106,7 @@ static void encode_rows(const float *x, size_t rows, size_t columns, const float
     for (size_t r = 0; r < rows; r++, x += columns) {
         for (size_t start = 0; start < stored; start += PIECE) {
             uint8_t codes[PIECE];
+            int32_t wide[PIECE];
             float decoded[PIECE], tail[PIECE];
             const size_t count = smaller(PIECE, stored - start);
             const size_t real = smaller(PIECE, columns - start);
@@ -113,11 +121,14 @@ static void encode_rows(const float *x, size_t rows, size_t columns, const float
                 const int32_t z = scheme.symmetric ? 0 : zero[group];
                 const Rule rule = rule_of(scheme, scale[group], z);
                 const size_t n = smaller(run, (real - i + LANES - 1) / LANES * LANES);
-                found->clipped += encode_run(values + i, n, &rule, codes + i);
-                decode_run(codes + i, n, &rule, decoded + i);
+                found->clipped += (size_t)encode_run(values + i, n, &rule, wide + i);
+                for (size_t j = i; j < i + n; j++) {
+                    decoded[j] = decode_value(wide[j], &rule);
+                }
                 group += scheme.block ? step : 0;
             }
             add_errors(&lanes, values, decoded, real);
+            narrow(wide, real, codes);
             packed = store_codes(codes, real, count, scheme.bits, packed);
         }
         group += scheme.block ? 0 : step;

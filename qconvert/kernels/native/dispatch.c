@@ -3,10 +3,6 @@
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "files are read as they lie in memory");
 
-#ifdef __x86_64__
-extern const Kernels kernels_avx2, kernels_avx512;
-#endif
-
 size_t variant_count(void) {
 #ifdef __x86_64__
     __builtin_cpu_init();

@@ -2,6 +2,7 @@
 #ifndef QCONVERT_GGML_H
 #define QCONVERT_GGML_H
 
+#include "packing.h"
 #include "widen.h"
 
 enum { GGML_BLOCK = 32 };
@@ -67,22 +68,17 @@ INLINE float first_of_equals(const float *x, float extreme) {
 }
 
 INLINE void range_of(const float *x, float *low, float *high) {
-    float small[16], large[16];
-    for (int j = 0; j < 16; j++) {
-        small[j] = x[j + 16] < x[j] ? x[j + 16] : x[j];
-        large[j] = x[j + 16] > x[j] ? x[j + 16] : x[j];
+    int32_t small = INT32_MAX, large = INT32_MIN;
+    for (int i = 0; i < GGML_BLOCK; i++) {
+        const int32_t order = order_of(bits_of(x[i]));
+        small = order < small ? order : small;
+        large = order > large ? order : large;
     }
-    for (int half = 8; half; half /= 2) {
-        for (int j = 0; j < half; j++) {
-            small[j] = small[j + half] < small[j] ? small[j + half] : small[j];
-            large[j] = large[j + half] > large[j] ? large[j + half] : large[j];
-        }
-    }
-    *low = first_of_equals(x, small[0]);
-    *high = first_of_equals(x, large[0]);
+    *low = first_of_equals(x, from_order(small));
+    *high = first_of_equals(x, from_order(large));
 }
 
-/* Fifth bits, where there are any, and nibbles: value j with value j + 16. */
+/* Fifth bits, where there are any, and the 4-bit plane, which is that of section 4. */
 INLINE void store_small_codes(const uint8_t codes[GGML_BLOCK], int bits, uint8_t *out) {
     if (bits == 5) {
         uint32_t fifth = 0;
@@ -92,21 +88,17 @@ INLINE void store_small_codes(const uint8_t codes[GGML_BLOCK], int bits, uint8_t
         memcpy(out, &fifth, sizeof fifth);
         out += sizeof fifth;
     }
-    for (int i = 0; i < 16; i++) {
-        out[i] = (uint8_t)((codes[i] & 15) | codes[i + 16] << 4);
-    }
+    pack_group(codes, 4, out);
 }
 
 INLINE void load_small_codes(const uint8_t *data, int bits, uint8_t codes[GGML_BLOCK]) {
-    uint32_t fifth = 0;
-    if (bits == 5) {
-        memcpy(&fifth, data, sizeof fifth);
-        data += sizeof fifth;
+    if (bits == 4) {
+        unpack_group(data, 4, codes);
+        return;
     }
-    for (int i = 0; i < 16; i++) {
-        codes[i] = data[i] & 15;
-        codes[i + 16] = data[i] >> 4;
-    }
+    uint32_t fifth;
+    memcpy(&fifth, data, sizeof fifth);
+    unpack_group(data + sizeof fifth, 4, codes);
     for (int i = 0; i < GGML_BLOCK; i++) {
         codes[i] |= (uint8_t)((fifth >> i & 1) << 4);
     }
@@ -150,10 +142,11 @@ INLINE void encode_bytes(const float *x, uint8_t *out) {
     const float inverse = inverse_of(scale);
     store_half(scale, out);
     for (int i = 0; i < GGML_BLOCK; i++) {
+        /* With the number just below a half, of the same sign, only halves and above reach the next
+         * whole number before the rest is cut off. */
         const float steps = finite_or_zero(x[i] * inverse);
-        const int32_t whole = (int32_t)steps;
-        const float rest = steps - (float)whole;
-        out[2 + i] = (uint8_t)(whole + (rest >= 0.5f) - (rest <= -0.5f));
+        const float half = from_bits(bits_of(0x1.fffffep-2f) | (bits_of(steps) & 0x80000000));
+        out[2 + i] = (uint8_t)(int32_t)(steps + half);
     }
 }
 

@@ -16,7 +16,6 @@ enum {
     PACK_GROUP = 32,       /* values packed together, section 4 */
     SEGMENT = 16384,       /* columns that an int32 accumulator can take, section 7 */
     HISTOGRAM_BINS = 65536,
-    MAX_CANDIDATES = 64,
 };
 
 /* What a function that may fail returns. */
@@ -106,6 +105,11 @@ typedef struct {
     void (*ggml_decode)(enum ggml_type type, const uint8_t *data, size_t blocks, float *out);
 } Kernels;
 
+extern const Kernels kernels_portable;
+#ifdef __x86_64__
+extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+
 /* The variants that this processor can run, best last; `variant_count` of them. */
 const Kernels *variant(size_t index);
 size_t variant_count(void);
@@ -120,6 +124,16 @@ static inline size_t stored_row(Scheme scheme, size_t columns) {
         unit = PACK_GROUP;
     }
     return (columns + unit - 1) / unit * unit;
+}
+
+/* Bytes of `codes` stored codes. */
+static inline size_t packed_bytes(size_t codes, int bits) {
+    return bits == 8 ? codes : codes / 8 * (size_t)bits;
+}
+
+/* The largest zero point that its stored form can hold. */
+static inline int32_t zero_top(int bits) {
+    return bits == 8 ? 255 : (4 << bits) - 1;
 }
 
 /* Groups of a row of `columns` values. */

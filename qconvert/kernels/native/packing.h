@@ -4,6 +4,10 @@
 
 #include "arithmetic.h"
 
+#ifdef USE_AVX2
+#include "packing_avx2.h"
+#else
+
 INLINE void pack_plane(const uint8_t *restrict values, int low, int p, uint8_t *restrict plane) {
     uint8_t mask = (uint8_t)((1 << p) - 1);
     for (int i = 0; i < 4 * p; i++) {
@@ -47,6 +51,8 @@ INLINE void unpack_group(const uint8_t *restrict packed, int width, uint8_t *res
         }
     }
 }
+
+#endif
 
 #define EACH_GROUP(width)                                                   \
     case width:                                                             \

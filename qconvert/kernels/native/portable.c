@@ -1,5 +1,5 @@
 /* The loops for any processor: SSE2 on x86-64, NEON on aarch64, which are the baselines there. */
-#include "product.h"
+#include "product_plain.h"
 #include "search.h"
 #include "ggml.h"
 
@@ -9,5 +9,5 @@
 #define VARIANT "portable"
 #endif
 #define TABLE kernels_portable
-#define PRODUCT product_rows
+#define PRODUCT product_plain
 #include "table.h"

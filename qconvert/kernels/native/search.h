@@ -4,6 +4,10 @@
 
 #include "arithmetic.h"
 
+/* As in quantizers/fitting.py: beyond these, reciprocals or sums of binary32 overflow. */
+#define TINY 0x1p-100
+#define HUGE_MAGNITUDE 0x1p110
+
 enum { BATCH = 16 }; /* groups side by side: fills the widest vector, and GCC vectorises 16 */
 
 typedef struct {
@@ -154,7 +158,7 @@ static void long_sums(const float *x, size_t rows, size_t length, size_t candida
     }
 }
 
-/* --- the search of up to 16 groups -------------------------------------------------------------*/
+/* --- the search of up to 16 groups -----------------------------------------------------------*/
 
 typedef struct {
     Scheme scheme;
@@ -261,7 +265,7 @@ static void offer_asymmetric(Search *s, Grid grid) {
 static void offer_winner(Search *s) {
     float inverse[BATCH], offset[BATCH];
     for (int j = 0; j < BATCH; j++) {
-        double scale = s->scale[j] == 0 ? 1.0 : s->scale[j];
+        double scale = s->scale[j] > -TINY && s->scale[j] < TINY ? 1.0 : s->scale[j];
         double centre = (double)(1 << (s->scheme.bits - 1));
         inverse[j] = (float)(1.0 / scale);
         offset[j] = (float)(s->scheme.symmetric ? centre : s->zero[j] / s->steps);
@@ -269,17 +273,17 @@ static void offer_winner(Search *s) {
     offer(s, inverse, offset);
 }
 
-/* Loads groups `first` and following as columns. Missing groups, and those whose reciprocals would
- * overflow, get an extent of -1..0 that is safe to search and is not looked at. */
+/* Loads groups `first` and following as columns. Missing groups, and those whose reciprocals or
+ * sums would overflow, are all zeros with an extent that is safe to search: nothing is found. */
 static void load_groups(Search *s, const float *x, size_t first, size_t n, const int32_t *counts,
                         const float *low, const float *high, const uint8_t *has_zero) {
-    const float tiny = 0x1p-100f;
     memset(s->x, 0, s->length * BATCH * sizeof *s->x);
     for (size_t j = 0; j < BATCH; j++) {
         const size_t g = first + j;
         const int there = j < n;
         const size_t real = there && counts ? (size_t)counts[g] : s->length;
-        const int usable = there && (-low[g] >= tiny || high[g] >= tiny);
+        const float magnitude = !there ? 0 : -low[g] > high[g] ? -low[g] : high[g];
+        const int usable = magnitude >= (float)TINY && magnitude <= (float)HUGE_MAGNITUDE;
         s->count[j] = (double)real;
         s->padding[j] = (float)(s->length - real);
         s->extent_low[j] = usable ? low[g] : -1.0f;

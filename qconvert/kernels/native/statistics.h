@@ -42,43 +42,22 @@ static void histogram(const float *restrict x, size_t n, int64_t bins[restrict H
 
 static void extrema(const float *restrict x, size_t groups, size_t length, float *restrict low,
                     float *restrict high, int64_t *restrict zeros) {
-    size_t whole = length / LANES * LANES;
     for (size_t g = 0; g < groups; g++, x += length) {
-        float small[LANES], large[LANES];
-        int32_t zero_lanes[LANES] = {0};
-        size_t found = 0;
-        for (int j = 0; j < LANES; j++) {
-            small[j] = large[j] = x[0];
-        }
-        for (size_t start = 0; start < whole;) {
-            size_t stop = smaller(whole, start + (1u << 20)); /* int32 counters suffice */
-            for (; start < stop; start += LANES) {
-                for (int j = 0; j < LANES; j++) {
-                    float v = x[start + j];
-                    small[j] = v < small[j] ? v : small[j];
-                    large[j] = v > large[j] ? v : large[j];
-                    zero_lanes[j] += v == 0;
-                }
+        int32_t small = INT32_MAX, large = INT32_MIN;
+        zeros[g] = 0;
+        for (size_t start = 0; start < length;) {
+            const size_t stop = smaller(length, start + (1u << 30)); /* an int32 counts */
+            int32_t found = 0;
+            for (; start < stop; start++) {
+                const int32_t order = order_of(bits_of(x[start]));
+                small = order < small ? order : small;
+                large = order > large ? order : large;
+                found += x[start] == 0;
             }
-            for (int j = 0; j < LANES; j++) {
-                found += (size_t)zero_lanes[j];
-                zero_lanes[j] = 0;
-            }
+            zeros[g] += found;
         }
-        for (size_t i = whole; i < length; i++) {
-            small[0] = x[i] < small[0] ? x[i] : small[0];
-            large[0] = x[i] > large[0] ? x[i] : large[0];
-            found += x[i] == 0;
-        }
-        for (int half = LANES / 2; half; half /= 2) {
-            for (int j = 0; j < half; j++) {
-                small[j] = small[j + half] < small[j] ? small[j + half] : small[j];
-                large[j] = large[j + half] > large[j] ? large[j + half] : large[j];
-            }
-        }
-        low[g] = small[0];
-        high[g] = large[0];
-        zeros[g] = (int64_t)found;
+        low[g] = from_order(small);
+        high[g] = from_order(large);
     }
 }
 

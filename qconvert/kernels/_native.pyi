@@ -1,0 +1,125 @@
+from typing import Any, TypeAlias
+
+from numpy.typing import NDArray
+
+Buffer: TypeAlias = NDArray[Any] | bytes | memoryview
+
+def variants() -> tuple[str, ...]: ...
+def variant() -> str: ...
+def select(name: str, /) -> None: ...
+def widen_bf16(raw: Buffer, out: Buffer, n: int, /) -> None: ...
+def widen_f16(raw: Buffer, out: Buffer, n: int, /) -> None: ...
+def widen_table(raw: Buffer, table: Buffer, out: Buffer, n: int, /) -> None: ...
+def observe(
+    x: Buffer, n: int, wide: bool, /
+) -> tuple[int, int, int, int, float, float, float, float, float, float]: ...
+def histogram(x: Buffer, n: int, bins: Buffer, /) -> None: ...
+def extrema(
+    x: Buffer, groups: int, length: int, low: Buffer, high: Buffer, zeros: Buffer, /
+) -> None: ...
+def error_sums(x: Buffer, decoded: Buffer, n: int, /) -> tuple[float, float, float]: ...
+def column_sums(columns: Buffer, length: int, groups: int, sums: Buffer, /) -> None: ...
+def code_sums(
+    columns: Buffer,
+    length: int,
+    groups: int,
+    inverse: Buffer,
+    offset: Buffer,
+    low: int,
+    top: int,
+    mask: Buffer | None,
+    su: Buffer,
+    suu: Buffer,
+    sxu: Buffer,
+    /,
+) -> None: ...
+def long_sums(
+    x: Buffer,
+    rows: int,
+    length: int,
+    candidates: int,
+    inverse: Buffer,
+    offset: Buffer,
+    low: int,
+    top: int,
+    sums: Buffer,
+    /,
+) -> None: ...
+def search(
+    x: Buffer,
+    groups: int,
+    length: int,
+    counts: Buffer | None,
+    low: Buffer,
+    high: Buffer,
+    has_zero: Buffer,
+    bits: int,
+    symmetric: bool,
+    factors: Buffer,
+    factor_count: int,
+    shifts: Buffer,
+    shift_count: int,
+    scale: Buffer,
+    zero: Buffer,
+    found: Buffer,
+    /,
+) -> None: ...
+def encode(
+    x: Buffer,
+    groups: int,
+    length: int,
+    scale: Buffer,
+    zero: Buffer,
+    bits: int,
+    symmetric: bool,
+    codes: Buffer,
+    /,
+) -> int: ...
+def decode(
+    codes: Buffer,
+    groups: int,
+    length: int,
+    scale: Buffer,
+    zero: Buffer,
+    bits: int,
+    symmetric: bool,
+    x: Buffer,
+    /,
+) -> None: ...
+def encode_rows(
+    x: Buffer,
+    rows: int,
+    columns: int,
+    scale: Buffer,
+    zero: Buffer,
+    groups: int,
+    bits: int,
+    symmetric: bool,
+    block: int,
+    packed: Buffer,
+    /,
+) -> tuple[float, float, float, int]: ...
+def pack(values: Buffer, groups: int, width: int, packed: Buffer, /) -> None: ...
+def unpack(packed: Buffer, groups: int, width: int, values: Buffer, /) -> None: ...
+def integer_product(
+    codes: Buffer, inputs: Buffer, rows: int, samples: int, length: int, sums: Buffer, /
+) -> None: ...
+def product(
+    packed: Buffer,
+    rows: int,
+    row_codes: int,
+    columns: int,
+    scale: Buffer,
+    zero: Buffer,
+    groups: int,
+    bits: int,
+    symmetric: bool,
+    block: int,
+    inputs: Buffer,
+    samples: int,
+    zero_point: int,
+    y: Buffer,
+    /,
+) -> None: ...
+def ggml_encode(kind: int, blocks: Buffer, count: int, data: Buffer, /) -> None: ...
+def ggml_decode(kind: int, data: Buffer, count: int, blocks: Buffer, /) -> None: ...

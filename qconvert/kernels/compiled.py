@@ -1,0 +1,354 @@
+"""The native kernels: `reference`, `widening` and the arithmetic of `quantizers.ggml`, bit for bit.
+
+Importing this module fails with ImportError where the extension was not built. What it adds to the
+reference are fused functions, which equal the compositions that their docstrings name. Arrays may
+have any strides; results are new arrays. Values are finite unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.kernels import _native
+from qconvert.kernels import widening as _widening
+from qconvert.kernels.reference import HISTOGRAM_BINS, Moments
+from qconvert.ranges import SearchGrid
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
+U8 = NDArray[np.uint8]
+
+PACK_GROUP = 32
+GGML_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+_GGML_BYTES = (18, 20, 22, 24, 34)
+
+
+def variants() -> tuple[str, ...]:
+    """Instruction sets that this processor can run, the fastest last."""
+    return _native.variants()
+
+
+def variant() -> str:
+    """The one that runs."""
+    return _native.variant()
+
+
+def select(name: str) -> None:
+    """Run ``name``, one of `variants`, from now on and in all threads."""
+    _native.select(name)
+
+
+def _f32(x: NDArray[Any]) -> F32:
+    return np.ascontiguousarray(x, np.float32)
+
+
+def _i32(x: NDArray[Any]) -> I32:
+    return np.ascontiguousarray(x, np.int32)
+
+
+def _u8(x: NDArray[Any]) -> U8:
+    return np.ascontiguousarray(x, np.uint8)
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def widen(raw: bytes, dtype: str) -> NDArray[np.floating]:
+    """`widening.widen`."""
+    if dtype in ("BF16", "F16"):
+        wide = np.empty(len(raw) // 2, np.float32)
+        (_native.widen_bf16 if dtype == "BF16" else _native.widen_f16)(raw, wide, len(wide))
+        return wide
+    if dtype in ("F8_E4M3", "F8_E5M2"):
+        wide = np.empty(len(raw), np.float32)
+        _native.widen_table(raw, _widening._f8_values(dtype), wide, len(wide))
+        return wide
+    return _widening.widen(raw, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What two passes over a run of values tell.
+
+    Attributes:
+        size: all values.
+        nonfinite: NaN and Inf values.
+        first_nonfinite: index of the first of them, or None.
+        zeros: values equal to 0.
+        moments: of the finite values; None when there are none.
+    """
+
+    size: int
+    nonfinite: int
+    first_nonfinite: int | None
+    zeros: int
+    moments: Moments | None
+
+
+def observe(x: NDArray[np.floating[Any]]) -> Observed:
+    """Everything but the histogram that `observers.statistics.observe` finds in a 1-d run, float32
+    or float64, with ``start`` 0. Values need not be finite.
+    """
+    wide = x.dtype == np.float64
+    values = np.ascontiguousarray(x, np.float64 if wide else np.float32)
+    nonfinite, first, zeros, count, *rest = _native.observe(values, len(values), wide)
+    return Observed(
+        size=len(values),
+        nonfinite=nonfinite,
+        first_nonfinite=first if nonfinite else None,
+        zeros=zeros,
+        moments=Moments(count, *rest) if count else None,
+    )
+
+
+def moments(x: NDArray[np.floating[Any]]) -> Moments:
+    """`reference.moments`."""
+    found = observe(x).moments
+    if found is None:
+        raise ValueError("moments of no values")
+    return found
+
+
+def histogram(x: F32) -> NDArray[np.int64]:
+    """`reference.histogram`; values need not be finite."""
+    bins = np.zeros(HISTOGRAM_BINS, np.int64)
+    _native.histogram(_f32(x), len(x), bins)
+    return bins
+
+
+def extrema(x: F32) -> tuple[F32, F32, NDArray[np.bool_]]:
+    """`reference.extrema`; where 0 and -0 tie, either sign, as there."""
+    low, high, zeros = _extrema(x)
+    return low, high, zeros > 0
+
+
+def extent(x: F32, counts: I32 | None) -> tuple[F32, F32, NDArray[np.bool_]]:
+    """low, high and has_zero of `quantizers.fitting.extent`."""
+    low, high, zeros = _extrema(x)
+    padding = 0 if counts is None else x.shape[1] - counts
+    zero = np.float32(0)
+    return np.minimum(low, zero), np.maximum(high, zero), zeros > padding
+
+
+def _extrema(x: F32) -> tuple[F32, F32, NDArray[np.int64]]:
+    groups, length = x.shape
+    low, high = np.empty(groups, np.float32), np.empty(groups, np.float32)
+    zeros = np.empty(groups, np.int64)
+    _native.extrema(_f32(x), groups, length, low, high, zeros)
+    return low, high, zeros
+
+
+def error_sums(x: F32, decoded: F32) -> tuple[float, float, float]:
+    """`reference.error_sums`."""
+    return _native.error_sums(_f32(x), _f32(decoded), x.size)
+
+
+# --- searching a scale ----------------------------------------------------------------------------
+
+
+def column_sums(columns: F32) -> F32:
+    """`reference.column_sums`."""
+    length, groups = columns.shape
+    sums = np.empty(groups, np.float32)
+    _native.column_sums(_f32(columns), length, groups, sums)
+    return sums
+
+
+def code_sums(
+    columns: F32, inverse: F32, offset: F32, low: int, top: int, mask: F32 | None
+) -> tuple[F32, F32, F32]:
+    """`reference.code_sums`."""
+    length, groups = columns.shape
+    su, suu, sxu = (np.empty(groups, np.float32) for _ in range(3))
+    masks = None if mask is None else _f32(np.broadcast_to(mask, columns.shape))
+    inverse, offset = (_f32(np.broadcast_to(v, groups)) for v in (inverse, offset))
+    _native.code_sums(_f32(columns), length, groups, inverse, offset, low, top, masks, su, suu, sxu)
+    return su, suu, sxu
+
+
+def long_sums(x: F32, inverse: F32, offset: F32, low: int, top: int) -> F64:
+    """Σu, Σu² and Σxu of rows of any length for several candidates, in one pass over the rows.
+
+    Equal to `reference.code_sums` of pieces of 256 values, the last one shorter, added in float64
+    in order: what `fitting._group_sums` yields for rows (R, c) and, for one row of at most 65,536
+    values, what `fitting._stream_sums` adds for a batch.
+
+    Args:
+        x: rows, (R, c).
+        inverse, offset: (K, R).
+
+    Returns:
+        float64 (K, R, 3).
+    """
+    rows, length = x.shape
+    sums = np.empty((len(inverse), rows, 3))
+    _native.long_sums(
+        _f32(x), rows, length, len(inverse), _f32(inverse), _f32(offset), low, top, sums
+    )
+    return sums
+
+
+def search(
+    x: F32,
+    counts: I32 | None,
+    low: F32,
+    high: F32,
+    has_zero: NDArray[np.bool_],
+    bits: int,
+    symmetric: bool,
+    grid: SearchGrid,
+) -> tuple[F64, I32, NDArray[np.bool_]]:
+    """The mse search of groups (G, L), L <= 256, zeros behind ``counts`` values.
+
+    Equal to what `fitting._search` gives to ``_settle``: every candidate of ``grid`` in order, then
+    the winner once more.
+
+    Args:
+        low, high, has_zero: the extent of each group as `fitting.extent` gives it.
+
+    Returns:
+        Scales before rounding, zero steps (all 0 when symmetric) and whether a candidate was found:
+        never for magnitudes below 2^-100 or above 2^110, where scale and zero are 0.
+    """
+    groups, length = x.shape
+    factors = np.array(grid.symmetric if symmetric else grid.asymmetric, np.float32)
+    shifts = np.array(() if symmetric else grid.shifts, np.float32)
+    scale, zero = np.empty(groups), np.empty(groups, np.int32)
+    found = np.empty(groups, np.bool_)
+    count = None if counts is None else _i32(counts)
+    zeros = np.ascontiguousarray(has_zero, np.bool_)
+    _native.search(
+        *(_f32(x), groups, length, count, _f32(low), _f32(high), zeros, bits, symmetric, factors),
+        *(len(factors), shifts, len(shifts), scale, zero, found),
+    )
+    return scale, zero, found
+
+
+# --- codes ----------------------------------------------------------------------------------------
+
+
+def encode(x: F32, scale: F32, zero: I32, bits: int, symmetric: bool) -> tuple[U8, int]:
+    """`reference.encode`."""
+    groups, length = x.shape
+    codes = np.empty(x.shape, np.uint8)
+    scales, zeros = _f32(np.broadcast_to(scale, groups)), _i32(np.broadcast_to(zero, groups))
+    clipped = _native.encode(_f32(x), groups, length, scales, zeros, bits, symmetric, codes)
+    return codes, clipped
+
+
+def decode(codes: U8, scale: F32, zero: I32, bits: int, symmetric: bool) -> F32:
+    """`reference.decode`."""
+    groups, length = codes.shape
+    x = np.empty(codes.shape, np.float32)
+    scales, zeros = _f32(np.broadcast_to(scale, groups)), _i32(np.broadcast_to(zero, groups))
+    _native.decode(_u8(codes), groups, length, scales, zeros, bits, symmetric, x)
+    return x
+
+
+def encode_rows(
+    x: F32, scale: F32, zero: I32, bits: int, symmetric: bool, block: int
+) -> tuple[bytes, float, float, float, int]:
+    """Codes as in the file and the error of rows (R, c), as `quantizers.affine.encode_rows`.
+
+    Args:
+        scale, zero: one for each group, or a single one for all; stored scales, zero steps.
+        block: values of a group, or 0 when a row is one.
+
+    Returns:
+        ``EncodedRows.codes`` and signal, noise, worst and clipped of ``EncodedRows.error``.
+    """
+    rows, columns = x.shape
+    unit = max(block, 1 if bits == 8 else PACK_GROUP)
+    packed = np.empty(rows * (-(-columns // unit) * unit * bits // 8), np.uint8)
+    signal, noise, worst, clipped = _native.encode_rows(
+        *(_f32(x), rows, columns, _f32(scale), _i32(zero), len(scale)),
+        *(bits, symmetric, block, packed),
+    )
+    return packed.tobytes(), signal, noise, worst, clipped
+
+
+def pack(values: U8, width: int) -> U8:
+    """`reference.pack`."""
+    groups = values.size // PACK_GROUP
+    packed = np.empty(groups * 4 * width, np.uint8)
+    _native.pack(_u8(values), groups, width, packed)
+    return packed
+
+
+def unpack(packed: U8, width: int) -> U8:
+    """`reference.unpack`."""
+    groups = packed.size // (4 * width)
+    values = np.empty(groups * PACK_GROUP, np.uint8)
+    _native.unpack(_u8(packed), groups, width, values)
+    return values
+
+
+# --- integer matrix product -----------------------------------------------------------------------
+
+
+def integer_product(codes: NDArray[np.int16], activations: NDArray[np.int8]) -> I32:
+    """`reference.integer_product`, as long as the sums fit 32 bits."""
+    rows, length = codes.shape
+    samples = len(activations)
+    sums = np.empty((samples, rows), np.int32)
+    _native.integer_product(
+        np.ascontiguousarray(codes, np.int16),
+        np.ascontiguousarray(activations, np.int8),
+        *(rows, samples, length, sums),
+    )
+    return sums
+
+
+def product(
+    packed: bytes,
+    row_codes: int,
+    columns: int,
+    scale: F32,
+    zero: I32 | None,
+    bits: int,
+    symmetric: bool,
+    block: int,
+    activations: NDArray[np.int8],
+    zero_point: int,
+) -> F32:
+    """y (M, R) of `quantizers.integer.integer_product` before ``a.scale`` multiplies it, straight
+    from the stored codes of R rows.
+
+    Args:
+        packed: R rows of ``row_codes`` stored codes; their padding is not looked at.
+        scale, zero: (R, G) stored scales and zero steps; ``zero`` may be None when symmetric. A
+            scale per tensor is to be repeated.
+        activations: int8 (M, columns).
+    """
+    rows, groups = scale.shape
+    samples = len(activations)
+    y = np.empty((samples, rows), np.float32)
+    zeros = np.zeros(scale.shape, np.int32) if zero is None else _i32(zero)
+    _native.product(
+        *(packed, rows, row_codes, columns, _f32(scale), zeros, groups, bits, symmetric, block),
+        *(np.ascontiguousarray(activations, np.int8), samples, zero_point, y),
+    )
+    return y
+
+
+# --- ggml -----------------------------------------------------------------------------------------
+
+
+def ggml_encode(ggml_type: str, blocks: F32) -> U8:
+    """``GGML_BLOCKS[ggml_type].encode``."""
+    kind = GGML_TYPES.index(ggml_type)
+    data = np.empty((len(blocks), _GGML_BYTES[kind]), np.uint8)
+    _native.ggml_encode(kind, _f32(blocks), len(blocks), data)
+    return data
+
+
+def ggml_decode(ggml_type: str, data: U8) -> F32:
+    """``GGML_BLOCKS[ggml_type].decode``; scales may be Inf or NaN."""
+    blocks = np.empty((len(data), PACK_GROUP), np.float32)
+    _native.ggml_decode(GGML_TYPES.index(ggml_type), _u8(data), len(data), blocks)
+    return blocks

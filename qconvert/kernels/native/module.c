@@ -1,0 +1,657 @@
+/* qconvert.kernels._native: the loops for Python. Buffers in, buffers filled; every size is checked
+ * here, dtypes in ../compiled.py. The GIL is released while a loop runs. */
+#include <Python.h>
+
+#include "kernels.h"
+
+static const Kernels *active; /* changed and read with the GIL held */
+
+/* --- buffers ----------------------------------------------------------------------------------*/
+
+enum { MAX_BUFFERS = 12 };
+
+/* Buffers of one call. */
+typedef struct {
+    Py_buffer view[MAX_BUFFERS];
+    int count;
+} Buffers;
+
+static void release(Buffers *held) {
+    while (held->count) {
+        PyBuffer_Release(&held->view[--held->count]);
+    }
+}
+
+/* Memory of a C-contiguous object of exactly count * size bytes; else NULL and an exception. */
+static void *memory(Buffers *held, PyObject *object, Py_ssize_t count, size_t size, int flags) {
+    Py_buffer *view = &held->view[held->count];
+    if (PyObject_GetBuffer(object, view, flags) < 0) {
+        return NULL;
+    }
+    held->count++;
+    if (count < 0 || (size_t)count > PY_SSIZE_T_MAX / size
+        || view->len != count * (Py_ssize_t)size) {
+        PyErr_Format(PyExc_ValueError, "a buffer of %zd bytes where %zd values of %zu bytes belong",
+                     view->len, count, size);
+        return NULL;
+    }
+    return view->buf;
+}
+
+#define INPUT(object, count, type) \
+    ((const type *)memory(&held, object, count, sizeof(type), PyBUF_SIMPLE))
+#define OUTPUT(object, count, type) \
+    ((type *)memory(&held, object, count, sizeof(type), PyBUF_WRITABLE))
+
+static PyObject *done(Buffers *held, PyObject *result) {
+    release(held);
+    return result;
+}
+
+/* The end of a function whose loop may run out of memory. */
+static PyObject *done_or_no_memory(Buffers *held, int status) {
+    release(held);
+    if (status != DONE) {
+        return PyErr_NoMemory();
+    }
+    Py_RETURN_NONE;
+}
+
+static int require(int condition, const char *what) {
+    if (!condition) {
+        PyErr_SetString(PyExc_ValueError, what);
+    }
+    return condition;
+}
+
+static int valid_scheme(int bits, int symmetric, Py_ssize_t block, Scheme *scheme) {
+    *scheme = (Scheme){bits, symmetric, (size_t)block};
+    return require((bits >= 2 && bits <= 6) || bits == 8, "bits must be 2..6 or 8")
+           && require(block == 0 || block == 16 || block == 32 || block == 64 || block == 128
+                          || block == 256,
+                      "block must be 0, 16, 32, 64, 128 or 256");
+}
+
+static Py_ssize_t times(Py_ssize_t a, Py_ssize_t b) {
+    return a < 0 || b < 0 || (b && a > PY_SSIZE_T_MAX / b) ? -1 : a * b;
+}
+
+/* --- variants ---------------------------------------------------------------------------------*/
+
+static PyObject *variants(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    PyObject *names = PyTuple_New((Py_ssize_t)variant_count());
+    for (size_t i = 0; names && i < variant_count(); i++) {
+        PyObject *name = PyUnicode_FromString(variant(i)->name);
+        if (!name || PyTuple_SetItem(names, (Py_ssize_t)i, name) < 0) {
+            Py_DECREF(names);
+            return NULL;
+        }
+    }
+    return names;
+}
+
+static PyObject *active_name(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    return PyUnicode_FromString(active->name);
+}
+
+static PyObject *select_variant(PyObject *module, PyObject *name) {
+    (void)module;
+    for (size_t i = 0; i < variant_count(); i++) {
+        PyObject *known = PyUnicode_FromString(variant(i)->name);
+        if (!known) {
+            return NULL;
+        }
+        const int same = PyObject_RichCompareBool(name, known, Py_EQ);
+        Py_DECREF(known);
+        if (same < 0) {
+            return NULL;
+        }
+        if (same) {
+            active = variant(i);
+            Py_RETURN_NONE;
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "no variant %R for this processor", name);
+    return NULL;
+}
+
+/* --- statistics -------------------------------------------------------------------------------*/
+
+static PyObject *widen(PyObject *args, Py_ssize_t width,
+                       void (*loop)(const uint8_t *, size_t, float *)) {
+    Buffers held = {0};
+    PyObject *raw, *out;
+    Py_ssize_t n;
+    const uint8_t *from;
+    float *to;
+    if (!PyArg_ParseTuple(args, "OOn", &raw, &out, &n)
+        || !(from = INPUT(raw, times(n, width), uint8_t)) || !(to = OUTPUT(out, n, float))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    loop(from, (size_t)n, to);
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_NewRef(Py_None));
+}
+
+static PyObject *widen_bf16(PyObject *module, PyObject *args) {
+    (void)module;
+    return widen(args, 2, active->widen_bf16);
+}
+
+static PyObject *widen_f16(PyObject *module, PyObject *args) {
+    (void)module;
+    return widen(args, 2, active->widen_f16);
+}
+
+static PyObject *widen_table(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *raw, *table, *out;
+    Py_ssize_t n;
+    const uint8_t *from;
+    const float *values;
+    float *to;
+    if (!PyArg_ParseTuple(args, "OOOn", &raw, &table, &out, &n) || !(from = INPUT(raw, n, uint8_t))
+        || !(values = INPUT(table, 256, float)) || !(to = OUTPUT(out, n, float))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    kernels->widen_table(from, (size_t)n, values, to);
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_NewRef(Py_None));
+}
+
+static PyObject *statistics(Statistics s) {
+    return Py_BuildValue("nnnndddddd", (Py_ssize_t)s.nonfinite, (Py_ssize_t)s.first_nonfinite,
+                         (Py_ssize_t)s.zeros, (Py_ssize_t)s.count, s.minimum, s.maximum, s.mean,
+                         s.m2, s.m3, s.m4);
+}
+
+static PyObject *observe(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values;
+    Py_ssize_t n;
+    int wide, status;
+    const void *x;
+    Statistics found;
+    if (!PyArg_ParseTuple(args, "Onp", &values, &n, &wide)
+        || !(x = memory(&held, values, n, wide ? sizeof(double) : sizeof(float), PyBUF_SIMPLE))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    status = wide ? kernels->observe_f64(x, (size_t)n, &found)
+                  : kernels->observe_f32(x, (size_t)n, &found);
+    Py_END_ALLOW_THREADS
+    release(&held);
+    return status == DONE ? statistics(found) : PyErr_NoMemory();
+}
+
+static PyObject *histogram(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values, *out;
+    Py_ssize_t n;
+    const float *x;
+    int64_t *bins;
+    if (!PyArg_ParseTuple(args, "OnO", &values, &n, &out) || !(x = INPUT(values, n, float))
+        || !(bins = OUTPUT(out, HISTOGRAM_BINS, int64_t))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    kernels->histogram(x, (size_t)n, bins);
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_NewRef(Py_None));
+}
+
+static PyObject *extrema(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values, *lows, *highs, *counts;
+    Py_ssize_t groups, length;
+    const float *x;
+    float *low, *high;
+    int64_t *zeros;
+    if (!PyArg_ParseTuple(args, "OnnOOO", &values, &groups, &length, &lows, &highs, &counts)
+        || !require(length > 0, "groups must not be empty")
+        || !(x = INPUT(values, times(groups, length), float))
+        || !(low = OUTPUT(lows, groups, float)) || !(high = OUTPUT(highs, groups, float))
+        || !(zeros = OUTPUT(counts, groups, int64_t))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    kernels->extrema(x, (size_t)groups, (size_t)length, low, high, zeros);
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_NewRef(Py_None));
+}
+
+static PyObject *error_sums(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values, *others;
+    Py_ssize_t n;
+    const float *x, *decoded;
+    Errors found;
+    if (!PyArg_ParseTuple(args, "OOn", &values, &others, &n) || !(x = INPUT(values, n, float))
+        || !(decoded = INPUT(others, n, float))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    kernels->error_sums(x, decoded, (size_t)n, &found);
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_BuildValue("ddd", found.signal, found.noise, found.worst));
+}
+
+/* --- searching a scale ------------------------------------------------------------------------*/
+
+static PyObject *column_sums(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values, *out;
+    Py_ssize_t length, groups;
+    const float *columns;
+    float *sums;
+    if (!PyArg_ParseTuple(args, "OnnO", &values, &length, &groups, &out)
+        || !require(length <= PIECE, "more than 256 values in a column")
+        || !(columns = INPUT(values, times(length, groups), float))
+        || !(sums = OUTPUT(out, groups, float))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    kernels->column_sums(columns, (size_t)length, (size_t)groups, sums);
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_NewRef(Py_None));
+}
+
+static PyObject *code_sums(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values, *inverses, *offsets, *masks, *sums_u, *sums_uu, *sums_xu;
+    Py_ssize_t length, groups;
+    int low, top;
+    const float *columns, *inverse, *offset, *mask = NULL;
+    float *su, *suu, *sxu;
+    if (!PyArg_ParseTuple(args, "OnnOOiiOOOO", &values, &length, &groups, &inverses, &offsets, &low,
+                          &top, &masks, &sums_u, &sums_uu, &sums_xu)
+        || !require(length <= PIECE, "more than 256 values in a column")
+        || !require(0 <= low && low <= top && top <= 255, "codes must lie in 0..255")
+        || !(columns = INPUT(values, times(length, groups), float))
+        || !(inverse = INPUT(inverses, groups, float)) || !(offset = INPUT(offsets, groups, float))
+        || (masks != Py_None && !(mask = INPUT(masks, times(length, groups), float)))
+        || !(su = OUTPUT(sums_u, groups, float)) || !(suu = OUTPUT(sums_uu, groups, float))
+        || !(sxu = OUTPUT(sums_xu, groups, float))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    kernels->code_sums(columns, (size_t)length, (size_t)groups, inverse, offset, (float)low,
+                       (float)top, mask, su, suu, sxu);
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_NewRef(Py_None));
+}
+
+static PyObject *long_sums(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values, *inverses, *offsets, *out;
+    Py_ssize_t rows, length, candidates;
+    int low, top;
+    const float *x, *inverse, *offset;
+    double *sums;
+    if (!PyArg_ParseTuple(args, "OnnnOOiiO", &values, &rows, &length, &candidates, &inverses,
+                          &offsets, &low, &top, &out)
+        || !require(0 <= low && low <= top && top <= 255, "codes must lie in 0..255")
+        || !(x = INPUT(values, times(rows, length), float))
+        || !(inverse = INPUT(inverses, times(candidates, rows), float))
+        || !(offset = INPUT(offsets, times(candidates, rows), float))
+        || !(sums = OUTPUT(out, times(times(candidates, rows), 3), double))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    kernels->long_sums(x, (size_t)rows, (size_t)length, (size_t)candidates, inverse, offset,
+                       (float)low, (float)top, sums);
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_NewRef(Py_None));
+}
+
+static int counts_fit(const int32_t *counts, Py_ssize_t groups, Py_ssize_t length) {
+    int fit = 1;
+    for (Py_ssize_t g = 0; g < groups; g++) {
+        fit &= counts[g] > 0 && counts[g] <= length;
+    }
+    return require(fit, "a count outside 1..length");
+}
+
+static PyObject *search(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values, *counts, *lows, *highs, *zeros, *factors, *shifts, *scales, *points, *founds;
+    Py_ssize_t groups, length, factor_count, shift_count;
+    int bits, symmetric, status;
+    Scheme scheme;
+    Grid grid;
+    const float *x, *low, *high;
+    const int32_t *count = NULL;
+    const uint8_t *has_zero;
+    double *scale;
+    int32_t *zero;
+    uint8_t *found;
+    if (!PyArg_ParseTuple(args, "OnnOOOOipOnOnOOO", &values, &groups, &length, &counts, &lows,
+                          &highs, &zeros, &bits, &symmetric, &factors, &factor_count, &shifts,
+                          &shift_count, &scales, &points, &founds)
+        || !valid_scheme(bits, symmetric, 0, &scheme)
+        || !require(length > 0 && length <= PIECE, "groups must have 1..256 values")
+        || !(x = INPUT(values, times(groups, length), float))
+        || (counts != Py_None && !(count = INPUT(counts, groups, int32_t)))
+        || (count && !counts_fit(count, groups, length)) || !(low = INPUT(lows, groups, float))
+        || !(high = INPUT(highs, groups, float)) || !(has_zero = INPUT(zeros, groups, uint8_t))
+        || !(grid.factors = INPUT(factors, factor_count, float))
+        || !(grid.shifts = INPUT(shifts, shift_count, float))
+        || !(scale = OUTPUT(scales, groups, double)) || !(zero = OUTPUT(points, groups, int32_t))
+        || !(found = OUTPUT(founds, groups, uint8_t))) {
+        return done(&held, NULL);
+    }
+    grid.factor_count = (size_t)factor_count;
+    grid.shift_count = (size_t)shift_count;
+    Py_BEGIN_ALLOW_THREADS
+    status = kernels->search(x, (size_t)groups, (size_t)length, count, low, high, has_zero, scheme,
+                             grid, scale, zero, found);
+    Py_END_ALLOW_THREADS
+    return done_or_no_memory(&held, status);
+}
+
+/* --- codes ------------------------------------------------------------------------------------*/
+
+static Py_ssize_t groups_of(Scheme scheme, Py_ssize_t columns) {
+    return (Py_ssize_t)row_groups(scheme, (size_t)columns);
+}
+
+static Py_ssize_t row_bytes(Scheme scheme, Py_ssize_t columns) {
+    return (Py_ssize_t)packed_bytes(stored_row(scheme, (size_t)columns), scheme.bits);
+}
+
+static PyObject *encode(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values, *scales, *zeros, *out;
+    Py_ssize_t groups, length;
+    int bits, symmetric;
+    Scheme scheme;
+    const float *x, *scale;
+    const int32_t *zero;
+    uint8_t *codes;
+    size_t clipped;
+    if (!PyArg_ParseTuple(args, "OnnOOipO", &values, &groups, &length, &scales, &zeros, &bits,
+                          &symmetric, &out)
+        || !valid_scheme(bits, symmetric, 0, &scheme)
+        || !(x = INPUT(values, times(groups, length), float))
+        || !(scale = INPUT(scales, groups, float)) || !(zero = INPUT(zeros, groups, int32_t))
+        || !(codes = OUTPUT(out, times(groups, length), uint8_t))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    clipped = kernels->encode(x, (size_t)groups, (size_t)length, scale, zero, scheme, codes);
+    Py_END_ALLOW_THREADS
+    return done(&held, PyLong_FromSize_t(clipped));
+}
+
+static PyObject *decode(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *stored, *scales, *zeros, *out;
+    Py_ssize_t groups, length;
+    int bits, symmetric;
+    Scheme scheme;
+    const uint8_t *codes;
+    const float *scale;
+    const int32_t *zero;
+    float *x;
+    if (!PyArg_ParseTuple(args, "OnnOOipO", &stored, &groups, &length, &scales, &zeros, &bits,
+                          &symmetric, &out)
+        || !valid_scheme(bits, symmetric, 0, &scheme)
+        || !(codes = INPUT(stored, times(groups, length), uint8_t))
+        || !(scale = INPUT(scales, groups, float)) || !(zero = INPUT(zeros, groups, int32_t))
+        || !(x = OUTPUT(out, times(groups, length), float))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    kernels->decode(codes, (size_t)groups, (size_t)length, scale, zero, scheme, x);
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_NewRef(Py_None));
+}
+
+static PyObject *encode_rows(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values, *scales, *zeros, *out;
+    Py_ssize_t rows, columns, block, groups;
+    int bits, symmetric;
+    Scheme scheme;
+    const float *x, *scale;
+    const int32_t *zero;
+    uint8_t *packed;
+    Errors found;
+    if (!PyArg_ParseTuple(args, "OnnOOnipnO", &values, &rows, &columns, &scales, &zeros, &groups,
+                          &bits, &symmetric, &block, &out)
+        || !valid_scheme(bits, symmetric, block, &scheme)
+        || !(x = INPUT(values, times(rows, columns), float))
+        || !require(columns > 0, "rows must not be empty")
+        || !require(groups == 1 || groups == times(rows, groups_of(scheme, columns)),
+                    "scales must be one, or one for each group")
+        || !(scale = INPUT(scales, groups, float)) || !(zero = INPUT(zeros, groups, int32_t))
+        || !(packed = OUTPUT(out, times(rows, row_bytes(scheme, columns)), uint8_t))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    kernels->encode_rows(x, (size_t)rows, (size_t)columns, scale, zero, (size_t)groups, scheme,
+                         packed, &found);
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_BuildValue("dddn", found.signal, found.noise, found.worst,
+                                     (Py_ssize_t)found.clipped));
+}
+
+static PyObject *packing(PyObject *args, int unpacks) {
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *source, *target;
+    Py_ssize_t groups;
+    int width;
+    const uint8_t *from;
+    uint8_t *to;
+    if (!PyArg_ParseTuple(args, "OniO", &source, &groups, &width, &target)
+        || !require(width >= 1 && width <= 8, "width must be 1..8")
+        || !(from = INPUT(source, times(groups, unpacks ? 4 * width : PACK_GROUP), uint8_t))
+        || !(to = OUTPUT(target, times(groups, unpacks ? PACK_GROUP : 4 * width), uint8_t))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    (unpacks ? kernels->unpack : kernels->pack)(from, (size_t)groups, width, to);
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_NewRef(Py_None));
+}
+
+static PyObject *pack(PyObject *module, PyObject *args) {
+    (void)module;
+    return packing(args, 0);
+}
+
+static PyObject *unpack(PyObject *module, PyObject *args) {
+    (void)module;
+    return packing(args, 1);
+}
+
+/* --- matrix products --------------------------------------------------------------------------*/
+
+static PyObject *integer_product(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *weights, *activations, *out;
+    Py_ssize_t rows, samples, length;
+    int status;
+    const int16_t *codes;
+    const int8_t *inputs;
+    int32_t *sums;
+    if (!PyArg_ParseTuple(args, "OOnnnO", &weights, &activations, &rows, &samples, &length, &out)
+        || !(codes = INPUT(weights, times(rows, length), int16_t))
+        || !(inputs = INPUT(activations, times(samples, length), int8_t))
+        || !(sums = OUTPUT(out, times(samples, rows), int32_t))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    status = kernels->integer_product(codes, (size_t)rows, inputs, (size_t)samples, (size_t)length,
+                                      sums);
+    Py_END_ALLOW_THREADS
+    return done_or_no_memory(&held, status);
+}
+
+/* The bound of section 7, without which accumulators and bytes could overflow. */
+static int zeros_fit(const Product *task) {
+    const int32_t top = zero_top(task->scheme.bits);
+    int fit = 1;
+    for (size_t i = 0; i < task->rows * task->groups; i++) {
+        fit &= task->zero[i] >= 0 && task->zero[i] <= top;
+    }
+    return require(fit, "a zero point out of range");
+}
+
+static PyObject *product(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *codes, *scales, *zeros, *activations, *out;
+    Py_ssize_t rows, row_codes, columns, groups, samples, block;
+    int bits, symmetric, zero_point, status;
+    Product task;
+    if (!PyArg_ParseTuple(args, "OnnnOOnipnOniO", &codes, &rows, &row_codes, &columns, &scales,
+                          &zeros, &groups, &bits, &symmetric, &block, &activations, &samples,
+                          &zero_point, &out)
+        || !valid_scheme(bits, symmetric, block, &task.scheme)
+        || !require(columns > 0 && rows >= 0 && samples >= 0, "sizes must not be negative")
+        || !require((size_t)row_codes == stored_row(task.scheme, (size_t)columns),
+                    "row_codes does not belong to this row length")
+        || !require(groups == groups_of(task.scheme, columns),
+                    "scales must be one for each group")
+        || !require(zero_point >= -128 && zero_point <= 127, "zero_point must be a signed byte")
+        || !(task.packed = INPUT(codes, times(rows, row_bytes(task.scheme, columns)), uint8_t))
+        || !(task.scale = INPUT(scales, times(rows, groups), float))
+        || !(task.zero = INPUT(zeros, times(rows, groups), int32_t))
+        || !(task.inputs = INPUT(activations, times(samples, columns), int8_t))
+        || !(task.y = OUTPUT(out, times(samples, rows), float))) {
+        return done(&held, NULL);
+    }
+    task.rows = (size_t)rows;
+    task.row_codes = (size_t)row_codes;
+    task.columns = (size_t)columns;
+    task.groups = (size_t)groups;
+    task.samples = (size_t)samples;
+    task.zero_point = zero_point;
+    if (!symmetric && !zeros_fit(&task)) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    status = kernels->product(&task);
+    Py_END_ALLOW_THREADS
+    return done_or_no_memory(&held, status);
+}
+
+/* --- ggml -------------------------------------------------------------------------------------*/
+
+static PyObject *ggml(PyObject *args, int decodes) {
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *source, *target;
+    Py_ssize_t blocks;
+    int type;
+    const void *from;
+    void *to;
+    if (!PyArg_ParseTuple(args, "iOnO", &type, &source, &blocks, &target)
+        || !require(type >= 0 && type < GGML_TYPES, "no such block type")) {
+        return NULL;
+    }
+    const Py_ssize_t bytes = times(blocks, (Py_ssize_t)ggml_bytes((enum ggml_type)type));
+    const Py_ssize_t values = times(blocks, PACK_GROUP);
+    if (decodes) {
+        from = INPUT(source, bytes, uint8_t);
+        to = from ? OUTPUT(target, values, float) : NULL;
+    } else {
+        from = INPUT(source, values, float);
+        to = from ? OUTPUT(target, bytes, uint8_t) : NULL;
+    }
+    if (!to) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    if (decodes) {
+        kernels->ggml_decode((enum ggml_type)type, from, (size_t)blocks, to);
+    } else {
+        kernels->ggml_encode((enum ggml_type)type, from, (size_t)blocks, to);
+    }
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_NewRef(Py_None));
+}
+
+static PyObject *ggml_encode(PyObject *module, PyObject *args) {
+    (void)module;
+    return ggml(args, 0);
+}
+
+static PyObject *ggml_decode(PyObject *module, PyObject *args) {
+    (void)module;
+    return ggml(args, 1);
+}
+
+/* --- module -----------------------------------------------------------------------------------*/
+
+static PyMethodDef methods[] = {
+    {"variants", variants, METH_NOARGS, NULL},
+    {"variant", active_name, METH_NOARGS, NULL},
+    {"select", select_variant, METH_O, NULL},
+    {"widen_bf16", widen_bf16, METH_VARARGS, NULL},
+    {"widen_f16", widen_f16, METH_VARARGS, NULL},
+    {"widen_table", widen_table, METH_VARARGS, NULL},
+    {"observe", observe, METH_VARARGS, NULL},
+    {"histogram", histogram, METH_VARARGS, NULL},
+    {"extrema", extrema, METH_VARARGS, NULL},
+    {"error_sums", error_sums, METH_VARARGS, NULL},
+    {"column_sums", column_sums, METH_VARARGS, NULL},
+    {"code_sums", code_sums, METH_VARARGS, NULL},
+    {"long_sums", long_sums, METH_VARARGS, NULL},
+    {"search", search, METH_VARARGS, NULL},
+    {"encode", encode, METH_VARARGS, NULL},
+    {"decode", decode, METH_VARARGS, NULL},
+    {"encode_rows", encode_rows, METH_VARARGS, NULL},
+    {"pack", pack, METH_VARARGS, NULL},
+    {"unpack", unpack, METH_VARARGS, NULL},
+    {"integer_product", integer_product, METH_VARARGS, NULL},
+    {"product", product, METH_VARARGS, NULL},
+    {"ggml_encode", ggml_encode, METH_VARARGS, NULL},
+    {"ggml_decode", ggml_decode, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "qconvert.kernels._native",
+    .m_size = -1,
+    .m_methods = methods,
+};
+
+PyMODINIT_FUNC PyInit__native(void) {
+    active = variant(variant_count() - 1);
+    return PyModule_Create(&definition);
+}

@@ -1,0 +1,619 @@
+"""The native kernels give the bits of the NumPy definition, in every variant that this processor
+runs; their C is clean under warnings and sanitizers, and means the same on aarch64.
+
+Not checked: the sign of a zero that is a minimum or maximum (NumPy's depends on the processor), NaN
+payloads out of arithmetic, and speed: ``python tests/test_native.py`` prints that.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from qconvert import kernels
+from qconvert.encoding import BITS, BLOCKS, AffineEncoding
+from qconvert.kernels import reference, widening
+from qconvert.observers import statistics
+from qconvert.quantizers import affine, fitting, integer
+from qconvert.quantizers.ggml import GGML_BLOCKS
+from qconvert.ranges import SEARCH_GRIDS, RangeMethod
+
+compiled = pytest.importorskip(
+    "qconvert.kernels.compiled",
+    reason="the extension is not built here: pip found no C compiler",
+    exc_type=ImportError,
+)
+
+SOURCES = Path(__file__).resolve().parent.parent / "qconvert" / "kernels" / "native"
+DRIVER = Path(__file__).resolve().parent / "native_driver.c"
+FLAGS = ["-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+F32 = NDArray[np.float32]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _callers_by_definition() -> Iterator[None]:
+    """What is compared with, in quantizers and observers too, runs on the reference alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "fused", None)
+        for name in vars(reference).keys() & set(kernels.__all__):
+            patch.setattr(kernels, name, getattr(reference, name))
+        yield
+
+
+@pytest.fixture(params=compiled.variants(), autouse=True)
+def _each_variant(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = compiled.variant()
+    compiled.select(request.param)
+    yield
+    compiled.select(before)
+
+
+def same(a: Any, b: Any) -> None:
+    """Equal in type, shape and every bit; floats of Python too, except for the sign of 0."""
+    if isinstance(a, np.ndarray):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert a.tobytes() == b.tobytes(), (a[a != b][:5], b[a != b][:5])
+    elif isinstance(a, tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            same(x, y)
+    else:
+        assert a == b
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+KINDS = (
+    *("gaussian", "uniform", "skewed", "ties", "zeros", "minus zeros", "constant", "sparse"),
+    *("denormal", "tiny", "huge", "one sided", "bf16", "mixed"),
+)
+
+
+def values(kind: str, seed: int, *shape: int) -> F32:
+    """Finite float32 values of a kind."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape)
+    match kind:
+        case "uniform":
+            x = rng.uniform(-1, 1, shape)
+        case "skewed":
+            x = rng.exponential(1, shape) - 0.1
+        case "ties":
+            x = rng.integers(-31, 32, shape) / 2
+        case "zeros":
+            x = np.zeros(shape)
+        case "minus zeros":
+            x = np.where(rng.random(shape) < 0.5, 0.0, -0.0)
+        case "constant":
+            x = np.full(shape, rng.standard_normal())
+        case "sparse":
+            x = np.where(rng.random(shape) < 0.9, rng.choice([0.0, -0.0], shape), x)
+        case "denormal":
+            x = x * 2.0**-140
+        case "tiny":
+            x = x * 2.0**-99
+        case "huge":
+            x = np.clip(x * 2.0 ** rng.choice([106, 110, 122]), -3.4e38, 3.4e38)
+        case "one sided":
+            x = -np.abs(x)
+        case "bf16":
+            return (x.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
+        case "mixed":
+            x = x * 2.0 ** rng.integers(-30, 30, shape)
+    return x.astype(np.float32)
+
+
+kinds = st.sampled_from(KINDS)
+seeds = st.integers(0, 2**32 - 1)
+lengths = st.integers(1, 256)
+widths = st.sampled_from(BITS)
+blocks = st.sampled_from((0, *BLOCKS))
+often = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def scheme(bits: int, block: int, symmetric: bool, columns: int) -> AffineEncoding:
+    return AffineEncoding(bits, "block" if block else "channel", block, symmetric, "F32", columns)
+
+
+def random_parameters(x: F32, bits: int, symmetric: bool, seed: int) -> tuple[F32, Any]:
+    """Scales near those of the groups' ranges, zero ones where all is zero, and zero points."""
+    rng = np.random.default_rng(seed)
+    magnitude = np.abs(x).max(axis=1)
+    factor = rng.uniform(0.3, 1.2, len(x)) * (rng.choice([-1, 1], len(x)) if symmetric else 1)
+    scale = (magnitude * factor / (1 << (bits - 1))).astype(np.float32)
+    scale = np.where((scale == 0) & (magnitude > 0), np.float32(2.0**-149), scale)
+    zero = rng.integers(0, ((1 << bits) - 1) * reference.zero_steps(bits) + 1, len(x))
+    return scale, np.where(symmetric | (scale == 0), 0, zero).astype(np.int32)
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3", "F8_E5M2"])
+def test_every_stored_pattern_widens_to_the_same_bits(dtype: str) -> None:
+    raw = np.arange(256, dtype=np.uint8) if "F8" in dtype else np.arange(65536, dtype="<u2")
+    for shift in (0, 1):  # the bytes of a file need not be aligned
+        data = memoryview(b"\0" * shift + raw.tobytes())[shift:]
+        same(
+            compiled.widen(data, dtype).view(np.uint32), widening.widen(data, dtype).view(np.uint32)
+        )
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "I8", "U32", "BOOL"])
+def test_other_dtypes_widen_as_before(dtype: str) -> None:
+    data = bytes(range(64))
+    same(compiled.widen(data, dtype), widening.widen(data, dtype))
+
+
+@often
+@given(kinds, seeds, st.integers(1, 700), st.booleans())
+def test_moments(kind: str, seed: int, length: int, wide: bool) -> None:
+    x = values(kind, seed, length)
+    x = x.astype(np.float64) * 1e-3 if wide else x
+    assert compiled.moments(x) == reference.moments(x)
+
+
+@often
+@given(kinds, seeds, st.integers(0, 700), st.booleans(), st.floats(0, 1))
+def test_observe_skips_what_is_not_finite(
+    kind: str, seed: int, length: int, wide: bool, share: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    x = values(kind, seed, length).astype(np.float64 if wide else np.float32)
+    bad = rng.random(length) < share
+    x[bad] = rng.choice([np.nan, np.inf, -np.inf], length)[bad]
+    found, wanted = compiled.observe(x), statistics.observe(x)
+    for field in ("size", "nonfinite", "first_nonfinite", "zeros", "moments"):
+        assert getattr(found, field) == getattr(wanted, field), field
+    same(compiled.histogram(x.astype(np.float32)), reference.histogram(x.astype(np.float32)))
+
+
+@often
+@given(kinds, seeds, st.integers(1, 40), st.integers(1, 300))
+def test_extrema_and_extent(kind: str, seed: int, groups: int, length: int) -> None:
+    x = values(kind, seed, groups, length)
+    for found, wanted in zip(compiled.extrema(x), reference.extrema(x), strict=True):
+        assert found.dtype == wanted.dtype
+        assert (found == wanted).all()
+    counts = np.random.default_rng(seed).integers(1, length + 1, groups).astype(np.int32)
+    x[np.arange(length) >= counts[:, None]] = 0
+    for c in (None, counts):
+        low, high, has_zero = compiled.extent(x, c)
+        e = fitting.extent(x, c)
+        assert (low == e.low).all()
+        assert (high == e.high).all()
+        assert (has_zero == e.has_zero).all()
+
+
+@often
+@given(kinds, seeds, st.integers(0, 700))
+def test_error_sums(kind: str, seed: int, length: int) -> None:
+    x, y = values(kind, seed, length), values(kind, seed + 1, length)
+    same(compiled.error_sums(x, y), reference.error_sums(x, y))
+
+
+def test_an_infinite_or_undefined_error_is_reported() -> None:
+    x = np.ones(40, np.float32)
+    for bad in (np.inf, np.nan):
+        y = np.ones(40, np.float32)
+        y[7] = bad
+        assert np.array_equal(compiled.error_sums(x, y), reference.error_sums(x, y), equal_nan=True)
+
+
+# --- searching a scale ----------------------------------------------------------------------------
+
+
+def searchable(x: F32) -> F32:
+    """As large as values that are searched may be: no sum overflows."""
+    return np.clip(x, -fitting.HUGE, fitting.HUGE)
+
+
+@often
+@given(kinds, seeds, st.integers(1, 50), lengths, widths, st.booleans())
+def test_code_sums_and_column_sums(
+    kind: str, seed: int, groups: int, length: int, bits: int, masked: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    x = searchable(values(kind, seed, length, groups))
+    magnitude = np.maximum(np.abs(x).max(axis=0), np.float32(2.0**-100))
+    inverse = ((1 << bits) / magnitude * rng.uniform(0.2, 2, groups)).astype(np.float32)
+    offset = rng.uniform(-2, 1 << bits, groups).astype(np.float32)
+    mask = (rng.random((length, groups)) < 0.7).astype(np.float32) if masked else None
+    top = (1 << bits) - 1
+    found = compiled.code_sums(x, inverse, offset, 0, top, mask)
+    same(found, reference.code_sums(x, inverse, offset, 0, top, mask))
+    same(compiled.column_sums(x), reference.column_sums(x))
+
+
+@often
+@given(kinds, seeds, st.integers(1, 3), st.integers(1, 1500), widths)
+def test_long_sums(kind: str, seed: int, rows: int, length: int, bits: int) -> None:
+    x = searchable(values(kind, seed, rows, length))
+    magnitude = np.maximum(np.abs(x).max(axis=1), np.float32(2.0**-100))
+    candidates = [
+        ((np.float32(f) / magnitude).astype(np.float32), np.full(rows, 3.25, np.float32))
+        for f in (1.0, 2.5, 7.0)
+    ]
+    encoding = scheme(bits, 0, False, length)
+    source = fitting._group_sums(x, encoding, None)
+    wanted = np.array([np.stack(s, axis=1) for s in source.sums(candidates)])
+    inverse, offset = (np.array([c[i] for c in candidates]) for i in (0, 1))
+    same(compiled.long_sums(x, inverse, offset, 0, encoding.levels), wanted)
+
+
+@often
+@given(kinds, seeds, st.integers(1, 40), lengths, widths, st.booleans(), st.booleans())
+def test_search(
+    kind: str, seed: int, groups: int, length: int, bits: int, symmetric: bool, padded: bool
+) -> None:
+    x = values(kind, seed, groups, length)
+    counts = None
+    if padded:
+        counts = np.random.default_rng(seed).integers(1, length + 1, groups).astype(np.int32)
+        x[np.arange(length) >= counts[:, None]] = 0
+    encoding = AffineEncoding(bits, "block", length, symmetric, "F32", length)
+    e = fitting.extent(x, counts)
+    found = compiled.search(
+        x, counts, e.low, e.high, e.has_zero, bits, symmetric, SEARCH_GRIDS[bits]
+    )
+    p = fitting._settle(e, encoding, *found)
+    with np.errstate(over="ignore"):  # sums of groups that are too large to search
+        wanted = fitting.fit(x, encoding, RangeMethod("mse"), counts)
+    same((p.scale, p.zero), (wanted.scale, wanted.zero))
+
+
+def test_one_candidate_may_serve_all_groups() -> None:
+    x = values("gaussian", 1, 256, 20)
+    one, mask = np.array([2.5], np.float32), (np.arange(256) < 99).astype(np.float32)[:, None]
+    found = compiled.code_sums(x, one, one, 0, 15, mask)
+    same(found, reference.code_sums(x, one, one, 0, 15, mask))
+
+
+# --- codes ----------------------------------------------------------------------------------------
+
+
+@often
+@given(kinds, seeds, st.integers(1, 20), st.integers(1, 600), widths, st.booleans())
+def test_encode_and_decode(
+    kind: str, seed: int, groups: int, length: int, bits: int, symmetric: bool
+) -> None:
+    x = values(kind, seed, groups, length)
+    scale, zero = random_parameters(x, bits, symmetric, seed)
+    with np.errstate(over="ignore"):
+        wanted = reference.encode(x, scale, zero, bits, symmetric)
+    same(compiled.encode(x, scale, zero, bits, symmetric), wanted)
+    codes = wanted[0]
+    found = compiled.decode(codes, scale, zero, bits, symmetric)
+    same(found, reference.decode(codes, scale, zero, bits, symmetric))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_every_tie_rounds_to_even(bits: int, symmetric: bool) -> None:
+    steps = (np.arange(-1100, 1100, dtype=np.float32) / 4)[None, :]
+    for sign in (1, -1):
+        for factor in (1.0, 2.0**-140, 2.0**110):
+            x = steps * np.float32(sign * factor)
+            for z in range(0, (1 << bits) * 4, 3):
+                scale, zero = np.array([factor], np.float32), np.array([z], np.int32)
+                found = compiled.encode(x, scale, zero, bits, symmetric)
+                same(found, reference.encode(x, scale, zero, bits, symmetric))
+
+
+@settings(parent=often, max_examples=400)
+@given(
+    *(kinds, seeds, st.integers(1, 6), st.integers(1, 700) | st.sampled_from((256, 512, 1024))),
+    *(widths, st.booleans(), blocks, st.booleans()),
+)
+def test_encode_rows(
+    kind: str, seed: int, rows: int, columns: int, bits: int, symmetric: bool, block: int, one: bool
+) -> None:
+    x = values(kind, seed, rows, columns)
+    encoding = scheme(bits, block, symmetric, columns)
+    groups, _ = affine.to_groups(x, encoding)
+    if one:
+        groups = x.reshape(1, -1)
+    scale, zero = random_parameters(groups, bits, symmetric, seed)
+    with np.errstate(over="ignore"):
+        wanted = affine.encode_rows(x, encoding, affine.Parameters(scale, zero))
+    codes, *error = compiled.encode_rows(x, scale, zero, bits, symmetric, block)
+    assert codes == wanted.codes
+    e = wanted.error
+    assert error == [e.signal, e.noise, e.worst, e.clipped]
+
+
+@pytest.mark.parametrize("width", range(1, 9))
+def test_pack_and_unpack(width: int) -> None:
+    rng = np.random.default_rng(width)
+    for groups in (0, 1, 2, 3, 17, 64):
+        whole = rng.integers(0, 1 << width, 32 * groups).astype(np.uint8)
+        packed = compiled.pack(whole, width)
+        same(packed, reference.pack(whole, width))
+        same(compiled.unpack(packed, width), whole)
+        noise = rng.integers(0, 256, 4 * width * groups).astype(np.uint8)
+        same(compiled.unpack(noise, width), reference.unpack(noise, width))
+
+
+# --- integer matrix product -----------------------------------------------------------------------
+
+
+@often
+@given(seeds, st.integers(1, 9), st.integers(1, 9), st.integers(1, 300))
+def test_integer_product(seed: int, rows: int, samples: int, length: int) -> None:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-255, 256, (rows, length)).astype(np.int16)
+    a = rng.integers(-128, 128, (samples, length)).astype(np.int8)
+    same(compiled.integer_product(codes, a), reference.integer_product(codes, a))
+
+
+def check_product(
+    rng: np.random.Generator,
+    rows: int,
+    columns: int,
+    samples: int,
+    bits: int,
+    symmetric: bool,
+    block: int,
+    zero_point: int,
+    extreme: bool = False,
+) -> None:
+    """The fused product equals that of quantizers.integer, whose accumulators equal int64 ones."""
+    encoding = scheme(bits, block, symmetric, columns)
+    top, levels = zero_top(bits), encoding.levels
+    shape, groups = (rows, encoding.row_codes), (rows, encoding.row_groups)
+    codes = rng.integers(0, levels + 1, shape).astype(np.uint8)
+    zero = rng.integers(0, top + 1, groups).astype(np.int32)
+    a = rng.integers(-128, 128, (samples, columns)).astype(np.int8)
+    if extreme:  # the largest sums there can be, of either sign
+        codes = (
+            np.where(rng.random((rows, 1)) < 0.5, levels, 0)
+            .astype(np.uint8)
+            .repeat(encoding.row_codes, axis=1)
+        )
+        zero = np.where(codes[:, :1] == 0, top, 0).astype(np.int32).repeat(groups[1], axis=1)
+        a = rng.choice([-128, 127], (samples, 1)).astype(np.int8).repeat(columns, axis=1)
+    scale = rng.uniform(-1, 1, groups).astype(np.float32)
+    if symmetric:
+        zero[:] = 1 << (bits - 1)
+    if bits == 8:
+        packed = (codes ^ affine.SIGN).tobytes()
+    else:
+        packed = reference.pack(codes.ravel(), bits).tobytes()
+    zeros = np.zeros_like(zero) if symmetric else zero
+    parts = integer.integer_rows(codes[:, :columns], scale, zeros, encoding)
+    inputs = integer.Activations(a, np.ones(samples, np.float32), zero_point)
+    wanted = integer.integer_product(parts, inputs, check=True)
+    assert wanted.exact
+    found = compiled.product(
+        *(packed, encoding.row_codes, columns, scale, None if symmetric else zero),
+        *(bits, symmetric, block, a, zero_point),
+    )
+    same(found, wanted.y)
+
+
+def zero_top(bits: int) -> int:
+    """What a stored zero point can be; beyond 4n too, since a file may hold it."""
+    return 255 if bits == 8 else (4 << bits) - 1
+
+
+@settings(parent=often, max_examples=400)
+@given(
+    *(seeds, st.integers(1, 40), st.integers(1, 400) | st.sampled_from((256, 512, 768))),
+    *(st.integers(0, 20), widths, st.booleans(), blocks),
+    *(st.sampled_from((0, 0, -128, 127, 5)), st.booleans()),
+)
+def test_product(
+    seed: int,
+    rows: int,
+    columns: int,
+    samples: int,
+    bits: int,
+    symmetric: bool,
+    block: int,
+    zero_point: int,
+    extreme: bool,
+) -> None:
+    rng = np.random.default_rng(seed)
+    check_product(rng, rows, columns, samples, bits, symmetric, block, zero_point, extreme)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("samples", [1, 9])
+def test_product_of_long_rows_in_segments(bits: int, symmetric: bool, samples: int) -> None:
+    rng = np.random.default_rng(bits)
+    for columns in (16_384, 16_385, 40_001):
+        check_product(rng, 3, columns, samples, bits, symmetric, 0, -128, extreme=True)
+
+
+def test_product_refuses_zero_points_beyond_their_bits() -> None:
+    with pytest.raises(ValueError, match="zero point"):
+        compiled.product(
+            *(bytes(16), 32, 32, np.ones((1, 1), np.float32), np.full((1, 1), 64, np.int32)),
+            *(4, False, 32, np.zeros((1, 32), np.int8), 0),
+        )
+
+
+# --- ggml -----------------------------------------------------------------------------------------
+
+
+@often
+@given(kinds, seeds, st.integers(1, 40), st.sampled_from(sorted(GGML_BLOCKS)))
+def test_ggml_encode(kind: str, seed: int, count: int, name: str) -> None:
+    x = values(kind, seed, count, 32)
+    same(compiled.ggml_encode(name, x), GGML_BLOCKS[name].encode(x))
+
+
+@pytest.mark.parametrize("name", sorted(GGML_BLOCKS))
+def test_ggml_scales_of_every_size(name: str) -> None:
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((4000, 32)) * 2.0 ** rng.uniform(-149, 127, (4000, 1))
+    x = np.clip(x, -3.4e38, 3.4e38).astype(np.float32)
+    same(compiled.ggml_encode(name, x), GGML_BLOCKS[name].encode(x))
+
+
+@pytest.mark.parametrize("name", sorted(GGML_BLOCKS))
+def test_ggml_decode_of_any_bytes(name: str) -> None:
+    kind = GGML_BLOCKS[name]
+    data = np.random.default_rng(3).integers(0, 256, (65536, kind.nbytes)).astype(np.uint8)
+    data[:, :2] = np.arange(65536, dtype="<u2").view(np.uint8).reshape(-1, 2)
+    found, wanted = compiled.ggml_decode(name, data), kind.decode(data)
+    assert np.array_equal(np.isnan(found), np.isnan(wanted))
+    same(np.nan_to_num(found), np.nan_to_num(wanted))
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def test_sizes_are_checked_before_memory_is_touched() -> None:
+    from qconvert.kernels import _native
+
+    short = np.zeros(3, np.float32)
+    with pytest.raises(ValueError, match="12 bytes"):
+        _native.histogram(short, 4, np.zeros(65536, np.int64))
+    with pytest.raises(ValueError, match="belong"):
+        _native.widen_bf16(b"abc", short, 3)
+    with pytest.raises(ValueError, match="belong"):
+        _native.widen_bf16(b"", short, -1)
+    with pytest.raises(ValueError, match="bits"):
+        compiled.encode(np.zeros((1, 4), np.float32), short[:1], np.zeros(1, np.int32), 7, True)
+    with pytest.raises(ValueError, match="256"):
+        compiled.column_sums(np.zeros((257, 1), np.float32))
+    with pytest.raises((BufferError, ValueError)):
+        _native.widen_bf16(bytes(6), bytes(12), 3)  # not writable
+    with pytest.raises(ValueError, match="no variant"):
+        compiled.select("mmx")
+
+
+# --- the C itself ---------------------------------------------------------------------------------
+
+
+def loops() -> list[str]:
+    return [str(p) for p in sorted(SOURCES.glob("*.c")) if p.name != "module.c"]
+
+
+def compiler(name: str) -> str:
+    found = shutil.which(name)
+    if not found:
+        pytest.skip(f"no {name} here")
+    return found
+
+
+def build(compiler: str, target: Path, *flags: str) -> None:
+    done = subprocess.run(
+        [compiler, *FLAGS, *flags, f"-I{SOURCES}", str(DRIVER), *loops(), "-o", str(target)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def once() -> None:
+    if compiled.variant() != compiled.variants()[0]:
+        pytest.skip("does not depend on the variant: runs with the first")
+
+
+@pytest.mark.usefixtures("once")
+@pytest.mark.parametrize("name", ["gcc", "clang"])
+def test_loops_compile_without_a_warning(name: str, tmp_path: Path) -> None:
+    build(compiler(name), tmp_path / "driver", "-O3", "-Wall", "-Wextra", "-Werror")
+
+
+@pytest.mark.usefixtures("once")
+def test_loops_run_clean_under_sanitizers(tmp_path: Path) -> None:
+    driver = tmp_path / "driver"
+    sanitizers = "-fsanitize=address,undefined,float-cast-overflow"
+    build(compiler("gcc"), driver, "-O1", "-g", sanitizers, "-fno-sanitize-recover=all")
+    assert len(set(digests(run(str(driver))).values())) == 1
+
+
+@pytest.mark.usefixtures("once")
+def test_aarch64_computes_the_same_bits(tmp_path: Path) -> None:
+    cross, emulator = compiler("aarch64-linux-gnu-gcc"), compiler("qemu-aarch64")
+    here, there = tmp_path / "here", tmp_path / "there"
+    build(compiler("gcc"), here, "-O3")
+    build(cross, there, "-O3", "-static")
+    found = {*digests(run(str(here))).values(), *digests(run(emulator, str(there))).values()}
+    assert len(found) == 1
+
+
+def digests(text: str) -> dict[str, str]:
+    """Variant to digest, as the driver prints them."""
+    return dict(line.split() for line in text.splitlines())
+
+
+# --- speed ----------------------------------------------------------------------------------------
+
+
+def _fastest(call: Callable[[], object], seconds: float = 0.3) -> float:
+    call()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _report() -> None:
+    """Nanoseconds per value and thousand million operations per second, one core, by variant."""
+    rng = np.random.default_rng(0)
+    raw = (rng.standard_normal(1 << 18).astype(np.float32).view(np.uint32) >> 16).astype("<u2")
+    stored = raw.tobytes()
+    x = compiled.widen(stored, "BF16")
+    rows, groups, blocks = x.reshape(64, 4096), x.reshape(-1, 64), x.reshape(-1, 32)
+    extent = compiled.extent(groups, None)
+    scale, zero = extent[1] / np.float32(7), np.full(len(groups), 30, np.int32)
+    packed = rng.integers(0, 256, 4096 * 2048).astype(np.uint8).tobytes()
+    ones, zeros = np.ones((4096, 64), np.float32), np.full((4096, 64), 30, np.int32)
+    for name in compiled.variants():
+        compiled.select(name)
+        calls: dict[str, Callable[[], object]] = {
+            "widen BF16": lambda: compiled.widen(stored, "BF16"),
+            "observe": lambda: compiled.observe(x),
+            "histogram": lambda: compiled.histogram(x),
+            "extent": lambda: compiled.extent(groups, None),
+            "encode_rows q4": lambda: compiled.encode_rows(rows, scale, zero, 4, False, 64),
+            "encode_rows q8": lambda: compiled.encode_rows(rows, scale, zero, 8, False, 64),
+            "search q4 asym": lambda: compiled.search(
+                groups, None, *extent, 4, False, SEARCH_GRIDS[4]
+            ),
+            "Q4_0": lambda: compiled.ggml_encode("Q4_0", blocks),
+            "Q8_0": lambda: compiled.ggml_encode("Q8_0", blocks),
+        }
+        for what, call in calls.items():
+            print(f"{name:9} {what:16} {_fastest(call) / x.size * 1e9:7.2f} ns")
+        for samples in (1, 512):
+            a = rng.integers(-128, 128, (samples, 4096)).astype(np.int8)
+            spent = _fastest(
+                lambda a=a: compiled.product(packed, 4096, 4096, ones, zeros, 4, False, 64, a, 0)
+            )
+            print(
+                f"{name:9} product x {samples:<6} {2 * samples * 4096**2 / spent / 1e9:7.0f} Gop/s"
+            )
+
+
+if __name__ == "__main__":
+    _report()
