@@ -66,8 +66,3 @@ def tiles(rows: int, columns: int) -> Iterator[Tile]:
         for c in range(0, columns, TILE_VALUES):
             width = min(TILE_VALUES, columns - c)
             yield Tile(1, width, r * columns + c, c + width == columns)
-
-
-def flat_tiles(size: int) -> Iterator[Tile]:
-    """Tiles of a tensor whose rows do not matter."""
-    return tiles(1, size)

@@ -20,7 +20,7 @@ class RangeMethod:
     percentile: float = DEFAULT_PERCENTILE
 
     def describe(self) -> str:
-        return f"percentile {self.percentile:g}" if self.name == "percentile" else self.name
+        return f"percentile {self.percentile!r}" if self.name == "percentile" else self.name
 
 
 def default_method(bits: int) -> RangeMethod:

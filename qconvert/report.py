@@ -1,7 +1,7 @@
 """What the stages found, as data; `to_json` gives the documented objects of ``--json``.
 
-A report has no clock, host or absolute path in it, so that two runs compare equal; ``bench`` is
-the exception.
+A report has no clock and no host in it, and paths as they were given, so that two runs compare
+equal; ``bench`` is the exception.
 """
 
 from __future__ import annotations
@@ -122,6 +122,7 @@ class QuantizeReport(Report):
     model_bits_per_weight: float | None
     sqnr_db: float | None
     calibration: str | None
+    companions: int
 
 
 @dataclass
@@ -213,6 +214,7 @@ class VerifiedTensor:
     """Measured error of a tensor and of its integer matrix product.
 
     Attributes:
+        finite: whether every decoded value is.
         sqnr_db: of the weights against the source; None when lossless or without a source.
         cast_exact: whether plain numbers are the source's, rounded; None for codes.
         worst_step: largest error of an unclipped value, in steps (at most 0.5 is promised).
@@ -226,6 +228,7 @@ class VerifiedTensor:
 
     name: str
     stored: str
+    finite: bool
     sqnr_db: float | None = None
     nmse: float | None = None
     max_error: float | None = None

@@ -11,11 +11,11 @@ artefact=$out/$name.q4_block64.qblk
 mkdir -p "$out"
 
 qconvert inspect "$model" --report "$out/inspect.json" --strict --quiet > "$out/inspect.txt"
-qconvert calibrate "$model" --activations "$here/activations.safetensors" --observer percentile \
+qconvert calibrate "$model" --activations "$here/activations.safetensors" --observer mse \
     -o "$out/calibration.safetensors" --quiet
 qconvert quantize "$model" --scheme q4_block64 --calibration "$out/calibration.safetensors" \
     -o "$artefact" --report "$out/quantize.json" --strict --quiet
-qconvert verify "$artefact" --against "$model" --min-sqnr 18 --samples "$here/activations.safetensors" \
-    --report "$out/verify.json" --quiet
+qconvert verify "$artefact" --against "$model" --min-sqnr 18 --min-output-sqnr 18 \
+    --samples "$here/activations.safetensors" --strict --report "$out/verify.json" --quiet
 (cd "$out" && sha256sum "$name.q4_block64.qblk" > SHA256SUMS && sha256sum --check --quiet SHA256SUMS)
 echo "released: $artefact"

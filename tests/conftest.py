@@ -50,7 +50,7 @@ Run = Callable[..., Finished]
 
 def environment(**more: str) -> dict[str, str]:
     """The environment without what steers qconvert or colours its output."""
-    drop = ("QCONVERT_DEBUG", "QCONVERT_KERNELS", "NO_COLOR", "COLUMNS", "PYTHONPATH")
+    drop = ("QCONVERT_DEBUG", "NO_COLOR", "COLUMNS", "PYTHONPATH")
     kept = {k: v for k, v in os.environ.items() if k not in drop}
     return kept | {"TERM": "dumb", "OPENBLAS_NUM_THREADS": "1"} | more
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from qconvert.errors import UsageError
-from qconvert.geometry import TILE_VALUES, flat_tiles, row_length, tiles
+from qconvert.geometry import TILE_VALUES, row_length, tiles
 from qconvert.model import DTYPES, TensorInfo
 from qconvert.schemes import AffineScheme, CastScheme, parse_scheme
 from qconvert.stages.plan import TOKEN_TABLES, PlanOptions, encoding_of, make_plan
@@ -269,10 +269,3 @@ def test_tiles_cover_every_value_once_in_order_and_are_bounded(rows: int, column
 @pytest.mark.parametrize(("rows", "columns"), [(0, 5), (5, 0), (0, 0)])
 def test_nothing_has_no_tiles(rows: int, columns: int) -> None:
     assert list(tiles(rows, columns)) == []
-
-
-def test_flat_tiles_cover_a_tensor_without_rows() -> None:
-    size = 3 * TILE_VALUES + 17
-    found = list(flat_tiles(size))
-    assert [t.start for t in found] == [k * TILE_VALUES for k in range(4)]
-    assert found[-1].stop == size

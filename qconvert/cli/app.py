@@ -22,9 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="safetensors file, directory, GGUF or qblk file")
-]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="safetensors file or model directory")]
 Json = Annotated[bool, typer.Option("--json", help="print the report as one JSON object")]
 ReportFile = Annotated[
     Path | None,
@@ -63,7 +61,7 @@ def root(
       3 an input cannot be used               reader of stdout gone
 
     \b
-    Environment: QCONVERT_KERNELS=reference, QCONVERT_DEBUG=1 (tracebacks), NO_COLOR, TERM
+    Environment: QCONVERT_KERNELS=native|reference, QCONVERT_DEBUG=1 (tracebacks), TERM
     """
     if version:
         typer.echo(f"qconvert {__version__}")
@@ -72,14 +70,18 @@ def root(
 
 @app.command()
 def inspect(
-    model: Model,
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="safetensors, GGUF or qblk file, or directory")
+    ],
     tensor: Annotated[
         list[str] | None,
         typer.Option(
             "--tensor", metavar="GLOB", help="only these tensors, with histograms; repeatable"
         ),
     ] = None,
-    scheme: SchemeName = "q4_block64",
+    scheme: Annotated[
+        str, typer.Option("--scheme", metavar="NAME", help="suggest symmetric or asymmetric for it")
+    ] = "q4_block64",
     headers_only: Annotated[
         bool, typer.Option("--headers-only", help="names, shapes and sizes; reads no weights")
     ] = False,
@@ -103,7 +105,6 @@ def inspect(
       qconvert inspect model.q4_block64.qblk --headers-only --json | jq .total_bytes
     """
     from qconvert.cli import render
-    from qconvert.cli.progress import make_progress
     from qconvert.stages.inspect import InspectOptions
     from qconvert.stages.inspect import inspect as stage
 
@@ -115,7 +116,7 @@ def inspect(
         threads=threads,
     )
     with render.Emitter(json, report, force, quiet, strict, [model]) as emitter:
-        return emitter.emit(stage(model, options, make_progress(quiet)), render.inspect_text)
+        return emitter.emit(stage(model, options, emitter.progress), render.inspect_text)
 
 
 @app.command()
@@ -156,7 +157,6 @@ def calibrate(
           --observer mse -o calibration.safetensors
     """
     from qconvert.cli import render
-    from qconvert.cli.progress import make_progress
     from qconvert.stages.calibrate import CalibrateOptions
     from qconvert.stages.calibrate import calibrate as stage
 
@@ -169,7 +169,7 @@ def calibrate(
         force=force,
     )
     with render.Emitter(json, report, force, quiet, strict, [model, *activations]) as emitter:
-        return emitter.emit(stage(options, make_progress(quiet)), render.calibrate_text)
+        return emitter.emit(stage(options, emitter.progress), render.calibrate_text)
 
 
 @app.command()
@@ -238,7 +238,7 @@ def quantize(
 
     Floating tensors of two or more dimensions and at least 1,024 values take the scheme, token
     embeddings and the output head included (with at least 4 bits). Norms, biases, one-dimensional
-    and integer tensors stay bit for bit.
+    and integer tensors stay bit for bit. Casts (f32, f16, bf16) take every floating tensor.
 
     \b
     Examples:
@@ -248,7 +248,6 @@ def quantize(
           --tensor-scheme '*down_proj*=q6_block32' --keep 'lm_head.*'
     """
     from qconvert.cli import render
-    from qconvert.cli.progress import make_progress
     from qconvert.stages.quantize import QuantizeOptions
     from qconvert.stages.quantize import quantize as stage
 
@@ -269,7 +268,7 @@ def quantize(
     with render.Emitter(
         json, report, force, quiet, strict, [model, *([calibration] if calibration else [])]
     ) as emitter:
-        return emitter.emit(stage(model, options, make_progress(quiet)), render.quantize_text)
+        return emitter.emit(stage(model, options, emitter.progress), render.quantize_text)
 
 
 @app.command()
@@ -283,6 +282,10 @@ def verify(
     ] = None,
     max_nmse: Annotated[
         float | None, typer.Option("--max-nmse", metavar="X", help="fail when a tensor is above")
+    ] = None,
+    min_output_sqnr: Annotated[
+        float | None,
+        typer.Option("--min-output-sqnr", metavar="DB", help="fail when a product is below"),
     ] = None,
     rows: Annotated[
         int,
@@ -316,7 +319,6 @@ def verify(
       qconvert verify model.gguf --against model.safetensors --json | jq -e '.status == "pass"'
     """
     from qconvert.cli import render
-    from qconvert.cli.progress import make_progress
     from qconvert.stages.verify import ACTIVATIONS, VerifyOptions
     from qconvert.stages.verify import verify as stage
 
@@ -326,6 +328,7 @@ def verify(
         against=against,
         min_sqnr=min_sqnr,
         max_nmse=max_nmse,
+        min_output_sqnr=min_output_sqnr,
         rows=rows,
         seed=seed,
         activations=activations,
@@ -340,7 +343,7 @@ def verify(
         strict,
         [file, *([against] if against else []), *(samples or [])],
     ) as emitter:
-        return emitter.emit(stage(file, options, make_progress(quiet)), render.verify_text)
+        return emitter.emit(stage(file, options, emitter.progress), render.verify_text)
 
 
 @app.command()
@@ -378,7 +381,6 @@ def bench(
       qconvert bench --shape 4096x4096 --shape 4096x11008 --json
     """
     from qconvert.cli import render
-    from qconvert.cli.progress import make_progress
     from qconvert.stages.bench import BenchOptions
     from qconvert.stages.bench import bench as stage
 
@@ -395,7 +397,7 @@ def bench(
         range=_range(range, None),
     )
     with render.Emitter(json, report, force, quiet, False, [file] if file else []) as emitter:
-        return emitter.emit(stage(options, make_progress(quiet)), render.bench_text)
+        return emitter.emit(stage(options, emitter.progress), render.bench_text)
 
 
 def _container(text: str | None) -> str | None:

@@ -5,6 +5,7 @@ is plain.
 from __future__ import annotations
 
 import io
+import math
 import os
 import shutil
 import sys
@@ -12,10 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from qconvert.cli.exits import ExitCode
-from qconvert.cli.progress import size
+from qconvert.cli.progress import make_progress, size
 from qconvert.errors import printable
 from qconvert.files.atomic import AtomicOutput
 from qconvert.report import (
@@ -27,12 +28,15 @@ from qconvert.report import (
     QuantizeReport,
     Report,
     TensorSummary,
+    VerifiedTensor,
     VerifyReport,
     dump,
 )
 
 R = TypeVar("R", bound=Report)
 WORST_SHOWN = 5
+FLEXIBLE_WIDTH = 24  # what names and reasons are cut to at most
+COLUMN_GAP = 3
 PIPE_WIDTH = 20_000  # more than any table: nothing is cut in a log
 
 
@@ -55,6 +59,7 @@ class Emitter:
         self.json = json
         self.quiet = quiet
         self.strict = strict
+        self.progress = make_progress(quiet)
         self.file = AtomicOutput(report, overwrite=force, inputs=inputs) if report else None
 
     def emit(self, report: R, text: Callable[[R], str]) -> int:
@@ -80,6 +85,7 @@ class Emitter:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
+        self.progress.end()  # or an error would leave the terminal without its cursor
         if self.file:
             self.file.__exit__(kind, error, tb)
 
@@ -104,23 +110,30 @@ def abandon_stdout() -> None:
 
 
 def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> str:
-    """A table as text; ``columns`` are (heading, "left" or "right")."""
+    """A table as text; ``columns`` are (heading, "left" or "right").
+
+    On a narrow terminal the first column and the one headed "why" are cut; figures never are.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    cells = [[printable(cell) for cell in row] for row in rows]
     grid = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
-    for heading, justify in columns:
-        grid.add_column(
-            Text(heading), justify="right" if justify == "right" else "left", no_wrap=True
-        )
-    for row in rows:
-        grid.add_row(*(Text(printable(cell)) for cell in row))
-    terminal = sys.stdout.isatty()
-    width = max(shutil.get_terminal_size().columns, 80) if terminal else PIPE_WIDTH
+    least = 0
+    for i, (heading, justify) in enumerate(columns):
+        full = max([len(heading), *(len(row[i]) for row in cells)])
+        width = min(full, FLEXIBLE_WIDTH) if i == 0 or heading == "why" else full
+        least += width + COLUMN_GAP
+        side: Literal["left", "right"] = "right" if justify == "right" else "left"
+        grid.add_column(Text(heading), justify=side, no_wrap=True, min_width=width)
+    for row in cells:
+        grid.add_row(*(Text(cell) for cell in row))
+    terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
     out = io.StringIO()
-    Console(file=out, width=width, no_color=True, highlight=False).print(grid)
+    console = Console(file=out, width=max(terminal, least), no_color=True, highlight=False)
+    console.print(grid)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
@@ -158,9 +171,11 @@ def quantize_text(r: QuantizeReport) -> str:
     lines.append(f"quantized  {_count(quantized)}: {_tally(t.stored for t in quantized)}\n")
     lines.append(f"kept       {_count(kept)}: {_tally(t.reason for t in kept)}\n")
     ratio = r.output_bytes / r.source_bytes if r.source_bytes else 0.0
-    at_most = "at most " if r.dry_run else ""
-    sizes = f"{size(r.source_bytes)} -> {at_most}{size(r.output_bytes)}"
+    about = "about " if r.dry_run else ""
+    sizes = f"{size(r.source_bytes)} -> {about}{size(r.output_bytes)}"
     lines.append(f"size       {sizes} ({100 * ratio:.1f} %)\n")
+    if r.companions:
+        lines.append(f"carried    {r.companions} files of the model (config, tokenizer, ...)\n")
     bits = number(r.quantized_bits_per_weight), number(r.model_bits_per_weight)
     lines.append(f"bits       {bits[0]} per quantized weight, {bits[1]} over the whole model\n")
     if not r.dry_run and quantized:
@@ -275,8 +290,6 @@ def bar(share: float, width: int) -> str:
 
 def histogram_text(t: TensorSummary, h: Histogram) -> str:
     """Counts per bin with a linear and a logarithmic bar."""
-    import math
-
     width = 30
     top = max(h.counts) or 1
     step = (h.high - h.low) / len(h.counts)
@@ -334,7 +347,7 @@ def verify_text(r: VerifyReport) -> str:
         figures = "" if c.worst is None else f": {number(c.worst)} (limit {number(c.limit)})"
         where = f"  [{printable(c.tensor)}]" if c.tensor else ""
         lines.append(f"{marks[c.status]}  {c.id:<15} {printable(c.detail)}{figures}{where}\n")
-    lossy = sorted((t for t in r.tensors if t.sqnr_db is not None), key=lambda t: t.sqnr_db or 0.0)
+    lossy = sorted((t for t in r.tensors if t.sqnr_db is not None), key=_worse)
     outputs = [t for t in r.tensors if t.output_sqnr_db is not None]
     if lossy:
         lines.append(f"\nSQNR       {decibels(r.sqnr_db)} dB overall, {len(lossy)} tensors\n")
@@ -366,6 +379,11 @@ def verify_text(r: VerifyReport) -> str:
     lines.append(f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n")
     lines.append(f"verdict    {r.status}\n")
     return "".join(lines)
+
+
+def _worse(t: VerifiedTensor) -> float:
+    """The lower of a tensor's two figures, in dB."""
+    return min(f for f in (t.sqnr_db, t.output_sqnr_db, math.inf) if f is not None)
 
 
 def bench_text(r: BenchReport) -> str:

@@ -21,6 +21,7 @@ HINTS = {
     errno.ENOENT: "create the directory first",
 }
 
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 MAX_NAME_BYTES = 255  # of the file systems that matter
 # What a model directory is read for; results of ours may lie there too and may be replaced.
 INPUT_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja"})
@@ -141,7 +142,9 @@ class AtomicOutput:
                 path=self.target,
                 hint="replace it with --force",
             ) from None
-        except OSError:
+        except OSError as e:
+            if e.errno not in NO_LINKS or os.path.lexists(self.target):
+                raise
             os.replace(self.path, self.target)
         else:
             self.path.unlink()

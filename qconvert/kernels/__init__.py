@@ -9,11 +9,12 @@ for `fused` and take the steps one by one when it is None.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from qconvert.errors import UsageError
+from qconvert.errors import MachineError, UsageError
 from qconvert.kernels.reference import HISTOGRAM_BINS, Moments, lane_sum, zero_steps
 
 VARIABLE = "QCONVERT_KERNELS"
@@ -24,12 +25,20 @@ def _choose(wanted: str | None) -> ModuleType | None:
 
     Raises:
         UsageError: the environment asks for kernels that are not to be had.
+        MachineError: native kernels are there and do not load: slowness must not hide that.
     """
     if wanted == "reference":
         return None
     try:
         from qconvert.kernels import compiled
     except ImportError as e:
+        built = importlib.util.find_spec("qconvert.kernels._native") is not None
+        if built:
+            raise MachineError(
+                "the native kernels cannot be loaded",
+                found=str(e),
+                hint=f"install qconvert again, or set {VARIABLE}=reference",
+            ) from e
         if wanted is None:
             return None
         raise UsageError(
@@ -47,7 +56,7 @@ def _choose(wanted: str | None) -> ModuleType | None:
     return compiled
 
 
-fused = _choose(os.environ.get(VARIABLE))
+fused = _choose(os.environ.get(VARIABLE) or None)
 
 
 def describe() -> str:
@@ -56,7 +65,7 @@ def describe() -> str:
         return f"native, {fused.variant()}"
     if os.environ.get(VARIABLE):
         return "reference"
-    return "reference (native not built: no C compiler was found at install)"
+    return "reference (native not built: install where there is a C compiler)"
 
 
 if TYPE_CHECKING or fused is None:

@@ -30,7 +30,7 @@ class StaticRange:
 
     Attributes:
         low, high: the range that the codes cover, 0 included.
-        scale: a binary32 number, above 0.
+        scale: the shortest decimal of a binary32 number, above 0.
         zero_point: -128..127.
     """
 

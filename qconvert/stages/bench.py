@@ -17,12 +17,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from qconvert import kernels
 from qconvert.encoding import AffineEncoding
 from qconvert.errors import InputError, UsageError
 from qconvert.files import open_model
-from qconvert.geometry import tiles
+from qconvert.geometry import TILE_VALUES, spans_tiles, tiles
 from qconvert.model import TensorInfo
 from qconvert.progress import Progress, Silent
 from qconvert.quantizers.affine import (
@@ -87,6 +88,7 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> BenchRepor
     for label, weights in subjects:
         with ExitStack() as stack:
             workers = stack.enter_context(Workers(options.threads))
+            stack.enter_context(threadpool_limits(options.threads))
             lines = list(_lines(weights, options, workers, stack))
             progress.begin(f"bench {label}", options.runs * len(lines), "runs")
             measurements += _measure(lines, options.runs, progress)
@@ -158,6 +160,8 @@ def _lines(
     if isinstance(options.scheme, AffineScheme):
         yield from _affine_lines(weights, options.scheme, options, workers, copy.name)
     elif isinstance(options.scheme, GgmlScheme):
+        if options.range:
+            raise UsageError(f"--range has no meaning for {options.scheme.name}")
         yield from _ggml_lines(weights, options.scheme.ggml_type, workers, copy.name)
     else:
         raise UsageError(f"nothing to measure in a cast to {options.scheme.name}")
@@ -185,7 +189,7 @@ def _copy_line(size: int, stack: ExitStack) -> _Line:
         for start in range(0, total, COPY_CHUNK):
             os.pwrite(target.fileno(), os.pread(source.fileno(), COPY_CHUNK, start), start)
 
-    return _Line("copy a BF16 source", copy, total / 1e9, "GB/s")
+    return _Line("copy a BF16 source, 1 thread", copy, total / 1e9, "GB/s")
 
 
 def _pieces(weights: F32) -> list[F32]:
@@ -197,6 +201,11 @@ def _affine_lines(
     weights: F32, scheme: AffineScheme, options: BenchOptions, workers: Workers, copy: str
 ) -> Iterator[_Line]:
     scheme = scheme if scheme.symmetric is not None else scheme.resolved(False)
+    if scheme.granularity == "tensor" or spans_tiles(weights.shape[1]):
+        raise UsageError(
+            f"bench measures schemes per channel and block, on rows of at most {TILE_VALUES:,}",
+            found=f"{scheme.name}, {weights.shape[1]:,} columns",
+        )
     encoding = encoding_of(scheme, TensorInfo("", weights.shape, "F32", weights.nbytes))
     method = options.range or default_method(scheme.bits)
     parts = _pieces(weights)
@@ -222,13 +231,17 @@ def _affine_lines(
     yield _weights_line(
         f"dequantize {scheme.name}", lambda: list(workers.map(back, done)), size, copy
     )
-    yield from _product_lines(weights, encoding, done, options.rows)
+    yield from _product_lines(weights, encoding, done, options.rows, workers)
 
 
 def _product_lines(
-    weights: F32, encoding: AffineEncoding, done: list[tuple[Parameters, bytes]], rows: int
+    weights: F32,
+    encoding: AffineEncoding,
+    done: list[tuple[Parameters, bytes]],
+    rows: int,
+    workers: Workers,
 ) -> Iterator[_Line]:
-    """The integer product, against NumPy's float32 one (with as many threads as its BLAS takes)."""
+    """The integer product, against NumPy's float32 one with as many threads."""
     columns = weights.shape[1]
     x = np.random.default_rng(1).standard_normal((rows, columns), np.float32)
     operations = 2 * rows * weights.size / 1e9
@@ -241,9 +254,13 @@ def _product_lines(
         scale = np.broadcast_to(parameters.scale.reshape(-1, shape[1]), shape)
         zero = np.broadcast_to(parameters.zero.reshape(-1, shape[1]), shape)
         stored.append((packed, np.ascontiguousarray(scale), np.ascontiguousarray(zero)))
+
+    def one(part: tuple[bytes, F32, NDArray[np.int32]]) -> F32:
+        return stored_product(*part, encoding, a)
+
     yield _Line(
         f"integer matmul {encoding.scheme} x int8, {rows} rows",
-        lambda: [stored_product(p, s, z, encoding, a) for p, s, z in stored],
+        lambda: list(workers.map(one, stored)),
         operations,
         "Gop/s",
         "float32 matmul (BLAS)",
@@ -277,10 +294,13 @@ def _gguf_py_lines(weights: F32, scheme: Scheme, copy: str) -> Iterator[_Line]:
     packed = gguf.quants.quantize(weights, kind)
     size = weights.size
     yield _weights_line(
-        f"gguf-py quantize {name.lower()}", lambda: gguf.quants.quantize(weights, kind), size, copy
+        f"gguf-py quantize {name.lower()}, 1 thread",
+        lambda: gguf.quants.quantize(weights, kind),
+        size,
+        copy,
     )
     yield _weights_line(
-        f"gguf-py dequantize {name.lower()}",
+        f"gguf-py dequantize {name.lower()}, 1 thread",
         lambda: gguf.quants.dequantize(packed, kind),
         size,
         copy,

@@ -206,11 +206,25 @@ def _model_warnings(path: Path, found: dict[str, LayerCalibration]) -> list[str]
         weights = {layer_name(t.name): t for t in model.tensors if len(t.shape) >= 2}
     finally:
         model.close()
+    strange = [name for name in found if name not in weights]
+    if len(strange) == len(found):
+        raise UnsupportedError(
+            "no layer of the activations has a weight in the model",
+            path=path,
+            found=f"'{strange[0]}' and {len(strange) - 1} more",
+            wanted=f"names such as '{next(iter(weights), 'none')}'",
+            hint="name the arrays like the layers or weights of the model",
+        )
     warnings = []
+    if strange:
+        warnings.append(
+            f"{len(strange)} of {len(found)} layers have no weight in {path.name}, "
+            f"such as '{strange[0]}'"
+        )
     for name, layer in found.items():
-        if name not in weights:
-            warnings.append(f"layer '{name}' has no weight in {path.name}")
-        elif weights[name].shape[-1] != layer.features:
+        if name in strange:
+            continue
+        if weights[name].shape[-1] != layer.features:
             raise UnsupportedError(
                 "activations do not fit the model",
                 path=path,

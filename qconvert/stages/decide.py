@@ -54,11 +54,6 @@ class Decision:
     asymmetric_db: float | None
     scale_dtype: str
 
-    @property
-    def net_db(self) -> float:
-        """Measured advantage of the asymmetric option after its cost."""
-        return _gain(self.symmetric_db, self.asymmetric_db) - self.cost_db
-
 
 def decide(
     statistics: TensorStatistics,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
-from qconvert.errors import UsageError
+from qconvert.errors import UsageError, WeightError
 from qconvert.files import open_model
 from qconvert.geometry import row_length, tiles
 from qconvert.model import Model, TensorInfo
@@ -20,7 +20,7 @@ from qconvert.progress import Progress, Silent
 from qconvert.ranges import default_method
 from qconvert.report import Histogram, InspectReport, TensorSummary
 from qconvert.schemes import AffineScheme, Scheme
-from qconvert.stages.analyse import Analysis, analyse, observe_tensor
+from qconvert.stages.analyse import analyse, observe_tensor
 from qconvert.stages.decide import Decision
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import PlannedTensor, PlanOptions, encoding_of, make_plan
@@ -53,6 +53,11 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
     """
     started = time.perf_counter()
     progress = progress or Silent()
+    if not isinstance(options.scheme, AffineScheme):
+        raise UsageError(
+            f"inspect cannot suggest {options.scheme.name}",
+            wanted="a scheme with scales, such as q4_block64",
+        )
     model = open_model(path)
     try:
         chosen = _choose(model, options.tensors)
@@ -108,18 +113,28 @@ def _describe(
 ) -> None:
     scheme = planned.scheme
     columns = row_length(tensor.shape)
-    s = observe_tensor(model, tensor, columns, workers.map)
-    _fill(row, s)
-    if s.nonfinite and tensor.floating:
-        row.suggestion, row.suggestion_reason = "mend", "has NaN or Inf values"
-    elif not isinstance(scheme, AffineScheme):
-        if model.kind == "safetensors":
+    if not isinstance(scheme, AffineScheme):
+        _fill(row, observe_tensor(model, tensor, columns, workers.map))
+        if row.nonfinite and tensor.floating:
+            row.suggestion, row.suggestion_reason = "mend", "has NaN or Inf values"
+        elif model.kind == "safetensors":
             row.suggestion, row.suggestion_reason = "keep", planned.reason
-    else:
-        encoding = encoding_of(scheme, tensor)
-        method = default_method(scheme.bits)
-        found: Analysis = analyse(model, tensor, encoding, scheme.symmetric, method, workers.map)
-        row.suggestion, row.suggestion_reason = suggest(scheme, found.decision)
+        return
+    try:
+        found = analyse(
+            model,
+            tensor,
+            encoding_of(scheme, tensor),
+            scheme.symmetric,
+            default_method(scheme.bits),
+            workers.map,
+        )
+    except WeightError:
+        _fill(row, observe_tensor(model, tensor, columns, workers.map))
+        row.suggestion, row.suggestion_reason = "mend", "has NaN, Inf or too large values"
+        return
+    _fill(row, found.statistics)
+    row.suggestion, row.suggestion_reason = suggest(scheme, found.decision)
 
 
 def _fill(row: TensorSummary, s: TensorStatistics) -> None:

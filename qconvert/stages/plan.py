@@ -144,7 +144,7 @@ def _if_fitting(tensor: TensorInfo, scheme: Scheme, reason: str) -> PlannedTenso
 def encoding_of(
     scheme: AffineScheme, tensor: TensorInfo, scale_dtype: str | None = None
 ) -> AffineEncoding:
-    """The encoding of a tensor under a scheme; while undecided, the larger one (asymmetric)."""
+    """The encoding of a tensor; while undecided, asymmetric with F16 block scales."""
     return AffineEncoding(
         bits=scheme.bits,
         granularity=scheme.granularity,

@@ -20,10 +20,12 @@ import numpy as np
 
 from qconvert import __version__, kernels
 from qconvert.encoding import Encoding, RawEncoding, stored_size
-from qconvert.errors import InputError, UsageError, WeightError
+from qconvert.errors import InputError, UnsupportedError, UsageError, WeightError
 from qconvert.files import open_model
 from qconvert.files.atomic import AtomicOutput, check_space
 from qconvert.files.calibration import Calibration, read_calibration
+from qconvert.files.gguf_writer import check_gguf
+from qconvert.files.qblk_writer import check_qblk
 from qconvert.geometry import TILE_VALUES, row_length, tiles
 from qconvert.model import Model, SourceFile
 from qconvert.progress import Progress, Silent
@@ -36,7 +38,7 @@ from qconvert.stages.decide import decision_notes
 from qconvert.stages.encoders import affine_encoder, cast_encoder, ggml_encoder
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import MIN_VALUES, PlannedTensor, PlanOptions, encoding_of, make_plan
-from qconvert.stages.sinks import GgufSink, QblkSink, Sink
+from qconvert.stages.sinks import GgufSink, QblkSink, Sink, gguf_tensors, model_name
 
 KEEP_CHUNK = 1 << 22  # bytes of a kept tensor that are copied at once
 SMALL_TILES = 4  # tensors of at most so many tiles are analysed ahead as one piece of work
@@ -105,10 +107,19 @@ def quantize(
             model_bits_per_weight=None,
             sqnr_db=None,
             calibration=options.calibration.name if options.calibration else None,
+            companions=0,
         )
+        if calibration and container == "gguf":
+            raise UsageError("--calibration has no place in a GGUF file", hint="write a .qblk file")
+        _check_plan(model, plan, calibration, container)
+        if options.range and not any(isinstance(p.scheme, AffineScheme) for p in plan):
+            report.warnings.append("--range has no effect: no tensor takes a scheme with ranges")
+        report.companions = len(model.companions) if container == "qblk" else 0
         if options.dry_run:
             report.tensors = [_planned_row(p) for p in plan]
             report.output_bytes = sum(t.nbytes for t in report.tensors)
+            if container == "qblk":
+                report.output_bytes += sum(path.stat().st_size for path in model.companions)
             _totals(report, ErrorSums())
         else:
             job = _Job(model, plan, options, method, calibration, report, progress)
@@ -131,11 +142,9 @@ def _output(source: Path, options: QuantizeOptions) -> tuple[Path, str]:
     default = "gguf" if isinstance(options.scheme, GgmlScheme) else "qblk"
     output = options.output
     if output is None:
-        resolved = source.resolve()
-        stem = resolved.name if resolved.is_dir() else resolved.stem
         container = options.container or default
-        parent = source.parent if source.name not in ("", "..") else resolved.parent
-        return parent / f"{stem}.{options.scheme.name}.{container}", container
+        parent = source.parent if source.name not in ("", "..") else source.resolve().parent
+        return parent / f"{model_name(source)}.{options.scheme.name}.{container}", container
     found = options.container or SUFFIXES.get(output.suffix.lower())
     if found is None:
         raise UsageError(
@@ -144,6 +153,27 @@ def _output(source: Path, options: QuantizeOptions) -> tuple[Path, str]:
             hint="or say --format qblk or --format gguf",
         )
     return output, found
+
+
+def _check_plan(
+    model: Model, plan: tuple[PlannedTensor, ...], calibration: Calibration | None, container: str
+) -> None:
+    """Refuse before the long work what the container or the calibration does not fit."""
+    if container == "gguf":
+        check_gguf(gguf_tensors(plan))
+    else:
+        check_qblk(model.tensors, model.path)
+    if calibration is None:
+        return
+    used = [p.tensor for p in plan if p.scheme and calibration.find(p.tensor.name)]
+    if not used:
+        raise UnsupportedError(
+            "no layer of the calibration belongs to a tensor that is quantized",
+            path=calibration.path,
+            hint="calibrate with activations of this model",
+        )
+    for tensor in used:
+        calibration.check(tensor.name, row_length(tensor.shape))
 
 
 def _range_text(options: QuantizeOptions) -> str:
@@ -214,7 +244,6 @@ class _Job:
         inputs = [self.model.path, *sources]
         if self.options.calibration:
             inputs.append(self.options.calibration)
-        self._activations()
         with AtomicOutput(output, overwrite=self.options.force, inputs=inputs) as out:
             check_space(output, sum(_planned_row(p).nbytes for p in self.plan))
             provenance = self._provenance(sources)
@@ -235,17 +264,10 @@ class _Job:
             self.progress.end()
         _totals(self.report, self.total)
 
-    def _activations(self) -> None:
-        """Check the calibration against every tensor before the long work."""
-        if self.calibration:
-            for p in self.plan:
-                if p.scheme and self.calibration.find(p.tensor.name):
-                    self.calibration.check(p.tensor.name, row_length(p.tensor.shape))
-
     def _provenance(self, sources: list[Path]) -> dict[str, Any]:
         o = self.options
         used: dict[str, Any] = {"scheme": o.scheme.name}
-        if self.method:
+        if self.method and any(isinstance(p.scheme, AffineScheme) for p in self.plan):
             used["range"] = self.method.describe()
         if o.keep:
             used["keep"] = list(o.keep)

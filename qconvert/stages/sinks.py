@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Protocol
 
 from qconvert.encoding import AffineEncoding, Encoding, RawEncoding
 from qconvert.files.atomic import AtomicOutput, machine_errors
 from qconvert.files.calibration import MAX_OBSERVER
-from qconvert.files.gguf_writer import GgufTensor, GgufWriter, check_gguf
+from qconvert.files.gguf_writer import GgufTensor, GgufWriter
 from qconvert.files.qblk_writer import (
     QblkWriter,
     TensorWriter,
-    check_qblk,
     header_bound,
     tensor_bound,
 )
@@ -27,7 +27,7 @@ WIDEST_NOTES: dict[str, Any] = {
     "decision": {
         "rule": "step-ratio",
         "symmetric": False,
-        "range": "percentile 99.9999999",
+        "range": "percentile " + "9" * 20,
         "cost_db": 0,
         "predicted_db": 0,
         "sample": {"symmetric_db": 0, "asymmetric_db": 0},
@@ -79,9 +79,11 @@ class QblkSink:
         self.out = out
         self.model = model
         self.provenance = provenance
-        files = [(path.name, path.stat().st_size) for path in model.companions]
+        files = []
+        for path in model.companions:
+            with machine_errors(path):
+                files.append((path.name, path.stat().st_size))
         calibrated = "calibration" in provenance
-        check_qblk([p.tensor for p in plan], model.path)
         bounds = [_bound(p, calibrated) for p in plan]
         bound = header_bound(bounds, files, model.metadata, provenance)
         self.writer = QblkWriter(out, bound)
@@ -151,12 +153,11 @@ class GgufSink:
         provenance: dict[str, Any],
     ) -> None:
         self.out = out
-        tensors = [GgufTensor(p.tensor.name, p.tensor.shape, _ggml_type(p)) for p in plan]
-        check_gguf(tensors)
+        tensors = gguf_tensors(plan)
         self.index = {t.name: i for i, t in enumerate(tensors)}
         metadata: dict[str, str | int | float | bool] = {
             "general.architecture": "raw",
-            "general.name": model.path.resolve().stem,
+            "general.name": model_name(model.path),
             "general.quantization_version": 2,
             "qconvert.provenance": json.dumps(provenance, sort_keys=True, ensure_ascii=False),
         }
@@ -175,6 +176,17 @@ class GgufSink:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def gguf_tensors(plan: tuple[PlannedTensor, ...]) -> list[GgufTensor]:
+    """The tensors of a plan as a GGUF file lists them."""
+    return [GgufTensor(p.tensor.name, p.tensor.shape, _ggml_type(p)) for p in plan]
+
+
+def model_name(path: Path) -> str:
+    """A model by the name of its directory, or of its file without suffix."""
+    resolved = path.resolve()
+    return resolved.name if resolved.is_dir() else resolved.stem
 
 
 def _ggml_type(p: PlannedTensor) -> str:
@@ -198,4 +210,4 @@ class _GgufTarget:
         raise AssertionError("GGUF has no affine encoding")
 
     def finish(self, notes: dict[str, Any]) -> None:
-        pass  # GGUF has no place for notes on a tensor; they are in the report
+        pass  # GGUF has no place for notes on a tensor; decision and error are in the report

@@ -33,13 +33,15 @@ from qconvert.quantizers.integer import (
     static_activations,
 )
 from qconvert.report import Check, VerifiedTensor, VerifyReport
+from qconvert.stages.analyse import F32_MAX
 from qconvert.stages.calibrate import check_activations, read_batches
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.stored_rows import Rows, StaticParameters, quantized_rows, static_parameters
 
-F32_MAX = float(np.finfo(np.float32).max)
 HALF_STEP = 0.5 + 2.0**-9  # half a step, and the rounding of the scale and of binary32 arithmetic
 RECORDED = 1e-5  # relative; the header has six significant digits
+SPOILED_DB = 6.0  # products of Gaussian inputs come within 1 dB of their weights
+NO_CODES = "the file has no tensor with codes that we have an integer product for"
 ACTIVATIONS = ("auto", "static", "dynamic")
 
 
@@ -57,6 +59,7 @@ class VerifyOptions:
     against: Path | None = None
     min_sqnr: float | None = None
     max_nmse: float | None = None
+    min_output_sqnr: float | None = None
     rows: int = 8
     seed: int = 0
     activations: str = "auto"
@@ -69,6 +72,7 @@ class _Measured:
     """Sums over the tiles of one tensor."""
 
     error: ErrorSums = field(default_factory=ErrorSums)
+    finite: bool = True  # whether every decoded value is
     worst_step: float = 0.0
     cast: bool = True  # whether plain numbers are the source's, rounded
     integer: bool = False  # whether there is an integer product at all
@@ -79,6 +83,7 @@ class _Measured:
 
     def add(self, other: _Measured) -> None:
         self.error += other.error
+        self.finite &= other.finite
         self.worst_step = max(self.worst_step, other.worst_step)
         self.cast &= other.cast
         self.integer |= other.integer
@@ -99,6 +104,9 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
         UsageError: options contradict the file.
     """
     started = time.perf_counter()
+    limits = (options.min_sqnr, options.max_nmse, options.min_output_sqnr)
+    if options.against is None and any(limit is not None for limit in limits):
+        raise UsageError("limits on errors need the source", hint="give it with --against")
     report = VerifyReport(
         kernels=kernels.describe(),
         path=str(path),
@@ -171,7 +179,9 @@ class _Job:
         if not self._integrity():
             return
         pairs = self._pairs()
-        quantized = [t for t in self.model.tensors if not self._is_copy(t, pairs)]
+        quantized = [t for t in self.model.tensors if t.size and not self._is_copy(t, pairs)]
+        for tensor in quantized:
+            self._static(tensor)  # a missing calibration costs no time
         self._kept(pairs)
         self.progress.begin("verify", sum(t.nbytes for t in quantized), "bytes")
         with Workers(self.options.threads or available_threads()) as workers:
@@ -251,7 +261,8 @@ class _Job:
                     "kept-exact", False, "a kept tensor differs from the source", tensor=tensor.name
                 )
                 return
-        self.check("kept-exact", True, f"{len(kept)} tensors bit for bit")
+        count = sum(t.name in pairs for t in kept)
+        self.check("kept-exact", True, f"{count} tensors bit for bit")
 
     def _same_bytes(self, tensor: TensorInfo, original: TensorInfo) -> bool:
         assert self.source
@@ -287,7 +298,7 @@ class _Job:
 
         for part in workers.map(work, self._all_rows(tensor, columns)):
             total.add(part)
-        row = VerifiedTensor(tensor.name, tensor.dtype)
+        row = VerifiedTensor(tensor.name, tensor.dtype, total.finite)
         if self.source and original and tensor.dtype in DTYPES:
             row.cast_exact = total.cast and tensor.dtype in CAST_NUMPY and original.floating
         if self.source and original:
@@ -318,7 +329,7 @@ class _Job:
             raise UsageError(
                 "static activations need a calibration in the file",
                 found=f"none for tensor '{tensor.name}'",
-                hint="quantize with --calibration, or use --activations dynamic",
+                hint="--activations auto takes static parameters where there are any",
             )
         return found
 
@@ -346,6 +357,8 @@ class _Job:
 
     def _verdicts(self) -> None:
         rows = self.report.tensors
+        wild = next((r.name for r in rows if not r.finite), None)
+        self.check("finite", wild is None, f"decoded values of {len(rows)} tensors", tensor=wild)
         if self.source:
             self._casts(rows)
             self._error_bound(rows)
@@ -372,9 +385,28 @@ class _Job:
                 tensor=worst.name,
             )
         else:
-            self.skip("integer-exact", "the file has no tensor with integer codes")
-            self.skip("float-product", "the file has no tensor with integer codes")
+            self.skip("integer-exact", NO_CODES)
+            self.skip("float-product", NO_CODES)
         self._limits(rows)
+        self._compare_outputs(rows)
+
+    def _compare_outputs(self, rows: list[VerifiedTensor]) -> None:
+        """Warn where the activations, not the weights, spoil a product."""
+        spoiled = [
+            r
+            for r in rows
+            if r.output_sqnr_db is not None
+            and r.sqnr_db is not None
+            and r.output_sqnr_db < r.sqnr_db - SPOILED_DB
+        ]
+        if spoiled:
+            worst = min(spoiled, key=lambda r: r.output_sqnr_db or 0.0)
+            self.report.warnings.append(
+                f"8-bit activations spoil the products of {len(spoiled)} tensors: "
+                f"'{worst.name}' has "
+                f"{worst.output_sqnr_db:.1f} dB with {worst.activations} activations, its weights "
+                f"{worst.sqnr_db:.1f} dB"
+            )
 
     def _casts(self, rows: list[VerifiedTensor]) -> None:
         cast = [r for r in rows if r.cast_exact is not None]
@@ -386,7 +418,7 @@ class _Job:
     def _error_bound(self, rows: list[VerifiedTensor]) -> None:
         bounded = [r for r in rows if r.worst_step is not None and r.integer_exact is not None]
         if not bounded:
-            self.skip("error-bound", "the file has no tensor with integer codes")
+            self.skip("error-bound", NO_CODES)
             return
         worst = max(bounded, key=lambda r: r.worst_step or 0)
         self.check(
@@ -412,11 +444,16 @@ class _Job:
 
     def _limits(self, rows: list[VerifiedTensor]) -> None:
         o = self.options
-        if o.min_sqnr is None and o.max_nmse is None:
-            return
-        if not self.source:
-            raise UsageError(
-                "--min-sqnr and --max-nmse need the source", hint="give it with --against"
+        if o.min_output_sqnr is not None:
+            lossy = [r for r in rows if r.output_sqnr_db is not None]
+            worst = min(lossy, key=lambda r: r.output_sqnr_db or 0.0, default=None)
+            self.check(
+                "min-output-sqnr",
+                worst is None or (worst.output_sqnr_db or 0.0) >= o.min_output_sqnr,
+                "lowest SQNR of an integer product, in dB",
+                worst=worst.output_sqnr_db if worst else None,
+                limit=o.min_output_sqnr,
+                tensor=worst.name if worst else None,
             )
         if o.min_sqnr is not None:
             lossy = [r for r in rows if r.sqnr_db is not None]
@@ -508,6 +545,7 @@ def _measure_rows(
     ``a``.
     """
     found = _Measured()
+    found.finite = bool(np.isfinite(rows.values).all())
     if weights is not None:
         sums = kernels.error_sums(weights, rows.values)
         found.error = ErrorSums(weights.size, *sums)
