@@ -120,20 +120,23 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> 
     from rich.text import Text
 
     cells = [[printable(cell) for cell in row] for row in rows]
+    full = [max([len(h), *(len(row[i]) for row in cells)]) for i, (h, _) in enumerate(columns)]
+    terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
+    room = terminal - sum(full) - COLUMN_GAP * len(full)
+    for i, (heading, _) in reversed(list(enumerate(columns))):
+        if i == 0 or heading == "why":
+            kept = min(full[i], max(FLEXIBLE_WIDTH, full[i] + min(room, 0)))
+            room += full[i] - kept
+            full[i] = kept
     grid = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
-    least = 0
-    for i, (heading, justify) in enumerate(columns):
-        full = max([len(heading), *(len(row[i]) for row in cells)])
-        width = min(full, FLEXIBLE_WIDTH) if i == 0 or heading == "why" else full
-        least += width + COLUMN_GAP
+    for (heading, justify), width in zip(columns, full, strict=True):
         side: Literal["left", "right"] = "right" if justify == "right" else "left"
-        grid.add_column(Text(heading), justify=side, no_wrap=True, min_width=width)
+        grid.add_column(Text(heading), justify=side, no_wrap=True, width=width)
     for row in cells:
         grid.add_row(*(Text(cell) for cell in row))
-    terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
     out = io.StringIO()
-    console = Console(file=out, width=max(terminal, least), no_color=True, highlight=False)
-    console.print(grid)
+    width = sum(full) + COLUMN_GAP * len(full)
+    Console(file=out, width=width, no_color=True, highlight=False).print(grid)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
