@@ -248,12 +248,14 @@ def _product_lines(
     yield _Line("float32 matmul (BLAS)", lambda: x @ weights.T, operations, "Gop/s")
     a = dynamic_activations(x)
     stored: list[tuple[bytes, F32, NDArray[np.int32]]] = []
-    for parameters, packed in done:
-        count = len(packed) * 8 // (encoding.bits * encoding.row_codes)
-        shape = (count, encoding.row_groups)
-        scale = np.broadcast_to(parameters.scale.reshape(-1, shape[1]), shape)
-        zero = np.broadcast_to(parameters.zero.reshape(-1, shape[1]), shape)
-        stored.append((packed, np.ascontiguousarray(scale), np.ascontiguousarray(zero)))
+    share = -(-len(done) // workers.threads)
+    for start in range(0, len(done), share):  # one run of rows a thread
+        run = done[start : start + share]
+        packed = b"".join(codes for _, codes in run)
+        shape = (len(packed) * 8 // (encoding.bits * encoding.row_codes), encoding.row_groups)
+        scale = np.concatenate([p.scale for p, _ in run]).reshape(shape)
+        zero = np.concatenate([p.zero for p, _ in run]).reshape(shape)
+        stored.append((packed, scale, zero))
 
     def one(part: tuple[bytes, F32, NDArray[np.int32]]) -> F32:
         return stored_product(*part, encoding, a)
