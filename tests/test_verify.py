@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from conftest import Qblk, Run, gaussian, read_independently, save
 
-from qconvert.errors import WeightError
+from qconvert.errors import UnsupportedError, UsageError, WeightError
 from qconvert.files.gguf import open_gguf
 from qconvert.quantizers import integer
 from qconvert.ranges import RangeMethod
 from qconvert.report import VerifyReport
 from qconvert.schemes import parse_scheme
 from qconvert.stages import verify as stage
+from qconvert.stages.calibrate import CalibrateOptions, calibrate
 from qconvert.stages.quantize import QuantizeOptions, quantize
 from qconvert.stages.verify import VerifyOptions, verify
 
@@ -433,3 +434,65 @@ def test_the_command_gives_1_for_a_broken_promise_and_names_the_tensor(
     assert (bound["status"], bound["tensor"]) == ("fail", "a.weight")
     shutil.copy(small_qblk, path)
     assert run("verify", path, "--against", small).code == 0
+
+
+# --- products, and what spoils them ---------------------------------------------------------------
+
+
+def test_the_worst_product_is_held_against_its_limit(source: Path) -> None:
+    path = convert(source, "q4_block32")
+    worst = min(t.output_sqnr_db or 0.0 for t in checked(path, source).tensors)
+    assert not failed(checked(path, source, min_output_sqnr=worst - 0.01))
+    assert failed(checked(path, source, min_output_sqnr=worst + 0.01)) == {"min-output-sqnr"}
+
+
+def test_a_limit_on_products_is_no_pass_without_products(source: Path) -> None:
+    report = checked(convert(source, "bf16"), source, min_output_sqnr=10.0)
+    assert statuses(report)["min-output-sqnr"] == "skip"
+
+
+@pytest.mark.parametrize("bits", [0x7E00, 0x7C00, 0xFC00], ids=["nan", "inf", "-inf"])
+@pytest.mark.parametrize("against", [True, False])
+def test_a_gguf_scale_that_is_not_finite_fails(source: Path, bits: int, against: bool) -> None:
+    path = convert(source, "q4_0", "m.gguf")
+    model = open_gguf(path)
+    tensor = next(t for t in model.tensors if t.dtype == "Q4_0")
+    block = model.raw(tensor, 0, 18)
+    model.close()
+    data = path.read_bytes()
+    assert data.count(block) == 1
+    path.write_bytes(data.replace(block, struct.pack("<H", bits) + block[2:]))
+    assert "finite" in failed(checked(path, source if against else None))
+
+
+def test_a_static_scale_that_clips_is_warned_about(source: Path) -> None:
+    """Inputs a hundred times as wide as the calibrated range: the weights are not to blame."""
+    inputs = {"a": gaussian(1, 64, TENSORS["a.weight"].shape[1])}
+    calibration = source.parent / "c.safetensors"
+    narrow = save(source.parent / "narrow.safetensors", inputs)
+    calibrate(CalibrateOptions(activations=(narrow,), output=calibration))
+    path = convert(source, "q8_channel", calibration=calibration)
+    wide = save(source.parent / "wide.safetensors", {"a": inputs["a"] * np.float32(100)})
+    assert not checked(path, source, samples=(narrow,)).warnings
+    report = checked(path, source, samples=(wide,))
+    assert any("spoil" in w and "a.weight" in w for w in report.warnings)
+
+
+def test_a_calibration_of_another_model_is_refused(source: Path) -> None:
+    calibration = source.parent / "c.safetensors"
+    recorded = save(source.parent / "r.safetensors", {"elsewhere": gaussian(1, 8, 64)})
+    calibrate(CalibrateOptions(activations=(recorded,), output=calibration))
+    with pytest.raises(UnsupportedError, match="no layer of the calibration"):
+        convert(source, "q8_channel", calibration=calibration)
+    with pytest.raises(UnsupportedError, match="no layer of the activations"):
+        calibrate(
+            CalibrateOptions(activations=(recorded,), output=calibration, model=source, force=True)
+        )
+
+
+def test_gguf_has_no_place_for_a_calibration(source: Path) -> None:
+    calibration = source.parent / "c.safetensors"
+    recorded = save(source.parent / "r.safetensors", {"a": gaussian(1, 8, 64)})
+    calibrate(CalibrateOptions(activations=(recorded,), output=calibration))
+    with pytest.raises(UsageError, match="no place"):
+        convert(source, "q8_0", "m.gguf", calibration=calibration)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -443,39 +443,36 @@ class _Job:
         self.check("recorded-error", wrong is None, f"errors of {len(noted)} tensors", tensor=wrong)
 
     def _limits(self, rows: list[VerifiedTensor]) -> None:
+        """Hold the worst tensor against each limit that was given."""
         o = self.options
-        if o.min_output_sqnr is not None:
-            lossy = [r for r in rows if r.output_sqnr_db is not None]
-            worst = min(lossy, key=lambda r: r.output_sqnr_db or 0.0, default=None)
-            self.check(
-                "min-output-sqnr",
-                worst is None or (worst.output_sqnr_db or 0.0) >= o.min_output_sqnr,
-                "lowest SQNR of an integer product, in dB",
-                worst=worst.output_sqnr_db if worst else None,
-                limit=o.min_output_sqnr,
-                tensor=worst.name if worst else None,
-            )
-        if o.min_sqnr is not None:
-            lossy = [r for r in rows if r.sqnr_db is not None]
-            worst = min(lossy, key=lambda r: r.sqnr_db or 0.0, default=None)
-            self.check(
-                "min-sqnr",
-                worst is None or (worst.sqnr_db or 0.0) >= o.min_sqnr,
-                "lowest SQNR of a tensor, in dB",
-                worst=worst.sqnr_db if worst else None,
-                limit=o.min_sqnr,
-                tensor=worst.name if worst else None,
-            )
-        if o.max_nmse is not None:
-            most = max(rows, key=lambda r: r.nmse or 0.0, default=None)
-            self.check(
-                "max-nmse",
-                most is None or (most.nmse or 0.0) <= o.max_nmse,
-                "highest normalised squared error of a tensor",
-                worst=most.nmse if most else None,
-                limit=o.max_nmse,
-                tensor=most.name if most else None,
-            )
+        lossy = {r.name: r.sqnr_db for r in rows if r.sqnr_db is not None}
+        self._limit("min-sqnr", "lowest SQNR of a tensor, in dB", lossy, o.min_sqnr, min)
+        nmse = {r.name: r.nmse for r in rows if r.nmse is not None}
+        self._limit("max-nmse", "highest normalised squared error", nmse, o.max_nmse, max)
+        outputs = {r.name: r.output_sqnr_db for r in rows if r.output_sqnr_db is not None}
+        if o.min_output_sqnr is not None and all(r.integer_exact is None for r in rows):
+            self.skip("min-output-sqnr", NO_CODES)
+            return
+        detail = "lowest SQNR of an integer product, in dB"
+        self._limit("min-output-sqnr", detail, outputs, o.min_output_sqnr, min)
+
+    def _limit(
+        self,
+        id: str,
+        detail: str,
+        figures: dict[str, float],
+        limit: float | None,
+        worst_of: Callable[..., str],
+    ) -> None:
+        if limit is None:
+            return
+        if not figures:
+            self.check(id, True, f"{detail}: nothing is lost", limit=limit)
+            return
+        name = worst_of(figures, key=figures.__getitem__)
+        worst = figures[name]
+        good = worst >= limit if worst_of is min else worst <= limit
+        self.check(id, good, detail, worst=worst, limit=limit, tensor=name)
 
 
 def _names(path: Path) -> list[str]:
