@@ -132,8 +132,10 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> 
     for (heading, justify), width in zip(columns, full, strict=True):
         side: Literal["left", "right"] = "right" if justify == "right" else "left"
         grid.add_column(Text(heading), justify=side, no_wrap=True, width=width)
-    for row in cells:
-        grid.add_row(*(Text(cell) for cell in row))
+    for name, *rest in cells:
+        # The end of a tensor's name tells more than its beginning.
+        short = name if len(name) <= full[0] else "…" + name[1 - full[0] :]
+        grid.add_row(Text(short), *(Text(cell) for cell in rest))
     out = io.StringIO()
     width = sum(full) + COLUMN_GAP * len(full)
     Console(file=out, width=width, no_color=True, highlight=False).print(grid)
