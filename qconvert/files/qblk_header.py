@@ -116,7 +116,6 @@ class StoredFile:
 class Header:
     """A header that keeps every rule of SPEC.md sections 1 to 5 that a reader must check."""
 
-    version: tuple[int, int]
     header_end: int
     payload_offset: int
     file_length: int
@@ -181,7 +180,6 @@ class _HeaderReader:
         files = self._files(header["files"], payload)
         self._places(tensors, files, payload, total)
         return Header(
-            version=(major, minor),
             header_end=PREAMBLE.size + length,
             payload_offset=payload,
             file_length=total,

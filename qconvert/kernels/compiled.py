@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert.geometry import PACK_GROUP
 from qconvert.kernels import _native
 from qconvert.kernels import widening as _widening
 from qconvert.kernels.reference import HISTOGRAM_BINS, Moments
@@ -23,7 +24,6 @@ F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
 U8 = NDArray[np.uint8]
 
-PACK_GROUP = 32
 GGML_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 _GGML_BYTES = (18, 20, 22, 24, 34)
 

@@ -77,7 +77,6 @@ def quantize(
     progress = progress or Silent()
     names = kernels.describe()
     output, container = _output(source, options)
-    method = options.range
     model = open_model(source)
     try:
         if model.kind != "safetensors":
@@ -122,7 +121,7 @@ def quantize(
                 report.output_bytes += sum(path.stat().st_size for path in model.companions)
             _totals(report, ErrorSums())
         else:
-            job = _Job(model, plan, options, method, calibration, report, progress)
+            job = _Job(model, plan, options, calibration, report, progress)
             job.write(output, container)
     finally:
         model.close()
@@ -225,7 +224,6 @@ class _Job:
         model: Model,
         plan: tuple[PlannedTensor, ...],
         options: QuantizeOptions,
-        method: RangeMethod | None,
         calibration: Calibration | None,
         report: QuantizeReport,
         progress: Progress,
@@ -233,7 +231,6 @@ class _Job:
         self.model = model
         self.plan = plan
         self.options = options
-        self.method = method
         self.calibration = calibration
         self.report = report
         self.progress = progress
@@ -267,8 +264,8 @@ class _Job:
     def _provenance(self, sources: list[Path]) -> dict[str, Any]:
         o = self.options
         used: dict[str, Any] = {"scheme": o.scheme.name}
-        if self.method and any(isinstance(p.scheme, AffineScheme) for p in self.plan):
-            used["range"] = self.method.describe()
+        if self.options.range and any(isinstance(p.scheme, AffineScheme) for p in self.plan):
+            used["range"] = self.options.range.describe()
         if o.keep:
             used["keep"] = list(o.keep)
         if o.tensor_schemes:
@@ -323,7 +320,7 @@ class _Job:
         )
 
     def _method_for(self, scheme: AffineScheme) -> RangeMethod:
-        return self.method or default_method(scheme.bits)
+        return self.options.range or default_method(scheme.bits)
 
     # --- second pass ---
 
