@@ -226,12 +226,22 @@ static void run_packing(const Kernels *k, size_t groups) {
         take(packed, groups * 4 * (size_t)width);
     }
     for (enum ggml_type type = 0; type < GGML_TYPES; type++) {
-        float *x = numbers(groups * PACK_GROUP);
-        uint8_t *data = make(groups * ggml_bytes(type));
-        k->ggml_encode(type, x, groups, data);
-        k->ggml_decode(type, data, groups, x);
-        take(data, groups * ggml_bytes(type));
-        take(x, groups * PACK_GROUP * sizeof *x);
+        const size_t values = groups * ggml_types[type].values;
+        const size_t bytes = groups * ggml_types[type].bytes;
+        float *x = numbers(values), *importance = make(values * sizeof *importance);
+        for (size_t i = 0; i < values; i++) {
+            importance[i] = (float)(i % 7);
+        }
+        for (size_t period = 0; period <= 1; period++) {
+            uint8_t *data = make(bytes);
+            float *decoded = make(values * sizeof *decoded);
+            k->ggml_encode(type, x, importance, period, groups, data);
+            k->ggml_decode(type, data, groups, decoded);
+            take(data, bytes);
+            take(decoded, values * sizeof *decoded);
+        }
+        free(x);
+        free(importance);
     }
 }
 

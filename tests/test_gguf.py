@@ -24,10 +24,11 @@ from qconvert.errors import FormatError, InputError, QconvertError, UnsupportedE
 from qconvert.files.gguf import MAX_HEADER, GgufModel, open_gguf
 from qconvert.files.gguf_writer import GgufTensor, GgufWriter, check_gguf
 from qconvert.model import Model, TensorInfo
-from qconvert.quantizers.ggml import GGML_BLOCKS, affine_parts, finite_scales
+from qconvert.quantizers.ggml import GGML_BLOCKS
 
 SEED = 20261122
 TYPES = tuple(GGML_BLOCKS)
+FROM_MINIMUM = ("Q4_1", "Q5_1")  # the others count from 0
 
 
 # --- block types ----------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def test_zeros_of_both_signs_give_the_first_sign_as_in_ggml(ggml_type: str) -> N
     blocks = rng.choice(np.array([-0.0, 0.0], np.float32), (500, 32))
     data = GGML_BLOCKS[ggml_type].encode(blocks)
     expected = quantized_by_gguf(ggml_type, blocks)
-    if not GGML_BLOCKS[ggml_type].centred:
+    if ggml_type in FROM_MINIMUM:
         expected[:, :2] = 0
         expected[:, 2:4] = blocks[:, :1].astype("<f2").view(np.uint8)
     np.testing.assert_array_equal(data, expected)
@@ -113,31 +114,35 @@ def test_decoded_bits_equal_those_of_gguf(ggml_type: str) -> None:
 
 
 @pytest.mark.parametrize("ggml_type", TYPES)
-def test_affine_parts_give_the_values(ggml_type: str) -> None:
-    data = GGML_BLOCKS[ggml_type].encode(CASES["normal times 1"])
-    codes, scale, offset = affine_parts(ggml_type, data)
-    assert codes.dtype == np.int16
-    assert scale.dtype == offset.dtype == np.float32
-    assert (codes.shape, scale.shape, offset.shape) == ((500, 32), (500,), (500,))
-    values = scale[:, None] * codes + offset[:, None]
-    np.testing.assert_array_equal(values, GGML_BLOCKS[ggml_type].decode(data))
-    assert offset.any() == (not GGML_BLOCKS[ggml_type].centred)
+def test_parts_give_the_values(ggml_type: str) -> None:
+    kind = GGML_BLOCKS[ggml_type]
+    data = kind.encode(CASES["normal times 1"])
+    parts = kind.parts(data)
+    assert parts.codes.dtype == np.int16
+    assert parts.scale.dtype == np.float32
+    assert (parts.codes.shape, parts.scale.shape) == ((500, 32), (500, 1))
+    assert (parts.offset is not None) == (ggml_type in FROM_MINIMUM)
+    assert kind.codes[0] <= parts.codes.min()
+    assert parts.codes.max() <= kind.codes[1]
+    values = parts.scale * parts.codes + (0 if parts.offset is None else parts.offset)
+    np.testing.assert_array_equal(values, dequantized_by_gguf(ggml_type, data))
 
 
 @pytest.mark.parametrize("ggml_type", TYPES)
 def test_scales_beyond_float16_are_reported(ggml_type: str) -> None:
-    encode = GGML_BLOCKS[ggml_type].encode
-    assert finite_scales(ggml_type, encode(CASES["normal times 1"]))
-    assert not finite_scales(ggml_type, encode(CASES["normal times 1e+30"]))
+    kind = GGML_BLOCKS[ggml_type]
+    assert kind.finite_scales(kind.encode(CASES["normal times 1"]))
+    assert not kind.finite_scales(kind.encode(CASES["normal times 1e+30"]))
     one_of_many = CASES["normal times 1"].copy()
     one_of_many[77, 3] = 1e30
-    assert not finite_scales(ggml_type, encode(one_of_many))
+    assert not kind.finite_scales(kind.encode(one_of_many))
 
 
-@pytest.mark.parametrize("ggml_type", ["Q4_1", "Q5_1"])
+@pytest.mark.parametrize("ggml_type", FROM_MINIMUM)
 def test_a_minimum_beyond_float16_is_reported(ggml_type: str) -> None:
     blocks = np.full((1, 32), 1e6, np.float32)  # scale 0
-    assert not finite_scales(ggml_type, GGML_BLOCKS[ggml_type].encode(blocks))
+    kind = GGML_BLOCKS[ggml_type]
+    assert not kind.finite_scales(kind.encode(blocks))
 
 
 # --- writing --------------------------------------------------------------------------------------

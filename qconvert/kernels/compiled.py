@@ -24,8 +24,9 @@ F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
 U8 = NDArray[np.uint8]
 
-GGML_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-_GGML_BYTES = (18, 20, 22, 24, 34)
+# Number in the native table, values and bytes of a block, by name.
+_GGML = {name: (i, *sizes) for i, (name, *sizes) in enumerate(_native.ggml_types())}
+GGML_TYPES = tuple(_GGML)
 
 
 def variants() -> tuple[str, ...]:
@@ -339,16 +340,19 @@ def product(
 # --- ggml -----------------------------------------------------------------------------------------
 
 
-def ggml_encode(ggml_type: str, blocks: F32) -> U8:
+def ggml_encode(ggml_type: str, blocks: F32, importance: F32 | None = None) -> U8:
     """``GGML_BLOCKS[ggml_type].encode``."""
-    kind = GGML_TYPES.index(ggml_type)
-    data = np.empty((len(blocks), _GGML_BYTES[kind]), np.uint8)
-    _native.ggml_encode(kind, _f32(blocks), len(blocks), data)
+    kind, values, nbytes = _GGML[ggml_type]
+    data = np.empty((len(blocks), nbytes), np.uint8)
+    weights = None if importance is None else _f32(importance)
+    period = 0 if weights is None else weights.size // values
+    _native.ggml_encode(kind, _f32(blocks), weights, period, len(blocks), data)
     return data
 
 
 def ggml_decode(ggml_type: str, data: U8) -> F32:
     """``GGML_BLOCKS[ggml_type].decode``; scales may be Inf or NaN."""
-    blocks = np.empty((len(data), PACK_GROUP), np.float32)
-    _native.ggml_decode(GGML_TYPES.index(ggml_type), _u8(data), len(data), blocks)
+    kind, values, _ = _GGML[ggml_type]
+    blocks = np.empty((len(data), values), np.float32)
+    _native.ggml_decode(kind, _u8(data), len(data), blocks)
     return blocks

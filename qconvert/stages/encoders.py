@@ -16,7 +16,7 @@ from qconvert.observers.statistics import TensorStatistics
 from qconvert.quantizers.affine import EncodedRows, ErrorSums, encode_rows, to_groups
 from qconvert.quantizers.casts import cast
 from qconvert.quantizers.fitting import fit
-from qconvert.quantizers.ggml import GGML_BLOCKS, finite_scales
+from qconvert.quantizers.ggml import GGML_BLOCKS
 from qconvert.ranges import RangeMethod
 from qconvert.schemes import CastScheme, GgmlScheme
 from qconvert.stages.analyse import Analysis, Mapper, check_finite, observe_tensor, rows_of
@@ -79,7 +79,7 @@ def ggml_encoder(model: Model, tensor: TensorInfo, scheme: GgmlScheme, mapper: M
     def encode(tile: Tile) -> EncodedRows:
         x = rows_of(model, tensor, tile)
         data = block.encode(x.reshape(-1, block.block))
-        if not finite_scales(scheme.ggml_type, data):
+        if not block.finite_scales(data):
             raise WeightError(
                 "a block's scale does not fit float16",
                 path=model.path,

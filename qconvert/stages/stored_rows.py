@@ -16,7 +16,7 @@ from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_header import StoredTensor
 from qconvert.geometry import Tile
 from qconvert.model import Model, TensorInfo
-from qconvert.quantizers.ggml import GGML_BLOCKS, affine_parts
+from qconvert.quantizers.ggml import GGML_BLOCKS
 from qconvert.quantizers.integer import Activations, IntegerRows, integer_rows
 
 F32 = NDArray[np.float32]
@@ -152,9 +152,9 @@ def _ggml_rows(model: Model, tensor: TensorInfo, tile: Tile, first: int) -> Rows
     start, stop = (n // block.block * block.nbytes for n in (tile.start, tile.stop))
     data = np.frombuffer(model.raw(tensor, start, stop - start), np.uint8)
     data = data.reshape(-1, block.nbytes)
-    codes, scale, offset = affine_parts(tensor.dtype, data)
-    per_row = tile.columns // block.block
-    low = -(1 << (block.bits - 1)) if block.centred else 0
+    parts = block.parts(data)
+    per_row = tile.columns // block.group
+    scale = parts.scale.reshape(tile.rows, per_row)
     return Rows(
         dtype=tensor.dtype,
         start=tile.start,
@@ -162,15 +162,15 @@ def _ggml_rows(model: Model, tensor: TensorInfo, tile: Tile, first: int) -> Rows
         first_column=first,
         values=block.decode(data).reshape(tile.rows, tile.columns),
         integer=IntegerRows(
-            codes=codes.reshape(tile.rows, tile.columns),
+            codes=parts.codes.reshape(tile.rows, tile.columns),
             zero=np.zeros((tile.rows, per_row), np.int32),
-            scale=scale.reshape(tile.rows, per_row),
-            offset=None if block.centred else offset.reshape(tile.rows, per_row),
-            group=block.block,
+            scale=scale,
+            offset=None if parts.offset is None else parts.offset.reshape(scale.shape),
+            group=block.group,
         ),
-        scale=scale.reshape(tile.rows, per_row),
-        low=low,
-        high=low + (1 << block.bits) - 1,
+        scale=scale,
+        low=block.codes[0],
+        high=block.codes[1],
         slack=2.0**-10,  # ggml makes codes before it rounds the scale to float16
         scaled_always=False,
     )

@@ -29,7 +29,10 @@ const Kernels *variant(size_t index) {
     return all[index];
 }
 
-size_t ggml_bytes(enum ggml_type type) {
-    static const size_t bytes[GGML_TYPES] = {18, 20, 22, 24, 34};
-    return bytes[type];
-}
+const GgmlType ggml_types[GGML_TYPES] = {
+    [GGML_Q4_0] = {"Q4_0", 32, 18},
+    [GGML_Q4_1] = {"Q4_1", 32, 20},
+    [GGML_Q5_0] = {"Q5_0", 32, 22},
+    [GGML_Q5_1] = {"Q5_1", 32, 24},
+    [GGML_Q8_0] = {"Q8_0", 32, 34},
+};

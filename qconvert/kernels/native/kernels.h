@@ -101,7 +101,9 @@ typedef struct {
                            size_t length, int32_t *sums);
     int (*product)(const Product *task);
 
-    void (*ggml_encode)(enum ggml_type type, const float *x, size_t blocks, uint8_t *out);
+    /* `importance`: weights of the values of `period` blocks, used in turn; NULL when period is 0. */
+    void (*ggml_encode)(enum ggml_type type, const float *x, const float *importance, size_t period,
+                        size_t blocks, uint8_t *out);
     void (*ggml_decode)(enum ggml_type type, const uint8_t *data, size_t blocks, float *out);
 } Kernels;
 
@@ -114,8 +116,13 @@ extern const Kernels kernels_avx2, kernels_avx512;
 const Kernels *variant(size_t index);
 size_t variant_count(void);
 
-/* Bytes of a ggml block of 32 values. */
-size_t ggml_bytes(enum ggml_type type);
+/* The name of a ggml block type in GGUF, and the values and bytes of a block. */
+typedef struct {
+    const char *name;
+    size_t values, bytes;
+} GgmlType;
+
+extern const GgmlType ggml_types[GGML_TYPES];
 
 /* Codes stored per row of `columns` values, padding included. */
 static inline size_t stored_row(Scheme scheme, size_t columns) {

@@ -571,48 +571,71 @@ static PyObject *product(PyObject *module, PyObject *args) {
 
 /* --- ggml -------------------------------------------------------------------------------------*/
 
-static PyObject *ggml(PyObject *args, int decodes) {
+static PyObject *list_ggml_types(PyObject *module, PyObject *args) {
+    (void)module;
+    (void)args;
+    PyObject *types = PyTuple_New(GGML_TYPES);
+    for (int i = 0; types && i < GGML_TYPES; i++) {
+        const GgmlType kind = ggml_types[i];
+        PyObject *row = Py_BuildValue("snn", kind.name, (Py_ssize_t)kind.values,
+                                      (Py_ssize_t)kind.bytes);
+        if (!row || PyTuple_SetItem(types, i, row)) {
+            Py_CLEAR(types);
+        }
+    }
+    return types;
+}
+
+static PyObject *ggml_encode(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *source, *weights, *target;
+    Py_ssize_t period, blocks;
+    int type;
+    if (!PyArg_ParseTuple(args, "iOOnnO", &type, &source, &weights, &period, &blocks, &target)
+        || !require(type >= 0 && type < GGML_TYPES, "no such block type")) {
+        return NULL;
+    }
+    const GgmlType kind = ggml_types[type];
+    const float *x = INPUT(source, times(blocks, (Py_ssize_t)kind.values), float);
+    const float *importance = NULL;
+    if (x && weights != Py_None) {
+        importance = INPUT(weights, times(period, (Py_ssize_t)kind.values), float);
+        x = importance && require(period > 0, "importance of no block") ? x : NULL;
+    }
+    uint8_t *out = x ? OUTPUT(target, times(blocks, (Py_ssize_t)kind.bytes), uint8_t) : NULL;
+    if (!out) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    kernels->ggml_encode((enum ggml_type)type, x, importance, importance ? (size_t)period : 0,
+                         (size_t)blocks, out);
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_NewRef(Py_None));
+}
+
+static PyObject *ggml_decode(PyObject *module, PyObject *args) {
+    (void)module;
     const Kernels *kernels = active;
     Buffers held = {0};
     PyObject *source, *target;
     Py_ssize_t blocks;
     int type;
-    const void *from;
-    void *to;
     if (!PyArg_ParseTuple(args, "iOnO", &type, &source, &blocks, &target)
         || !require(type >= 0 && type < GGML_TYPES, "no such block type")) {
         return NULL;
     }
-    const Py_ssize_t bytes = times(blocks, (Py_ssize_t)ggml_bytes((enum ggml_type)type));
-    const Py_ssize_t values = times(blocks, PACK_GROUP);
-    if (decodes) {
-        from = INPUT(source, bytes, uint8_t);
-        to = from ? OUTPUT(target, values, float) : NULL;
-    } else {
-        from = INPUT(source, values, float);
-        to = from ? OUTPUT(target, bytes, uint8_t) : NULL;
-    }
-    if (!to) {
+    const GgmlType kind = ggml_types[type];
+    const uint8_t *data = INPUT(source, times(blocks, (Py_ssize_t)kind.bytes), uint8_t);
+    float *x = data ? OUTPUT(target, times(blocks, (Py_ssize_t)kind.values), float) : NULL;
+    if (!x) {
         return done(&held, NULL);
     }
     Py_BEGIN_ALLOW_THREADS
-    if (decodes) {
-        kernels->ggml_decode((enum ggml_type)type, from, (size_t)blocks, to);
-    } else {
-        kernels->ggml_encode((enum ggml_type)type, from, (size_t)blocks, to);
-    }
+    kernels->ggml_decode((enum ggml_type)type, data, (size_t)blocks, x);
     Py_END_ALLOW_THREADS
     return done(&held, Py_NewRef(Py_None));
-}
-
-static PyObject *ggml_encode(PyObject *module, PyObject *args) {
-    (void)module;
-    return ggml(args, 0);
-}
-
-static PyObject *ggml_decode(PyObject *module, PyObject *args) {
-    (void)module;
-    return ggml(args, 1);
 }
 
 /* --- module -----------------------------------------------------------------------------------*/
@@ -639,6 +662,7 @@ static PyMethodDef methods[] = {
     {"unpack", unpack, METH_VARARGS, NULL},
     {"integer_product", integer_product, METH_VARARGS, NULL},
     {"product", product, METH_VARARGS, NULL},
+    {"ggml_types", list_ggml_types, METH_NOARGS, NULL},
     {"ggml_encode", ggml_encode, METH_VARARGS, NULL},
     {"ggml_decode", ggml_decode, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},

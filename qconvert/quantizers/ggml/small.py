@@ -9,12 +9,12 @@ it is rounded to float16.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert import kernels
+from qconvert.quantizers.ggml.block import GgmlBlock, Parts
 
 BLOCK = 32
 
@@ -22,77 +22,28 @@ BLOCK = 32
 _Quantizer = Callable[[NDArray[np.float32], int], tuple[NDArray[np.float32], NDArray[np.uint8]]]
 
 
-@dataclass(frozen=True, slots=True)
-class GgmlBlock:
-    """One block type.
-
-    Attributes:
-        name: as in GGUF.
-        nbytes: bytes of a block.
-        bits: bits of a code.
-        centred: whether codes are signed; else they count from a minimum that the block holds.
-        quantizer: the arithmetic of the type.
-        block: values of a block.
-    """
-
-    name: str
-    nbytes: int
-    bits: int
-    centred: bool
-    quantizer: _Quantizer
-    block: int = BLOCK
-
-    @property
-    def scale_bytes(self) -> int:
-        """Bytes of the float16 numbers that a block begins with."""
-        return 2 if self.centred else 4
-
-    @np.errstate(over="ignore", divide="ignore", invalid="ignore")  # see _codes and finite_scales
-    def encode(self, blocks: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Bytes, shape (k, nbytes), of finite float32 values, shape (k, 32).
-
-        A scale or minimum beyond float16 becomes Inf: ask `finite_scales`.
-        """
-        if kernels.fused is not None:
-            native: NDArray[np.uint8] = kernels.fused.ggml_encode(self.name, blocks)
-            return native
-        scales, codes = self.quantizer(blocks, self.bits)
-        head = scales.astype("<f2").view(np.uint8)  # (k, 2) or (k, 4)
-        return np.concatenate([head, *_packed(codes, self.bits)], axis=1)
-
-    @np.errstate(over="ignore", invalid="ignore")  # a file may hold Inf and NaN scales
-    def decode(self, data: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Values, float32 of shape (k, 32), of blocks, uint8 of shape (k, nbytes)."""
-        if kernels.fused is not None:
-            native: NDArray[np.float32] = kernels.fused.ggml_decode(self.name, data)
-            return native
-        scales = _scales(self, data)
-        values = scales[:, :1] * _unpacked(self, data).astype(np.float32)
-        # Nothing is added for centred codes: + 0 would turn -0 into 0.
-        return values if self.centred else values + scales[:, 1:]
+def _encode(
+    quantizer: _Quantizer,
+    bits: int,
+    blocks: NDArray[np.float32],
+    importance: NDArray[np.float32] | None,  # nothing is searched
+) -> NDArray[np.uint8]:
+    scales, codes = quantizer(blocks, bits)
+    head = scales.astype("<f2").view(np.uint8)  # (k, 2) or (k, 4)
+    return np.concatenate([head, *_packed(codes, bits)], axis=1)
 
 
-def affine_parts(
-    ggml_type: str, data: NDArray[np.uint8]
-) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.float32]]:
-    """Codes, scale and offset of blocks, such that value = scale · code + offset.
-
-    Args:
-        ggml_type: a key of `GGML_BLOCKS`.
-        data: blocks, uint8 of shape (k, nbytes).
-
-    Returns:
-        Codes of shape (k, 32), scales (k,) and offsets (k,); offsets are 0 where codes are signed.
-    """
-    kind = GGML_BLOCKS[ggml_type]
-    scales = _scales(kind, data)
-    offset = np.zeros(len(data), np.float32) if kind.centred else scales[:, 1]
-    return _unpacked(kind, data), scales[:, 0], offset
+def _decode(bits: int, centred: bool, data: NDArray[np.uint8]) -> NDArray[np.float32]:
+    scales = _scales(centred, data)
+    values = scales[:, :1] * _unpacked(bits, centred, data).astype(np.float32)
+    # Nothing is added for centred codes: + 0 would turn -0 into 0.
+    return values if centred else values + scales[:, 1:]
 
 
-def finite_scales(ggml_type: str, data: NDArray[np.uint8]) -> bool:
-    """Whether no block of ``data``, uint8 (k, nbytes), has an Inf or NaN scale or minimum."""
-    return bool(np.isfinite(_scales(GGML_BLOCKS[ggml_type], data)).all())
+def _split(bits: int, centred: bool, data: NDArray[np.uint8]) -> Parts:
+    scales = _scales(centred, data)
+    codes = _unpacked(bits, centred, data)
+    return Parts(codes, scales[:, :1], None if centred else scales[:, 1:])
 
 
 def _centred(
@@ -129,15 +80,6 @@ def _signed_bytes(
     return scale, np.where(np.isfinite(rounded), rounded, 0).astype(np.int8).view(np.uint8)
 
 
-GGML_BLOCKS: dict[str, GgmlBlock] = {
-    "Q4_0": GgmlBlock("Q4_0", 18, 4, True, _centred),
-    "Q4_1": GgmlBlock("Q4_1", 20, 4, False, _from_minimum),
-    "Q5_0": GgmlBlock("Q5_0", 22, 5, True, _centred),
-    "Q5_1": GgmlBlock("Q5_1", 24, 5, False, _from_minimum),
-    "Q8_0": GgmlBlock("Q8_0", 34, 8, True, _signed_bytes),
-}
-
-
 def _pick(blocks: NDArray[np.float32], index: NDArray[np.intp]) -> NDArray[np.float32]:
     """The value of each block at its index, shape (k, 1)."""
     return np.take_along_axis(blocks, index[:, None], axis=1)
@@ -165,19 +107,43 @@ def _packed(codes: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:
     return [np.packbits(codes >> np.uint8(4), axis=1, bitorder="little"), nibbles]
 
 
-def _scales(kind: GgmlBlock, data: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _scales(centred: bool, data: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Scale and, unless centred, minimum of each block, shape (k, 1 or 2)."""
-    head = np.ascontiguousarray(data[:, : kind.scale_bytes])
+    head = np.ascontiguousarray(data[:, : 2 if centred else 4])
     return head.view("<f2").astype(np.float32)
 
 
-def _unpacked(kind: GgmlBlock, data: NDArray[np.uint8]) -> NDArray[np.int16]:
+def _unpacked(bits: int, centred: bool, data: NDArray[np.uint8]) -> NDArray[np.int16]:
     """Codes of each block, shape (k, 32), signed where the type's are."""
-    body = data[:, kind.scale_bytes :]
-    if kind.bits == 8:
+    body = data[:, 2 if centred else 4 :]
+    if bits == 8:
         return body.view(np.int8).astype(np.int16)
     nibbles = body[:, -16:]
     codes = np.concatenate([nibbles & 0x0F, nibbles >> 4], axis=1).astype(np.int16)
-    if kind.bits == 5:
+    if bits == 5:
         codes |= np.unpackbits(body[:, :4], axis=1, bitorder="little").astype(np.int16) << 4
-    return codes - (1 << (kind.bits - 1)) if kind.centred else codes
+    return codes - (1 << (bits - 1)) if centred else codes
+
+
+def _block(name: str, nbytes: int, bits: int, centred: bool, quantizer: _Quantizer) -> GgmlBlock:
+    low = -(1 << (bits - 1)) if centred else 0
+    return GgmlBlock(
+        name=name,
+        block=BLOCK,
+        nbytes=nbytes,
+        group=BLOCK,
+        codes=(low, low + (1 << bits) - 1),
+        encoder=partial(_encode, quantizer, bits),
+        decoder=partial(_decode, bits, centred),
+        splitter=partial(_split, bits, centred),
+        scales=partial(_scales, centred),
+    )
+
+
+TYPES = (
+    _block("Q4_0", 18, 4, True, _centred),
+    _block("Q4_1", 20, 4, False, _from_minimum),
+    _block("Q5_0", 22, 5, True, _centred),
+    _block("Q5_1", 24, 5, False, _from_minimum),
+    _block("Q8_0", 34, 8, True, _signed_bytes),
+)

@@ -1,0 +1,176 @@
+/* ggml's block types of 32 values, section 8: the bytes of qconvert/quantizers/ggml/small.py. */
+#ifndef QCONVERT_GGML_SMALL_H
+#define QCONVERT_GGML_SMALL_H
+
+#include "packing.h"
+#include "widen.h"
+
+enum { GGML_BLOCK = 32 };
+
+/* Nearest binary16, ties to even; too large becomes Inf. NaN does not occur. */
+INLINE uint16_t to_half(float v) {
+    const uint32_t bits = bits_of(v), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
+    if (magnitude >= 0x47800000) { /* 65536 and above */
+        return (uint16_t)(sign | 0x7C00);
+    }
+    if (magnitude < 0x38800000) { /* below 2^-14: the addition rounds to steps of 2^-24 */
+        return (uint16_t)(sign | (bits_of(from_bits(magnitude) + 0.5f) - bits_of(0.5f)));
+    }
+    const uint32_t odd = magnitude >> 13 & 1;
+    return (uint16_t)(sign | ((magnitude - (112u << 23) + 0xFFF + odd) >> 13));
+}
+
+INLINE void store_half(float v, uint8_t *out) {
+    const uint16_t half = to_half(v);
+    memcpy(out, &half, sizeof half);
+}
+
+/* 1 / scale, and 0 for 0. */
+INLINE float inverse_of(float scale) {
+    return scale == 0 ? 0.0f : 1.0f / scale;
+}
+
+INLINE int is_finite(float v) {
+    return (bits_of(v) & 0x7F800000) != 0x7F800000;
+}
+
+/* An inverse or a range may overflow: such codes are 0. */
+INLINE float finite_or_zero(float v) {
+    return is_finite(v) ? v : 0.0f;
+}
+
+INLINE uint32_t largest_magnitude(const float *x) {
+    uint32_t largest = 0;
+    for (int i = 0; i < GGML_BLOCK; i++) {
+        const uint32_t magnitude = bits_of(x[i]) & 0x7FFFFFFF; /* grows with |x| */
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+}
+
+/* The first value of the largest magnitude, with its sign. */
+INLINE float furthest(const float *x) {
+    const uint32_t largest = largest_magnitude(x);
+    int i = 0;
+    while ((bits_of(x[i]) & 0x7FFFFFFF) != largest) {
+        i++;
+    }
+    return x[i];
+}
+
+/* An extreme that is a zero gets the sign of the first zero, as argmin and argmax have it. */
+INLINE float first_of_equals(const float *x, float extreme) {
+    int i = 0;
+    while (extreme == 0 && x[i] != 0) {
+        i++;
+    }
+    return extreme == 0 ? x[i] : extreme;
+}
+
+INLINE void range_of(const float *x, float *low, float *high) {
+    int32_t small = INT32_MAX, large = INT32_MIN;
+    for (int i = 0; i < GGML_BLOCK; i++) {
+        const int32_t order = order_of(bits_of(x[i]));
+        small = order < small ? order : small;
+        large = order > large ? order : large;
+    }
+    *low = first_of_equals(x, from_order(small));
+    *high = first_of_equals(x, from_order(large));
+}
+
+/* Fifth bits, where there are any, and the 4-bit plane, which is that of section 4. */
+INLINE void store_small_codes(const uint8_t codes[GGML_BLOCK], int bits, uint8_t *out) {
+    if (bits == 5) {
+        uint32_t fifth = 0;
+        for (int i = 0; i < GGML_BLOCK; i++) {
+            fifth |= (uint32_t)(codes[i] >> 4) << i;
+        }
+        memcpy(out, &fifth, sizeof fifth);
+        out += sizeof fifth;
+    }
+    pack_group(codes, 4, out);
+}
+
+INLINE void load_small_codes(const uint8_t *data, int bits, uint8_t codes[GGML_BLOCK]) {
+    if (bits == 4) {
+        unpack_group(data, 4, codes);
+        return;
+    }
+    uint32_t fifth;
+    memcpy(&fifth, data, sizeof fifth);
+    unpack_group(data + sizeof fifth, 4, codes);
+    for (int i = 0; i < GGML_BLOCK; i++) {
+        codes[i] |= (uint8_t)((fifth >> i & 1) << 4);
+    }
+}
+
+/* Codes of steps that are never negative, cut off and not rounded: the half is added already. */
+INLINE void cut_codes(const float *x, float low, float inverse, float half, int bits,
+                      uint8_t codes[GGML_BLOCK]) {
+    const float top = (float)((1 << bits) - 1);
+    for (int i = 0; i < GGML_BLOCK; i++) {
+        const float steps = finite_or_zero((x[i] - low) * inverse + half);
+        codes[i] = (uint8_t)(int32_t)(steps < top ? steps : top);
+    }
+}
+
+/* Q4_0, Q5_0: the value furthest from 0 gets the lowest code. */
+INLINE void encode_centred(const float *x, int bits, uint8_t *out) {
+    uint8_t codes[GGML_BLOCK];
+    const float middle = (float)(1 << (bits - 1));
+    const float scale = furthest(x) / -middle;
+    cut_codes(x, 0.0f, inverse_of(scale), middle + 0.5f, bits, codes);
+    store_half(scale, out);
+    store_small_codes(codes, bits, out + 2);
+}
+
+/* Q4_1, Q5_1: the codes span the block's range. */
+INLINE void encode_from_minimum(const float *x, int bits, uint8_t *out) {
+    uint8_t codes[GGML_BLOCK];
+    float low, high;
+    range_of(x, &low, &high);
+    const float scale = (high - low) / (float)((1 << bits) - 1);
+    cut_codes(x, low, inverse_of(scale), 0.5f, bits, codes);
+    store_half(scale, out);
+    store_half(low, out + 2);
+    store_small_codes(codes, bits, out + 4);
+}
+
+/* Q8_0: halves round away from 0. */
+INLINE void encode_bytes(const float *x, uint8_t *out) {
+    const float scale = from_bits(largest_magnitude(x)) / 127.0f;
+    const float inverse = inverse_of(scale);
+    store_half(scale, out);
+    for (int i = 0; i < GGML_BLOCK; i++) {
+        /* With the number just below a half, of the same sign, only halves and above reach the next
+         * whole number before the rest is cut off. */
+        const float steps = finite_or_zero(x[i] * inverse);
+        const float half = from_bits(bits_of(0x1.fffffep-2f) | (bits_of(steps) & 0x80000000));
+        out[2 + i] = (uint8_t)(int32_t)(steps + half);
+    }
+}
+
+INLINE void decode_small(const uint8_t *data, int bits, int centred, float *restrict out) {
+    uint8_t codes[GGML_BLOCK];
+    const float scale = from_half(load16(data));
+    load_small_codes(data + (centred ? 2 : 4), bits, codes);
+    const int32_t middle = centred ? 1 << (bits - 1) : 0;
+    for (int i = 0; i < GGML_BLOCK; i++) {
+        out[i] = scale * (float)((int32_t)codes[i] - middle);
+    }
+    if (!centred) {
+        const float low = from_half(load16(data + 2));
+        for (int i = 0; i < GGML_BLOCK; i++) {
+            out[i] += low;
+        }
+    }
+}
+
+INLINE void decode_bytes(const uint8_t *data, float *restrict out) {
+    const float scale = from_half(load16(data));
+    for (int i = 0; i < GGML_BLOCK; i++) {
+        out[i] = scale * (float)(int8_t)data[2 + i];
+    }
+}
+
+#endif
