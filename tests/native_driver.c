@@ -169,6 +169,21 @@ static void run_groups(const Kernels *k, size_t groups, size_t length, Scheme sc
     take(codes, n);
     take(decoded, n * sizeof *decoded);
     take(clipped, sizeof *clipped);
+    if (length % 16 == 0) {
+        const Scheme blocks = {scheme.bits, scheme.symmetric, length};
+        const size_t even = groups / 2 * 2, stored_codes = packed_bytes(even * length, scheme.bits);
+        for (enum scale_type type = 0; type < SCALE_TYPES; type++) {
+            uint8_t *packed = make(stored_codes), *stored = make(even * 4), *points8 = make(even);
+            const Grid none = {0};
+            const Blocks task = {blocks, type, type ? grid : none, x,      even,
+                                 -1.0f,  1.0f, packed,             stored, points8};
+            BlockFigures figures;
+            check(k->quantize_blocks(&task, &figures));
+            take(packed, stored_codes);
+            take(stored, even * (type == SCALE_F32 ? 4 : 2));
+            take(points8, scheme.symmetric ? 0 : even);
+        }
+    }
     free(x);
     free(scale);
     free(zero);

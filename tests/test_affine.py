@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from qconvert.encoding import BITS, BLOCKS, AffineEncoding
 from qconvert.geometry import row_length
-from qconvert.observers.statistics import observe_groups
 from qconvert.quantizers.affine import (
     EncodedRows,
     ErrorSums,
@@ -37,6 +36,7 @@ from qconvert.quantizers.affine import (
 )
 from qconvert.quantizers.casts import cast
 from qconvert.quantizers.fitting import fit
+from qconvert.quantizers.groups import observe_groups
 from qconvert.ranges import RangeMethod
 from qconvert.stages.decide import choose_scale_dtype
 

@@ -185,7 +185,9 @@ def test_the_sample_is_measured_and_recorded_with_every_rule() -> None:
         ):
             wanted = sqnr(x, replace(a.encoding, symmetric=symmetric), default_method(4))
             assert found == pytest.approx(wanted, abs=1e-9)
-        notes = decision_notes(a.decision, a.statistics, default_method(4))
+        assert a.statistics.moments is not None
+        notes = decision_notes(a.decision, a.statistics.moments, 0.25, default_method(4))
+        assert notes["statistics"]["outlier_share"] == 0.25
         assert notes["rule"] == a.decision.rule
         assert notes["sample"] == {
             "symmetric_db": a.decision.symmetric_db,

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from qconvert.encoding import BITS, BLOCKS, AffineEncoding
 from qconvert.kernels import reference, widening
 from qconvert.observers import statistics
 from qconvert.quantizers import affine, fitting, integer
+from qconvert.quantizers.blocks import quantize_rows
 from qconvert.quantizers.ggml import GGML_BLOCKS, GgmlBlock
 from qconvert.ranges import SEARCH_GRIDS, RangeMethod
 
@@ -335,6 +337,57 @@ def test_encode_rows(
     assert codes == wanted.codes
     e = wanted.error
     assert error == [e.signal, e.noise, e.worst, e.clipped]
+
+
+@often
+@given(
+    kinds,
+    seeds,
+    st.integers(1, 40),
+    st.sampled_from(BITS),
+    st.booleans(),
+    st.sampled_from(BLOCKS),
+    st.sampled_from(["F16", "BF16", "F32"]),
+    st.sampled_from(["minmax", "mse"]),
+)
+def test_quantize_blocks(
+    kind: str,
+    seed: int,
+    groups: int,
+    bits: int,
+    symmetric: bool,
+    block: int,
+    scale_dtype: str,
+    method: str,
+) -> None:
+    groups *= 2 if block < 32 else 1
+    x = values(kind, seed, groups, block)
+    encoding = replace(scheme(bits, block, symmetric, x.size), scale_dtype=scale_dtype)
+    bounds = (float(np.float32(-0.5)), float(np.float32(0.75)))
+    with np.errstate(all="ignore"):
+        wanted = quantize_rows(x.reshape(1, -1), encoding, RangeMethod(method), bounds)
+        grid = SEARCH_GRIDS[bits] if method == "mse" else None
+        found = compiled.quantize_blocks(x, bits, symmetric, scale_dtype, grid, bounds)
+    rows, e, g = wanted.rows, wanted.rows.error, wanted.groups
+    assert found.codes == rows.codes
+    assert found.scales == rows.scales
+    same(found.zeros, rows.zero)
+    assert found.outside == wanted.outside
+    assert repr(found.errors) == repr((e.signal, e.noise, e.worst, e.clipped))  # NaN equals itself
+    assert found.groups == (g.symmetric_power, g.asymmetric_power, g.smallest, g.largest)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_all_finite(bad: float) -> None:
+    x = np.full((3, 77), 3.4e38, np.float32)
+    x[1] = -x[0]
+    assert compiled.all_finite(x)
+    assert compiled.all_finite(x[:0])
+    for i in (0, 100, x.size - 1):
+        y = x.copy()
+        y.ravel()[i] = bad
+        assert not compiled.all_finite(y)
+        assert not reference.all_finite(y)
 
 
 @pytest.mark.parametrize("width", range(1, 9))

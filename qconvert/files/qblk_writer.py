@@ -80,16 +80,24 @@ class QblkWriter:
         self, name: str, shape: tuple[int, ...], source_dtype: str, encoding: Encoding
     ) -> TensorWriter:
         """Lay out the next tensor; it must be finished before another one begins."""
+        start = self.end
         segments = []
         for kind, size in encoding.segments(shape):
-            offset = align(self.end)
+            offset = self._pad()
             segments.append({"kind": kind, "offset": offset, "size": size})
             self.end = offset + size
-        return TensorWriter(self, name, shape, source_dtype, encoding, segments)
+        return TensorWriter(self, name, shape, source_dtype, encoding, segments, start)
+
+    def _pad(self) -> int:
+        """The next place for a segment; what lies before it is zeros."""
+        offset = align(self.end)
+        if offset > self.end:  # written, since an abandoned tensor may have left something there
+            self.out.write_at(self.payload + self.end, bytes(offset - self.end))
+        return offset
 
     def add_file(self, name: str, data: bytes) -> None:
         """Carry a companion file; all tensors come first."""
-        offset = align(self.end)
+        offset = self._pad()
         self.out.write_at(self.payload + offset, data)
         self.end = offset + len(data)
         self.files.append(
@@ -129,8 +137,10 @@ class TensorWriter:
         source_dtype: str,
         encoding: Encoding,
         segments: list[dict[str, Any]],
+        start: int,
     ) -> None:
         self.writer = writer
+        self.start = start
         self.name = name
         self.shape = shape
         self.source_dtype = source_dtype
@@ -155,6 +165,10 @@ class TensorWriter:
         whole = len(waiting) // PACK_GROUP * PACK_GROUP
         self.append("zero_points", pack_zero_points(waiting[:whole], self.encoding))
         self.zero = waiting[whole:]
+
+    def abandon(self) -> None:
+        """Give the place back, as if the tensor had not begun."""
+        self.writer.end = self.start
 
     def finish(self, notes: dict[str, Any]) -> None:
         """Close the tensor; ``notes`` are its ``decision``, ``error`` and ``activation``."""

@@ -70,6 +70,7 @@ def describe() -> str:
 
 if TYPE_CHECKING or fused is None:
     from qconvert.kernels.reference import (
+        all_finite,
         code_sums,
         column_sums,
         decode,
@@ -85,6 +86,7 @@ if TYPE_CHECKING or fused is None:
     from qconvert.kernels.widening import widen
 else:
     from qconvert.kernels.compiled import (
+        all_finite,
         code_sums,
         column_sums,
         decode,
@@ -102,6 +104,7 @@ else:
 __all__ = [
     "HISTOGRAM_BINS",
     "Moments",
+    "all_finite",
     "code_sums",
     "column_sums",
     "decode",

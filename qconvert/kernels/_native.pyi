@@ -99,6 +99,25 @@ def encode_rows(
     packed: Buffer,
     /,
 ) -> tuple[float, float, float, int]: ...
+def quantize_blocks(
+    x: Buffer,
+    groups: int,
+    block: int,
+    bits: int,
+    symmetric: bool,
+    scale_type: int,
+    factors: Buffer,
+    factor_count: int,
+    shifts: Buffer,
+    shift_count: int,
+    low: float,
+    high: float,
+    codes: Buffer,
+    scales: Buffer,
+    zeros: Buffer,
+    /,
+) -> tuple[float, float, float, int, int, float, float, float, float]: ...
+def all_finite(x: Buffer, n: int, /) -> bool: ...
 def pack(values: Buffer, groups: int, width: int, packed: Buffer, /) -> None: ...
 def unpack(packed: Buffer, groups: int, width: int, values: Buffer, /) -> None: ...
 def integer_product(

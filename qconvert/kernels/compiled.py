@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert.encoding import SCALE_SIZES
 from qconvert.geometry import PACK_GROUP
 from qconvert.kernels import _native
 from qconvert.kernels import widening as _widening
@@ -24,6 +25,7 @@ F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
 U8 = NDArray[np.uint8]
 
+_SCALE_DTYPES = ("F16", "BF16", "F32")  # in the order of the native enumeration
 # Number in the native table, values and bytes of a block, by name.
 _GGML = {name: (i, *sizes) for i, (name, *sizes) in enumerate(_native.ggml_types())}
 GGML_TYPES = tuple(_GGML)
@@ -113,6 +115,11 @@ def moments(x: NDArray[np.floating[Any]]) -> Moments:
     if found is None:
         raise ValueError("moments of no values")
     return found
+
+
+def all_finite(x: F32) -> bool:
+    """`reference.all_finite`."""
+    return _native.all_finite(_f32(x), x.size)
 
 
 def histogram(x: F32) -> NDArray[np.int64]:
@@ -271,6 +278,68 @@ def encode_rows(
         *(bits, symmetric, block, packed),
     )
     return packed.tobytes(), signal, noise, worst, clipped
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedBlocks:
+    """What `quantize_blocks` finds.
+
+    Attributes:
+        codes, scales, zeros: as stored; a byte for each zero point.
+        errors: signal, noise, worst and clipped of ``ErrorSums``.
+        groups: the fields of ``GroupStatistics``.
+        outside: values outside the bounds.
+    """
+
+    codes: bytes
+    scales: bytes
+    zeros: U8
+    errors: tuple[float, float, float, int]
+    groups: tuple[float, float, float, float]
+    outside: int
+
+
+def quantize_blocks(
+    x: F32,
+    bits: int,
+    symmetric: bool,
+    scale_dtype: str,
+    grid: SearchGrid | None,
+    bounds: tuple[float, float],
+) -> QuantizedBlocks:
+    """`quantizers.blocks.quantize_rows` of full blocks (G, L) by mse, or by minmax without a grid.
+
+    G · L must be a multiple of 32 below 8 bits.
+    """
+    groups, length = x.shape
+    factors = np.array(
+        () if grid is None else grid.symmetric if symmetric else grid.asymmetric, np.float32
+    )
+    shifts = np.array(() if grid is None or symmetric else grid.shifts, np.float32)
+    codes = np.empty(x.size // 8 * bits, np.uint8)
+    scales = np.empty(groups * SCALE_SIZES[scale_dtype], np.uint8)
+    zeros = np.empty(0 if symmetric else groups, np.uint8)
+    found = _native.quantize_blocks(
+        _f32(x),
+        *(groups, length, bits, symmetric, _SCALE_DTYPES.index(scale_dtype)),
+        factors,
+        len(factors),
+        shifts,
+        len(shifts),
+        *bounds,
+        codes,
+        scales,
+        zeros,
+    )
+    signal, noise, worst, clipped, outside, *powers = found
+    return QuantizedBlocks(
+        codes=codes.tobytes(),
+        scales=scales.tobytes(),
+        zeros=zeros,
+        errors=(signal, noise, worst, clipped),
+        groups=(powers[0], powers[1], powers[2], powers[3]),
+        outside=outside,
+    )
 
 
 def pack(values: U8, width: int) -> U8:

@@ -8,6 +8,7 @@ steps*: 4 to a code below 8 bits, 1 at 8 bits. Section numbers are those of form
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,34 @@ class Moments:
     m3: float
     m4: float
 
+    @property
+    def std(self) -> float | None:
+        """Population standard deviation."""
+        return _finite(math.sqrt(self.m2 / self.count))
+
+    @property
+    def skewness(self) -> float | None:
+        """Third standardised moment; None when all values are equal."""
+        if self.m2 <= 0:
+            return None
+        return _finite(math.sqrt(self.count / self.m2) * (self.m3 / self.m2))
+
+    @property
+    def kurtosis(self) -> float | None:
+        """Fourth standardised moment, 3 for a Gaussian; None when all values are equal."""
+        return _finite(self.count * (self.m4 / self.m2) / self.m2) if self.m2 > 0 else None
+
+    @property
+    def asymmetry(self) -> float:
+        """(max + min) / (max - min): 0 for a symmetric range, ±1 when zero is an end of it."""
+        low, high = min(self.minimum, 0.0), max(self.maximum, 0.0)
+        return (high + low) / (high - low) if high > low else 0.0
+
+
+def _finite(value: float) -> float | None:
+    """None for what overflowed on the way: float64 weights may be as far from 1 as they like."""
+    return value if math.isfinite(value) else None
+
 
 def lane_sum(values: F64) -> float:
     """Sum of a 1-d float64 array in the order of section 6: 16 partial sums, then added in
@@ -66,6 +95,11 @@ def moments(x: NDArray[np.floating[Any]]) -> Moments:
         m3=lane_sum(d2 * d),
         m4=lane_sum(d2 * d2),
     )
+
+
+def all_finite(x: F32) -> bool:
+    """Whether no value, of any shape, is NaN or Inf."""
+    return bool(np.isfinite(x).all())
 
 
 def histogram(x: F32) -> NDArray[np.int64]:

@@ -1,13 +1,11 @@
-"""Statistics of a tensor in one pass: moments, histogram, zeros, non-finite values, and ranges per
-group.
+"""Statistics of a tensor in one pass: moments, histogram, zeros, non-finite values.
 
-Both classes take tiles in any number and merge; merging in tile order gives the same bits for any
-number of threads.
+They take tiles in any number and merge; merging in tile order gives the same bits for any number of
+threads.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
-from qconvert.encoding import AffineEncoding
 from qconvert.kernels import Moments
-from qconvert.quantizers.affine import to_groups
 
 OUTLIER_SIGMAS = 4.0  # a Gaussian has 6.3e-5 of its values beyond
+
+
+def outlier_bounds(moments: Moments) -> tuple[float, float]:
+    """4 standard deviations below and above the mean."""
+    reach = OUTLIER_SIGMAS * (moments.std or 0.0)
+    return moments.mean - reach, moments.mean + reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,33 +62,15 @@ class TensorStatistics:
 
     @property
     def std(self) -> float | None:
-        """Population standard deviation."""
-        return _finite(math.sqrt(self.moments.m2 / self.moments.count)) if self.moments else None
+        return self.moments.std if self.moments else None
 
     @property
     def skewness(self) -> float | None:
-        """Third standardised moment; None when all values are equal."""
-        m = self.moments
-        if m is None or m.m2 <= 0:
-            return None
-        return _finite(math.sqrt(m.count / m.m2) * (m.m3 / m.m2))
+        return self.moments.skewness if self.moments else None
 
     @property
     def kurtosis(self) -> float | None:
-        """Fourth standardised moment, 3 for a Gaussian; None when all values are equal."""
-        m = self.moments
-        if m is None or m.m2 <= 0:
-            return None
-        return _finite(m.count * (m.m4 / m.m2) / m.m2)
-
-    @property
-    def asymmetry(self) -> float | None:
-        """(max + min) / (max - min): 0 for a symmetric range, ±1 when zero is an end of it."""
-        m = self.moments
-        if m is None:
-            return None
-        low, high = min(m.minimum, 0.0), max(m.maximum, 0.0)
-        return (high + low) / (high - low) if high > low else 0.0
+        return self.moments.kurtosis if self.moments else None
 
     @property
     def outlier_share(self) -> float | None:
@@ -99,11 +83,6 @@ class TensorStatistics:
         centres = bin_centres()
         beyond = np.abs(centres - m.mean) > OUTLIER_SIGMAS * std
         return int(self.histogram[beyond].sum()) / m.count
-
-
-def _finite(value: float) -> float | None:
-    """None for what overflowed on the way: float64 weights may be as far from 1 as they like."""
-    return value if math.isfinite(value) else None
 
 
 def bin_centres() -> NDArray[np.float64]:
@@ -163,12 +142,12 @@ def merge(a: TensorStatistics, b: TensorStatistics) -> TensorStatistics:
         nonfinite=a.nonfinite + b.nonfinite,
         first_nonfinite=b.first_nonfinite if a.first_nonfinite is None else a.first_nonfinite,
         zeros=a.zeros + b.zeros,
-        moments=_merge_moments(a.moments, b.moments),
+        moments=merge_moments(a.moments, b.moments),
         histogram=a.histogram + b.histogram,
     )
 
 
-def _merge_moments(a: Moments | None, b: Moments | None) -> Moments | None:
+def merge_moments(a: Moments | None, b: Moments | None) -> Moments | None:
     """Pairwise update of central moments: Pébay, SAND2008-6212, equations 2.1 and 3.1."""
     if a is None or b is None:
         return b if a is None else a
@@ -191,73 +170,4 @@ def _merge_moments(a: Moments | None, b: Moments | None) -> Moments | None:
         + d * dn * dn * dn * ab * (a.count * a.count - ab + b.count * b.count)
         + 6 * dn * dn * (a.count * a.count * b.m2 + b.count * b.count * a.m2)
         + 4 * dn * (a.count * b.m3 - b.count * a.m3),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class GroupStatistics:
-    """Ranges of the groups (blocks or rows) that would share a scale.
-
-    Attributes:
-        symmetric_power: Σ over groups of the squared step that a symmetric grid needs, in units of
-            the value.
-        asymmetric_power: the same for an asymmetric grid.
-        smallest, largest: smallest and largest magnitude of a group that is not all zeros; inf and
-            0 if none.
-    """
-
-    symmetric_power: float
-    asymmetric_power: float
-    smallest: float
-    largest: float
-
-    def __add__(self, other: GroupStatistics) -> GroupStatistics:
-        return GroupStatistics(
-            self.symmetric_power + other.symmetric_power,
-            self.asymmetric_power + other.asymmetric_power,
-            min(self.smallest, other.smallest),
-            max(self.largest, other.largest),
-        )
-
-    @property
-    def step_ratio_db(self) -> float:
-        """How much finer the asymmetric grid is, in dB of noise: 10 log10 of the ratio of
-        powers.
-        """
-        if self.asymmetric_power <= 0:
-            return 0.0
-        return 10 * math.log10(self.symmetric_power / self.asymmetric_power)
-
-
-EMPTY_GROUPS = GroupStatistics(0.0, 0.0, math.inf, 0.0)
-
-
-def observe_groups(
-    rows: NDArray[np.float32], encoding: AffineEncoding, search: bool
-) -> GroupStatistics:
-    """Group ranges of rows (R, c), for the granularity and width of ``encoding``.
-
-    Args:
-        search: whether the symmetric grid may use its extra code on either side (the mse method
-            below 8 bits).
-    """
-    groups, _ = to_groups(rows, encoding)
-    low, high, _ = kernels.extrema(groups)
-    down = np.maximum(-low.astype(np.float64), 0)
-    up = np.maximum(high.astype(np.float64), 0)
-    magnitude = np.maximum(down, up)
-    top = (1 << (encoding.bits - 1)) - 1
-    if search and encoding.bits < 8:
-        either = np.minimum(
-            np.maximum(down / (top + 1), up / top), np.maximum(up / (top + 1), down / top)
-        )
-    else:
-        either = magnitude / top
-    asymmetric = (down + up) / encoding.levels
-    present = magnitude[magnitude > 0]
-    return GroupStatistics(
-        symmetric_power=kernels.lane_sum(either * either),
-        asymmetric_power=kernels.lane_sum(asymmetric * asymmetric),
-        smallest=float(present.min()) if len(present) else math.inf,
-        largest=float(present.max()) if len(present) else 0.0,
     )

@@ -1,5 +1,5 @@
-"""The first pass over a tensor: statistics, the decision, and parameters that all its tiles
-share.
+"""A pass over a tensor ahead of its encoding: statistics, the decision, and parameters that all its
+tiles share.
 """
 
 from __future__ import annotations
@@ -13,22 +13,17 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import AffineEncoding
 from qconvert.errors import WeightError
-from qconvert.geometry import Tile, spans_tiles, tiles
+from qconvert.geometry import Tile, row_length, spans_tiles, tiles
 from qconvert.model import Model, TensorInfo
-from qconvert.observers.statistics import (
-    EMPTY_GROUPS,
-    GroupStatistics,
-    TensorStatistics,
-    merge,
-    observe,
-    observe_groups,
-)
+from qconvert.observers.statistics import TensorStatistics, merge, observe
 from qconvert.quantizers.affine import Parameters
 from qconvert.quantizers.fitting import fit_stream
+from qconvert.quantizers.groups import EMPTY_GROUPS, GroupStatistics, observe_groups
 from qconvert.ranges import RangeMethod
-from qconvert.stages.decide import Decision, decide, sample_rows
+from qconvert.stages.decide import Decision, Sample, decide, sample_rows
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -65,22 +60,30 @@ class Analysis:
 
 
 def rows_of(model: Model, tensor: TensorInfo, tile: Tile) -> NDArray[np.float32]:
-    """A tile as float32 rows; float64 is rounded (`observe_tensor` has refused what does not
-    fit).
+    """A tile as finite float32 rows; float64 is rounded.
+
+    Raises:
+        WeightError: see `check_finite`.
     """
-    values = model.values(tensor, tile.start, tile.stop).astype(np.float32, copy=False)
-    return values.reshape(tile.rows, tile.columns)
+    with np.errstate(over="ignore"):  # float64 beyond float32 is refused below
+        x = model.values(tensor, tile.start, tile.stop).astype(np.float32, copy=False)
+    if not kernels.all_finite(x):
+        # What is said about them is counted over all of the tensor.
+        check_finite(
+            observe_tensor(model, tensor, row_length(tensor.shape), map), tensor, model.path
+        )
+    return x.reshape(tile.rows, tile.columns)
 
 
 def observe_tensor(
-    model: Model, tensor: TensorInfo, row_length: int, mapper: Mapper
+    model: Model, tensor: TensorInfo, columns: int, mapper: Mapper
 ) -> TensorStatistics:
     """Statistics of a whole tensor that has values."""
 
     def work(tile: Tile) -> TensorStatistics:
         return observe(model.values(tensor, tile.start, tile.stop), tile.start)
 
-    return reduce(merge, mapper(work, tiles(tensor.size // row_length, row_length)))
+    return reduce(merge, mapper(work, tiles(tensor.size // columns, columns)))
 
 
 def check_finite(statistics: TensorStatistics, tensor: TensorInfo, path: Path) -> None:
@@ -138,10 +141,17 @@ def analyse(
         lambda a, b: (merge(a[0], b[0]), a[1] + b[1]), mapper(work, tiles(rows, columns))
     )
     check_finite(statistics, tensor, model.path)
-    sample = sample_rows(model, tensor, encoding)
-    decision = decide(statistics, groups, requested, encoding, method, sample)
+    assert statistics.moments is not None
+    sample = Sample(sample_rows(model, tensor, encoding), encoding, method)
+    decision = decide(statistics.moments, groups, requested, sample)
     settled = replace(encoding, symmetric=decision.symmetric, scale_dtype=decision.scale_dtype)
     return Analysis(statistics, decision, settled, _shared(model, tensor, settled, method))
+
+
+def shares_parameters(encoding: AffineEncoding) -> bool:
+    """Whether a group spans several tiles, so that its range is not known from one."""
+    long_channel = encoding.granularity == "channel" and spans_tiles(encoding.row_length)
+    return encoding.granularity == "tensor" or long_channel
 
 
 def _shared(
@@ -149,15 +159,15 @@ def _shared(
 ) -> tuple[Parameters, ...] | None:
     columns = encoding.row_length
     rows = tensor.size // columns
+    if not shares_parameters(encoding):
+        return None
     if encoding.granularity == "tensor":
         spans = [tuple(tiles(rows, columns))]
-    elif encoding.granularity == "channel" and spans_tiles(columns):
+    else:
         spans = [
             tuple(Tile(1, t.columns, t.start + row * columns, t.last) for t in tiles(1, columns))
             for row in range(rows)
         ]
-    else:
-        return None
 
     def pieces(span: tuple[Tile, ...]) -> Iterator[NDArray[np.float32]]:
         for tile in span:

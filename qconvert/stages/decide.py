@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import AffineEncoding
+from qconvert.kernels import Moments
 from qconvert.model import Model, TensorInfo
-from qconvert.observers.statistics import GroupStatistics, TensorStatistics
 from qconvert.quantizers.affine import encode_rows, to_groups
 from qconvert.quantizers.fitting import fit
+from qconvert.quantizers.groups import GroupStatistics, observe_groups
 from qconvert.ranges import RangeMethod
 
 DB_PER_BIT = 6.02  # 20 log10(2)
@@ -55,31 +57,60 @@ class Decision:
     scale_dtype: str
 
 
+class Sample:
+    """Rows of a tensor on which both options are measured, once for each type of scale.
+
+    Args:
+        rows: (R, c) float32, finite.
+        encoding: the tensor's, with either symmetry.
+    """
+
+    def __init__(
+        self, rows: NDArray[np.float32], encoding: AffineEncoding, method: RangeMethod
+    ) -> None:
+        self.rows = rows
+        self.encoding = encoding
+        self.method = method
+        self._measured: dict[str, tuple[float | None, float | None]] = {}
+
+    def sqnr(self, scale_dtype: str) -> tuple[float | None, float | None]:
+        """SQNR in dB of the symmetric and the asymmetric option; None when nothing is lost."""
+        if scale_dtype not in self._measured:
+            symmetric, asymmetric = (
+                sample_sqnr(
+                    self.rows,
+                    replace(self.encoding, symmetric=s, scale_dtype=scale_dtype),
+                    self.method,
+                )
+                for s in (True, False)
+            )
+            self._measured[scale_dtype] = symmetric, asymmetric
+        return self._measured[scale_dtype]
+
+    def guess(self, requested: bool | None) -> Decision:
+        """The decision for the tensor, were the rest of it like the sample."""
+        groups = observe_groups(self.rows, self.encoding, self.method.name == "mse")
+        moments = kernels.moments(self.rows.ravel())
+        return decide(moments, groups, requested, self)
+
+
 def decide(
-    statistics: TensorStatistics,
-    groups: GroupStatistics,
-    requested: bool | None,
-    encoding: AffineEncoding,
-    method: RangeMethod,
-    sample: NDArray[np.float32],
+    moments: Moments, groups: GroupStatistics, requested: bool | None, sample: Sample
 ) -> Decision:
     """Choose for one tensor.
 
     Args:
+        moments, groups: of the whole tensor.
         requested: symmetric (True) or asymmetric (False) when the scheme says so.
-        encoding: the encoding with either symmetry.
-        sample: rows of the tensor, (R, c) float32.
     """
+    encoding = sample.encoding
     scale_dtype = choose_scale_dtype(groups, encoding)
     cost = DB_PER_BIT * zero_point_cost(encoding)
     predicted = groups.step_ratio_db
-    measured = [
-        sample_sqnr(sample, replace(encoding, symmetric=s, scale_dtype=scale_dtype), method)
-        for s in (True, False)
-    ]
+    measured = sample.sqnr(scale_dtype)
     if requested is not None:
         symmetric, rule = requested, "requested"
-    elif abs(statistics.asymmetry or 0.0) == 1.0:
+    elif abs(moments.asymmetry) == 1.0:
         symmetric, rule = False, "one-sided"
     elif abs(predicted - cost) > CLEAR_MARGIN_DB:
         symmetric, rule = predicted < cost, "step-ratio"
@@ -133,14 +164,19 @@ def sample_rows(model: Model, tensor: TensorInfo, encoding: AffineEncoding) -> N
     parts = []
     for i in range(count):
         start = (i * rows // count) * columns + (i % strips) * width
-        parts.append(model.values(tensor, start, start + width).astype(np.float32))
+        with np.errstate(over="ignore"):  # float64 beyond float32: refused when all of it is read
+            parts.append(model.values(tensor, start, start + width).astype(np.float32))
     return np.stack(parts)
 
 
 def decision_notes(
-    decision: Decision, statistics: TensorStatistics, method: RangeMethod
+    decision: Decision, moments: Moments, outlier_share: float, method: RangeMethod
 ) -> dict[str, Any]:
-    """The decision as it goes into reports and the container."""
+    """The decision as it goes into reports and the container.
+
+    Args:
+        outlier_share: share of the weights outside `outlier_bounds` of the sample.
+    """
     sample = {
         key: value
         for key, value in zip(
@@ -149,10 +185,10 @@ def decision_notes(
         if value is not None and math.isfinite(value)
     }
     figures = {
-        "asymmetry": statistics.asymmetry,
-        "skewness": statistics.skewness,
-        "kurtosis": statistics.kurtosis,
-        "outlier_share": statistics.outlier_share,
+        "asymmetry": moments.asymmetry,
+        "skewness": moments.skewness,
+        "kurtosis": moments.kurtosis,
+        "outlier_share": outlier_share,
     }
     return {
         "rule": decision.rule,

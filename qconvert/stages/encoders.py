@@ -1,104 +1,284 @@
-"""How a tile of a tensor becomes bytes, one function a family of schemes."""
+"""How the tiles of a tensor become bytes: one class a family of schemes, one read of the source.
+
+What a decision needs to know of the whole tensor comes out of the same pass. Where it is wanted
+before the first tile can be encoded, it is guessed from a sample; `quantize` compares, and encodes
+once more where the guess was wrong.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
+from qconvert.encoding import AffineEncoding, Encoding, RawEncoding
 from qconvert.errors import WeightError
-from qconvert.geometry import Tile, row_length
+from qconvert.geometry import Tile, row_length, tiles
+from qconvert.kernels import Moments
 from qconvert.model import Model, TensorInfo
-from qconvert.observers.statistics import TensorStatistics
-from qconvert.quantizers.affine import EncodedRows, ErrorSums, encode_rows, to_groups
+from qconvert.observers.statistics import merge_moments, outlier_bounds
+from qconvert.quantizers.affine import EncodedRows, ErrorSums, Parameters, encode_rows
+from qconvert.quantizers.blocks import quantize_rows
 from qconvert.quantizers.casts import cast
-from qconvert.quantizers.fitting import fit
 from qconvert.quantizers.ggml import GGML_BLOCKS
+from qconvert.quantizers.groups import EMPTY_GROUPS, GroupStatistics
 from qconvert.ranges import RangeMethod
 from qconvert.schemes import CastScheme, GgmlScheme
-from qconvert.stages.analyse import Analysis, Mapper, check_finite, observe_tensor, rows_of
+from qconvert.stages.analyse import Analysis, Mapper, analyse, rows_of, shares_parameters
+from qconvert.stages.decide import Decision, Sample, decide, decision_notes, sample_rows
 
-Encoder = Callable[[Tile], EncodedRows]
-F32 = NDArray[np.float32]
-
-
-def affine_encoder(
-    model: Model, tensor: TensorInfo, analysis: Analysis, method: RangeMethod
-) -> Encoder:
-    """Tiles to codes, with their own scales and zero points or those that all tiles share."""
-    encoding = analysis.encoding
-
-    def encode(tile: Tile) -> EncodedRows:
-        x = rows_of(model, tensor, tile)
-        shared = analysis.parameters(tile)
-        if shared is not None:
-            done = encode_rows(x, encoding, shared)
-            return replace(done, scales=b"", zero=np.zeros(0, np.uint8))
-        groups, counts = to_groups(x, encoding)
-        return encode_rows(x, encoding, fit(groups, encoding, method, counts))
-
-    return encode
+NO_ZEROS = np.zeros(0, np.uint8)
+KEPT_BYTES = 1 << 22  # of a kept tensor that are copied at once
 
 
-def cast_encoder(model: Model, tensor: TensorInfo, scheme: CastScheme, mapper: Mapper) -> Encoder:
-    """Tiles to another floating dtype.
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tile as stored, and what was seen on the way; pieces add up in order.
 
-    Raises:
-        WeightError: NaN or Inf, or, when a tile is encoded, a weight beyond the dtype.
+    Attributes:
+        rows: the bytes (those of a sum are of no interest) and the error.
+        moments: of the values, where a decision rests on them.
+        groups: ranges of the groups, likewise.
+        outside: values outside the outlier bounds, likewise.
+        nonfinite: NaN and Inf values of a kept tensor.
     """
-    statistics = _finite(model, tensor, mapper)
 
-    def encode(tile: Tile) -> EncodedRows:
-        x = rows_of(model, tensor, tile)
-        stored, back = cast(x, scheme.dtype)
-        if not np.isfinite(back).all():
+    rows: EncodedRows
+    moments: Moments | None = None
+    groups: GroupStatistics = EMPTY_GROUPS
+    outside: int = 0
+    nonfinite: int = 0
+
+
+class Encoder(Protocol):
+    """Makes the bytes of one tensor; `encode` may run on several threads at once."""
+
+    @property
+    def encoding(self) -> Encoding: ...
+
+    def tiles(self) -> Iterator[Tile]: ...
+
+    def encode(self, tile: Tile) -> Piece: ...
+
+
+@dataclass(frozen=True, slots=True)
+class KeptEncoder:
+    """Bytes as they are; a tile is a run of them."""
+
+    model: Model
+    tensor: TensorInfo
+
+    @property
+    def encoding(self) -> Encoding:
+        return RawEncoding(self.tensor.dtype)
+
+    def tiles(self) -> Iterator[Tile]:
+        size = self.tensor.nbytes
+        for start in range(0, max(size, 1), KEPT_BYTES):
+            yield Tile(1, min(KEPT_BYTES, size - start), start, start + KEPT_BYTES >= size)
+
+    def encode(self, tile: Tile) -> Piece:
+        data = self.model.raw(self.tensor, tile.start, tile.columns)
+        nonfinite = 0
+        if self.tensor.floating:
+            values = kernels.widen(data, self.tensor.dtype)
+            nonfinite = int(len(values) - np.count_nonzero(np.isfinite(values)))
+        return Piece(EncodedRows(data, b"", NO_ZEROS, ErrorSums()), nonfinite=nonfinite)
+
+
+@dataclass(frozen=True, slots=True)
+class CastEncoder:
+    """Another floating dtype."""
+
+    model: Model
+    tensor: TensorInfo
+    scheme: CastScheme
+
+    @property
+    def encoding(self) -> Encoding:
+        return RawEncoding(self.scheme.dtype)
+
+    def tiles(self) -> Iterator[Tile]:
+        return _tiles(self.tensor)
+
+    def encode(self, tile: Tile) -> Piece:
+        """
+        Raises:
+            WeightError: NaN or Inf, or a weight beyond the dtype.
+        """
+        x = rows_of(self.model, self.tensor, tile)
+        stored, back = cast(x, self.scheme.dtype)
+        if not kernels.all_finite(back):
             raise WeightError(
-                f"a weight does not fit {scheme.dtype}",
-                path=model.path,
-                tensor=tensor.name,
-                found=f"{statistics.absmax:g}",
-                hint=f"use --scheme bf16, or keep the tensor with --keep '{tensor.name}'",
+                f"a weight does not fit {self.scheme.dtype}",
+                path=self.model.path,
+                tensor=self.tensor.name,
+                found=f"{np.abs(x).max():g}",
+                hint=f"use --scheme bf16, or keep the tensor with --keep '{self.tensor.name}'",
             )
         return _self_contained(stored, x, back)
 
-    return encode
+
+@dataclass(frozen=True, slots=True)
+class GgmlEncoder:
+    """Blocks of a ggml type."""
+
+    model: Model
+    tensor: TensorInfo
+    scheme: GgmlScheme
+
+    @property
+    def encoding(self) -> Encoding:
+        return RawEncoding(self.scheme.ggml_type)
+
+    def tiles(self) -> Iterator[Tile]:
+        return _tiles(self.tensor)
+
+    def encode(self, tile: Tile) -> Piece:
+        """
+        Raises:
+            WeightError: NaN or Inf, or a scale beyond float16.
+        """
+        kind = GGML_BLOCKS[self.scheme.ggml_type]
+        x = rows_of(self.model, self.tensor, tile)
+        data = kind.encode(x.reshape(-1, kind.block))
+        if not kind.finite_scales(data):
+            raise WeightError(
+                "a block's scale does not fit its stored type",
+                path=self.model.path,
+                tensor=self.tensor.name,
+                found=f"weights up to {np.abs(x).max():g}",
+                hint=f"keep the tensor with --keep '{self.tensor.name}'",
+            )
+        return _self_contained(data.tobytes(), x, kind.decode(data).reshape(x.shape))
 
 
-def ggml_encoder(model: Model, tensor: TensorInfo, scheme: GgmlScheme, mapper: Mapper) -> Encoder:
-    """Tiles to ggml blocks.
+@dataclass(frozen=True, slots=True)
+class AffineEncoder:
+    """Codes with scales and zero points that each tile finds for itself.
+
+    Attributes:
+        decision: what ``encoding`` rests on, perhaps a guess.
+        requested: symmetric (True) or asymmetric (False) when the scheme says so.
+    """
+
+    model: Model
+    tensor: TensorInfo
+    encoding: AffineEncoding
+    method: RangeMethod
+    sample: Sample
+    decision: Decision
+    requested: bool | None
+    bounds: tuple[float, float]
+
+    def tiles(self) -> Iterator[Tile]:
+        return _tiles(self.tensor)
+
+    def encode(self, tile: Tile) -> Piece:
+        x = rows_of(self.model, self.tensor, tile)
+        done = quantize_rows(x, self.encoding, self.method, self.bounds)
+        return Piece(done.rows, kernels.moments(x.ravel()), done.groups, done.outside)
+
+    def settled(self, seen: Piece) -> AffineEncoder:
+        """This encoder, or another one where the whole tensor says otherwise than the sample."""
+        assert seen.moments is not None
+        decision = decide(seen.moments, seen.groups, self.requested, self.sample)
+        return replace(self, decision=decision, encoding=_settle(self.encoding, decision))
+
+    def notes(self, seen: Piece) -> dict[str, object]:
+        """The decision as reports have it."""
+        assert seen.moments is not None
+        share = seen.outside / seen.moments.count
+        return decision_notes(self.decision, seen.moments, share, self.method)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedEncoder:
+    """Codes with scales and zero points that tiles share, found in passes of their own."""
+
+    model: Model
+    tensor: TensorInfo
+    method: RangeMethod
+    analysis: Analysis
+
+    @property
+    def encoding(self) -> AffineEncoding:
+        return self.analysis.encoding
+
+    def tiles(self) -> Iterator[Tile]:
+        return _tiles(self.tensor)
+
+    def encode(self, tile: Tile) -> Piece:
+        parameters = self.analysis.parameters(tile)
+        assert parameters is not None
+        done = encode_rows(rows_of(self.model, self.tensor, tile), self.encoding, parameters)
+        return Piece(replace(done, scales=b"", zero=NO_ZEROS))
+
+    def shared(self) -> tuple[Parameters, ...]:
+        """What is stored once."""
+        assert self.analysis.shared is not None
+        return self.analysis.shared
+
+    def notes(self, seen: Piece) -> dict[str, object]:
+        """The decision as reports have it."""
+        s = self.analysis.statistics
+        assert s.moments is not None
+        return decision_notes(
+            self.analysis.decision, s.moments, s.outlier_share or 0.0, self.method
+        )
+
+
+def affine_encoder(
+    model: Model,
+    tensor: TensorInfo,
+    encoding: AffineEncoding,
+    requested: bool | None,
+    method: RangeMethod,
+    mapper: Mapper,
+) -> AffineEncoder | SharedEncoder:
+    """The encoder for ``encoding``, whose symmetry and dtype of scales are yet to be settled.
 
     Raises:
-        WeightError: NaN or Inf, or, when a tile is encoded, a scale beyond float16.
+        WeightError: NaN or Inf.
     """
-    block = GGML_BLOCKS[scheme.ggml_type]
-    statistics = _finite(model, tensor, mapper)
-
-    def encode(tile: Tile) -> EncodedRows:
-        x = rows_of(model, tensor, tile)
-        data = block.encode(x.reshape(-1, block.block))
-        if not block.finite_scales(data):
-            raise WeightError(
-                "a block's scale does not fit float16",
-                path=model.path,
-                tensor=tensor.name,
-                found=f"weights up to {statistics.absmax:g}",
-                hint=f"keep the tensor with --keep '{tensor.name}'",
-            )
-        return _self_contained(data.tobytes(), x, block.decode(data).reshape(x.shape))
-
-    return encode
+    if shares_parameters(encoding):
+        analysis = analyse(model, tensor, encoding, requested, method, mapper)
+        return SharedEncoder(model, tensor, method, analysis)
+    rows = sample_rows(model, tensor, encoding)
+    if not kernels.all_finite(rows):
+        rows = np.zeros_like(rows)  # the pass over the tensor will say what there is
+    sample = Sample(rows, encoding, method)
+    guess = sample.guess(requested)
+    bounds = outlier_bounds(kernels.moments(rows.ravel()))
+    settled = _settle(encoding, guess)
+    return AffineEncoder(model, tensor, settled, method, sample, guess, requested, bounds)
 
 
-def _finite(model: Model, tensor: TensorInfo, mapper: Mapper) -> TensorStatistics:
-    statistics = observe_tensor(model, tensor, row_length(tensor.shape), mapper)
-    check_finite(statistics, tensor, model.path)
-    return statistics
+def add(a: Piece, b: Piece) -> Piece:
+    """What was seen in ``a`` and then in ``b``; the bytes are dropped."""
+    return Piece(
+        EncodedRows(b"", b"", NO_ZEROS, a.rows.error + b.rows.error),
+        merge_moments(a.moments, b.moments),
+        a.groups + b.groups,
+        a.outside + b.outside,
+        a.nonfinite + b.nonfinite,
+    )
 
 
-def _self_contained(stored: bytes, x: F32, back: F32) -> EncodedRows:
-    """Encoded rows of a format that carries its scales inside."""
+def _settle(encoding: AffineEncoding, decision: Decision) -> AffineEncoding:
+    return replace(encoding, symmetric=decision.symmetric, scale_dtype=decision.scale_dtype)
+
+
+def _tiles(tensor: TensorInfo) -> Iterator[Tile]:
+    columns = row_length(tensor.shape)
+    return tiles(tensor.size // columns, columns)
+
+
+def _self_contained(stored: bytes, x: NDArray[np.float32], back: NDArray[np.float32]) -> Piece:
+    """A piece of a format that carries its scales inside."""
     error = ErrorSums(x.size, *kernels.error_sums(x, back))
-    return EncodedRows(stored, b"", np.zeros(0, np.uint8), error)
+    return Piece(EncodedRows(stored, b"", NO_ZEROS, error))

@@ -9,39 +9,56 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qconvert import __version__, kernels
-from qconvert.encoding import Encoding, RawEncoding, stored_size
+from qconvert.encoding import RawEncoding, stored_size
 from qconvert.errors import InputError, UnsupportedError, UsageError, WeightError
 from qconvert.files import open_model
 from qconvert.files.atomic import AtomicOutput, check_space
 from qconvert.files.calibration import Calibration, read_calibration
 from qconvert.files.gguf_writer import check_gguf
 from qconvert.files.qblk_writer import check_qblk
-from qconvert.geometry import TILE_VALUES, row_length, tiles
+from qconvert.geometry import TILE_VALUES, Tile, row_length
 from qconvert.model import Model, SourceFile
 from qconvert.progress import Progress, Silent
-from qconvert.quantizers.affine import ErrorSums
+from qconvert.quantizers.affine import EncodedRows, ErrorSums
 from qconvert.ranges import RangeMethod, default_method
 from qconvert.report import QuantizedTensor, QuantizeReport
 from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme, Scheme
-from qconvert.stages.analyse import Analysis, Mapper, analyse, observe_tensor
-from qconvert.stages.decide import decision_notes
-from qconvert.stages.encoders import affine_encoder, cast_encoder, ggml_encoder
+from qconvert.stages.analyse import Mapper, shares_parameters
+from qconvert.stages.encoders import (
+    NO_ZEROS,
+    AffineEncoder,
+    CastEncoder,
+    Encoder,
+    GgmlEncoder,
+    KeptEncoder,
+    Piece,
+    SharedEncoder,
+    add,
+    affine_encoder,
+)
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import MIN_VALUES, PlannedTensor, PlanOptions, encoding_of, make_plan
-from qconvert.stages.sinks import GgufSink, QblkSink, Sink, gguf_tensors, model_name
+from qconvert.stages.sinks import (
+    GgufSink,
+    QblkSink,
+    Sink,
+    TensorTarget,
+    gguf_tensors,
+    model_name,
+)
 
-KEEP_CHUNK = 1 << 22  # bytes of a kept tensor that are copied at once
-SMALL_TILES = 4  # tensors of at most so many tiles are analysed ahead as one piece of work
+SMALL_TILES = 4  # tensors of at most so many tiles are analysed by one thread
+NOTHING = Piece(EncodedRows(b"", b"", NO_ZEROS, ErrorSums()))
 SUFFIXES = {".qblk": "qblk", ".gguf": "gguf"}
 
 
@@ -216,8 +233,34 @@ def _bits_per_weight(tensors: list[QuantizedTensor]) -> float | None:
     return 8 * sum(t.nbytes for t in tensors) / weights if weights else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A tile to be encoded: the first and the last of a tensor open and close it."""
+
+    planned: PlannedTensor
+    encoder: Encoder
+    tile: Tile
+    first: bool
+    last: bool
+
+
+def _run(task: _Task) -> tuple[_Task, Piece]:
+    return task, task.encoder.encode(task.tile)
+
+
 class _Job:
-    """One conversion under way."""
+    """One conversion under way.
+
+    Workers encode tiles, ahead of each other and across tensors; their results arrive in order on
+    the main thread, which hashes and writes.
+
+    Attributes:
+        target: where the tensor under way is written.
+        seen: what its pieces have told so far.
+    """
+
+    target: TensorTarget
+    seen: Piece
 
     def __init__(
         self,
@@ -252,9 +295,8 @@ class _Job:
             threads = self.options.threads or available_threads()
             self.progress.begin("quantize", self.report.source_bytes, "bytes")
             with closing(sink), Workers(threads) as workers:
-                for planned, analysis in self._analysed(workers):
-                    self._one(planned, analysis, sink, workers)
-                    self.progress.advance(planned.tensor.nbytes, planned.tensor.name)
+                for task, piece in workers.map(_run, self._tasks(workers)):
+                    self._take(task, piece, sink, workers)
                 self.report.output_bytes = sink.finish()
             self.model.check_unchanged()
             out.commit()
@@ -288,75 +330,85 @@ class _Job:
             }
         return found
 
-    # --- first pass: ahead of the second for small tensors, so that all threads stay busy ---
+    # --- on the main thread, ahead of the work: encoders, and the tiles of all tensors in order ---
 
-    def _analysed(self, workers: Workers) -> Iterator[tuple[PlannedTensor, Analysis | None]]:
-        waiting: deque[tuple[PlannedTensor, Future[Analysis] | None]] = deque()
+    def _tasks(self, workers: Workers) -> Iterator[_Task]:
+        for p, encoder in self._encoders(workers):
+            tiles = list(encoder.tiles())
+            for i, tile in enumerate(tiles):
+                yield _Task(p, encoder, tile, first=i == 0, last=i == len(tiles) - 1)
 
-        def settled(p: PlannedTensor, future: Future[Analysis] | None) -> Analysis | None:
-            if future is not None:
-                return future.result()
-            return self._analyse(p, workers.map) if isinstance(p.scheme, AffineScheme) else None
-
+    def _encoders(self, workers: Workers) -> Iterator[tuple[PlannedTensor, Encoder]]:
+        """Encoders of all tensors; those of the next few are prepared by the workers."""
+        waiting: deque[tuple[PlannedTensor, Callable[[], Encoder]]] = deque()
         for p in self.plan:
-            small = p.tensor.size <= SMALL_TILES * TILE_VALUES
-            ahead = isinstance(p.scheme, AffineScheme) and small
-            waiting.append((p, workers.submit(self._analyse, p) if ahead else None))
+            waiting.append((p, self._prepared(p, workers)))
             if len(waiting) > workers.threads:
-                first = waiting.popleft()
-                yield first[0], settled(*first)
-        for p, future in waiting:
-            yield p, settled(p, future)
+                first, encoder = waiting.popleft()
+                yield first, encoder()
+        for p, encoder in waiting:
+            yield p, encoder()
 
-    def _analyse(self, p: PlannedTensor, mapper: Mapper = map) -> Analysis:
-        assert isinstance(p.scheme, AffineScheme)
-        return analyse(
-            self.model,
-            p.tensor,
-            encoding_of(p.scheme, p.tensor),
-            p.scheme.symmetric,
-            self._method_for(p.scheme),
-            mapper,
-        )
-
-    def _method_for(self, scheme: AffineScheme) -> RangeMethod:
-        return self.options.range or default_method(scheme.bits)
-
-    # --- second pass ---
-
-    def _one(
-        self, p: PlannedTensor, analysis: Analysis | None, sink: Sink, workers: Workers
-    ) -> None:
-        row = _planned_row(p)
-        if p.scheme is None:
-            self._keep(p, row, sink, workers)
-            return
-        notes: dict[str, Any] = {}
-        encoding: Encoding | None = None
+    def _prepared(self, p: PlannedTensor, workers: Workers) -> Callable[[], Encoder]:
         if isinstance(p.scheme, AffineScheme):
-            assert analysis is not None
-            encoding = analysis.encoding
-            row.stored = analysis.encoding.scheme
-            row.nbytes = stored_size(encoding, p.tensor.shape)
-            row.decision = decision_notes(
-                analysis.decision, analysis.statistics, self._method_for(p.scheme)
+            encoding = encoding_of(p.scheme, p.tensor)
+            large = p.tensor.size > SMALL_TILES * TILE_VALUES
+            if shares_parameters(encoding) and large:  # several passes, for all threads together
+                return partial(self._encoder, p, workers.map)
+        return workers.submit(self._encoder, p).result
+
+    def _encoder(self, p: PlannedTensor, mapper: Mapper = map) -> Encoder:
+        if isinstance(p.scheme, AffineScheme):
+            encoding = encoding_of(p.scheme, p.tensor)
+            method = self.options.range or default_method(p.scheme.bits)
+            return affine_encoder(
+                self.model, p.tensor, encoding, p.scheme.symmetric, method, mapper
             )
-            notes["decision"] = row.decision
-            encode = affine_encoder(self.model, p.tensor, analysis, self._method_for(p.scheme))
-        elif isinstance(p.scheme, CastScheme):
-            encoding = RawEncoding(p.scheme.dtype)
-            encode = cast_encoder(self.model, p.tensor, p.scheme, workers.map)
-        else:
-            encode = ggml_encoder(self.model, p.tensor, p.scheme, workers.map)
-        error = ErrorSums()
-        columns = row_length(p.tensor.shape)
-        target = sink.begin(p.tensor, encoding)
-        for part in workers.map(encode, tiles(p.tensor.size // columns, columns)):
-            target.append(part)
-            error += part.error
-        # Parameters that tiles share are stored once, not with every tile.
-        if analysis is not None and analysis.shared is not None:
-            target.append_shared(analysis.shared, analysis.encoding)
+        if isinstance(p.scheme, CastScheme):
+            return CastEncoder(self.model, p.tensor, p.scheme)
+        if isinstance(p.scheme, GgmlScheme):
+            return GgmlEncoder(self.model, p.tensor, p.scheme)
+        return KeptEncoder(self.model, p.tensor)
+
+    # --- on the main thread, behind the work: writing, in order ---
+
+    def _take(self, task: _Task, piece: Piece, sink: Sink, workers: Workers) -> None:
+        if task.first:
+            self.target = sink.begin(task.planned.tensor, task.encoder.encoding)
+            self.seen = NOTHING
+        self.target.append(piece.rows)
+        self.seen = add(self.seen, piece)
+        if not task.last:
+            return
+        encoder = task.encoder
+        if isinstance(encoder, AffineEncoder):
+            settled = encoder.settled(self.seen)
+            if settled.encoding != encoder.encoding:
+                self._again(settled, sink, workers)
+            encoder = settled
+        self._finish(task.planned, encoder)
+
+    def _again(self, encoder: AffineEncoder, sink: Sink, workers: Workers) -> None:
+        """Encode a tensor once more whose sample had suggested another encoding."""
+        self.target.abandon()
+        self.target = sink.begin(encoder.tensor, encoder.encoding)
+        self.seen = NOTHING
+        for piece in workers.map(encoder.encode, encoder.tiles()):
+            self.target.append(piece.rows)
+            self.seen = add(self.seen, piece)
+
+    def _finish(self, p: PlannedTensor, encoder: Encoder) -> None:
+        row = _planned_row(p)
+        self.report.tensors.append(row)
+        self.progress.advance(p.tensor.nbytes, p.tensor.name)
+        if isinstance(encoder, KeptEncoder):
+            self.target.finish({"decision": {"rule": "kept", "reason": p.reason}})
+            if self.seen.nonfinite:
+                self.report.warnings.append(
+                    f"kept tensor '{p.tensor.name}' has {self.seen.nonfinite:,} NaN or Inf values"
+                )
+            return
+        error = self.seen.rows.error
         if not np.isfinite(error.noise):
             raise WeightError(
                 "weights near the end of the range of binary32 would decode to infinity",
@@ -364,34 +416,22 @@ class _Job:
                 tensor=p.tensor.name,
                 hint=f"keep the tensor with --keep '{p.tensor.name}'",
             )
+        notes: dict[str, Any] = {"error": {"max": error.worst, "nmse": error.nmse}}
+        if error.sqnr_db is not None:
+            notes["error"]["sqnr_db"] = error.sqnr_db
+        if isinstance(encoder, AffineEncoder | SharedEncoder):
+            if isinstance(encoder, SharedEncoder):
+                self.target.append_shared(encoder.shared(), encoder.encoding)
+            row.stored = encoder.encoding.scheme
+            row.nbytes = stored_size(encoder.encoding, p.tensor.shape)
+            row.decision = notes["decision"] = encoder.notes(self.seen)
+            row.clipped = notes["error"]["clipped"] = error.clipped
         self.total += error
         row.sqnr_db, row.nmse, row.max_error = error.sqnr_db, error.nmse, error.worst
         row.bits_per_weight = 8 * row.nbytes / p.tensor.size
-        measured = {"max": error.worst, "nmse": error.nmse}
-        if error.sqnr_db is not None:
-            measured["sqnr_db"] = error.sqnr_db
-        if analysis is not None:
-            row.clipped = error.clipped
-            measured["clipped"] = error.clipped
-        notes["error"] = measured
         if self.calibration and (found := self.calibration.find(p.tensor.name)):
             notes["activation"] = found.note(self.calibration.observer)
-        target.finish(notes)
-        self.report.tensors.append(row)
-
-    def _keep(self, p: PlannedTensor, row: QuantizedTensor, sink: Sink, workers: Workers) -> None:
-        target = sink.begin(p.tensor, None)
-        for start in range(0, p.tensor.nbytes, KEEP_CHUNK):
-            size = min(KEEP_CHUNK, p.tensor.nbytes - start)
-            target.append_raw(self.model.raw(p.tensor, start, size))
-        target.finish({"decision": {"rule": "kept", "reason": p.reason}})
-        if p.tensor.floating and p.tensor.size:
-            found = observe_tensor(self.model, p.tensor, p.tensor.size, workers.map)
-            if found.nonfinite:
-                self.report.warnings.append(
-                    f"kept tensor '{p.tensor.name}' has {found.nonfinite:,} NaN or Inf values"
-                )
-        self.report.tensors.append(row)
+        self.target.finish(notes)
 
 
 def _source_note(s: SourceFile) -> dict[str, Any]:

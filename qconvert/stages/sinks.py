@@ -43,11 +43,13 @@ class TensorTarget(Protocol):
 
     def append(self, part: EncodedRows) -> None: ...
 
-    def append_raw(self, data: bytes) -> None: ...
-
     def append_shared(
         self, parameters: tuple[Parameters, ...], encoding: AffineEncoding
     ) -> None: ...
+
+    def abandon(self) -> None:
+        """Forget what was written of the tensor, which will begin again."""
+        ...
 
     def finish(self, notes: dict[str, Any]) -> None: ...
 
@@ -130,13 +132,13 @@ class _QblkTarget:
         self.tensor.append("scales", part.scales)
         self.tensor.append_zero_points(part.zero)
 
-    def append_raw(self, data: bytes) -> None:
-        self.tensor.append("data", data)
-
     def append_shared(self, parameters: tuple[Parameters, ...], encoding: AffineEncoding) -> None:
         for p in parameters:
             self.tensor.append("scales", p.scale.astype(SCALE_NUMPY["F32"]).tobytes())
             self.tensor.append_zero_points(stored_zero_points(p.zero, encoding))
+
+    def abandon(self) -> None:
+        self.tensor.abandon()
 
     def finish(self, notes: dict[str, Any]) -> None:
         self.tensor.finish(notes)
@@ -200,14 +202,14 @@ class _GgufTarget:
         self.sink = sink
 
     def append(self, part: EncodedRows) -> None:
-        self.append_raw(part.codes)
-
-    def append_raw(self, data: bytes) -> None:
         with machine_errors(self.sink.out.target):
-            self.sink.writer.append(data)
+            self.sink.writer.append(part.codes)
 
     def append_shared(self, parameters: tuple[Parameters, ...], encoding: AffineEncoding) -> None:
         raise AssertionError("GGUF has no affine encoding")
+
+    def abandon(self) -> None:
+        raise AssertionError("GGUF has no encoding to be guessed")
 
     def finish(self, notes: dict[str, Any]) -> None:
         pass  # GGUF has no place for notes on a tensor; decision and error are in the report

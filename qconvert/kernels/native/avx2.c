@@ -8,8 +8,9 @@
 
 #define USE_AVX2
 #include "product_x86.h"
-#include "search.h"
+#include "blocks.h"
 #include "ggml.h"
+#include "widen.h"
 
 #define VARIANT "avx2"
 #define TABLE kernels_avx2

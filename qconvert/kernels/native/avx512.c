@@ -11,8 +11,9 @@
 #define USE_AVX2
 #define USE_AVX512
 #include "product_x86.h"
-#include "search.h"
+#include "blocks.h"
 #include "ggml.h"
+#include "widen.h"
 
 #define VARIANT "avx512"
 #define TABLE kernels_avx512

@@ -80,19 +80,23 @@ static void decode(const uint8_t *codes, size_t groups, size_t length, const flo
     }
 }
 
-/* Stores a piece of a row: `count` codes, of which `real` are not padding. Returns the end. */
-INLINE uint8_t *store_codes(uint8_t codes[PIECE], size_t real, size_t count, int bits,
-                            uint8_t *packed) {
-    memset(codes + real, 0, PIECE - real);
+/* Stores `count` codes, full groups below 8 bits. Returns the end. */
+INLINE uint8_t *store_run(const uint8_t *codes, size_t count, int bits, uint8_t *packed) {
     if (bits < 8) {
         pack(codes, count / PACK_GROUP, bits, packed);
         return packed + count / 8 * (size_t)bits;
     }
-    for (size_t i = 0; i < real; i++) {
+    for (size_t i = 0; i < count; i++) {
         packed[i] = codes[i] ^ 0x80; /* offset 128 to two's complement */
     }
-    memset(packed + real, 0, count - real);
     return packed + count;
+}
+
+/* Stores a piece of a row: `count` codes, of which `real` are not padding, which is 0 as stored. */
+INLINE uint8_t *store_codes(uint8_t codes[PIECE], size_t real, size_t count, int bits,
+                            uint8_t *packed) {
+    memset(codes + real, bits == 8 ? 0x80 : 0, PIECE - real);
+    return store_run(codes, count, bits, packed);
 }
 
 static void encode_rows(const float *x, size_t rows, size_t columns, const float *scale,

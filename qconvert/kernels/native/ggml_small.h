@@ -2,28 +2,10 @@
 #ifndef QCONVERT_GGML_SMALL_H
 #define QCONVERT_GGML_SMALL_H
 
+#include "half.h"
 #include "packing.h"
-#include "widen.h"
 
 enum { GGML_BLOCK = 32 };
-
-/* Nearest binary16, ties to even; too large becomes Inf. NaN does not occur. */
-INLINE uint16_t to_half(float v) {
-    const uint32_t bits = bits_of(v), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
-    if (magnitude >= 0x47800000) { /* 65536 and above */
-        return (uint16_t)(sign | 0x7C00);
-    }
-    if (magnitude < 0x38800000) { /* below 2^-14: the addition rounds to steps of 2^-24 */
-        return (uint16_t)(sign | (bits_of(from_bits(magnitude) + 0.5f) - bits_of(0.5f)));
-    }
-    const uint32_t odd = magnitude >> 13 & 1;
-    return (uint16_t)(sign | ((magnitude - (112u << 23) + 0xFFF + odd) >> 13));
-}
-
-INLINE void store_half(float v, uint8_t *out) {
-    const uint16_t half = to_half(v);
-    memcpy(out, &half, sizeof half);
-}
 
 /* 1 / scale, and 0 for 0. */
 INLINE float inverse_of(float scale) {

@@ -47,6 +47,27 @@ typedef struct {
     size_t factor_count, shift_count;
 } Grid;
 
+enum scale_type { SCALE_F16, SCALE_BF16, SCALE_F32, SCALE_TYPES };
+
+/* Whole blocks to be quantized: their number times the block is a multiple of 32 below 8 bits. */
+typedef struct {
+    Scheme scheme;             /* with a block */
+    enum scale_type scale_type;
+    Grid grid;                 /* no factors: minmax */
+    const float *x;            /* (groups, block), finite */
+    size_t groups;
+    float low, high;           /* values outside are counted */
+    uint8_t *codes, *scales;   /* as stored */
+    uint8_t *zeros;            /* as stored, a byte each; only when asymmetric */
+} Blocks;
+
+/* What became of them: the figures of quantizers/blocks.py. */
+typedef struct {
+    Errors errors;
+    size_t outside;
+    double symmetric_power, asymmetric_power, smallest, largest;
+} BlockFigures;
+
 typedef struct {
     Scheme scheme;
     const uint8_t *packed; /* (rows, row_codes * bits / 8) */
@@ -94,6 +115,8 @@ typedef struct {
     void (*encode_rows)(const float *x, size_t rows, size_t columns, const float *scale,
                         const int32_t *zero, size_t groups, Scheme scheme, uint8_t *packed,
                         Errors *found);
+    int (*quantize_blocks)(const Blocks *task, BlockFigures *figures);
+    int (*all_finite)(const float *x, size_t n);
     void (*pack)(const uint8_t *values, size_t groups, int width, uint8_t *packed);
     void (*unpack)(const uint8_t *packed, size_t groups, int width, uint8_t *values);
 

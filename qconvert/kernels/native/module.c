@@ -484,6 +484,65 @@ static PyObject *packing(PyObject *args, int unpacks) {
     return done(&held, Py_NewRef(Py_None));
 }
 
+static PyObject *quantize_blocks(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values, *factors, *shifts, *codes, *scales, *zeros;
+    Py_ssize_t groups, block, factor_count, shift_count;
+    int bits, symmetric, type, status;
+    Blocks task = {0};
+    BlockFigures found;
+    if (!PyArg_ParseTuple(args, "OnnipiOnOnffOOO", &values, &groups, &block, &bits, &symmetric,
+                          &type, &factors, &factor_count, &shifts, &shift_count, &task.low,
+                          &task.high, &codes, &scales, &zeros)
+        || !valid_scheme(bits, symmetric, block, &task.scheme)
+        || !require(block > 0, "blocks must have a length")
+        || !require(type >= 0 && type < SCALE_TYPES, "no such type of scale")
+        || !require(bits == 8 || times(groups, block) % PACK_GROUP == 0,
+                    "values must fill groups of 32")
+        || !(task.x = INPUT(values, times(groups, block), float))
+        || !(task.grid.factors = INPUT(factors, factor_count, float))
+        || !(task.grid.shifts = INPUT(shifts, shift_count, float))
+        || !(task.codes = OUTPUT(codes, times(groups, block) / 8 * bits, uint8_t))
+        || !(task.scales = OUTPUT(scales, times(groups, type == SCALE_F32 ? 4 : 2), uint8_t))
+        || !(task.zeros = OUTPUT(zeros, symmetric ? 0 : groups, uint8_t))) {
+        return done(&held, NULL);
+    }
+    task.scale_type = (enum scale_type)type;
+    task.groups = (size_t)groups;
+    task.grid.factor_count = (size_t)factor_count;
+    task.grid.shift_count = (size_t)shift_count;
+    Py_BEGIN_ALLOW_THREADS
+    status = kernels->quantize_blocks(&task, &found);
+    Py_END_ALLOW_THREADS
+    release(&held);
+    if (status != DONE) {
+        return PyErr_NoMemory();
+    }
+    return Py_BuildValue("dddnndddd", found.errors.signal, found.errors.noise, found.errors.worst,
+                         (Py_ssize_t)found.errors.clipped, (Py_ssize_t)found.outside,
+                         found.symmetric_power, found.asymmetric_power, found.smallest,
+                         found.largest);
+}
+
+static PyObject *all_finite(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values;
+    Py_ssize_t n;
+    const float *x;
+    int finite;
+    if (!PyArg_ParseTuple(args, "On", &values, &n) || !(x = INPUT(values, n, float))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    finite = kernels->all_finite(x, (size_t)n);
+    Py_END_ALLOW_THREADS
+    return done(&held, PyBool_FromLong(finite));
+}
+
 static PyObject *pack(PyObject *module, PyObject *args) {
     (void)module;
     return packing(args, 0);
@@ -658,6 +717,8 @@ static PyMethodDef methods[] = {
     {"encode", encode, METH_VARARGS, NULL},
     {"decode", decode, METH_VARARGS, NULL},
     {"encode_rows", encode_rows, METH_VARARGS, NULL},
+    {"quantize_blocks", quantize_blocks, METH_VARARGS, NULL},
+    {"all_finite", all_finite, METH_VARARGS, NULL},
     {"pack", pack, METH_VARARGS, NULL},
     {"unpack", unpack, METH_VARARGS, NULL},
     {"integer_product", integer_product, METH_VARARGS, NULL},

@@ -303,6 +303,24 @@ static void load_groups(Search *s, const float *x, size_t first, size_t n, const
     }
 }
 
+INLINE void begin_search(Search *s, Scheme scheme, size_t length) {
+    s->scheme = scheme;
+    s->length = length;
+    s->low = scheme.symmetric && scheme.bits == 8 ? 1.0f : 0.0f;
+    s->top = (float)((1 << scheme.bits) - 1);
+    s->steps = (double)zero_steps(scheme.bits);
+    s->levels = (double)s->top;
+}
+
+INLINE void offer_all(Search *s, Grid grid) {
+    if (s->scheme.symmetric) {
+        offer_symmetric(s, grid);
+    } else {
+        offer_asymmetric(s, grid);
+    }
+    offer_winner(s);
+}
+
 static int search(const float *x, size_t groups, size_t length, const int32_t *counts,
                   const float *low, const float *high, const uint8_t *has_zero, Scheme scheme,
                   Grid grid, double *scale, int32_t *zero, uint8_t *found) {
@@ -310,21 +328,11 @@ static int search(const float *x, size_t groups, size_t length, const int32_t *c
     if (!s) {
         return NO_MEMORY;
     }
-    s->scheme = scheme;
-    s->length = length;
-    s->low = scheme.symmetric && scheme.bits == 8 ? 1.0f : 0.0f;
-    s->top = (float)((1 << scheme.bits) - 1);
-    s->steps = (double)zero_steps(scheme.bits);
-    s->levels = (double)s->top;
+    begin_search(s, scheme, length);
     for (size_t g = 0; g < groups; g += BATCH) {
         const size_t n = smaller(BATCH, groups - g);
         load_groups(s, x, g, n, counts, low, high, has_zero);
-        if (scheme.symmetric) {
-            offer_symmetric(s, grid);
-        } else {
-            offer_asymmetric(s, grid);
-        }
-        offer_winner(s);
+        offer_all(s, grid);
         for (size_t j = 0; j < n; j++) {
             scale[g + j] = s->scale[j];
             zero[g + j] = scheme.symmetric ? 0 : (int32_t)s->zero[j];

@@ -34,6 +34,15 @@
 #undef COMPRESS
 #undef OBSERVE
 
+static int all_finite(const float *x, size_t n) {
+    int32_t largest = 0;
+    for (size_t i = 0; i < n; i++) {
+        const int32_t magnitude = (int32_t)(bits_of(x[i]) & 0x7FFFFFFF); /* grows with |x| */
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest < 0x7F800000;
+}
+
 static void histogram(const float *restrict x, size_t n, int64_t bins[restrict HISTOGRAM_BINS]) {
     for (size_t i = 0; i < n; i++) {
         bins[bits_of(x[i]) >> 16]++;
