@@ -251,6 +251,10 @@ static void run_packing(const Kernels *k, size_t groups) {
             uint8_t *data = make(bytes);
             float *decoded = make(values * sizeof *decoded);
             k->ggml_encode(type, x, importance, period, groups, data);
+            Errors *errors = make(sizeof *errors);
+            memset(errors, 0, sizeof *errors);
+            k->ggml_quantize(type, x, importance, period, groups, data, errors);
+            take(errors, sizeof *errors);
             k->ggml_decode(type, data, groups, decoded);
             take(data, bytes);
             take(decoded, values * sizeof *decoded);

@@ -519,7 +519,13 @@ def test_ggml_encode(kind: str, seed: int, count: int, name: str) -> None:
     x = values(kind, seed, count, block.block)
     weights = np.random.default_rng(seed).random((count % 3 + 1, block.block), np.float32)
     for importance in (None, weights):
-        same(compiled.ggml_encode(name, x, importance), by_definition(block, x, importance))
+        wanted = by_definition(block, x, importance)
+        same(compiled.ggml_encode(name, x, importance), wanted)
+        with np.errstate(all="ignore"):
+            error = reference.error_sums(x, block.decoder(wanted))
+        data, found = compiled.ggml_quantize(name, x, importance)
+        same(data, wanted)
+        assert repr(found) == repr(error)  # NaN equals itself
 
 
 @pytest.mark.parametrize("name", sorted(GGML_BLOCKS))

@@ -150,4 +150,13 @@ def ggml_encode(
     data: Buffer,
     /,
 ) -> None: ...
+def ggml_quantize(
+    kind: int,
+    blocks: Buffer,
+    importance: Buffer | None,
+    period: int,
+    count: int,
+    data: Buffer,
+    /,
+) -> tuple[float, float, float]: ...
 def ggml_decode(kind: int, data: Buffer, count: int, blocks: Buffer, /) -> None: ...

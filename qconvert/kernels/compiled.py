@@ -413,10 +413,23 @@ def ggml_encode(ggml_type: str, blocks: F32, importance: F32 | None = None) -> U
     """``GGML_BLOCKS[ggml_type].encode``."""
     kind, values, nbytes = _GGML[ggml_type]
     data = np.empty((len(blocks), nbytes), np.uint8)
-    weights = None if importance is None else _f32(importance)
-    period = 0 if weights is None else weights.size // values
-    _native.ggml_encode(kind, _f32(blocks), weights, period, len(blocks), data)
+    _native.ggml_encode(kind, _f32(blocks), *_weights(importance, values), len(blocks), data)
     return data
+
+
+def ggml_quantize(
+    ggml_type: str, blocks: F32, importance: F32 | None
+) -> tuple[U8, tuple[float, float, float]]:
+    """`ggml_encode`, and `reference.error_sums` of what the bytes decode to."""
+    kind, values, nbytes = _GGML[ggml_type]
+    data = np.empty((len(blocks), nbytes), np.uint8)
+    weights = _weights(importance, values)
+    return data, _native.ggml_quantize(kind, _f32(blocks), *weights, len(blocks), data)
+
+
+def _weights(importance: F32 | None, values: int) -> tuple[F32 | None, int]:
+    """Importance and the number of blocks that it is for."""
+    return (None, 0) if importance is None else (_f32(importance), importance.size // values)
 
 
 def ggml_decode(ggml_type: str, data: U8) -> F32:

@@ -17,6 +17,7 @@ from qconvert.ranges import SEARCH_GRIDS, RangeMethod
 
 F32 = NDArray[np.float32]
 Bounds = tuple[float, float]  # low, high
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +42,14 @@ def quantize_rows(
     Args:
         bounds: values below the first or above the second number are counted.
     """
-    bounds = (float(np.float32(bounds[0])), float(np.float32(bounds[1])))
+    low, high = np.clip(bounds, -LARGEST, LARGEST).astype(np.float32)
     full = encoding.block and x.shape[1] % max(encoding.block, PACK_GROUP) == 0
     if kernels.fused is not None and full and method.name in ("minmax", "mse"):
         grid = SEARCH_GRIDS[encoding.bits] if method.name == "mse" else None
         found = kernels.fused.quantize_blocks(
             x.reshape(-1, encoding.block),
-            *(encoding.bits, encoding.symmetric, encoding.scale_dtype, grid, bounds),
+            *(encoding.bits, encoding.symmetric, encoding.scale_dtype, grid),
+            (float(low), float(high)),
         )
         error = ErrorSums(x.size, *found.errors)
         rows = EncodedRows(found.codes, found.scales, found.zeros, error)
@@ -56,5 +58,5 @@ def quantize_rows(
     return QuantizedRows(
         encode_rows(x, encoding, fit(groups, encoding, method, counts)),
         observe_groups(x, encoding, method.name == "mse"),
-        int(np.count_nonzero((x < bounds[0]) | (x > bounds[1]))),
+        int(np.count_nonzero((x < low) | (x > high))),
     )

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.encoding import AffineEncoding, Encoding, RawEncoding
@@ -120,7 +119,8 @@ class CastEncoder:
                 found=f"{np.abs(x).max():g}",
                 hint=f"use --scheme bf16, or keep the tensor with --keep '{self.tensor.name}'",
             )
-        return _self_contained(stored, x, back)
+        error = ErrorSums(x.size, *kernels.error_sums(x, back))
+        return Piece(EncodedRows(stored, b"", NO_ZEROS, error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ class GgmlEncoder:
         """
         kind = GGML_BLOCKS[self.scheme.ggml_type]
         x = rows_of(self.model, self.tensor, tile)
-        data = kind.encode(x.reshape(-1, kind.block))
+        data, error = kind.quantize(x.reshape(-1, kind.block))
         if not kind.finite_scales(data):
             raise WeightError(
                 "a block's scale does not fit its stored type",
@@ -154,7 +154,7 @@ class GgmlEncoder:
                 found=f"weights up to {np.abs(x).max():g}",
                 hint=f"keep the tensor with --keep '{self.tensor.name}'",
             )
-        return _self_contained(data.tobytes(), x, kind.decode(data).reshape(x.shape))
+        return Piece(EncodedRows(data.tobytes(), b"", NO_ZEROS, ErrorSums(x.size, *error)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,9 +276,3 @@ def _settle(encoding: AffineEncoding, decision: Decision) -> AffineEncoding:
 def _tiles(tensor: TensorInfo) -> Iterator[Tile]:
     columns = row_length(tensor.shape)
     return tiles(tensor.size // columns, columns)
-
-
-def _self_contained(stored: bytes, x: NDArray[np.float32], back: NDArray[np.float32]) -> Piece:
-    """A piece of a format that carries its scales inside."""
-    error = ErrorSums(x.size, *kernels.error_sums(x, back))
-    return Piece(EncodedRows(stored, b"", NO_ZEROS, error))

@@ -12,7 +12,7 @@
 #define USE_AVX512
 #include "product_x86.h"
 #include "blocks.h"
-#include "ggml.h"
+#include "ggml_errors.h"
 #include "widen.h"
 
 #define VARIANT "avx512"

@@ -127,6 +127,9 @@ typedef struct {
     /* `importance`: weights of the values of `period` blocks, used in turn; NULL when period is 0. */
     void (*ggml_encode)(enum ggml_type type, const float *x, const float *importance, size_t period,
                         size_t blocks, uint8_t *out);
+    /* The same, and the error of what was encoded. */
+    void (*ggml_quantize)(enum ggml_type type, const float *x, const float *importance,
+                          size_t period, size_t blocks, uint8_t *out, Errors *found);
     void (*ggml_decode)(enum ggml_type type, const uint8_t *data, size_t blocks, float *out);
 } Kernels;
 

@@ -645,12 +645,12 @@ static PyObject *list_ggml_types(PyObject *module, PyObject *args) {
     return types;
 }
 
-static PyObject *ggml_encode(PyObject *module, PyObject *args) {
-    (void)module;
+static PyObject *ggml_blocks(PyObject *args, int measures) {
     const Kernels *kernels = active;
     Buffers held = {0};
     PyObject *source, *weights, *target;
     Py_ssize_t period, blocks;
+    Errors found;
     int type;
     if (!PyArg_ParseTuple(args, "iOOnnO", &type, &source, &weights, &period, &blocks, &target)
         || !require(type >= 0 && type < GGML_TYPES, "no such block type")) {
@@ -667,11 +667,27 @@ static PyObject *ggml_encode(PyObject *module, PyObject *args) {
     if (!out) {
         return done(&held, NULL);
     }
+    const size_t rows = importance ? (size_t)period : 0;
     Py_BEGIN_ALLOW_THREADS
-    kernels->ggml_encode((enum ggml_type)type, x, importance, importance ? (size_t)period : 0,
-                         (size_t)blocks, out);
+    if (measures) {
+        kernels->ggml_quantize((enum ggml_type)type, x, importance, rows, (size_t)blocks, out,
+                               &found);
+    } else {
+        kernels->ggml_encode((enum ggml_type)type, x, importance, rows, (size_t)blocks, out);
+    }
     Py_END_ALLOW_THREADS
-    return done(&held, Py_NewRef(Py_None));
+    return done(&held, measures ? Py_BuildValue("ddd", found.signal, found.noise, found.worst)
+                                : Py_NewRef(Py_None));
+}
+
+static PyObject *ggml_encode(PyObject *module, PyObject *args) {
+    (void)module;
+    return ggml_blocks(args, 0);
+}
+
+static PyObject *ggml_quantize(PyObject *module, PyObject *args) {
+    (void)module;
+    return ggml_blocks(args, 1);
 }
 
 static PyObject *ggml_decode(PyObject *module, PyObject *args) {
@@ -725,6 +741,7 @@ static PyMethodDef methods[] = {
     {"product", product, METH_VARARGS, NULL},
     {"ggml_types", list_ggml_types, METH_NOARGS, NULL},
     {"ggml_encode", ggml_encode, METH_VARARGS, NULL},
+    {"ggml_quantize", ggml_quantize, METH_VARARGS, NULL},
     {"ggml_decode", ggml_decode, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -25,5 +25,6 @@ const Kernels TABLE = {
     .integer_product = integer_product,
     .product = PRODUCT,
     .ggml_encode = ggml_encode,
+    .ggml_quantize = ggml_quantize,
     .ggml_decode = ggml_decode,
 };

@@ -70,6 +70,18 @@ class GgmlBlock:
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             return self.encoder(blocks, importance)
 
+    def quantize(
+        self, blocks: F32, importance: F32 | None = None
+    ) -> tuple[U8, tuple[float, float, float]]:
+        """`encode`, and Σx², Σ(x - x')² and max |x - x'| of what the bytes decode to."""
+        if kernels.fused is not None:
+            native: tuple[U8, tuple[float, float, float]] = kernels.fused.ggml_quantize(
+                self.name, blocks, importance
+            )
+            return native
+        data = self.encode(blocks, importance)
+        return data, kernels.error_sums(blocks, self.decode(data))
+
     def decode(self, data: U8) -> F32:
         """Values, float32 (k, block), of blocks, uint8 (k, nbytes); a file may hold Inf and NaN."""
         if kernels.fused is not None:
