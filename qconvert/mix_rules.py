@@ -9,7 +9,8 @@ On purpose it differs where llama-quantize ignores an option or cannot go on: ``
 over everything, on unquantized targets too; ``--output-tensor-type`` reaches the token embedding
 that serves as output under ``--pure`` as well; explicit types fall back like chosen ones; and
 ``--pure`` refuses rows that do not divide instead of quietly choosing another type. Targets F32,
-F16 and BF16 cast what is kept, as the converter does.
+F16 and BF16 cast what is kept, as the converter does. Rules for single architectures that nothing
+here converts (glm5-next, bailingmoe3) are left out.
 """
 
 from __future__ import annotations

@@ -299,6 +299,7 @@ def test_values_of_no_calls_are_taken_as_they_are(tmp_path: Path) -> None:
         (struct.pack("<i", 0) + bytes(64), "impossible number of entries, found 0, wanted 1 to 3"),
         (struct.pack("<i", -1) + bytes(64), "impossible number of entries, found -1"),
         (struct.pack("<ii", 1, 1 << 30) + bytes(64), "impossible number of bytes of a name"),
+        (struct.pack("<ii", 1, 65) + bytes(64), "bytes of a name, found 65, wanted 0 to 64"),
         (older_bytes([("", 1, ones(4))]), "an entry without a name of its own"),
         (older_bytes([*ENTRY, *ENTRY]), "an entry without a name of its own, found 'w'"),
         (older_bytes([("w", -1, ones(4))]), "impossible number of calls of 'w', found -1"),

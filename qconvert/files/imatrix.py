@@ -1,16 +1,7 @@
 """Importance matrices of llama.cpp: how much each input channel of a weight matters.
 
-``llama-imatrix`` sums the squares of what enters each weight. Two forms of file hold them:
-
-* GGUF: per weight ``<name>.in_sum2``, float32 of shape (matrices, channels), and ``<name>.counts``,
-  float32 of shape (matrices, 1), how many tokens each matrix saw; a dense weight is one matrix,
-  the experts of a layer are several. A trailing dimension of 1 may be missing. The metadata has
-  ``imatrix.datasets``, ``imatrix.chunk_count`` and ``imatrix.chunk_size``.
-* Older, without a magic, little-endian int32 and float32: the number of entries; per entry the
-  length of the name, the name, the calls, the number of values, and values that are means times
-  calls; then perhaps the chunks, the length of a path and the path of the text.
-
-Read from llama.cpp at 0c1e57098: ``tools/imatrix/imatrix.cpp``, ``common/imatrix-loader.cpp``.
+Both forms of the file, and what is refused: formats/imatrix.md. Read from llama.cpp at 0c1e57098:
+``tools/imatrix/imatrix.cpp``, ``common/imatrix-loader.cpp``.
 """
 
 from __future__ import annotations
