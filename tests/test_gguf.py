@@ -388,6 +388,31 @@ def test_we_read_what_gguf_writes(tmp_path: Path) -> None:
     model.close()
 
 
+def test_arrays_of_strings_are_read_on_demand(tmp_path: Path) -> None:
+    path = tmp_path / "t.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_array("a.numbers", [1, 2])
+    writer.add_array("a.words", ["one", "", "drei €"])
+    writer.add_string("a.word", "one")
+    writer.add_tensor("w", np.arange(8, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = open_gguf(path)
+    try:
+        assert model.metadata["a.words"] == "[3 values]"
+        assert [model.strings(key) for key in ("a.words", "a.word", "a.numbers", "none")] == [
+            ("one", "", "drei €"),
+            None,
+            None,
+            None,
+        ]
+        assert model.values(model.tensors[0], 0, 8).tolist() == list(range(8))
+    finally:
+        model.close()
+
+
 @pytest.mark.parametrize("name", ["F32", "BF16", "I64", "Q4_0", "Q5_0"])
 def test_any_run_of_values_is_a_slice_of_all(tmp_path: Path, name: str) -> None:
     expected = write_with_gguf(tmp_path / "m.gguf")[name]

@@ -15,7 +15,18 @@ import pytest
 from conftest import FORMATS, ROOT, environment
 
 PACKAGE = ROOT / "qconvert"
-DATA = ("errors", "model", "schemes", "ranges", "report", "geometry", "encoding", "progress")
+DATA = (
+    "errors",
+    "model",
+    "schemes",
+    "mixes",
+    "mix_rules",
+    "ranges",
+    "report",
+    "geometry",
+    "encoding",
+    "progress",
+)
 # What each layer may import besides itself; `qconvert` alone is the version.
 BELOW: dict[str, tuple[str, ...]] = {}
 for layer, own in (

@@ -100,6 +100,7 @@ class GgufModel:
             SourceFile(path.name, file.size, _sha256(file, header.data_start)),
         )
         self._file = file
+        self._header = header
         self._starts = {
             tensor.name: header.data_start + offset for tensor, offset in header.tensors
         }
@@ -125,6 +126,14 @@ class GgufModel:
         blocks = np.frombuffer(raw, np.uint8).reshape(-1, storage.nbytes)
         skipped = first * storage.block
         return self._decoded(tensor, blocks)[start - skipped : stop - skipped]
+
+    def strings(self, key: str) -> tuple[str, ...] | None:
+        """The values of an array of strings in the metadata; None if ``key`` is no such array.
+
+        Raises:
+            FormatError: a string is not UTF-8, or the file has become shorter.
+        """
+        return self._header.strings(key)
 
     def raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
         """Stored bytes ``offset..offset+size`` of the tensor.
@@ -211,6 +220,7 @@ class _Header:
         tensor_count = self._count("tensors", _INFO_BYTES, MAX_TENSORS)
         key_count = self._count("keys", _KEY_BYTES, MAX_KEYS)
         self.metadata: dict[str, str] = {}
+        self._array_starts: dict[str, int] = {}
         self._alignment = DEFAULT_ALIGNMENT
         for _ in range(key_count):
             self._read_key()
@@ -221,6 +231,16 @@ class _Header:
             -(-self._position // self._alignment) * self._alignment, self._file.size
         )
         self._check_places()
+        self._buffer = b""  # the header may be asked for strings later
+
+    def strings(self, key: str) -> tuple[str, ...] | None:
+        """See `GgufModel.strings`."""
+        if key not in self._array_starts:
+            return None
+        self._position = self._array_starts[key]
+        if self._u32() != _STRING:
+            return None
+        return tuple(self._string(f"string in '{key}'") for _ in range(self._u64()))
 
     def _check_version(self) -> None:
         magic = self._take(4)
@@ -273,6 +293,7 @@ class _Header:
 
     def _skip_array(self, key: str) -> int:
         """Pass over an array; its number of values."""
+        self._array_starts[key] = self._position
         kind = self._u32()
         if kind == _ARRAY:
             raise self._broken(f"key '{key}' is an array of arrays", "GGUF-NESTED-ARRAY")
