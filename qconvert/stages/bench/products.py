@@ -68,8 +68,8 @@ def product_section(
             reading = _reading_line(a.name, stored)
             section.lines.append(reading)
             against += (reading.name,)
-        for name, work, more in _works(a, stored, x, workers):
-            section.lines.append(line(name, work, len(stored.packed), against + more))
+        for name, work, beside in _works(a, stored, x, workers, against):
+            section.lines.append(line(name, work, len(stored.packed), beside))
     return section
 
 
@@ -99,9 +99,9 @@ def _reading_line(name: str, stored: _Rows) -> Line:
 
 
 def _works(
-    how: Affine, stored: _Rows, x: F32, workers: Workers
+    how: Affine, stored: _Rows, x: F32, workers: Workers, against: tuple[str, ...]
 ) -> Iterator[tuple[str, Callable[[], object], tuple[str, ...]]]:
-    """Name, work and what else to compare with of each line of a scheme."""
+    """Name, work and what to compare with of each line of a scheme."""
     a = dynamic_activations(x)
     parts = _cut(stored, workers.threads)
     alone = f"{how.name} x int8, 1 thread"
@@ -115,8 +115,8 @@ def _works(
 
     if len(parts) > 1:
         yield alone, lambda: product([stored], a), ()
-    yield f"{how.name} x int8", lambda: product(parts, a), (alone,)
-    yield f"{how.name} x float32", lambda: product(parts, dynamic_activations(x)), ()
+    yield f"{how.name} x int8", lambda: product(parts, a), (*against, alone)
+    yield f"{how.name} x float32", lambda: product(parts, dynamic_activations(x)), against
 
 
 def _cut(stored: _Rows, parts: int) -> list[_Rows]:
