@@ -50,11 +50,16 @@ class Line:
 
 @dataclass(slots=True)
 class Section:
-    """Lines that can be compared with each other, and those that cannot be had."""
+    """Lines that can be compared with each other, and those that cannot be had.
+
+    Attributes:
+        rest: seconds to wait before each run, for libraries whose threads spin after their work.
+    """
 
     name: str
     lines: list[Line] = field(default_factory=list)
     skipped: list[SkippedLine] = field(default_factory=list)
+    rest: float = 0
 
     def skip(self, name: str, reason: str) -> None:
         self.skipped.append(SkippedLine(self.name, name, reason))
@@ -76,6 +81,7 @@ def measure(
         line.run(clock)  # first touch
     for _ in range(runs):
         for line in section.lines:
+            time.sleep(section.rest)
             times[line.name].append(line.run(clock))
             progress.advance(1, line.name)
     whole = {line.name: [t / line.share for t in times[line.name]] for line in section.lines}

@@ -18,6 +18,7 @@ from qconvert.stages.bench.weights import F32, Affine, Weights, affine
 from qconvert.stages.parallel import Workers
 
 BLAS = "float32 BLAS"
+REST = 0.05  # seconds; OpenBLAS and ONNX Runtime let their threads spin for a while
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,9 @@ def product_section(
     """
     x = np.random.default_rng(1).standard_normal((rows, weights.values.shape[1]), np.float32)
     count = "1 row" if rows == 1 else f"{rows} rows"
-    section = Section(f"integer matmul, {count}, {weights.label}")
+    section = Section(
+        f"integer matmul, {count}, {weights.label}", rest=REST if workers.threads > 1 else 0
+    )
     operations = 2 * rows * weights.values.size / 1e9
 
     def line(
