@@ -253,29 +253,44 @@ class VerifyReport(Report):
 
 @dataclass
 class Measurement:
-    """One line of ``bench``: medians of several runs.
+    """One line of ``bench``.
 
     Attributes:
-        seconds: median time of one run.
-        rate: the line's own measure per second, in ``unit``.
-        ratio: time of the reference line divided by this time; above 1 is faster than it.
-        reference: name of the reference line.
+        section: what the line can be compared within.
+        times: seconds of each run, in order; the runs of all lines of a section took turns.
+        seconds: their median.
+        rate: the line's own measure per second of the median, in ``unit``.
+        gigabytes_per_second: of weights as the source or the packed codes hold them; None where
+            that says nothing.
+        ratios: speed in relation to other lines of the section, for the same amount of work: above
+            1 is faster than the line named.
     """
 
+    section: str
     name: str
-    runs: int
+    times: list[float]
     seconds: float
     rate: float
     unit: str
-    ratio: float | None = None
-    reference: str | None = None
+    gigabytes_per_second: float | None = None
+    ratios: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class SkippedLine:
+    """A line that could not be had here, and why."""
+
+    section: str
+    name: str
+    reason: str
 
 
 @dataclass
 class BenchReport(Report):
     SCHEMA: ClassVar[str] = "qconvert.bench/1"
 
-    subject: str
     machine: str
     threads: int
+    runs: int
     measurements: list[Measurement]
+    skipped: list[SkippedLine]

@@ -349,21 +349,48 @@ def verify(
 @app.command()
 def bench(
     file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="take the largest matrix of this model")
+        Path | None,
+        typer.Argument(metavar="MODEL", help="take its largest matrix, or with --end-to-end all"),
     ] = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            "--shape", metavar="ROWSxCOLS", help="Gaussian weights of this shape; repeatable"
+            "--shape",
+            metavar="ROWSxCOLS",
+            help="Gaussian weights of this shape; repeatable [4096x4096]",
         ),
     ] = None,
-    scheme: SchemeName = "q4_block64",
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scheme", metavar="NAME", help="repeatable [q4_block64 and q8_block64]; see quantize"
+        ),
+    ] = None,
     range: Annotated[
         str | None, typer.Option("--range", metavar="METHOD", help="minmax, percentile or mse")
     ] = None,
     rows: Annotated[
-        int, typer.Option("--rows", min=1, metavar="N", help="activation rows of the products")
-    ] = 32,
+        int,
+        typer.Option(
+            "--rows", min=1, metavar="N", help="activation rows of the products, besides 1"
+        ),
+    ] = 512,
+    end_to_end: Annotated[
+        bool,
+        typer.Option(
+            "--end-to-end",
+            help="whole conversions of MODEL instead, against copying it and other programs",
+        ),
+    ] = False,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--work-dir",
+            metavar="DIR",
+            help="of --end-to-end [beside MODEL]; on a memory file system such as /dev/shm the "
+            "disk plays no part",
+        ),
+    ] = None,
     runs: Annotated[int, typer.Option("--runs", min=1, metavar="N", help="medians of so many")] = 5,
     threads: Annotated[int, typer.Option("--threads", min=1, metavar="N")] = 1,
     json: Json = False,
@@ -372,29 +399,37 @@ def bench(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """Measure quantization, dequantization and the integer product.
+    """Measure kernels, the integer matrix product, or whole conversions.
+
+    Everything is held against references in the same run: copying, float32 BLAS, gguf-py, and where
+    they are installed ONNX Runtime (qconvert[bench]) and llama-quantize.
 
     \b
     Examples:
       qconvert bench
-      qconvert bench model.safetensors --scheme q8_block64 --threads 2
-      qconvert bench --shape 4096x4096 --shape 4096x11008 --json
+      qconvert bench --shape 4096x11008 --scheme q6_block32 --threads 2 --json
+      qconvert bench model.safetensors --end-to-end --scheme q8_0 --work-dir /dev/shm
     """
     from qconvert.cli import render
     from qconvert.stages.bench import BenchOptions
     from qconvert.stages.bench import bench as stage
 
     if file and shape:
-        raise UsageError("FILE and --shape exclude each other")
-    shapes = tuple(_shape(text) for text in shape or ("4096x4096",))
+        raise UsageError("MODEL and --shape exclude each other")
+    if end_to_end and file is None:
+        raise UsageError("--end-to-end needs a MODEL")
+    if work_dir and not end_to_end:
+        raise UsageError("--work-dir goes with --end-to-end")
     options = BenchOptions(
-        scheme=parse_scheme(scheme),
+        schemes=tuple(dict.fromkeys(map(parse_scheme, scheme or ("q4_block64", "q8_block64")))),
         file=file,
-        shapes=shapes,
+        shapes=tuple(dict.fromkeys(map(_shape, shape or ("4096x4096",)))),
         rows=rows,
         runs=runs,
         threads=threads,
         range=_range(range, None),
+        end_to_end=end_to_end,
+        work_dir=work_dir,
     )
     with render.Emitter(json, report, force, quiet, False, [file] if file else []) as emitter:
         return emitter.emit(stage(options, emitter.progress), render.bench_text)

@@ -392,26 +392,20 @@ def _worse(t: VerifiedTensor) -> float:
 
 
 def bench_text(r: BenchReport) -> str:
-    rows = [
-        (
-            m.name,
-            f"{1000 * m.seconds:.1f} ms",
-            f"{m.rate:.4g} {m.unit}",
-            "-" if m.ratio is None else f"{m.ratio:.3g} x",
-            m.reference or "",
-        )
-        for m in r.measurements
-    ]
-    columns = [
-        ("what", "left"),
-        ("median", "right"),
-        ("rate", "right"),
-        ("speed", "right"),
-        ("of", "left"),
-    ]
-    runs = r.measurements[0].runs if r.measurements else 0
-    return (
-        f"{printable(r.subject)}; {r.machine}; {r.threads} threads, medians of {runs} runs\n\n"
-        + table(columns, rows)
-        + f"\nkernels    {r.kernels}\n"
-    )
+    parts = [f"{r.machine}; {r.threads} threads, medians of {r.runs} runs that took turns\n"]
+    sections = dict.fromkeys([m.section for m in r.measurements] + [s.section for s in r.skipped])
+    for section in sections:
+        rows = []
+        for m in (m for m in r.measurements if m.section == section):
+            figures = (f"{1000 * m.seconds:.4g} ms", f"{m.rate:.4g} {m.unit}")
+            head = (m.name, *figures, number(m.gigabytes_per_second, 3))
+            ratios = [(f"{number(x, 3)} x", name) for name, x in m.ratios.items()] or [("", "")]
+            rows += [(*(head if i == 0 else ("",) * 4), *x) for i, x in enumerate(ratios)]
+        columns = [(section, "left"), ("median", "right"), ("rate", "right"), ("GB/s", "right")]
+        parts.append("\n" + table([*columns, ("speed", "right"), ("of", "left")], rows))
+        parts += [
+            f"skipped    {printable(s.name)}: {printable(s.reason)}\n"
+            for s in r.skipped
+            if s.section == section
+        ]
+    return "".join(parts) + f"\nkernels    {r.kernels}\ntime       {duration(r.seconds)}\n"

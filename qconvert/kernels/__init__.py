@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from qconvert.errors import MachineError, UsageError
+from qconvert.kernels import reference
 from qconvert.kernels.reference import HISTOGRAM_BINS, Moments, lane_sum, zero_steps
 
 VARIABLE = "QCONVERT_KERNELS"
@@ -101,10 +104,43 @@ else:
         widen,
     )
 
+
+def available() -> tuple[str, ...]:
+    """What `running` takes here, the fastest last; the reference alone where it was chosen."""
+    return ("reference", *(fused.variants() if fused is not None else ()))
+
+
+@contextmanager
+def running(name: str) -> Iterator[None]:
+    """Run ``name``, one of `available`, inside the block, in all threads; for measurements.
+
+    ``widen`` stays: what reads files has bound it.
+    """
+    chosen = fused
+    if chosen is not None and name != "reference":
+        before = chosen.variant()
+        chosen.select(name)
+        try:
+            yield
+        finally:
+            chosen.select(before)
+        return
+    own = globals()
+    switched = {"fused": None}
+    switched |= {k: v for k, v in vars(reference).items() if k in __all__}
+    before = {k: own[k] for k in switched}
+    own.update(switched)
+    try:
+        yield
+    finally:
+        own.update(before)
+
+
 __all__ = [
     "HISTOGRAM_BINS",
     "Moments",
     "all_finite",
+    "available",
     "code_sums",
     "column_sums",
     "decode",
@@ -118,6 +154,7 @@ __all__ = [
     "lane_sum",
     "moments",
     "pack",
+    "running",
     "unpack",
     "widen",
     "zero_steps",

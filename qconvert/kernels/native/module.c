@@ -581,11 +581,11 @@ static PyObject *integer_product(PyObject *module, PyObject *args) {
 /* The bound of section 7, without which accumulators and bytes could overflow. */
 static int zeros_fit(const Product *task) {
     const int32_t top = zero_top(task->scheme.bits);
-    int fit = 1;
+    int32_t signs = 0; /* negative when a zero point or its distance from the top is */
     for (size_t i = 0; i < task->rows * task->groups; i++) {
-        fit &= task->zero[i] >= 0 && task->zero[i] <= top;
+        signs |= task->zero[i] | (int32_t)((uint32_t)top - (uint32_t)task->zero[i]);
     }
-    return require(fit, "a zero point out of range");
+    return signs >= 0;
 }
 
 static PyObject *product(PyObject *module, PyObject *args) {
@@ -594,7 +594,7 @@ static PyObject *product(PyObject *module, PyObject *args) {
     Buffers held = {0};
     PyObject *codes, *scales, *zeros, *activations, *out;
     Py_ssize_t rows, row_codes, columns, groups, samples, block;
-    int bits, symmetric, zero_point, status;
+    int bits, symmetric, zero_point, fit, status;
     Product task;
     if (!PyArg_ParseTuple(args, "OnnnOOnipnOniO", &codes, &rows, &row_codes, &columns, &scales,
                           &zeros, &groups, &bits, &symmetric, &block, &activations, &samples,
@@ -619,12 +619,13 @@ static PyObject *product(PyObject *module, PyObject *args) {
     task.groups = (size_t)groups;
     task.samples = (size_t)samples;
     task.zero_point = zero_point;
-    if (!symmetric && !zeros_fit(&task)) {
+    Py_BEGIN_ALLOW_THREADS
+    fit = symmetric || zeros_fit(&task);
+    status = fit ? kernels->product(&task) : DONE;
+    Py_END_ALLOW_THREADS
+    if (!require(fit, "a zero point out of range")) {
         return done(&held, NULL);
     }
-    Py_BEGIN_ALLOW_THREADS
-    status = kernels->product(&task);
-    Py_END_ALLOW_THREADS
     return done_or_no_memory(&held, status);
 }
 

@@ -1,0 +1,80 @@
+"""bench: how fast qconvert is on this machine, held against references in the same run.
+
+Three kinds of section, each a table of lines (`lines`): kernels (`conversions`), the integer matrix
+product (`products`) and a whole conversion (`end_to_end`). What others wrote and is not installed
+here is named as skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Generator
+from contextlib import ExitStack, closing
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from qconvert import kernels
+from qconvert.errors import UsageError
+from qconvert.progress import Progress, Silent
+from qconvert.report import BenchReport
+from qconvert.schemes import AffineScheme
+from qconvert.stages.bench.conversions import conversion_section
+from qconvert.stages.bench.end_to_end import end_to_end_section
+from qconvert.stages.bench.lines import Section, measure
+from qconvert.stages.bench.options import BenchOptions
+from qconvert.stages.bench.products import product_section
+from qconvert.stages.bench.weights import from_file, gaussian
+from qconvert.stages.parallel import Workers
+
+__all__ = ["BenchOptions", "bench"]
+
+
+def bench(options: BenchOptions, progress: Progress | None = None) -> BenchReport:
+    """Measure.
+
+    Raises:
+        InputError: the file has no matrix to measure with, or cannot be converted.
+        UsageError: a scheme has nothing to measure, or not with these weights.
+        MachineError: the directory of a whole conversion cannot be used.
+    """
+    started = time.perf_counter()
+    progress = progress or Silent()
+    report = BenchReport(
+        kernels=kernels.describe(),
+        machine=f"{platform.machine()}, {os.cpu_count()} processors, NumPy {np.__version__}",
+        threads=options.threads,
+        runs=options.runs,
+        measurements=[],
+        skipped=[],
+    )
+    sections = _whole(options) if options.end_to_end else _parts(options)
+    with closing(sections), threadpool_limits(options.threads):
+        for section in sections:
+            progress.begin(f"bench {section.name}", options.runs * len(section.lines), "runs")
+            report.measurements += measure(section, options.runs, progress)
+            report.skipped += section.skipped
+            progress.end()
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _whole(options: BenchOptions) -> Generator[Section]:
+    if options.file is None:
+        raise UsageError("an end-to-end measurement needs a model", hint="qconvert bench MODEL")
+    with ExitStack() as stack:
+        yield end_to_end_section(options.file, options, stack)
+
+
+def _parts(options: BenchOptions) -> Generator[Section]:
+    """Kernels and products; each section frees its memory and files before the next."""
+    subjects = [from_file(options.file)] if options.file else map(gaussian, options.shapes)
+    for weights in subjects:
+        with ExitStack() as stack:
+            workers = stack.enter_context(Workers(options.threads))
+            yield conversion_section(weights, options, workers, stack)
+            schemes = [s for s in options.schemes if isinstance(s, AffineScheme)]
+            for rows in dict.fromkeys((1, options.rows)) if schemes else ():
+                yield product_section(weights, schemes, rows, options.range, workers)
