@@ -155,7 +155,7 @@ def _tokenizer(
     file = TokenizerJson(fields, directory / TOKENIZER)
     vocabulary = read_vocabulary(file, size, pre_tokenizer)
     keys = vocabulary.keys | special_token_keys(file, vocabulary, settings, config)
-    return keys | chat_template_keys(settings, text), vocabulary.warnings
+    return keys | chat_template_keys(settings, text), tuple(file.warnings)
 
 
 def _no_tokenizer(directory: Path) -> InputError:

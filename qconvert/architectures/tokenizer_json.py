@@ -28,6 +28,7 @@ class TokenizerJson:
         fields: the whole object.
         model: its vocabulary and merges.
         added: tokens beside the vocabulary, or in it and treated on their own.
+        warnings: in which cases llama.cpp will give other tokens; whoever reads the file adds them.
 
     Raises:
         FormatError: the object has not these parts.
@@ -41,6 +42,7 @@ class TokenizerJson:
             raise self.broken("no 'model', an object", model)
         self.model: dict[str, Any] = model
         self.added = tuple(self._added())
+        self.warnings: list[str] = []
 
     def steps(self, part: str) -> list[dict[str, Any]]:
         """The steps of a normalizer, pre-tokenizer or post-processor, sequences laid flat."""

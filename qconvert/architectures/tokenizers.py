@@ -26,6 +26,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+# Some versions of transformers left out the first merge; many more are another kind of tokenizer.
+MAX_UNLISTED = 0.01  # pairs for each token
 _UNREACHABLE = -10000.0  # score of a token that fills up the vocabulary
 # llama.cpp composes no characters; usual text is composed already.
 _HARMLESS = frozenset({"NFC"})
@@ -39,19 +41,17 @@ class Vocabulary:
         keys: what the file says about them.
         ids: of all tokens, by the text that tokenizer.json gives them.
         size: number of tokens, those that fill it up included.
-        warnings: in which cases llama.cpp will give other tokens.
     """
 
     keys: Keys
     ids: dict[str, int]
     size: int
-    warnings: tuple[str, ...]
 
 
 def read_vocabulary(
     tokenizer: TokenizerJson, size: int, pre_tokenizer: str | None = None
 ) -> Vocabulary:
-    """The tokens of a model.
+    """The tokens of a model; what llama.cpp does otherwise is added to the file's warnings.
 
     Args:
         tokenizer: the file.
@@ -77,13 +77,13 @@ def read_vocabulary(
     if kind == "gpt2":
         keys["tokenizer.ggml.pre"] = pre_tokenizer or pre_tokenizer_name(tokenizer)
     keys |= read(tokenizer, size)
-    warnings = tuple(
+    tokenizer.warnings += (
         f"llama.cpp does not apply the tokenizer's normalizer '{step}': "
         "text that it would change gets other tokens"
         for step in tokenizer.step_types("normalizer")
         if step not in normalizers and step not in _HARMLESS
     )
-    return Vocabulary(keys, _ids(tokenizer), size, warnings)
+    return Vocabulary(keys, _ids(tokenizer), size)
 
 
 def _kind(tokenizer: TokenizerJson) -> str:
@@ -135,31 +135,44 @@ def _merge_scores(tokenizer: TokenizerJson, table: _Table) -> list[float]:
     """Scores by which SentencePiece merges as the list of merges does.
 
     SentencePiece merges the pair whose result has the highest score, and takes every pair whose
-    result is a token. So a score is the first rank that yields the token, negative.
+    result is a token. So a score is the first rank that yields the token, negative; a token that
+    no merge yields comes where its id stands, for ids are in the order of merges too.
 
     Raises:
-        UnsupportedError: a pair would be merged that the list does not have.
+        UnsupportedError: more than a slip: the merges are not those of a SentencePiece model.
     """
     merges = tokenizer.merges()
-    listed = set(merges)
     rank: dict[str, int] = {}
     for i, (left, right) in enumerate(merges):
         rank.setdefault(left + right, i)
+    unlisted = _unlisted(set(merges), table)
+    if len(unlisted) > MAX_UNLISTED * len(table.tokens):
+        raise tokenizer.unlike(
+            "its merges, for SentencePiece merges whatever gives a token",
+            f"{len(unlisted)} such pairs that it does not merge, the first {unlisted[0]}",
+        )
+    if unlisted:
+        tokenizer.warnings.append(
+            f"llama.cpp merges {len(unlisted)} pairs of tokens that the tokenizer does not, "
+            f"such as {unlisted[0]}"
+        )
+    scores = []
+    previous = -1.0
+    for token, kind in zip(table.tokens, table.types, strict=True):
+        if token is not None and kind == NORMAL:
+            previous = float(rank.get(token, previous))
+            scores.append(-previous)
+        else:
+            scores.append(_UNREACHABLE if kind == UNUSED else 0.0)
+    return scores
+
+
+def _unlisted(listed: set[tuple[str, str]], table: _Table) -> list[tuple[str, str]]:
+    """Pairs of tokens that give a token without being merges, in the order of that token's id."""
     typed = zip(table.tokens, table.types, strict=True)
-    normal = {token for token, kind in typed if token is not None and kind == NORMAL}
-    for token in normal:
-        for cut in range(1, len(token)):
-            pair = token[:cut], token[cut:]
-            if pair not in listed and normal.issuperset(pair):
-                raise tokenizer.unlike(
-                    "its merges, which SentencePiece would all do",
-                    f"no merge of {pair[0]!r} and {pair[1]!r}, though {token!r} is a token",
-                )
-    scores = {UNUSED: _UNREACHABLE, NORMAL: -float(len(merges))}
-    return [
-        -float(rank[token]) if kind == NORMAL and token in rank else scores.get(kind, 0.0)
-        for token, kind in zip(table.tokens, table.types, strict=True)
-    ]
+    normal = {token: None for token, kind in typed if token is not None and kind == NORMAL}
+    cuts = ((token[:cut], token[cut:]) for token in normal for cut in range(1, len(token)))
+    return [p for p in cuts if p not in listed and p[0] in normal and p[1] in normal]
 
 
 def _unigram(tokenizer: TokenizerJson, size: int) -> Keys:
