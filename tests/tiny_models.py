@@ -386,7 +386,7 @@ def write_directory(
     (directory / "config.json").write_text(json.dumps(whole))
     tokenizer = TOKENIZERS[kind] if tokenizer is None else tokenizer
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
-    named = {t["content"] for t in tokenizer.get("added_tokens", [])}
+    named = {t.get("content") for t in tokenizer.get("added_tokens", [])}
     settings = {
         f"{role}_token": text
         for role, text in (
