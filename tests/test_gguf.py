@@ -1,6 +1,6 @@
 """GGUF: block types against gguf-py, the reader and the writer against its reader and writer.
 
-Not checked here: that llama.cpp loads what is written, which needs llama.cpp.
+That llama.cpp loads what is written is checked in test_llama_cpp.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from qconvert.errors import FormatError, InputError, QconvertError, UnsupportedError
 from qconvert.files.gguf import MAX_HEADER, GgufModel, open_gguf
-from qconvert.files.gguf_writer import GgufTensor, GgufWriter, check_gguf
+from qconvert.files.gguf_writer import GgufTensor, GgufValue, GgufWriter, check_gguf
 from qconvert.model import Model, TensorInfo
 from qconvert.quantizers.ggml import GGML_BLOCKS, affine_parts, finite_scales
 
@@ -204,6 +204,35 @@ def test_gguf_reads_what_we_write(tmp_path: Path) -> None:
     assert reader.get_field("general.alignment") is None
 
 
+TYPED: dict[str, tuple[Any, list[str], Any]] = {
+    # key: what is given, the types in the file, what gguf-py reads
+    "words": (["", "zwölf", "Ġthe"], ["ARRAY", "STRING"], ["", "zwölf", "Ġthe"]),
+    "counts": ([1, 2], ["ARRAY", "UINT32"], [1, 2]),
+    "some negative": ((1, -2), ["ARRAY", "INT32"], [1, -2]),
+    "some large": ([1, 1 << 40], ["ARRAY", "UINT64"], [1, 1 << 40]),
+    "numbers": ([0.5, -2.0], ["ARRAY", "FLOAT32"], [0.5, -2.0]),
+    "flags": ([True, False], ["ARRAY", "BOOL"], [True, False]),
+    "types": (GgufValue("INT32", [1, 6]), ["ARRAY", "INT32"], [1, 6]),
+    "charsmap": (GgufValue("UINT8", [0, 255]), ["ARRAY", "UINT8"], [0, 255]),
+    "narrow": (GgufValue("UINT16", 3), ["UINT16"], 3),
+    "wide": (GgufValue("FLOAT64", 0.1), ["FLOAT64"], 0.1),
+    "signed": (GgufValue("INT32", 3), ["INT32"], 3),
+}
+
+
+def test_arrays_and_stated_types_are_written_as_gguf_reads_them(tmp_path: Path) -> None:
+    keys = {key: given for key, (given, _, _) in TYPED.items()}
+    GgufWriter(tmp_path / "m.gguf", {"general.architecture": "raw", **keys}, []).finish()
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    for key, (_, types, wanted) in TYPED.items():
+        field = reader.get_field(key)
+        assert [t.name for t in field.types] == types, key
+        assert field.contents() == wanted, key
+    ours = open_gguf(tmp_path / "m.gguf")
+    assert ours.metadata["counts"] == "[2 values]"
+    ours.close()
+
+
 def test_we_read_what_we_write(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     data = payloads(WRITTEN)
@@ -266,6 +295,15 @@ def test_a_name_of_63_bytes_is_written(tmp_path: Path) -> None:
         ("GGUF-VALUE", {"general.architecture": "raw", "k": 1e300}),
         ("GGUF-VALUE", {"general.architecture": "raw", "k": "\ud800"}),
         ("GGUF-KEY", {"general.architecture": "raw", "": 1}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": []}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": ["a", 1]}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": [1, True]}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": [[1], [2]]}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": ["\ud800"]}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": GgufValue("UINT32", -1)}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": GgufValue("UINT8", [0, 256])}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": GgufValue("FLOAT32", 1)}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": GgufValue("INT32", True)}),
     ],
 )
 def test_metadata_that_gguf_cannot_hold_is_refused_before_writing(
