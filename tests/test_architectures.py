@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from tiny_models import CONFIGS, TOKENIZERS, Tensors, byte_level, weights, write_directory
 
 from qconvert.architectures import GgufSource, open_gguf_source, supported
-from qconvert.architectures.families import FAMILIES
+from qconvert.architectures.families import FAMILIES, hyper_parameters
+from qconvert.architectures.source import read_config
 from qconvert.errors import FormatError, InputError, QconvertError, UnsupportedError
 from qconvert.files import open_model
 from qconvert.files.gguf_writer import GgufTensor, GgufValue, GgufWriter
@@ -422,6 +423,101 @@ def test_hyper_parameters_become_keys(name: str, tmp_path: Path) -> None:
     assert {k: found.get(k) for k in KEYS[name]} == pytest.approx(KEYS[name])
 
 
+# Fields of published models, as far as they are read, and keys that follow from them.
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Llama 3.1 8B": (
+        {
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "hidden_act": "silu",
+            "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "max_position_embeddings": 131072, "vocab_size": 128256,
+            "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": False,
+            "rope_scaling": {
+                "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+        },
+        {"llama.attention.key_length": 128, "llama.rope.freq_base": 500000.0},
+    ),
+    "SmolLM2 135M": (
+        {
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 576, "hidden_act": "silu",
+            "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "max_position_embeddings": 8192, "vocab_size": 49152,
+            "rms_norm_eps": 1e-05, "rope_theta": 100000, "rope_scaling": None,
+            "rope_interleaved": False, "tie_word_embeddings": True,
+        },
+        {"llama.attention.key_length": 64, "llama.attention.head_count_kv": 3},
+    ),
+    "Qwen3 30B A3B": (
+        {
+            "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "hidden_act": "silu",
+            "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
+            "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 40960,
+            "vocab_size": 151936, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+            "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+            "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+            "sliding_window": None, "use_sliding_window": False, "attention_bias": False,
+        },
+        {"qwen3moe.expert_count": 128, "qwen3moe.expert_feed_forward_length": 768},
+    ),
+    "Gemma 2 27B": (
+        {
+            "architectures": ["Gemma2ForCausalLM"], "hidden_size": 4608, "head_dim": 128,
+            "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+            "intermediate_size": 36864, "num_hidden_layers": 46, "num_attention_heads": 32,
+            "num_key_value_heads": 16, "max_position_embeddings": 8192, "vocab_size": 256000,
+            "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "query_pre_attn_scalar": 144,
+            "sliding_window": 4096, "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        {"gemma2.attention.key_length": 128, "gemma2.attention.sliding_window": 4096},
+    ),
+    "Gemma 3 27B": (
+        {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "text_config": {
+                "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504,
+                "num_attention_heads": 32, "num_hidden_layers": 62, "num_key_value_heads": 16,
+                "query_pre_attn_scalar": 168, "sliding_window": 1024,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            },
+        },
+        {
+            "gemma3.rope.scaling.factor": 8.0, "gemma3.rope.freq_base": 1e6,
+            "gemma3.rope.freq_base_swa": 1e4, "gemma3.vocab_size": 262208,
+            "gemma3.attention.layer_norm_rms_epsilon": 1e-6, "gemma3.context_length": 131072,
+        },
+    ),
+    "Phi 4 mini": (
+        {
+            "architectures": ["Phi3ForCausalLM"], "hidden_size": 3072, "hidden_act": "silu",
+            "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 24,
+            "num_key_value_heads": 8, "max_position_embeddings": 131072, "vocab_size": 200064,
+            "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 4096, "sliding_window": 262144,
+            "tie_word_embeddings": True, "attention_bias": False,
+            "rope_scaling": {
+                "type": "longrope", "long_factor": [1.5] * 48, "short_factor": [1.0] * 48,
+            },
+        },
+        {
+            "phi3.rope.dimension_count": 96, "phi3.rope.scaling.original_context_length": 4096,
+            "phi3.rope.scaling.attn_factor": 1.1902380714238083,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configurations_of_published_models_are_understood(name: str) -> None:
+    fields, wanted = PUBLISHED[name]
+    family, config = read_config(fields, Path("config.json"))
+    sizes = family.sizes(config)
+    keys, _ = hyper_parameters(family, config, sizes)
+    found = {k: v.value if isinstance(v, GgufValue) else v for k, v in keys.items()}
+    assert {k: found.get(k) for k in wanted} == pytest.approx(wanted)
+
+
 def test_values_have_the_types_that_llama_cpp_reads(tmp_path: Path) -> None:
     source = opened(write_directory(tmp_path / "m", "gemma2"))
     path = tmp_path / "m.gguf"
@@ -482,6 +578,7 @@ language:
 tags: [text-generation, small]
 base_model:
 - HuggingFaceTB/SmolLM2-135M
+datasets: [c4, HuggingFaceTB/smollm-corpus]
 model_name: Tiny
 ---
 # text
@@ -497,6 +594,7 @@ def test_the_model_card_gives_licence_languages_tags_and_base(tmp_path: Path) ->
         "general.architecture": "llama",
         "general.type": "model",
         "general.name": "Tiny",
+        "general.size_label": "97K",
         "general.license": "apache-2.0",
         "general.languages": ["en"],  # YAML 1.1 reads no as false
         "general.tags": ["text-generation", "small"],
@@ -504,6 +602,13 @@ def test_the_model_card_gives_licence_languages_tags_and_base(tmp_path: Path) ->
         "general.base_model.0.name": "SmolLM2-135M",
         "general.base_model.0.organization": "HuggingFaceTB",
         "general.base_model.0.repo_url": "https://huggingface.co/HuggingFaceTB/SmolLM2-135M",
+        "general.dataset.count": 2,
+        "general.dataset.0.name": "c4",
+        "general.dataset.1.name": "smollm-corpus",
+        "general.dataset.1.organization": "HuggingFaceTB",
+        "general.dataset.1.repo_url": (
+            "https://huggingface.co/datasets/HuggingFaceTB/smollm-corpus"
+        ),
         "general.sampling.top_k": 20,
         "general.sampling.temp": 0.6,
     }

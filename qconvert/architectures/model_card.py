@@ -34,15 +34,17 @@ def card_keys(readme: bytes | None, path: Path) -> Keys:
             keys[f"general.{name.replace('_', '.')}"] = fields[name]
     if isinstance(fields.get("model_name"), str):
         keys["general.name"] = fields["model_name"]
-    bases = _names(fields.get("base_model"))
-    if bases:
-        keys["general.base_model.count"] = GgufValue("UINT32", len(bases))
-    for i, base in enumerate(bases):
-        organisation, _, name = base.rpartition("/")
-        keys[f"general.base_model.{i}.name"] = name
-        if organisation:
-            keys[f"general.base_model.{i}.organization"] = organisation
-            keys[f"general.base_model.{i}.repo_url"] = _HUB + base
+    for field_name, key in (("base_model", "base_model"), ("datasets", "dataset")):
+        repositories = _names(fields.get(field_name))
+        if repositories:
+            keys[f"general.{key}.count"] = GgufValue("UINT32", len(repositories))
+        for i, repository in enumerate(repositories):
+            organisation, _, name = repository.rpartition("/")
+            keys[f"general.{key}.{i}.name"] = name or repository
+            if organisation:
+                keys[f"general.{key}.{i}.organization"] = organisation
+                folder = "datasets/" if key == "dataset" else ""
+                keys[f"general.{key}.{i}.repo_url"] = f"{_HUB}{folder}{repository}"
     for field_name, key in (("tags", "general.tags"), ("language", "general.languages")):
         if names := _names(fields.get(field_name)):
             keys[key] = GgufValue("STRING", names)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
+
 from qconvert.architectures.config import Config
 from qconvert.architectures.families import Family, Sizes, family_of, hyper_parameters
 from qconvert.architectures.mapped import MappedModel
@@ -78,7 +80,7 @@ def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufS
             hint="give the directory, or write the tensors as they are with --raw",
             code="ARCH-NO-CONFIG",
         )
-    family, config = _family_and_config(fields, directory / CONFIG)
+    family, config = read_config(fields, directory / CONFIG)
     sizes = family.sizes(config)
     keys, rope = hyper_parameters(family, config, sizes)
     tensors, dropped = map_tensors(model, family, config, sizes, rope.tensors)
@@ -89,6 +91,7 @@ def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufS
         "general.architecture": family.arch,
         "general.type": "model",
         "general.name": directory.resolve().name,
+        "general.size_label": _size_label(mapped, sizes.named.get("experts", 0)),
     }
     metadata |= card_keys(read_companion(directory, "README.md"), directory / "README.md")
     metadata |= _sampling(directory)
@@ -117,7 +120,12 @@ def _json(directory: Path, name: str) -> dict[str, Any] | None:
     return fields
 
 
-def _family_and_config(fields: dict[str, Any], path: Path) -> tuple[Family, Config]:
+def read_config(fields: dict[str, Any], path: Path) -> tuple[Family, Config]:
+    """The row of the table, and the language model's fields with the family's defaults.
+
+    Raises:
+        UnsupportedError: no such architecture, or weights that are quantized already.
+    """
     if fields.get("quantization_config") is not None:
         raise UnsupportedError(
             "checkpoint is quantized already",
@@ -172,6 +180,14 @@ def _no_tokenizer(directory: Path) -> InputError:
     )
 
 
+def _size_label(model: MappedModel, experts: int) -> str:
+    """Number of parameters as names of models give it, such as 135M or 8x7B."""
+    total = sum(t.size for t in model.tensors)
+    stacked = sum(t.size for t in model.tensors if t.name.endswith("_exps.weight"))
+    each = stacked // max(experts, 1)
+    return str(gguf.size_label(total, total - stacked, each, experts))
+
+
 def _sampling(directory: Path) -> dict[str, MetadataValue]:
     """What the model's makers recommend for sampling, which llama.cpp takes as its defaults."""
     fields = _json(directory, "generation_config.json") or {}
@@ -207,7 +223,7 @@ def _window_warnings(config: Config, family: Family, sizes: Sizes) -> tuple[str,
     if (
         window is None
         or window >= sizes.named["context"]
-        or family.arch in ("gemma2", "gemma3", "phi3")
+        or family.arch in ("gemma2", "gemma3")
         or config.get("use_sliding_window") is False
     ):
         return ()
