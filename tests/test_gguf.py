@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from qconvert.errors import FormatError, InputError, QconvertError, UnsupportedError
 from qconvert.files.gguf import MAX_HEADER, GgufModel, open_gguf
+from qconvert.files.gguf_split import SplitGgufWriter, plan_shards, shard_path
 from qconvert.files.gguf_writer import GgufTensor, GgufValue, GgufWriter, check_gguf
 from qconvert.model import Model, TensorInfo
 from qconvert.quantizers.ggml import GGML_BLOCKS, affine_parts, finite_scales
@@ -231,6 +232,53 @@ def test_arrays_and_stated_types_are_written_as_gguf_reads_them(tmp_path: Path) 
     ours = open_gguf(tmp_path / "m.gguf")
     assert ours.metadata["counts"] == "[2 values]"
     ours.close()
+
+
+def test_a_model_is_split_at_tensors(tmp_path: Path) -> None:
+    assert shard_path(Path("d/m.gguf"), 1, 12) == Path("d/m-00001-of-00012.gguf")
+    sizes = [t.nbytes for t in WRITTEN]
+    assert sizes == [108, 20, 2, 204, 56, 18]
+    assert plan_shards(WRITTEN, 130) == [3, 1, 2]
+    assert plan_shards(WRITTEN, 1) == [1] * 6
+    assert plan_shards(WRITTEN, 10_000) == [6]
+    many = [GgufTensor("t", (1,), "F32")] * 65_536
+    with pytest.raises(UnsupportedError) as refusal:
+        plan_shards(many, 1)
+    assert refusal.value.code == "GGUF-SHARDS"
+    counts = [3, 1, 2]
+    paths = [shard_path(tmp_path / "m.gguf", i, 3) for i in (1, 2, 3)]
+    data = payloads(WRITTEN)
+    writer = SplitGgufWriter(paths, KEYS, WRITTEN, counts)
+    with pytest.raises(RuntimeError, match="file 2"):
+        writer.finish()
+    for index, payload in enumerate(data):
+        writer.begin(index)
+        writer.append(payload)
+    writer.finish()
+    assert sorted(tmp_path.iterdir()) == paths
+    found = []
+    for number, path in enumerate(paths):
+        reader = gguf.GGUFReader(path)
+        found += [(t.name, t.data.tobytes()) for t in reader.tensors]
+        assert len(reader.tensors) == counts[number]
+        for key, wanted in (
+            ("split.no", ("UINT16", number)),
+            ("split.count", ("UINT16", 3)),
+            ("split.tensors.count", ("INT32", 6)),
+            ("general.architecture", ("STRING", "llama")),
+        ):
+            field = reader.get_field(key)
+            assert (field.types[0].name, field.contents()) == wanted
+        assert (reader.get_field("general.name") is not None) == (number == 0)
+    assert found == [(t.name, d) for t, d in zip(WRITTEN, data, strict=True)]
+
+
+def test_a_name_in_two_files_of_a_model_is_refused_before_writing(tmp_path: Path) -> None:
+    paths = [shard_path(tmp_path / "m.gguf", i, 2) for i in (1, 2)]
+    with pytest.raises(UnsupportedError) as refusal:
+        SplitGgufWriter(paths, KEYS, [GgufTensor("t", (1,), "F32")] * 2, [1, 1])
+    assert refusal.value.code == "GGUF-DUPLICATE-TENSOR"
+    assert not list(tmp_path.iterdir())
 
 
 def test_we_read_what_we_write(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tiny_models import CONFIGS, TOKENIZERS, weights, write_directory
 
 from qconvert.architectures import open_gguf_source
 from qconvert.files import open_model
+from qconvert.files.gguf_split import SplitGgufWriter, plan_shards, shard_path
 from qconvert.files.gguf_writer import GgufTensor, GgufWriter
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp: pip install qconvert[llama]")
@@ -46,8 +47,13 @@ def silent(level: int, text: bytes, data: object) -> None:
 llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
 
 
-def write_gguf(directory: Path, path: Path, matrices: str = "F32") -> Path:
-    """A directory as GGUF, matrices in one type and what llama.cpp wants so in F32."""
+def write_gguf(
+    directory: Path, path: Path, matrices: str = "F32", limit: int | None = None
+) -> Path:
+    """A directory as GGUF, matrices in one type and what llama.cpp wants so in F32.
+
+    With a limit in several files; the first is returned.
+    """
     source = open_gguf_source(open_model(directory))
     kept = ("norm.weight", "ffn_gate_inp.weight", "position_embd.weight", "token_types.weight")
     tensors = [
@@ -58,7 +64,13 @@ def write_gguf(directory: Path, path: Path, matrices: str = "F32") -> Path:
         )
         for t in source.model.tensors
     ]
-    writer = GgufWriter(path, source.metadata, tensors)
+    writer: GgufWriter | SplitGgufWriter
+    if limit is None:
+        writer = GgufWriter(path, source.metadata, tensors)
+    else:
+        counts = plan_shards(tensors, limit)
+        paths = [shard_path(path, n + 1, len(counts)) for n in range(len(counts))]
+        writer, path = SplitGgufWriter(paths, source.metadata, tensors, counts), paths[0]
     for i, (tensor, written) in enumerate(zip(source.model.tensors, tensors, strict=True)):
         writer.begin(i)
         stored = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}[written.ggml_type]
@@ -142,6 +154,14 @@ def test_half_precision_stays_within_a_hundredth(name: str, tmp_path: Path) -> N
     with loaded(write_gguf(directory, tmp_path / "m.gguf", "F16")) as model:
         found = outputs(model, GOLDEN[name]["ids"], encoder=name == "bert")
     assert largest_error(found, GOLDEN[name]) < 1e-2
+
+
+def test_llama_cpp_finds_all_files_of_a_split_model(tmp_path: Path) -> None:
+    directory = write_directory(tmp_path / "tiny", "qwen3")
+    first = write_gguf(directory, tmp_path / "m.gguf", limit=100_000)
+    assert first.name == "m-00001-of-00006.gguf"
+    with loaded(first) as model:
+        assert largest_error(outputs(model, GOLDEN["qwen3"]["ids"]), GOLDEN["qwen3"]) < 5e-5
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
