@@ -789,7 +789,13 @@ def refused(directory: Path, **options: Any) -> QconvertError:
         ("llama", "ARCH-CONFIG", {"hidden_size": None}),
         ("llama", "ARCH-CONFIG", {"hidden_size": "64"}),
         ("llama", "ARCH-CONFIG", {"hidden_size": True}),
-        ("llama", "ARCH-CONFIG", {"num_hidden_layers": 1 << 40}),
+        ("llama", "ARCH-CONFIG", {"num_hidden_layers": 1 << 30}),
+        ("llama", "ARCH-CONFIG", {"head_dim": 1 << 30}),
+        ("llama", "ARCH-HEADS", {"hidden_size": 1 << 30}),
+        ("gemma3", "ARCH-CONFIG", {"num_hidden_layers": 1 << 30}),
+        ("mixtral", "ARCH-CONFIG", {"num_local_experts": 1 << 30}),
+        ("llama", "ARCH-SHAPE", {"vocab_size": 1 << 30}),
+        ("llama-3-scaling", "ARCH-CONFIG", {"rope_scaling": {"type": "llama3", "factor": 8.0}}),
         ("llama", "ARCH-CONFIG", {"rms_norm_eps": -1}),
         ("llama", "ARCH-CONFIG", {"tie_word_embeddings": "no"}),
         ("llama", "ARCH-CONFIG", {"rope_scaling": []}),
@@ -861,6 +867,14 @@ def test_a_link_out_of_the_directory_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("---\nlicense: mit\n---\n")
     (directory / "README.md").symlink_to(tmp_path / "secret")
     assert refused(directory).code == "ST-OUTSIDE"
+
+
+def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    tensors = weights(CONFIGS["bert"])
+    twice = "bert.embeddings.word_embeddings.weight"
+    tensors[twice] = tensors["embeddings.word_embeddings.weight"].copy()
+    error = refused(write_directory(tmp_path / "m", "bert", tensors=tensors))
+    assert error.code == "ARCH-TENSOR-TWICE"
 
 
 def test_a_tensor_of_a_quantized_dtype_is_refused(tmp_path: Path) -> None:

@@ -31,20 +31,20 @@ class Config:
         """The field as it is, or None."""
         return self._fields.get(name)
 
-    def count(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """An integer from ``least`` to 2^31 - 1.
+    def count(self, name: str, default: int | None = None, most: int = MAX_COUNT) -> int:
+        """An integer from 1 to ``most``.
 
         Raises:
             FormatError: it is none, or absent without a default.
         """
         value = self._fields.get(name, default)
-        if type(value) is not int or not least <= value <= MAX_COUNT:
-            raise self._wrong(name, value, f"an integer of at least {least}")
+        if type(value) is not int or not 1 <= value <= most:
+            raise self._wrong(name, value, f"an integer from 1 to {most}")
         return value
 
-    def optional_count(self, name: str, least: int = 1) -> int | None:
+    def optional_count(self, name: str, most: int = MAX_COUNT) -> int | None:
         """As `count`; None when absent."""
-        return None if self._fields.get(name) is None else self.count(name, least=least)
+        return None if self._fields.get(name) is None else self.count(name, most=most)
 
     def number(self, name: str, default: float | None = None) -> float:
         """A positive finite number.

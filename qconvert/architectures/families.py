@@ -16,6 +16,11 @@ from qconvert.files.gguf_writer import GgufValue, MetadataValue
 
 Keys = dict[str, MetadataValue]
 
+# Ten times what is in use: what is built from these numbers is built before the tensors are seen.
+MAX_BLOCKS = 10_000
+MAX_EXPERTS = 10_000
+MAX_HEAD = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -178,8 +183,9 @@ def _sizes(config: Config, *, grouped: bool = True, **more: int) -> Sizes:
     """
     width, heads = config.count("hidden_size"), config.count("num_attention_heads")
     groups = config.count("num_key_value_heads", heads) if grouped else heads
-    head = config.optional_count("head_dim") or width // heads
-    if heads % groups or (config.get("head_dim") is None and width % heads) or head % 2:
+    head = config.optional_count("head_dim", MAX_HEAD) or width // heads
+    uneven = heads % groups or (config.get("head_dim") is None and width % heads)
+    if uneven or head % 2 or head > MAX_HEAD:
         raise FormatError(
             "heads do not divide as they should",
             path=config.path,
@@ -189,7 +195,7 @@ def _sizes(config: Config, *, grouped: bool = True, **more: int) -> Sizes:
         )
     inner = config.count("intermediate_size")
     return Sizes(
-        blocks=config.count("num_hidden_layers"),
+        blocks=config.count("num_hidden_layers", most=MAX_BLOCKS),
         head_dim=head,
         named={
             "vocabulary": config.count("vocab_size"),
@@ -251,7 +257,9 @@ def _expert_keys(config: Config, sizes: Sizes) -> Keys:
 
 def _mixtral_sizes(config: Config) -> Sizes:
     inner = config.count("intermediate_size")
-    return _sizes(config, experts=config.count("num_local_experts"), expert_inner=inner)
+    return _sizes(
+        config, experts=config.count("num_local_experts", most=MAX_EXPERTS), expert_inner=inner
+    )
 
 
 def _mixtral_keys(config: Config, sizes: Sizes) -> Keys:
@@ -260,7 +268,9 @@ def _mixtral_keys(config: Config, sizes: Sizes) -> Keys:
 
 def _qwen3_moe_sizes(config: Config) -> Sizes:
     # transformers 5 writes num_local_experts, earlier versions num_experts
-    experts = config.optional_count("num_experts") or config.count("num_local_experts")
+    experts = config.optional_count("num_experts", MAX_EXPERTS) or config.count(
+        "num_local_experts", most=MAX_EXPERTS
+    )
     return _sizes(config, experts=experts, expert_inner=config.count("moe_intermediate_size"))
 
 

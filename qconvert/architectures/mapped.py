@@ -94,7 +94,7 @@ class MappedModel:
             raise ValueError(f"values {start}..{stop} of a tensor of {tensor.size}")
         made = self._made[tensor.name]
         if made.constant is not None:
-            return made.constant[start:stop]
+            return made.constant[start:stop].copy()
         pieces, order = _pieces(made, start, stop)
         found = _assembled([self._source.values(*piece) for piece in pieces], order)
         if made.added:

@@ -25,7 +25,7 @@ from qconvert.model import Model, TensorInfo
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)(\.\w+\.weight)")
 _STACKED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?")
 # What transformers computes instead of storing, as some older checkpoints have it.
-_COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids", "masked_bias", "attn.bias")
+_COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -43,8 +43,7 @@ class _Found:
 
     sources: dict[int, TensorInfo] = field(default_factory=dict)  # by expert, or 0 alone
     part: tuple[int, int] | None = None  # this part of so many equal ones of each source's rows
-    stacked: bool = False  # the source has a dimension for experts already
-    per_expert: bool = False
+    per_expert: bool = False  # one source for each, rather than one for all
 
 
 def map_tensors(
@@ -116,17 +115,17 @@ def _collect(
             if name not in slots:
                 raise _left_over(model, tensor, family, sizes)
             entry = found.setdefault(name, _Found())
-            if (expert or 0) in entry.sources:
+            other = entry.sources.setdefault(expert or 0, tensor)
+            if other is not tensor:
                 raise InputError(
                     "two tensors would have one name in GGUF",
                     path=model.path,
                     tensor=tensor.name,
-                    found=entry.sources[expert or 0].name,
+                    found=other.name,
+                    hint="the directory holds two versions of the model",
                     code="ARCH-TENSOR-TWICE",
                 )
-            entry.sources[expert or 0] = tensor
             entry.per_expert = expert is not None
-            entry.stacked = part is not None
             entry.part = part
     return found, dropped
 

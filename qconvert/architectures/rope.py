@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.architectures.config import Config
-from qconvert.errors import UnsupportedError
+from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.gguf_writer import MetadataValue
 
 DEFAULT_THETA = 10000.0
@@ -71,14 +71,7 @@ def read_rope(
     elif kind == "yarn":
         _yarn(rope, scaling, config)
     elif kind == "llama3":
-        rope.tensors["rope_freqs.weight"] = llama3_factors(
-            base,
-            dimensions,
-            scaling.number("factor"),
-            scaling.number("low_freq_factor"),
-            scaling.number("high_freq_factor"),
-            scaling.count("original_max_position_embeddings"),
-        )
+        _llama3(rope, scaling, base, dimensions)
     elif kind in ("longrope", "su"):
         _longrope(rope, scaling, config, dimensions)
     return rope
@@ -111,6 +104,22 @@ def _yarn(rope: Rope, scaling: Config, config: Config) -> None:
     ):
         if scaling.get(name) is not None:
             rope.keys[key] = scaling.number(name)
+
+
+def _llama3(rope: Rope, scaling: Config, base: float, dimensions: int) -> None:
+    low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
+    if high <= low:
+        raise FormatError(
+            "field 'high_freq_factor' is not usable",
+            path=scaling.path,
+            found=high,
+            wanted=f"more than low_freq_factor, {low}",
+            code="ARCH-CONFIG",
+        )
+    factor, original = scaling.number("factor"), scaling.count("original_max_position_embeddings")
+    rope.tensors["rope_freqs.weight"] = llama3_factors(
+        base, dimensions, factor, low, high, original
+    )
 
 
 def llama3_factors(
