@@ -1,6 +1,6 @@
 """GGUF: block types against gguf-py, the reader and the writer against its reader and writer.
 
-Not checked here: that llama.cpp loads what is written, which needs llama.cpp.
+That llama.cpp loads what is written is checked in test_llama_cpp.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from qconvert.errors import FormatError, InputError, QconvertError, UnsupportedError
 from qconvert.files.gguf import MAX_HEADER, GgufModel, open_gguf
-from qconvert.files.gguf_writer import GgufTensor, GgufWriter, check_gguf
+from qconvert.files.gguf_split import SplitGgufWriter, plan_shards, shard_path
+from qconvert.files.gguf_writer import GgufTensor, GgufValue, GgufWriter, check_gguf
 from qconvert.model import Model, TensorInfo
 from qconvert.quantizers.ggml import GGML_BLOCKS
 
@@ -209,6 +210,82 @@ def test_gguf_reads_what_we_write(tmp_path: Path) -> None:
     assert reader.get_field("general.alignment") is None
 
 
+TYPED: dict[str, tuple[Any, list[str], Any]] = {
+    # key: what is given, the types in the file, what gguf-py reads
+    "words": (["", "zwölf", "Ġthe"], ["ARRAY", "STRING"], ["", "zwölf", "Ġthe"]),
+    "counts": ([1, 2], ["ARRAY", "UINT32"], [1, 2]),
+    "some negative": ((1, -2), ["ARRAY", "INT32"], [1, -2]),
+    "some large": ([1, 1 << 40], ["ARRAY", "UINT64"], [1, 1 << 40]),
+    "numbers": ([0.5, -2.0], ["ARRAY", "FLOAT32"], [0.5, -2.0]),
+    "flags": ([True, False], ["ARRAY", "BOOL"], [True, False]),
+    "types": (GgufValue("INT32", [1, 6]), ["ARRAY", "INT32"], [1, 6]),
+    "charsmap": (GgufValue("UINT8", [0, 255]), ["ARRAY", "UINT8"], [0, 255]),
+    "narrow": (GgufValue("UINT16", 3), ["UINT16"], 3),
+    "wide": (GgufValue("FLOAT64", 0.1), ["FLOAT64"], 0.1),
+    "signed": (GgufValue("INT32", 3), ["INT32"], 3),
+}
+
+
+def test_arrays_and_stated_types_are_written_as_gguf_reads_them(tmp_path: Path) -> None:
+    keys = {key: given for key, (given, _, _) in TYPED.items()}
+    GgufWriter(tmp_path / "m.gguf", {"general.architecture": "raw", **keys}, []).finish()
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    for key, (_, types, wanted) in TYPED.items():
+        field = reader.get_field(key)
+        assert [t.name for t in field.types] == types, key
+        assert field.contents() == wanted, key
+    ours = open_gguf(tmp_path / "m.gguf")
+    assert ours.metadata["counts"] == "[2 values]"
+    ours.close()
+
+
+def test_a_model_is_split_at_tensors(tmp_path: Path) -> None:
+    assert shard_path(Path("d/m.gguf"), 1, 12) == Path("d/m-00001-of-00012.gguf")
+    sizes = [t.nbytes for t in WRITTEN]
+    assert sizes == [108, 20, 2, 204, 56, 18]
+    assert plan_shards(WRITTEN, 130) == [3, 1, 2]
+    assert plan_shards(WRITTEN, 1) == [1] * 6
+    assert plan_shards(WRITTEN, 10_000) == [6]
+    many = [GgufTensor("t", (1,), "F32")] * 65_536
+    with pytest.raises(UnsupportedError) as refusal:
+        plan_shards(many, 1)
+    assert refusal.value.code == "GGUF-SHARDS"
+    counts = [3, 1, 2]
+    paths = [shard_path(tmp_path / "m.gguf", i, 3) for i in (1, 2, 3)]
+    data = payloads(WRITTEN)
+    writer = SplitGgufWriter(paths, KEYS, WRITTEN, counts)
+    with pytest.raises(RuntimeError, match="file 2"):
+        writer.finish()
+    for index, payload in enumerate(data):
+        writer.begin(index)
+        writer.append(payload)
+    writer.finish()
+    assert sorted(tmp_path.iterdir()) == paths
+    found = []
+    for number, path in enumerate(paths):
+        reader = gguf.GGUFReader(path)
+        found += [(t.name, t.data.tobytes()) for t in reader.tensors]
+        assert len(reader.tensors) == counts[number]
+        for key, wanted in (
+            ("split.no", ("UINT16", number)),
+            ("split.count", ("UINT16", 3)),
+            ("split.tensors.count", ("INT32", 6)),
+            ("general.architecture", ("STRING", "llama")),
+        ):
+            field = reader.get_field(key)
+            assert (field.types[0].name, field.contents()) == wanted
+        assert (reader.get_field("general.name") is not None) == (number == 0)
+    assert found == [(t.name, d) for t, d in zip(WRITTEN, data, strict=True)]
+
+
+def test_a_name_in_two_files_of_a_model_is_refused_before_writing(tmp_path: Path) -> None:
+    paths = [shard_path(tmp_path / "m.gguf", i, 2) for i in (1, 2)]
+    with pytest.raises(UnsupportedError) as refusal:
+        SplitGgufWriter(paths, KEYS, [GgufTensor("t", (1,), "F32")] * 2, [1, 1])
+    assert refusal.value.code == "GGUF-DUPLICATE-TENSOR"
+    assert not list(tmp_path.iterdir())
+
+
 def test_we_read_what_we_write(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     data = payloads(WRITTEN)
@@ -271,6 +348,15 @@ def test_a_name_of_63_bytes_is_written(tmp_path: Path) -> None:
         ("GGUF-VALUE", {"general.architecture": "raw", "k": 1e300}),
         ("GGUF-VALUE", {"general.architecture": "raw", "k": "\ud800"}),
         ("GGUF-KEY", {"general.architecture": "raw", "": 1}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": []}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": ["a", 1]}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": [1, True]}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": [[1], [2]]}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": ["\ud800"]}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": GgufValue("UINT32", -1)}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": GgufValue("UINT8", [0, 256])}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": GgufValue("FLOAT32", 1)}),
+        ("GGUF-VALUE", {"general.architecture": "raw", "k": GgufValue("INT32", True)}),
     ],
 )
 def test_metadata_that_gguf_cannot_hold_is_refused_before_writing(

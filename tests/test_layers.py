@@ -35,11 +35,12 @@ for layer, own in (
     ("quantizers", ("kernels",)),
     ("observers", ("quantizers", "kernels")),
     ("files", ("quantizers", "kernels")),
-    ("stages", ("files", "observers", "quantizers", "kernels")),
-    ("cli", ("stages", "files", "observers", "quantizers", "kernels")),
+    ("architectures", ("files", "quantizers", "kernels")),
+    ("stages", ("architectures", "files", "observers", "quantizers", "kernels")),
+    ("cli", ("stages", "architectures", "files", "observers", "quantizers", "kernels")),
 ):
     BELOW[layer] = (layer, "data", "version", *own)
-HEAVY = {"numpy", "rich", "pydantic", "gguf", "safetensors", "ml_dtypes"}
+HEAVY = {"numpy", "rich", "pydantic", "gguf", "safetensors", "ml_dtypes", "yaml"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ids = {"ids": lambda p: str(p.relative_to(ROOT))}
 

@@ -6,10 +6,12 @@ Keys and tensor descriptions are encoded by the ``gguf`` package; the profile is
 from __future__ import annotations
 
 import math
+import reprlib
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import gguf
 import numpy as np
@@ -19,8 +21,27 @@ from qconvert.files.gguf import MAX_DIMS
 
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME, less the terminating zero
 
+MetadataScalar = str | int | float | bool
+
 _ARCHITECTURE = "general.architecture"
 _ALIGNMENT = "general.alignment"
+
+
+@dataclass(frozen=True, slots=True)
+class GgufValue:
+    """A metadata value in a stated type, for readers that want exactly that one.
+
+    Attributes:
+        type: of the value or of each element: a name of ``gguf.GGUFValueType``, such as
+            ``UINT32``.
+        value: a scalar, or a sequence, which becomes an array.
+    """
+
+    type: str
+    value: MetadataScalar | Sequence[MetadataScalar]
+
+
+MetadataValue = MetadataScalar | Sequence[MetadataScalar] | GgufValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +93,9 @@ class GgufWriter:
 
     Args:
         path: the file, replaced if it exists.
-        metadata: keys in the order in which they are written. Integers become uint32, or the
-            narrowest of int32, uint64 and int64 that holds them; floats become float32. The key
+        metadata: keys in the order in which they are written. Integers become uint32, or the first
+            of int32, uint64 and int64 that holds them; floats become float32; a sequence becomes an
+            array of one type, found in the same way. `GgufValue` states the type. The key
             ``general.alignment`` is left out: it describes another file's layout, not the model.
         tensors: in the order in which they are written.
 
@@ -85,7 +107,7 @@ class GgufWriter:
     def __init__(
         self,
         path: Path,
-        metadata: Mapping[str, str | int | float | bool],
+        metadata: Mapping[str, MetadataValue],
         tensors: Sequence[GgufTensor],
     ) -> None:
         check_gguf(tensors)
@@ -99,9 +121,14 @@ class GgufWriter:
         self._current = -1
         self._missing = 0  # bytes that the current tensor still needs
         self._writer = gguf.GGUFWriter(path, architecture)
-        for key, (value, kind) in values.items():
-            if key not in (_ARCHITECTURE, _ALIGNMENT):
-                self._writer.add_key_value(key, value, kind)
+        for key, stated in values.items():
+            if key in (_ARCHITECTURE, _ALIGNMENT):
+                continue
+            kind = gguf.GGUFValueType[stated.type]
+            if _is_sequence(stated.value):
+                self._writer.add_key_value(key, stated.value, gguf.GGUFValueType.ARRAY, kind)
+            else:
+                self._writer.add_key_value(key, stated.value, kind)
         for tensor in self._tensors:
             self._writer.add_tensor_info(
                 tensor.name,
@@ -210,32 +237,56 @@ def _check_shape(tensor: GgufTensor) -> None:
         )
 
 
-def _checked(
-    key: str, value: str | int | float | bool
-) -> tuple[str | int | float | bool, gguf.GGUFValueType]:
+# Integer types with their ranges, those that a value without a stated type can take first.
+_INTEGERS = {
+    "UINT32": (0, (1 << 32) - 1),
+    "INT32": (-(1 << 31), (1 << 31) - 1),
+    "UINT64": (0, (1 << 64) - 1),
+    "INT64": (-(1 << 63), (1 << 63) - 1),
+    "UINT8": (0, (1 << 8) - 1),
+    "INT8": (-(1 << 7), (1 << 7) - 1),
+    "UINT16": (0, (1 << 16) - 1),
+    "INT16": (-(1 << 15), (1 << 15) - 1),
+}
+_UNSTATED = ("BOOL", "UINT32", "INT32", "UINT64", "INT64", "STRING", "FLOAT32")
+
+
+def _checked(key: str, value: MetadataValue) -> GgufValue:
     """The value with the GGUF type it is written in."""
-    kinds = gguf.GGUFValueType
     if not _utf8_length(key):
         raise UnsupportedError("GGUF cannot hold this key", found=repr(key), code="GGUF-KEY")
-    if isinstance(value, bool):
-        return value, kinds.BOOL
-    if isinstance(value, int):
-        for kind, bits, low in (
-            (kinds.UINT32, 32, 0),
-            (kinds.INT32, 31, -(1 << 31)),
-            (kinds.UINT64, 64, 0),
-            (kinds.INT64, 63, -(1 << 63)),
-        ):
-            if low <= value < 1 << bits:
-                return value, kind
-    elif isinstance(value, str):
-        if _utf8_length(value) is not None:
-            return value, kinds.STRING
-    elif _fits_float32(value):
-        return value, kinds.FLOAT32
+    kinds: Sequence[str] = _UNSTATED
+    if isinstance(value, GgufValue):
+        kinds, value = (value.type,), value.value
+    elements = value if _is_sequence(value) else (value,)
+    for kind in kinds:
+        if elements and all(_holds(kind, element) for element in elements):
+            return GgufValue(kind, value)
+    stated = f"a value of type {kinds[0]}" if len(kinds) == 1 else None
     raise UnsupportedError(
-        f"GGUF cannot hold the value of key '{key}'", found=repr(value), code="GGUF-VALUE"
+        f"GGUF cannot hold the value of key '{key}'",
+        found=reprlib.repr(value),
+        wanted=stated,
+        code="GGUF-VALUE",
     )
+
+
+def _is_sequence(value: object) -> TypeGuard[Sequence[MetadataScalar]]:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _holds(kind: str, value: object) -> bool:
+    """Whether a value of that type is written as it is, a float rounded to its type."""
+    if kind == "STRING":
+        return isinstance(value, str) and _utf8_length(value) is not None
+    if kind == "BOOL":
+        return isinstance(value, bool)
+    if kind == "FLOAT32":
+        return isinstance(value, float) and _fits_float32(value)
+    if kind == "FLOAT64":
+        return isinstance(value, float)
+    low, high = _INTEGERS[kind]
+    return type(value) is int and low <= value <= high
 
 
 def _fits_float32(value: float) -> bool:

@@ -80,12 +80,30 @@ def model_files(path: Path) -> ModelFiles:
     for name in shards + companions:
         _check_inside(path, name)
     for name in companions:
-        _check_small(path / name)
+        _check_small(path / name, (path / name).stat().st_size)
     return ModelFiles(
         tuple(path / name for name in shards),
         weight_map,
         tuple(path / name for name in companions),
     )
+
+
+def read_companion(directory: Path, name: str) -> bytes | None:
+    """A small file in the directory of a model, or in one below it; None when there is none.
+
+    Raises:
+        InputError: it is a link that leads elsewhere, too large, or cannot be read.
+    """
+    path = directory / name
+    if not os.path.lexists(path):
+        return None
+    _check_inside(directory, name)
+    file = RegularFile(path)
+    try:
+        _check_small(path, file.size)
+        return file.read(0, file.size)
+    finally:
+        file.close()
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -240,8 +258,7 @@ def _check_inside(directory: Path, name: str) -> None:
         )
 
 
-def _check_small(path: Path) -> None:
-    size = path.stat().st_size
+def _check_small(path: Path, size: int) -> None:
     if size > MAX_COMPANION_BYTES:
         raise InputError(
             "companion file is too large to be carried along",

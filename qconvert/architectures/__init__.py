@@ -1,0 +1,19 @@
+"""What a Hugging Face model directory is called in GGUF, so that llama.cpp loads and runs it.
+
+`open_gguf_source` wraps an opened model: tensors under GGUF's names, in llama.cpp's order of rows,
+read lazily from the same files; and the metadata that goes before them.
+"""
+
+from __future__ import annotations
+
+from qconvert.architectures.families import FAMILIES
+from qconvert.architectures.mapping import Dropped
+from qconvert.architectures.source import GgufSource, open_gguf_source
+
+
+def supported() -> tuple[str, ...]:
+    """Names of the architectures, for people."""
+    return tuple(family.name for family in FAMILIES)
+
+
+__all__ = ["Dropped", "GgufSource", "open_gguf_source", "supported"]

@@ -1,0 +1,250 @@
+"""From the tensors of a checkpoint to those that llama.cpp's loader asks for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.architectures.config import Config
+from qconvert.architectures.families import OUTPUT, Family, Sizes, Slot
+from qconvert.architectures.mapped import (
+    Locate,
+    MappedTensor,
+    described,
+    interleaved,
+    window,
+)
+from qconvert.errors import InputError, UnsupportedError
+from qconvert.model import Model, TensorInfo
+
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)(\.\w+\.weight)")
+_STACKED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?")
+# What transformers computes instead of storing, as some older checkpoints have it.
+_COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A tensor of the source that the result does without, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(slots=True)
+class _Found:
+    """The sources of one GGUF tensor."""
+
+    sources: dict[int, TensorInfo] = field(default_factory=dict)  # by expert, or 0 alone
+    part: tuple[int, int] | None = None  # this part of so many equal ones of each source's rows
+    per_expert: bool = False  # one source for each, rather than one for all
+
+
+def map_tensors(
+    model: Model,
+    family: Family,
+    config: Config,
+    sizes: Sizes,
+    constants: Mapping[str, NDArray[np.float32]],
+) -> tuple[list[MappedTensor], list[Dropped]]:
+    """The tensors of the GGUF file in their order, and what is left out.
+
+    Raises:
+        InputError: a tensor is missing or of another shape than the configuration says.
+        UnsupportedError: a tensor has no place in the architecture, or a dtype that it cannot have.
+    """
+    tied = family.tied if family.tied is not None else _tied(config, model)
+    slots = dict(_slots(family, sizes, with_output=not tied))
+    found, dropped = _collect(model, family, sizes, slots, tied)
+    mapped = []
+    for name, slot in slots.items():
+        if name in found:
+            mapped.append(_made(model, name, slot, found[name], family, config, sizes))
+        elif not slot.optional:
+            raise InputError(
+                "tensor is missing that the architecture needs",
+                path=model.path,
+                tensor=name,
+                wanted=f"shape {list(sizes.shape(slot))}",
+                hint="the checkpoint is not whole, or config.json is that of another model",
+                code="ARCH-TENSOR-MISSING",
+            )
+    for name, values in constants.items():
+        mapped.append(MappedTensor(described(name, values.shape, "F32"), constant=values))
+    return mapped, dropped
+
+
+def _tied(config: Config, model: Model) -> bool:
+    """Whether the output matrix is the token embedding."""
+    if config.get("tie_word_embeddings") is not None:
+        return config.flag("tie_word_embeddings", False)
+    return not any(t.name.endswith("lm_head.weight") for t in model.tensors)
+
+
+def _slots(family: Family, sizes: Sizes, with_output: bool) -> Iterator[tuple[str, Slot]]:
+    """All tensors by their whole names: those outside blocks first."""
+    for slot in family.whole:
+        if with_output or slot.name != OUTPUT:
+            yield slot.name, slot
+    for block in range(sizes.blocks):
+        for slot in family.block:
+            yield f"blk.{block}.{slot.name}", slot
+
+
+def _collect(
+    model: Model, family: Family, sizes: Sizes, slots: dict[str, Slot], tied: bool
+) -> tuple[dict[str, _Found], list[Dropped]]:
+    """Which source tensors make up each GGUF tensor."""
+    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
+    names = gguf.get_tensor_name_map(arch, sizes.blocks)
+    found: dict[str, _Found] = {}
+    dropped: list[Dropped] = []
+    for tensor in model.tensors:
+        reason = _drop_reason(tensor.name, family, tied)
+        if reason:
+            dropped.append(Dropped(tensor.name, reason))
+            continue
+        for source_name, expert, part in _source_names(_renamed(tensor.name, family)):
+            name = names.get_name(source_name, try_suffixes=(".weight", ".bias"))
+            if name not in slots:
+                raise _left_over(model, tensor, family, sizes)
+            entry = found.setdefault(name, _Found())
+            other = entry.sources.setdefault(expert or 0, tensor)
+            if other is not tensor:
+                raise InputError(
+                    "two tensors would have one name in GGUF",
+                    path=model.path,
+                    tensor=tensor.name,
+                    found=other.name,
+                    hint="the directory holds two versions of the model",
+                    code="ARCH-TENSOR-TWICE",
+                )
+            entry.per_expert = expert is not None
+            entry.part = part
+    return found, dropped
+
+
+def _left_over(model: Model, tensor: TensorInfo, family: Family, sizes: Sizes) -> UnsupportedError:
+    return UnsupportedError(
+        "tensor has no place in the architecture",
+        path=model.path,
+        tensor=tensor.name,
+        wanted=f"tensors of {family.name} with {sizes.blocks} blocks",
+        hint="llama.cpp would refuse the file; --raw writes the tensors under their own names",
+        code="ARCH-TENSOR-LEFT",
+    )
+
+
+def _drop_reason(name: str, family: Family, tied: bool) -> str | None:
+    if name.endswith(_COMPUTED):
+        return "is computed, not stored"
+    if tied and name.endswith("lm_head.weight"):
+        return "is the token embedding (tied)"
+    plain = _renamed(name, family)
+    return next((why for start, why in family.dropped if plain.startswith(start)), None)
+
+
+def _renamed(name: str, family: Family) -> str:
+    for start, instead in family.renames:
+        if name.startswith(start):
+            name = instead + name.removeprefix(start)
+    # LayerNorm of checkpoints that came from TensorFlow
+    if name.endswith(".gamma"):
+        return name.removesuffix("gamma") + "weight"
+    if name.endswith(".beta"):
+        return name.removesuffix("beta") + "bias"
+    return name
+
+
+def _source_names(name: str) -> Iterator[tuple[str, int | None, tuple[int, int] | None]]:
+    """Names as gguf-py's table has them, with the expert, or the part of a fused tensor."""
+    if one := _EXPERT.fullmatch(name):
+        yield one[1] + one[3], int(one[2]), None
+    elif (all_of := _STACKED_EXPERTS.fullmatch(name)) and all_of[2] == "gate_up_proj":
+        yield f"{all_of[1]}.gate_proj.weight", None, (0, 2)
+        yield f"{all_of[1]}.up_proj.weight", None, (1, 2)
+    elif all_of:
+        yield f"{all_of[1]}.down_proj.weight", None, (0, 1)
+    else:
+        yield name, None, None
+
+
+def _made(
+    model: Model,
+    name: str,
+    slot: Slot,
+    found: _Found,
+    family: Family,
+    config: Config,
+    sizes: Sizes,
+) -> MappedTensor:
+    """One tensor, its sources held to shape and dtype."""
+    shape = sizes.shape(slot)
+    wanted, count = shape, 1
+    if found.per_expert:
+        count, wanted = shape[0], shape[1:]
+        missing = [e for e in range(count) if e not in found.sources]
+        if missing or len(found.sources) != count:
+            raise InputError(
+                "experts are not those that the configuration says",
+                path=model.path,
+                tensor=name,
+                found=f"{len(found.sources)} experts, without {missing[:3]}"
+                if missing
+                else f"{len(found.sources)} experts",
+                wanted=f"{count} experts",
+                code="ARCH-EXPERTS",
+            )
+    elif found.part:
+        wanted = (shape[0], shape[1] * found.part[1], shape[2])
+    sources = tuple(found.sources[e] for e in range(count))
+    for source in sources:
+        _check_source(model, source, wanted, config)
+    if len({s.dtype for s in sources}) > 1:
+        raise UnsupportedError(
+            "experts to be stacked have different dtypes",
+            path=model.path,
+            tensor=name,
+            found=", ".join(sorted({s.dtype for s in sources})),
+            code="ARCH-EXPERT-DTYPES",
+        )
+    locate: Locate | None = None
+    if slot.heads:
+        locate = interleaved(sizes.head_dim)
+    elif found.part and found.part[1] > 1:
+        rows, (part, _) = wanted[1], found.part
+        locate = window(rows, part * shape[1], (part + 1) * shape[1])
+    if family.norm_offset and name.endswith("norm.weight"):
+        return MappedTensor(described(name, shape, "F32"), sources, locate, added=1.0)
+    return MappedTensor(described(name, shape, sources[0].dtype), sources, locate)
+
+
+def _check_source(
+    model: Model, source: TensorInfo, wanted: tuple[int, ...], config: Config
+) -> None:
+    if source.dtype not in _FLOATS:
+        raise UnsupportedError(
+            "weights of this dtype cannot become GGUF",
+            path=model.path,
+            tensor=source.name,
+            found=source.dtype,
+            wanted=", ".join(_FLOATS),
+            hint="convert a checkpoint that is not quantized already",
+            code="ARCH-DTYPE",
+        )
+    if source.shape != wanted:
+        raise InputError(
+            f"shape contradicts {config.path.name}",
+            path=model.path,
+            tensor=source.name,
+            found=list(source.shape),
+            wanted=list(wanted),
+            hint="config.json is that of another model, or was changed",
+            code="ARCH-SHAPE",
+        )

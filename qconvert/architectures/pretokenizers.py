@@ -1,0 +1,92 @@
+"""Which of llama.cpp's pre-tokenizers splits text as a tokenizer.json says.
+
+llama.cpp has the regular expressions compiled in and takes their name from ``tokenizer.ggml.pre``.
+Here the name is found from the expressions themselves; a set that is not in the table is refused,
+for a wrong name gives other tokens without a word.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+from qconvert.architectures.tokenizer_json import TokenizerJson
+from qconvert.errors import UnsupportedError
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_MARKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+"
+_CASED_UPPER = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+_MARKS_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CL100K = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_MARKS}|{_SPACES}"
+QWEN2 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_MARKS}|{_SPACES}"
+O200K = (
+    rf"{_CASED}{_CONTRACTIONS}?|{_CASED_UPPER}{_CONTRACTIONS}?"
+    rf"|\p{{N}}{{1,3}}|{_MARKS_SLASH}|{_SPACES}"
+)
+TEKKEN = rf"{_CASED}|{_CASED_UPPER}|\p{{N}}|{_MARKS_SLASH}|{_SPACES}"
+DIGIT = "<each digit by itself>"
+
+# (expressions in order, whether whole words of the vocabulary skip the merges) -> name
+NAMES: dict[tuple[tuple[str, ...], bool], str] = {
+    ((GPT2,), False): "gpt-2",
+    ((DIGIT, GPT2), False): "smollm",
+    ((CL100K,), True): "llama-bpe",
+    ((CL100K,), False): "smaug-bpe",
+    ((QWEN2,), False): "qwen2",
+    ((O200K,), False): "gpt-4o",
+    ((TEKKEN,), True): "tekken",
+}
+
+
+def pre_tokenizer_name(tokenizer: TokenizerJson) -> str:
+    """The name for a byte-level BPE tokenizer.
+
+    Raises:
+        UnsupportedError: llama.cpp is not known to split text in this way.
+    """
+    expressions: list[str] = []
+    for step in tokenizer.steps("pre_tokenizer"):
+        found = _expressions(step)
+        if found is None:
+            raise _unknown(tokenizer, [reprlib.repr(step)])
+        expressions += found
+    ignore_merges = tokenizer.model.get("ignore_merges") is True
+    name = NAMES.get((tuple(expressions), ignore_merges))
+    if name is None:
+        raise _unknown(tokenizer, [*expressions, *(["ignore_merges"] if ignore_merges else [])])
+    return name
+
+
+def _expressions(step: dict[str, Any]) -> list[str] | None:
+    """The regular expressions by which one step splits; None for a step that we do not know."""
+    kind = step.get("type")
+    if kind == "Split":
+        pattern = step.get("pattern")
+        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+        # Two ways to say that every match is a piece of its own.
+        way = (step.get("behavior"), step.get("invert"))
+        if isinstance(regex, str) and way in (("Isolated", False), ("Removed", True)):
+            return [regex]
+    if kind == "Digits" and step.get("individual_digits") is True:
+        return [DIGIT]
+    if kind == "ByteLevel" and not step.get("add_prefix_space"):
+        return [GPT2] if step.get("use_regex", True) else []
+    return None
+
+
+def _unknown(tokenizer: TokenizerJson, found: list[str]) -> UnsupportedError:
+    return UnsupportedError(
+        "pre-tokenizer is none that we know in llama.cpp",
+        path=tokenizer.path,
+        found=" then ".join(found),
+        wanted=", ".join(sorted(NAMES.values())),
+        hint="if you know which of llama.cpp's it is, say --pre-tokenizer NAME",
+        code="ARCH-PRE-TOKENIZER",
+    )

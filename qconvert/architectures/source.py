@@ -1,0 +1,232 @@
+"""Opens a model directory as what a GGUF file needs, checked before a value is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from qconvert.architectures.config import Config
+from qconvert.architectures.families import Family, Sizes, family_of, hyper_parameters
+from qconvert.architectures.mapped import MappedModel
+from qconvert.architectures.mapping import Dropped, map_tensors
+from qconvert.architectures.model_card import card_keys
+from qconvert.architectures.special_tokens import chat_template_keys, special_token_keys
+from qconvert.architectures.tokenizer_json import TokenizerJson
+from qconvert.architectures.tokenizers import read_vocabulary
+from qconvert.errors import FormatError, InputError, UnsupportedError
+from qconvert.files.gguf_writer import GgufTensor, GgufValue, MetadataValue, check_gguf
+from qconvert.files.shards import read_companion
+from qconvert.files.strict_json import strict_json
+from qconvert.model import Model
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+_DENSE_POOLING = {  # sentence-transformers' fields: llama.h's llama_pooling_type
+    "pooling_mode_mean_tokens": 1,
+    "pooling_mode_cls_token": 2,
+    "pooling_mode_lasttoken": 3,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufSource:
+    """A model as a GGUF file has it.
+
+    Attributes:
+        model: tensors under GGUF's names; closing it closes the model it was made from.
+        metadata: keys in order, but for those that depend on what is done with the tensors
+            (``general.file_type``, ``general.quantization_version``).
+        family: name of the architecture, for people.
+        dropped: tensors of the source that are left out.
+        warnings: in which cases llama.cpp will not do what transformers does.
+    """
+
+    model: MappedModel
+    metadata: dict[str, MetadataValue]
+    family: str
+    dropped: tuple[Dropped, ...]
+    warnings: tuple[str, ...]
+
+
+def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufSource:
+    """Map a Hugging Face model directory to GGUF.
+
+    Args:
+        model: as ``open_model`` gives it; its tensors are not read.
+        pre_tokenizer: llama.cpp's name for the pre-tokenizer, instead of the one found by its
+            regular expressions.
+
+    Raises:
+        UnsupportedError: an architecture, tokenizer or option that llama.cpp does not have; a
+            tensor without a place in the architecture or that GGUF cannot hold.
+        InputError: no directory with config.json and tokenizer.json, or a tensor that is missing
+            or contradicts the configuration.
+        FormatError: one of those files breaks a rule.
+    """
+    directory = model.path
+    fields = (
+        _json(directory, CONFIG) if model.kind == "safetensors" and directory.is_dir() else None
+    )
+    if fields is None:
+        raise InputError(
+            "llama.cpp's GGUF needs the configuration of the model",
+            path=directory,
+            found=f"no {CONFIG}" if directory.is_dir() else f"a {model.kind} file by itself",
+            wanted=f"a model directory with {CONFIG} and {TOKENIZER}",
+            hint="give the directory, or write the tensors as they are with --raw",
+            code="ARCH-NO-CONFIG",
+        )
+    family, config = read_config(fields, directory / CONFIG)
+    sizes = family.sizes(config)
+    keys, rope = hyper_parameters(family, config, sizes)
+    tensors, dropped = map_tensors(model, family, config, sizes, rope.tensors)
+    mapped = MappedModel(model, tensors)
+    check_gguf([GgufTensor(t.name, t.shape, "F32") for t in mapped.tensors])
+    tokenizer, warnings = _tokenizer(directory, config, sizes.named["vocabulary"], pre_tokenizer)
+    metadata: dict[str, MetadataValue] = {
+        "general.architecture": family.arch,
+        "general.type": "model",
+        "general.name": directory.resolve().name,
+        "general.size_label": _size_label(mapped, sizes.named.get("experts", 0)),
+    }
+    metadata |= card_keys(read_companion(directory, "README.md"), directory / "README.md")
+    metadata |= _sampling(directory)
+    metadata |= keys
+    if family.arch == "bert":
+        metadata["bert.pooling_type"] = GgufValue("UINT32", _pooling(directory))
+        metadata["tokenizer.ggml.token_type_count"] = GgufValue("UINT32", sizes.named["types"])
+    metadata |= tokenizer
+    return GgufSource(
+        mapped,
+        metadata,
+        family.name,
+        tuple(dropped),
+        (*_window_warnings(config, family, sizes), *warnings),
+    )
+
+
+def _json(directory: Path, name: str) -> dict[str, Any] | None:
+    """A JSON object in the directory; None when there is no such file."""
+    data = read_companion(directory, name)
+    if data is None:
+        return None
+    fields = strict_json(data, directory / name)
+    if not isinstance(fields, dict):
+        raise FormatError("file holds no JSON object", path=directory / name, code="ARCH-JSON")
+    return fields
+
+
+def read_config(fields: dict[str, Any], path: Path) -> tuple[Family, Config]:
+    """The row of the table, and the language model's fields with the family's defaults.
+
+    Raises:
+        UnsupportedError: no such architecture, or weights that are quantized already.
+    """
+    if fields.get("quantization_config") is not None:
+        raise UnsupportedError(
+            "checkpoint is quantized already",
+            path=path,
+            found="quantization_config",
+            hint="convert the checkpoint that it was made from",
+            code="ARCH-QUANTIZED",
+        )
+    family = family_of(Config(fields, path))
+    # A model of text and images has the language model's fields in an object of their own.
+    text = fields.get("text_config")
+    if isinstance(text, dict):
+        fields = {**fields, **text}
+    return family, Config(fields, path, dict(family.defaults))
+
+
+def _tokenizer(
+    directory: Path, config: Config, size: int, pre_tokenizer: str | None
+) -> tuple[dict[str, MetadataValue], tuple[str, ...]]:
+    """The keys of the tokenizer, and warnings."""
+    fields = _json(directory, TOKENIZER)
+    if fields is None:
+        raise _no_tokenizer(directory)
+    settings = {
+        **(_json(directory, "special_tokens_map.json") or {}),
+        **{k: v for k, v in (_json(directory, "tokenizer_config.json") or {}).items() if v},
+    }
+    template = read_companion(directory, CHAT_TEMPLATE)
+    try:
+        text = None if template is None else template.decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            "chat template is not UTF-8", path=directory / CHAT_TEMPLATE, code="ARCH-TEMPLATE"
+        ) from error
+    file = TokenizerJson(fields, directory / TOKENIZER)
+    vocabulary = read_vocabulary(file, size, pre_tokenizer)
+    keys = vocabulary.keys | special_token_keys(file, vocabulary, settings, config)
+    return keys | chat_template_keys(settings, text), tuple(file.warnings)
+
+
+def _no_tokenizer(directory: Path) -> InputError:
+    found, hint = None, "download it as well, or write the tensors as they are with --raw"
+    if read_companion(directory, "tokenizer.model") is not None:
+        found = "tokenizer.model alone"
+        hint = "let transformers write it: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+    return InputError(
+        "tokenizer is missing",
+        path=directory / TOKENIZER,
+        found=found,
+        hint=hint,
+        code="ARCH-NO-TOKENIZER",
+    )
+
+
+def _size_label(model: MappedModel, experts: int) -> str:
+    """Number of parameters as names of models give it, such as 135M or 8x7B."""
+    total = sum(t.size for t in model.tensors)
+    stacked = sum(t.size for t in model.tensors if t.name.endswith("_exps.weight"))
+    each = stacked // max(experts, 1)
+    return str(gguf.size_label(total, total - stacked, each, experts))
+
+
+def _sampling(directory: Path) -> dict[str, MetadataValue]:
+    """What the model's makers recommend for sampling, which llama.cpp takes as its defaults."""
+    fields = _json(directory, "generation_config.json") or {}
+    keys: dict[str, MetadataValue] = {}
+    if type(fields.get("top_k")) is int and 0 <= fields["top_k"] < 1 << 31:
+        keys["general.sampling.top_k"] = GgufValue("INT32", fields["top_k"])
+    for name, key in (("top_p", "top_p"), ("min_p", "min_p"), ("temperature", "temp")):
+        if type(fields.get(name)) in (int, float) and 0 <= fields[name] < 1e30:
+            keys[f"general.sampling.{key}"] = GgufValue("FLOAT32", float(fields[name]))
+    return keys
+
+
+def _pooling(directory: Path) -> int:
+    """How an encoder makes one vector of many: sentence-transformers' module, else none."""
+    fields = _json(directory, "1_Pooling/config.json") or {}
+    chosen = [n for n, on in fields.items() if n.startswith("pooling_mode_") and on is True]
+    if not chosen:
+        return 0
+    if len(chosen) > 1 or chosen[0] not in _DENSE_POOLING:
+        raise UnsupportedError(
+            "llama.cpp does not have this pooling",
+            path=directory / "1_Pooling/config.json",
+            found=", ".join(chosen),
+            wanted=", ".join(_DENSE_POOLING),
+            code="ARCH-POOLING",
+        )
+    return _DENSE_POOLING[chosen[0]]
+
+
+def _window_warnings(config: Config, family: Family, sizes: Sizes) -> tuple[str, ...]:
+    """A sliding window that llama.cpp does not apply, so that long texts come out otherwise."""
+    window = config.optional_count("sliding_window")
+    if (
+        window is None
+        or window >= sizes.named["context"]
+        or family.arch in ("gemma2", "gemma3")
+        or config.get("use_sliding_window") is False
+    ):
+        return ()
+    return (
+        f"llama.cpp attends to all tokens, not to a window of {window} as the configuration says",
+    )

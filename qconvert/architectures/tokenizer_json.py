@@ -1,0 +1,133 @@
+"""tokenizer.json, parsed and checked as far as more than one kind of tokenizer needs it."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qconvert.errors import FormatError, UnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token that is found in the text itself, before it is split."""
+
+    id: int
+    text: str
+    special: bool
+
+
+class TokenizerJson:
+    """The file; see the ``tokenizers`` library for what its parts mean.
+
+    Attributes:
+        path: of the file, for messages.
+        fields: the whole object.
+        model: its vocabulary and merges.
+        added: tokens beside the vocabulary, or in it and treated on their own.
+        warnings: in which cases llama.cpp will give other tokens; whoever reads the file adds them.
+
+    Raises:
+        FormatError: the object has not these parts.
+    """
+
+    def __init__(self, fields: dict[str, Any], path: Path) -> None:
+        self.path = path
+        self.fields = fields
+        model = fields.get("model")
+        if not isinstance(model, dict):
+            raise self.broken("no 'model', an object", model)
+        self.model: dict[str, Any] = model
+        self.added = tuple(self._added())
+        self.warnings: list[str] = []
+
+    def steps(self, part: str) -> list[dict[str, Any]]:
+        """The steps of a normalizer, pre-tokenizer or post-processor, sequences laid flat."""
+        return list(_flat(self.fields.get(part)))
+
+    def step_types(self, part: str) -> list[str]:
+        """What kinds of steps those are."""
+        return [str(step.get("type")) for step in self.steps(part)]
+
+    def vocabulary(self) -> dict[str, int]:
+        """Ids by token, of a model that has an object of them.
+
+        Raises:
+            FormatError: it has none, or two tokens have one id.
+        """
+        vocab = self.model.get("vocab")
+        if not isinstance(vocab, dict) or not vocab:
+            raise self.broken("vocab is no object of tokens and ids", vocab)
+        if not all(type(i) is int and i >= 0 for i in vocab.values()):
+            raise self.broken("vocab has an id that is no count", vocab)
+        if len(set(vocab.values())) < len(vocab):
+            raise self.broken("two tokens have one id", vocab)
+        return vocab
+
+    def merges(self) -> list[tuple[str, str]]:
+        """Merges in their order: pairs or, in older files, texts with a space between.
+
+        Raises:
+            FormatError: there are none, or something else.
+        """
+        merges = self.model.get("merges")
+        if not isinstance(merges, list) or not merges:
+            raise self.broken("no merges, a list", merges)
+        found = []
+        for merge in merges:
+            pair = merge.split(" ") if isinstance(merge, str) else merge
+            if (
+                not isinstance(pair, list)
+                or len(pair) != 2
+                or not all(isinstance(p, str) and p for p in pair)
+            ):
+                raise self.broken("merge is no pair of tokens", merge)
+            found.append((pair[0], pair[1]))
+        return found
+
+    def broken(self, message: str, found: object) -> FormatError:
+        """A rule of the file that it breaks."""
+        return FormatError(
+            f"not a usable tokenizer: {message}",
+            path=self.path,
+            found=reprlib.repr(found),
+            code="ARCH-TOKENIZER-FILE",
+        )
+
+    def unlike(self, what: str, found: object, wanted: str | None = None) -> UnsupportedError:
+        """Something that llama.cpp's tokenizers do not do."""
+        return UnsupportedError(
+            f"tokenizer is none that llama.cpp has: {what}",
+            path=self.path,
+            found=reprlib.repr(found),
+            wanted=wanted,
+            code="ARCH-TOKENIZER",
+        )
+
+    def _added(self) -> Iterator[AddedToken]:
+        added = self.fields.get("added_tokens") or []
+        if not isinstance(added, list):
+            raise self.broken("added_tokens is no list", added)
+        for token in added:
+            if (
+                not isinstance(token, dict)
+                or type(token.get("id")) is not int
+                or token["id"] < 0
+                or not isinstance(token.get("content"), str)
+            ):
+                raise self.broken("added token without id and content", token)
+            yield AddedToken(token["id"], token["content"], token.get("special") is True)
+
+
+def _flat(step: Any) -> Iterator[dict[str, Any]]:
+    if not isinstance(step, dict):
+        return
+    for name in ("normalizers", "pretokenizers", "processors"):
+        if isinstance(step.get(name), list):
+            for inner in step[name]:
+                yield from _flat(inner)
+            return
+    yield step

@@ -1,0 +1,333 @@
+"""A tokenizer.json as GGUF's ``tokenizer.ggml.*`` keys.
+
+Four of llama.cpp's tokenizers are served: byte-level BPE (``gpt2``), SentencePiece's BPE
+(``llama``), unigram (``t5``) and WordPiece (``bert``). The file itself says which it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qconvert.architectures.pretokenizers import pre_tokenizer_name
+from qconvert.architectures.tokenizer_json import TokenizerJson
+from qconvert.errors import InputError, UnsupportedError
+from qconvert.files.gguf_writer import GgufValue, MetadataValue
+
+Keys = dict[str, MetadataValue]
+
+# Types of tokens: llama.h's llama_token_type.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+SPACE = "\u2581"  # what SentencePiece writes for a space
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+# Some versions of transformers left out the first merge; many more are another kind of tokenizer.
+MAX_UNLISTED = 0.01  # pairs for each token
+_UNREACHABLE = -10000.0  # score of a token that fills up the vocabulary
+# llama.cpp composes no characters; usual text is composed already.
+_HARMLESS = frozenset({"NFC"})
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Tokens as llama.cpp has them.
+
+    Attributes:
+        keys: what the file says about them.
+        ids: of all tokens, by the text that tokenizer.json gives them.
+        size: number of tokens, those that fill it up included.
+    """
+
+    keys: Keys
+    ids: dict[str, int]
+    size: int
+
+
+def read_vocabulary(
+    tokenizer: TokenizerJson, size: int, pre_tokenizer: str | None = None
+) -> Vocabulary:
+    """The tokens of a model; what llama.cpp does otherwise is added to the file's warnings.
+
+    Args:
+        tokenizer: the file.
+        size: rows of the token embedding; the tokens are filled up to it.
+        pre_tokenizer: llama.cpp's name for a byte-level BPE tokenizer, instead of looking it up.
+
+    Raises:
+        FormatError: the file breaks a rule.
+        UnsupportedError: a tokenizer that llama.cpp does not have.
+        InputError: more tokens than embeddings.
+    """
+    kind = _kind(tokenizer)
+    if pre_tokenizer is not None and kind != "gpt2":
+        raise UnsupportedError(
+            "only byte-level BPE has a pre-tokenizer to be named",
+            path=tokenizer.path,
+            found=kind,
+            hint="leave --pre-tokenizer out",
+            code="ARCH-PRE-TOKENIZER",
+        )
+    read, normalizers = _KINDS[kind]
+    keys: Keys = {"tokenizer.ggml.model": kind, "tokenizer.ggml.pre": "default"}
+    if kind == "gpt2":
+        keys["tokenizer.ggml.pre"] = pre_tokenizer or pre_tokenizer_name(tokenizer)
+    keys |= read(tokenizer, size)
+    tokenizer.warnings += (
+        f"llama.cpp does not apply the tokenizer's normalizer '{step}': "
+        "text that it would change gets other tokens"
+        for step in tokenizer.step_types("normalizer")
+        if step not in normalizers and step not in _HARMLESS
+    )
+    return Vocabulary(keys, _ids(tokenizer), size)
+
+
+def _kind(tokenizer: TokenizerJson) -> str:
+    """llama.cpp's name of the tokenizer."""
+    model = tokenizer.model
+    kind = model.get("type")
+    if kind == "WordPiece":
+        return "bert"
+    if kind == "Unigram":
+        return "t5"
+    if kind == "BPE" or (kind is None and "merges" in model):  # older files do not say
+        if "ByteLevel" in tokenizer.step_types("pre_tokenizer"):
+            return "gpt2"
+        if model.get("byte_fallback") is True or _escapes_spaces(tokenizer):
+            return "llama"
+    raise tokenizer.unlike(
+        "its model", kind, "byte-level BPE, SentencePiece BPE, Unigram or WordPiece"
+    )
+
+
+# --- the four ---
+
+
+def _byte_level(tokenizer: TokenizerJson, size: int) -> Keys:
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if tokenizer.model.get(name):
+            raise tokenizer.unlike(name, tokenizer.model[name])
+    table = _Table(tokenizer, tokenizer.vocabulary(), size, lambda token: NORMAL)
+    merges = [f"{left} {right}" for left, right in tokenizer.merges()]
+    return table.keys() | {"tokenizer.ggml.merges": GgufValue("STRING", merges)}
+
+
+def _sentencepiece(tokenizer: TokenizerJson, size: int) -> Keys:
+    unknown = tokenizer.model.get("unk_token")
+    fallback = tokenizer.model.get("byte_fallback") is True
+
+    def kind(token: str) -> int:
+        if token == unknown:
+            return UNKNOWN
+        return BYTE if fallback and _BYTE_TOKEN.fullmatch(token) else NORMAL
+
+    table = _Table(tokenizer, tokenizer.vocabulary(), size, kind)
+    return table.keys(_merge_scores(tokenizer, table)) | {
+        "tokenizer.ggml.add_space_prefix": _adds_space(tokenizer)
+    }
+
+
+def _merge_scores(tokenizer: TokenizerJson, table: _Table) -> list[float]:
+    """Scores by which SentencePiece merges as the list of merges does.
+
+    SentencePiece merges the pair whose result has the highest score, and takes every pair whose
+    result is a token. So a score is the first rank that yields the token, negative; a token that
+    no merge yields comes where its id stands, for ids are in the order of merges too.
+
+    Raises:
+        UnsupportedError: more than a slip: the merges are not those of a SentencePiece model.
+    """
+    merges = tokenizer.merges()
+    rank: dict[str, int] = {}
+    for i, (left, right) in enumerate(merges):
+        rank.setdefault(left + right, i)
+    unlisted = _unlisted(set(merges), table)
+    if len(unlisted) > MAX_UNLISTED * len(table.tokens):
+        raise tokenizer.unlike(
+            "its merges, for SentencePiece merges whatever gives a token",
+            f"{len(unlisted)} such pairs that it does not merge, the first {unlisted[0]}",
+        )
+    if unlisted:
+        tokenizer.warnings.append(
+            f"llama.cpp merges {len(unlisted)} pairs of tokens that the tokenizer does not, "
+            f"such as {unlisted[0]}"
+        )
+    scores = []
+    previous = -1.0
+    for token, kind in zip(table.tokens, table.types, strict=True):
+        if token is not None and kind == NORMAL:
+            previous = float(rank.get(token, previous))
+            scores.append(-previous)
+        else:
+            scores.append(_UNREACHABLE if kind == UNUSED else 0.0)
+    return scores
+
+
+def _unlisted(listed: set[tuple[str, str]], table: _Table) -> list[tuple[str, str]]:
+    """Pairs of tokens that give a token without being merges, in the order of that token's id."""
+    typed = zip(table.tokens, table.types, strict=True)
+    normal = {token: None for token, kind in typed if token is not None and kind == NORMAL}
+    cuts = ((token[:cut], token[cut:]) for token in normal for cut in range(1, len(token)))
+    return [p for p in cuts if p not in listed and p[0] in normal and p[1] in normal]
+
+
+def _unigram(tokenizer: TokenizerJson, size: int) -> Keys:
+    pieces = tokenizer.model.get("vocab")
+    if not isinstance(pieces, list) or not all(map(_is_piece, pieces)):
+        raise tokenizer.broken("vocab is no list of pieces and scores", pieces)
+    if tokenizer.model.get("byte_fallback") is True:
+        # llama.cpp would make the unknown token of every line feed.
+        raise tokenizer.unlike("byte_fallback of a unigram model", True)
+    ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+    if len(ids) < len(pieces):
+        raise tokenizer.broken("the same piece twice", f"{len(pieces) - len(ids)} times")
+    unknown = tokenizer.model.get("unk_id")
+    table = _Table(tokenizer, ids, size, lambda t: UNKNOWN if ids[t] == unknown else NORMAL)
+    scores = [float(score) for _, score in pieces] + [_UNREACHABLE] * (size - len(pieces))
+    steps = tokenizer.steps("normalizer")
+    keys = table.keys(scores) | {
+        "tokenizer.ggml.add_space_prefix": _adds_space(tokenizer),
+        "tokenizer.ggml.remove_extra_whitespaces": any(map(_merges_spaces, steps)),
+    }
+    for step in steps:
+        if step.get("type") == "Precompiled" and step.get("precompiled_charsmap"):
+            try:
+                charsmap = base64.b64decode(str(step["precompiled_charsmap"]), validate=True)
+            except binascii.Error as error:
+                raise tokenizer.broken("precompiled_charsmap is not base64", step) from error
+            keys["tokenizer.ggml.precompiled_charsmap"] = GgufValue("UINT8", list(charsmap))
+    return keys
+
+
+def _is_piece(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and type(value[1]) in (int, float)
+        and math.isfinite(value[1])
+    )
+
+
+def _wordpiece(tokenizer: TokenizerJson, size: int) -> Keys:
+    prefix = tokenizer.model.get("continuing_subword_prefix", "##")
+    if prefix != "##":
+        raise tokenizer.unlike("continuing_subword_prefix", prefix, "'##'")
+    if tokenizer.step_types("pre_tokenizer") != ["BertPreTokenizer"]:
+        raise tokenizer.unlike(
+            "pre_tokenizer", tokenizer.fields.get("pre_tokenizer"), "BertPreTokenizer"
+        )
+    unknown = tokenizer.model.get("unk_token")
+    table = _Table(
+        tokenizer, tokenizer.vocabulary(), size, lambda t: UNKNOWN if t == unknown else NORMAL
+    )
+    # llama.cpp marks the beginnings of words, WordPiece their other parts.
+    for i, (token, kind) in enumerate(zip(table.tokens, table.types, strict=True)):
+        if token is not None and kind == NORMAL:
+            inner = token.startswith("##")
+            table.tokens[i] = token.removeprefix("##") if inner else SPACE + token
+    lower, strip = False, None
+    for step in tokenizer.steps("normalizer"):
+        if step.get("type") == "BertNormalizer":
+            lower, strip = step.get("lowercase") is True, step.get("strip_accents")
+        lower = lower or step.get("type") == "Lowercase"
+        strip = True if step.get("type") == "StripAccents" else strip
+    return table.keys() | {
+        "tokenizer.ggml.normalizer.lowercase": lower,
+        # null: when lowercase
+        "tokenizer.ggml.normalizer.strip_accents": lower if strip is None else strip is True,
+    }
+
+
+# What each does, and the normalizers of which it has the like.
+_KINDS: dict[str, tuple[Callable[[TokenizerJson, int], Keys], tuple[str, ...]]] = {
+    "gpt2": (_byte_level, ()),
+    "llama": (_sentencepiece, ("Prepend", "Replace")),
+    "t5": (_unigram, ("Precompiled", "Prepend", "Replace", "Strip")),
+    "bert": (_wordpiece, ("BertNormalizer", "Lowercase", "StripAccents")),
+}
+
+
+# --- parts ---
+
+
+class _Table:
+    """Tokens by id, None where there is none, and their types."""
+
+    def __init__(
+        self, tokenizer: TokenizerJson, ids: dict[str, int], size: int, kind: Callable[[str], int]
+    ) -> None:
+        largest = max([*ids.values(), *(t.id for t in tokenizer.added)])
+        if largest >= size:
+            raise InputError(
+                "tokenizer has more tokens than the model has embeddings",
+                path=tokenizer.path,
+                found=f"token {largest}",
+                wanted=f"at most {size} tokens, config.json's vocab_size",
+                hint="the tokenizer is that of another model, or the embeddings were not resized",
+                code="ARCH-VOCABULARY",
+            )
+        self.tokenizer = tokenizer
+        self.tokens: list[str | None] = [None] * size
+        self.types = [UNUSED] * size
+        for token, i in ids.items():
+            self.tokens[i], self.types[i] = token, kind(token)
+        for added in tokenizer.added:
+            if self.types[added.id] != UNKNOWN:
+                self.types[added.id] = CONTROL if added.special else USER_DEFINED
+            self.tokens[added.id] = added.text
+
+    def keys(self, scores: list[float] | None = None) -> Keys:
+        """As GGUF has them."""
+        # llama.cpp looks for user-defined tokens in the text before it escapes spaces.
+        tokens = [
+            t.replace(SPACE, " ") if t is not None and kind == USER_DEFINED else t
+            for t, kind in zip(self.tokens, self.types, strict=True)
+        ]
+        taken = {t: i for i, t in enumerate(tokens) if t is not None}
+        for i, token in enumerate(tokens):
+            if token is None:
+                name = f"[PAD{i}]"
+                while name in taken:
+                    name = f"[{name}]"
+                tokens[i] = name
+            elif taken[token] != i:  # llama.cpp would end the process
+                raise self.tokenizer.broken(f"tokens {i} and {taken[token]} have one text", token)
+        keys: Keys = {"tokenizer.ggml.tokens": GgufValue("STRING", [t or "" for t in tokens])}
+        if scores is not None:
+            keys["tokenizer.ggml.scores"] = GgufValue("FLOAT32", scores)
+        return keys | {"tokenizer.ggml.token_type": GgufValue("INT32", self.types)}
+
+
+def _ids(tokenizer: TokenizerJson) -> dict[str, int]:
+    vocab = tokenizer.model["vocab"]
+    ids = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    return ids | {t.text: t.id for t in tokenizer.added}
+
+
+def _escapes_spaces(tokenizer: TokenizerJson) -> bool:
+    return "Metaspace" in tokenizer.step_types("pre_tokenizer") or any(
+        step.get("type") == "Replace" and step.get("content") == SPACE
+        for step in tokenizer.steps("normalizer")
+    )
+
+
+def _adds_space(tokenizer: TokenizerJson) -> bool:
+    """Whether a space comes before the text."""
+    for step in tokenizer.steps("pre_tokenizer"):
+        if step.get("type") == "Metaspace":
+            scheme = step.get("prepend_scheme")
+            return (
+                step.get("add_prefix_space") is not False if scheme is None else scheme != "never"
+            )
+    return "Prepend" in tokenizer.step_types("normalizer")
+
+
+def _merges_spaces(step: dict[str, Any]) -> bool:
+    pattern = step.get("pattern")
+    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    return step.get("type") == "Replace" and regex == " {2,}"

@@ -1,0 +1,124 @@
+"""GGUF in several files, as llama.cpp loads them: ``name-00001-of-00003.gguf`` and so on.
+
+The first file has all keys, each has its own part of the tensors. llama.cpp is given the first and
+finds the others by their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qconvert.errors import UnsupportedError
+from qconvert.files.gguf_writer import (
+    GgufTensor,
+    GgufValue,
+    GgufWriter,
+    MetadataValue,
+    check_gguf,
+)
+
+MAX_SHARDS = 65_535  # split.count is a uint16; the names have five digits
+
+
+def plan_shards(tensors: Sequence[GgufTensor], limit: int) -> list[int]:
+    """How many tensors go into each file: consecutive ones of at most ``limit`` bytes together.
+
+    A tensor larger than that has a file to itself.
+
+    Raises:
+        UnsupportedError: more files than their names can count.
+    """
+    counts: list[int] = []
+    used = 0
+    for tensor in tensors:
+        if counts and used + tensor.nbytes <= limit:
+            counts[-1] += 1
+            used += tensor.nbytes
+        else:
+            counts.append(1)
+            used = tensor.nbytes
+    if len(counts) > MAX_SHARDS:
+        raise UnsupportedError(
+            "too many files for one GGUF model",
+            found=len(counts),
+            wanted=f"at most {MAX_SHARDS}",
+            hint="allow larger files",
+            code="GGUF-SHARDS",
+        )
+    return counts
+
+
+def shard_path(path: Path, number: int, count: int) -> Path:
+    """The name of file ``number``, counted from 1, of the model that ``path`` would hold whole."""
+    return path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}.gguf")
+
+
+class SplitGgufWriter:
+    """Writes one model into several files; used as `GgufWriter` is, with one index for all tensors.
+
+    Only one file is open at a time.
+
+    Args:
+        paths: where each file is written; what llama.cpp has to find them by is `shard_path`.
+        metadata: as of `GgufWriter`; goes into the first file.
+        tensors: of all files, in order.
+        counts: how many of them go into each file.
+
+    Raises:
+        UnsupportedError: a tensor, key or value that GGUF cannot hold; nothing was written.
+        OSError: a file could not be written.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        metadata: Mapping[str, MetadataValue],
+        tensors: Sequence[GgufTensor],
+        counts: Sequence[int],
+    ) -> None:
+        if len(paths) != len(counts) or sum(counts) != len(tensors) or not counts:
+            raise ValueError("a path for each file, and a file for each tensor")
+        check_gguf(tensors)  # across files too, before a byte is written
+        self._paths = tuple(paths)
+        self._metadata = dict(metadata)
+        self._tensors = tuple(tensors)
+        self._counts = tuple(counts)
+        self._first = 0  # index of the current file's first tensor
+        self._shard = 0
+        self._writer = self._open()
+
+    def begin(self, index: int) -> None:
+        """Start the tensor with that index; the one before must be complete."""
+        if index == self._first + self._counts[self._shard]:
+            self._writer.finish()
+            self._first = index
+            self._shard += 1
+            self._writer = self._open()
+        self._writer.begin(index - self._first)
+
+    def append(self, data: bytes) -> None:
+        """Write the next bytes of the tensor that was begun."""
+        self._writer.append(data)
+
+    def finish(self) -> None:
+        """Check that every tensor is complete and close the last file."""
+        if self._shard + 1 != len(self._counts):
+            raise RuntimeError(f"file {self._shard + 2} was not written")
+        self._writer.finish()
+
+    def close(self) -> None:
+        """Close the current file, complete or not; a second call does nothing."""
+        self._writer.close()
+
+    def _open(self) -> GgufWriter:
+        architecture = "general.architecture"
+        keys = self._metadata if not self._shard else {architecture: self._metadata[architecture]}
+        split: dict[str, MetadataValue] = {
+            "split.no": GgufValue("UINT16", self._shard),
+            "split.count": GgufValue("UINT16", len(self._counts)),
+            "split.tensors.count": GgufValue("INT32", len(self._tensors)),
+        }
+        end = self._first + self._counts[self._shard]
+        path = self._paths[self._shard]
+        return GgufWriter(path, keys | split, self._tensors[self._first : end])

@@ -1,0 +1,190 @@
+"""llama.cpp itself loads what is written, and computes what transformers recorded.
+
+Golden values: golden/regenerate.py. A tokenizer's differences that are llama.cpp's own are listed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from numpy.typing import NDArray
+from tiny_models import CONFIGS, TOKENIZERS, weights, write_directory
+
+from qconvert.architectures import open_gguf_source
+from qconvert.files import open_model
+from qconvert.files.gguf_split import SplitGgufWriter, plan_shards, shard_path
+from qconvert.files.gguf_writer import GgufTensor, GgufWriter
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp: pip install qconvert[llama]")
+
+GOLDEN: dict[str, Any] = json.loads((ROOT / "tests" / "golden" / "architectures.json").read_text())
+SAMPLE = ROOT / "samples" / "tiny-llama"
+CONTEXT = 256
+EVERY = 9
+
+# ggml computes GELU from a table of binary16.
+TOLERANCE = {"gemma2": 1e-3, "gemma3": 1e-3, "bert": 2e-3}
+# What llama.cpp does otherwise, whatever the file says.
+OTHERWISE = {
+    # a run of spaces is one piece of text to SentencePiece, several to transformers' Metaspace
+    "unigram": {"  two  spaces,   three\n\n\nlines\ttab  ", "x = 12\r\n\r\n    y", " "},
+}
+
+
+@llama_cpp.llama_log_callback
+def silent(level: int, text: bytes, data: object) -> None:
+    """llama.cpp writes to stderr otherwise."""
+
+
+llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+
+
+def write_gguf(
+    directory: Path, path: Path, matrices: str = "F32", limit: int | None = None
+) -> Path:
+    """A directory as GGUF, matrices in one type and what llama.cpp wants so in F32.
+
+    With a limit in several files; the first is returned.
+    """
+    source = open_gguf_source(open_model(directory))
+    kept = ("norm.weight", "ffn_gate_inp.weight", "position_embd.weight", "token_types.weight")
+    tensors = [
+        GgufTensor(
+            t.name,
+            t.shape,
+            "F32" if len(t.shape) < 2 or t.name.endswith(kept) else matrices,
+        )
+        for t in source.model.tensors
+    ]
+    writer: GgufWriter | SplitGgufWriter
+    if limit is None:
+        writer = GgufWriter(path, source.metadata, tensors)
+    else:
+        counts = plan_shards(tensors, limit)
+        paths = [shard_path(path, n + 1, len(counts)) for n in range(len(counts))]
+        writer, path = SplitGgufWriter(paths, source.metadata, tensors, counts), paths[0]
+    for i, (tensor, written) in enumerate(zip(source.model.tensors, tensors, strict=True)):
+        writer.begin(i)
+        stored = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}[written.ggml_type]
+        for start in range(0, tensor.size, 1000):
+            part = source.model.values(tensor, start, min(start + 1000, tensor.size))
+            writer.append(part.astype(stored).tobytes())
+    writer.finish()
+    source.model.close()
+    return path
+
+
+@contextmanager
+def loaded(path: Path) -> Iterator[Any]:
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.n_gpu_layers = 0
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+    assert model, f"llama.cpp does not load {path.name}"
+    try:
+        yield model
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+def outputs(model: Any, ids: list[int], *, encoder: bool = False) -> NDArray[np.float32]:
+    """Logits, or hidden states of an encoder, for every token: (tokens, width)."""
+    parameters = llama_cpp.llama_context_default_params()
+    parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = CONTEXT
+    parameters.n_threads = parameters.n_threads_batch = 1
+    parameters.type_k = parameters.type_v = 0  # a cache in F32, as transformers has it
+    parameters.flash_attn_type = 0
+    if encoder:
+        parameters.embeddings, parameters.pooling_type = True, 0
+    context = llama_cpp.llama_init_from_model(model, parameters)
+    batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+    for i, token in enumerate(ids):
+        batch.token[i], batch.pos[i], batch.logits[i] = token, i, 1
+        batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+    batch.n_tokens = len(ids)
+    run = llama_cpp.llama_encode if encoder else llama_cpp.llama_decode
+    assert run(context, batch) == 0
+    if encoder:
+        width, row = llama_cpp.llama_model_n_embd(model), llama_cpp.llama_get_embeddings_ith
+    else:
+        vocabulary = llama_cpp.llama_model_get_vocab(model)
+        width, row = llama_cpp.llama_vocab_n_tokens(vocabulary), llama_cpp.llama_get_logits_ith
+    found = [np.ctypeslib.as_array(row(context, i), (width,)).copy() for i in range(len(ids))]
+    llama_cpp.llama_batch_free(batch)
+    llama_cpp.llama_free(context)
+    return np.stack(found)
+
+
+def tokenized(model: Any, text: str) -> list[int]:
+    """Tokens with those that surround a text; special ones in the text are taken as such."""
+    data, space = text.encode(), (llama_cpp.llama_token * 500)()
+    vocabulary = llama_cpp.llama_model_get_vocab(model)
+    count = llama_cpp.llama_tokenize(vocabulary, data, len(data), space, 500, True, True)
+    assert count >= 0
+    return list(space[:count])
+
+
+def largest_error(found: NDArray[np.float32], golden: dict[str, Any]) -> float:
+    """Relative to the largest output of all."""
+    return max(
+        float(np.abs(found[int(position), ::EVERY] - np.array(wanted)).max()) / golden["largest"]
+        for position, wanted in golden["outputs"].items()
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_llama_cpp_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
+    # The name of the directory becomes general.name, at which llama.cpp looks for "phi3".
+    directory = write_directory(tmp_path / "tiny", name)
+    with loaded(write_gguf(directory, tmp_path / "m.gguf")) as model:
+        found = outputs(model, GOLDEN[name]["ids"], encoder=name == "bert")
+    assert largest_error(found, GOLDEN[name]) < TOLERANCE.get(name, 5e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3-moe", "bert"])
+def test_half_precision_stays_within_a_hundredth(name: str, tmp_path: Path) -> None:
+    directory = write_directory(tmp_path / "tiny", name)
+    with loaded(write_gguf(directory, tmp_path / "m.gguf", "F16")) as model:
+        found = outputs(model, GOLDEN[name]["ids"], encoder=name == "bert")
+    assert largest_error(found, GOLDEN[name]) < 1e-2
+
+
+def test_llama_cpp_finds_all_files_of_a_split_model(tmp_path: Path) -> None:
+    directory = write_directory(tmp_path / "tiny", "qwen3")
+    first = write_gguf(directory, tmp_path / "m.gguf", limit=100_000)
+    assert first.name == "m-00001-of-00006.gguf"
+    with loaded(first) as model:
+        assert largest_error(outputs(model, GOLDEN["qwen3"]["ids"]), GOLDEN["qwen3"]) < 5e-5
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_llama_cpp_tokenizes_as_the_tokenizers_library_does(kind: str, tmp_path: Path) -> None:
+    using = "bert" if kind == "wordpiece" else "llama"
+    size = {"vocab_size": 700}
+    fields = {**CONFIGS[using], **size}
+    directory = write_directory(
+        tmp_path / "tiny", using, config=size, tensors=weights(fields), tokenizer=TOKENIZERS[kind]
+    )
+    with loaded(write_gguf(directory, tmp_path / "m.gguf")) as model:
+        for text, wanted in GOLDEN[f"tokenizer {kind}"].items():
+            if text not in OTHERWISE.get(kind, ()):
+                assert tokenized(model, text) == wanted, text
+
+
+def test_the_trained_sample_goes_on_as_in_transformers(tmp_path: Path) -> None:
+    golden = GOLDEN["sample tiny-llama"]
+    with loaded(write_gguf(SAMPLE, tmp_path / "m.gguf")) as model:
+        assert largest_error(outputs(model, golden["ids"]), golden) < 5e-5
+        for text, wanted in golden["tokens"].items():
+            assert tokenized(model, text) == wanted, text
+        ids = list(golden["prompt"])
+        for _ in golden["greedy"]:
+            ids.append(int(outputs(model, ids)[-1].argmax()))
+    assert ids[len(golden["prompt"]) :] == golden["greedy"]
