@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -89,6 +90,21 @@ class SourceFile:
     header_sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """A small file that belongs to a model, such as its configuration or tokenizer.
+
+    Attributes:
+        name: relative to the model's directory, with ``/``.
+        size: in bytes.
+        read: gives the bytes; raises an InputError when they are not to be had any more.
+    """
+
+    name: str
+    size: int
+    read: Callable[[], bytes]
+
+
 class Model(Protocol):
     """A model file or directory, opened: headers are read and checked, values are read on demand.
 
@@ -100,7 +116,7 @@ class Model(Protocol):
     tensors: tuple[TensorInfo, ...]
     metadata: dict[str, str]
     sources: tuple[SourceFile, ...]
-    companions: tuple[Path, ...]
+    companions: tuple[Companion, ...]
 
     def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[np.floating]:
         """Values ``start..stop`` of the flattened tensor as numbers, shape (stop - start,).

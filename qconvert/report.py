@@ -123,6 +123,8 @@ class QuantizeReport(Report):
     sqnr_db: float | None
     calibration: str | None
     companions: int
+    files: int = 1
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass

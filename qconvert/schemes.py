@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from qconvert.encoding import BITS, BLOCKS
 from qconvert.errors import UsageError
+from qconvert.mixes import MIXES
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,14 @@ class GgmlScheme:
     nbytes: int
 
 
-Scheme = AffineScheme | CastScheme | GgmlScheme
+@dataclass(frozen=True, slots=True)
+class MixScheme:
+    """Several ggml types in one GGUF file: a name of `qconvert.mixes.MIXES`."""
+
+    name: str
+
+
+Scheme = AffineScheme | CastScheme | GgmlScheme | MixScheme
 
 
 def affine_scheme(bits: int, granularity: str, block: int, symmetric: bool | None) -> AffineScheme:
@@ -82,10 +90,12 @@ _ALL: tuple[Scheme, ...] = (
 )
 
 SCHEMES: dict[str, Scheme] = {s.name: s for s in _ALL}
+SCHEMES |= {name: MixScheme(name) for name in MIXES if name not in SCHEMES}
 
 SCHEME_GRAMMAR = (
     "q{2,3,4,5,6,8}_{tensor|channel|block16|block32|block64|block128|block256}[_sym|_asym], "
-    "f32, f16, bf16; GGUF: q4_0, q4_1, q5_0, q5_1, q8_0, f32, f16, bf16"
+    "f32, f16, bf16; GGUF: "
+    + ", ".join(dict.fromkeys((*MIXES, *(s.name for s in _ALL if isinstance(s, GgmlScheme)))))
 )
 
 

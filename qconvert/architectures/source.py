@@ -18,7 +18,6 @@ from qconvert.architectures.tokenizer_json import TokenizerJson
 from qconvert.architectures.tokenizers import read_vocabulary
 from qconvert.errors import FormatError, InputError, UnsupportedError
 from qconvert.files.gguf_writer import GgufTensor, GgufValue, MetadataValue, check_gguf
-from qconvert.files.shards import read_companion
 from qconvert.files.strict_json import strict_json
 from qconvert.model import Model
 
@@ -68,9 +67,8 @@ def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufS
         FormatError: one of those files breaks a rule.
     """
     directory = model.path
-    fields = (
-        _json(directory, CONFIG) if model.kind == "safetensors" and directory.is_dir() else None
-    )
+    files = _Files(model)
+    fields = files.json(CONFIG)
     if fields is None:
         raise InputError(
             "llama.cpp's GGUF needs the configuration of the model",
@@ -86,18 +84,18 @@ def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufS
     tensors, dropped = map_tensors(model, family, config, sizes, rope.tensors)
     mapped = MappedModel(model, tensors)
     check_gguf([GgufTensor(t.name, t.shape, "F32") for t in mapped.tensors])
-    tokenizer, warnings = _tokenizer(directory, config, sizes.named["vocabulary"], pre_tokenizer)
+    tokenizer, warnings = _tokenizer(files, config, sizes.named["vocabulary"], pre_tokenizer)
     metadata: dict[str, MetadataValue] = {
         "general.architecture": family.arch,
         "general.type": "model",
         "general.name": directory.resolve().name,
         "general.size_label": _size_label(mapped, sizes.named.get("experts", 0)),
     }
-    metadata |= card_keys(read_companion(directory, "README.md"), directory / "README.md")
-    metadata |= _sampling(directory)
+    metadata |= card_keys(files.read("README.md"), directory / "README.md")
+    metadata |= _sampling(files)
     metadata |= keys
     if family.arch == "bert":
-        metadata["bert.pooling_type"] = GgufValue("UINT32", _pooling(directory))
+        metadata["bert.pooling_type"] = GgufValue("UINT32", _pooling(files))
         metadata["tokenizer.ggml.token_type_count"] = GgufValue("UINT32", sizes.named["types"])
     metadata |= tokenizer
     return GgufSource(
@@ -109,15 +107,27 @@ def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufS
     )
 
 
-def _json(directory: Path, name: str) -> dict[str, Any] | None:
-    """A JSON object in the directory; None when there is no such file."""
-    data = read_companion(directory, name)
-    if data is None:
-        return None
-    fields = strict_json(data, directory / name)
-    if not isinstance(fields, dict):
-        raise FormatError("file holds no JSON object", path=directory / name, code="ARCH-JSON")
-    return fields
+class _Files:
+    """The small files of a model, in its directory or carried in a container."""
+
+    def __init__(self, model: Model) -> None:
+        self.home = model.path
+        self._companions = {c.name: c for c in model.companions}
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a file; None when there is none."""
+        found = self._companions.get(name)
+        return None if found is None else found.read()
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in a file; None when there is none."""
+        data = self.read(name)
+        if data is None:
+            return None
+        fields = strict_json(data, self.home / name)
+        if not isinstance(fields, dict):
+            raise FormatError("file holds no JSON object", path=self.home / name, code="ARCH-JSON")
+        return fields
 
 
 def read_config(fields: dict[str, Any], path: Path) -> tuple[Family, Config]:
@@ -143,37 +153,37 @@ def read_config(fields: dict[str, Any], path: Path) -> tuple[Family, Config]:
 
 
 def _tokenizer(
-    directory: Path, config: Config, size: int, pre_tokenizer: str | None
+    files: _Files, config: Config, size: int, pre_tokenizer: str | None
 ) -> tuple[dict[str, MetadataValue], tuple[str, ...]]:
     """The keys of the tokenizer, and warnings."""
-    fields = _json(directory, TOKENIZER)
+    fields = files.json(TOKENIZER)
     if fields is None:
-        raise _no_tokenizer(directory)
+        raise _no_tokenizer(files)
     settings = {
-        **(_json(directory, "special_tokens_map.json") or {}),
-        **{k: v for k, v in (_json(directory, "tokenizer_config.json") or {}).items() if v},
+        **(files.json("special_tokens_map.json") or {}),
+        **{k: v for k, v in (files.json("tokenizer_config.json") or {}).items() if v},
     }
-    template = read_companion(directory, CHAT_TEMPLATE)
+    template = files.read(CHAT_TEMPLATE)
     try:
         text = None if template is None else template.decode()
     except UnicodeDecodeError as error:
         raise FormatError(
-            "chat template is not UTF-8", path=directory / CHAT_TEMPLATE, code="ARCH-TEMPLATE"
+            "chat template is not UTF-8", path=files.home / CHAT_TEMPLATE, code="ARCH-TEMPLATE"
         ) from error
-    file = TokenizerJson(fields, directory / TOKENIZER)
+    file = TokenizerJson(fields, files.home / TOKENIZER)
     vocabulary = read_vocabulary(file, size, pre_tokenizer)
     keys = vocabulary.keys | special_token_keys(file, vocabulary, settings, config)
     return keys | chat_template_keys(settings, text), tuple(file.warnings)
 
 
-def _no_tokenizer(directory: Path) -> InputError:
+def _no_tokenizer(files: _Files) -> InputError:
     found, hint = None, "download it as well, or write the tensors as they are with --raw"
-    if read_companion(directory, "tokenizer.model") is not None:
+    if files.read("tokenizer.model") is not None:
         found = "tokenizer.model alone"
         hint = "let transformers write it: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
     return InputError(
         "tokenizer is missing",
-        path=directory / TOKENIZER,
+        path=files.home / TOKENIZER,
         found=found,
         hint=hint,
         code="ARCH-NO-TOKENIZER",
@@ -188,9 +198,9 @@ def _size_label(model: MappedModel, experts: int) -> str:
     return str(gguf.size_label(total, total - stacked, each, experts))
 
 
-def _sampling(directory: Path) -> dict[str, MetadataValue]:
+def _sampling(files: _Files) -> dict[str, MetadataValue]:
     """What the model's makers recommend for sampling, which llama.cpp takes as its defaults."""
-    fields = _json(directory, "generation_config.json") or {}
+    fields = files.json("generation_config.json") or {}
     keys: dict[str, MetadataValue] = {}
     if type(fields.get("top_k")) is int and 0 <= fields["top_k"] < 1 << 31:
         keys["general.sampling.top_k"] = GgufValue("INT32", fields["top_k"])
@@ -200,16 +210,16 @@ def _sampling(directory: Path) -> dict[str, MetadataValue]:
     return keys
 
 
-def _pooling(directory: Path) -> int:
+def _pooling(files: _Files) -> int:
     """How an encoder makes one vector of many: sentence-transformers' module, else none."""
-    fields = _json(directory, "1_Pooling/config.json") or {}
+    fields = files.json("1_Pooling/config.json") or {}
     chosen = [n for n, on in fields.items() if n.startswith("pooling_mode_") and on is True]
     if not chosen:
         return 0
     if len(chosen) > 1 or chosen[0] not in _DENSE_POOLING:
         raise UnsupportedError(
             "llama.cpp does not have this pooling",
-            path=directory / "1_Pooling/config.json",
+            path=files.home / "1_Pooling/config.json",
             found=", ".join(chosen),
             wanted=", ".join(_DENSE_POOLING),
             code="ARCH-POOLING",

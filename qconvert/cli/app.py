@@ -9,10 +9,12 @@ import typer
 
 from qconvert import __version__
 from qconvert.errors import UsageError
-from qconvert.schemes import SCHEME_GRAMMAR, Scheme, parse_scheme
+from qconvert.mixes import parse_ggml_type, parse_tensor_type
+from qconvert.schemes import SCHEME_GRAMMAR, MixScheme, parse_scheme
 
 if TYPE_CHECKING:
     from qconvert.ranges import RangeMethod
+    from qconvert.stages.plan import TensorScheme
 
 app = typer.Typer(
     name="qconvert",
@@ -223,6 +225,68 @@ def quantize(
             "--hash-source", help="record the SHA-256 of the source files (reads them again)"
         ),
     ] = False,
+    allow_requantize: Annotated[
+        bool,
+        typer.Option("--allow-requantize", help="take a source that is quantized already"),
+    ] = False,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor-type",
+            metavar="REGEX=TYPE",
+            help="GGUF: another ggml type for these tensors; repeatable, the first match wins",
+        ),
+    ] = None,
+    output_tensor_type: Annotated[
+        str | None,
+        typer.Option(
+            "--output-tensor-type", metavar="TYPE", help="GGUF: ggml type of the output head"
+        ),
+    ] = None,
+    token_embedding_type: Annotated[
+        str | None,
+        typer.Option(
+            "--token-embedding-type", metavar="TYPE", help="GGUF: ggml type of the token embeddings"
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix",
+            metavar="FILE",
+            help="GGUF: importance matrix of llama.cpp, to weight the search",
+        ),
+    ] = None,
+    pure: Annotated[
+        bool,
+        typer.Option("--pure", help="GGUF: one type for all matrices, no mix"),
+    ] = False,
+    no_fallback: Annotated[
+        bool,
+        typer.Option(
+            "--no-fallback", help="GGUF: refuse matrices whose rows do not divide into blocks"
+        ),
+    ] = False,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw", help="GGUF: only tensors, under their own names, of any architecture"
+        ),
+    ] = False,
+    pre_tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--pre-tokenizer",
+            metavar="NAME",
+            help="GGUF: llama.cpp's name for it, where it is not recognised",
+        ),
+    ] = None,
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            "--shard-size", metavar="SIZE", help="GGUF: several files of at most 500M, 2G ..."
+        ),
+    ] = None,
     threads: Threads = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the plan and write nothing")
@@ -234,21 +298,27 @@ def quantize(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """Quantize a safetensors model to .qblk or GGUF.
+    """Quantize a model to .qblk or GGUF.
 
-    Floating tensors of two or more dimensions and at least 1,024 values take the scheme, token
-    embeddings and the output head included (with at least 4 bits). Norms, biases, one-dimensional
-    and integer tensors stay bit for bit. Casts (f32, f16, bf16) take every floating tensor.
+    MODEL is a safetensors file, a model directory, or a GGUF or .qblk file.
+
+    Into .qblk, floating tensors of two or more dimensions and at least 1,024 values take the
+    scheme, token embeddings and the output head included (with at least 4 bits). Norms, biases,
+    one-dimensional and integer tensors stay bit for bit. Casts (f32, f16, bf16) take every floating
+    tensor.
+
+    Into GGUF, a model directory becomes a file that llama.cpp runs, with the types that
+    llama-quantize would choose for the scheme.
 
     \b
     Examples:
       qconvert quantize model.safetensors --scheme q4_block64
-      qconvert quantize model-directory --scheme q8_0 -o model.gguf
+      qconvert quantize model-directory --scheme q4_k_m -o model.gguf
       qconvert quantize model.safetensors --scheme q3_block32 \\
           --tensor-scheme '*down_proj*=q6_block32' --keep 'lm_head.*'
     """
     from qconvert.cli import render
-    from qconvert.stages.quantize import QuantizeOptions
+    from qconvert.stages.quantize import GgufOptions, QuantizeOptions
     from qconvert.stages.quantize import quantize as stage
 
     options = QuantizeOptions(
@@ -264,10 +334,21 @@ def quantize(
         dry_run=dry_run,
         force=force,
         hash_source=hash_source,
+        allow_requantize=allow_requantize,
+        gguf=GgufOptions(
+            raw=raw,
+            pre_tokenizer=pre_tokenizer,
+            pure=pure,
+            fallback=not no_fallback,
+            output_type=output_tensor_type and parse_ggml_type(output_tensor_type),
+            token_embedding_type=token_embedding_type and parse_ggml_type(token_embedding_type),
+            tensor_types=tuple(parse_tensor_type(text) for text in tensor_type or ()),
+            imatrix=imatrix,
+            shard_size=None if shard_size is None else _size(shard_size),
+        ),
     )
-    with render.Emitter(
-        json, report, force, quiet, strict, [model, *([calibration] if calibration else [])]
-    ) as emitter:
+    inputs = [model, *(path for path in (calibration, imatrix) if path)]
+    with render.Emitter(json, report, force, quiet, strict, inputs) as emitter:
         return emitter.emit(stage(model, options, emitter.progress), render.quantize_text)
 
 
@@ -454,11 +535,23 @@ def _range(name: str | None, percentile: float | None) -> RangeMethod | None:
     return RangeMethod(name, percentile or DEFAULT_PERCENTILE) if name else None
 
 
-def _tensor_scheme(text: str) -> tuple[str, Scheme]:
+def _tensor_scheme(text: str) -> tuple[str, TensorScheme]:
     glob, equals, name = text.rpartition("=")
     if not equals or not glob:
         raise UsageError("--tensor-scheme", found=text, wanted="GLOB=NAME")
-    return glob, parse_scheme(name)
+    scheme = parse_scheme(name)
+    if isinstance(scheme, MixScheme):
+        raise UsageError("--tensor-scheme", found=text, wanted="a single type, not a mix")
+    return glob, scheme
+
+
+def _size(text: str) -> int:
+    """Bytes, with K, M or G for powers of 1,000."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    powers = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+    if unit not in powers or not number.isdecimal() or not 0 < int(number) < 10**9:
+        raise UsageError("--shard-size", found=text, wanted="a number of bytes, or 500M, 2G ...")
+    return int(number) * powers[unit]
 
 
 def _shape(text: str) -> tuple[int, int]:

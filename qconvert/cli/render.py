@@ -34,6 +34,7 @@ from qconvert.report import (
 )
 
 R = TypeVar("R", bound=Report)
+NOTES_SHOWN = 3
 WORST_SHOWN = 5
 FLEXIBLE_WIDTH = 24  # what names and reasons are cut to at most
 COLUMN_GAP = 3
@@ -179,6 +180,12 @@ def quantize_text(r: QuantizeReport) -> str:
     about = "about " if r.dry_run else ""
     sizes = f"{size(r.source_bytes)} -> {about}{size(r.output_bytes)}"
     lines.append(f"size       {sizes} ({100 * ratio:.1f} %)\n")
+    for i, note in enumerate(r.notes[:NOTES_SHOWN]):
+        lines.append(f"{'left out   ' if i == 0 else '           '}{printable(note)}\n")
+    if len(r.notes) > NOTES_SHOWN:
+        lines.append(f"           and {len(r.notes) - NOTES_SHOWN} more, see --json\n")
+    if r.files > 1:
+        lines.append(f"files      {r.files}\n")
     if r.companions:
         lines.append(f"carried    {r.companions} files of the model (config, tokenizer, ...)\n")
     bits = number(r.quantized_bits_per_weight), number(r.model_bits_per_weight)

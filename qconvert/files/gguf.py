@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.regular import RegularFile
 from qconvert.kernels import widen
-from qconvert.model import DTYPES, SourceFile, TensorInfo
+from qconvert.model import DTYPES, Companion, SourceFile, TensorInfo
 from qconvert.quantizers.ggml import GGML_BLOCKS
 
 MAGIC = b"GGUF"
@@ -89,7 +90,7 @@ class GgufModel:
     """
 
     kind = "gguf"
-    companions: tuple[Path, ...] = ()
+    companions: tuple[Companion, ...] = ()
 
     def __init__(self, path: Path, file: RegularFile) -> None:
         header = _Header(file)
@@ -127,13 +128,29 @@ class GgufModel:
         skipped = first * storage.block
         return self._decoded(tensor, blocks)[start - skipped : stop - skipped]
 
+    def value(self, key: str) -> tuple[str, Any]:
+        """The type and value of a key in the metadata, read again from the file.
+
+        Returns:
+            The name in ``gguf.GGUFValueType`` and the value; of an array the type of its elements,
+            and a list of them.
+
+        Raises:
+            KeyError: there is no such key.
+            FormatError: a string is not UTF-8, or the file has become shorter.
+        """
+        return self._header.value(key)
+
     def strings(self, key: str) -> tuple[str, ...] | None:
         """The values of an array of strings in the metadata; None if ``key`` is no such array.
 
         Raises:
             FormatError: a string is not UTF-8, or the file has become shorter.
         """
-        return self._header.strings(key)
+        if key not in self.metadata:
+            return None
+        kind, value = self.value(key)
+        return tuple(value) if kind == "STRING" and isinstance(value, list) else None
 
     def raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
         """Stored bytes ``offset..offset+size`` of the tensor.
@@ -220,7 +237,7 @@ class _Header:
         tensor_count = self._count("tensors", _INFO_BYTES, MAX_TENSORS)
         key_count = self._count("keys", _KEY_BYTES, MAX_KEYS)
         self.metadata: dict[str, str] = {}
-        self._array_starts: dict[str, int] = {}
+        self._places: dict[str, tuple[int, int]] = {}  # of each value: its type and offset
         self._alignment = DEFAULT_ALIGNMENT
         for _ in range(key_count):
             self._read_key()
@@ -233,14 +250,22 @@ class _Header:
         self._check_places()
         self._buffer = b""  # the header may be asked for strings later
 
-    def strings(self, key: str) -> tuple[str, ...] | None:
-        """See `GgufModel.strings`."""
-        if key not in self._array_starts:
-            return None
-        self._position = self._array_starts[key]
-        if self._u32() != _STRING:
-            return None
-        return tuple(self._string(f"string in '{key}'") for _ in range(self._u64()))
+    def value(self, key: str) -> tuple[str, Any]:
+        """See `GgufModel.value`."""
+        kind, self._position = self._places[key]
+        count = None
+        if kind == _ARRAY:
+            kind, count = self._u32(), self._u64()
+
+        def one() -> Any:
+            if kind == _STRING:
+                return self._string(f"string in '{key}'")
+            layout = _SCALARS[kind][0]
+            (value,) = layout.unpack(self._take(layout.size))
+            return bool(value) if kind == _BOOL else value
+
+        name = gguf.GGUFValueType(kind).name
+        return name, one() if count is None else [one() for _ in range(count)]
 
     def _check_version(self) -> None:
         magic = self._take(4)
@@ -271,6 +296,7 @@ class _Header:
         if key in self.metadata:
             raise self._broken(f"key '{key}' appears twice", "GGUF-DUPLICATE-KEY")
         kind = self._u32()
+        self._places[key] = kind, self._position
         if kind == _STRING:
             self.metadata[key] = self._string(f"value of '{key}'")
         elif kind == _ARRAY:
@@ -293,7 +319,6 @@ class _Header:
 
     def _skip_array(self, key: str) -> int:
         """Pass over an array; its number of values."""
-        self._array_starts[key] = self._position
         kind = self._u32()
         if kind == _ARRAY:
             raise self._broken(f"key '{key}' is an array of arrays", "GGUF-NESTED-ARRAY")

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.encoding import SCALE_SIZES, AffineEncoding, RawEncoding
-from qconvert.files.qblk_header import StoredFile, StoredTensor, read_header
+from qconvert.files.qblk_header import SLASH, StoredFile, StoredTensor, read_header
 from qconvert.files.regular import RegularFile
 from qconvert.geometry import PACK_GROUP
 from qconvert.kernels import widen
-from qconvert.model import DTYPES, SourceFile, TensorInfo
+from qconvert.model import DTYPES, Companion, SourceFile, TensorInfo
 from qconvert.quantizers.affine import (
     Parameters,
     decode_groups,
@@ -59,7 +60,10 @@ class QblkModel:
         self.stored = {t.name: t for t in self.header.tensors}
         self.tensors = tuple(_info(t) for t in self.header.tensors)
         self.metadata = self.header.metadata
-        self.companions: tuple[Path, ...] = ()
+        self.companions = tuple(
+            Companion(f.name.replace(SLASH, "/"), f.segment.size, partial(self.companion, f))
+            for f in self.header.files
+        )
         digest = hashlib.sha256(head).hexdigest()
         self.sources: tuple[SourceFile, ...] = (
             SourceFile(path.name, self.header.file_length, digest),

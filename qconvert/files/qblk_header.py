@@ -32,6 +32,7 @@ MAGIC = b"\x89QBLK\r\n\n"
 MAJOR, MINOR = 1, 0
 PREAMBLE = struct.Struct("<8sBBHIQQ32s")
 ALIGNMENT = 64
+SLASH = "%2F"  # in names of companion files, for the / of a path; SPEC.md section 5
 MAX_HEADER = 1 << 26
 MAX_DEPTH = 16
 MAX_TENSORS = 1_000_000

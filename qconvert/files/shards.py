@@ -14,11 +14,14 @@ from pathlib import Path
 from qconvert.errors import FormatError, InputError
 from qconvert.files.regular import RegularFile, os_refusal
 from qconvert.files.strict_json import strict_json
+from qconvert.model import Companion
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 COMPANIONS = frozenset(
     {
+        "1_Pooling/config.json",  # of sentence-transformers
+        "README.md",
         "added_tokens.json",
         "chat_template.jinja",
         "config.json",
@@ -52,7 +55,7 @@ class ModelFiles:
 
     shards: tuple[Path, ...]
     weight_map: dict[str, str] | None
-    companions: tuple[Path, ...]
+    companions: tuple[Companion, ...]
 
 
 def model_files(path: Path) -> ModelFiles:
@@ -76,34 +79,43 @@ def model_files(path: Path) -> ModelFiles:
         _check_present(path, shards)
     else:
         shards = [_only_weights(path, names)]
-    companions = [name for name in names if name in COMPANIONS and os.path.isfile(path / name)]
-    for name in shards + companions:
+    for name in shards:
         _check_inside(path, name)
-    for name in companions:
-        _check_small(path / name, (path / name).stat().st_size)
     return ModelFiles(
         tuple(path / name for name in shards),
         weight_map,
-        tuple(path / name for name in companions),
+        tuple(_companion(path, name) for name in sorted(COMPANIONS) if os.path.isfile(path / name)),
     )
 
 
-def read_companion(directory: Path, name: str) -> bytes | None:
-    """A small file in the directory of a model, or in one below it; None when there is none.
+def _companion(directory: Path, name: str) -> Companion:
+    """A small file in the directory of a model, or in one below it.
 
     Raises:
-        InputError: it is a link that leads elsewhere, too large, or cannot be read.
+        InputError: it is a link that leads elsewhere, or too large.
     """
     path = directory / name
-    if not os.path.lexists(path):
-        return None
     _check_inside(directory, name)
-    file = RegularFile(path)
-    try:
-        _check_small(path, file.size)
-        return file.read(0, file.size)
-    finally:
-        file.close()
+    size = path.stat().st_size
+    _check_small(path, size)
+
+    def read() -> bytes:
+        file = RegularFile(path)
+        try:
+            if file.size != size:
+                raise InputError(
+                    "file changed since the model was opened",
+                    path=path,
+                    found=f"{file.size} bytes",
+                    wanted=f"{size} bytes",
+                    hint="wait until the directory is complete, then run again",
+                    code="FILE-CHANGED",
+                )
+            return file.read(0, size)
+        finally:
+            file.close()
+
+    return Companion(name, size, read)
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.encoding import AffineEncoding, Encoding, RawEncoding
@@ -125,11 +126,16 @@ class CastEncoder:
 
 @dataclass(frozen=True, slots=True)
 class GgmlEncoder:
-    """Blocks of a ggml type."""
+    """Blocks of a ggml type.
+
+    Attributes:
+        importance: of the input channels, (columns,), or (matrices, columns) for experts.
+    """
 
     model: Model
     tensor: TensorInfo
     scheme: GgmlScheme
+    importance: NDArray[np.float32] | None = None
 
     @property
     def encoding(self) -> Encoding:
@@ -145,7 +151,10 @@ class GgmlEncoder:
         """
         kind = GGML_BLOCKS[self.scheme.ggml_type]
         x = rows_of(self.model, self.tensor, tile)
-        data, error = kind.quantize(x.reshape(-1, kind.block))
+        weights = self._importance(tile)
+        if weights is not None:
+            weights = weights.reshape(-1, kind.block)
+        data, error = kind.quantize(x.reshape(-1, kind.block), weights)
         if not kind.finite_scales(data):
             raise WeightError(
                 "a block's scale does not fit its stored type",
@@ -155,6 +164,19 @@ class GgmlEncoder:
                 hint=f"keep the tensor with --keep '{self.tensor.name}'",
             )
         return Piece(EncodedRows(data.tobytes(), b"", NO_ZEROS, ErrorSums(x.size, *error)))
+
+    def _importance(self, tile: Tile) -> NDArray[np.float32] | None:
+        """Of the tile's columns, one row for all of its rows or one for each."""
+        if self.importance is None:
+            return None
+        columns = self.importance.shape[-1]
+        first, column = divmod(tile.start, columns)
+        if self.importance.ndim == 1:
+            return self.importance[column : column + tile.columns]
+        matrix = (first + np.arange(tile.rows)) // self.tensor.shape[-2]
+        if matrix[0] == matrix[-1]:
+            matrix = matrix[:1]
+        return self.importance[matrix, column : column + tile.columns]
 
 
 @dataclass(frozen=True, slots=True)

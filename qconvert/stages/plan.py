@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase, translate
 
 from qconvert.encoding import AffineEncoding, stored_size
 from qconvert.errors import UsageError
 from qconvert.geometry import row_length
+from qconvert.mix_rules import assign_types
+from qconvert.mixes import MixOptions, ModelFacts, TensorTypeRule, parse_ggml_type
 from qconvert.model import TensorInfo
-from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme, Scheme
+from qconvert.schemes import SCHEMES, AffineScheme, CastScheme, GgmlScheme, MixScheme, Scheme
 
 MIN_VALUES = 1024  # smaller tensors: the bytes saved do not matter, the error may
 KEPT_NAMES = ("*.bias", "*norm.weight", "*Norm.weight", "*norm.bias", "*Norm.bias")
@@ -29,7 +32,10 @@ TOKEN_TABLES = (
     "*lm_head.weight",
     "output.weight",
 )
-CONTAINERS = {"qblk": (AffineScheme, CastScheme), "gguf": (GgmlScheme, CastScheme)}
+CONTAINERS = {"qblk": (AffineScheme, CastScheme), "gguf": (GgmlScheme, CastScheme, MixScheme)}
+
+
+TensorScheme = AffineScheme | CastScheme | GgmlScheme  # what a single tensor can take
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +51,7 @@ class PlanOptions:
 
     scheme: Scheme
     keep: tuple[str, ...] = ()
-    tensor_schemes: tuple[tuple[str, Scheme], ...] = ()
+    tensor_schemes: tuple[tuple[str, TensorScheme], ...] = ()
     min_values: int = MIN_VALUES
 
 
@@ -54,7 +60,7 @@ class PlannedTensor:
     """A tensor with the scheme it will take (None: kept as it is) and the reason."""
 
     tensor: TensorInfo
-    scheme: Scheme | None
+    scheme: TensorScheme | None
     reason: str
 
 
@@ -73,12 +79,57 @@ def make_plan(
                 f"scheme {scheme.name} does not go into a .{container} file",
                 hint=f"write a .{other} file with -o NAME.{other}, or choose another scheme",
             )
+    _check_globs(tensors, options)
+    return tuple(_plan_one(t, options) for t in tensors)
+
+
+def plan_mix(
+    tensors: Sequence[TensorInfo], options: PlanOptions, mix: MixOptions, facts: ModelFacts
+) -> tuple[tuple[PlannedTensor, ...], int]:
+    """Plan the tensors of a model that llama.cpp knows, by the rules of a mix.
+
+    Args:
+        options: what is kept and which tensors take another type; these go before the rules.
+
+    Returns:
+        The plan, and how many tensors took another type because of their shape.
+
+    Raises:
+        UsageError: a glob or expression matches no tensor, or a scheme is not one of GGUF's.
+        UnsupportedError: see `assign_types`.
+    """
+    _check_globs(tensors, options)
+    rules = [_rule(glob, scheme) for glob, scheme in options.tensor_schemes]
+    mix = replace(mix, tensor_types=(*rules, *mix.tensor_types))
+    assigned = assign_types(tensors, facts, mix)
+    planned = []
+    for tensor, found in zip(tensors, assigned, strict=True):
+        kept = next((g for g in options.keep if fnmatchcase(tensor.name, g)), None)
+        if kept is not None:
+            planned.append(PlannedTensor(tensor, None, f"--keep '{kept}'"))
+            continue
+        scheme = SCHEMES.get(found.ggml_type.lower())
+        if scheme is None or found.ggml_type == tensor.dtype:
+            planned.append(PlannedTensor(tensor, None, found.reason))
+            continue
+        assert isinstance(scheme, CastScheme | GgmlScheme)
+        planned.append(PlannedTensor(tensor, scheme, found.reason))
+    return tuple(planned), sum(a.fell_back for a in assigned)
+
+
+def _rule(glob: str, scheme: TensorScheme) -> TensorTypeRule:
+    if isinstance(scheme, AffineScheme):
+        raise UsageError(f"scheme {scheme.name} is no type of a GGUF tensor")
+    pattern = re.compile(translate(glob))
+    return TensorTypeRule(pattern, parse_ggml_type(scheme.name))
+
+
+def _check_globs(tensors: Sequence[TensorInfo], options: PlanOptions) -> None:
     for glob in (*options.keep, *(g for g, _ in options.tensor_schemes)):
         if not any(fnmatchcase(t.name, glob) for t in tensors):
             raise UsageError(
                 f"no tensor matches '{glob}'", hint="see the names with: qconvert inspect MODEL"
             )
-    return tuple(_plan_one(t, options) for t in tensors)
 
 
 def _plan_one(tensor: TensorInfo, options: PlanOptions) -> PlannedTensor:
@@ -96,6 +147,8 @@ def _plan_one(tensor: TensorInfo, options: PlanOptions) -> PlannedTensor:
     if asked:
         return _if_fitting(tensor, asked[1], f"--tensor-scheme '{asked[0]}={asked[1].name}'")
     scheme = options.scheme
+    if isinstance(scheme, MixScheme):
+        raise AssertionError("a mix has a planner of its own")
     if isinstance(scheme, CastScheme):
         return _if_fitting(tensor, scheme, f"--scheme {scheme.name}")
     if len(tensor.shape) < 2:
@@ -118,7 +171,7 @@ def _plan_one(tensor: TensorInfo, options: PlanOptions) -> PlannedTensor:
     return _if_fitting(tensor, scheme, f"--scheme {scheme.name}")
 
 
-def _if_fitting(tensor: TensorInfo, scheme: Scheme, reason: str) -> PlannedTensor:
+def _if_fitting(tensor: TensorInfo, scheme: TensorScheme, reason: str) -> PlannedTensor:
     """Keep a tensor that the scheme cannot take or would not make smaller."""
     if isinstance(scheme, GgmlScheme):
         columns = tensor.shape[-1] if tensor.shape else 1

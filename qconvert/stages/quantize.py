@@ -10,8 +10,8 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,23 @@ import numpy as np
 
 from qconvert import __version__, kernels
 from qconvert.encoding import RawEncoding, stored_size
-from qconvert.errors import InputError, UnsupportedError, UsageError, WeightError
+from qconvert.errors import UnsupportedError, UsageError, WeightError
 from qconvert.files import open_model
 from qconvert.files.atomic import AtomicOutput, check_space
 from qconvert.files.calibration import Calibration, read_calibration
-from qconvert.files.gguf_writer import check_gguf
+from qconvert.files.dequantized import dequantized
+from qconvert.files.gguf_split import plan_shards, shard_path
+from qconvert.files.gguf_writer import MetadataValue, check_gguf
+from qconvert.files.imatrix import Imatrix, read_imatrix
 from qconvert.files.qblk_writer import check_qblk
 from qconvert.geometry import TILE_VALUES, Tile, row_length
-from qconvert.model import Model, SourceFile
+from qconvert.mixes import MixOptions, TensorTypeRule, parse_mix
+from qconvert.model import DTYPES, Model, SourceFile
 from qconvert.progress import Progress, Silent
 from qconvert.quantizers.affine import EncodedRows, ErrorSums
 from qconvert.ranges import RangeMethod, default_method
 from qconvert.report import QuantizedTensor, QuantizeReport
-from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme, Scheme
+from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme, MixScheme, Scheme
 from qconvert.stages.analyse import Mapper, shares_parameters
 from qconvert.stages.encoders import (
     NO_ZEROS,
@@ -46,8 +50,17 @@ from qconvert.stages.encoders import (
     add,
     affine_encoder,
 )
+from qconvert.stages.gguf_sources import as_gguf
 from qconvert.stages.parallel import Workers, available_threads
-from qconvert.stages.plan import MIN_VALUES, PlannedTensor, PlanOptions, encoding_of, make_plan
+from qconvert.stages.plan import (
+    MIN_VALUES,
+    PlannedTensor,
+    PlanOptions,
+    TensorScheme,
+    encoding_of,
+    make_plan,
+    plan_mix,
+)
 from qconvert.stages.sinks import (
     GgufSink,
     QblkSink,
@@ -63,6 +76,21 @@ SUFFIXES = {".qblk": "qblk", ".gguf": "gguf"}
 
 
 @dataclass(frozen=True, slots=True)
+class GgufOptions:
+    """Options that only a GGUF file has; the command line's help describes each."""
+
+    raw: bool = False
+    pre_tokenizer: str | None = None
+    pure: bool = False
+    fallback: bool = True
+    output_type: str | None = None
+    token_embedding_type: str | None = None
+    tensor_types: tuple[TensorTypeRule, ...] = ()
+    imatrix: Path | None = None
+    shard_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizeOptions:
     """Options of ``qconvert quantize``; the command line's help describes each."""
 
@@ -72,12 +100,14 @@ class QuantizeOptions:
     range: RangeMethod | None = None
     calibration: Path | None = None
     keep: tuple[str, ...] = ()
-    tensor_schemes: tuple[tuple[str, Scheme], ...] = ()
+    tensor_schemes: tuple[tuple[str, TensorScheme], ...] = ()
     min_values: int = MIN_VALUES
     threads: int | None = None
     dry_run: bool = False
     force: bool = False
     hash_source: bool = False
+    allow_requantize: bool = False
+    gguf: GgufOptions = GgufOptions()
 
 
 def quantize(
@@ -94,20 +124,12 @@ def quantize(
     progress = progress or Silent()
     names = kernels.describe()
     output, container = _output(source, options)
-    model = open_model(source)
+    opened = open_model(source)
     try:
-        if model.kind != "safetensors":
-            raise InputError(
-                f"a {model.kind} file as source is not supported yet",
-                path=source,
-                wanted="a safetensors file or directory",
-            )
+        model = _plain(opened, options)
         calibration = read_calibration(options.calibration) if options.calibration else None
-        plan = make_plan(
-            model.tensors,
-            PlanOptions(options.scheme, options.keep, options.tensor_schemes, options.min_values),
-            container,
-        )
+        plan, target = _plan(opened, model, options, container)
+        model = target.model if target else model
         report = QuantizeReport(
             kernels=names,
             source=str(source),
@@ -125,6 +147,9 @@ def quantize(
             calibration=options.calibration.name if options.calibration else None,
             companions=0,
         )
+        if target:
+            report.warnings += target.warnings
+            report.notes += target.notes
         if calibration and container == "gguf":
             raise UsageError("--calibration has no place in a GGUF file", hint="write a .qblk file")
         _check_plan(model, plan, calibration, container)
@@ -135,13 +160,13 @@ def quantize(
             report.tensors = [_planned_row(p) for p in plan]
             report.output_bytes = sum(t.nbytes for t in report.tensors)
             if container == "qblk":
-                report.output_bytes += sum(path.stat().st_size for path in model.companions)
+                report.output_bytes += sum(c.size for c in model.companions)
             _totals(report, ErrorSums())
         else:
-            job = _Job(model, plan, options, calibration, report, progress)
-            job.write(output, container)
+            job = _Job(model, plan, options, calibration, target, report, progress)
+            job.write(output)
     finally:
-        model.close()
+        opened.close()
     if calibration:
         unused = calibration.unused([p.tensor.name for p in plan if p.scheme])
         if unused:
@@ -153,9 +178,91 @@ def quantize(
     return report
 
 
+@dataclass(frozen=True, slots=True)
+class _GgufTarget:
+    """What goes into a GGUF file besides the tensors of the plan."""
+
+    model: Model
+    metadata: dict[str, MetadataValue]
+    imatrix: Imatrix | None
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _plain(opened: Model, options: QuantizeOptions) -> Model:
+    """The model with every tensor in a plain dtype.
+
+    Raises:
+        UsageError: it is quantized, and nobody said that it may be quantized again.
+    """
+    quantized = next((t for t in opened.tensors if t.dtype not in DTYPES), None)
+    if quantized and not options.allow_requantize:
+        raise UsageError(
+            "the source is quantized already",
+            tensor=quantized.name,
+            found=quantized.dtype,
+            hint="convert the original, or accept the loss with --allow-requantize",
+        )
+    return dequantized(opened)
+
+
+def _plan(
+    opened: Model, model: Model, options: QuantizeOptions, container: str
+) -> tuple[tuple[PlannedTensor, ...], _GgufTarget | None]:
+    """The plan, and what a GGUF file needs besides."""
+    asked = PlanOptions(options.scheme, options.keep, options.tensor_schemes, options.min_values)
+    o = options.gguf
+    if container != "gguf":
+        if o != GgufOptions():
+            raise UsageError(
+                "options of GGUF files have no place in a .qblk file", hint="write a .gguf file"
+            )
+        return make_plan(model.tensors, asked, container), None
+    source = as_gguf(
+        opened, model, raw=o.raw, name=model_name(model.path), pre_tokenizer=o.pre_tokenizer
+    )
+    tensors = source.model.tensors
+    imatrix = read_imatrix(o.imatrix) if o.imatrix else None
+    keys: dict[str, MetadataValue] = {"general.quantization_version": 2}
+    notes, warnings = [*source.notes], [*source.warnings]
+    if source.facts is None:
+        if replace(o, raw=False, shard_size=None, imatrix=None) != GgufOptions():
+            raise UsageError(
+                "the mixes know no architecture 'raw'",
+                hint="choose types with --scheme, --tensor-scheme and --keep",
+            )
+        if isinstance(options.scheme, MixScheme):
+            raise UsageError(
+                f"{options.scheme.name} is a mix, which a raw file does not have",
+                hint="choose a single type, or leave out --raw",
+            )
+        plan = make_plan(tensors, asked, container)
+    else:
+        if isinstance(options.scheme, AffineScheme):
+            make_plan((), asked, container)  # refuses
+        mix = parse_mix(options.scheme.name)
+        wanted = MixOptions(
+            *(mix, o.pure, o.fallback, o.output_type, o.token_embedding_type, o.tensor_types),
+            has_imatrix=imatrix is not None,
+        )
+        plan, fell_back = plan_mix(tensors, asked, wanted, source.facts)
+        keys["general.file_type"] = mix.file_type
+        if fell_back:
+            warnings.append(
+                f"{fell_back} tensors take another type than {mix.name} gives them: their rows do "
+                "not divide into its blocks"
+            )
+    if imatrix:
+        fit = imatrix.check([p.tensor for p in plan if isinstance(p.scheme, GgmlScheme)])
+        keys |= imatrix.keys()
+        notes += [f"no importance for '{name}': quantized unweighted" for name in fit.missing]
+    metadata = source.metadata | keys
+    return plan, _GgufTarget(source.model, metadata, imatrix, tuple(warnings), tuple(notes))
+
+
 def _output(source: Path, options: QuantizeOptions) -> tuple[Path, str]:
     """Where the result goes and in which container: by the suffix, unless said otherwise."""
-    default = "gguf" if isinstance(options.scheme, GgmlScheme) else "qblk"
+    default = "gguf" if isinstance(options.scheme, GgmlScheme | MixScheme) else "qblk"
     output = options.output
     if output is None:
         container = options.container or default
@@ -268,6 +375,7 @@ class _Job:
         plan: tuple[PlannedTensor, ...],
         options: QuantizeOptions,
         calibration: Calibration | None,
+        gguf: _GgufTarget | None,
         report: QuantizeReport,
         progress: Progress,
     ) -> None:
@@ -275,23 +383,35 @@ class _Job:
         self.plan = plan
         self.options = options
         self.calibration = calibration
+        self.gguf = gguf
         self.report = report
         self.progress = progress
         self.total = ErrorSums()
 
-    def write(self, output: Path, container: str) -> None:
+    def write(self, output: Path) -> None:
         sources = _source_paths(self.model)
         inputs = [self.model.path, *sources]
-        if self.options.calibration:
-            inputs.append(self.options.calibration)
-        with AtomicOutput(output, overwrite=self.options.force, inputs=inputs) as out:
+        inputs += [p for p in (self.options.calibration, self.options.gguf.imatrix) if p]
+        counts = [len(self.plan)]
+        if self.options.gguf.shard_size is not None:
+            counts = plan_shards(gguf_tensors(self.plan), self.options.gguf.shard_size)
+        paths = [output]
+        if len(counts) > 1:
+            paths = [shard_path(output, i, len(counts)) for i in range(1, len(counts) + 1)]
+            self.report.output = str(paths[0])
+            self.report.files = len(paths)
+        with ExitStack() as stack:
+            outs = [
+                stack.enter_context(AtomicOutput(p, overwrite=self.options.force, inputs=inputs))
+                for p in paths
+            ]
             check_space(output, sum(_planned_row(p).nbytes for p in self.plan))
             provenance = self._provenance(sources)
             sink: Sink
-            if container == "gguf":
-                sink = GgufSink(out, self.model, self.plan, provenance)
+            if self.gguf:
+                sink = GgufSink(outs, counts, self.gguf.metadata, self.plan, provenance)
             else:
-                sink = QblkSink(out, self.model, self.plan, provenance)
+                sink = QblkSink(outs[0], self.model, self.plan, provenance)
             threads = self.options.threads or available_threads()
             self.progress.begin("quantize", self.report.source_bytes, "bytes")
             with closing(sink), Workers(threads) as workers:
@@ -299,7 +419,8 @@ class _Job:
                     self._take(task, piece, sink, workers)
                 self.report.output_bytes = sink.finish()
             self.model.check_unchanged()
-            out.commit()
+            for out in reversed(outs):  # the first, which names the others, comes last
+                out.commit()
             self.progress.end()
         _totals(self.report, self.total)
 
@@ -314,6 +435,9 @@ class _Job:
             used["tensor_scheme"] = [f"{glob}={s.name}" for glob, s in o.tensor_schemes]
         if o.min_values != MIN_VALUES:
             used["min_values"] = o.min_values
+        if o.allow_requantize:
+            used["allow_requantize"] = True
+        used |= _gguf_notes(o.gguf)
         found: dict[str, Any] = {
             "options": used,
             "sources": [_source_note(s) for s in self.model.sources],
@@ -323,6 +447,8 @@ class _Job:
             for note, path in zip(found["sources"], sources, strict=True):
                 with path.open("rb") as f:
                     note["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
+        if self.gguf and self.gguf.imatrix:
+            found["imatrix"] = {"sha256": self.gguf.imatrix.sha256}
         if self.calibration:
             found["calibration"] = {
                 "observer": self.calibration.observer,
@@ -367,7 +493,9 @@ class _Job:
         if isinstance(p.scheme, CastScheme):
             return CastEncoder(self.model, p.tensor, p.scheme)
         if isinstance(p.scheme, GgmlScheme):
-            return GgmlEncoder(self.model, p.tensor, p.scheme)
+            imatrix = self.gguf.imatrix if self.gguf else None
+            importance = imatrix.find(p.tensor) if imatrix else None
+            return GgmlEncoder(self.model, p.tensor, p.scheme, importance)
         return KeptEncoder(self.model, p.tensor)
 
     # --- on the main thread, behind the work: writing, in order ---
@@ -432,6 +560,20 @@ class _Job:
         if self.calibration and (found := self.calibration.find(p.tensor.name)):
             notes["activation"] = found.note(self.calibration.observer)
         self.target.finish(notes)
+
+
+def _gguf_notes(o: GgufOptions) -> dict[str, Any]:
+    """The options that decide about the bytes of a GGUF file, where they were given."""
+    noted: dict[str, Any] = {
+        "raw": o.raw,
+        "pure": o.pure,
+        "pre_tokenizer": o.pre_tokenizer,
+        "output_tensor_type": o.output_type,
+        "token_embedding_type": o.token_embedding_type,
+        "tensor_type": [str(rule) for rule in o.tensor_types],
+        "shard_size": o.shard_size,
+    }
+    return {k: v for k, v in noted.items() if v}
 
 
 def _source_note(s: SourceFile) -> dict[str, Any]:

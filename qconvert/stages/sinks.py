@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from qconvert.encoding import AffineEncoding, Encoding, RawEncoding
 from qconvert.files.atomic import AtomicOutput, machine_errors
 from qconvert.files.calibration import MAX_OBSERVER
-from qconvert.files.gguf_writer import GgufTensor, GgufWriter
+from qconvert.files.gguf_split import SplitGgufWriter
+from qconvert.files.gguf_writer import GgufTensor, GgufWriter, MetadataValue
+from qconvert.files.qblk_header import SLASH
 from qconvert.files.qblk_writer import (
     QblkWriter,
     TensorWriter,
     header_bound,
     tensor_bound,
 )
-from qconvert.model import Model, TensorInfo
+from qconvert.model import Companion, Model, TensorInfo
 from qconvert.quantizers.affine import SCALE_NUMPY, EncodedRows, Parameters, stored_zero_points
 from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme
 from qconvert.stages.plan import PlannedTensor, encoding_of
@@ -81,10 +84,7 @@ class QblkSink:
         self.out = out
         self.model = model
         self.provenance = provenance
-        files = []
-        for path in model.companions:
-            with machine_errors(path):
-                files.append((path.name, path.stat().st_size))
+        files = [(_flat(c), c.size) for c in model.companions]
         calibrated = "calibration" in provenance
         bounds = [_bound(p, calibrated) for p in plan]
         bound = header_bound(bounds, files, model.metadata, provenance)
@@ -95,14 +95,16 @@ class QblkSink:
         return _QblkTarget(self.writer.begin(tensor.name, tensor.shape, tensor.dtype, encoding))
 
     def finish(self) -> int:
-        for path in self.model.companions:
-            with machine_errors(path):
-                data = path.read_bytes()
-            self.writer.add_file(path.name, data)
+        for companion in self.model.companions:
+            self.writer.add_file(_flat(companion), companion.read())
         return self.writer.finish(self.model.metadata, self.provenance)
 
     def close(self) -> None:
         pass  # the output file belongs to the caller
+
+
+def _flat(companion: Companion) -> str:
+    return companion.name.replace("/", SLASH)
 
 
 def _bound(p: PlannedTensor, calibrated: bool) -> int:
@@ -145,36 +147,41 @@ class _QblkTarget:
 
 
 class GgufSink:
-    """Writes GGUF with the source's tensor names and metadata."""
+    """Writes GGUF, in one file or in several.
+
+    Args:
+        outs: the files, one for each count.
+        counts: how many tensors go into each file.
+    """
 
     def __init__(
         self,
-        out: AtomicOutput,
-        model: Model,
+        outs: Sequence[AtomicOutput],
+        counts: Sequence[int],
+        metadata: Mapping[str, MetadataValue],
         plan: tuple[PlannedTensor, ...],
         provenance: dict[str, Any],
     ) -> None:
-        self.out = out
+        self.outs = outs
         tensors = gguf_tensors(plan)
         self.index = {t.name: i for i, t in enumerate(tensors)}
-        metadata: dict[str, str | int | float | bool] = {
-            "general.architecture": "raw",
-            "general.name": model_name(model.path),
-            "general.quantization_version": 2,
-            "qconvert.provenance": json.dumps(provenance, sort_keys=True, ensure_ascii=False),
-        }
-        metadata |= {f"qconvert.source.{k}": v for k, v in model.metadata.items()}
-        with machine_errors(out.target):
-            self.writer = GgufWriter(out.path, metadata, tensors)
+        noted = json.dumps(provenance, sort_keys=True, ensure_ascii=False)
+        keys = {**metadata, "qconvert.provenance": noted}
+        with machine_errors(outs[0].target):
+            self.writer: GgufWriter | SplitGgufWriter
+            if len(outs) == 1:
+                self.writer = GgufWriter(outs[0].path, keys, tensors)
+            else:
+                self.writer = SplitGgufWriter([o.path for o in outs], keys, tensors, counts)
 
     def begin(self, tensor: TensorInfo, encoding: Encoding | None) -> TensorTarget:
         self.writer.begin(self.index[tensor.name])
         return _GgufTarget(self)
 
     def finish(self) -> int:
-        with machine_errors(self.out.target):
+        with machine_errors(self.outs[0].target):
             self.writer.finish()
-        return self.out.path.stat().st_size
+            return sum(out.path.stat().st_size for out in self.outs)
 
     def close(self) -> None:
         self.writer.close()
@@ -202,7 +209,7 @@ class _GgufTarget:
         self.sink = sink
 
     def append(self, part: EncodedRows) -> None:
-        with machine_errors(self.sink.out.target):
+        with machine_errors(self.sink.outs[0].target):
             self.sink.writer.append(part.codes)
 
     def append_shared(self, parameters: tuple[Parameters, ...], encoding: AffineEncoding) -> None:

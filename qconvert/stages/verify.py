@@ -19,6 +19,8 @@ from qconvert import kernels
 from qconvert.encoding import RawEncoding
 from qconvert.errors import FormatError, UsageError, WeightError
 from qconvert.files import open_model
+from qconvert.files.dequantized import dequantized
+from qconvert.files.gguf import GgufModel
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_check import check_payload
 from qconvert.geometry import TILE_VALUES, tiles
@@ -35,6 +37,7 @@ from qconvert.quantizers.integer import (
 from qconvert.report import Check, VerifiedTensor, VerifyReport
 from qconvert.stages.analyse import F32_MAX
 from qconvert.stages.calibrate import check_activations, read_batches
+from qconvert.stages.gguf_sources import ARCHITECTURE, PRE_TOKENIZER, RAW, as_gguf
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.stored_rows import Rows, StaticParameters, quantized_rows, static_parameters
 
@@ -130,7 +133,7 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
                 wanted="a .qblk or .gguf file",
                 hint="give the source with --against",
             )
-        source = open_model(options.against) if options.against else None
+        source = _source(options.against, model) if options.against else None
         _Job(model, source, options, report, progress or Silent()).run()
     finally:
         model.close()
@@ -139,6 +142,22 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
     report.status = "fail" if any(c.status == "fail" for c in report.checks) else "pass"
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _source(path: Path, model: Model) -> Model:
+    """The source under the names of the file that was made from it."""
+    opened = open_model(path)
+    try:
+        plain = dequantized(opened)
+        raw = not isinstance(model, GgufModel) or model.metadata.get(ARCHITECTURE) == RAW
+        if raw or isinstance(opened, GgufModel):
+            return plain
+        return as_gguf(
+            opened, plain, raw=False, name="", pre_tokenizer=model.metadata.get(PRE_TOKENIZER)
+        ).model
+    except BaseException:
+        opened.close()
+        raise
 
 
 class _Job:

@@ -1,0 +1,61 @@
+"""A model whose quantized tensors are seen as what they decode to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.model import DTYPES, Companion, Model, SourceFile, TensorInfo
+
+DECODED = "F32"
+
+
+class DequantizedModel:
+    """A `Model` in which tensors of other types than `DTYPES` are F32; `close` closes its source."""
+
+    def __init__(self, source: Model) -> None:
+        self.path: Path = source.path
+        self.kind = source.kind
+        self.metadata = source.metadata
+        self.sources: tuple[SourceFile, ...] = source.sources
+        self.companions: tuple[Companion, ...] = source.companions
+        self._source = source
+        self._stored = {t.name: t for t in source.tensors if t.dtype not in DTYPES}
+        self.tensors = tuple(_decoded(t) for t in source.tensors)
+
+    def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[np.floating]:
+        """Values ``start..stop`` of the flattened tensor; see `Model.values`."""
+        return self._source.values(self._stored.get(tensor.name, tensor), start, stop)
+
+    def raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
+        """Bytes ``offset..offset+size`` of the tensor as F32 would be stored."""
+        if tensor.name not in self._stored:
+            return self._source.raw(tensor, offset, size)
+        width = DTYPES[DECODED].size
+        start = offset // width
+        values = self.values(tensor, start, -(-(offset + size) // width))
+        skipped = offset - start * width
+        return values.astype("<f4").tobytes()[skipped : skipped + size]
+
+    def check_unchanged(self) -> None:
+        """Refuse files that were written to since they were opened."""
+        self._source.check_unchanged()
+
+    def close(self) -> None:
+        """Close the source."""
+        self._source.close()
+
+
+def dequantized(model: Model) -> Model:
+    """The model with every tensor in a plain dtype: itself where that is so."""
+    plain = all(t.dtype in DTYPES for t in model.tensors)
+    return model if plain else DequantizedModel(model)
+
+
+def _decoded(tensor: TensorInfo) -> TensorInfo:
+    if tensor.dtype in DTYPES:
+        return tensor
+    return replace(tensor, dtype=DECODED, nbytes=tensor.size * DTYPES[DECODED].size)

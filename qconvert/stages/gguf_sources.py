@@ -1,0 +1,120 @@
+"""What a GGUF file is made from: any model, under GGUF's names and with its keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qconvert.architectures import open_gguf_source
+from qconvert.errors import UnsupportedError
+from qconvert.files.gguf import GgufModel
+from qconvert.files.gguf_writer import GgufValue, MetadataValue
+from qconvert.mixes import ModelFacts
+from qconvert.model import Model
+
+RAW = "raw"  # the architecture of a file that nobody is to run
+ARCHITECTURE = "general.architecture"
+PRE_TOKENIZER = "tokenizer.ggml.pre"
+# Of the file they are read from: its layout, and what was done to its tensors.
+_NOT_CARRIED = ("general.alignment", "general.file_type", "general.quantization_version")
+_SPLIT = "split."
+
+
+@dataclass(frozen=True, slots=True)
+class GgufModelSource:
+    """A model as a GGUF file will have it.
+
+    Attributes:
+        model: with the names of the file.
+        metadata: its keys, but for those that depend on the quantization.
+        facts: what the mixes ask; None for a raw file, which has no architecture.
+        warnings: what may surprise in use.
+        notes: what was left out.
+    """
+
+    model: Model
+    metadata: dict[str, MetadataValue]
+    facts: ModelFacts | None
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def as_gguf(
+    opened: Model, model: Model, *, raw: bool, name: str, pre_tokenizer: str | None
+) -> GgufModelSource:
+    """The model as GGUF has it.
+
+    Args:
+        opened: as it was opened.
+        model: the same, perhaps with its quantized tensors decoded.
+        raw: keep the source's names and say nothing about an architecture.
+        name: ``general.name`` of a raw file.
+        pre_tokenizer: see `open_gguf_source`.
+
+    Raises:
+        InputError, UnsupportedError: see `open_gguf_source`.
+    """
+    if isinstance(opened, GgufModel) and not raw and opened.metadata.get(ARCHITECTURE) != RAW:
+        metadata, empty = _carried(opened)
+        notes = tuple(f"the empty array '{key}' is left out" for key in empty)
+        return GgufModelSource(model, metadata, facts_of(metadata), notes=notes)
+    if raw or isinstance(opened, GgufModel):
+        keys: dict[str, MetadataValue] = {ARCHITECTURE: RAW, "general.name": name}
+        keys |= {f"qconvert.source.{k}": v for k, v in opened.metadata.items()}
+        return GgufModelSource(model, keys, None)
+    found = open_gguf_source(model, pre_tokenizer=pre_tokenizer)
+    notes = tuple(f"tensor '{d.name}' is left out: {d.reason}" for d in found.dropped)
+    return GgufModelSource(
+        found.model, found.metadata, facts_of(found.metadata), found.warnings, notes
+    )
+
+
+def _carried(model: GgufModel) -> tuple[dict[str, MetadataValue], list[str]]:
+    """The keys of a GGUF file that hold for another file of the same model, and empty arrays."""
+    carried: dict[str, MetadataValue] = {}
+    empty = []
+    for key in model.metadata:
+        if key in _NOT_CARRIED or key.startswith(_SPLIT):
+            continue
+        kind, value = model.value(key)
+        if value == []:
+            empty.append(key)
+        else:
+            carried[key] = GgufValue(kind, value)
+    return carried, empty
+
+
+def facts_of(metadata: dict[str, MetadataValue]) -> ModelFacts:
+    """What the mixes ask, from the keys of a GGUF file.
+
+    Raises:
+        UnsupportedError: the file does not say how many layers there are.
+    """
+
+    def plain(key: str) -> Any:
+        value = metadata.get(key)
+        value = value.value if isinstance(value, GgufValue) else value
+        return value[0] if isinstance(value, list) else value  # of the first layer
+
+    architecture = str(plain(ARCHITECTURE))
+
+    def count(key: str, default: int | None = None) -> int:
+        value = plain(f"{architecture}.{key}")
+        if isinstance(value, int) and value >= 0:
+            return value
+        if default is None:
+            raise UnsupportedError(
+                f"GGUF key '{architecture}.{key}' is missing or no count",
+                found=value,
+                hint="write the tensors as they are with --raw",
+            )
+        return default
+
+    heads = count("attention.head_count", 0)
+    return ModelFacts(
+        architecture=architecture,
+        n_layer=count("block_count"),
+        n_head=heads,
+        n_head_kv=count("attention.head_count_kv", heads),
+        n_expert=count("expert_count", 0),
+    )
