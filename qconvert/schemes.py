@@ -79,13 +79,20 @@ _ALL: tuple[Scheme, ...] = (
     GgmlScheme("q5_0", "Q5_0", 32, 22),
     GgmlScheme("q5_1", "Q5_1", 32, 24),
     GgmlScheme("q8_0", "Q8_0", 32, 34),
+    GgmlScheme("iq4_nl", "IQ4_NL", 32, 18),
+    GgmlScheme("iq4_xs", "IQ4_XS", 256, 136),
+    GgmlScheme("mxfp4", "MXFP4", 32, 17),
+    GgmlScheme("nvfp4", "NVFP4", 64, 36),
+    GgmlScheme("tq1_0", "TQ1_0", 256, 54),
+    GgmlScheme("tq2_0", "TQ2_0", 256, 66),
 )
 
 SCHEMES: dict[str, Scheme] = {s.name: s for s in _ALL}
 
 SCHEME_GRAMMAR = (
     "q{2,3,4,5,6,8}_{tensor|channel|block16|block32|block64|block128|block256}[_sym|_asym], "
-    "f32, f16, bf16; GGUF: q4_0, q4_1, q5_0, q5_1, q8_0, f32, f16, bf16"
+    "f32, f16, bf16; GGUF: q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl, iq4_xs, mxfp4, nvfp4, tq1_0, "
+    "tq2_0, f32, f16, bf16"
 )
 
 
