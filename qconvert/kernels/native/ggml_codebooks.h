@@ -20,80 +20,119 @@ static const int8_t e2m1_levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -
 
 /* --- IQ4 --------------------------------------------------------------------------------------*/
 
-INLINE void iq4_places(const float *restrict values, size_t length, const float inverse[BATCH],
-                       int16_t *restrict places) {
-    for (size_t i = 0; i < length; i++) {
+/* The table of IQ4 as rows of equal numbers: vectors in memory, which GCC does not build anew. */
+typedef struct {
+    int16_t middles[15][BATCH], steps[15][BATCH];
+} Iq4Steps;
+
+static void set_iq4_steps(Iq4Steps *t) {
+#define STEP(middle, step) {middle, step},
+    static const int16_t table[15][2] = {IQ4_MIDDLES(STEP)};
+#undef STEP
+    for (int k = 0; k < 15; k++) {
         for (int j = 0; j < BATCH; j++) {
-            const float fine = values[i * BATCH + (size_t)j] * inverse[j] * 64.0f;
-            places[i * BATCH + (size_t)j] = (int16_t)(int32_t)code_of(fine, -16383.0f, 16383.0f);
+            t->middles[k][j] = table[k][0];
+            t->steps[k][j] = table[k][1];
         }
     }
 }
 
-static void iq4_nearest(const float *values, size_t length, const float inverse[BATCH],
-                        int16_t *restrict codes) {
-    int16_t places[LONGEST * BATCH];
-    iq4_places(values, length, inverse, places);
+/* Values in 64ths of a code, rounded as round_small does: the sum's bits grow with the value, so that
+ * they may be clamped afterwards, as integers. */
+INLINE void iq4_places(const float *restrict values, size_t length, const float inverse[BATCH],
+                       int16_t *restrict places) {
+    const float magic = 12582912.0f;
+    const int32_t zero = (int32_t)bits_of(magic), low = zero - 16383, top = zero + 16383;
+    float fine[BATCH];
+    int32_t sums[LONGEST * BATCH];
+    for (int j = 0; j < BATCH; j++) {
+        fine[j] = inverse[j] * 64.0f;
+    }
+    for (size_t i = 0; i < length * BATCH; i += BATCH) {
+        for (int j = 0; j < BATCH; j++) {
+            sums[i + (size_t)j] = (int32_t)bits_of(values[i + (size_t)j] * fine[j] + magic);
+        }
+    }
     for (size_t i = 0; i < length * BATCH; i++) {
-        const int16_t at = places[i];
-        int16_t level = -127;
-#define STEP(middle, step) level = (int16_t)(level + (at >= middle ? step : 0));
-        IQ4_MIDDLES(STEP)
-#undef STEP
-        codes[i] = level;
+        int32_t sum = sums[i] > low ? sums[i] : low;
+        sum = sum < top ? sum : top;
+        places[i] = (int16_t)(sum - zero);
     }
 }
 
-static void iq4_index(const float *values, size_t length, const float inverse[BATCH],
-                      int16_t *restrict index) {
+APART void iq4_nearest(const float *restrict values, size_t length, const float inverse[BATCH],
+                        const void *restrict table, float *restrict codes) {
+    const Iq4Steps *t = table;
+    int16_t places[LONGEST * BATCH], levels[LONGEST * BATCH];
+    iq4_places(values, length, inverse, places);
+    for (size_t i = 0; i < length * BATCH; i += BATCH) {
+        for (int j = 0; j < BATCH; j++) {
+            const int16_t place = places[i + (size_t)j];
+            int16_t level = -127;
+            for (int k = 0; k < 15; k++) {
+                level = (int16_t)(level + (-(place >= t->middles[k][j]) & t->steps[k][j]));
+            }
+            levels[i + (size_t)j] = level;
+        }
+    }
+    for (size_t i = 0; i < length * BATCH; i++) {
+        codes[i] = (float)levels[i];
+    }
+}
+
+APART void iq4_index(const float *restrict values, size_t length, const float inverse[BATCH],
+                      const Iq4Steps *restrict t, int16_t *restrict index) {
     int16_t places[LONGEST * BATCH];
     iq4_places(values, length, inverse, places);
-    for (size_t i = 0; i < length * BATCH; i++) {
-        const int16_t at = places[i];
-        int16_t above = 0;
-#define STEP(middle, step) above = (int16_t)(above + (at >= middle));
-        IQ4_MIDDLES(STEP)
-#undef STEP
-        index[i] = above;
+    for (size_t i = 0; i < length * BATCH; i += BATCH) {
+        for (int j = 0; j < BATCH; j++) {
+            const int16_t place = places[i + (size_t)j];
+            int16_t above = 0;
+            for (int k = 0; k < 15; k++) {
+                above = (int16_t)(above + (place >= t->middles[k][j]));
+            }
+            index[i + (size_t)j] = above;
+        }
     }
 }
 
 /* Scales, not yet rounded to their stored type. */
-static void iq4_scales(const Columns *c, float scale[BATCH]) {
+static void iq4_scales(const Columns *c, const Iq4Steps *table, float scale[BATCH]) {
     static const float ends[] = {-127, 113, -138, -110};
     static const float weighted_ends[] = {-127, 113, -138, -106, 162, 94, 130, -86, -166, -118};
     Fit fit;
     if (c->weighted) {
-        fit_scales(c, 1, weighted_ends, 10, iq4_nearest, &fit);
+        fit_scales(c, weighted_ends, 10, iq4_nearest, table, &fit);
     } else {
-        fit_scales(c, 0, ends, 4, iq4_nearest, &fit);
+        fit_scales(c, ends, 4, iq4_nearest, table, &fit);
     }
     for (int j = 0; j < BATCH; j++) {
         scale[j] = fit.scale[j] * c->power[j];
     }
 }
 
-static void store_iq4(const Columns *c, const float scale[BATCH], size_t groups,
-                      uint8_t *const out[BATCH]) {
+static void store_iq4(const Columns *c, const Iq4Steps *table, const float scale[BATCH],
+                      size_t groups, uint8_t *const out[BATCH]) {
     int16_t index[LONGEST * BATCH];
     float inverse[BATCH];
     for (int j = 0; j < BATCH; j++) {
         inverse[j] = scale[j] == 0 ? 0.0f : 1.0f / (scale[j] * c->shrink[j]);
     }
-    iq4_index(c->values, c->length, inverse, index);
+    iq4_index(c->values, c->length, inverse, table, index);
     store_nibbles(index, c->length, groups, out);
 }
 
-static void encode_iq4_nl(const Columns *c, size_t blocks, uint8_t *out) {
+static void encode_iq4_nl(const Columns *c, const Iq4Steps *table, size_t blocks,
+                          uint8_t *out) {
     uint8_t *codes[BATCH];
     float scale[BATCH];
-    iq4_scales(c, scale);
+    iq4_scales(c, table, scale);
     for (size_t j = 0; j < blocks; j++) {
         store_half(scale[j], out + 18 * j);
         scale[j] = from_half(load16(out + 18 * j));
         codes[j] = out + 18 * j + 2;
     }
-    store_iq4(c, scale, blocks, codes);
+    store_iq4(c, table, scale, blocks, codes);
 }
 
 /* Six-bit steps of the scales of a block's eight groups. */
@@ -118,47 +157,61 @@ static void store_iq4_xs_scales(float scale[8], uint8_t *out) {
     memcpy(out + 4, &low, sizeof low);
 }
 
-static void encode_iq4_xs(const Columns *c, size_t blocks, uint8_t *out) {
+static void encode_iq4_xs(const Columns *c, const Iq4Steps *table, size_t blocks,
+                          uint8_t *out) {
     uint8_t *codes[BATCH];
     float scale[BATCH];
-    iq4_scales(c, scale);
+    iq4_scales(c, table, scale);
     for (size_t j = 0; j < 8 * blocks; j++) {
         codes[j] = out + 136 * (j / 8) + 8 + 16 * (j % 8);
     }
     for (size_t b = 0; b < blocks; b++) {
         store_iq4_xs_scales(scale + 8 * b, out + 136 * b);
     }
-    store_iq4(c, scale, 8 * blocks, codes);
+    store_iq4(c, table, scale, 8 * blocks, codes);
 }
 
 /* --- E2M1 -------------------------------------------------------------------------------------*/
 
-/* Weighted sums of squared errors of magnitudes by scales. Middles times scales are exact. */
-INLINE void e2m1_errors(const Columns *c, int weighted, const float scale[BATCH],
-                        float error[BATCH]) {
-    float middles[7][BATCH];
+/* Sums of the squared errors of magnitudes by scales, with weights or NULL. Middles times scales are
+ * exact. */
+INLINE void sum_errors(const float *restrict values, const float *restrict weights, size_t length,
+                       const float scale[restrict BATCH], float error[restrict BATCH]) {
+    float middles[7][BATCH], sums[BATCH] = {0};
     for (int j = 0; j < BATCH; j++) {
 #define STEP(k, halves, step) middles[k][j] = halves * 0.5f * scale[j];
         E2M1_MIDDLES(STEP)
 #undef STEP
-        error[j] = 0;
     }
-    for (size_t i = 0; i < c->length; i++) {
+    for (size_t i = 0; i < length * BATCH; i += BATCH) {
+        const float *v = values + i;
         for (int j = 0; j < BATCH; j++) {
-            const size_t at = i * BATCH + (size_t)j;
-            const float magnitude = from_bits(bits_of(c->values[at]) & 0x7FFFFFFF);
+            const float magnitude = from_bits(bits_of(v[j]) & 0x7FFFFFFF);
             float q = 0;
 #define STEP(k, halves, step) q += magnitude > middles[k][j] ? step##.0f : 0.0f;
             E2M1_MIDDLES(STEP)
 #undef STEP
             const float e = magnitude - q * scale[j];
-            error[j] += weighted ? e * e * c->weights[at] : e * e;
+            float square = e * e;
+            if (weights) {
+                square *= weights[i + (size_t)j];
+            }
+            sums[j] += square;
         }
     }
+    memcpy(error, sums, sizeof sums);
+}
+
+APART void plain_errors(const Columns *c, const float scale[BATCH], float error[BATCH]) {
+    sum_errors(c->values, NULL, c->length, scale, error);
+}
+
+APART void weighted_errors(const Columns *c, const float scale[BATCH], float error[BATCH]) {
+    sum_errors(c->values, c->weights, c->length, scale, error);
 }
 
 /* Codes 0 by a scale of 0, and never -0. */
-static void store_e2m1(const Columns *c, const float scale[BATCH], size_t groups,
+APART void store_e2m1(const Columns *c, const float scale[BATCH], size_t groups,
                        uint8_t *const out[BATCH]) {
     int16_t index[LONGEST * BATCH];
     float middles[7][BATCH];
@@ -183,32 +236,41 @@ static void store_e2m1(const Columns *c, const float scale[BATCH], size_t groups
     store_nibbles(index, c->length, groups, out);
 }
 
+APART void keep_better(int always, const float error[restrict BATCH],
+                       const int32_t stored[restrict BATCH], float least[restrict BATCH],
+                       int32_t best[restrict BATCH]) {
+    for (int j = 0; j < BATCH; j++) {
+        const int32_t better = -(always | (error[j] < least[j]));
+        best[j] = (stored[j] & better) | (best[j] & ~better);
+        least[j] = choose(better & 1, error[j], least[j]);
+    }
+}
+
 /* Scales from what is stored, as columns of 16. */
 typedef void ScalesOf(const Columns *c, const int32_t stored[BATCH], float scale[BATCH]);
 
 /* Of first + each step, within the bounds, the one of the least error, the first of equals. */
-INLINE void least_error(const Columns *c, int weighted, const int32_t first[BATCH],
-                        const int8_t *steps, size_t count, int32_t low, int32_t top,
-                        ScalesOf *scales_of, int32_t best[BATCH]) {
-    float least[BATCH];
+INLINE void least_error(const Columns *c, const int32_t first[BATCH], const int8_t *steps,
+                        size_t count, int32_t top, ScalesOf *scales_of, int32_t best[BATCH]) {
+    float least[BATCH] = {0};
     for (size_t s = 0; s < count; s++) {
         int32_t stored[BATCH];
         float scale[BATCH], error[BATCH];
         for (int j = 0; j < BATCH; j++) {
             const int32_t moved = first[j] + steps[s];
-            stored[j] = moved < low ? low : moved > top ? top : moved;
+            stored[j] = moved < 0 ? 0 : moved > top ? top : moved;
         }
         scales_of(c, stored, scale);
-        e2m1_errors(c, weighted, scale, error);
-        for (int j = 0; j < BATCH; j++) {
-            const int better = s == 0 || error[j] < least[j];
-            least[j] = better ? error[j] : least[j];
-            best[j] = better ? stored[j] : best[j];
+        if (c->weighted) {
+            weighted_errors(c, scale, error);
+        } else {
+            plain_errors(c, scale, error);
         }
+        keep_better(s == 0, error, stored, least, best);
     }
 }
 
-static void mxfp4_scales(const Columns *c, const int32_t stored[BATCH], float scale[BATCH]) {
+APART void mxfp4_scales(const Columns *c, const int32_t stored[BATCH], float scale[BATCH]) {
     for (int j = 0; j < BATCH; j++) {
         scale[j] = from_bits((uint32_t)(stored[j] - kept_exponent(c->exponent[j]) + 126) << 23);
     }
@@ -216,17 +278,13 @@ static void mxfp4_scales(const Columns *c, const int32_t stored[BATCH], float sc
 
 static void encode_mxfp4(const Columns *c, size_t blocks, uint8_t *out) {
     static const int8_t steps[] = {0, 1, -1, -2}; /* the first two without weights */
-    int32_t first[BATCH], stored[BATCH];
+    int32_t first[BATCH], stored[BATCH] = {0};
     uint8_t *codes[BATCH];
     float scale[BATCH];
     for (int j = 0; j < BATCH; j++) {
         first[j] = c->exponent[j] - 2;
     }
-    if (c->weighted) {
-        least_error(c, 1, first, steps, 4, 0, 252, mxfp4_scales, stored);
-    } else {
-        least_error(c, 0, first, steps, 2, 0, 252, mxfp4_scales, stored);
-    }
+    least_error(c, first, steps, c->weighted ? 4 : 2, 252, mxfp4_scales, stored);
     mxfp4_scales(c, stored, scale);
     for (size_t j = 0; j < blocks; j++) {
         out[17 * j] = (uint8_t)stored[j];
@@ -249,7 +307,7 @@ INLINE int32_t to_ue4m3(float scale) {
     return scale < 0x1p-6f ? (int32_t)small : normal;
 }
 
-static void nvfp4_scales(const Columns *c, const int32_t stored[BATCH], float scale[BATCH]) {
+APART void nvfp4_scales(const Columns *c, const int32_t stored[BATCH], float scale[BATCH]) {
     for (int j = 0; j < BATCH; j++) {
         scale[j] = from_ue4m3(stored[j]) * c->shrink[j];
     }
@@ -257,18 +315,14 @@ static void nvfp4_scales(const Columns *c, const int32_t stored[BATCH], float sc
 
 static void encode_nvfp4(const Columns *c, size_t blocks, uint8_t *out) {
     static const int8_t steps[] = {0, 1, 2, 3, 4, 5, 6, -1, -2, -3, -4, -5, -6, -7, -8};
-    int32_t first[BATCH], stored[BATCH], largest[BATCH];
+    int32_t first[BATCH], stored[BATCH] = {0}, largest[BATCH];
     uint8_t *codes[BATCH];
     float scale[BATCH];
     largest_magnitudes(c->values, c->length, largest);
     for (int j = 0; j < BATCH; j++) {
         first[j] = to_ue4m3(from_bits((uint32_t)largest[j]) * c->power[j] / 6.0f);
     }
-    if (c->weighted) {
-        least_error(c, 1, first, steps, 15, 0, 126, nvfp4_scales, stored);
-    } else {
-        least_error(c, 0, first, steps, 9, 0, 126, nvfp4_scales, stored);
-    }
+    least_error(c, first, steps, c->weighted ? 15 : 9, 126, nvfp4_scales, stored);
     for (int j = 0; j < BATCH; j++) {
         stored[j] = first[j] > 126 ? 127 : stored[j]; /* too large: UE4M3's NaN */
     }
@@ -286,13 +340,15 @@ INLINE void encode_codebook(enum ggml_type type, const float *x, const float *im
                             size_t period, size_t blocks, uint8_t *out) {
     const size_t length = type == GGML_NVFP4 ? 16 : 32;
     const size_t parts = ggml_types[type].values / length, step = BATCH / parts;
+    Iq4Steps table;
+    set_iq4_steps(&table);
     for (size_t b = 0; b < blocks; b += step, out += step * ggml_types[type].bytes) {
         const size_t n = smaller(step, blocks - b);
         Columns c;
         load_batch(x, importance, period, b, n * parts, length, parts, &c);
         switch (type) {
-        case GGML_IQ4_NL: encode_iq4_nl(&c, n, out); break;
-        case GGML_IQ4_XS: encode_iq4_xs(&c, n, out); break;
+        case GGML_IQ4_NL: encode_iq4_nl(&c, &table, n, out); break;
+        case GGML_IQ4_XS: encode_iq4_xs(&c, &table, n, out); break;
         case GGML_MXFP4: encode_mxfp4(&c, n, out); break;
         default: encode_nvfp4(&c, n, out); break;
         }

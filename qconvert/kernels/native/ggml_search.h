@@ -8,6 +8,9 @@
 
 enum { LONGEST = 32 }; /* values of a group */
 
+/* Inlined, GCC would keep the columns of these loops as single numbers and vectorise nothing. */
+#define APART static __attribute__((noinline))
+
 typedef struct {
     size_t length;
     int weighted;
@@ -24,7 +27,7 @@ INLINE int32_t kept_exponent(int32_t biased) {
     return biased > 253 ? 253 : biased;
 }
 
-static void load_columns(const float *const rows[BATCH], size_t length, float *restrict columns) {
+APART void load_columns(const float *const rows[BATCH], size_t length, float *restrict columns) {
     for (size_t i = 0; i < length; i++) {
         for (int j = 0; j < BATCH; j++) {
             columns[i * BATCH + (size_t)j] = rows[j][i];
@@ -32,7 +35,7 @@ static void load_columns(const float *const rows[BATCH], size_t length, float *r
     }
 }
 
-static void largest_magnitudes(const float *columns, size_t length, int32_t largest[BATCH]) {
+APART void largest_magnitudes(const float *columns, size_t length, int32_t largest[BATCH]) {
     memset(largest, 0, BATCH * sizeof *largest);
     for (size_t i = 0; i < length; i++) {
         for (int j = 0; j < BATCH; j++) {
@@ -42,7 +45,7 @@ static void largest_magnitudes(const float *columns, size_t length, int32_t larg
     }
 }
 
-INLINE void scale_columns(float *columns, size_t length, const float factor[BATCH]) {
+APART void scale_columns(float *columns, size_t length, const float factor[BATCH]) {
     for (size_t i = 0; i < length; i++) {
         for (int j = 0; j < BATCH; j++) {
             columns[i * BATCH + (size_t)j] *= factor[j];
@@ -99,7 +102,7 @@ static void load_batch(const float *x, const float *importance, size_t period, s
 }
 
 /* The value furthest from 0 among those of positive weight, of equals the negative one. */
-static void furthest_values(const Columns *c, float peak[BATCH]) {
+APART void furthest_values(const Columns *c, float peak[BATCH]) {
     float low[BATCH] = {0}, high[BATCH] = {0};
     for (size_t i = 0; i < c->length; i++) {
         for (int j = 0; j < BATCH; j++) {
@@ -121,33 +124,71 @@ typedef struct {
     float gain[BATCH], scale[BATCH];
 } Fit;
 
-/* Judges codes by the best scale that they allow. */
-INLINE void offer_codes(const Columns *c, int weighted, const int16_t *restrict codes, Fit *fit) {
-    float xq[BATCH] = {0}, qq[BATCH] = {0};
-    for (size_t i = 0; i < c->length; i++) {
-        for (int j = 0; j < BATCH; j++) {
-            const size_t at = i * BATCH + (size_t)j;
-            const float q = (float)codes[at];
-            xq[j] += (weighted ? c->products[at] : c->values[at]) * q;
-            qq[j] += weighted ? q * q * c->weights[at] : q * q;
+/* Some columns of a row as one vector: left to itself, GCC transposes the sums below. */
+#if defined USE_AVX512
+enum { WIDE = 16 };
+#elif defined USE_AVX2
+enum { WIDE = 8 };
+#else
+enum { WIDE = 4 };
+#endif
+typedef float Wide __attribute__((vector_size(WIDE * sizeof(float))));
+
+INLINE Wide wide_at(const float *at) {
+    Wide v;
+    memcpy(&v, at, sizeof v);
+    return v;
+}
+
+/* Sums over codes, each column's from its first value to its last; weights or NULL. */
+INLINE void sum_codes_of(const float *x, const float *codes, const float *weights, size_t length,
+                         float xq[BATCH], float qq[BATCH]) {
+    for (size_t j = 0; j < BATCH; j += WIDE) {
+        Wide sum_xq = {0}, sum_qq = {0};
+        for (size_t i = j; i < length * BATCH; i += BATCH) {
+            const Wide q = wide_at(codes + i);
+            sum_xq += wide_at(x + i) * q;
+            sum_qq += weights ? q * q * wide_at(weights + i) : q * q;
         }
-    }
-    for (int j = 0; j < BATCH; j++) {
-        const float fitted = xq[j] / (qq[j] > 0 ? qq[j] : 1.0f);
-        const float gain = xq[j] * fitted;
-        const int better = gain > fit->gain[j];
-        fit->gain[j] = better ? gain : fit->gain[j];
-        fit->scale[j] = better ? fitted : fit->scale[j];
+        memcpy(xq + j, &sum_xq, sizeof sum_xq);
+        memcpy(qq + j, &sum_qq, sizeof sum_qq);
     }
 }
 
-/* Values in units of a code to codes; the inverses of scales are per column. */
-typedef void NearestCodes(const float *values, size_t length, const float inverse[BATCH],
-                          int16_t *codes);
+/* Without a branch, which would be taken at random. */
+INLINE float choose(int condition, float yes, float no) {
+    const uint32_t mask = 0u - (uint32_t)condition;
+    return from_bits((bits_of(yes) & mask) | (bits_of(no) & ~mask));
+}
 
-INLINE void fit_scales(const Columns *c, int weighted, const float *ends, size_t count,
-                       NearestCodes *nearest, Fit *fit) {
-    int16_t codes[LONGEST * BATCH];
+/* The best scale that codes allow, and what it gains. */
+APART void judge(const float xq[restrict BATCH], const float qq[restrict BATCH],
+                 float gain[restrict BATCH], float scale[restrict BATCH]) {
+    for (int j = 0; j < BATCH; j++) {
+        const float fitted = xq[j] / choose(qq[j] > 0, qq[j], 1.0f), found = xq[j] * fitted;
+        const int better = found > gain[j];
+        scale[j] = choose(better, fitted, scale[j]);
+        gain[j] = choose(better, found, gain[j]);
+    }
+}
+
+INLINE void offer_codes(const Columns *c, const float *codes, Fit *fit) {
+    float xq[BATCH], qq[BATCH];
+    if (c->weighted) {
+        sum_codes_of(c->products, codes, c->weights, c->length, xq, qq);
+    } else {
+        sum_codes_of(c->values, codes, NULL, c->length, xq, qq);
+    }
+    judge(xq, qq, fit->gain, fit->scale);
+}
+
+/* Values by the inverses of scales to codes, of whatever `table` describes. */
+typedef void NearestCodes(const float *values, size_t length, const float inverse[BATCH],
+                          const void *table, float *codes);
+
+INLINE void fit_scales(const Columns *c, const float *ends, size_t count,
+                       NearestCodes *nearest, const void *table, Fit *fit) {
+    float codes[LONGEST * BATCH];
     float peak[BATCH], inverse[BATCH];
     memset(fit, 0, sizeof *fit);
     furthest_values(c, peak);
@@ -155,18 +196,18 @@ INLINE void fit_scales(const Columns *c, int weighted, const float *ends, size_t
         for (int j = 0; j < BATCH; j++) {
             inverse[j] = ends[e] / peak[j];
         }
-        nearest(c->values, c->length, inverse, codes);
-        offer_codes(c, weighted, codes, fit);
+        nearest(c->values, c->length, inverse, table, codes);
+        offer_codes(c, codes, fit);
     }
     for (int j = 0; j < BATCH; j++) {
         inverse[j] = inverse_of(fit->scale[j]);
     }
-    nearest(c->values, c->length, inverse, codes);
-    offer_codes(c, weighted, codes, fit);
+    nearest(c->values, c->length, inverse, table, codes);
+    offer_codes(c, codes, fit);
 }
 
 /* Indices below 16, two to a byte: value i of a group with value i + length / 2. */
-static void store_nibbles(const int16_t *index, size_t length, size_t groups,
+APART void store_nibbles(const int16_t *index, size_t length, size_t groups,
                           uint8_t *const out[BATCH]) {
     const size_t half = length / 2;
     uint8_t bytes[LONGEST / 2 * BATCH];
