@@ -16,7 +16,8 @@ static const int8_t e2m1_levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -
     M(6464, 24)
 
 /* The same for the magnitudes of E2M1, doubled, in halves. */
-#define E2M1_MIDDLES(M) M(0, 1, 1) M(1, 3, 1) M(2, 5, 1) M(3, 7, 1) M(4, 10, 2) M(5, 14, 2) M(6, 20, 4)
+#define E2M1_MIDDLES(M)                                                                         \
+    M(0, 1, 1) M(1, 3, 1) M(2, 5, 1) M(3, 7, 1) M(4, 10, 2) M(5, 14, 2) M(6, 20, 4)
 
 /* --- IQ4 --------------------------------------------------------------------------------------*/
 
@@ -37,8 +38,8 @@ static void set_iq4_steps(Iq4Steps *t) {
     }
 }
 
-/* Values in 64ths of a code, rounded as round_small does: the sum's bits grow with the value, so that
- * they may be clamped afterwards, as integers. */
+/* Values in 64ths of a code, rounded as round_small does: the sum's bits grow with the value, so
+ * that they may be clamped afterwards, as integers. */
 INLINE void iq4_places(const float *restrict values, size_t length, const float inverse[BATCH],
                        int16_t *restrict places) {
     const float magic = 12582912.0f;
@@ -173,8 +174,8 @@ static void encode_iq4_xs(const Columns *c, const Iq4Steps *table, size_t blocks
 
 /* --- E2M1 -------------------------------------------------------------------------------------*/
 
-/* Sums of the squared errors of magnitudes by scales, with weights or NULL. Middles times scales are
- * exact. */
+/* Sums of the squared errors of magnitudes by scales, with weights or NULL. Middles times scales
+ * are exact. */
 INLINE void sum_errors(const float *restrict values, const float *restrict weights, size_t length,
                        const float scale[restrict BATCH], float error[restrict BATCH]) {
     float middles[7][BATCH], sums[BATCH] = {0};
@@ -229,8 +230,7 @@ APART void store_e2m1(const Columns *c, const float scale[BATCH], size_t groups,
 #define STEP(k, halves, step) above += magnitude > middles[k][j];
             E2M1_MIDDLES(STEP)
 #undef STEP
-            index[i * BATCH + (size_t)j] =
-                (int16_t)(above | ((v < 0) & (above > 0)) << 3);
+            index[i * BATCH + (size_t)j] = (int16_t)(above | ((v < 0) & (above > 0)) << 3);
         }
     }
     store_nibbles(index, c->length, groups, out);

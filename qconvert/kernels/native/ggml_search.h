@@ -39,7 +39,8 @@ APART void largest_magnitudes(const float *columns, size_t length, int32_t large
     memset(largest, 0, BATCH * sizeof *largest);
     for (size_t i = 0; i < length; i++) {
         for (int j = 0; j < BATCH; j++) {
-            const int32_t magnitude = (int32_t)(bits_of(columns[i * BATCH + (size_t)j]) & 0x7FFFFFFF);
+            const uint32_t bits = bits_of(columns[i * BATCH + (size_t)j]);
+            const int32_t magnitude = (int32_t)(bits & 0x7FFFFFFF);
             largest[j] = magnitude > largest[j] ? magnitude : largest[j];
         }
     }

@@ -18,9 +18,7 @@ from qconvert.quantizers.ggml.block import GgmlBlock, Parts
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
-IQ4 = np.array(
-    (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.int16
-)
+IQ4 = np.array((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.int16)
 # The magnitudes of E2M1, doubled; the upper eight codes are negative.
 E2M1 = np.array((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), np.int16)
 
@@ -156,9 +154,7 @@ def _encode_nvfp4(blocks: F32, importance: F32 | None) -> U8:
     first = _nearest_ue4m3(magnitude / np.float32(6))
     steps = NVFP4_STEPS if weights is None else WEIGHTED_NVFP4_STEPS
     candidates = [np.clip(first + step, 0, 126) for step in steps]
-    stored = _least(
-        candidates, lambda c: _e2m1_error(np.abs(values), _UE4M3[c] * shrink, weights)
-    )
+    stored = _least(candidates, lambda c: _e2m1_error(np.abs(values), _UE4M3[c] * shrink, weights))
     stored = np.where(first > 126, 127, stored)  # too large: UE4M3's NaN
     codes = _e2m1_codes(values, _UE4M3[stored] * shrink)
     scales = stored.astype(np.uint8).reshape(-1, 4)
@@ -253,9 +249,19 @@ def _block(
     scales: Callable[[U8], F32],
 ) -> GgmlBlock:
     block, group = sizes
-    codes = (int(table.min()), int(table.max()))
-    decoder = partial(_decode, parts)
-    return GgmlBlock(name, block, nbytes, group, codes, encoder, decoder, parts, scales)
+    levels = np.unique(table)
+    return GgmlBlock(
+        name=name,
+        block=block,
+        nbytes=nbytes,
+        group=group,
+        codes=(int(levels[0]), int(levels[-1])),
+        encoder=encoder,
+        decoder=partial(_decode, parts),
+        splitter=parts,
+        scales=scales,
+        gap=int(np.diff(levels).max()),
+    )
 
 
 def _iq4_stored(data: U8) -> F32:
