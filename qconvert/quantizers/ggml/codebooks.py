@@ -44,7 +44,8 @@ _FINE = np.float32(64)  # IQ4 places are compared in 64ths, so that 16-bit integ
 def _iq4_index(places: F32) -> NDArray[np.intp]:
     """Index of the nearest level, of two the upper, of places in units of a code."""
     fine = np.rint(np.clip(places * _FINE, -16383, 16383))
-    return np.searchsorted(_IQ4_MIDDLES * _FINE, fine, side="right")
+    index: NDArray[np.intp] = np.searchsorted(_IQ4_MIDDLES * _FINE, fine, side="right")
+    return index
 
 
 def _iq4_nearest(places: F32) -> F32:
@@ -135,7 +136,8 @@ def _encode_mxfp4(blocks: F32, importance: F32 | None) -> U8:
     kept = np.clip(exponent, 1, 253)  # what inverse_power_of took
 
     def scale_of(stored: NDArray[np.int32]) -> F32:  # of the values as they are now
-        return ((stored - kept + 126) << 23).view(np.float32)
+        scale: F32 = ((stored - kept + 126) << 23).view(np.float32)
+        return scale
 
     # Above 252 the largest code would be Inf.
     steps = MXFP4_STEPS if weights is None else WEIGHTED_MXFP4_STEPS
@@ -179,7 +181,7 @@ def _ue4m3() -> F32:
     low = np.arange(128)
     exponent, mantissa = low >> 3, low & 7
     value = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-    table = np.tile(value / 2, 2).astype(np.float32)
+    table: F32 = np.tile(value / 2, 2).astype(np.float32)
     table[127] = 0  # NaN, which ggml takes for 0
     return table
 
@@ -225,7 +227,7 @@ def _packed(index: NDArray[np.intp]) -> U8:
 def _unpacked(body: U8, group: int, table: NDArray[np.int16]) -> NDArray[np.int16]:
     """Codes (k, block)."""
     pairs = body.reshape(len(body), -1, group // 2)
-    codes = table[np.concatenate([pairs & 0x0F, pairs >> 4], axis=2)]
+    codes: NDArray[np.int16] = table[np.concatenate([pairs & 0x0F, pairs >> 4], axis=2)]
     return codes.reshape(len(body), -1)
 
 

@@ -32,7 +32,8 @@ def inverse_power_of(magnitude: F32) -> F32:
 
 
 def _exponent(magnitude: F32) -> NDArray[np.int32]:
-    return np.clip(magnitude.view(np.int32) >> 23, 1, 253)
+    exponent: NDArray[np.int32] = np.clip(magnitude.view(np.int32) >> 23, 1, 253)
+    return exponent
 
 
 def columns_of(blocks: F32, group: int) -> F32:

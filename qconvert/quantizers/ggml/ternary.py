@@ -37,9 +37,11 @@ def _encode_tq1(blocks: F32, importance: F32 | None) -> U8:
     parts, start = [], 0
     for values, count in _RUNS:
         run = digits[:, start : start + values].reshape(len(digits), -1, count).astype(np.uint16)
-        number = np.zeros((len(digits), count), np.uint16)
+        number: NDArray[np.uint16] = np.zeros((len(digits), count), np.uint16)
         for place in range(5):
-            number = number * 3 + (run[:, place] if place < run.shape[1] else 0)
+            number = number * np.uint16(3)
+            if place < run.shape[1]:
+                number += run[:, place]
         # As a fraction of 3^5 in 256ths, rounded up: multiplying by 3 then gives digit by digit.
         parts.append(((number * 256 + 242) // 243).astype(np.uint8))
         start += values
