@@ -25,7 +25,7 @@ from qconvert.files.safetensors import open_safetensors
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent.parent / "samples" / "tiny-llama" / "model.safetensors"
-TYPES = ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0")
+TYPES = ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 ROWS = 20
 REAL = {
     "llama query": (TINY, "model.layers.0.self_attn.q_proj.weight"),

@@ -4,6 +4,7 @@
 
 #include "ggml_codebooks.h"
 #include "ggml_small.h"
+#include "ggml_small_search.h"
 #include "ggml_ternary.h"
 
 INLINE void encode_block(enum ggml_type type, const float *x, const float *importance,
@@ -46,6 +47,15 @@ static void ggml_encode(enum ggml_type type, const float *x, const float *import
     case GGML_IQ4_XS:
     case GGML_MXFP4:
     case GGML_NVFP4: encode_codebook(type, x, importance, period, blocks, out); return;
+    case GGML_Q4_0:
+    case GGML_Q4_1:
+    case GGML_Q5_0:
+    case GGML_Q5_1:
+        if (period) {
+            encode_small_weighted(type, x, importance, period, blocks, out);
+            return;
+        }
+        break;
     default: break;
     }
     for (size_t b = 0; b < blocks; b++, x += kind.values, out += kind.bytes) {

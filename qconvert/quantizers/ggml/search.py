@@ -66,7 +66,7 @@ def furthest(values: F32, weights: F32 | None) -> F32:
 def fitted_scale(
     values: F32,
     weights: F32 | None,
-    ends: Sequence[int],
+    ends: Sequence[float],
     nearest: Callable[[F32], F32],
 ) -> F32:
     """Scales of either sign, 0 where no code helps, before they are rounded to their stored type.
