@@ -87,6 +87,12 @@ _ALL: tuple[Scheme, ...] = (
     GgmlScheme("q5_0", "Q5_0", 32, 22),
     GgmlScheme("q5_1", "Q5_1", 32, 24),
     GgmlScheme("q8_0", "Q8_0", 32, 34),
+    GgmlScheme("iq4_nl", "IQ4_NL", 32, 18),
+    GgmlScheme("iq4_xs", "IQ4_XS", 256, 136),
+    GgmlScheme("mxfp4", "MXFP4", 32, 17),
+    GgmlScheme("nvfp4", "NVFP4", 64, 36),
+    GgmlScheme("tq1_0", "TQ1_0", 256, 54),
+    GgmlScheme("tq2_0", "TQ2_0", 256, 66),
 )
 
 SCHEMES: dict[str, Scheme] = {s.name: s for s in _ALL}

@@ -535,6 +535,9 @@ def test_ggml_scales_of_every_size(name: str) -> None:
     x = rng.standard_normal((4000, block.block)) * 2.0 ** rng.uniform(-149, 127, (4000, 1))
     x = np.clip(x, -3.4e38, 3.4e38).astype(np.float32)
     same(compiled.ggml_encode(name, x), by_definition(block, x))
+    importance = rng.random(x.shape) * 2.0 ** rng.uniform(-149, 127, (4000, 1))
+    importance = (importance * (rng.random(x.shape) < 0.5)).astype(np.float32)
+    same(compiled.ggml_encode(name, x, importance), by_definition(block, x, importance))
 
 
 @pytest.mark.parametrize("name", sorted(GGML_BLOCKS))
@@ -673,6 +676,8 @@ def _report() -> None:
             ),
             "Q4_0": lambda: compiled.ggml_encode("Q4_0", blocks),
             "Q8_0": lambda: compiled.ggml_encode("Q8_0", blocks),
+            "IQ4_NL": lambda: compiled.ggml_encode("IQ4_NL", blocks),
+            "MXFP4": lambda: compiled.ggml_encode("MXFP4", blocks),
         }
         for what, call in calls.items():
             print(f"{name:9} {what:16} {_fastest(call) / x.size * 1e9:7.2f} ns")

@@ -26,6 +26,7 @@ AFFINE = [
     )
 ]
 OTHERS = ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
+OTHERS += ["iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "tq1_0", "tq2_0"]
 
 
 def test_the_table_holds_the_names_of_the_specification_and_no_others() -> None:

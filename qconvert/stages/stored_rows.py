@@ -48,7 +48,7 @@ class Rows:
         values: decoded, float32 (R, C).
         integer: in integer units; None where the file holds plain numbers or a type we have no
             integer product for.
-        scale: of each group as stored, (R, G); None without codes.
+        scale: of a step in each group, (R, G); None without codes.
         low, high: smallest and largest code, in the units of ``integer``.
         code_step: units of ``integer`` between neighbouring codes.
         scaled_always: whether a scale of 0 promises a group of zeros (ggml's may underflow).
@@ -168,9 +168,10 @@ def _ggml_rows(model: Model, tensor: TensorInfo, tile: Tile, first: int) -> Rows
             offset=None if parts.offset is None else parts.offset.reshape(scale.shape),
             group=block.group,
         ),
-        scale=scale,
+        scale=scale * np.float32(block.gap),  # of a step, which is a gap
         low=block.codes[0],
         high=block.codes[1],
+        code_step=block.gap,
         slack=2.0**-10,  # ggml makes codes before it rounds the scale to float16
         scaled_always=False,
     )

@@ -35,4 +35,10 @@ const GgmlType ggml_types[GGML_TYPES] = {
     [GGML_Q5_0] = {"Q5_0", 32, 22},
     [GGML_Q5_1] = {"Q5_1", 32, 24},
     [GGML_Q8_0] = {"Q8_0", 32, 34},
+    [GGML_IQ4_NL] = {"IQ4_NL", 32, 18},
+    [GGML_IQ4_XS] = {"IQ4_XS", 256, 136},
+    [GGML_MXFP4] = {"MXFP4", 32, 17},
+    [GGML_NVFP4] = {"NVFP4", 64, 36},
+    [GGML_TQ1_0] = {"TQ1_0", 256, 54},
+    [GGML_TQ2_0] = {"TQ2_0", 256, 66},
 };

@@ -2,7 +2,10 @@
 #ifndef QCONVERT_GGML_H
 #define QCONVERT_GGML_H
 
+#include "ggml_codebooks.h"
 #include "ggml_small.h"
+#include "ggml_small_search.h"
+#include "ggml_ternary.h"
 
 INLINE void encode_block(enum ggml_type type, const float *x, const float *importance,
                          uint8_t *out) {
@@ -13,7 +16,9 @@ INLINE void encode_block(enum ggml_type type, const float *x, const float *impor
     case GGML_Q5_0: encode_centred(x, 5, out); break;
     case GGML_Q5_1: encode_from_minimum(x, 5, out); break;
     case GGML_Q8_0: encode_bytes(x, out); break;
-    case GGML_TYPES: break;
+    case GGML_TQ1_0: encode_tq1(x, out); break;
+    case GGML_TQ2_0: encode_tq2(x, out); break;
+    default: break;
     }
 }
 
@@ -24,6 +29,12 @@ INLINE void decode_block(enum ggml_type type, const uint8_t *data, float *out) {
     case GGML_Q5_0: decode_small(data, 5, 1, out); break;
     case GGML_Q5_1: decode_small(data, 5, 0, out); break;
     case GGML_Q8_0: decode_bytes(data, out); break;
+    case GGML_IQ4_NL: decode_iq4_nl(data, out); break;
+    case GGML_IQ4_XS: decode_iq4_xs(data, out); break;
+    case GGML_MXFP4: decode_mxfp4(data, out); break;
+    case GGML_NVFP4: decode_nvfp4(data, out); break;
+    case GGML_TQ1_0: decode_tq1(data, out); break;
+    case GGML_TQ2_0: decode_tq2(data, out); break;
     case GGML_TYPES: break;
     }
 }
@@ -31,6 +42,22 @@ INLINE void decode_block(enum ggml_type type, const uint8_t *data, float *out) {
 static void ggml_encode(enum ggml_type type, const float *x, const float *importance, size_t period,
                         size_t blocks, uint8_t *out) {
     const GgmlType kind = ggml_types[type];
+    switch (type) { /* types whose groups are searched side by side */
+    case GGML_IQ4_NL:
+    case GGML_IQ4_XS:
+    case GGML_MXFP4:
+    case GGML_NVFP4: encode_codebook(type, x, importance, period, blocks, out); return;
+    case GGML_Q4_0:
+    case GGML_Q4_1:
+    case GGML_Q5_0:
+    case GGML_Q5_1:
+        if (period) {
+            encode_small_weighted(type, x, importance, period, blocks, out);
+            return;
+        }
+        break;
+    default: break;
+    }
     for (size_t b = 0; b < blocks; b++, x += kind.values, out += kind.bytes) {
         encode_block(type, x, period ? importance + b % period * kind.values : NULL, out);
     }

@@ -81,7 +81,20 @@ typedef struct {
     float *y;              /* (samples, rows) */
 } Product;
 
-enum ggml_type { GGML_Q4_0, GGML_Q4_1, GGML_Q5_0, GGML_Q5_1, GGML_Q8_0, GGML_TYPES };
+enum ggml_type {
+    GGML_Q4_0,
+    GGML_Q4_1,
+    GGML_Q5_0,
+    GGML_Q5_1,
+    GGML_Q8_0,
+    GGML_IQ4_NL,
+    GGML_IQ4_XS,
+    GGML_MXFP4,
+    GGML_NVFP4,
+    GGML_TQ1_0,
+    GGML_TQ2_0,
+    GGML_TYPES,
+};
 
 typedef struct {
     const char *name;

@@ -43,6 +43,8 @@ class GgmlBlock:
         decoder: bytes to values.
         splitter: bytes to `Parts`.
         scales: bytes to the floating numbers that a block stores, (k, n): finite in a sound file.
+        gap: largest distance between neighbouring codes: no value is further than half of it,
+            times its scale, from what is stored for it.
     """
 
     name: str
@@ -54,6 +56,7 @@ class GgmlBlock:
     decoder: Callable[[U8], F32]
     splitter: Callable[[U8], Parts]
     scales: Callable[[U8], F32]
+    gap: int = 1
 
     def encode(self, blocks: F32, importance: F32 | None = None) -> U8:
         """Bytes, uint8 (k, nbytes), of finite float32 values, (k, block).

@@ -3,32 +3,44 @@
 A block is little-endian: the scale as float16, for the ``_1`` types the smallest value as float16,
 for the 5-bit types the 32 fifth bits, then the codes (two to a byte, value j with value j + 16).
 The rounding is that of ``quantize_row_*_ref`` in ggml-quants.c, which divides by the scale *before*
-it is rounded to float16.
+it is rounded to float16. Under an importance, which ggml searches for too, `small_search` does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert.quantizers.ggml import small_search
 from qconvert.quantizers.ggml.block import GgmlBlock, Parts
 
 BLOCK = 32
 
 # Values (k, 32) and bits of a code -> scale and perhaps minimum (k, 1 or 2), codes (k, 32).
 _Quantizer = Callable[[NDArray[np.float32], int], tuple[NDArray[np.float32], NDArray[np.uint8]]]
+# The same under an importance, with numbers as stored.
+_Searcher = Callable[
+    [NDArray[np.float32], NDArray[np.float32], int],
+    tuple[NDArray[np.float16], NDArray[np.uint8]],
+]
 
 
 def _encode(
     quantizer: _Quantizer,
+    searcher: _Searcher | None,
     bits: int,
     blocks: NDArray[np.float32],
-    importance: NDArray[np.float32] | None,  # nothing is searched
+    importance: NDArray[np.float32] | None,
 ) -> NDArray[np.uint8]:
-    scales, codes = quantizer(blocks, bits)
+    scales: NDArray[np.floating[Any]]
+    if searcher is None or importance is None:
+        scales, codes = quantizer(blocks, bits)
+    else:
+        scales, codes = searcher(blocks, importance, bits)
     head = scales.astype("<f2").view(np.uint8)  # (k, 2) or (k, 4)
     return np.concatenate([head, *_packed(codes, bits)], axis=1)
 
@@ -125,7 +137,14 @@ def _unpacked(bits: int, centred: bool, data: NDArray[np.uint8]) -> NDArray[np.i
     return codes - (1 << (bits - 1)) if centred else codes
 
 
-def _block(name: str, nbytes: int, bits: int, centred: bool, quantizer: _Quantizer) -> GgmlBlock:
+def _block(
+    name: str,
+    nbytes: int,
+    bits: int,
+    centred: bool,
+    quantizer: _Quantizer,
+    searcher: _Searcher | None = None,
+) -> GgmlBlock:
     low = -(1 << (bits - 1)) if centred else 0
     return GgmlBlock(
         name=name,
@@ -133,7 +152,7 @@ def _block(name: str, nbytes: int, bits: int, centred: bool, quantizer: _Quantiz
         nbytes=nbytes,
         group=BLOCK,
         codes=(low, low + (1 << bits) - 1),
-        encoder=partial(_encode, quantizer, bits),
+        encoder=partial(_encode, quantizer, searcher, bits),
         decoder=partial(_decode, bits, centred),
         splitter=partial(_split, bits, centred),
         scales=partial(_scales, centred),
@@ -141,9 +160,9 @@ def _block(name: str, nbytes: int, bits: int, centred: bool, quantizer: _Quantiz
 
 
 TYPES = (
-    _block("Q4_0", 18, 4, True, _centred),
-    _block("Q4_1", 20, 4, False, _from_minimum),
-    _block("Q5_0", 22, 5, True, _centred),
-    _block("Q5_1", 24, 5, False, _from_minimum),
+    _block("Q4_0", 18, 4, True, _centred, small_search.centred),
+    _block("Q4_1", 20, 4, False, _from_minimum, small_search.from_minimum),
+    _block("Q5_0", 22, 5, True, _centred, small_search.centred),
+    _block("Q5_1", 24, 5, False, _from_minimum, small_search.from_minimum),
     _block("Q8_0", 34, 8, True, _signed_bytes),
 )
