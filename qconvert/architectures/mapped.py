@@ -141,9 +141,9 @@ class MappedModel:
         row = np.dtype((np.void, columns * width))
         found = np.empty(len(rows), row)
         for begin, end in _runs(rows, size // columns):
-            source, first = divmod(int(rows[begin]), size // columns)
+            index, first = divmod(int(rows[begin]), size // columns)
             offset, nbytes = first * row.itemsize, (end - begin) * row.itemsize
-            data = self._source.raw(made.sources[source], offset, nbytes)
+            data = self._source.raw(made.sources[index], offset, nbytes)
             found[order[begin:end]] = np.frombuffer(data, row)
         skipped = (start - first_row * columns) * width
         return found.view(np.uint8)[skipped : skipped + (stop - start) * width].tobytes()
