@@ -706,6 +706,19 @@ def test_wordpiece_marks_beginnings_instead_of_insides(tmp_path: Path) -> None:
     assert found["tokenizer.ggml.token_type"][:6] == [3, 2, 3, 3, 3, 1]
 
 
+def test_wordpiece_has_tokens_around_a_text_or_is_refused(tmp_path: Path) -> None:
+    directory = write_directory(tmp_path / "m", "bert")
+    (directory / "tokenizer_config.json").write_text("{}")
+    found = plain(opened(directory))  # the post-processor names them
+    assert found["tokenizer.ggml.bos_token_id"] == 2
+    assert found["tokenizer.ggml.seperator_token_id"] == 3
+    bare = {**TOKENIZERS["wordpiece"], "post_processor": None}
+    (directory / "tokenizer.json").write_text(json.dumps(bare))
+    assert refused(directory).code == "ARCH-TOKENIZER"
+    (directory / "tokenizer_config.json").write_text('{"cls_token": "[CLS]", "sep_token": "[SEP]"}')
+    assert plain(opened(directory))["tokenizer.ggml.seperator_token_id"] == 3
+
+
 def test_unigram_keeps_its_scores(tmp_path: Path) -> None:
     found = tokenizer_keys(tmp_path, TOKENIZERS["unigram"])
     assert found["tokenizer.ggml.model"] == "t5"

@@ -8,17 +8,17 @@ tensor is a list of sources and a function that says where each of its rows lies
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert.kernels import widen
 from qconvert.model import DTYPES, Model, SourceFile, TensorInfo
 
-Item = TypeVar("Item", bound=np.generic)
 Rows = NDArray[np.int64]
 # From rows of the mapped tensor to rows of its sources, counted through all of them in order.
 Locate = Callable[[Rows], Rows]
@@ -73,9 +73,9 @@ def described(name: str, shape: tuple[int, ...], dtype: str) -> TensorInfo:
 
 
 class MappedModel:
-    """A `Model` whose tensors are made from those of another; owns neither, `close` closes both.
+    """A `Model` whose tensors are made from those of another, which it closes when it is closed.
 
-    Memory of a request is bounded by its own size and two rows.
+    A request takes memory for what is asked and for two rows.
     """
 
     def __init__(self, source: Model, tensors: Sequence[MappedTensor]) -> None:
@@ -95,8 +95,7 @@ class MappedModel:
         made = self._made[tensor.name]
         if made.constant is not None:
             return made.constant[start:stop].copy()
-        pieces, order = _pieces(made, start, stop)
-        found = _assembled([self._source.values(*piece) for piece in pieces], order)
+        found = widen(self._stored(made, start, stop), made.sources[0].dtype)
         if made.added:
             return found.astype(np.float32) + np.float32(made.added)
         return found
@@ -111,13 +110,7 @@ class MappedModel:
         if made.constant is not None or made.added:
             whole = self.values(tensor, start, stop).astype("<f4").tobytes()
         else:
-            stored = np.dtype((np.void, width))
-            pieces, order = _pieces(made, start, stop)
-            parts = [
-                np.frombuffer(self._source.raw(part, first * width, (last - first) * width), stored)
-                for part, first, last in pieces
-            ]
-            whole = _assembled(parts, order).tobytes()
+            whole = self._stored(made, start, stop)
         skipped = offset - start * width
         return whole[skipped : skipped + size]
 
@@ -129,49 +122,35 @@ class MappedModel:
         """Close the source."""
         self._source.close()
 
-
-Piece = tuple[TensorInfo, int, int]  # a source and the range of its values
-
-
-def _pieces(made: MappedTensor, start: int, stop: int) -> tuple[list[Piece], _Order | None]:
-    """What to read for values ``start..stop``, and how to put it in order when it is not."""
-    if start == stop:
-        return [(made.sources[0], 0, 0)], None
-    size = made.sources[0].size
-    if made.locate is None:
-        return [
-            (source, max(start - i * size, 0), min(stop - i * size, size))
-            for i, source in enumerate(made.sources)
-            if start < (i + 1) * size and i * size < stop
-        ], None
-    columns = made.info.shape[-1] if len(made.info.shape) > 1 else 1
-    first = start // columns
-    wanted = made.locate(np.arange(first, -(-stop // columns), dtype=np.int64))
-    rows = np.sort(wanted)
-    per_source = size // columns
-    ends = np.flatnonzero((np.diff(rows) != 1) | (rows[1:] % per_source == 0)) + 1
-    pieces: list[Piece] = []
-    for run in np.split(rows, ends):
-        source, row = divmod(int(run[0]), per_source)
-        pieces.append((made.sources[source], row * columns, (row + len(run)) * columns))
-    skipped = start - first * columns
-    order = np.searchsorted(rows, wanted)
-    return pieces, _Order(order, columns, skipped, skipped + stop - start)
+    def _stored(self, made: MappedTensor, start: int, stop: int) -> bytes:
+        """Values ``start..stop`` in the dtype of the sources, in the order of the mapped tensor."""
+        width = DTYPES[made.sources[0].dtype].size
+        size = made.sources[0].size
+        if made.locate is None:
+            parts = []
+            for i, source in enumerate(made.sources):
+                first, last = max(start - i * size, 0), min(stop - i * size, size)
+                if first < last:
+                    parts.append(self._source.raw(source, first * width, (last - first) * width))
+            return b"".join(parts)
+        columns = made.info.shape[-1] if len(made.info.shape) > 1 else 1
+        first_row = start // columns
+        wanted = made.locate(np.arange(first_row, -(-stop // columns), dtype=np.int64))
+        order = np.argsort(wanted)
+        rows = wanted[order]
+        row = np.dtype((np.void, columns * width))
+        found = np.empty(len(rows), row)
+        for begin, end in _runs(rows, size // columns):
+            index, first = divmod(int(rows[begin]), size // columns)
+            offset, nbytes = first * row.itemsize, (end - begin) * row.itemsize
+            data = self._source.raw(made.sources[index], offset, nbytes)
+            found[order[begin:end]] = np.frombuffer(data, row)
+        skipped = (start - first_row * columns) * width
+        return found.view(np.uint8)[skipped : skipped + (stop - start) * width].tobytes()
 
 
-@dataclass(frozen=True, slots=True)
-class _Order:
-    """From rows as they were read to the values that were asked for."""
-
-    rows: Rows
-    columns: int
-    start: int
-    stop: int
-
-
-def _assembled(parts: Sequence[NDArray[Item]], order: _Order | None) -> NDArray[Item]:
-    """The parts as one flat array, in the order of the mapped tensor."""
-    read = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    if order is None:
-        return read
-    return read.reshape(-1, order.columns)[order.rows].reshape(-1)[order.start : order.stop]
+def _runs(rows: Rows, rows_of_source: int) -> Iterator[tuple[int, int]]:
+    """Where sorted rows follow one another within one source: beginnings and ends."""
+    breaks = np.flatnonzero((np.diff(rows) != 1) | (rows[1:] % rows_of_source == 0)) + 1
+    ends = [0, *breaks.tolist(), len(rows)]
+    return pairwise(ends) if len(rows) else iter(())

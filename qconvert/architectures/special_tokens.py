@@ -33,6 +33,9 @@ def special_token_keys(
         vocabulary: its tokens.
         settings: tokenizer_config.json, which names special tokens by their text.
         config: config.json, for ids that nothing else states.
+
+    Raises:
+        UnsupportedError: WordPiece without the two tokens that llama.cpp puts around every text.
     """
     known = vocabulary.ids
     ids = {name: _id(settings.get(f"{name}_token"), known) for name in KEYS}
@@ -44,7 +47,16 @@ def special_token_keys(
         unknown = _stated(tokenizer.model.get("unk_id"), vocabulary.size)
     ids["unk"] = known.get(unknown, ids["unk"]) if isinstance(unknown, str) else unknown
     template = _template(tokenizer)
-    if template is None:
+    if vocabulary.keys["tokenizer.ggml.model"] == "bert":
+        pieces = template or [None, None]
+        for piece, role, name in ((pieces[0], "bos", "cls"), (pieces[-1], "sep", "sep")):
+            around = _special(piece, known)
+            ids[role] = ids[name] if around is None else around
+            if ids[role] is None:  # llama.cpp would end the process at the first text
+                raise tokenizer.unlike("WordPiece without tokens around a text", template)
+        ids["eos"] = ids["sep"]
+        add_bos = add_eos = True
+    elif template is None:
         add_bos = settings.get("add_bos_token") is True
         add_eos = settings.get("add_eos_token") is True
     else:
