@@ -28,7 +28,7 @@ from qconvert.stages.bench.conversions import COPY, nearest_ggml_type
 from qconvert.stages.bench.lines import Line, Section, measure
 from qconvert.stages.bench.peers import Source, gguf_py, llama_quantize
 from qconvert.stages.bench.products import BLAS
-from qconvert.stages.quantize import QuantizeOptions, quantize
+from qconvert.stages.quantize import GgufOptions, QuantizeOptions, quantize
 
 SAMPLE = ROOT / "samples" / "tiny-llama"
 TINY = BenchOptions(shapes=((64, 128),), rows=3, runs=2)
@@ -194,7 +194,7 @@ def test_gguf_py_does_our_conversion(source: Source, tmp_path: Path) -> None:
     assert not isinstance(work, str)
     work()
     ours = tmp_path / "ours.gguf"
-    quantize(source.files[0], QuantizeOptions(SCHEMES["q8_0"], ours))
+    quantize(source.files[0], QuantizeOptions(SCHEMES["q8_0"], ours, gguf=GgufOptions(raw=True)))
     found, wanted = tensors_of(tmp_path / "peer.gguf"), tensors_of(ours)
     assert found == wanted
     assert found["a.weight"][0] == "Q8_0"

@@ -27,6 +27,8 @@ AFFINE = [
 ]
 OTHERS = ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 OTHERS += ["iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "tq1_0", "tq2_0"]
+OTHERS += ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+OTHERS += ["q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "mxfp4_moe"]
 
 
 def test_the_table_holds_the_names_of_the_specification_and_no_others() -> None:
@@ -79,7 +81,7 @@ def test_case_and_surrounding_blanks_do_not_matter(text: str) -> None:
         ("q4_blok32", "q4_block32"),
         ("q4_block_32", "q4_block32"),
         ("q8_tensor_symm", "q8_tensor_sym"),
-        ("q4_K", "q4_0"),
+        ("q4_K_N", "q4_k_m"),
         ("fp16", "f16"),
         ("bfloat16", "bf16"),
         ("int8", None),

@@ -21,7 +21,7 @@ from qconvert.report import VerifyReport
 from qconvert.schemes import parse_scheme
 from qconvert.stages import verify as stage
 from qconvert.stages.calibrate import CalibrateOptions, calibrate
-from qconvert.stages.quantize import QuantizeOptions, quantize
+from qconvert.stages.quantize import GgufOptions, QuantizeOptions, quantize
 from qconvert.stages.verify import VerifyOptions, verify
 
 TENSORS = {
@@ -41,6 +41,8 @@ def source(tmp_path: Path) -> Path:
 def convert(source: Path, scheme: str, name: str = "m.qblk", **options: Any) -> Path:
     target = source.parent / name
     options.setdefault("range", RangeMethod("minmax"))
+    if target.suffix == ".gguf":
+        options.setdefault("gguf", GgufOptions(raw=True))
     quantize(source, QuantizeOptions(parse_scheme(scheme), target, **options))
     return target
 

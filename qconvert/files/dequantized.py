@@ -14,7 +14,7 @@ DECODED = "F32"
 
 
 class DequantizedModel:
-    """A `Model` in which tensors of other types than `DTYPES` are F32; `close` closes its source."""
+    """A `Model` whose tensors of other types than `DTYPES` are F32; `close` closes the source."""
 
     def __init__(self, source: Model) -> None:
         self.path: Path = source.path

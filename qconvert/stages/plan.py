@@ -72,6 +72,17 @@ def make_plan(
     Raises:
         UsageError: a glob matches no tensor, or a scheme does not go into the container.
     """
+    check_container(options, container)
+    _check_globs(tensors, options)
+    return tuple(_plan_one(t, options) for t in tensors)
+
+
+def check_container(options: PlanOptions, container: str) -> None:
+    """Refuse schemes that do not go into the container.
+
+    Raises:
+        UsageError: names the first one.
+    """
     for scheme in (options.scheme, *(s for _, s in options.tensor_schemes)):
         if not isinstance(scheme, CONTAINERS[container]):
             other = "gguf" if container == "qblk" else "qblk"
@@ -79,8 +90,6 @@ def make_plan(
                 f"scheme {scheme.name} does not go into a .{container} file",
                 hint=f"write a .{other} file with -o NAME.{other}, or choose another scheme",
             )
-    _check_globs(tensors, options)
-    return tuple(_plan_one(t, options) for t in tensors)
 
 
 def plan_mix(

@@ -57,6 +57,7 @@ from qconvert.stages.plan import (
     PlannedTensor,
     PlanOptions,
     TensorScheme,
+    check_container,
     encoding_of,
     make_plan,
     plan_mix,
@@ -218,6 +219,7 @@ def _plan(
                 "options of GGUF files have no place in a .qblk file", hint="write a .gguf file"
             )
         return make_plan(model.tensors, asked, container), None
+    check_container(asked, container)
     source = as_gguf(
         opened, model, raw=o.raw, name=model_name(model.path), pre_tokenizer=o.pre_tokenizer
     )
@@ -238,8 +240,6 @@ def _plan(
             )
         plan = make_plan(tensors, asked, container)
     else:
-        if isinstance(options.scheme, AffineScheme):
-            make_plan((), asked, container)  # refuses
         mix = parse_mix(options.scheme.name)
         wanted = MixOptions(
             *(mix, o.pure, o.fallback, o.output_type, o.token_embedding_type, o.tensor_types),

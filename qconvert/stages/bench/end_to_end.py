@@ -19,7 +19,7 @@ from qconvert.stages.bench.conversions import nearest_ggml_type
 from qconvert.stages.bench.lines import Line, Section
 from qconvert.stages.bench.options import BenchOptions
 from qconvert.stages.bench.peers import PROGRAM, Source, Work, gguf_py, llama_quantize
-from qconvert.stages.quantize import QuantizeOptions, quantize
+from qconvert.stages.quantize import GgufOptions, QuantizeOptions, quantize
 
 COPY = "copy the source, 1 thread"
 COPY_CHUNK = 1 << 22
@@ -128,5 +128,6 @@ def _conversion(
         output=outputs / f"ours.{container}",
         range=options.range if isinstance(scheme, AffineScheme) else None,
         threads=options.threads,
+        gguf=GgufOptions(raw=container == "gguf"),  # as the peers: tensors alone
     )
     return lambda: quantize(path, asked)
