@@ -35,4 +35,9 @@ const GgmlType ggml_types[GGML_TYPES] = {
     [GGML_Q5_0] = {"Q5_0", 32, 22},
     [GGML_Q5_1] = {"Q5_1", 32, 24},
     [GGML_Q8_0] = {"Q8_0", 32, 34},
+    [GGML_Q2_K] = {"Q2_K", 256, 84},
+    [GGML_Q3_K] = {"Q3_K", 256, 110},
+    [GGML_Q4_K] = {"Q4_K", 256, 144},
+    [GGML_Q5_K] = {"Q5_K", 256, 176},
+    [GGML_Q6_K] = {"Q6_K", 256, 210},
 };

@@ -60,7 +60,19 @@ typedef struct {
     float *y;              /* (samples, rows) */
 } Product;
 
-enum ggml_type { GGML_Q4_0, GGML_Q4_1, GGML_Q5_0, GGML_Q5_1, GGML_Q8_0, GGML_TYPES };
+enum ggml_type {
+    GGML_Q4_0,
+    GGML_Q4_1,
+    GGML_Q5_0,
+    GGML_Q5_1,
+    GGML_Q8_0,
+    GGML_Q2_K,
+    GGML_Q3_K,
+    GGML_Q4_K,
+    GGML_Q5_K,
+    GGML_Q6_K,
+    GGML_TYPES
+};
 
 typedef struct {
     const char *name;

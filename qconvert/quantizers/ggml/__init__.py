@@ -1,8 +1,9 @@
 """ggml's block types, by their names in GGUF; a new one is a row of its module's ``TYPES``."""
 
 from qconvert.quantizers.ggml.block import GgmlBlock, Parts
+from qconvert.quantizers.ggml.kquants import TYPES as K_TYPES
 from qconvert.quantizers.ggml.small import TYPES as SMALL_TYPES
 
-GGML_BLOCKS: dict[str, GgmlBlock] = {kind.name: kind for kind in SMALL_TYPES}
+GGML_BLOCKS: dict[str, GgmlBlock] = {kind.name: kind for kind in (*SMALL_TYPES, *K_TYPES)}
 
 __all__ = ["GGML_BLOCKS", "GgmlBlock", "Parts"]
