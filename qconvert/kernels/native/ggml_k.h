@@ -2,7 +2,8 @@
 #ifndef QCONVERT_GGML_K_H
 #define QCONVERT_GGML_K_H
 
-#include "ggml_k_search.h"
+#include "ggml_k_affine.h"
+#include "ggml_k_symmetric.h"
 
 /* --- planes: codes of 1, 2 or 4 bits ---------------------------------------------------------*/
 
@@ -81,14 +82,12 @@ static const KAffine k_q2 = {16, 3, 15, {1.0f, 1.1875f, 1.4375f}, 0.3125f};
 static const KAffine k_q4 = {32, 15, 63, {1.0f, 1.078125f, 1.15625f}, 0.3125f};
 static const KAffine k_q5 = {32, 31, 63, {1.0f, 1.0390625f, 1.078125f}, 0.3125f};
 static const KSymmetric k_q3 = {
-    4, 31, 1.0625f, 14, 1,
-    {1.125f, 1.0625f, 1.0f, 0.9375f, 0.875f, 0.8125f, 0.75f, 0.6875f,
-     -1.1875f, -1.125f, -1.0625f, -1.0f, -0.9375f, -0.875f},
+    4, 31, 1.0625f, 9, 1,
+    {1.125f, 1.0f, 0.875f, 0.75f, 0.625f, -1.25f, -1.125f, -1.0f, -0.875f},
 };
 static const KSymmetric k_q6 = {
-    32, 127, 1.125f, 11, 0,
-    {0.96875f, 0.984375f, 1.0f, 1.015625f, 1.03125f, 1.046875f, 1.0625f, 1.078125f, 1.09375f,
-     1.109375f, 1.125f},
+    32, 127, 1.1875f, 8, 0,
+    {0.96875f, 1.0f, 1.03125f, 1.0625f, 1.09375f, 1.125f, 1.15625f, 1.1875f},
 };
 
 /* Integer scales or minima of a super-block, counted from `zero`, and its codes from theirs. */

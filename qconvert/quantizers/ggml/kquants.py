@@ -1,6 +1,7 @@
 """ggml's K-quants, super-blocks of 256 values: the definition of their bytes, in NumPy.
 
-Layouts and decoders are those of ggml-quants.c; the codes are found by our own search, `k_search`.
+Layouts and decoders are those of ggml-quants.c; the codes are found by our own searches,
+`k_affine` and `k_symmetric`.
 """
 
 from __future__ import annotations
@@ -13,17 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.quantizers.ggml.block import GgmlBlock, Parts
-from qconvert.quantizers.ggml.k_search import (
-    SUPER,
-    Affine,
-    Found,
-    Symmetric,
-    search_affine,
-    search_symmetric,
-)
+from qconvert.quantizers.ggml.k_affine import Affine, search_affine
+from qconvert.quantizers.ggml.k_columns import SUPER, Found
+from qconvert.quantizers.ggml.k_symmetric import Symmetric, search_symmetric
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
+_U = np.uint8
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +39,11 @@ class _Fields:
     codes: NDArray[np.int16]
 
 
-# --- planes: codes of 1, 2 or 4 bits ----------------------------------------------------------------
+# --- planes: codes of 1, 2 or 4 bits --------------------------------------------------------------
 
 
 def _plane(codes: U8, bits: int, width: int) -> U8:
-    """Codes (k, 256) below 2^bits; byte i of each run of ``width`` holds values i, i + width, ..."""
+    """Codes (k, 256) below 2^bits to bytes: byte i of a run has values i, i + width, ... of it."""
     parts = codes.reshape(len(codes), -1, 8 // bits, width)
     out = parts[:, :, 0].copy()
     for i in range(1, 8 // bits):
@@ -97,14 +94,16 @@ def _unpack_sixteen(packed: U8) -> U8:
     low, high = packed[:, :8], packed[:, 8:]
     shifts = np.array([[0], [2], [4], [6]], np.uint8)
     fours = ((high[:, None, :] >> shifts) & 3).reshape(len(packed), 16)
-    return np.concatenate([low & 15, low >> 4], axis=1) | fours << 4
+    scales: U8 = np.concatenate([low & 15, low >> 4], axis=1) | fours << 4
+    return scales
 
 
 # --- the types ------------------------------------------------------------------------------------
 
 
 def _units(*units: NDArray[np.float16] | None) -> U8:
-    return np.stack([u for u in units if u is not None], axis=1).astype("<f2").view(np.uint8)
+    stacked = np.stack([u for u in units if u is not None], axis=1)
+    return stacked.astype("<f2").view(np.uint8)
 
 
 def _halves(data: U8) -> F32:
@@ -121,13 +120,13 @@ def _pack_q2(found: Found) -> U8:
 def _fields_q2(data: U8) -> _Fields:
     scales = data[:, :16]
     codes = _codes(data[:, 16:80], 2, 32).astype(np.int16)
-    return _Fields(_halves(data[:, 80:]), _f32(scales & 15), _f32(scales >> 4), codes)
+    return _Fields(_halves(data[:, 80:]), _f32(scales & _U(15)), _f32(scales >> _U(4)), codes)
 
 
 def _pack_q3(found: Found) -> U8:
     codes = (found.codes + 4).astype(np.uint8)
     scales = _pack_sixteen((found.a + 32).astype(np.uint8))
-    planes = (_plane(codes >> 2, 1, 32), _plane(codes & 3, 2, 32))
+    planes = (_plane(codes >> _U(2), 1, 32), _plane(codes & _U(3), 2, 32))
     return np.concatenate([*planes, scales, _units(found.d)], axis=1)
 
 
@@ -141,9 +140,9 @@ def _pack_q45(bits: int, found: Found) -> U8:
     assert found.b is not None
     codes = found.codes.astype(np.uint8)
     scales = _pack_pairs(found.a.astype(np.uint8), found.b.astype(np.uint8))
-    fifth = [_plane(codes >> 4, 1, 32)] if bits == 5 else []
+    fifth = [_plane(codes >> _U(4), 1, 32)] if bits == 5 else []
     return np.concatenate(
-        [_units(found.d, found.m), scales, *fifth, _plane(codes & 15, 4, 32)], axis=1
+        [_units(found.d, found.m), scales, *fifth, _plane(codes & _U(15), 4, 32)], axis=1
     )
 
 
@@ -158,7 +157,7 @@ def _fields_q45(bits: int, data: U8) -> _Fields:
 def _pack_q6(found: Found) -> U8:
     codes = (found.codes + 32).astype(np.uint8)
     scales = found.a.astype(np.int8).view(np.uint8)
-    planes = (_plane(codes & 15, 4, 64), _plane(codes >> 4, 2, 32))
+    planes = (_plane(codes & _U(15), 4, 64), _plane(codes >> _U(4), 2, 32))
     return np.concatenate([*planes, scales, _units(found.d)], axis=1)
 
 
@@ -233,10 +232,10 @@ Q4_K = Affine(32, 15, 63, (1.0, 1.078125, 1.15625), 0.3125)
 Q5_K = Affine(32, 31, 63, (1.0, 1.0390625, 1.078125), 0.3125)
 Q3_K = Symmetric(
     *(16, 4, 31, 1.0625),
-    tuple(i / 16 for i in (18, 17, 16, 15, 14, 13, 12, 11, -19, -18, -17, -16, -15, -14)),
+    (1.125, 1.0, 0.875, 0.75, 0.625, -1.25, -1.125, -1.0, -0.875),
     (0, 1, -1),
 )
-Q6_K = Symmetric(16, 32, 127, 1.125, tuple(i / 64 for i in range(62, 73)), (0,)[:0])
+Q6_K = Symmetric(16, 32, 127, 1.1875, tuple(1 + i / 32 for i in range(-1, 7)), ())
 
 TYPES = (
     _block("Q2_K", 84, Q2_K, _pack_q2, _fields_q2),
