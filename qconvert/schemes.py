@@ -79,13 +79,19 @@ _ALL: tuple[Scheme, ...] = (
     GgmlScheme("q5_0", "Q5_0", 32, 22),
     GgmlScheme("q5_1", "Q5_1", 32, 24),
     GgmlScheme("q8_0", "Q8_0", 32, 34),
+    GgmlScheme("q2_k", "Q2_K", 256, 84),
+    GgmlScheme("q3_k", "Q3_K", 256, 110),
+    GgmlScheme("q4_k", "Q4_K", 256, 144),
+    GgmlScheme("q5_k", "Q5_K", 256, 176),
+    GgmlScheme("q6_k", "Q6_K", 256, 210),
 )
 
 SCHEMES: dict[str, Scheme] = {s.name: s for s in _ALL}
 
 SCHEME_GRAMMAR = (
     "q{2,3,4,5,6,8}_{tensor|channel|block16|block32|block64|block128|block256}[_sym|_asym], "
-    "f32, f16, bf16; GGUF: q4_0, q4_1, q5_0, q5_1, q8_0, f32, f16, bf16"
+    "f32, f16, bf16; GGUF: q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, f32, f16, "
+    "bf16"
 )
 
 

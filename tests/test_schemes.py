@@ -25,7 +25,10 @@ AFFINE = [
         ("", "_sym", "_asym"),
     )
 ]
-OTHERS = ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
+OTHERS = [
+    *("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
+    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+]
 
 
 def test_the_table_holds_the_names_of_the_specification_and_no_others() -> None:
@@ -65,6 +68,9 @@ def test_casts_and_ggml_types() -> None:
     sizes = {"q4_0": 18, "q4_1": 20, "q5_0": 22, "q5_1": 24, "q8_0": 34}
     for name, nbytes in sizes.items():
         assert parse_scheme(name) == GgmlScheme(name, name.upper(), 32, nbytes)
+    sizes = {"q2_k": 84, "q3_k": 110, "q4_k": 144, "q5_k": 176, "q6_k": 210}
+    for name, nbytes in sizes.items():
+        assert parse_scheme(name) == GgmlScheme(name, name.upper(), 256, nbytes)
 
 
 @pytest.mark.parametrize("text", ["Q4_BLOCK32_Asym", " q4_block32_asym\n", "q4_Block32_ASYM"])
@@ -78,7 +84,7 @@ def test_case_and_surrounding_blanks_do_not_matter(text: str) -> None:
         ("q4_blok32", "q4_block32"),
         ("q4_block_32", "q4_block32"),
         ("q8_tensor_symm", "q8_tensor_sym"),
-        ("q4_K", "q4_0"),
+        ("q7_K", "q6_k"),
         ("fp16", "f16"),
         ("bfloat16", "bf16"),
         ("int8", None),

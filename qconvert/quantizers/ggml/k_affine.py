@@ -73,8 +73,8 @@ class _AffineColumns:
         clear = det > SINGULAR * (self.n * suu)
         # An offset on the wrong side of 0 becomes 0.
         beyond = self.sign * (self.low * det + (suu * self.sy - su * syu)) > 0
-        along = np.where(beyond, syu + self.low * su, self.n * syu - su * self.sy)
-        s: F32 = along / divisor(np.where(beyond, suu, det), clear)
+        along: F32 = np.where(beyond, syu + self.low * su, self.n * syu - su * self.sy)
+        s = along / divisor(np.where(beyond, suu, det), clear)
         o: F32 = np.where(beyond, -self.low, (self.sy - s * su) * self.inverse_n)
         return s, o, clear & (s > 0)
 
