@@ -93,6 +93,11 @@ _ALL: tuple[Scheme, ...] = (
     GgmlScheme("nvfp4", "NVFP4", 64, 36),
     GgmlScheme("tq1_0", "TQ1_0", 256, 54),
     GgmlScheme("tq2_0", "TQ2_0", 256, 66),
+    GgmlScheme("q2_k", "Q2_K", 256, 84),
+    GgmlScheme("q3_k", "Q3_K", 256, 110),
+    GgmlScheme("q4_k", "Q4_K", 256, 144),
+    GgmlScheme("q5_k", "Q5_K", 256, 176),
+    GgmlScheme("q6_k", "Q6_K", 256, 210),
 )
 
 SCHEMES: dict[str, Scheme] = {s.name: s for s in _ALL}

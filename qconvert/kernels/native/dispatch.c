@@ -41,4 +41,9 @@ const GgmlType ggml_types[GGML_TYPES] = {
     [GGML_NVFP4] = {"NVFP4", 64, 36},
     [GGML_TQ1_0] = {"TQ1_0", 256, 54},
     [GGML_TQ2_0] = {"TQ2_0", 256, 66},
+    [GGML_Q2_K] = {"Q2_K", 256, 84},
+    [GGML_Q3_K] = {"Q3_K", 256, 110},
+    [GGML_Q4_K] = {"Q4_K", 256, 144},
+    [GGML_Q5_K] = {"Q5_K", 256, 176},
+    [GGML_Q6_K] = {"Q6_K", 256, 210},
 };

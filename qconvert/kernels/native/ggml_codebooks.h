@@ -45,7 +45,7 @@ INLINE void iq4_places(const float *restrict values, size_t length, const float 
     const float magic = 12582912.0f;
     const int32_t zero = (int32_t)bits_of(magic), low = zero - 16383, top = zero + 16383;
     float fine[BATCH];
-    int32_t sums[LONGEST * BATCH];
+    int32_t sums[LONGEST_GROUP * BATCH];
     for (int j = 0; j < BATCH; j++) {
         fine[j] = inverse[j] * 64.0f;
     }
@@ -64,7 +64,7 @@ INLINE void iq4_places(const float *restrict values, size_t length, const float 
 APART void iq4_nearest(const float *restrict values, size_t length, const float inverse[BATCH],
                         const void *restrict table, float *restrict codes) {
     const Iq4Steps *t = table;
-    int16_t places[LONGEST * BATCH], levels[LONGEST * BATCH];
+    int16_t places[LONGEST_GROUP * BATCH], levels[LONGEST_GROUP * BATCH];
     iq4_places(values, length, inverse, places);
     for (size_t i = 0; i < length * BATCH; i += BATCH) {
         for (int j = 0; j < BATCH; j++) {
@@ -83,7 +83,7 @@ APART void iq4_nearest(const float *restrict values, size_t length, const float 
 
 APART void iq4_index(const float *restrict values, size_t length, const float inverse[BATCH],
                       const Iq4Steps *restrict t, int16_t *restrict index) {
-    int16_t places[LONGEST * BATCH];
+    int16_t places[LONGEST_GROUP * BATCH];
     iq4_places(values, length, inverse, places);
     for (size_t i = 0; i < length * BATCH; i += BATCH) {
         for (int j = 0; j < BATCH; j++) {
@@ -114,7 +114,7 @@ static void iq4_scales(const Columns *c, const Iq4Steps *table, float scale[BATC
 
 static void store_iq4(const Columns *c, const Iq4Steps *table, const float scale[BATCH],
                       size_t groups, uint8_t *const out[BATCH]) {
-    int16_t index[LONGEST * BATCH];
+    int16_t index[LONGEST_GROUP * BATCH];
     float inverse[BATCH];
     for (int j = 0; j < BATCH; j++) {
         inverse[j] = scale[j] == 0 ? 0.0f : 1.0f / (scale[j] * c->shrink[j]);
@@ -214,7 +214,7 @@ APART void weighted_errors(const Columns *c, const float scale[BATCH], float err
 /* Codes 0 by a scale of 0, and never -0. */
 APART void store_e2m1(const Columns *c, const float scale[BATCH], size_t groups,
                        uint8_t *const out[BATCH]) {
-    int16_t index[LONGEST * BATCH];
+    int16_t index[LONGEST_GROUP * BATCH];
     float middles[7][BATCH];
     for (int j = 0; j < BATCH; j++) {
         const float unit = scale[j] == 0 ? from_bits(0x7F800000) : scale[j];

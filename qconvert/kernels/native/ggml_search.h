@@ -6,7 +6,7 @@
 #include "ggml_small.h"
 #include "search.h"
 
-enum { LONGEST = 32 }; /* values of a group */
+enum { LONGEST_GROUP = 32 }; /* values of a group */
 
 /* Inlined, GCC would keep the columns of these loops as single numbers and vectorise nothing. */
 #define APART static __attribute__((noinline))
@@ -14,9 +14,9 @@ enum { LONGEST = 32 }; /* values of a group */
 typedef struct {
     size_t length;
     int weighted;
-    float values[LONGEST * BATCH];  /* times `shrink` */
-    float weights[LONGEST * BATCH]; /* unset unless weighted */
-    float products[LONGEST * BATCH]; /* values times weights */
+    float values[LONGEST_GROUP * BATCH];  /* times `shrink` */
+    float weights[LONGEST_GROUP * BATCH]; /* unset unless weighted */
+    float products[LONGEST_GROUP * BATCH]; /* values times weights */
     int32_t exponent[BATCH];        /* biased, of the largest magnitude */
     float shrink[BATCH];            /* a power of two that brings magnitudes below 4 */
     float power[BATCH];             /* its inverse */
@@ -55,7 +55,7 @@ APART void scale_columns(float *columns, size_t length, const float factor[BATCH
 }
 
 /* Weights with the largest in [1, 4), all 1 where all were 0. */
-static void scale_weights(Columns *c) {
+static void normalise_weights(Columns *c) {
     int32_t largest[BATCH];
     float factor[BATCH];
     largest_magnitudes(c->weights, c->length, largest);
@@ -75,7 +75,7 @@ static void scale_weights(Columns *c) {
 /* Groups of consecutive blocks from block `first` on; `parts` groups to a block. */
 static void load_batch(const float *x, const float *importance, size_t period, size_t first,
                        size_t groups, size_t length, size_t parts, Columns *c) {
-    static const float zeros[LONGEST];
+    static const float zeros[LONGEST_GROUP];
     const float *rows[BATCH], *weights[BATCH];
     for (size_t j = 0; j < BATCH; j++) {
         rows[j] = j < groups ? x + (first * parts + j) * length : zeros;
@@ -98,7 +98,7 @@ static void load_batch(const float *x, const float *importance, size_t period, s
     scale_columns(c->values, length, c->shrink);
     if (c->weighted) {
         load_columns(weights, length, c->weights);
-        scale_weights(c);
+        normalise_weights(c);
     }
 }
 
@@ -189,7 +189,7 @@ typedef void NearestCodes(const float *values, size_t length, const float invers
 
 INLINE void fit_scales(const Columns *c, const float *ends, size_t count,
                        NearestCodes *nearest, const void *table, Fit *fit) {
-    float codes[LONGEST * BATCH];
+    float codes[LONGEST_GROUP * BATCH];
     float peak[BATCH], inverse[BATCH];
     memset(fit, 0, sizeof *fit);
     furthest_values(c, peak);
@@ -211,7 +211,7 @@ INLINE void fit_scales(const Columns *c, const float *ends, size_t count,
 APART void store_nibbles(const int16_t *index, size_t length, size_t groups,
                           uint8_t *const out[BATCH]) {
     const size_t half = length / 2;
-    uint8_t bytes[LONGEST / 2 * BATCH];
+    uint8_t bytes[LONGEST_GROUP / 2 * BATCH];
     for (size_t i = 0; i < half; i++) {
         for (int j = 0; j < BATCH; j++) {
             const size_t at = i * BATCH + (size_t)j;

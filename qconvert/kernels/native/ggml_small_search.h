@@ -33,7 +33,7 @@ static void encode_centred_weighted(const Columns *c, int bits, size_t blocks, u
                                  -17, -15, -17.8f, 17.2f,  14,    -14.4f, 18.5f};
     const size_t bytes = bits == 4 ? 18 : 22;
     const float half = (float)(1 << (bits - 1)), bounds[] = {-half, half - 1};
-    float codes[LONGEST * BATCH], inverse[BATCH] = {0};
+    float codes[LONGEST_GROUP * BATCH], inverse[BATCH] = {0};
     Fit fit;
     fit_scales(c, bits == 4 ? four : five, bits == 4 ? 10 : 14, whole_nearest, bounds, &fit);
     for (size_t j = 0; j < blocks; j++) {
@@ -49,7 +49,7 @@ static void encode_centred_weighted(const Columns *c, int bits, size_t blocks, u
 
 typedef struct {
     float top;
-    float above[LONGEST * BATCH]; /* values from the least on */
+    float above[LONGEST_GROUP * BATCH]; /* values from the least on */
     float total[BATCH], moment[BATCH], gain[BATCH], scale[BATCH], least[BATCH];
 } Line;
 
@@ -118,7 +118,7 @@ static void encode_from_minimum_weighted(const Columns *c, int bits, size_t bloc
     };
     const size_t bytes = bits == 4 ? 20 : 24;
     float low[BATCH], width[BATCH], inverse[BATCH] = {0}, shift[BATCH] = {0};
-    float codes[LONGEST * BATCH];
+    float codes[LONGEST_GROUP * BATCH];
     Line line;
     line.top = (float)((1 << bits) - 1);
     start_line(c, &line, low, width);

@@ -93,7 +93,12 @@ enum ggml_type {
     GGML_NVFP4,
     GGML_TQ1_0,
     GGML_TQ2_0,
-    GGML_TYPES,
+    GGML_Q2_K,
+    GGML_Q3_K,
+    GGML_Q4_K,
+    GGML_Q5_K,
+    GGML_Q6_K,
+    GGML_TYPES
 };
 
 typedef struct {
