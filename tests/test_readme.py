@@ -97,4 +97,4 @@ def test_every_scheme_is_of_a_family_that_the_readme_names() -> None:
         for unit in affine[2].split("|")
         for suffix in ("", "_sym", "_asym")
     }
-    assert set(SCHEMES) == named | set(re.findall(r"\b(?:b?f\d\d|q\d_[01])\b", text))
+    assert set(SCHEMES) == named | set(re.findall(r"\b(?:b?f\d\d|q\d_[01k])\b", text))
