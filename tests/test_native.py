@@ -658,6 +658,7 @@ def _report() -> None:
     stored = raw.tobytes()
     x = compiled.widen(stored, "BF16")
     rows, groups, blocks = x.reshape(64, 4096), x.reshape(-1, 64), x.reshape(-1, 32)
+    supers = x.reshape(-1, 256)
     extent = compiled.extent(groups, None)
     scale, zero = extent[1] / np.float32(7), np.full(len(groups), 30, np.int32)
     packed = rng.integers(0, 256, 4096 * 2048).astype(np.uint8).tobytes()
@@ -679,6 +680,9 @@ def _report() -> None:
             "IQ4_NL": lambda: compiled.ggml_encode("IQ4_NL", blocks),
             "MXFP4": lambda: compiled.ggml_encode("MXFP4", blocks),
         }
+        for k in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"):
+            calls[k] = lambda k=k: compiled.ggml_encode(k, supers)
+            calls[k + " weighted"] = lambda k=k: compiled.ggml_encode(k, supers, np.abs(supers[:1]))
         for what, call in calls.items():
             print(f"{name:9} {what:16} {_fastest(call) / x.size * 1e9:7.2f} ns")
         for samples in (1, 512):

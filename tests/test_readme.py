@@ -97,5 +97,5 @@ def test_every_scheme_is_of_a_family_that_the_readme_names() -> None:
         for unit in affine[2].split("|")
         for suffix in ("", "_sym", "_asym")
     }
-    ggml = r"\b(?:b?f\d\d|t?q\d_[01]|iq4_nl|iq4_xs|mxfp4|nvfp4)\b"
+    ggml = r"\b(?:b?f\d\d|t?q\d_[01k](?:_[sml])?|iq4_nl|iq4_xs|mxfp4(?:_moe)?|nvfp4)\b"
     assert set(SCHEMES) == named | set(re.findall(ggml, text))

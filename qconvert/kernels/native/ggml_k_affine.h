@@ -34,13 +34,13 @@ INLINE void fit_k(const KColumns *restrict k, const KSums *restrict sums, float 
         const float n = k->n[j], sx = k->sx[j], low = k->low[j];
         const float su = sums->su[j], suu = sums->suu[j], sxu = sums->sxu[j];
         const float det = n * suu - su * su;
-        const int clear = det > K_SINGULAR * (n * suu);
-        /* An offset on the wrong side of 0 becomes 0. */
+        const int singular = !(det > K_SINGULAR * (n * suu)); /* as when all codes are the same */
         const int beyond = k->sign[j] * (low * det + (suu * sx - su * sxu)) > 0;
-        const float along = beyond ? sxu + low * su : n * sxu - su * sx;
-        s[j] = along / (clear ? beyond ? suu : det : 1.0f);
-        o[j] = beyond ? -low : (sx - s[j] * su) * k->inverse_n[j];
-        usable[j] = clear & (s[j] > 0);
+        const int through = singular | beyond; /* 0: an offset of 0, which is on either side */
+        const float along = through ? sxu + low * su : n * sxu - su * sx;
+        s[j] = along / (through ? suu > 0 ? suu : 1.0f : det);
+        o[j] = through ? -low : (sx - s[j] * su) * k->inverse_n[j];
+        usable[j] = s[j] > 0;
     }
 }
 

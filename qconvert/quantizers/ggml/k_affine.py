@@ -70,13 +70,13 @@ class _AffineColumns:
     def fit(self, su: F32, suu: F32, syu: F32) -> tuple[F32, F32, NDArray[np.bool_]]:
         """Least squares for given codes: scale, offset from ``low``, and whether they serve."""
         det = self.n * suu - su * su
-        clear = det > SINGULAR * (self.n * suu)
-        # An offset on the wrong side of 0 becomes 0.
+        singular = ~(det > SINGULAR * (self.n * suu))  # as when all codes are the same
         beyond = self.sign * (self.low * det + (suu * self.sy - su * syu)) > 0
-        along: F32 = np.where(beyond, syu + self.low * su, self.n * syu - su * self.sy)
-        s = along / divisor(np.where(beyond, suu, det), clear)
-        o: F32 = np.where(beyond, -self.low, (self.sy - s * su) * self.inverse_n)
-        return s, o, clear & (s > 0)
+        through = singular | beyond  # 0: an offset of 0, which is on either side
+        along: F32 = np.where(through, syu + self.low * su, self.n * syu - su * self.sy)
+        s = along / divisor(np.where(through, suu, det), ~through | (suu > 0))
+        o: F32 = np.where(through, -self.low, (self.sy - s * su) * self.inverse_n)
+        return s, o, s > 0
 
     def gain_of(self, s: F32, o: F32, su: F32, suu: F32, syu: F32) -> F32:
         """How much less than Syy the squared error is."""
