@@ -35,11 +35,12 @@ for layer, own in (
     ("quantizers", ("kernels",)),
     ("observers", ("quantizers", "kernels")),
     ("files", ("quantizers", "kernels")),
-    ("stages", ("files", "observers", "quantizers", "kernels")),
-    ("cli", ("stages", "files", "observers", "quantizers", "kernels")),
+    ("running", ("files", "observers", "quantizers", "kernels")),
+    ("stages", ("running", "files", "observers", "quantizers", "kernels")),
+    ("cli", ("stages", "running", "files", "observers", "quantizers", "kernels")),
 ):
     BELOW[layer] = (layer, "data", "version", *own)
-HEAVY = {"numpy", "rich", "pydantic", "gguf", "safetensors", "ml_dtypes"}
+HEAVY = {"numpy", "rich", "pydantic", "gguf", "safetensors", "ml_dtypes", "torch", "transformers"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ids = {"ids": lambda p: str(p.relative_to(ROOT))}
 
