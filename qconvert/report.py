@@ -173,7 +173,9 @@ class InspectReport(Report):
 
 @dataclass
 class CalibratedLayer:
-    """Static range and channel figures of one layer's input."""
+    """Static range and channel figures of one layer's input, and the range of its output where that
+    was observed.
+    """
 
     name: str
     samples: int
@@ -183,16 +185,32 @@ class CalibratedLayer:
     scale: float
     zero_point: int
     channel_absmax_ratio: float
+    output: dict[str, float] | None = None
 
 
 @dataclass
 class CalibrateReport(Report):
+    """Result of ``calibrate``.
+
+    Attributes:
+        chunks, tokens: of the text that was run; None for recorded activations.
+        resumed_at: pieces of text that an interrupted run had done; None without ``--resume``.
+        unreached: layers that no token came through.
+        imatrix, record: other files that were written.
+    """
+
     SCHEMA: ClassVar[str] = "qconvert.calibrate/1"
 
     inputs: list[str]
     output: str
     observer: str
     layers: list[CalibratedLayer]
+    chunks: int | None = None
+    tokens: int | None = None
+    resumed_at: int | None = None
+    unreached: list[str] = field(default_factory=list)
+    imatrix: str | None = None
+    record: str | None = None
 
 
 @dataclass

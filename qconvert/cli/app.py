@@ -12,6 +12,7 @@ from qconvert.errors import UsageError
 from qconvert.schemes import SCHEME_GRAMMAR, Scheme, parse_scheme
 
 if TYPE_CHECKING:
+    from qconvert.observers.ranges import ObserverSettings
     from qconvert.ranges import RangeMethod
 
 app = typer.Typer(
@@ -122,24 +123,73 @@ def inspect(
 @app.command()
 def calibrate(
     model: Model,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="calibration file")
+    ],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", metavar="FILE", help="run the model over this text; repeatable"),
+    ] = None,
     activations: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(
             "--activations",
             metavar="FILE",
             help="safetensors file of (samples, features) arrays named like layers; repeatable",
         ),
-    ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE", help="calibration file")
-    ],
+    ] = None,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option("--merge", metavar="FILE", help="join calibrations of this model; repeatable"),
+    ] = None,
     observer: Annotated[
-        str, typer.Option("--observer", metavar="NAME", help="minmax, ema, percentile or mse")
+        str,
+        typer.Option(
+            "--observer", metavar="NAME", help="minmax, ema, percentile, mse or entropy [minmax]"
+        ),
     ] = "minmax",
     percentile: Annotated[
         float | None,
         typer.Option("--percentile", metavar="P", help="of the percentile observer [99.99]"),
     ] = None,
+    momentum: Annotated[
+        float | None,
+        typer.Option("--momentum", metavar="M", help="of the moving average, ema [0.9]"),
+    ] = None,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            "--seqlen",
+            metavar="N",
+            help="tokens of a window; for encoders, the most of a line [256]",
+        ),
+    ] = None,
+    nsamples: Annotated[
+        int | None,
+        typer.Option("--nsamples", metavar="N", help="windows or lines of each text [all]"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="of the draw of --nsamples [0]")
+    ] = None,
+    outputs: Annotated[
+        bool, typer.Option("--outputs", help="static ranges of the layers' outputs too")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on where an interrupted run has stopped")
+    ] = False,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix", metavar="FILE", help="also write an importance matrix for llama-quantize"
+        ),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            "--record", metavar="DIR", help="also keep 64 rows of each input, for verify --samples"
+        ),
+    ] = None,
+    threads: Threads = None,
     json: Json = False,
     report: ReportFile = None,
     force: Force = False,
@@ -147,29 +197,90 @@ def calibrate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """Turn recorded activations into static scales and zero points.
+    """Find static scales and zero points of what enters each layer.
+
+    Either run the model over text (needs torch and transformers: pip install 'qconvert[hf]'; MODEL
+    is a directory with config and tokenizer), or take recorded activations, or merge calibrations.
 
     \b
     Examples:
+      qconvert calibrate model-directory --text corpus.txt --nsamples 128 -o calibration.safetensors
+      qconvert calibrate model-directory --text corpus.txt --imatrix model.imatrix.gguf \\
+          --observer entropy -o calibration.safetensors
       qconvert calibrate model.safetensors --activations acts.safetensors -o calibration.safetensors
-      qconvert calibrate model.safetensors --activations a.safetensors --activations b.safetensors
-      \\
-          --observer mse -o calibration.safetensors
+      qconvert calibrate model-directory --merge a.safetensors --merge b.safetensors \\
+          -o calibration.safetensors
     """
     from qconvert.cli import render
-    from qconvert.stages.calibrate import CalibrateOptions
-    from qconvert.stages.calibrate import calibrate as stage
 
-    options = CalibrateOptions(
-        activations=tuple(activations),
-        output=output,
-        model=model,
-        observer=observer,
-        percentile=percentile,
-        force=force,
+    sources = {"--text": text, "--activations": activations, "--merge": merge}
+    given = [name for name, files in sources.items() if files]
+    if len(given) != 1:
+        raise UsageError(
+            "where the statistics come from",
+            found=" and ".join(given) or "none",
+            wanted="one of --text, --activations, --merge",
+        )
+    _goes_with(
+        given[0],
+        "--text",
+        {
+            "--seqlen": seqlen,
+            "--nsamples": nsamples,
+            "--seed": seed,
+            "--outputs": outputs or None,
+            "--resume": resume or None,
+            "--record": record,
+            "--threads": threads,
+        },
     )
-    with render.Emitter(json, report, force, quiet, strict, [model, *activations]) as emitter:
-        return emitter.emit(stage(options, emitter.progress), render.calibrate_text)
+    if imatrix and activations:
+        raise UsageError("--imatrix goes with --text or --merge")
+    files = [path for paths in sources.values() for path in paths or []]
+    with render.Emitter(json, report, force, quiet, strict, [model, *files]) as emitter:
+        progress = emitter.progress
+        if merge:
+            from qconvert.stages.calibrate import MergeOptions, merge_calibrations
+
+            if observer != "minmax" or percentile is not None or momentum is not None:
+                raise UsageError("--merge takes the observer of the files")
+            done = merge_calibrations(MergeOptions(model, tuple(merge), output, imatrix, force))
+        elif text:
+            from qconvert.stages.calibrate_text import DEFAULT_SEQLEN, TextOptions, calibrate_text
+
+            done = calibrate_text(
+                TextOptions(
+                    model=model,
+                    texts=tuple(text),
+                    output=output,
+                    settings=_observer(observer, percentile, momentum),
+                    seqlen=DEFAULT_SEQLEN if seqlen is None else seqlen,
+                    nsamples=nsamples,
+                    seed=seed or 0,
+                    outputs=outputs,
+                    resume=resume,
+                    imatrix=imatrix,
+                    record=record,
+                    threads=threads,
+                    force=force,
+                ),
+                progress,
+            )
+        else:
+            from qconvert.stages.calibrate import CalibrateOptions
+            from qconvert.stages.calibrate import calibrate as stage
+
+            done = stage(
+                CalibrateOptions(
+                    activations=tuple(activations or ()),
+                    output=output,
+                    model=model,
+                    settings=_observer(observer, percentile, momentum),
+                    force=force,
+                ),
+                progress,
+            )
+        return emitter.emit(done, render.calibrate_text)
 
 
 @app.command()
@@ -433,6 +544,29 @@ def bench(
     )
     with render.Emitter(json, report, force, quiet, False, [file] if file else []) as emitter:
         return emitter.emit(stage(options, emitter.progress), render.bench_text)
+
+
+def _observer(name: str, percentile: float | None, momentum: float | None) -> ObserverSettings:
+    """The observer asked for; a parameter of another one is refused."""
+    from qconvert.observers.ranges import EMA_MOMENTUM, ObserverSettings
+    from qconvert.ranges import DEFAULT_PERCENTILE
+
+    if percentile is not None and name != "percentile":
+        raise UsageError("--percentile goes with --observer percentile")
+    if momentum is not None and name != "ema":
+        raise UsageError("--momentum goes with --observer ema")
+    return ObserverSettings(
+        name,
+        percentile=DEFAULT_PERCENTILE if percentile is None else percentile,
+        momentum=EMA_MOMENTUM if momentum is None else momentum,
+    )
+
+
+def _goes_with(given: str, wanted: str, options: dict[str, object]) -> None:
+    """Refuse options that mean nothing with what was given."""
+    for name, value in options.items():
+        if value is not None and given != wanted:
+            raise UsageError(f"{name} goes with {wanted}")
 
 
 def _container(text: str | None) -> str | None:

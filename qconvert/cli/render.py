@@ -340,9 +340,23 @@ def calibrate_text(r: CalibrateReport) -> str:
     return (
         table(columns, rows)
         + f"\n{len(r.layers)} layers, observer {r.observer} -> {printable(r.output)}\n"
+        + _text_lines(r)
         + f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
         + _next(f"qconvert quantize MODEL --scheme q8_channel --calibration {printable(r.output)}")
     )
+
+
+def _text_lines(r: CalibrateReport) -> str:
+    """What a run over text has to say besides its layers."""
+    lines = []
+    if r.chunks is not None:
+        went_on = f", resumed after {r.resumed_at:,}" if r.resumed_at else ""
+        lines.append(f"text       {r.tokens:,} tokens in {r.chunks:,} pieces{went_on}\n")
+    lines += [f"no token   {printable(name)}\n" for name in r.unreached]
+    for what, path in (("imatrix", r.imatrix), ("record", r.record)):
+        if path:
+            lines.append(f"{what:<10} {printable(path)}\n")
+    return "".join(lines)
 
 
 def verify_text(r: VerifyReport) -> str:

@@ -14,6 +14,7 @@ from qconvert.files.regular import RegularFile
 from qconvert.files.safetensors import open_safetensors
 from qconvert.files.shards import MAX_COMPANION_BYTES
 from qconvert.files.strict_json import strict_json
+from qconvert.running.streaming import stream_weights
 
 INSTALL = "pip install 'qconvert[hf]'"
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
@@ -48,12 +49,16 @@ class Checkpoint:
     kind: Literal["causal", "encoder"]
 
 
-def open_checkpoint(path: Path, *, threads: int | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, threads: int | None = None, streamed: bool = False
+) -> Checkpoint:
     """Load a directory as Hugging Face lays it out; code in it or named by it is never run.
 
     Args:
         path: a directory with config.json, safetensors and a tokenizer.
         threads: of torch, for the whole process; None leaves its own choice.
+        streamed: leave matrices in their files; see `qconvert.running.streaming`. The model then
+            computes in float32 as otherwise, but its parameters are not all float32.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -74,7 +79,7 @@ def open_checkpoint(path: Path, *, threads: int | None = None) -> Checkpoint:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         model, loaded = getattr(transformers, name).from_pretrained(
             path,
-            dtype=torch.float32,
+            dtype="auto" if streamed else torch.float32,
             use_safetensors=True,
             output_loading_info=True,
             local_files_only=True,
@@ -91,6 +96,8 @@ def open_checkpoint(path: Path, *, threads: int | None = None) -> Checkpoint:
             code="HF-WEIGHTS",
         )
     model.eval().requires_grad_(False)
+    if streamed:
+        stream_weights(model)
     return Checkpoint(path, model, tokenizer, config, kind)
 
 
