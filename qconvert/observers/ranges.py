@@ -254,8 +254,8 @@ class EntropyObserver(HistogramObserver):
         mass = self._linear(low, high)
         centres = low + (np.arange(LINEAR_BINS) + 0.5) * ((high - low) / LINEAR_BINS)
         best, found = np.inf, (low, high)
-        for a in SHRINKS if low < 0 else (1.0,):
-            for b in SHRINKS if high > 0 else (1.0,):
+        for a in SHRINKS.tolist() if low < 0 else (1.0,):
+            for b in SHRINKS.tolist() if high > 0 else (1.0,):
                 lost = divergence(mass, centres, low * a, high * b)
                 if lost < best:
                     best, found = lost, (low * a, high * b)
