@@ -161,7 +161,7 @@ def lost_information(x: F32, low: float, high: float) -> float:
 
 @NAMES
 def test_entropy_range_loses_nearly_the_least_information_of_all_candidates(name: str) -> None:
-    """The oracle counts each value by itself where the observer spreads bins: a tenth apart at most."""
+    """The oracle counts value by value where the observer spreads bins: a tenth apart."""
     x = np.concatenate([oracle.draw(name, k, 2000, 32) for k in range(3)])
     low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
     if low == high:

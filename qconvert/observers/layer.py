@@ -29,15 +29,15 @@ class LayerStatistics:
 
     Attributes:
         features: values of an input row.
-        input, output: observers of the ranges; the second only where asked for.
+        input, output: observers of the ranges; the second once an output was seen.
         channels: statistics of the input's features.
     """
 
-    def __init__(self, features: int, settings: ObserverSettings, *, outputs: bool = False) -> None:
+    def __init__(self, features: int, settings: ObserverSettings) -> None:
         self.features = features
         self.settings = settings
         self.input = settings.make()
-        self.output: Observer | None = settings.make() if outputs else None
+        self.output: Observer | None = None
         self.channels = ChannelStatistics(features)
 
     @staticmethod
@@ -52,7 +52,8 @@ class LayerStatistics:
 
     def update_output(self, batch: F32) -> None:
         """Take in rows of output, finite."""
-        assert self.output is not None
+        if self.output is None:
+            self.output = self.settings.make()
         self.output.update(batch)
 
     def merge(self, other: LayerStatistics) -> None:
@@ -95,7 +96,7 @@ class LayerStatistics:
         """
         prefix = "state.output."
         outputs = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
-        found = cls(features, settings, outputs=bool(outputs))
+        found = cls(features, settings)
         first, samples = arrays["state.first"].tolist()
         low, high = arrays["minimum"], arrays["maximum"]
         if samples < 1 or low.shape != (features,) or high.shape != (features,):
@@ -111,6 +112,7 @@ class LayerStatistics:
         prefix = "state.input."
         inputs = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
         found.input.restore(inputs)
-        if found.output is not None:
+        if outputs:
+            found.output = settings.make()
             found.output.restore(outputs)
         return found

@@ -96,6 +96,8 @@ def open_checkpoint(
             code="HF-WEIGHTS",
         )
     model.eval().requires_grad_(False)
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        model.set_experts_implementation("eager")  # one plain product an expert, as stored
     if streamed:
         stream_weights(model)
     return Checkpoint(path, model, tokenizer, config, kind)

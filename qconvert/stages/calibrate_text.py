@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ from qconvert.observers.ranges import ObserverSettings
 from qconvert.progress import Progress, Silent
 from qconvert.report import CalibrateReport
 from qconvert.running.hugging_face import Checkpoint, open_checkpoint
-from qconvert.running.layers import embeddings, linear_layers, run_tokens, watching
+from qconvert.running.layers import Layer, embeddings, linear_layers, run_tokens, watching
 from qconvert.running.text import sentences, token_chunks
 from qconvert.stages.calibrate import unreached_warnings
 from qconvert.stages.collected import (
@@ -144,8 +143,8 @@ class _Run:
         self.checkpoint = checkpoint
         self.progress = progress
         self.pieces = _pieces(options, checkpoint)
-        self.modules = linear_layers(checkpoint, {t.name for t in model.tensors})
-        self.groups = _groups(self.modules, options)
+        self.layers = linear_layers(checkpoint, model)
+        self.groups = _groups(self.layers, options)
         self.chunk = 0
         tokens = sum(map(len, self.pieces))
         self.found = Collected(
@@ -181,11 +180,9 @@ class _Run:
             for name in group:
                 if name not in statistics:
                     statistics[name] = LayerStatistics(
-                        self.modules[name].in_features,
-                        self.options.settings,
-                        outputs=self.options.outputs,
+                        self.layers[name].features, self.options.settings
                     )
-            watched = {name: self.modules[name] for name in group}
+            watched = {name: self.layers[name] for name in group}
             with watching(watched, self._input, self._output if self.options.outputs else None):
                 for chunk in range(self._text_run.done, run.chunks):
                     self.chunk = chunk
@@ -330,12 +327,12 @@ def _pieces(options: TextOptions, checkpoint: Checkpoint) -> list[NDArray[np.int
     return pieces
 
 
-def _groups(modules: dict[str, Any], options: TextOptions) -> list[list[str]]:
+def _groups(layers: dict[str, Layer], options: TextOptions) -> list[list[str]]:
     """Layers whose statistics fit in memory together, in order of the names."""
     groups: list[list[str]] = []
     room = 0
-    for name, module in modules.items():
-        size = LayerStatistics.size(module.in_features, outputs=options.outputs)
+    for name, layer in layers.items():
+        size = LayerStatistics.size(layer.features, outputs=options.outputs)
         if not groups or size > room:
             groups.append([])
             room = options.statistics_bytes
