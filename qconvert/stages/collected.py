@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class Collected:
     def state_bytes(self) -> bytes:
         """A file from which the run can go on; nothing is let go of."""
         collecting = {n: s for n, s in self.layers.items() if s.channels.samples}
-        halfway = replace_finished(self, {n: finished(s) for n, s in collecting.items()})
+        halfway = replace_finished(self, {n: unsettled(s) for n, s in collecting.items()})
         arrays = halfway._arrays() | {f"{n}/recorded": a for n, a in self.recorded.items()}
         return calibration_bytes(halfway.document(), arrays)
 
@@ -111,8 +111,19 @@ def replace_finished(c: Collected, more: Mapping[str, FinishedLayer]) -> Collect
 
 def finished(layer: LayerStatistics) -> FinishedLayer:
     """Ranges settled, state packed."""
-    output = None if layer.output is None else _settled(layer.output)
-    settled = asdict(_settled(layer.input))
+    return _packed(layer, _settled)
+
+
+def unsettled(layer: LayerStatistics) -> FinishedLayer:
+    """State packed, without ranges: to search them may take longer than all the rest."""
+    return _packed(layer, lambda _: StaticParameters(0.0, 0.0, 1.0, 0))
+
+
+def _packed(
+    layer: LayerStatistics, settle: Callable[[Observer], StaticParameters]
+) -> FinishedLayer:
+    output = None if layer.output is None else settle(layer.output)
+    settled = asdict(settle(layer.input))
     return FinishedLayer(
         LayerCalibration(
             samples=layer.channels.samples, features=layer.features, **settled, output=output
