@@ -109,6 +109,8 @@ class LayerStatistics:
         found.channels.samples = samples
         found.channels.low[:], found.channels.high[:] = low, high
         found.channels.squares = squares
+        if not np.array_equal(found.channels.mean_square, arrays["mean_square"]):
+            raise ValueError("sums of squares that are not those of the mean squares")
         prefix = "state.input."
         inputs = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
         found.input.restore(inputs)
