@@ -403,16 +403,66 @@ def verify(
         typer.Option("--rows", min=1, metavar="N", help="activation rows of the integer product"),
     ] = 8,
     activations: Annotated[
-        str,
-        typer.Option("--activations", metavar="MODE", help="auto, static or dynamic"),
-    ] = "auto",
+        str | None,
+        typer.Option(
+            "--activations",
+            metavar="MODE",
+            help="of integer products: auto (static where the file has parameters), static or "
+            "dynamic; of --text also none, float products [auto; of --text none]",
+        ),
+    ] = None,
     samples: Annotated[
         list[Path] | None,
         typer.Option(
             "--samples", metavar="FILE", help="recorded activations instead of Gaussian ones"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="of Gaussian activations")] = 0,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="run FILE and MODEL over this text: perplexity and divergence of language models, "
+            "cosine of an encoder's embeddings of each line (needs qconvert[hf])",
+        ),
+    ] = None,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            "--seqlen", min=4, metavar="N", help="tokens of a window of --text [512, or fewer]"
+        ),
+    ] = None,
+    nsamples: Annotated[
+        int | None,
+        typer.Option("--nsamples", min=1, metavar="N", help="windows of --text, drawn [all]"),
+    ] = None,
+    scoring: Annotated[
+        str,
+        typer.Option(
+            "--scoring",
+            metavar="WHICH",
+            help="tokens of a window: all, or second-half as llama-perplexity",
+        ),
+    ] = "all",
+    max_kl: Annotated[
+        float | None,
+        typer.Option("--max-kl", metavar="NATS", help="fail when the mean divergence is above"),
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(
+            "--max-ppl-increase",
+            metavar="SHARE",
+            help="fail when the perplexity grows by more, such as 1% or 0.01",
+        ),
+    ] = None,
+    min_cosine: Annotated[
+        float | None,
+        typer.Option("--min-cosine", metavar="X", help="fail when the mean cosine is below"),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", help="of Gaussian activations and drawn windows")
+    ] = 0,
     threads: Threads = None,
     json: Json = False,
     report: ReportFile = None,
@@ -428,13 +478,38 @@ def verify(
       qconvert verify model.q4_block64.qblk
       qconvert verify model.q4_block64.qblk --against model.safetensors --min-sqnr 18
       qconvert verify model.gguf --against model.safetensors --json | jq -e '.status == "pass"'
+      qconvert verify model.qblk --against model-directory --text eval.txt --activations dynamic \\
+          --max-kl 0.01 --max-ppl-increase 1%
     """
     from qconvert.cli import render
+    from qconvert.stages.quality import QualityOptions
     from qconvert.stages.verify import ACTIVATIONS, VerifyOptions
     from qconvert.stages.verify import verify as stage
 
-    if activations not in ACTIVATIONS:
-        raise UsageError("--activations", found=activations, wanted=", ".join(ACTIVATIONS))
+    modes = (*ACTIVATIONS, *(("none",) if text else ()))
+    if activations is not None and activations not in modes:
+        raise UsageError("--activations", found=activations, wanted=", ".join(modes))
+    limits = {
+        "--max-kl": max_kl,
+        "--max-ppl-increase": max_ppl_increase,
+        "--min-cosine": min_cosine,
+    }
+    quality = None
+    if text:
+        quality = QualityOptions(
+            text=text,
+            seqlen=seqlen,
+            nsamples=nsamples,
+            seed=seed,
+            scoring=scoring,
+            activations=activations or "none",
+            max_kl=max_kl,
+            max_ppl_increase=_share("--max-ppl-increase", max_ppl_increase),
+            min_cosine=min_cosine,
+            threads=threads,
+        )
+    elif alone := next((name for name, limit in limits.items() if limit is not None), None):
+        raise UsageError(f"{alone} goes with --text")
     options = VerifyOptions(
         against=against,
         min_sqnr=min_sqnr,
@@ -442,8 +517,14 @@ def verify(
         min_output_sqnr=min_output_sqnr,
         rows=rows,
         seed=seed,
-        activations=activations,
+        # Products of single tensors: an embedding has no parameters, so static would refuse it.
+        activations="dynamic"
+        if activations == "dynamic"
+        else "auto"
+        if text
+        else activations or "auto",
         samples=tuple(samples or ()),
+        quality=quality,
         threads=threads,
     )
     with render.Emitter(
@@ -452,7 +533,7 @@ def verify(
         force,
         quiet,
         strict,
-        [file, *([against] if against else []), *(samples or [])],
+        [file, *(p for p in (against, text) if p), *(samples or [])],
     ) as emitter:
         return emitter.emit(stage(file, options, emitter.progress), render.verify_text)
 
@@ -586,6 +667,20 @@ def _range(name: str | None, percentile: float | None) -> RangeMethod | None:
     if percentile is not None and not 50 < percentile <= 100:
         raise UsageError("--percentile", found=percentile, wanted="above 50, at most 100")
     return RangeMethod(name, percentile or DEFAULT_PERCENTILE) if name else None
+
+
+def _share(option: str, text: str | None) -> float | None:
+    """``1%`` or ``0.01``."""
+    if text is None:
+        return None
+    percent = text.endswith("%")
+    try:
+        share = float(text.removesuffix("%")) / (100 if percent else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < float("inf"):
+        raise UsageError(option, found=text, wanted="a share such as 1% or 0.01")
+    return share
 
 
 def _tensor_scheme(text: str) -> tuple[str, Scheme]:

@@ -73,7 +73,7 @@ def open_checkpoint(
         torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    name, kind = _class_of(config, path)
+    name, kind = model_class(config, path)
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
@@ -85,7 +85,7 @@ def open_checkpoint(
             local_files_only=True,
         )
     except Exception as e:  # whatever transformers makes of files that it does not like
-        _refuse(e, path)
+        refuse_loading(e, path)
     lacking = sorted(loaded["missing_keys"]) + sorted(str(k) for k in loaded["mismatched_keys"])
     if lacking:
         raise UnsupportedError(
@@ -179,8 +179,12 @@ def _fields(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _class_of(config: dict[str, Any], path: Path) -> tuple[str, Literal["causal", "encoder"]]:
-    """The transformers class that the config names: the tensors then have its modules' names."""
+def model_class(config: dict[str, Any], path: Path) -> tuple[str, Literal["causal", "encoder"]]:
+    """The transformers class that the config names: the tensors then have its modules' names.
+
+    Raises:
+        UnsupportedError: none, several, or one that text alone does not run.
+    """
     from transformers.models.auto import modeling_auto
 
     named = config.get("architectures")
@@ -204,7 +208,8 @@ def _class_of(config: dict[str, Any], path: Path) -> tuple[str, Literal["causal"
     )
 
 
-def _refuse(e: Exception, path: Path) -> NoReturn:
+def refuse_loading(e: Exception, path: Path) -> NoReturn:
+    """An exception of transformers as ours."""
     if isinstance(e, (QconvertError, MemoryError)):
         raise e
     text = str(e).strip()

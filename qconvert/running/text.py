@@ -49,7 +49,7 @@ def token_chunks(
             hint="give more text, or a smaller --seqlen",
             code="TEXT-SHORT",
         )
-    chunks = chunks[_drawn(len(chunks), nsamples, seed, text, f"windows of {seqlen:,} tokens")]
+    chunks = chunks[drawn(len(chunks), nsamples, seed, text, f"windows of {seqlen:,} tokens")]
     first = first_token(tokenizer)
     if first is not None:
         chunks[:, 0] = first
@@ -68,7 +68,7 @@ def sentences(
     lines = [line for line in read_text(text).splitlines() if line.strip()]
     if not lines:
         raise InputError("the text has no line", path=text, code="TEXT-SHORT")
-    chosen = [lines[k] for k in _drawn(len(lines), nsamples, seed, text, "lines")]
+    chosen = [lines[k] for k in drawn(len(lines), nsamples, seed, text, "lines")]
     found = tokenizer(chosen, truncation=True, max_length=seqlen)["input_ids"]
     return [np.asarray(tokens, np.int64) for tokens in found]
 
@@ -108,7 +108,7 @@ def read_text(path: Path) -> str:
         ) from e
 
 
-def _drawn(available: int, wanted: int | None, seed: int, text: Path, what: str) -> I64:
+def drawn(available: int, wanted: int | None, seed: int, text: Path, what: str) -> I64:
     """Which of ``available`` pieces to take, ascending."""
     if wanted is None:
         return np.arange(available)
