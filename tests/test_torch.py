@@ -6,14 +6,16 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Run, environment, execute
+from conftest import Finished, Run, environment, execute
 
 import qconvert
+from qconvert.cli.main import main
 from qconvert.errors import UnsupportedError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of other packages are theirs
@@ -221,6 +223,21 @@ def test_tied_layers_share_their_codes(tmp_path: Path, done: Run) -> None:
 # --- verify --text --------------------------------------------------------------------------------
 
 
+Verify = Callable[..., Finished]
+
+
+@pytest.fixture
+def verify(capsys: pytest.CaptureFixture[str]) -> Verify:
+    """The command in this process: another one would import torch anew, for seconds."""
+
+    def command(*arguments: Any) -> Finished:
+        capsys.readouterr()
+        code = main(["verify", *map(str, arguments)])
+        return Finished(code, *capsys.readouterr())
+
+    return command
+
+
 def by_torch(source: Any, other: Any, windows: int, seqlen: int) -> dict[str, float]:
     """Perplexities and divergence of the first windows, by torch and transformers alone."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(LLAMA)
@@ -249,14 +266,14 @@ def by_torch(source: Any, other: Any, windows: int, seqlen: int) -> dict[str, fl
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some windows of the sample text."""
     path = tmp_path_factory.mktemp("text") / "short.txt"
-    path.write_text(TEXT.read_text()[:3000])
+    path.write_text(TEXT.read_text()[:1500])
     return path
 
 
-def test_verify_reports_what_torch_computes(q8: Path, short: Path, run: Run) -> None:
+def test_verify_reports_what_torch_computes(q8: Path, short: Path, verify: Verify) -> None:
     limits = ("--max-kl", "0.001", "--max-ppl-increase", "0.5%")
     options = ("--against", LLAMA, "--text", short, "--seqlen", 64, "--json")
-    found = run("verify", q8, *options, *limits)
+    found = verify(q8, *options, *limits)
     assert found.code == 0, found.out
     figures = found.json["token_quality"]
     assert figures["tokens"] == 64 * figures["windows"]
@@ -272,22 +289,22 @@ def test_verify_reports_what_torch_computes(q8: Path, short: Path, run: Run) -> 
     assert {"finite-quality", "max-kl", "max-ppl-increase"} <= set(ids)
 
 
-def test_a_missed_limit_fails_with_the_figures_of_integers(q8: Path, short: Path, run: Run) -> None:
+def test_a_missed_limit_fails_with_integers(q8: Path, short: Path, verify: Verify) -> None:
     options = ("--text", short, "--seqlen", 64, "--nsamples", 4, "--activations", "dynamic")
-    found = run("verify", q8, "--against", LLAMA, *options, "--max-kl", "1e-9")
+    found = verify(q8, "--against", LLAMA, *options, "--max-kl", "1e-9")
     assert found.code == 1, found
     assert "FAIL  max-kl" in found.out
     assert "29 layers in integers with dynamic activations" in found.out
     assert "verdict    fail" in found.out
 
 
-def test_an_encoder_is_held_by_its_embeddings(tmp_path: Path, done: Run, run: Run) -> None:
+def test_an_encoder_is_held_by_its_embeddings(tmp_path: Path, done: Run, verify: Verify) -> None:
     place, path = checkpoint(tmp_path / "m", encoder()), tmp_path / "m.qblk"
     done("quantize", place, "--scheme", "q4_block32", "-o", path)
     text = tmp_path / "lines.txt"
     text.write_text("one line\n\nand another, longer one\nthe third\n")
     options = ("--against", place, "--text", text, "--seqlen", 32, "--json")
-    found = run("verify", path, *options, "--min-cosine", "0.5")
+    found = verify(path, *options, "--min-cosine", "0.5")
     assert found.code == 0, found
     figures = found.json["embedding_quality"]
     assert figures["sentences"] == 3
@@ -302,7 +319,7 @@ def test_an_encoder_is_held_by_its_embeddings(tmp_path: Path, done: Run, run: Ru
             cosines.append(float(torch.nn.functional.cosine_similarity(a, b, dim=0)))
     assert figures["cosine_mean"] == pytest.approx(sum(cosines) / 3, abs=1e-5)
     assert figures["cosine_min"] == pytest.approx(min(cosines), abs=1e-5)
-    assert run("verify", path, *options, "--min-cosine", "0.999999").code == 1
+    assert verify(path, *options, "--min-cosine", "0.999999").code == 1
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -356,9 +373,9 @@ def test_a_file_without_config_says_so(small_qblk: Path) -> None:
         qconvert.torch.load_model(small_qblk)
 
 
-def test_a_source_of_other_tensors_is_not_run(q8: Path, tmp_path: Path, run: Run) -> None:
+def test_a_source_of_other_tensors_is_not_run(q8: Path, tmp_path: Path, verify: Verify) -> None:
     other = checkpoint(tmp_path / "m", tied())
-    found = run("verify", q8, "--against", other, "--text", TEXT, "--json")
+    found = verify(q8, "--against", other, "--text", TEXT, "--json")
     assert found.code == 1
     states = {c["id"]: c["status"] for c in found.json["checks"]}
     assert states["finite-quality"] == "skip"
@@ -378,9 +395,9 @@ def test_a_source_of_other_tensors_is_not_run(q8: Path, tmp_path: Path, run: Run
     ],
 )
 def test_what_cannot_be_is_refused(
-    options: tuple[Any, ...], code: int, said: str, q8: Path, run: Run
+    options: tuple[Any, ...], code: int, said: str, q8: Path, verify: Verify
 ) -> None:
-    found = run("verify", q8, *options)
+    found = verify(q8, *options)
     assert found.code == code, found
     assert said in found.err
 

@@ -429,7 +429,10 @@ def verify(
     seqlen: Annotated[
         int | None,
         typer.Option(
-            "--seqlen", min=4, metavar="N", help="tokens of a window of --text [512, or fewer]"
+            "--seqlen",
+            min=4,
+            metavar="N",
+            help="tokens of a window of --text; for encoders, the most of a line [256]",
         ),
     ] = None,
     nsamples: Annotated[

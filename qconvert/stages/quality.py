@@ -23,7 +23,7 @@ from qconvert.running.quality import (
 from qconvert.running.quantized_model import ACTIVATIONS, QuantizedCheckpoint, open_quantized
 from qconvert.running.text import read_text, sentences
 
-DEFAULT_SEQLEN = 512
+DEFAULT_SEQLEN = 256  # as of calibrate
 TOKENIZED = 1 << 16  # characters of the text that both tokenizers have to agree on
 
 
