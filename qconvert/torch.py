@@ -39,8 +39,9 @@ def load_model(
     Args:
         path: a .qblk file that was made from a model directory.
         activations: what goes into linear layers: ``static`` bytes with the file's calibration,
-            ``dynamic`` ones with a scale for each row, ``auto`` for static where there is a
-            calibration and dynamic elsewhere, or ``none`` for floats and dequantized weights.
+            ``dynamic`` ones with a scale for each row (``dynamic_asym``: and a zero point),
+            ``auto`` for static where there is a calibration and dynamic elsewhere, or ``none`` for
+            floats and dequantized weights.
         directory: where config and tokenizer are, if the file carries none.
 
     Raises:

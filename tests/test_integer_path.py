@@ -11,9 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from qconvert.encoding import BITS, AffineEncoding
-from qconvert.running.integer_path import StaticInput, StoredMatrix
+from qconvert.running.integer_path import DynamicInput, StaticInput, StoredMatrix
 
 F32 = NDArray[np.float32]
+How = StaticInput | DynamicInput
+SYMMETRIC, ASYMMETRIC = DynamicInput(), DynamicInput(symmetric=False)
 WIDTHS = pytest.mark.parametrize("bits", BITS)
 SYMMETRIES = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 
@@ -57,15 +59,20 @@ class Layer:
             zero,
         )
 
-    def wanted(self, x: F32, bias: F32 | None, static: StaticInput | None) -> F32:
+    def wanted(self, x: F32, bias: F32 | None, how: How) -> F32:
         """Sums in int64, everything else one binary32 operation after the other."""
         f32 = np.float32
         out = np.zeros((len(x), self.shape[0]), f32)
         for m, row in enumerate(x):
-            if static is None:
+            if how == SYMMETRIC:
                 s, z, low = f32(np.abs(row).max() / f32(127)), 0, -127
+            elif how == ASYMMETRIC:
+                bottom = min(row.min(), f32(0))
+                s = max(row.max(), f32(0)) / f32(255) - bottom / f32(255)
+                z, low = max(-128, min(127, round(float(f32(-128) - bottom / s)))), -128
             else:
-                s, z, low = f32(static.scale), static.zero_point, -128
+                assert isinstance(how, StaticInput)
+                s, z, low = f32(how.scale), how.zero_point, -128
             a = np.clip(np.rint(row / s + f32(z)), low, 127).astype(np.int64) - z
             total = np.zeros(self.shape[0], f32)
             for g in range(self.unit.shape[1]):
@@ -82,14 +89,14 @@ class Layer:
     ("granularity", "block"), [("tensor", 0), ("channel", 0), ("block", 16), ("block", 64)]
 )
 @pytest.mark.parametrize(
-    "static",
-    [None, StaticInput(0.03, 0), StaticInput(0.03, -17)],
-    ids=["dynamic", "static-sym", "static-asym"],
+    "how",
+    [SYMMETRIC, ASYMMETRIC, StaticInput(0.03, 0), StaticInput(0.03, -17)],
+    ids=["dynamic-sym", "dynamic-asym", "static-sym", "static-asym"],
 )
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no-bias"])
 def test_a_layer_equals_the_arithmetic_written_out(
     biased: bool,
-    static: StaticInput | None,
+    how: How,
     granularity: str,
     block: int,
     bits: int,
@@ -98,9 +105,10 @@ def test_a_layer_equals_the_arithmetic_written_out(
     layer = Layer(bits, symmetric, granularity, block, (5, 72))
     x = oracle.draw("gaussian", bits, 4, 72)
     bias = oracle.draw("gaussian", 99, 1, 5)[0] if biased else None
-    out = layer.matrix.linear(x, bias, static)
+    x[1] += 1  # another zero point than the other rows
+    out = layer.matrix.linear(x, bias, how)
     assert out.dtype == np.float32
-    assert out.tobytes() == layer.wanted(x, bias, static).tobytes()
+    assert out.tobytes() == layer.wanted(x, bias, how).tobytes()
 
 
 @SYMMETRIES
@@ -113,8 +121,8 @@ def test_a_matrix_of_several_tiles_equals_the_arithmetic_written_out(
     granularity = "block" if block else "channel"
     layer = Layer(bits, symmetric, granularity, block, (61, 16_000))
     x = oracle.draw("gaussian", bits, 2, 16_000)
-    wanted = layer.wanted(x, None, None)
-    assert layer.matrix.linear(x, None, None).tobytes() == wanted.tobytes()
+    wanted = layer.wanted(x, None, SYMMETRIC)
+    assert layer.matrix.linear(x, None, SYMMETRIC).tobytes() == wanted.tobytes()
 
 
 @WIDTHS
@@ -130,21 +138,22 @@ def test_values_are_integers_times_their_scale(
     assert (layer.matrix.values(2, 6) == wanted[2:6]).all()
 
 
-def test_a_row_of_zeros_gives_the_bias() -> None:
+@pytest.mark.parametrize("how", [SYMMETRIC, ASYMMETRIC, StaticInput(0.03, 5)])
+def test_a_row_of_zeros_gives_the_bias(how: How) -> None:
     layer = Layer(4, False, "block", 16, (5, 32))
     bias = oracle.draw("gaussian", 1, 1, 5)[0]
-    out = layer.matrix.linear(np.zeros((2, 32), np.float32), bias, None)
+    out = layer.matrix.linear(np.zeros((2, 32), np.float32), bias, how)
     assert (out == bias).all()
 
 
 @pytest.mark.parametrize("wild", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("static", [None, StaticInput(0.03, 5)], ids=["dynamic", "static"])
-def test_a_wild_input_spoils_its_own_row_only(wild: float, static: StaticInput | None) -> None:
+@pytest.mark.parametrize("how", [SYMMETRIC, ASYMMETRIC, StaticInput(0.03, 5)])
+def test_a_wild_input_spoils_its_own_row_only(wild: float, how: How) -> None:
     layer = Layer(8, True, "channel", 0, (5, 32))
     x = oracle.draw("gaussian", 3, 3, 32)
-    clean = layer.matrix.linear(x, None, static)
+    clean = layer.matrix.linear(x, None, how)
     x[1, 7] = wild
-    out = layer.matrix.linear(x, None, static)
+    out = layer.matrix.linear(x, None, how)
     assert np.isnan(out[1]).all()
     assert (out[[0, 2]] == clean[[0, 2]]).all()
 

@@ -17,6 +17,7 @@ from conftest import Finished, Run, environment, execute
 import qconvert
 from qconvert.cli.main import main
 from qconvert.errors import UnsupportedError, UsageError
+from qconvert.running.integer_path import StaticInput
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of other packages are theirs
 
@@ -76,7 +77,7 @@ def exact(layer: Any, tensor: Any, x: Any) -> Any:
     k = found.codes.astype(np.int64) - found.zero_point.astype(np.int64)
     rows = x.reshape(-1, k.shape[1]).numpy()
     f32 = np.float32
-    if layer.activations == "static":
+    if isinstance(layer.activations, StaticInput):
         note = tensor.activation
         s = np.full((len(rows), 1), note["scale"], f32)
         z, low = note["zero_point"], -128
@@ -105,7 +106,7 @@ def test_layers_run_in_integers_within_the_model(q8: Path, ids: Any, activations
             module.register_forward_hook(catch(name))
     logits(model, ids)
     assert len(caught) == 29
-    static = [n for n, (layer, *_) in caught.items() if layer.activations == "static"]
+    static = [n for n, (layer, *_) in caught.items() if isinstance(layer.activations, StaticInput)]
     assert len(static) == (28 if activations == "auto" else 0)
     with qconvert.load(q8) as tensors:
         for name, (layer, x, out) in caught.items():
@@ -320,6 +321,17 @@ def test_an_encoder_is_held_by_its_embeddings(tmp_path: Path, done: Run, verify:
     assert figures["cosine_mean"] == pytest.approx(sum(cosines) / 3, abs=1e-5)
     assert figures["cosine_min"] == pytest.approx(min(cosines), abs=1e-5)
     assert verify(path, *options, "--min-cosine", "0.999999").code == 1
+
+
+def test_a_gguf_file_with_the_names_of_the_source_is_compared_too(
+    short: Path, tmp_path: Path, done: Run, verify: Verify
+) -> None:
+    path = tmp_path / "m.gguf"
+    done("quantize", LLAMA, "--scheme", "q8_0", "-o", path)
+    options = ("--text", short, "--seqlen", 64, "--nsamples", 3, "--max-kl", "0.001")
+    found = verify(path, "--against", LLAMA, *options)
+    assert found.code == 0, found
+    assert "30 tensors dequantized" in found.out
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -407,8 +407,9 @@ def verify(
         typer.Option(
             "--activations",
             metavar="MODE",
-            help="of integer products: auto (static where the file has parameters), static or "
-            "dynamic; of --text also none, float products [auto; of --text none]",
+            help="of integer products: static (parameters in the file), dynamic (a scale for each "
+            "row), dynamic_asym (and a zero point), or auto (static, else dynamic); of --text also "
+            "none (float) [auto; of --text none]",
         ),
     ] = None,
     samples: Annotated[
@@ -492,6 +493,9 @@ def verify(
     modes = (*ACTIVATIONS, *(("none",) if text else ()))
     if activations is not None and activations not in modes:
         raise UsageError("--activations", found=activations, wanted=", ".join(modes))
+    products = activations or "auto"
+    if text and products in ("none", "static"):
+        products = "auto"  # a product is made of every tensor: embeddings have no static parameters
     limits = {
         "--max-kl": max_kl,
         "--max-ppl-increase": max_ppl_increase,
@@ -520,12 +524,7 @@ def verify(
         min_output_sqnr=min_output_sqnr,
         rows=rows,
         seed=seed,
-        # Products of single tensors: an embedding has no parameters, so static would refuse it.
-        activations="dynamic"
-        if activations == "dynamic"
-        else "auto"
-        if text
-        else activations or "auto",
+        activations=products,
         samples=tuple(samples or ()),
         quality=quality,
         threads=threads,

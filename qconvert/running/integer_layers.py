@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qconvert.running.integer_path import StaticInput, StoredMatrix
+from qconvert.running.integer_path import DynamicInput, StaticInput, StoredMatrix
 
 
 class QuantizedLinear(torch.nn.Module):  # type: ignore[misc]
@@ -21,24 +21,19 @@ class QuantizedLinear(torch.nn.Module):  # type: ignore[misc]
 
     Attributes:
         in_features, out_features: as of `torch.nn.Linear`.
-        activations: how inputs become signed bytes: ``dynamic``, ``static``, or ``none`` for float.
-        static: their parameters when static.
+        activations: how inputs become signed bytes; None for products in float.
     """
 
     def __init__(
         self,
         matrix: StoredMatrix,
         bias: torch.Tensor | None,
-        activations: str,
-        static: StaticInput | None = None,
+        activations: StaticInput | DynamicInput | None,
     ) -> None:
         super().__init__()
-        if (activations == "static") != (static is not None):
-            raise ValueError("parameters of static activations go with activations='static'")
         self.matrix = matrix
         self.in_features, self.out_features = matrix.encoding.row_length, matrix.rows
         self.activations = activations
-        self.static = static
         self.register_buffer("bias", bias)
 
     @property
@@ -47,11 +42,11 @@ class QuantizedLinear(torch.nn.Module):  # type: ignore[misc]
         return torch.from_numpy(self.matrix.values(0, self.out_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.activations == "none":
+        if self.activations is None:
             return torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
         rows = x.detach().to("cpu", torch.float32).reshape(-1, self.in_features).numpy()
         bias = None if self.bias is None else self.bias.to(torch.float32).numpy()
-        out = torch.from_numpy(self.matrix.linear(rows, bias, self.static))
+        out = torch.from_numpy(self.matrix.linear(rows, bias, self.activations))
         return out.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:

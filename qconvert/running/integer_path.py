@@ -44,6 +44,17 @@ class StaticInput:
 
 
 @dataclass(frozen=True, slots=True)
+class DynamicInput:
+    """A scale for each row of a layer's input, from the row itself.
+
+    Attributes:
+        symmetric: whether without a zero point.
+    """
+
+    symmetric: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class StoredMatrix:
     """The rows of a quantized tensor in memory, with the bytes of the file.
 
@@ -74,23 +85,23 @@ class StoredMatrix:
         )
         return values.reshape(last - first, -1)[:, : encoding.row_length]
 
-    def linear(self, x: F32, bias: F32 | None, static: StaticInput | None) -> F32:
+    def linear(self, x: F32, bias: F32 | None, how: StaticInput | DynamicInput) -> F32:
         """out = weight · x + bias with ``x`` as signed bytes.
 
         Args:
             x: (M, c). A row that is not finite gives a row of NaN, as a float layer may.
             bias: (R,), added in float32 after everything else.
-            static: parameters of the input; None takes a scale from each row of it, symmetric.
+            how: the input becomes bytes.
 
         Returns:
             float32 (M, R).
         """
         finite = np.asarray(np.isfinite(x).all(axis=1))
         clean = x if finite.all() else np.where(finite[:, None], x, np.float32(0))
-        if static is None:
-            a = dynamic_activations(clean)
+        if isinstance(how, DynamicInput):
+            a = dynamic_activations(clean, symmetric=how.symmetric)
         else:
-            a = static_activations(clean, static.scale, static.zero_point)
+            a = static_activations(clean, how.scale, how.zero_point)
         out = np.empty((len(x), self.rows), np.float32)
         # Codes that are unpacked once and used for all of x: the reference has them as int32.
         step = max(1, TILE_VALUES // self.encoding.row_length)

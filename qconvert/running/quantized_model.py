@@ -29,9 +29,9 @@ from qconvert.running.hugging_face import (
     refuse_loading,
     require,
 )
-from qconvert.running.integer_path import StaticInput, StoredMatrix, read_matrix
+from qconvert.running.integer_path import DynamicInput, StaticInput, StoredMatrix, read_matrix
 
-ACTIVATIONS = ("none", "dynamic", "static", "auto")
+ACTIVATIONS = ("none", "dynamic", "dynamic_asym", "static", "auto")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ def open_quantized(
         path: a .qblk file; a GGUF file with the tensor names of the source will do, its weights
             are then float32.
         activations: of linear layers with codes: ``none`` computes in float with the dequantized
-            weights; ``dynamic`` and ``static`` run `integer_path`; ``auto`` is static where the
-            file has parameters and dynamic elsewhere.
+            weights; ``dynamic`` (symmetric), ``dynamic_asym`` and ``static`` run `integer_path`;
+            ``auto`` is static where the file has parameters and dynamic elsewhere.
         directory: where config and tokenizer are, for a file that carries none.
         threads: of torch, for the whole process.
 
@@ -204,8 +204,8 @@ class _Builder:
             if weight and type(module) is torch.nn.Linear and self._has_codes(weight):
                 matrix = self._matrix(weight)
                 bias = self._float(taken["bias"]) if "bias" in taken else None
-                mode, static = self._activations(place, self.stored[weight.name])
-                _replace(built, place, QuantizedLinear(matrix, bias, mode, static))
+                how = self._activations(place, self.stored[weight.name])
+                _replace(built, place, QuantizedLinear(matrix, bias, how))
                 self.quantized.append(place)
             elif weight and type(module) is torch.nn.Embedding and self._has_codes(weight):
                 _replace(built, place, QuantizedEmbedding(self._matrix(weight), module.padding_idx))
@@ -236,14 +236,14 @@ class _Builder:
             self.matrices[tensor.name] = read_matrix(self.model, self.stored[tensor.name])
         return self.matrices[tensor.name]
 
-    def _activations(self, place: str, stored: StoredTensor) -> tuple[str, StaticInput | None]:
+    def _activations(self, place: str, stored: StoredTensor) -> StaticInput | DynamicInput | None:
         """How the layer's input becomes bytes."""
         if self.activations == "none":
-            return "none", None
+            return None
         note = stored.activation
-        if note and self.activations != "dynamic":
+        if note and self.activations in ("static", "auto"):
             self.static.append(place)
-            return "static", StaticInput(float(note["scale"]), note["zero_point"])
+            return StaticInput(float(note["scale"]), note["zero_point"])
         if self.activations == "static":
             raise UsageError(
                 "static activations need a calibration in the file",
@@ -252,7 +252,7 @@ class _Builder:
                 "none",
             )
         self.dynamic.append(place)
-        return "dynamic", None
+        return DynamicInput(symmetric=self.activations != "dynamic_asym")
 
     def _check_shape(self, tensor: TensorInfo, parameter: Any) -> None:
         if tensor.shape != tuple(parameter.shape):

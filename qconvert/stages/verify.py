@@ -44,7 +44,7 @@ HALF_STEP = 0.5 + 2.0**-9  # half a step, and the rounding of the scale and of b
 RECORDED = 1e-5  # relative; the header has six significant digits
 SPOILED_DB = 6.0  # products of Gaussian inputs come within 1 dB of their weights
 NO_CODES = "the file has no tensor with codes that we have an integer product for"
-ACTIVATIONS = ("auto", "static", "dynamic")
+ACTIVATIONS = ("auto", "static", "dynamic", "dynamic_asym")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,8 @@ class VerifyOptions:
     Attributes:
         rows: activation rows of the integer product.
         seed: of the Gaussian activations.
-        activations: ``static``, ``dynamic``, or ``auto`` for static where the file has parameters.
+        activations: of products of single tensors: ``static``, ``dynamic``, ``dynamic_asym``, or
+            ``auto`` for static where the file has parameters and dynamic elsewhere.
         samples: recorded activations to use instead of Gaussian ones.
         quality: what to measure by running the models; None for tensors alone.
     """
@@ -309,7 +310,7 @@ class _Job:
         a = (
             static_activations(x, static.scale, static.zero_point)
             if static
-            else dynamic_activations(x)
+            else dynamic_activations(x, symmetric=self.options.activations != "dynamic_asym")
         )
         total = _Measured()
 
@@ -331,7 +332,8 @@ class _Job:
             row.max_error, row.worst_step = total.error.worst, total.worst_step
         if total.integer:
             row.integer_exact, row.float_error = total.exact, total.float_error
-            row.activations = "static" if static else "dynamic"
+            dynamic = self.options.activations.replace("auto", "dynamic")
+            row.activations = "static" if static else dynamic
             row.output_sqnr_db = _db(total.signal, total.noise)
         return row
 
@@ -346,7 +348,7 @@ class _Job:
             yield quantized_rows(self.model, tensor, tile, columns)
 
     def _static(self, tensor: TensorInfo) -> StaticParameters | None:
-        if self.options.activations == "dynamic":
+        if self.options.activations.startswith("dynamic"):
             return None
         found = static_parameters(self.stored.get(tensor.name))
         if found is None and self.options.activations == "static":
