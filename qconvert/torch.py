@@ -17,16 +17,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qconvert.errors import MachineError
-from qconvert.running.hugging_face import require
+from qconvert.running.hugging_face import INSTALL
 from qconvert.running.quantized_model import open_quantized, open_tokenizer
 
 try:
-    require("torch", "transformers")
-except MachineError as e:  # who imports a module expects an ImportError
-    raise ImportError(f"{e}; {e.hint}") from e
+    import transformers as _transformers  # noqa: F401
 
-from qconvert.running.integer_layers import QuantizedEmbedding, QuantizedLinear
+    from qconvert.running.integer_layers import QuantizedEmbedding, QuantizedLinear
+except ImportError as e:
+    raise ImportError(
+        f"qconvert.torch needs torch and transformers; install with: {INSTALL}"
+    ) from e
 
 __all__ = ["QuantizedEmbedding", "QuantizedLinear", "load_model", "load_tokenizer"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,34 @@ def test_generation_goes_on_with_the_carried_tokenizer(q8: Path) -> None:
     out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     again = dequantized(q8).generate(**inputs, max_new_tokens=8, do_sample=False)
     assert out.tolist() == again.tolist()
+
+
+def test_loading_leaves_the_settings_of_transformers_alone(q8: Path) -> None:
+    import qconvert.torch
+
+    logging = transformers.utils.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_info()
+    try:
+        qconvert.torch.load_model(q8)
+        assert logging.get_verbosity() == logging.INFO
+    finally:
+        logging.set_verbosity(before)
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_example_of_the_readme_runs(
+    q8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    shutil.copy(q8, tmp_path / "model.qblk")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(block, {})
 
 
 def test_static_names_a_layer_without_parameters(q8: Path) -> None:
@@ -434,5 +463,5 @@ def test_without_the_extra_the_import_gives_the_command() -> None:
         env=environment(),
     )
     assert told.returncode == 1
-    assert "ImportError: running a model needs torch and transformers" in told.stderr
+    assert "ImportError: qconvert.torch needs torch and transformers" in told.stderr
     assert "pip install 'qconvert[hf]'" in told.stderr

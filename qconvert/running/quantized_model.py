@@ -101,12 +101,11 @@ def open_tokenizer(path: Path, *, directory: Path | None = None) -> Any:
 
 def _tokenizer(directory: Path, path: Path) -> Any:
     (transformers,) = require("transformers")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
+        with _quiet(transformers):
+            return transformers.AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
     except Exception as e:  # whatever transformers makes of files that it does not like
         refuse_loading(e, path)
 
@@ -162,7 +161,7 @@ class _Builder:
             described = transformers.AutoConfig.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
-            with _parameters_on_meta(torch):
+            with _quiet(transformers), _parameters_on_meta(torch):
                 built = getattr(transformers, name)(described)
             built.tie_weights()
             if (directory / "generation_config.json").is_file() and built.can_generate():
@@ -341,6 +340,18 @@ class _Names:
 def _replace(built: Any, place: str, new: Any) -> None:
     parent, _, name = place.rpartition(".")
     setattr(built.get_submodule(parent), name, new)
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Errors of transformers only; its setting belongs to the program that we are part of."""
+    logging = transformers.utils.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @contextmanager
