@@ -17,7 +17,7 @@ from conftest import Finished, Run, environment, execute
 
 import qconvert
 from qconvert.cli.main import main
-from qconvert.errors import UnsupportedError, UsageError
+from qconvert.errors import FormatError, UnsupportedError, UsageError
 from qconvert.running.integer_path import StaticInput
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of other packages are theirs
@@ -361,6 +361,10 @@ def test_a_gguf_file_with_the_names_of_the_source_is_compared_too(
     found = verify(path, "--against", LLAMA, *options)
     assert found.code == 0, found
     assert "30 tensors dequantized" in found.out
+    # No silent fallback to float: llama.cpp's types have no integer layer here.
+    found = verify(path, "--against", LLAMA, *options, "--activations", "dynamic")
+    assert found.code == 3
+    assert "no linear layer of the file has codes" in found.err
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -405,6 +409,16 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path, done: Run) ->
         with pytest.raises(UnsupportedError, match="needs code of its own"):
             load(path)
     assert not mark.exists()
+
+
+def test_a_damaged_payload_is_refused(q8: Path, tmp_path: Path) -> None:
+    import qconvert.torch
+
+    data = bytearray(q8.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "m.qblk").write_bytes(data)
+    with pytest.raises(FormatError, match="QBLK-"):
+        qconvert.torch.load_model(tmp_path / "m.qblk")
 
 
 def test_a_file_without_config_says_so(small_qblk: Path) -> None:

@@ -18,6 +18,7 @@ from qconvert.encoding import AffineEncoding
 from qconvert.errors import QconvertError, UnsupportedError, UsageError
 from qconvert.files import open_model
 from qconvert.files.qblk import QblkModel
+from qconvert.files.qblk_check import check_payload
 from qconvert.files.qblk_header import StoredTensor
 from qconvert.geometry import TILE_VALUES
 from qconvert.model import Model, TensorInfo
@@ -60,6 +61,7 @@ def open_quantized(
     *,
     directory: Path | None = None,
     threads: int | None = None,
+    check: bool = True,
 ) -> QuantizedCheckpoint:
     """Build the model of a file, with its own config and tokenizer.
 
@@ -71,10 +73,12 @@ def open_quantized(
             ``auto`` is static where the file has parameters and dynamic elsewhere.
         directory: where config and tokenizer are, for a file that carries none.
         threads: of torch, for the whole process.
+        check: whether to hold a .qblk file against its digests first.
 
     Raises:
         InputError: the file is damaged or carries no config, its tensors are not those of the
-            model that the config describes, or the model needs code of its own.
+            model that the config describes, the model needs code of its own, or activations are
+            to be bytes and no linear layer has codes.
         UsageError: static activations, and a layer has no parameters in the file.
         MachineError: torch or transformers is not installed.
     """
@@ -82,6 +86,8 @@ def open_quantized(
         raise UsageError("activations", found=activations, wanted=", ".join(ACTIVATIONS))
     model = open_model(path)
     try:
+        if check and isinstance(model, QblkModel):
+            check_payload(model, lambda _: None)
         with _directory(model, directory) as place:
             return _Builder(model, activations).build(place, threads)
     finally:
@@ -171,6 +177,13 @@ class _Builder:
         except Exception as e:  # whatever transformers makes of files that it does not like
             refuse_loading(e, self.model.path)
         self._fill(built)
+        if self.activations != "none" and not (self.static or self.dynamic):
+            raise UnsupportedError(
+                "no linear layer of the file has codes to multiply in integers",
+                path=self.model.path,
+                hint="--activations none computes with the dequantized weights",
+                code="HF-INTEGERS",
+            )
         built.eval().requires_grad_(False)
         checkpoint = Checkpoint(self.model.path, built, tokenizer, config, kind)
         return QuantizedCheckpoint(
@@ -188,6 +201,7 @@ class _Builder:
         from qconvert.running.integer_layers import QuantizedEmbedding, QuantizedLinear
 
         names = _Names(built, self.tensors)
+        self._buffers(built, names)
         modules = list(built.named_modules())
         missing = []
         for place, module in modules:
@@ -221,7 +235,6 @@ class _Builder:
                 found=f"{len(missing)} tensors missing",
                 code="HF-WEIGHTS",
             )
-        self._buffers(built, names)
         self._no_others(built)
 
     def _has_codes(self, tensor: TensorInfo) -> bool:
