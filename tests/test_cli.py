@@ -945,7 +945,7 @@ def forged(place: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
         lambda d: d["layers"]["up"].update(zero_point=128),
         lambda d: d["layers"]["up"].update(more=1),
         lambda d: d.update(layers=[]),
-        lambda d: d.update(schema="qconvert.calibration/2"),
+        lambda d: d.update(schema="qconvert.calibration/1"),
     ],
 )
 def test_a_forged_calibration_is_refused_or_gives_a_good_file(

@@ -288,6 +288,7 @@ def _check_plan(
         check_qblk(model.tensors, model.path)
     if calibration is None:
         return
+    calibration.check_model(model)
     used = [p.tensor for p in plan if p.scheme and calibration.find(p.tensor.name)]
     if not used:
         raise UnsupportedError(
