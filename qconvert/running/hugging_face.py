@@ -113,6 +113,8 @@ def require(*packages: str) -> list[Any]:
 
     # A directory on this disk is all that is ever opened; some versions ask the hub even so.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Threads that spin while they wait made a run on a busy machine up to ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return [importlib.import_module(package) for package in packages]
     except ImportError as e:
