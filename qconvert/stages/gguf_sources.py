@@ -7,7 +7,7 @@ from typing import Any
 
 from qconvert.architectures import open_gguf_source
 from qconvert.errors import UnsupportedError
-from qconvert.files.gguf import GgufModel
+from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
 from qconvert.mixes import ModelFacts
 from qconvert.model import Model
@@ -54,11 +54,11 @@ def as_gguf(
     Raises:
         InputError, UnsupportedError: see `open_gguf_source`.
     """
-    if isinstance(opened, GgufModel) and not raw and opened.metadata.get(ARCHITECTURE) != RAW:
+    if isinstance(opened, AnyGgufModel) and not raw and opened.metadata.get(ARCHITECTURE) != RAW:
         metadata, empty = _carried(opened)
         notes = tuple(f"the empty array '{key}' is left out" for key in empty)
         return GgufModelSource(model, metadata, facts_of(metadata), notes=notes)
-    if raw or isinstance(opened, GgufModel):
+    if raw or isinstance(opened, AnyGgufModel):
         keys: dict[str, MetadataValue] = {ARCHITECTURE: RAW, "general.name": name}
         keys |= {f"qconvert.source.{k}": v for k, v in opened.metadata.items()}
         return GgufModelSource(model, keys, None)
@@ -69,7 +69,7 @@ def as_gguf(
     )
 
 
-def _carried(model: GgufModel) -> tuple[dict[str, MetadataValue], list[str]]:
+def _carried(model: AnyGgufModel) -> tuple[dict[str, MetadataValue], list[str]]:
     """The keys of a GGUF file that hold for another file of the same model, and empty arrays."""
     carried: dict[str, MetadataValue] = {}
     empty = []

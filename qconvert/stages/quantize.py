@@ -582,6 +582,7 @@ def _source_note(s: SourceFile) -> dict[str, Any]:
 
 
 def _source_paths(model: Model) -> list[Path]:
-    if model.path.is_dir():
-        return [model.path / s.name for s in model.sources]
-    return [model.path]
+    if len(model.sources) == 1 and not model.path.is_dir():
+        return [model.path]
+    home = model.path if model.path.is_dir() else model.path.parent
+    return [home / s.name for s in model.sources]

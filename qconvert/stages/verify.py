@@ -20,7 +20,7 @@ from qconvert.encoding import RawEncoding
 from qconvert.errors import FormatError, UsageError, WeightError
 from qconvert.files import open_model
 from qconvert.files.dequantized import dequantized
-from qconvert.files.gguf import GgufModel
+from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_check import check_payload
 from qconvert.geometry import TILE_VALUES, tiles
@@ -149,8 +149,8 @@ def _source(path: Path, model: Model) -> Model:
     opened = open_model(path)
     try:
         plain = dequantized(opened)
-        raw = not isinstance(model, GgufModel) or model.metadata.get(ARCHITECTURE) == RAW
-        if raw or isinstance(opened, GgufModel):
+        raw = not isinstance(model, AnyGgufModel) or model.metadata.get(ARCHITECTURE) == RAW
+        if raw or isinstance(opened, AnyGgufModel):
             return plain
         return as_gguf(
             opened, plain, raw=False, name="", pre_tokenizer=model.metadata.get(PRE_TOKENIZER)
