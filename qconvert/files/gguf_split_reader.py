@@ -137,18 +137,21 @@ def _others(first: GgufModel, count: int) -> list[Path]:
 def _check_together(parts: Sequence[GgufModel]) -> None:
     total = sum(len(part.tensors) for part in parts)
     names: dict[str, Path] = {}
-    for i, part in enumerate(parts):
-        for key, wanted in ((NUMBER, i), (COUNT, len(parts)), (TENSORS, total)):
-            found = _number(part, key)
-            if found != wanted:
-                raise FormatError(
-                    f"'{key}' contradicts the other files of the split model",
-                    path=part.path,
-                    found=found,
-                    wanted=wanted,
-                    hint="the files are of different models, or one is not complete",
-                    code="GGUF-SPLIT-KEYS",
-                )
+    facts = [(NUMBER, part, i) for i, part in enumerate(parts)]
+    facts += [(COUNT, part, len(parts)) for part in parts]
+    facts += [(TENSORS, part, total) for part in parts]
+    for key, part, wanted in facts:
+        found = _number(part, key)
+        if found != wanted:
+            raise FormatError(
+                f"'{key}' contradicts the other files of the split model",
+                path=part.path,
+                found=found,
+                wanted=wanted,
+                hint="one of the files is of another model, or has another's name",
+                code="GGUF-SPLIT-KEYS",
+            )
+    for part in parts:
         for tensor in part.tensors:
             if tensor.name in names:
                 raise FormatError(
