@@ -203,7 +203,7 @@ def small_qblk(small: Path, tmp_path_factory: pytest.TempPathFactory, done: Run)
 def small_gguf(small: Path, tmp_path_factory: pytest.TempPathFactory, done: Run) -> Path:
     """``small`` as Q8_0. Read only."""
     path = tmp_path_factory.mktemp("small-gguf") / "s.gguf"
-    done("quantize", small, "--scheme", "q8_0", "-o", path)
+    done("quantize", small, "--scheme", "q8_0", "--raw", "-o", path)
     return path
 
 

@@ -58,7 +58,7 @@ def convert(place: Path, name: str = "out.qblk", **options: Any) -> None:
 
 COMMANDS = {
     "qblk": ["quantize", "m.safetensors", "--scheme", "q8_channel", "-o"],
-    "gguf": ["quantize", "m.safetensors", "--scheme", "q8_0", "--format", "gguf", "-o"],
+    "gguf": ["quantize", "m.safetensors", "--scheme", "q8_0", "--raw", "--format", "gguf", "-o"],
     "calibration": ["calibrate", "m.safetensors", "--activations", "acts.safetensors", "-o"],
     "report": ["inspect", "m.safetensors", "--headers-only", "--report"],
 }

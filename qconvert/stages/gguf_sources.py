@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qconvert.architectures import open_gguf_source
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
@@ -74,6 +73,8 @@ def as_gguf(
         keys: dict[str, MetadataValue] = {ARCHITECTURE: RAW, "general.name": name}
         keys |= {f"qconvert.source.{k}": v for k, v in opened.metadata.items()}
         return GgufModelSource(model, keys, None)
+    from qconvert.architectures import open_gguf_source  # its tables take 0.1 s to build
+
     found = open_gguf_source(model, pre_tokenizer=pre_tokenizer)
     notes = tuple(f"tensor '{d.name}' is left out: {d.reason}" for d in found.dropped)
     return GgufModelSource(
