@@ -13,6 +13,7 @@ from qconvert.model import Model
 
 RAW = "raw"  # the architecture of a file that nobody is to run
 ARCHITECTURE = "general.architecture"
+TOKENIZER = "tokenizer.ggml.model"
 PRE_TOKENIZER = "tokenizer.ggml.pre"
 PROVENANCE = "qconvert.provenance"
 # Of the file they are read from: its layout, and what was done to its tensors.

@@ -37,7 +37,7 @@ from qconvert.quantizers.integer import (
 from qconvert.report import Check, VerifiedTensor, VerifyReport
 from qconvert.stages.analyse import F32_MAX
 from qconvert.stages.calibrate import check_activations, read_batches
-from qconvert.stages.gguf_sources import ARCHITECTURE, PRE_TOKENIZER, RAW, as_gguf
+from qconvert.stages.gguf_sources import ARCHITECTURE, PRE_TOKENIZER, RAW, TOKENIZER, as_gguf
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.stored_rows import Rows, StaticParameters, quantized_rows, static_parameters
 
@@ -152,9 +152,10 @@ def _source(path: Path, model: Model) -> Model:
         raw = not isinstance(model, AnyGgufModel) or model.metadata.get(ARCHITECTURE) == RAW
         if raw or isinstance(opened, AnyGgufModel):
             return plain
-        return as_gguf(
-            opened, plain, raw=False, name="", pre_tokenizer=model.metadata.get(PRE_TOKENIZER)
-        ).model
+        # Other kinds of tokenizers have a pre-tokenizer in the file, but none that can be named.
+        named = model.metadata.get(TOKENIZER) == "gpt2"
+        pre_tokenizer = model.metadata.get(PRE_TOKENIZER) if named else None
+        return as_gguf(opened, plain, raw=False, name="", pre_tokenizer=pre_tokenizer).model
     except BaseException:
         opened.close()
         raise
