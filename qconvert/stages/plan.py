@@ -132,7 +132,8 @@ def _rule(glob: str, scheme: TensorScheme) -> TensorTypeRule:
     if isinstance(scheme, AffineScheme):
         raise UsageError(f"scheme {scheme.name} is no type of a GGUF tensor")
     pattern = re.compile(translate(glob))
-    return TensorTypeRule(pattern, parse_ggml_type(scheme.name))
+    option = f"--tensor-scheme '{glob}={scheme.name}'"
+    return TensorTypeRule(pattern, parse_ggml_type(scheme.name), option)
 
 
 def _check_globs(tensors: Sequence[TensorInfo], options: PlanOptions) -> None:
