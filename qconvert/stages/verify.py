@@ -20,7 +20,7 @@ from qconvert.encoding import RawEncoding
 from qconvert.errors import FormatError, UsageError, WeightError
 from qconvert.files import open_model
 from qconvert.files.dequantized import dequantized
-from qconvert.files.gguf import GgufModel
+from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_check import check_payload
 from qconvert.geometry import TILE_VALUES, tiles
@@ -38,7 +38,7 @@ from qconvert.report import Check, VerifiedTensor, VerifyReport
 from qconvert.running.hugging_face import require
 from qconvert.stages.analyse import F32_MAX
 from qconvert.stages.calibrate import check_activations, read_batches
-from qconvert.stages.gguf_sources import ARCHITECTURE, PRE_TOKENIZER, RAW, as_gguf
+from qconvert.stages.gguf_sources import ARCHITECTURE, PRE_TOKENIZER, RAW, TOKENIZER, as_gguf
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.quality import QualityOptions, measure_quality
 from qconvert.stages.stored_rows import Rows, StaticParameters, quantized_rows, static_parameters
@@ -158,12 +158,13 @@ def _source(path: Path, model: Model) -> Model:
     opened = open_model(path)
     try:
         plain = dequantized(opened)
-        raw = not isinstance(model, GgufModel) or model.metadata.get(ARCHITECTURE) == RAW
-        if raw or isinstance(opened, GgufModel):
+        raw = not isinstance(model, AnyGgufModel) or model.metadata.get(ARCHITECTURE) == RAW
+        if raw or isinstance(opened, AnyGgufModel):
             return plain
-        return as_gguf(
-            opened, plain, raw=False, name="", pre_tokenizer=model.metadata.get(PRE_TOKENIZER)
-        ).model
+        # Other kinds of tokenizers have a pre-tokenizer in the file, but none that can be named.
+        named = model.metadata.get(TOKENIZER) == "gpt2"
+        pre_tokenizer = model.metadata.get(PRE_TOKENIZER) if named else None
+        return as_gguf(opened, plain, raw=False, name="", pre_tokenizer=pre_tokenizer).model
     except BaseException:
         opened.close()
         raise
