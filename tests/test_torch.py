@@ -356,7 +356,7 @@ def test_a_gguf_file_with_the_names_of_the_source_is_compared_too(
     short: Path, tmp_path: Path, done: Run, verify: Verify
 ) -> None:
     path = tmp_path / "m.gguf"
-    done("quantize", LLAMA, "--scheme", "q8_0", "-o", path)
+    done("quantize", LLAMA, "--scheme", "q8_0", "--raw", "-o", path)
     options = ("--text", short, "--seqlen", 64, "--nsamples", 3, "--max-kl", "0.001")
     found = verify(path, "--against", LLAMA, *options)
     assert found.code == 0, found

@@ -86,6 +86,13 @@ def open_quantized(
         raise UsageError("activations", found=activations, wanted=", ".join(ACTIVATIONS))
     model = open_model(path)
     try:
+        if model.kind == "gguf" and model.metadata.get("general.architecture") != "raw":
+            raise UnsupportedError(
+                "a GGUF file with llama.cpp's names of tensors cannot be run here",
+                path=path,
+                found=f"architecture {model.metadata.get('general.architecture')}",
+                hint="measure it with llama-perplexity, or make one with --raw",
+            )
         if check and isinstance(model, QblkModel):
             check_payload(model, lambda _: None)
         with _directory(model, directory) as place:
