@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qconvert import kernels
 from qconvert.encoding import AffineEncoding
 from qconvert.quantizers.affine import Parameters, round_scale
+from qconvert.quantizers.weighting import Weighting
 from qconvert.ranges import SEARCH_GRIDS, RangeMethod, SearchGrid
 
 F32 = NDArray[np.float32]
@@ -106,12 +107,17 @@ def _pad(x: F32, counts: I32, value: float) -> F32:
 
 @np.errstate(over="ignore", invalid="ignore")  # near the end of the range; such codes lose
 def fit(
-    x: F32, encoding: AffineEncoding, method: RangeMethod, counts: I32 | None = None
+    x: F32,
+    encoding: AffineEncoding,
+    method: RangeMethod,
+    counts: I32 | None = None,
+    weights: Weighting | None = None,
 ) -> Parameters:
     """Scale and zero point of each group of (G, L).
 
     Args:
         counts: real values of each group, (G,), or None when all L are.
+        weights: of the values, for the ``mse`` method; G is a multiple of their number.
     """
     e = extent(x, counts)
     if method.name == "percentile":
@@ -122,16 +128,17 @@ def fit(
         found = kernels.fused.search(
             *(x, counts, e.low, e.high, e.has_zero, encoding.bits, encoding.symmetric),
             SEARCH_GRIDS[encoding.bits],
+            weights and (weights.weight, weights.reach),
         )
         return _settle(e, encoding, *found)
     step = max(1, BATCH // x.shape[1])
     parts = [
-        _search(
+        _fit_batch(
+            x[i : i + step],
             Extent(e.low[i : i + step], e.high[i : i + step], e.has_zero[i : i + step]),
-            _group_sums(
-                x[i : i + step], encoding, None if counts is None else counts[i : i + step]
-            ),
             encoding,
+            None if counts is None else counts[i : i + step],
+            weights and weights.groups(i, len(x[i : i + step])),
         )
         for i in range(0, len(x), step)
     ]
@@ -140,26 +147,58 @@ def fit(
     )
 
 
+def _fit_batch(
+    x: F32,
+    e: Extent,
+    encoding: AffineEncoding,
+    counts: I32 | None,
+    weights: tuple[F32, F32] | None,
+) -> Parameters:
+    """The search of a few groups; ``weights`` are weight and reach of each value."""
+    if weights is None:
+        return _search(e, None, _group_sums(x, encoding, counts), encoding)
+    weight, reach = weights
+    return _search(e, extent(x * reach), _weighted_group_sums(x, encoding, weight), encoding)
+
+
 @np.errstate(over="ignore", invalid="ignore")
 def fit_stream(
-    pieces: Callable[[], Iterable[F32]], encoding: AffineEncoding, method: RangeMethod
+    pieces: Callable[[], Iterable[F32]],
+    encoding: AffineEncoding,
+    method: RangeMethod,
+    weights: Callable[[], Iterable[Weighting]] | None = None,
 ) -> Parameters:
     """Scale and zero point (1,) of one group that arrives in 1-d pieces.
 
-    ``pieces`` is called for each pass over the values: one for the range, three more for ``mse``.
-    Sums run piece by piece, so the pieces must be cut the same way every time.
+    ``pieces`` is called for each pass over the values: one for the range, three more for ``mse``
+    (four more with weights). Sums run piece by piece, so the pieces must be cut the same way every
+    time.
+
+    Args:
+        weights: those of each piece, (1, n), for ``mse``.
     """
-    parts = [extent(piece[None, :]) for piece in pieces()]
-    e = Extent(
-        np.min([p.low for p in parts], axis=0),
-        np.max([p.high for p in parts], axis=0),
-        np.any([p.has_zero for p in parts], axis=0),
-    )
+    e = _union([extent(piece[None, :]) for piece in pieces()])
     if method.name == "percentile":
         return minmax(_or_whole(_stream_percentile(pieces, method.percentile, e), e), encoding)
     if method.name == "minmax":
         return minmax(e, encoding)
-    return _search(e, _stream_sums(pieces, encoding), encoding)
+    if weights is None:
+        return _search(e, None, _stream_sums(pieces, encoding), encoding)
+
+    def weighted() -> Iterator[WeightedPiece]:
+        for piece, w in zip(pieces(), weights(), strict=True):
+            yield piece, w.weight.ravel(), w.reach.ravel()
+
+    near = _union([extent((piece * reach)[None, :]) for piece, _, reach in weighted()])
+    return _search(e, near, _weighted_stream_sums(weighted, encoding), encoding)
+
+
+def _union(parts: list[Extent]) -> Extent:
+    return Extent(
+        np.min([p.low for p in parts], axis=0),
+        np.max([p.high for p in parts], axis=0),
+        np.any([p.has_zero for p in parts], axis=0),
+    )
 
 
 def _stream_percentile(
@@ -201,11 +240,14 @@ def _ascending_keys() -> NDArray[np.intp]:
 # Per candidate: inverse step and offset in, sums Σu, Σu², Σxu out (float64, (G,)).
 Candidate = tuple[F32, F32]
 Sums = tuple[F64, F64, F64]
+WeightedPiece = tuple[F32, F32, F32]  # values, weights and reach of a run, (n,) each
 
 
 @dataclass(frozen=True, slots=True)
 class _SumSource:
     """Where a search gets its sums from: values at hand, or a stream read once per call.
+
+    With weights every sum has them: Σw, Σwx, Σwu, Σwu², Σwxu.
 
     Attributes:
         count: real values per group, (G,) float64.
@@ -256,6 +298,34 @@ def _group_sums(x: F32, encoding: AffineEncoding, counts: I32 | None) -> _SumSou
     return _SumSource(count, total, sums)
 
 
+def _weighted_group_sums(x: F32, encoding: AffineEncoding, weight: F32) -> _SumSource:
+    """`_group_sums` with weights (G, L), 0 for padding."""
+    groups, length = x.shape
+    low, top = _clamp(encoding)
+    pieces = [
+        tuple(np.ascontiguousarray(a[:, start : start + PIECE].T) for a in (x, weight))
+        for start in range(0, length, PIECE)
+    ]
+
+    def sums(candidates: list[Candidate]) -> Iterator[Sums]:
+        if kernels.fused is not None:
+            yield from _long_sums(x, candidates, low, top, weight)
+            return
+        for inverse, offset in candidates:
+            found = [np.zeros(groups) for _ in range(3)]
+            for columns, w in pieces:
+                parts = kernels.weighted_code_sums(columns, w, inverse, offset, low, top)
+                for total, part in zip(found, parts, strict=True):
+                    total += part
+            yield found[0], found[1], found[2]
+
+    count, total = np.zeros(groups), np.zeros(groups)
+    for columns, w in pieces:
+        count += kernels.column_sums(w)
+        total += kernels.column_sums(w * columns)
+    return _SumSource(count, total, sums)
+
+
 def _stream_sums(pieces: Callable[[], Iterable[F32]], encoding: AffineEncoding) -> _SumSource:
     """Sums over one group that comes in 1-d pieces; each call reads the stream once for all
     candidates.
@@ -285,11 +355,44 @@ def _stream_sums(pieces: Callable[[], Iterable[F32]], encoding: AffineEncoding) 
     return _SumSource(np.array([float(count)]), np.array([total]), sums)
 
 
-def _long_sums(x: F32, candidates: list[Candidate], low: int, top: int) -> Iterator[Sums]:
+def _weighted_stream_sums(
+    pieces: Callable[[], Iterable[WeightedPiece]], encoding: AffineEncoding
+) -> _SumSource:
+    """`_stream_sums` with weights."""
+    low, top = _clamp(encoding)
+    count = total = 0.0
+    for piece, weight, _ in pieces():
+        for (columns, _), (w, _) in zip(_columns(piece), _columns(weight), strict=True):
+            count += _sequential(kernels.column_sums(w))
+            total += _sequential(kernels.column_sums(w * columns))
+
+    def sums(candidates: list[Candidate]) -> Iterator[Sums]:
+        found = np.zeros((len(candidates), 3))
+        for piece, weight, _ in pieces():
+            if kernels.fused is not None:
+                for batch, w in zip(_batches(piece), _batches(weight), strict=True):
+                    parts = _long_sums(batch, candidates, low, top, w)
+                    found += [np.concatenate(s) for s in parts]
+                continue
+            for (columns, _), (w, _) in zip(_columns(piece), _columns(weight), strict=True):
+                for k, (inverse, offset) in enumerate(candidates):
+                    found[k] += [
+                        _sequential(s)
+                        for s in kernels.weighted_code_sums(columns, w, inverse, offset, low, top)
+                    ]
+        for su, suu, sxu in found:
+            yield np.array([su]), np.array([suu]), np.array([sxu])
+
+    return _SumSource(np.array([count]), np.array([total]), sums)
+
+
+def _long_sums(
+    x: F32, candidates: list[Candidate], low: int, top: int, weight: F32 | None = None
+) -> Iterator[Sums]:
     """The sums of rows of any length for each candidate, by native code in one pass."""
     assert kernels.fused is not None
     inverse, offset = (np.stack(part) for part in zip(*candidates, strict=True))
-    for found in kernels.fused.long_sums(x, inverse, offset, low, top):
+    for found in kernels.fused.long_sums(x, inverse, offset, low, top, weight):
         yield found[:, 0], found[:, 1], found[:, 2]
 
 
@@ -376,10 +479,18 @@ class _Best:
         return (1 / safe).astype(np.float32), real.astype(np.float32)
 
 
-def _search(e: Extent, source: _SumSource, encoding: AffineEncoding) -> Parameters:
-    """The mse method of section 5."""
+def _search(
+    e: Extent, near: Extent | None, source: _SumSource, encoding: AffineEncoding
+) -> Parameters:
+    """The mse method of section 5; ``near`` is the range of the values that matter, with
+    weights.
+    """
     best = _Best(e, source, encoding)
-    for sums in source.sums(_candidates(e, encoding)):
+    grid = SEARCH_GRIDS[encoding.bits]
+    candidates = _candidates(e if near is None else _or_all(near, e), encoding, grid)
+    if near is not None:
+        candidates += _candidates(e, encoding, grid.first)[:1]
+    for sums in source.sums(candidates):
         best.offer(sums)
     for sums in source.sums([best.again()]):
         best.offer(sums)
@@ -395,8 +506,15 @@ def _settle(e: Extent, encoding: AffineEncoding, scale: F64, zero: I32, found: B
     return Parameters(np.where(found, stored, plain.scale), zero)
 
 
-def _candidates(e: Extent, encoding: AffineEncoding) -> list[Candidate]:
-    grid = SEARCH_GRIDS[encoding.bits]
+def _or_all(near: Extent, e: Extent) -> Extent:
+    """``near``, or all of the range where what matters is too small to be searched."""
+    usable = _searchable(near)
+    return Extent(
+        np.where(usable, near.low, e.low), np.where(usable, near.high, e.high), e.has_zero
+    )
+
+
+def _candidates(e: Extent, encoding: AffineEncoding, grid: SearchGrid) -> list[Candidate]:
     # Groups that are all zeros or tiny take their minmax range; any finite candidate will do.
     usable = _searchable(e)
     if encoding.symmetric:
