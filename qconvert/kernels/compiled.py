@@ -182,11 +182,12 @@ def code_sums(
 def long_sums(
     x: F32, inverse: F32, offset: F32, low: int, top: int, weights: F32 | None = None
 ) -> F64:
-    """Σu, Σu² and Σxu, or with weights Σwu, Σwu² and Σwxu, of rows of any length for several candidates, in one pass over the rows.
+    """Σu, Σu² and Σxu, or with weights Σwu, Σwu² and Σwxu, of rows of any length for several
+    candidates, in one pass over the rows.
 
-    Equal to `reference.code_sums` (`reference.weighted_code_sums`) of pieces of 256 values, the last one shorter, added in float64
-    in order: what `fitting._group_sums` yields for rows (R, c) and, for one row of at most 65,536
-    values, what `fitting._stream_sums` adds for a batch.
+    Equal to `reference.code_sums` (`reference.weighted_code_sums`) of pieces of 256 values, the
+    last one shorter, added in float64 in order: what `fitting._group_sums` yields for rows (R, c)
+    and, for one row of at most 65,536 values, what `fitting._stream_sums` adds for a batch.
 
     Args:
         x: rows, (R, c).
@@ -198,9 +199,17 @@ def long_sums(
     """
     rows, length = x.shape
     sums = np.empty((len(inverse), rows, 3))
-    w = None if weights is None else _f32(weights)
     _native.long_sums(
-        _f32(x), w, rows, length, len(inverse), _f32(inverse), _f32(offset), low, top, sums
+        _f32(x),
+        _f32_or_none(weights),
+        rows,
+        length,
+        len(inverse),
+        _f32(inverse),
+        _f32(offset),
+        low,
+        top,
+        sums,
     )
     return sums
 
@@ -230,6 +239,7 @@ def search(
         never for magnitudes below 2^-100 or above 2^110, where scale and zero are 0.
     """
     groups, length = x.shape
+    weight, reach = weights or (None, None)
     factors = np.array(grid.symmetric if symmetric else grid.asymmetric, np.float32)
     shifts = np.array(() if symmetric else grid.shifts, np.float32)
     scale, zero = np.empty(groups), np.empty(groups, np.int32)
@@ -238,22 +248,29 @@ def search(
     zeros = np.ascontiguousarray(has_zero, np.bool_)
     _native.search(
         *(_f32(x), groups, length, count, _f32(low), _f32(high), zeros),
-        *_in_turn(groups, *(weights or (None, None))),
-        *(bits, symmetric, factors, len(factors), shifts, len(shifts), scale, zero, found),
+        None if weight is None else _f32(weight),
+        None if reach is None else _f32(reach),
+        *(_period(groups, weight, reach), bits, symmetric, factors, len(factors)),
+        *(shifts, len(shifts), scale, zero, found),
     )
     return scale, zero, found
 
 
-def _in_turn(users: int, *rows: F32 | None) -> tuple[F32 | int | None, ...]:
-    """Arrays (P, L) of rows that ``users`` take in turn, and P.
+def _period(users: int, *rows: F32 | None) -> int:
+    """How many rows (P, L) of each array, all those that there are, ``users`` take in turn.
 
     Raises:
         ValueError: P does not divide the number of users.
     """
     periods = {len(r) for r in rows if r is not None} or {1}
-    if len(periods) > 1 or users % max(period := periods.pop(), 1):
+    period = max(periods)
+    if len(periods) > 1 or period == 0 or users % period:
         raise ValueError("weights that do not fit the groups")
-    return *(None if r is None else _f32(r) for r in rows), period
+    return period
+
+
+def _f32_or_none(x: F32 | None) -> F32 | None:
+    return None if x is None else _f32(x)
 
 
 # --- codes ----------------------------------------------------------------------------------------
@@ -301,7 +318,7 @@ def encode_rows(
     packed = np.empty(rows * (-(-columns // unit) * unit * bits // 8), np.uint8)
     error = _native.encode_rows(
         *(_f32(x), rows, columns, _f32(scale), _i32(zero), len(scale)),
-        *(bits, symmetric, block, *_in_turn(rows, mean_square), packed),
+        *(bits, symmetric, block, _f32_or_none(mean_square), _period(rows, mean_square), packed),
     )
     return packed.tobytes(), *error
 
@@ -342,6 +359,7 @@ def quantize_blocks(
         weights: weight, reach and mean square of the values of groups, (Q, L) each; Q divides G.
     """
     groups, length = x.shape
+    weight, reach, mean_square = weights or (None, None, None)
     factors = np.array(
         () if grid is None else grid.symmetric if symmetric else grid.asymmetric, np.float32
     )
@@ -357,7 +375,8 @@ def quantize_blocks(
         shifts,
         len(shifts),
         *bounds,
-        *_in_turn(groups, *(weights or (None, None, None))),
+        *(_f32_or_none(weight), _f32_or_none(reach), _f32_or_none(mean_square)),
+        _period(groups, weight, reach, mean_square),
         codes,
         scales,
         zeros,

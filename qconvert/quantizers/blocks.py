@@ -56,8 +56,7 @@ def quantize_rows(
             x.reshape(-1, encoding.block),
             *(encoding.bits, encoding.symmetric, encoding.scale_dtype, grid),
             (float(low), float(high)),
-            weights
-            and (weights.weight, weights.reach, weights.mean_square.reshape(-1, encoding.block)),
+            None if weights is None else _of_blocks(weights, encoding.block),
         )
         error = ErrorSums(x.size, *found.errors)
         rows = EncodedRows(found.codes, found.scales, found.zeros, error)
@@ -73,3 +72,7 @@ def quantize_rows(
         observe_groups(x, encoding, method.name == "mse"),
         int(np.count_nonzero((x < low) | (x > high))),
     )
+
+
+def _of_blocks(weights: Weighting, block: int) -> tuple[F32, F32, F32]:
+    return weights.weight, weights.reach, weights.mean_square.reshape(-1, block)

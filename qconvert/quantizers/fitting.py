@@ -128,7 +128,7 @@ def fit(
         found = kernels.fused.search(
             *(x, counts, e.low, e.high, e.has_zero, encoding.bits, encoding.symmetric),
             SEARCH_GRIDS[encoding.bits],
-            weights and (weights.weight, weights.reach),
+            None if weights is None else (weights.weight, weights.reach),
         )
         return _settle(e, encoding, *found)
     step = max(1, BATCH // x.shape[1])
@@ -138,7 +138,7 @@ def fit(
             Extent(e.low[i : i + step], e.high[i : i + step], e.has_zero[i : i + step]),
             encoding,
             None if counts is None else counts[i : i + step],
-            weights and weights.groups(i, len(x[i : i + step])),
+            None if weights is None else weights.groups(i, len(x[i : i + step])),
         )
         for i in range(0, len(x), step)
     ]

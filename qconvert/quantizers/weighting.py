@@ -41,6 +41,10 @@ class Weighting:
         part = np.s_[:, start : start + count]
         return Weighting(self.mean_square[part], self.weight[part], self.reach[part])
 
+    def repeated(self, rows: int) -> Weighting:
+        """Of ``rows`` rows in one: for a scale that they share."""
+        return Weighting(*(np.tile(a, rows) for a in (self.mean_square, self.weight, self.reach)))
+
     def groups(self, first: int, count: int) -> tuple[F32, F32]:
         """``weight`` and ``reach`` of groups one by one, (count, L) each."""
         rows = np.arange(first, first + count) % len(self.weight)
