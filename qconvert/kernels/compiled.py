@@ -186,8 +186,9 @@ def long_sums(
     candidates, in one pass over the rows.
 
     Equal to `reference.code_sums` (`reference.weighted_code_sums`) of pieces of 256 values, the
-    last one shorter, added in float64 in order: what `fitting._group_sums` yields for rows (R, c)
-    and, for one row of at most 65,536 values, what `fitting._stream_sums` adds for a batch.
+    last one shorter, added in float64 in order: what `search_sums.group_sums` yields for rows
+    (R, c) and, for one row of at most 65,536 values, what `search_sums.stream_sums` adds for a
+    batch.
 
     Args:
         x: rows, (R, c).
