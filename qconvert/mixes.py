@@ -88,13 +88,18 @@ ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 @dataclass(frozen=True, slots=True)
 class TensorTypeRule:
-    """``--tensor-type REGEX=TYPE``: tensors in whose name the expression is found get the type."""
+    """``--tensor-type REGEX=TYPE``: tensors in whose name the expression is found get the type.
+
+    Attributes:
+        option: as the user put it, where that was another option.
+    """
 
     pattern: re.Pattern[str]
     ggml_type: str
+    option: str | None = None
 
     def __str__(self) -> str:
-        return f"--tensor-type '{self.pattern.pattern}={self.ggml_type.lower()}'"
+        return self.option or f"--tensor-type '{self.pattern.pattern}={self.ggml_type.lower()}'"
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ def _minmax_factor(bits: int) -> float:
 
 
 # Fewer levels pay for more clipping, so the range of factors widens as the bits fall. Lists of
-# twice this length gain less than 0.1 dB on the weights of all-MiniLM-L6-v2 (tests/test_search.py
+# twice this length gain less than 0.1 dB on the weights of all-MiniLM-L6-v2 (tests/test_fitting.py
 # holds the search to a brute-force optimum).
 # The first factor is that of the minmax range, so that weights which already lie on such a grid are
 # restored.
@@ -67,11 +67,11 @@ SEARCH_GRIDS: dict[int, SearchGrid] = {
         (_minmax_factor(bits), *_factors(*sym)), (1.0, *_factors(*asym)), (-0.25, 0.0, 0.25)
     )
     for bits, sym, asym in (
-        (2, (1.0, 0.40, 8), (1.10, 0.40, 7)),
-        (3, (1.0, 0.50, 8), (1.08, 0.50, 7)),
-        (4, (1.02, 0.60, 8), (1.05, 0.62, 7)),
-        (5, (1.02, 0.70, 8), (1.04, 0.72, 7)),
-        (6, (1.02, 0.80, 8), (1.03, 0.85, 7)),
+        (2, (1.0, 0.40, 8), (1.10, 0.40, 5)),
+        (3, (1.0, 0.50, 8), (1.08, 0.50, 5)),
+        (4, (1.02, 0.60, 8), (1.05, 0.62, 5)),
+        (5, (1.02, 0.70, 8), (1.04, 0.72, 5)),
+        (6, (1.02, 0.80, 8), (1.03, 0.85, 5)),
         (8, (1.01, 0.93, 8), (1.01, 0.95, 7)),
     )
 }

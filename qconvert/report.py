@@ -181,7 +181,9 @@ class InspectReport(Report):
 
 @dataclass
 class CalibratedLayer:
-    """Static range and channel figures of one layer's input."""
+    """Static range and channel figures of one layer's input, and the range of its output where that
+    was observed.
+    """
 
     name: str
     samples: int
@@ -191,16 +193,32 @@ class CalibratedLayer:
     scale: float
     zero_point: int
     channel_absmax_ratio: float
+    output: dict[str, float] | None = None
 
 
 @dataclass
 class CalibrateReport(Report):
+    """Result of ``calibrate``.
+
+    Attributes:
+        chunks, tokens: of the text that was run; None for recorded activations.
+        resumed_at: pieces of text that an interrupted run had done; None without ``--resume``.
+        unreached: layers that no token came through.
+        imatrix, record: other files that were written.
+    """
+
     SCHEMA: ClassVar[str] = "qconvert.calibrate/1"
 
     inputs: list[str]
     output: str
     observer: str
     layers: list[CalibratedLayer]
+    chunks: int | None = None
+    tokens: int | None = None
+    resumed_at: int | None = None
+    unreached: list[str] = field(default_factory=list)
+    imatrix: str | None = None
+    record: str | None = None
 
 
 @dataclass
@@ -249,6 +267,75 @@ class VerifiedTensor:
 
 
 @dataclass
+class Execution:
+    """How the layers of a quantized model ran.
+
+    Attributes:
+        activations: as asked for: ``none``, ``dynamic``, ``static`` or ``auto``.
+        static_layers, dynamic_layers: linear layers that ran in integers.
+        float_layers: layers with codes that ran in float: embeddings, and linear layers under
+            ``none``.
+        dequantized_tensors: tensors that no layer of ours takes as codes.
+    """
+
+    activations: str
+    static_layers: int
+    dynamic_layers: int
+    float_layers: int
+    dequantized_tensors: int
+
+
+@dataclass
+class TokenQuality:
+    """A causal language model against its source on a text; errors are standard errors.
+
+    Attributes:
+        scoring: ``all`` tokens of a window or its ``second-half``.
+        tokens: scored.
+        perplexity_increase: of the quantized model over the source's, as a share; its error is
+            that of paired differences.
+        kl_mean, kl_p99, kl_max: KL(source || quantized) of the next token's distribution, in nats,
+            over the scored positions.
+        same_top: share of positions where both find the same token the likeliest.
+    """
+
+    text: str
+    windows: int
+    seqlen: int
+    scoring: str
+    tokens: int
+    execution: Execution
+    source_perplexity: float
+    source_perplexity_error: float
+    perplexity: float
+    perplexity_error: float
+    perplexity_increase: float
+    perplexity_increase_error: float
+    kl_mean: float
+    kl_mean_error: float
+    kl_p99: float
+    kl_max: float
+    same_top: float
+
+
+@dataclass
+class EmbeddingQuality:
+    """An encoder against its source: cosine of both embeddings of each sentence of a text.
+
+    Attributes:
+        cosine_p1: the first percentile.
+    """
+
+    text: str
+    sentences: int
+    tokens: int
+    execution: Execution
+    cosine_mean: float
+    cosine_p1: float
+    cosine_min: float
+
+
+@dataclass
 class VerifyReport(Report):
     SCHEMA: ClassVar[str] = "qconvert.verify/1"
 
@@ -257,6 +344,8 @@ class VerifyReport(Report):
     checks: list[Check]
     tensors: list[VerifiedTensor]
     sqnr_db: float | None
+    token_quality: TokenQuality | None = None
+    embedding_quality: EmbeddingQuality | None = None
 
 
 @dataclass

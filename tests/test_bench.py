@@ -292,3 +292,9 @@ def test_text_names_the_skipped_even_of_an_empty_section() -> None:
     report = BenchReport("k", "m", 1, 1, [], [SkippedLine("section", "peer", "not here")])
     assert "section" in bench_text(report)
     assert "skipped    peer: not here" in bench_text(report)
+
+
+def test_a_type_that_gguf_py_cannot_quantize_is_named_as_skipped() -> None:
+    options = BenchOptions((SCHEMES["q6_k"],), shapes=((8, 256),), rows=1, runs=1)
+    skipped = {s.name: s.reason for s in bench(options).skipped}
+    assert skipped["gguf-py q6_k"] == "it does not quantize to Q6_K"

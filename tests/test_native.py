@@ -7,6 +7,7 @@ payloads out of arithmetic, and speed: ``python tests/test_native.py`` prints th
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -30,6 +31,9 @@ from qconvert.quantizers.blocks import quantize_rows
 from qconvert.quantizers.ggml import GGML_BLOCKS, GgmlBlock
 from qconvert.quantizers.weighting import weighting
 from qconvert.ranges import SEARCH_GRIDS, RangeMethod
+
+if os.environ.get("QCONVERT_KERNELS") == "reference":
+    pytest.skip("compares native kernels whatever runs: once is enough", allow_module_level=True)
 
 compiled = pytest.importorskip(
     "qconvert.kernels.compiled",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import oracle
@@ -10,17 +13,18 @@ import pytest
 from numpy.typing import NDArray
 
 from qconvert.errors import UsageError
+from qconvert.observers.exact import ExactSum
 from qconvert.observers.ranges import (
     OBSERVERS,
     ChannelStatistics,
     Observer,
-    make_observer,
+    ObserverSettings,
     static_range,
 )
 
 F32 = NDArray[np.float32]
 NAMES = pytest.mark.parametrize("name", oracle.DISTRIBUTIONS)
-MERGING = pytest.mark.parametrize("kind", ["minmax", "percentile", "mse"])
+MERGING = pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy"])
 
 
 def batches(name: str) -> list[F32]:
@@ -30,7 +34,7 @@ def batches(name: str) -> list[F32]:
 
 
 def run(kind: str, data: list[F32], percentile: float = 99.0) -> Observer:
-    observer = make_observer(kind, percentile)
+    observer = ObserverSettings(kind, percentile).make()
     for batch in data:
         observer.update(batch)
     return observer
@@ -58,6 +62,19 @@ def test_moving_average_follows_the_recurrence(name: str) -> None:
         low = 0.9 * low + 0.1 * float(batch.min())
         high = 0.9 * high + 0.1 * float(batch.max())
     assert run("ema", data).range() == pytest.approx((low, high), rel=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99])
+def test_moving_average_takes_a_momentum(momentum: float) -> None:
+    data = batches("gaussian")
+    observer = ObserverSettings("ema", momentum=momentum).make()
+    low, high = float(data[0].min()), float(data[0].max())
+    for k, batch in enumerate(data):
+        observer.update(batch)
+        if k:
+            low = momentum * low + (1 - momentum) * float(batch.min())
+            high = momentum * high + (1 - momentum) * float(batch.max())
+    assert observer.range() == pytest.approx((low, high), rel=1e-12)
 
 
 @NAMES
@@ -110,6 +127,65 @@ def test_mse_gives_up_a_lone_outlier() -> None:
     assert snr(seen, low, high) > snr(seen, float(x.min()), 30.0) + 3
 
 
+def lost_information(x: F32, low: float, high: float) -> float:
+    """KL(P || Q) in nats of 8-bit codes over a range, from the values themselves: P the values
+    clipped to the range in 2,048 equal bins of all of them, Q those inside, evened out over the
+    used bins of each code.
+    """
+    ends = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    wide = x.astype(np.float64)
+    counts, edges = np.histogram(wide, 2048, ends)
+    middle = (edges[:-1] + edges[1:]) / 2
+    r = static_range(low, high)
+    inside = [k for k in range(2048) if low <= middle[k] <= high]
+    p = dict.fromkeys(inside, 0.0)
+    codes: dict[int, list[int]] = {}
+    for k in range(2048):
+        p[min(max(k, inside[0]), inside[-1])] += counts[k]
+        if k in p and counts[k]:
+            code = int(np.clip(np.rint(middle[k] / r.scale + r.zero_point), -128, 127))
+            codes.setdefault(code, []).append(k)
+    q = {k: sum(counts[i] for i in ks) / len(ks) for ks in codes.values() for k in ks}
+    total_p, total_q = sum(p.values()), sum(q.values())
+    if not total_q:
+        return math.inf
+    floor = 1e-6 / len(inside)
+    return float(
+        sum(
+            v / total_p * np.log(v / total_p / ((1 - 1e-6) * q.get(k, 0) / total_q + floor))
+            for k, v in p.items()
+            if v
+        )
+    )
+
+
+@NAMES
+def test_entropy_range_loses_nearly_the_least_information_of_all_candidates(name: str) -> None:
+    """The oracle counts value by value where the observer spreads bins: a tenth apart."""
+    x = np.concatenate([oracle.draw(name, k, 2000, 32) for k in range(3)])
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    if low == high:
+        assert run("entropy", [x]).range() == (low, high)
+        return
+    shrinks = [1 - k / 10 for k in range(8)]
+    ends = itertools.product(
+        [low * a for a in shrinks] if low else [0.0],
+        [high * b for b in shrinks] if high else [0.0],
+    )
+    losses = {e: lost_information(x, *e) for e in ends}
+    found = run("entropy", [x]).range()
+    assert low <= found[0] <= 0 <= found[1] <= high
+    assert lost_information(x, *found) <= min(losses.values()) * 1.1
+    assert max(losses.values()) > min(losses.values()) * 2  # or the claim above is empty
+
+
+def test_entropy_gives_up_a_lone_outlier() -> None:
+    x = np.random.default_rng(1).standard_normal((4000, 32)).astype(np.float32)
+    low, high = run("entropy", [x] * 10 + [np.array([[60.0]], np.float32)]).range()
+    assert high < 30
+    assert low <= x.min() * 0.6
+
+
 # --- merging --------------------------------------------------------------------------------------
 
 
@@ -142,9 +218,58 @@ def test_observers_of_different_kinds_do_not_merge(kind: str, other: str) -> Non
         run(kind, data).merge(run(other, data))
 
 
-def test_unknown_observers_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="minmax, ema, percentile, mse"):
-        make_observer("median", 99.0)
+def test_unknown_observers_and_parameters_out_of_range_are_refused() -> None:
+    with pytest.raises(UsageError, match="minmax, ema, percentile, mse, entropy"):
+        ObserverSettings("median").make()
+    for percent in (50.0, 100.1, float("nan")):
+        with pytest.raises(UsageError, match="--percentile"):
+            ObserverSettings("percentile", percentile=percent).make()
+    for momentum in (-0.1, 1.0, float("nan")):
+        with pytest.raises(UsageError, match="--momentum"):
+            ObserverSettings("ema", momentum=momentum).make()
+
+
+# --- state ----------------------------------------------------------------------------------------
+
+
+@NAMES
+@pytest.mark.parametrize("kind", list(OBSERVERS))
+def test_an_observer_goes_on_from_its_state_bit_for_bit(kind: str, name: str) -> None:
+    data = batches(name)
+    resumed = ObserverSettings(kind, 99.0).make()
+    resumed.restore(run(kind, data[:2]).state())
+    for batch in data[2:]:
+        resumed.update(batch)
+    single = run(kind, data)
+    assert resumed.range() == single.range()
+    assert resumed.state().keys() == single.state().keys()
+    for key, array in single.state().items():
+        assert resumed.state()[key].tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"extremes": np.array([1.0, -1.0])},
+        {"extremes": np.array([np.nan, 1.0])},
+        {"extremes": np.zeros(3)},
+        {"keys": np.array([3, 2], np.uint16)},
+        {"keys": np.array([3, 0x7F80], np.uint16)},
+        {"keys": np.array([3], np.uint16)},
+        {"counts": np.array([1, 0])},
+        {"counts": np.array([1, -5])},
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_refused(change: dict[str, NDArray[Any]]) -> None:
+    state = {
+        "extremes": np.array([0.0, 1.0]),
+        "keys": np.array([2, 3], np.uint16),
+        "counts": np.array([1, 5]),
+    }
+    ObserverSettings("mse").make().restore(state)
+    with pytest.raises((ValueError, KeyError)):
+        ObserverSettings("mse").make().restore(state | change)
 
 
 # --- static parameters ----------------------------------------------------------------------------
@@ -204,3 +329,55 @@ def test_channel_statistics_equal_numpy(name: str) -> None:
 
 def test_channel_statistics_without_samples_have_no_nan() -> None:
     assert ChannelStatistics(3).mean_square.tolist() == [0.0, 0.0, 0.0]
+
+
+def extreme_values() -> F32:
+    """Squares from 2^-298 to almost 2^256 in one column, zeros and equal values in others."""
+    rng = np.random.default_rng(7)
+    x = np.ldexp(rng.uniform(-2, 2, (300, 9)), rng.integers(-149, 127, (300, 9)))
+    x[:, 1] = 0
+    x[:, 2] = 3.25
+    x[0, 0], x[1, 0] = np.finfo(np.float32).max, 1e-45
+    x[:, 3] = np.where(np.arange(300) == 17, 1e-30, 0)
+    return x.astype(np.float32)
+
+
+def exact_sums(x: F32) -> list[Fraction]:
+    return [sum((Fraction(v) ** 2 for v in column), Fraction()) for column in x.T.tolist()]
+
+
+def test_sums_of_squares_are_exact() -> None:
+    x = extreme_values()
+    s = ExactSum(x.shape[1])
+    s.add_squares(x)
+    s.carry()
+    digits = [
+        [Fraction(int(v)) * Fraction(2) ** (32 * k - 320) for v in limb]
+        for k, limb in enumerate(s.limbs)
+    ]
+    assert [sum(column) for column in zip(*digits, strict=True)] == exact_sums(x)
+    assert s.values().tolist() == pytest.approx([float(f) for f in exact_sums(x)], rel=1e-15)
+
+
+@pytest.mark.parametrize("cuts", [[1], [1, 2, 3, 50, 299], list(range(1, 300)), [64, 128]], ids=len)
+def test_sums_of_squares_are_the_same_bits_for_any_split_and_order(cuts: list[int]) -> None:
+    x = extreme_values()
+    single = ExactSum(x.shape[1])
+    single.add_squares(x)
+    wanted, first = single.packed()
+    parts = []
+    for rows in reversed(np.split(x, cuts)):
+        parts.append(ExactSum(x.shape[1]))
+        parts[-1].add_squares(rows)
+    whole = parts[0]
+    for part in parts[1:]:
+        packed, at = part.packed()
+        whole.merge(ExactSum.unpacked(packed, at))
+    found, found_first = whole.packed()
+    assert (found.tobytes(), found_first) == (wanted.tobytes(), first)
+
+
+def test_sums_that_need_more_limbs_than_there_are_are_refused() -> None:
+    for first in (-1, 19, 1 << 40):
+        with pytest.raises(ValueError, match="limbs"):
+            ExactSum.unpacked(np.zeros((2, 3), np.uint32), first)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
 from qconvert.errors import UsageError
 from qconvert.geometry import TILE_VALUES, row_length, tiles
+from qconvert.mixes import MixOptions, ModelFacts, parse_mix, parse_tensor_type
 from qconvert.model import DTYPES, TensorInfo
 from qconvert.schemes import AffineScheme, CastScheme, parse_scheme
-from qconvert.stages.plan import TOKEN_TABLES, PlanOptions, encoding_of, make_plan
+from qconvert.stages.plan import (
+    TOKEN_TABLES,
+    PlannedTensor,
+    PlanOptions,
+    encoding_of,
+    make_plan,
+    plan_mix,
+)
 
 
 def tensor(name: str, *shape: int, dtype: str = "F32") -> TensorInfo:
@@ -207,6 +216,81 @@ def test_an_undecided_encoding_is_the_larger_one() -> None:
         encoding = encoding_of(scheme, MATRIX)
         assert (encoding.symmetric, encoding.scale_dtype) == (False, dtype)
         assert encoding_of(scheme.resolved(True), MATRIX).symmetric
+
+
+# --- mixes: the rules themselves are held to llama-quantize in test_mixes.py ----------------------
+
+
+MODEL = [
+    tensor("token_embd.weight", 64, 256, dtype="BF16"),
+    tensor("output.weight", 64, 256, dtype="BF16"),
+    tensor("blk.0.attn_norm.weight", 256, dtype="BF16"),
+    tensor("blk.0.attn_q.weight", 256, 256, dtype="BF16"),
+    tensor("blk.0.attn_k.weight", 256, 256, dtype="F16"),
+    tensor("blk.0.ffn_down.weight", 256, 96, dtype="BF16"),
+    TensorInfo("blk.0.ffn_up.weight", (256, 256), "Q4_K", 36_864),
+]
+FACTS = ModelFacts("llama", n_layer=1, n_head=4, n_head_kv=4)
+
+
+def mixed(
+    name: str,
+    *,
+    keep: tuple[str, ...] = (),
+    tensor_schemes: tuple[tuple[str, str], ...] = (),
+    **more: Any,
+) -> tuple[dict[str, PlannedTensor], int]:
+    asked = tuple((glob, parse_scheme(s)) for glob, s in tensor_schemes)
+    options = PlanOptions(parse_scheme(name), keep, asked)
+    plan, fell_back = plan_mix(MODEL, options, MixOptions(parse_mix(name), **more), FACTS)
+    assert [p.tensor for p in plan] == MODEL
+    assert all(p.reason for p in plan)
+    return {p.tensor.name: p for p in plan}, fell_back
+
+
+def schemes(plan: dict[str, PlannedTensor]) -> list[str | None]:
+    return [p.scheme and p.scheme.name for p in plan.values()]
+
+
+def test_a_mix_gives_each_tensor_a_scheme_or_keeps_it() -> None:
+    plan, fell_back = mixed("q4_k_m")
+    assert schemes(plan) == ["q4_k", "q6_k", "f32", "q4_k", "q4_k", "q8_0", None]
+    assert fell_back == 1
+    assert plan["blk.0.ffn_up.weight"].reason == "is Q4_K already"
+    assert "96" in plan["blk.0.ffn_down.weight"].reason
+
+
+def test_a_cast_keeps_what_has_its_dtype_and_norms_in_f32() -> None:
+    plan, _ = mixed("bf16")
+    assert schemes(plan) == [None, None, "f32", None, "bf16", None, "bf16"]
+
+
+def test_keep_goes_before_globs_and_these_before_expressions() -> None:
+    plan, _ = mixed(
+        "q4_k_m",
+        keep=("*attn_q*",),
+        tensor_schemes=(("*attn_[qk]*", "q8_0"), ("output.weight", "f16")),
+        tensor_types=(parse_tensor_type("attn_k|token=q5_0"),),
+        output_type="Q4_0",
+    )
+    assert schemes(plan) == ["q5_0", "f16", "f32", None, "q8_0", "q8_0", None]
+    assert plan["blk.0.attn_q.weight"].reason == "--keep '*attn_q*'"
+    assert plan["output.weight"].reason == "--tensor-scheme 'output.weight=f16'"
+
+
+@pytest.mark.parametrize(
+    ("asked", "word"),
+    [
+        ({"keep": ("nope*",)}, "nope"),
+        ({"tensor_schemes": (("nope*", "q8_0"),)}, "nope"),
+        ({"tensor_schemes": (("*attn_norm*", "q8_0"),)}, "attn_norm"),
+        ({"tensor_schemes": (("*attn_q*", "q4_block32"),)}, "q4_block32"),
+        ({"tensor_types": (parse_tensor_type("nope=q8_0"),)}, "nope"),
+    ],
+)
+def test_what_decides_nothing_in_a_mix_is_refused(asked: dict[str, Any], word: str) -> None:
+    with pytest.raises(UsageError, match=word):
+        mixed("q4_k_m", **asked)
 
 
 # --- rows -----------------------------------------------------------------------------------------

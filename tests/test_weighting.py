@@ -15,7 +15,7 @@ from qconvert import kernels
 from qconvert.encoding import BITS, AffineEncoding
 from qconvert.errors import FormatError, UsageError
 from qconvert.files import open_model
-from qconvert.files.calibration import LayerCalibration, calibration_bytes
+from qconvert.files.calibration import CalibrationDocument, LayerCalibration, calibration_bytes
 from qconvert.files.qblk import QblkModel
 from qconvert.kernels import reference
 from qconvert.quantizers.affine import Parameters, encode_rows
@@ -208,12 +208,10 @@ def test_weighted_errors_are_those_of_fractions() -> None:
 
 def calibrated(directory: Path, squares: dict[str, F32]) -> Path:
     layers = {n: LayerCalibration(9, len(s), -1.0, 1.0, 0.01, 0) for n, s in squares.items()}
-    channels = {
-        n: {"minimum": -np.sqrt(s), "maximum": np.sqrt(s), "mean_square": s}
-        for n, s in squares.items()
-    }
+    arrays = {f"{n}/mean_square": s for n, s in squares.items()}
+    arrays |= {f"{n}/{k}": np.sqrt(s) for n, s in squares.items() for k in ("minimum", "maximum")}
     path = directory / "c.safetensors"
-    path.write_bytes(calibration_bytes("minmax", [], layers, channels))
+    path.write_bytes(calibration_bytes(CalibrationDocument("minmax", {}, [], layers), arrays))
     return path
 
 

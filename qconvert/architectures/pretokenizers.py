@@ -7,6 +7,7 @@ for a wrong name gives other tokens without a word.
 
 from __future__ import annotations
 
+import difflib
 import reprlib
 from typing import Any
 
@@ -43,6 +44,30 @@ NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     ((O200K,), False): "gpt-4o",
     ((TEKKEN,), True): "tekken",
 }
+
+# Every name that llama.cpp at 0c1e57098 loads (src/llama-vocab.cpp); it refuses any other.
+_LOADED = """
+    a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe
+    command-r dbrx deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone
+    exaone-moe exaone4 f2llmv2 falcon falcon-h1 falcon3 gemma4 gigachat glm4 glm5 gpt-2 gpt-4o
+    gpt3-finnish granite-docling granite-embed-multi-311m granite-embed-multi-97m grok-2 hunyuan
+    hunyuan-dense hy_v4 jais jais-2 jina-de jina-es jina-v1-en jina-v2-code jina-v2-de
+    jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo laguna lfm2 llada-moe llama-bpe
+    llama-v3 llama3 llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2
+    modern-bert mpt olmo phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe
+    seed-coder smaug-bpe smollm solar-open spark2_5 stablelm2 starcoder superbpe talkie tekken
+    tiny_aya trillion ufakzeka viking whitespace youtu
+"""
+LOADED = frozenset(_LOADED.split())
+
+
+def named_warning(name: str) -> str | None:
+    """What to say about a name that the user gives; None about one that llama.cpp loads."""
+    if name in LOADED:
+        return None
+    near = difflib.get_close_matches(name, sorted(LOADED), n=1)
+    meant = f"; did you mean '{near[0]}'?" if near else ""
+    return f"no llama.cpp that we know loads a pre-tokenizer '{name}'{meant}"
 
 
 def pre_tokenizer_name(tokenizer: TokenizerJson) -> str:

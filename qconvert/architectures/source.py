@@ -88,7 +88,7 @@ def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufS
     metadata: dict[str, MetadataValue] = {
         "general.architecture": family.arch,
         "general.type": "model",
-        "general.name": directory.resolve().name,
+        "general.name": _name(directory),
         "general.size_label": _size_label(mapped, sizes.named.get("experts", 0)),
     }
     metadata |= card_keys(files.read("README.md"), directory / "README.md")
@@ -105,6 +105,12 @@ def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufS
         tuple(dropped),
         (*_window_warnings(config, family, sizes), *warnings),
     )
+
+
+def _name(path: Path) -> str:
+    """Of the model: its directory's, or that of a file with companions, without suffix."""
+    path = path.resolve()
+    return path.name if path.is_dir() else path.stem
 
 
 class _Files:

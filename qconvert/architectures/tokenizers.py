@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qconvert.architectures.pretokenizers import pre_tokenizer_name
+from qconvert.architectures.pretokenizers import named_warning, pre_tokenizer_name
 from qconvert.architectures.tokenizer_json import TokenizerJson
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
@@ -76,6 +76,8 @@ def read_vocabulary(
     keys: Keys = {"tokenizer.ggml.model": kind, "tokenizer.ggml.pre": "default"}
     if kind == "gpt2":
         keys["tokenizer.ggml.pre"] = pre_tokenizer or pre_tokenizer_name(tokenizer)
+        if pre_tokenizer and (warning := named_warning(pre_tokenizer)):
+            tokenizer.warnings.append(warning)
     keys |= read(tokenizer, size)
     tokenizer.warnings += (
         f"llama.cpp does not apply the tokenizer's normalizer '{step}': "

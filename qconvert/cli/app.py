@@ -13,6 +13,7 @@ from qconvert.mixes import parse_ggml_type, parse_tensor_type
 from qconvert.schemes import SCHEME_GRAMMAR, MixScheme, parse_scheme
 
 if TYPE_CHECKING:
+    from qconvert.observers.ranges import ObserverSettings
     from qconvert.ranges import RangeMethod
     from qconvert.stages.plan import TensorScheme
 
@@ -124,24 +125,73 @@ def inspect(
 @app.command()
 def calibrate(
     model: Model,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="calibration file")
+    ],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", metavar="FILE", help="run the model over this text; repeatable"),
+    ] = None,
     activations: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(
             "--activations",
             metavar="FILE",
             help="safetensors file of (samples, features) arrays named like layers; repeatable",
         ),
-    ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE", help="calibration file")
-    ],
+    ] = None,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option("--merge", metavar="FILE", help="join calibrations of this model; repeatable"),
+    ] = None,
     observer: Annotated[
-        str, typer.Option("--observer", metavar="NAME", help="minmax, ema, percentile or mse")
+        str,
+        typer.Option(
+            "--observer", metavar="NAME", help="minmax, ema, percentile, mse or entropy [minmax]"
+        ),
     ] = "minmax",
     percentile: Annotated[
         float | None,
         typer.Option("--percentile", metavar="P", help="of the percentile observer [99.99]"),
     ] = None,
+    momentum: Annotated[
+        float | None,
+        typer.Option("--momentum", metavar="M", help="of the moving average, ema [0.9]"),
+    ] = None,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            "--seqlen",
+            metavar="N",
+            help="tokens of a window; for encoders, the most of a line [256]",
+        ),
+    ] = None,
+    nsamples: Annotated[
+        int | None,
+        typer.Option("--nsamples", metavar="N", help="windows or lines of each text [all]"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="of the draw of --nsamples [0]")
+    ] = None,
+    outputs: Annotated[
+        bool, typer.Option("--outputs", help="static ranges of the layers' outputs too")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on where an interrupted run has stopped")
+    ] = False,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix", metavar="FILE", help="also write an importance matrix for llama-quantize"
+        ),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            "--record", metavar="DIR", help="also keep 64 rows of each input, for verify --samples"
+        ),
+    ] = None,
+    threads: Threads = None,
     json: Json = False,
     report: ReportFile = None,
     force: Force = False,
@@ -149,29 +199,90 @@ def calibrate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """Turn recorded activations into static scales and zero points.
+    """Find static scales and zero points of what enters each layer.
+
+    Either run the model over text (needs torch and transformers: pip install 'qconvert[hf]'; MODEL
+    is a directory with config and tokenizer), or take recorded activations, or merge calibrations.
 
     \b
     Examples:
+      qconvert calibrate model-directory --text corpus.txt --nsamples 128 -o calibration.safetensors
+      qconvert calibrate model-directory --text corpus.txt --imatrix model.imatrix.gguf \\
+          --observer entropy -o calibration.safetensors
       qconvert calibrate model.safetensors --activations acts.safetensors -o calibration.safetensors
-      qconvert calibrate model.safetensors --activations a.safetensors --activations b.safetensors
-      \\
-          --observer mse -o calibration.safetensors
+      qconvert calibrate model-directory --merge a.safetensors --merge b.safetensors \\
+          -o calibration.safetensors
     """
     from qconvert.cli import render
-    from qconvert.stages.calibrate import CalibrateOptions
-    from qconvert.stages.calibrate import calibrate as stage
 
-    options = CalibrateOptions(
-        activations=tuple(activations),
-        output=output,
-        model=model,
-        observer=observer,
-        percentile=percentile,
-        force=force,
+    sources = {"--text": text, "--activations": activations, "--merge": merge}
+    given = [name for name, files in sources.items() if files]
+    if len(given) != 1:
+        raise UsageError(
+            "where the statistics come from",
+            found=" and ".join(given) or "none",
+            wanted="one of --text, --activations, --merge",
+        )
+    _goes_with(
+        given[0],
+        "--text",
+        {
+            "--seqlen": seqlen,
+            "--nsamples": nsamples,
+            "--seed": seed,
+            "--outputs": outputs or None,
+            "--resume": resume or None,
+            "--record": record,
+            "--threads": threads,
+        },
     )
-    with render.Emitter(json, report, force, quiet, strict, [model, *activations]) as emitter:
-        return emitter.emit(stage(options, emitter.progress), render.calibrate_text)
+    if imatrix and activations:
+        raise UsageError("--imatrix goes with --text or --merge")
+    files = [path for paths in sources.values() for path in paths or []]
+    with render.Emitter(json, report, force, quiet, strict, [model, *files]) as emitter:
+        progress = emitter.progress
+        if merge:
+            from qconvert.stages.calibrate import MergeOptions, merge_calibrations
+
+            if observer != "minmax" or percentile is not None or momentum is not None:
+                raise UsageError("--merge takes the observer of the files")
+            done = merge_calibrations(MergeOptions(model, tuple(merge), output, imatrix, force))
+        elif text:
+            from qconvert.stages.calibrate_text import DEFAULT_SEQLEN, TextOptions, calibrate_text
+
+            done = calibrate_text(
+                TextOptions(
+                    model=model,
+                    texts=tuple(text),
+                    output=output,
+                    settings=_observer(observer, percentile, momentum),
+                    seqlen=DEFAULT_SEQLEN if seqlen is None else seqlen,
+                    nsamples=nsamples,
+                    seed=seed or 0,
+                    outputs=outputs,
+                    resume=resume,
+                    imatrix=imatrix,
+                    record=record,
+                    threads=threads,
+                    force=force,
+                ),
+                progress,
+            )
+        else:
+            from qconvert.stages.calibrate import CalibrateOptions
+            from qconvert.stages.calibrate import calibrate as stage
+
+            done = stage(
+                CalibrateOptions(
+                    activations=tuple(activations or ()),
+                    output=output,
+                    model=model,
+                    settings=_observer(observer, percentile, momentum),
+                    force=force,
+                ),
+                progress,
+            )
+        return emitter.emit(done, render.calibrate_text)
 
 
 @app.command()
@@ -383,16 +494,70 @@ def verify(
         typer.Option("--rows", min=1, metavar="N", help="activation rows of the integer product"),
     ] = 8,
     activations: Annotated[
-        str,
-        typer.Option("--activations", metavar="MODE", help="auto, static or dynamic"),
-    ] = "auto",
+        str | None,
+        typer.Option(
+            "--activations",
+            metavar="MODE",
+            help="of integer products: static (parameters in the file), dynamic (a scale for each "
+            "row), dynamic_asym (and a zero point), or auto (static, else dynamic); of --text also "
+            "none (float) [auto; of --text none]",
+        ),
+    ] = None,
     samples: Annotated[
         list[Path] | None,
         typer.Option(
             "--samples", metavar="FILE", help="recorded activations instead of Gaussian ones"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="of Gaussian activations")] = 0,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="run FILE and MODEL over this text: perplexity and divergence of language models, "
+            "cosine of an encoder's embeddings of each line (needs qconvert[hf])",
+        ),
+    ] = None,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            "--seqlen",
+            min=4,
+            metavar="N",
+            help="tokens of a window of --text; for encoders, the most of a line [256]",
+        ),
+    ] = None,
+    nsamples: Annotated[
+        int | None,
+        typer.Option("--nsamples", min=1, metavar="N", help="windows of --text, drawn [all]"),
+    ] = None,
+    scoring: Annotated[
+        str,
+        typer.Option(
+            "--scoring",
+            metavar="WHICH",
+            help="tokens of a window: all, or second-half as llama-perplexity",
+        ),
+    ] = "all",
+    max_kl: Annotated[
+        float | None,
+        typer.Option("--max-kl", metavar="NATS", help="fail when the mean divergence is above"),
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(
+            "--max-ppl-increase",
+            metavar="SHARE",
+            help="fail when the perplexity grows by more, such as 1% or 0.01",
+        ),
+    ] = None,
+    min_cosine: Annotated[
+        float | None,
+        typer.Option("--min-cosine", metavar="X", help="fail when the mean cosine is below"),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", help="of Gaussian activations and drawn windows")
+    ] = 0,
     threads: Threads = None,
     json: Json = False,
     report: ReportFile = None,
@@ -408,13 +573,41 @@ def verify(
       qconvert verify model.q4_block64.qblk
       qconvert verify model.q4_block64.qblk --against model.safetensors --min-sqnr 18
       qconvert verify model.gguf --against model.safetensors --json | jq -e '.status == "pass"'
+      qconvert verify model.qblk --against model-directory --text eval.txt --activations dynamic \\
+          --max-kl 0.01 --max-ppl-increase 1%
     """
     from qconvert.cli import render
+    from qconvert.stages.quality import QualityOptions
     from qconvert.stages.verify import ACTIVATIONS, VerifyOptions
     from qconvert.stages.verify import verify as stage
 
-    if activations not in ACTIVATIONS:
-        raise UsageError("--activations", found=activations, wanted=", ".join(ACTIVATIONS))
+    modes = (*ACTIVATIONS, *(("none",) if text else ()))
+    if activations is not None and activations not in modes:
+        raise UsageError("--activations", found=activations, wanted=", ".join(modes))
+    products = activations or "auto"
+    if text and products in ("none", "static"):
+        products = "auto"  # a product is made of every tensor: embeddings have no static parameters
+    limits = {
+        "--max-kl": max_kl,
+        "--max-ppl-increase": max_ppl_increase,
+        "--min-cosine": min_cosine,
+    }
+    quality = None
+    if text:
+        quality = QualityOptions(
+            text=text,
+            seqlen=seqlen,
+            nsamples=nsamples,
+            seed=seed,
+            scoring=scoring,
+            activations=activations or "none",
+            max_kl=max_kl,
+            max_ppl_increase=_share("--max-ppl-increase", max_ppl_increase),
+            min_cosine=min_cosine,
+            threads=threads,
+        )
+    elif alone := next((name for name, limit in limits.items() if limit is not None), None):
+        raise UsageError(f"{alone} goes with --text")
     options = VerifyOptions(
         against=against,
         min_sqnr=min_sqnr,
@@ -422,8 +615,9 @@ def verify(
         min_output_sqnr=min_output_sqnr,
         rows=rows,
         seed=seed,
-        activations=activations,
+        activations=products,
         samples=tuple(samples or ()),
+        quality=quality,
         threads=threads,
     )
     with render.Emitter(
@@ -432,7 +626,7 @@ def verify(
         force,
         quiet,
         strict,
-        [file, *([against] if against else []), *(samples or [])],
+        [file, *(p for p in (against, text) if p), *(samples or [])],
     ) as emitter:
         return emitter.emit(stage(file, options, emitter.progress), render.verify_text)
 
@@ -526,6 +720,29 @@ def bench(
         return emitter.emit(stage(options, emitter.progress), render.bench_text)
 
 
+def _observer(name: str, percentile: float | None, momentum: float | None) -> ObserverSettings:
+    """The observer asked for; a parameter of another one is refused."""
+    from qconvert.observers.ranges import EMA_MOMENTUM, ObserverSettings
+    from qconvert.ranges import DEFAULT_PERCENTILE
+
+    if percentile is not None and name != "percentile":
+        raise UsageError("--percentile goes with --observer percentile")
+    if momentum is not None and name != "ema":
+        raise UsageError("--momentum goes with --observer ema")
+    return ObserverSettings(
+        name,
+        percentile=DEFAULT_PERCENTILE if percentile is None else percentile,
+        momentum=EMA_MOMENTUM if momentum is None else momentum,
+    )
+
+
+def _goes_with(given: str, wanted: str, options: dict[str, object]) -> None:
+    """Refuse options that mean nothing with what was given."""
+    for name, value in options.items():
+        if value is not None and given != wanted:
+            raise UsageError(f"{name} goes with {wanted}")
+
+
 def _container(text: str | None) -> str | None:
     if text is None or text.lower() in ("qblk", "gguf"):
         return text and text.lower()
@@ -543,6 +760,20 @@ def _range(name: str | None, percentile: float | None) -> RangeMethod | None:
     if percentile is not None and not 50 < percentile <= 100:
         raise UsageError("--percentile", found=percentile, wanted="above 50, at most 100")
     return RangeMethod(name, percentile or DEFAULT_PERCENTILE) if name else None
+
+
+def _share(option: str, text: str | None) -> float | None:
+    """``1%`` or ``0.01``."""
+    if text is None:
+        return None
+    percent = text.endswith("%")
+    try:
+        share = float(text.removesuffix("%")) / (100 if percent else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < float("inf"):
+        raise UsageError(option, found=text, wanted="a share such as 1% or 0.01")
+    return share
 
 
 def _tensor_scheme(text: str) -> tuple[str, TensorScheme]:

@@ -22,12 +22,15 @@ from qconvert.files.atomic import AtomicOutput
 from qconvert.report import (
     BenchReport,
     CalibrateReport,
+    EmbeddingQuality,
+    Execution,
     Histogram,
     InspectReport,
     QuantizedTensor,
     QuantizeReport,
     Report,
     TensorSummary,
+    TokenQuality,
     VerifiedTensor,
     VerifyReport,
     dump,
@@ -355,9 +358,23 @@ def calibrate_text(r: CalibrateReport) -> str:
     return (
         table(columns, rows)
         + f"\n{len(r.layers)} layers, observer {r.observer} -> {printable(r.output)}\n"
+        + _text_lines(r)
         + f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
         + _next(f"qconvert quantize MODEL --scheme q8_channel --calibration {printable(r.output)}")
     )
+
+
+def _text_lines(r: CalibrateReport) -> str:
+    """What a run over text has to say besides its layers."""
+    lines = []
+    if r.chunks is not None:
+        went_on = f", resumed after {r.resumed_at:,}" if r.resumed_at else ""
+        lines.append(f"text       {r.tokens:,} tokens in {r.chunks:,} pieces{went_on}\n")
+    lines += [f"no token   {printable(name)}\n" for name in r.unreached]
+    for what, path in (("imatrix", r.imatrix), ("record", r.record)):
+        if path:
+            lines.append(f"{what:<10} {printable(path)}\n")
+    return "".join(lines)
 
 
 def verify_text(r: VerifyReport) -> str:
@@ -396,9 +413,45 @@ def verify_text(r: VerifyReport) -> str:
         lines.append(
             f"output     {mean:.2f} dB mean SQNR of the integer product against the float product\n"
         )
+    if r.token_quality:
+        lines.append(_token_quality(r.token_quality))
+    if r.embedding_quality:
+        lines.append(_embedding_quality(r.embedding_quality))
     lines.append(f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n")
     lines.append(f"verdict    {r.status}\n")
     return "".join(lines)
+
+
+def _token_quality(q: TokenQuality) -> str:
+    which = "" if q.scoring == "all" else f", {q.scoring}"
+    return (
+        f"text       {q.tokens:,} tokens in {q.windows:,} windows of {q.seqlen:,}{which}; "
+        f"{_execution(q.execution)}\n"
+        f"perplexity {q.source_perplexity:.4f} ± {q.source_perplexity_error:.4f} of the source, "
+        f"{q.perplexity:.4f} ± {q.perplexity_error:.4f} quantized: "
+        f"{100 * q.perplexity_increase:+.3f} % ± {100 * q.perplexity_increase_error:.3f}\n"
+        f"divergence {q.kl_mean:.3g} ± {q.kl_mean_error:.1g} nats mean, {q.kl_p99:.3g} 99th "
+        f"percentile, {q.kl_max:.3g} largest\n"
+        f"same top   {100 * q.same_top:.2f} % of tokens\n"
+    )
+
+
+def _embedding_quality(q: EmbeddingQuality) -> str:
+    return (
+        f"text       {q.sentences:,} sentences, {q.tokens:,} tokens; {_execution(q.execution)}\n"
+        f"cosine     {q.cosine_mean:.5f} mean, {q.cosine_p1:.5f} first percentile, "
+        f"{q.cosine_min:.5f} smallest\n"
+    )
+
+
+def _execution(e: Execution) -> str:
+    counts = (
+        (e.static_layers, "layers in integers with static activations"),
+        (e.dynamic_layers, "layers in integers with dynamic activations"),
+        (e.float_layers, "quantized layers in float"),
+        (e.dequantized_tensors, "tensors dequantized"),
+    )
+    return ", ".join(f"{count} {what}" for count, what in counts if count) or "nothing quantized"
 
 
 def _worse(t: VerifiedTensor) -> float:

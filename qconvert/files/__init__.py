@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def open_model(path: Path) -> Model:
-    """Open a safetensors file or directory, a GGUF or a qblk file.
+    """Open a safetensors file or directory, a GGUF file (of several the first) or a qblk file.
 
     Raises:
         InputError: the path cannot be opened, or is none of these.
@@ -27,9 +27,9 @@ def open_model(path: Path) -> Model:
 
             return open_qblk(path)
         if start[:4] == b"GGUF":
-            from qconvert.files.gguf import open_gguf
+            from qconvert.files.gguf_split_reader import open_gguf_model
 
-            return open_gguf(path)
+            return open_gguf_model(path)
     from qconvert.files.safetensors import open_safetensors
 
     return open_safetensors(path)

@@ -1,7 +1,9 @@
-"""Calibration files: static activation parameters and channel statistics, as safetensors.
+"""Calibration files: static activation parameters, channel statistics and the state that made them,
+as safetensors.
 
 Per layer ``L`` the tensors ``L/minimum``, ``L/maximum`` and ``L/mean_square`` (float32, one value
-a feature); the rest is JSON in the metadata entry ``qconvert.calibration``.
+a feature) are for reading; ``L/squares`` and ``L/state.*`` are exact and let two files be merged,
+or an interrupted run go on. The rest is JSON in the metadata entry ``qconvert.calibration``.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +21,39 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from qconvert.errors import FormatError, UnsupportedError
-from qconvert.files.safetensors import open_safetensors
+from qconvert.files.safetensors import SafetensorsModel, open_safetensors
+from qconvert.model import Model
 
 ENTRY = "qconvert.calibration"
-SCHEMA = "qconvert.calibration/1"
+SCHEMA = "qconvert.calibration/2"
 CHANNELS = ("minimum", "maximum", "mean_square")
 WEIGHT = ".weight"
 MAX_OBSERVER = 32  # characters of an observer's name
 MAX_SAMPLES = (1 << 53) - 1  # what a qblk header can say
+DIGEST_BYTES = 4096  # of each tensor
+NUMPY = {"F32": "<f4", "F64": "<f8", "U16": "<u2", "U32": "<u4", "I64": "<i8"}
+
+
+@dataclass(frozen=True, slots=True)
+class StaticParameters:
+    """Range, scale and zero point; see `qconvert.observers.ranges.StaticRange`."""
+
+    low: float
+    high: float
+    scale: float
+    zero_point: int
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCalibration:
-    """Static parameters of one layer's input; see `qconvert.observers.ranges.StaticRange`."""
+    """Static parameters of one layer.
+
+    Attributes:
+        samples: rows of input that were seen.
+        features: values of a row.
+        low, high, scale, zero_point: of the input; see `StaticParameters`.
+        output: of the output, where that was observed.
+    """
 
     samples: int
     features: int
@@ -38,6 +61,7 @@ class LayerCalibration:
     high: float
     scale: float
     zero_point: int
+    output: StaticParameters | None = None
 
     def note(self, observer: str) -> dict[str, Any]:
         """The ``activation`` object of a qblk tensor."""
@@ -50,13 +74,66 @@ class LayerCalibration:
 
 
 @dataclass(frozen=True, slots=True)
+class TextRun:
+    """What a run over text was, and how far it came.
+
+    Attributes:
+        seqlen: tokens of a window, or the most of a line.
+        nsamples: as asked for.
+        seed: of the draw.
+        chunks: windows or lines to run.
+        done: how many have been run; fewer in the state of an interrupted run.
+        tokens: in them.
+        groups: passes over the text that are finished, each for a group of layers.
+    """
+
+    seqlen: int
+    nsamples: int | None
+    seed: int
+    chunks: int
+    done: int
+    tokens: int
+    groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationDocument:
+    """The JSON of a calibration file.
+
+    Attributes:
+        observer: name of the observer.
+        settings: its parameters.
+        inputs: name and SHA-256 of each file that activations or text came from.
+        layers: by name.
+        model: `model_digest` of the model, None where activations came without one.
+        run: of a run over text; None for recorded activations and merged files.
+        unreached: layers of the model that no token came through.
+    """
+
+    observer: str
+    settings: dict[str, float]
+    inputs: list[dict[str, str]]
+    layers: dict[str, LayerCalibration]
+    model: str | None = None
+    run: TextRun | None = None
+    unreached: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
     """A calibration file, read and checked."""
 
     path: Path
     sha256: str
-    observer: str
-    layers: dict[str, LayerCalibration]
+    document: CalibrationDocument
+
+    @property
+    def observer(self) -> str:
+        return self.document.observer
+
+    @property
+    def layers(self) -> dict[str, LayerCalibration]:
+        return self.document.layers
 
     def find(self, tensor: str) -> LayerCalibration | None:
         """The calibration of the layer that a weight belongs to."""
@@ -75,6 +152,10 @@ class Calibration:
                 hint="calibrate with activations of this model",
             )
 
+    def check_model(self, model: Model) -> None:
+        """Refuse a calibration that was made with another model."""
+        check_digest(self.document.model, model, self.path)
+
     def unused(self, tensors: list[str]) -> list[str]:
         """Layers that belong to none of these tensors."""
         used = {layer_name(t) for t in tensors}
@@ -86,21 +167,44 @@ def layer_name(name: str) -> str:
     return name.removesuffix(WEIGHT)
 
 
+def model_digest(model: Model) -> str:
+    """What tells two models apart: SHA-256 over the name, dtype, shape and first 4 KiB of every
+    tensor, in order of the names. Training changes every tensor, and 4 KiB cost no second pass.
+    """
+    digest = hashlib.sha256()
+    for t in sorted(model.tensors, key=lambda t: t.name.encode()):
+        digest.update(json.dumps([t.name, t.dtype, list(t.shape)]).encode() + b"\n")
+        digest.update(model.raw(t, 0, min(DIGEST_BYTES, t.nbytes)))
+    return digest.hexdigest()
+
+
+def check_digest(recorded: str | None, model: Model, path: Path) -> None:
+    """Refuse a file that was made with another model than this one.
+
+    Raises:
+        UnsupportedError: the digests differ; a file without one fits any model.
+    """
+    if recorded is None:
+        return
+    found = model_digest(model)
+    if recorded != found:
+        raise UnsupportedError(
+            "the calibration is of another model",
+            path=path,
+            found=f"digest {recorded[:16]}...",
+            wanted=f"{found[:16]}..., of {model.path}",
+            hint="calibrate with this model",
+            code="CALIBRATION-MODEL",
+        )
+
+
 def calibration_bytes(
-    observer: str,
-    inputs: list[dict[str, Any]],
-    layers: dict[str, LayerCalibration],
-    channels: dict[str, dict[str, NDArray[np.float32]]],
+    document: CalibrationDocument, arrays: Mapping[str, NDArray[np.generic]]
 ) -> bytes:
-    """A calibration file; ``channels`` has the arrays of `CHANNELS` for each layer."""
-    described = {
-        "schema": SCHEMA,
-        "observer": observer,
-        "inputs": inputs,
-        "layers": {name: asdict(layer) for name, layer in layers.items()},
-    }
-    arrays = {f"{n}/{kind}": a for n, kinds in channels.items() for kind, a in kinds.items()}
-    return save(arrays, {ENTRY: json.dumps(described, sort_keys=True, ensure_ascii=False)})
+    """A calibration file; ``arrays`` are the tensors, named ``L/...``."""
+    described = {"schema": SCHEMA, **asdict(document)}
+    text = json.dumps(described, sort_keys=True, ensure_ascii=False)
+    return save({n: np.ascontiguousarray(a) for n, a in arrays.items()}, {ENTRY: text})
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -111,49 +215,124 @@ def read_calibration(path: Path) -> Calibration:
     """
     model = open_safetensors(path)
     try:
-        text = model.metadata.get(ENTRY)
-        if text is None:
-            raise FormatError(
-                "not a calibration file", path=path, hint="make one with: qconvert calibrate"
-            )
-        shapes = {t.name: t.shape for t in model.tensors}
+        document = _document(model, path)
+    finally:
+        model.close()
+    if document.run and document.run.done < document.run.chunks:
+        raise FormatError(
+            "the state of an interrupted run, not a calibration",
+            path=path,
+            found=f"{document.run.done:,} of {document.run.chunks:,} pieces of text",
+            hint="finish it: the same command with --resume",
+            code="CALIBRATION-PARTIAL",
+        )
+    with path.open("rb") as f:
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    return Calibration(path, sha256, document)
+
+
+def read_state(path: Path) -> tuple[CalibrationDocument, dict[str, NDArray[Any]]]:
+    """A calibration file, finished or not, and all its arrays.
+
+    Raises:
+        InputError: it cannot be read, or is not a calibration file.
+    """
+    model = open_safetensors(path)
+    try:
+        document = _document(model, path)
+        arrays = {}
+        for t in model.tensors:
+            if t.dtype not in NUMPY:
+                raise FormatError("impossible values in the calibration", path=path, tensor=t.name)
+            values = np.frombuffer(model.raw(t, 0, t.nbytes), NUMPY[t.dtype])
+            arrays[t.name] = values.reshape(t.shape)
+        model.check_unchanged()
+    finally:
+        model.close()
+    return document, arrays
+
+
+def _document(model: SafetensorsModel, path: Path) -> CalibrationDocument:
+    text = model.metadata.get(ENTRY)
+    if text is None:
+        raise FormatError(
+            "not a calibration file", path=path, hint="make one with: qconvert calibrate"
+        )
+    shapes = {t.name: t.shape for t in model.tensors}
+    try:
         described = json.loads(text)
-        if described["schema"] != SCHEMA:
-            raise UnsupportedError(
-                "calibration", path=path, found=described["schema"], wanted=SCHEMA
-            )
-        layers = {n: LayerCalibration(**fields) for n, fields in described["layers"].items()}
-        observer = described["observer"]
-        named = isinstance(observer, str) and len(observer) <= MAX_OBSERVER
-        good = (
-            named
-            and observer.isidentifier()
-            and all(
-                _plausible(layer)
-                and all(shapes.get(f"{name}/{kind}") == (layer.features,) for kind in CHANNELS)
-                for name, layer in layers.items()
-            )
+        schema = described.pop("schema")
+        if schema != SCHEMA:
+            raise UnsupportedError("calibration", path=path, found=schema, wanted=SCHEMA)
+        layers = {n: _layer(fields) for n, fields in described.pop("layers").items()}
+        run = described.pop("run")
+        run = None if run is None else TextRun(**run)
+        document = CalibrationDocument(**described, layers=layers, run=run)
+        good = _plausible_document(document) and all(
+            _plausible(layer)
+            and all(shapes.get(f"{name}/{kind}") == (layer.features,) for kind in CHANNELS)
+            for name, layer in layers.items()
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise FormatError("damaged calibration metadata", path=path) from e
-    finally:
-        model.close()
     if not good:
         raise FormatError("impossible values in the calibration", path=path)
-    with path.open("rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    return Calibration(path, sha256, observer, layers)
+    return document
+
+
+def _layer(fields: dict[str, Any]) -> LayerCalibration:
+    output = fields.pop("output")
+    return LayerCalibration(**fields, output=None if output is None else StaticParameters(**output))
+
+
+def _plausible_document(document: CalibrationDocument) -> bool:
+    observer, run = document.observer, document.run
+    return (
+        isinstance(observer, str)
+        and len(observer) <= MAX_OBSERVER
+        and observer.isidentifier()
+        and all(isinstance(v, float) for v in document.settings.values())
+        and all(
+            isinstance(entry["name"], str) and isinstance(entry["sha256"], str)
+            for entry in document.inputs
+        )
+        and (document.model is None or isinstance(document.model, str))
+        and isinstance(document.unreached, list)
+        and all(isinstance(name, str) for name in document.unreached)
+        and (run is None or _plausible_run(run))
+    )
+
+
+def _plausible_run(run: TextRun) -> bool:
+    numbers = (run.seqlen, run.seed, run.chunks, run.done, run.tokens, run.groups)
+    return (
+        all(_integer(n) and 0 <= n <= MAX_SAMPLES for n in numbers)
+        and (run.nsamples is None or _integer(run.nsamples))
+        and run.done <= run.chunks
+    )
+
+
+def _integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _plausible(layer: LayerCalibration) -> bool:
-    integers = (layer.samples, layer.features, layer.zero_point)
     return (
-        all(isinstance(i, int) and not isinstance(i, bool) for i in integers)
-        and all(isinstance(f, float) for f in (layer.low, layer.high, layer.scale))
+        _integer(layer.samples)
+        and _integer(layer.features)
         and 0 < layer.samples <= MAX_SAMPLES
         and layer.features > 0
-        and -128 <= layer.zero_point <= 127
-        and math.isfinite(layer.low)
-        and math.isfinite(layer.high)
-        and 2.0**-149 <= layer.scale <= 3.0e38
+        and _plausible_range(layer)
+        and (layer.output is None or _plausible_range(layer.output))
+    )
+
+
+def _plausible_range(r: LayerCalibration | StaticParameters) -> bool:
+    return (
+        _integer(r.zero_point)
+        and all(isinstance(f, float) for f in (r.low, r.high, r.scale))
+        and -128 <= r.zero_point <= 127
+        and math.isfinite(r.low)
+        and math.isfinite(r.high)
+        and 2.0**-149 <= r.scale <= 3.0e38
     )

@@ -31,8 +31,11 @@ class DequantizedModel:
         return self._source.values(self._stored.get(tensor.name, tensor), start, stop)
 
     def raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
-        """Bytes ``offset..offset+size`` of the tensor as F32 would be stored."""
-        if tensor.name not in self._stored:
+        """Bytes ``offset..offset+size`` of the tensor as F32 would be stored.
+
+        Of a tensor of the source, with the type that it has there, the bytes that are there.
+        """
+        if tensor.name not in self._stored or tensor.dtype not in DTYPES:
             return self._source.raw(tensor, offset, size)
         width = DTYPES[DECODED].size
         start = offset // width

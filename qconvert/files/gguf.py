@@ -460,7 +460,7 @@ class _Header:
         position = self._position
         self._skip(size)
         start = position - self._buffer_start
-        if start + size > len(self._buffer):
+        if start < 0 or start + size > len(self._buffer):  # < 0: a value asked for later
             wanted = min(max(size, _CHUNK), self._file.size - position)
             self._buffer = self._file.read(position, wanted)
             self._buffer_start, start = position, 0

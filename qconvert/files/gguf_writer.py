@@ -112,7 +112,8 @@ class GgufWriter:
     ) -> None:
         check_gguf(tensors)
         values = {key: _checked(key, value) for key, value in metadata.items()}
-        architecture = metadata.get(_ARCHITECTURE)
+        stated = values.get(_ARCHITECTURE)
+        architecture = stated.value if stated else None
         if not isinstance(architecture, str) or not architecture:
             raise UnsupportedError(
                 f"GGUF needs the key '{_ARCHITECTURE}'", code="GGUF-ARCHITECTURE"

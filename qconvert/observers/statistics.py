@@ -94,6 +94,17 @@ def bin_centres() -> NDArray[np.float64]:
     return centres
 
 
+def bin_edges() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Smallest and largest end of each histogram bin; NaN for the patterns of Inf and NaN."""
+    keys = np.arange(kernels.HISTOGRAM_BINS, dtype=np.uint32)
+    finite = keys & 0x7F80 != 0x7F80
+    near = np.full(len(keys), np.nan)
+    near[finite] = (keys[finite] << 16).view(np.float32)
+    width = np.abs(bin_centres() - near) * 2
+    negative = keys >= len(keys) // 2
+    return np.where(negative, near - width, near), np.where(negative, near, near + width)
+
+
 def observe(x: NDArray[np.floating[Any]], start: int = 0) -> TensorStatistics:
     """Statistics of a 1-d run of values that begins at index ``start`` of its tensor."""
     if kernels.fused is not None:

@@ -17,6 +17,7 @@ from qconvert.quantizers.affine import load_codes
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
 SEGMENT = 16_384  # columns that int32 can take at any width: 255 · 255 · 16,384 < 2^30
 
 
@@ -27,26 +28,46 @@ class Activations:
     Attributes:
         codes: int8 (M, c).
         scale: float32 (M,).
-        zero_point: -128..127.
+        zero_point: -128..127; one for all rows, or int32 (M,).
     """
 
     codes: NDArray[np.int8]
     scale: F32
-    zero_point: int
+    zero_point: int | I32
+
+    @property
+    def zero_points(self) -> I32:
+        """The zero point of each row, int32 (M, 1)."""
+        shape = (len(self.codes), 1)
+        return np.broadcast_to(np.asarray(self.zero_point, np.int32).reshape(-1, 1), shape)
 
     @property
     def values(self) -> F64:
         """What the codes stand for, float64 (M, c)."""
-        return (self.codes.astype(np.float64) - self.zero_point) * self.scale[:, None]
+        return (self.codes.astype(np.float64) - self.zero_points) * self.scale[:, None]
 
 
-def dynamic_activations(x: F32) -> Activations:
-    """Symmetric signed bytes with a scale per row of (M, c)."""
+def dynamic_activations(x: F32, *, symmetric: bool = True) -> Activations:
+    """Signed bytes with a scale, and unless symmetric a zero point, for each row of (M, c)."""
+    if not symmetric:
+        return _asymmetric_rows(x)
     magnitude = np.abs(x).max(axis=1)
     scale = (magnitude / np.float32(127)).astype(np.float32)
     scale[scale == 0] = 1
     codes = np.clip(np.rint(x / scale[:, None]), -127, 127).astype(np.int8)
     return Activations(codes, scale, 0)
+
+
+def _asymmetric_rows(x: F32) -> Activations:
+    zero = np.float32(0)
+    low, high = np.minimum(x.min(axis=1), zero), np.maximum(x.max(axis=1), zero)
+    scale = high / np.float32(255) - low / np.float32(255)  # the difference may overflow
+    scale[scale == 0] = 1
+    zero_point = np.clip(np.rint(np.float32(-128) - low / scale), -128, 127)
+    codes = np.rint(x / scale[:, None] + zero_point[:, None])
+    return Activations(
+        np.clip(codes, -128, 127).astype(np.int8), scale, zero_point.astype(np.int32)
+    )
 
 
 def static_activations(x: F32, scale: float, zero_point: int) -> Activations:
@@ -122,7 +143,7 @@ def integer_product(rows: IntegerRows, a: Activations, *, check: bool = False) -
     """
     y = np.zeros((len(a.codes), len(rows.codes)), np.float32)
     exact = True if check else None
-    za = np.int32(a.zero_point)
+    za = a.zero_points
     for group, span in rows.spans():
         codes, inputs = rows.codes[:, span], a.codes[:, span]
         count = np.int32(codes.shape[1])
@@ -134,7 +155,7 @@ def integer_product(rows: IntegerRows, a: Activations, *, check: bool = False) -
         acc -= za * code_sum
         acc += count * zero * za
         if exact:
-            exact = bool((acc == _exact(codes, zero, inputs, a.zero_point)).all())
+            exact = bool((acc == _exact(codes, zero, inputs, za)).all())
         y += acc.astype(np.float32) * rows.scale[:, group]
         if rows.offset is not None:
             y += (input_sum - count * za).astype(np.float32) * rows.offset[:, group]
@@ -154,17 +175,21 @@ def stored_product(
     if kernels.fused is None:
         codes = load_codes(packed, encoding).reshape(-1, encoding.row_codes)[:, :columns]
         return integer_product(integer_rows(codes, scale, zero, encoding), a).y
-    y: F32 = kernels.fused.product(
-        *(packed, encoding.row_codes, columns, scale, zero),
-        *(encoding.bits, encoding.symmetric, encoding.block, a.codes, a.zero_point),
-    )
+    y = np.empty((len(a.codes), len(scale)), np.float32)
+    zero_points = a.zero_points[:, 0]
+    for zero_point in np.unique(zero_points):  # the kernel takes one for all of its rows
+        rows = zero_points == zero_point
+        y[rows] = kernels.fused.product(
+            *(packed, encoding.row_codes, columns, scale, zero),
+            *(encoding.bits, encoding.symmetric, encoding.block, a.codes[rows], int(zero_point)),
+        )
     return y * a.scale[:, None]
 
 
 def _exact(
-    codes: NDArray[np.int16], zero: NDArray[np.int32], inputs: NDArray[np.int8], zero_point: int
+    codes: NDArray[np.int16], zero: I32, inputs: NDArray[np.int8], zero_points: I32
 ) -> NDArray[np.int64]:
     """Σ (code - zero) (a - zero point) in int64, without any correction terms."""
     k = codes.astype(np.int64) - zero[:, None]
-    exact: NDArray[np.int64] = (inputs.astype(np.int64) - zero_point) @ k.T
+    exact: NDArray[np.int64] = (inputs.astype(np.int64) - zero_points) @ k.T
     return exact

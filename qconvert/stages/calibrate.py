@@ -1,50 +1,60 @@
-"""calibrate: activation samples through an observer, to static parameters and channel
-statistics.
+"""calibrate: recorded activations through observers, or several calibrations merged, to static
+parameters and channel statistics. Running a model over text: `qconvert.stages.calibrate_text`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
-from qconvert.errors import InputError, UnsupportedError, UsageError, WeightError
+from qconvert.errors import InputError, UnsupportedError, WeightError
 from qconvert.files.atomic import AtomicOutput
-from qconvert.files.calibration import LayerCalibration, calibration_bytes, layer_name
+from qconvert.files.calibration import check_digest, layer_name, model_digest
 from qconvert.files.safetensors import open_safetensors
 from qconvert.geometry import TILE_VALUES
 from qconvert.model import Model, TensorInfo
-from qconvert.observers.ranges import ChannelStatistics, Observer, make_observer, static_range
+from qconvert.observers.layer import LayerStatistics
+from qconvert.observers.ranges import ObserverSettings
 from qconvert.progress import Progress, Silent
-from qconvert.ranges import DEFAULT_PERCENTILE
-from qconvert.report import CalibratedLayer, CalibrateReport
+from qconvert.report import CalibrateReport
+from qconvert.stages.collected import (
+    Collected,
+    file_sha256,
+    merged,
+    model_warnings,
+    read_collected,
+)
+from qconvert.stages.importance import importance_bytes
 
 BATCH_ROWS = 32  # rows of one step of the moving average
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
-    """Options of ``qconvert calibrate``; the command line's help describes each."""
+    """Options of ``qconvert calibrate --activations``; the command line's help describes each."""
 
     activations: tuple[Path, ...]
     output: Path
     model: Path | None = None
-    observer: str = "minmax"
-    percentile: float | None = None
+    settings: ObserverSettings = field(default_factory=ObserverSettings)
     force: bool = False
 
 
-class _Layer:
-    def __init__(self, features: int, options: CalibrateOptions) -> None:
-        self.features = features
-        self.observer = _observer(options)
-        self.channels = ChannelStatistics(features)
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """Options of ``qconvert calibrate --merge``."""
+
+    model: Path
+    calibrations: tuple[Path, ...]
+    output: Path
+    imatrix: Path | None = None
+    force: bool = False
 
 
 def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> CalibrateReport:
@@ -57,66 +67,111 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
     """
     started = time.perf_counter()
     progress = progress or Silent()
-    _observer(options)  # a wrong name costs no time
-    layers: dict[str, _Layer] = {}
-    inputs = []
+    options.settings.make()  # a wrong name costs no time
+    found = Collected(options.settings)
     read = (*options.activations, *((options.model,) if options.model else ()))
     with AtomicOutput(options.output, overwrite=options.force, inputs=read) as out:
         progress.begin("calibrate", sum(_size(p) for p in options.activations), "bytes")
         for path in options.activations:
-            inputs.append(
-                {"name": path.name, "sha256": _observe_file(path, layers, options, progress)}
-            )
+            _observe_file(path, found, progress)
         progress.end()
-        if not layers:
+        if not found.layers:
             raise InputError("no activations in the input", path=options.activations[0])
-        found = {name: _settle(layers[name]) for name in sorted(layers)}
-        channels = {
-            name: {
-                "minimum": layers[name].channels.low,
-                "maximum": layers[name].channels.high,
-                "mean_square": layers[name].channels.mean_square,
-            }
-            for name in found
-        }
-        warnings = _model_warnings(options.model, found) if options.model else []
-        out.write_at(0, calibration_bytes(options.observer, inputs, found, channels))
+        found.finish()
+        warnings = []
+        if options.model:
+            with open_safetensors(options.model) as model:
+                layers = {name: layer.calibration for name, layer in found.finished.items()}
+                warnings = model_warnings(model, layers)
+                found.model = model_digest(model)
+        out.write_at(0, found.to_bytes())
         out.commit()
     return CalibrateReport(
         kernels=kernels.describe(),
         inputs=[str(p) for p in options.activations],
         output=str(options.output),
-        observer=options.observer,
-        layers=[_row(name, layer, layers[name]) for name, layer in found.items()],
+        observer=options.settings.name,
+        layers=found.rows(),
         warnings=warnings,
         seconds=time.perf_counter() - started,
     )
 
 
-def _observer(options: CalibrateOptions) -> Observer:
-    percentile = options.percentile
-    if percentile is not None and options.observer != "percentile":
-        raise UsageError("--percentile goes with --observer percentile")
-    if percentile is not None and not 50 < percentile <= 100:
-        raise UsageError("--percentile", found=percentile, wanted="above 50, at most 100")
-    return make_observer(options.observer, percentile or DEFAULT_PERCENTILE)
+def merge_calibrations(options: MergeOptions) -> CalibrateReport:
+    """One calibration of several, as if one run had seen all of their input.
+
+    Raises:
+        InputError: a file is not a finished calibration of this model, or they do not fit together.
+        UsageError: moving averages.
+    """
+    started = time.perf_counter()
+    with (
+        open_safetensors(options.model) as model,
+        AtomicOutput(
+            options.output,
+            overwrite=options.force,
+            inputs=(options.model, *options.calibrations),
+        ) as out,
+    ):
+        parts = []
+        for path in options.calibrations:
+            part = read_collected(path)
+            check_digest(part.model, model, path)
+            if part.run and part.run.done < part.run.chunks:
+                raise InputError(
+                    "the state of an interrupted run, not a calibration",
+                    path=path,
+                    hint="finish it first: its command with --resume",
+                    code="CALIBRATION-PARTIAL",
+                )
+            parts.append((path, part))
+        whole = merged(parts)
+        layers = {name: layer.calibration for name, layer in whole.finished.items()}
+        warnings = model_warnings(model, layers) + unreached_warnings(whole.unreached)
+        out.write_at(0, whole.to_bytes())
+        if options.imatrix:
+            with AtomicOutput(
+                options.imatrix, overwrite=options.force, inputs=(options.model,)
+            ) as other:
+                other.write_at(0, importance_bytes(whole, options.model))
+                other.commit()
+        out.commit()
+    return CalibrateReport(
+        kernels=kernels.describe(),
+        inputs=[str(p) for p in options.calibrations],
+        output=str(options.output),
+        observer=whole.settings.name,
+        layers=whole.rows(),
+        chunks=whole.run.chunks if whole.run else None,
+        tokens=whole.run.tokens if whole.run else None,
+        unreached=whole.unreached,
+        imatrix=str(options.imatrix) if options.imatrix else None,
+        warnings=warnings,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def unreached_warnings(unreached: list[str]) -> list[str]:
+    if not unreached:
+        return []
+    return [
+        f"no token came through {len(unreached)} layers, such as '{unreached[0]}': "
+        "they are not in the calibration"
+    ]
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _observe_file(
-    path: Path, layers: dict[str, _Layer], options: CalibrateOptions, progress: Progress
-) -> str:
-    """Feed one file to the observers; returns its SHA-256."""
-    model = open_safetensors(path)
-    try:
+def _observe_file(path: Path, found: Collected, progress: Progress) -> None:
+    """Feed one file to the observers."""
+    with open_safetensors(path) as model:
         for tensor in model.tensors:
             check_activations(tensor, path)
             name = layer_name(tensor.name)
             features = tensor.shape[1]
-            layer = layers.setdefault(name, _Layer(features, options))
+            layer = found.layers.setdefault(name, LayerStatistics(features, found.settings))
             if layer.features != features:
                 raise UnsupportedError(
                     "activations of one layer differ in width",
@@ -126,14 +181,10 @@ def _observe_file(
                     wanted=f"{layer.features:,}, as in the files before",
                 )
             for batch in read_batches(model, tensor, path):
-                layer.observer.update(batch)
-                layer.channels.update(batch)
+                layer.update(batch)
             progress.advance(tensor.nbytes, tensor.name)
         model.check_unchanged()
-    finally:
-        model.close()
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    found.inputs.append({"name": path.name, "sha256": file_sha256(path)})
 
 
 def check_activations(tensor: TensorInfo, path: Path) -> None:
@@ -170,66 +221,3 @@ def read_batches(model: Model, tensor: TensorInfo, path: Path) -> Iterator[NDArr
                 hint="record them again; one such value would spoil every range",
             )
         yield batch
-
-
-def _settle(layer: _Layer) -> LayerCalibration:
-    found = static_range(*layer.observer.range())
-    return LayerCalibration(
-        samples=layer.channels.samples,
-        features=layer.features,
-        low=found.low,
-        high=found.high,
-        scale=found.scale,
-        zero_point=found.zero_point,
-    )
-
-
-def _row(name: str, settled: LayerCalibration, layer: _Layer) -> CalibratedLayer:
-    widest = np.maximum(-layer.channels.low, layer.channels.high)
-    middle = float(np.median(widest))
-    return CalibratedLayer(
-        name=name,
-        samples=settled.samples,
-        features=settled.features,
-        low=settled.low,
-        high=settled.high,
-        scale=settled.scale,
-        zero_point=settled.zero_point,
-        channel_absmax_ratio=float(widest.max()) / middle if middle > 0 else float("inf"),
-    )
-
-
-def _model_warnings(path: Path, found: dict[str, LayerCalibration]) -> list[str]:
-    """Hold the layers against the weights of the model they are for."""
-    model = open_safetensors(path)
-    try:
-        weights = {layer_name(t.name): t for t in model.tensors if len(t.shape) >= 2}
-    finally:
-        model.close()
-    strange = [name for name in found if name not in weights]
-    if len(strange) == len(found):
-        raise UnsupportedError(
-            "no layer of the activations has a weight in the model",
-            path=path,
-            found=f"'{strange[0]}' and {len(strange) - 1} more",
-            wanted=f"names such as '{next(iter(weights), 'none')}'",
-            hint="name the arrays like the layers or weights of the model",
-        )
-    warnings = []
-    if strange:
-        warnings.append(
-            f"{len(strange)} of {len(found)} layers have no weight in {path.name}, "
-            f"such as '{strange[0]}'"
-        )
-    for name, layer in found.items():
-        if name in strange:
-            continue
-        if weights[name].shape[-1] != layer.features:
-            raise UnsupportedError(
-                "activations do not fit the model",
-                path=path,
-                tensor=weights[name].name,
-                found=f"{layer.features:,} features",
-                wanted=f"{weights[name].shape[-1]:,}",
-            )
-    return warnings

@@ -5,19 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qconvert.architectures import open_gguf_source
-from qconvert.errors import UnsupportedError
-from qconvert.files.gguf import GgufModel
+from qconvert.errors import UnsupportedError, UsageError
+from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
 from qconvert.mixes import ModelFacts
 from qconvert.model import Model
 
 RAW = "raw"  # the architecture of a file that nobody is to run
 ARCHITECTURE = "general.architecture"
+TOKENIZER = "tokenizer.ggml.model"
 PRE_TOKENIZER = "tokenizer.ggml.pre"
+PROVENANCE = "qconvert.provenance"
 # Of the file they are read from: its layout, and what was done to its tensors.
-_NOT_CARRIED = ("general.alignment", "general.file_type", "general.quantization_version")
-_SPLIT = "split."
+_NOT_CARRIED = (
+    "general.alignment",
+    "general.file_type",
+    "general.quantization_version",
+    PROVENANCE,
+)
+_NOT_CARRIED_BELOW = ("split.", "quantize.imatrix.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +58,24 @@ def as_gguf(
         pre_tokenizer: see `open_gguf_source`.
 
     Raises:
+        UsageError: a pre-tokenizer for a file that gets no tokenizer from us.
         InputError, UnsupportedError: see `open_gguf_source`.
     """
-    if isinstance(opened, GgufModel) and not raw and opened.metadata.get(ARCHITECTURE) != RAW:
+    if pre_tokenizer is not None and (raw or isinstance(opened, AnyGgufModel)):
+        raise UsageError(
+            "--pre-tokenizer goes with a model directory, whose tokenizer is converted",
+            hint="leave it out",
+        )
+    if isinstance(opened, AnyGgufModel) and not raw and opened.metadata.get(ARCHITECTURE) != RAW:
         metadata, empty = _carried(opened)
         notes = tuple(f"the empty array '{key}' is left out" for key in empty)
         return GgufModelSource(model, metadata, facts_of(metadata), notes=notes)
-    if raw or isinstance(opened, GgufModel):
+    if raw or isinstance(opened, AnyGgufModel):
         keys: dict[str, MetadataValue] = {ARCHITECTURE: RAW, "general.name": name}
         keys |= {f"qconvert.source.{k}": v for k, v in opened.metadata.items()}
         return GgufModelSource(model, keys, None)
+    from qconvert.architectures import open_gguf_source  # its tables take 0.1 s to build
+
     found = open_gguf_source(model, pre_tokenizer=pre_tokenizer)
     notes = tuple(f"tensor '{d.name}' is left out: {d.reason}" for d in found.dropped)
     return GgufModelSource(
@@ -69,12 +83,12 @@ def as_gguf(
     )
 
 
-def _carried(model: GgufModel) -> tuple[dict[str, MetadataValue], list[str]]:
+def _carried(model: AnyGgufModel) -> tuple[dict[str, MetadataValue], list[str]]:
     """The keys of a GGUF file that hold for another file of the same model, and empty arrays."""
     carried: dict[str, MetadataValue] = {}
     empty = []
     for key in model.metadata:
-        if key in _NOT_CARRIED or key.startswith(_SPLIT):
+        if key in _NOT_CARRIED or key.startswith(_NOT_CARRIED_BELOW):
             continue
         kind, value = model.value(key)
         if value == []:

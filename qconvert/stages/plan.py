@@ -12,7 +12,7 @@ from qconvert.errors import UsageError
 from qconvert.geometry import row_length
 from qconvert.mix_rules import assign_types
 from qconvert.mixes import MixOptions, ModelFacts, TensorTypeRule, parse_ggml_type
-from qconvert.model import TensorInfo
+from qconvert.model import DTYPES, TensorInfo
 from qconvert.schemes import SCHEMES, AffineScheme, CastScheme, GgmlScheme, MixScheme, Scheme
 
 MIN_VALUES = 1024  # smaller tensors: the bytes saved do not matter, the error may
@@ -119,7 +119,9 @@ def plan_mix(
             continue
         scheme = SCHEMES.get(found.ggml_type.lower())
         if scheme is None or found.ggml_type == tensor.dtype:
-            planned.append(PlannedTensor(tensor, None, found.reason))
+            plain = tensor.dtype in DTYPES
+            reason = found.reason if plain else f"is {tensor.dtype} already"
+            planned.append(PlannedTensor(tensor, None, reason))
             continue
         assert isinstance(scheme, CastScheme | GgmlScheme)
         planned.append(PlannedTensor(tensor, scheme, found.reason))
@@ -130,7 +132,8 @@ def _rule(glob: str, scheme: TensorScheme) -> TensorTypeRule:
     if isinstance(scheme, AffineScheme):
         raise UsageError(f"scheme {scheme.name} is no type of a GGUF tensor")
     pattern = re.compile(translate(glob))
-    return TensorTypeRule(pattern, parse_ggml_type(scheme.name))
+    option = f"--tensor-scheme '{glob}={scheme.name}'"
+    return TensorTypeRule(pattern, parse_ggml_type(scheme.name), option)
 
 
 def _check_globs(tensors: Sequence[TensorInfo], options: PlanOptions) -> None:

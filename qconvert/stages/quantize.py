@@ -26,6 +26,7 @@ from qconvert.files.atomic import AtomicOutput, check_space
 from qconvert.files.calibration import Calibration, read_calibration
 from qconvert.files.dequantized import dequantized
 from qconvert.files.gguf_split import plan_shards, shard_path
+from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import MetadataValue, check_gguf
 from qconvert.files.imatrix import Imatrix, read_imatrix
 from qconvert.files.mean_squares import MeanSquares
@@ -146,7 +147,7 @@ def quantize(
             range=_range_text(options),
             dry_run=options.dry_run,
             tensors=[],
-            source_bytes=sum(t.nbytes for t in model.tensors),
+            source_bytes=sum(p.tensor.nbytes for p in plan),
             output_bytes=0,
             quantized_bits_per_weight=None,
             model_bits_per_weight=None,
@@ -163,6 +164,9 @@ def quantize(
         if options.range and not any(isinstance(p.scheme, AffineScheme) for p in plan):
             report.warnings.append("--range has no effect: no tensor takes a scheme with ranges")
         report.companions = len(model.companions) if container == "qblk" else 0
+        outputs = _outputs(output, plan, options.gguf.shard_size)
+        report.output = str(outputs[0][0])
+        report.files = len(outputs)
         if options.dry_run:
             report.tensors = [_planned_row(p) for p in plan]
             report.output_bytes = sum(t.nbytes for t in report.tensors)
@@ -171,7 +175,7 @@ def quantize(
             _totals(report, ErrorSums())
         else:
             job = _Job(model, plan, options, calibration, target, report, progress)
-            job.write(output)
+            job.write(outputs)
     finally:
         opened.close()
     if calibration:
@@ -236,13 +240,13 @@ def _plan(
     if source.facts is None:
         if replace(o, raw=False, shard_size=None, imatrix=None) != GgufOptions():
             raise UsageError(
-                "the mixes know no architecture 'raw'",
+                "a raw file has no architecture, to whose tensors the options of mixes apply",
                 hint="choose types with --scheme, --tensor-scheme and --keep",
             )
         if isinstance(options.scheme, MixScheme):
             raise UsageError(
                 f"{options.scheme.name} is a mix, which a raw file does not have",
-                hint="choose a single type, or leave out --raw",
+                hint="choose a single type" + (", or leave out --raw" if o.raw else ""),
             )
         plan = make_plan(tensors, asked, container)
     else:
@@ -251,17 +255,34 @@ def _plan(
             *(mix, o.pure, o.fallback, o.output_type, o.token_embedding_type, o.tensor_types),
             has_imatrix=imatrix is not None,
         )
+        if isinstance(opened, AnyGgufModel):  # what has its type already stays bit for bit
+            tensors = opened.tensors
         plan, fell_back = plan_mix(tensors, asked, wanted, source.facts)
+        decoded = {t.name: t for t in source.model.tensors}
+        plan = tuple(replace(p, tensor=decoded[p.tensor.name]) if p.scheme else p for p in plan)
         keys["general.file_type"] = mix.file_type
+        if options.min_values != MIN_VALUES:
+            warnings.append("--min-values has no effect: the mixes choose by name and shape")
         if fell_back:
             warnings.append(
                 f"{fell_back} tensors take another type than {mix.name} gives them: their rows do "
                 "not divide into its blocks"
             )
+    weighted = [p.tensor for p in plan if isinstance(p.scheme, GgmlScheme)]
+    if imatrix and not weighted:
+        warnings.append("--imatrix has no effect: no tensor is quantized")
+        imatrix = None
     if imatrix:
-        fit = imatrix.check([p.tensor for p in plan if isinstance(p.scheme, GgmlScheme)])
+        fit = imatrix.check(weighted)
         keys |= imatrix.keys()
         notes += [f"no importance for '{name}': quantized unweighted" for name in fit.missing]
+        names = {t.name for t in tensors}
+        foreign = [name for name in fit.unused if name not in names]
+        if foreign:
+            warnings.append(
+                f"the importance matrix has {len(foreign)} entries that no tensor has, "
+                f"such as '{foreign[0]}': it may be of another model"
+            )
     metadata = source.metadata | keys
     return plan, _GgufTarget(source.model, metadata, imatrix, tuple(warnings), tuple(notes))
 
@@ -284,6 +305,18 @@ def _output(source: Path, options: QuantizeOptions) -> tuple[Path, str]:
     return output, found
 
 
+def _outputs(
+    output: Path, plan: tuple[PlannedTensor, ...], shard_size: int | None
+) -> list[tuple[Path, int]]:
+    """The files to be written, and how many tensors go into each."""
+    if shard_size is None:
+        return [(output, len(plan))]
+    counts = plan_shards(gguf_tensors(plan), shard_size)
+    if len(counts) <= 1:
+        return [(output, len(plan))]
+    return [(shard_path(output, i, len(counts)), n) for i, n in enumerate(counts, 1)]
+
+
 def _check_plan(
     model: Model, plan: tuple[PlannedTensor, ...], calibration: Calibration | None, container: str
 ) -> None:
@@ -294,6 +327,7 @@ def _check_plan(
         check_qblk(model.tensors, model.path)
     if calibration is None:
         return
+    calibration.check_model(model)
     used = [p.tensor for p in plan if p.scheme and calibration.find(p.tensor.name)]
     if not used:
         raise UnsupportedError(
@@ -395,18 +429,12 @@ class _Job:
         self.total = ErrorSums()
         self.mean_squares: MeanSquares | None = None
 
-    def write(self, output: Path) -> None:
+    def write(self, outputs: list[tuple[Path, int]]) -> None:
         sources = _source_paths(self.model)
         inputs = [self.model.path, *sources]
         inputs += [p for p in (self.options.calibration, self.options.gguf.imatrix) if p]
-        counts = [len(self.plan)]
-        if self.options.gguf.shard_size is not None:
-            counts = plan_shards(gguf_tensors(self.plan), self.options.gguf.shard_size)
-        paths = [output]
-        if len(counts) > 1:
-            paths = [shard_path(output, i, len(counts)) for i in range(1, len(counts) + 1)]
-            self.report.output = str(paths[0])
-            self.report.files = len(paths)
+        paths = [path for path, _ in outputs]
+        counts = [count for _, count in outputs]
         with ExitStack() as stack:
             outs = [
                 stack.enter_context(AtomicOutput(p, overwrite=self.options.force, inputs=inputs))
@@ -416,7 +444,7 @@ class _Job:
                 self.mean_squares = stack.enter_context(
                     closing(MeanSquares(self.options.calibration))
                 )
-            check_space(output, sum(_planned_row(p).nbytes for p in self.plan))
+            check_space(paths[0], sum(_planned_row(p).nbytes for p in self.plan))
             provenance = self._provenance(sources)
             sink: Sink
             if self.gguf:
@@ -604,6 +632,7 @@ def _source_note(s: SourceFile) -> dict[str, Any]:
 
 
 def _source_paths(model: Model) -> list[Path]:
-    if model.path.is_dir():
-        return [model.path / s.name for s in model.sources]
-    return [model.path]
+    if len(model.sources) == 1 and not model.path.is_dir():
+        return [model.path]
+    home = model.path if model.path.is_dir() else model.path.parent
+    return [home / s.name for s in model.sources]

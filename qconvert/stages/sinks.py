@@ -22,6 +22,7 @@ from qconvert.files.qblk_writer import (
 from qconvert.model import Companion, Model, TensorInfo
 from qconvert.quantizers.affine import SCALE_NUMPY, EncodedRows, Parameters, stored_zero_points
 from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme
+from qconvert.stages.gguf_sources import PROVENANCE
 from qconvert.stages.plan import PlannedTensor, encoding_of
 
 # The longest notes that a tensor can carry, to bound the header; numbers are widened by
@@ -171,7 +172,7 @@ class GgufSink:
         tensors = gguf_tensors(plan)
         self.index = {t.name: i for i, t in enumerate(tensors)}
         noted = json.dumps(provenance, sort_keys=True, ensure_ascii=False)
-        keys = {**metadata, "qconvert.provenance": noted}
+        keys = {**metadata, PROVENANCE: noted}
         with machine_errors(outs[0].target):
             self.writer: GgufWriter | SplitGgufWriter
             if len(outs) == 1:

@@ -20,7 +20,7 @@ from qconvert.encoding import RawEncoding
 from qconvert.errors import FormatError, UsageError, WeightError
 from qconvert.files import open_model
 from qconvert.files.dequantized import dequantized
-from qconvert.files.gguf import GgufModel
+from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_check import check_payload
 from qconvert.geometry import TILE_VALUES, tiles
@@ -35,17 +35,19 @@ from qconvert.quantizers.integer import (
     static_activations,
 )
 from qconvert.report import Check, VerifiedTensor, VerifyReport
+from qconvert.running.hugging_face import require
 from qconvert.stages.analyse import F32_MAX
 from qconvert.stages.calibrate import check_activations, read_batches
-from qconvert.stages.gguf_sources import ARCHITECTURE, PRE_TOKENIZER, RAW, as_gguf
+from qconvert.stages.gguf_sources import ARCHITECTURE, PRE_TOKENIZER, RAW, TOKENIZER, as_gguf
 from qconvert.stages.parallel import Workers, available_threads
+from qconvert.stages.quality import QualityOptions, measure_quality
 from qconvert.stages.stored_rows import Rows, StaticParameters, quantized_rows, static_parameters
 
 HALF_STEP = 0.5 + 2.0**-9  # half a step, and the rounding of the scale and of binary32 arithmetic
 RECORDED = 1e-5  # relative; the header has six significant digits
 SPOILED_DB = 6.0  # products of Gaussian inputs come within 1 dB of their weights
 NO_CODES = "the file has no tensor with codes that we have an integer product for"
-ACTIVATIONS = ("auto", "static", "dynamic")
+ACTIVATIONS = ("auto", "static", "dynamic", "dynamic_asym")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,10 @@ class VerifyOptions:
     Attributes:
         rows: activation rows of the integer product.
         seed: of the Gaussian activations.
-        activations: ``static``, ``dynamic``, or ``auto`` for static where the file has parameters.
+        activations: of products of single tensors: ``static``, ``dynamic``, ``dynamic_asym``, or
+            ``auto`` for static where the file has parameters and dynamic elsewhere.
         samples: recorded activations to use instead of Gaussian ones.
+        quality: what to measure by running the models; None for tensors alone.
     """
 
     against: Path | None = None
@@ -67,6 +71,7 @@ class VerifyOptions:
     seed: int = 0
     activations: str = "auto"
     samples: tuple[Path, ...] = ()
+    quality: QualityOptions | None = None
     threads: int | None = None
 
 
@@ -110,6 +115,10 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
     limits = (options.min_sqnr, options.max_nmse, options.min_output_sqnr)
     if options.against is None and any(limit is not None for limit in limits):
         raise UsageError("limits on errors need the source", hint="give it with --against")
+    if options.quality is not None:
+        if options.against is None:
+            raise UsageError("--text needs the source", hint="give it with --against")
+        require("torch", "transformers")  # now, not after the weights
     report = VerifyReport(
         kernels=kernels.describe(),
         path=str(path),
@@ -149,12 +158,13 @@ def _source(path: Path, model: Model) -> Model:
     opened = open_model(path)
     try:
         plain = dequantized(opened)
-        raw = not isinstance(model, GgufModel) or model.metadata.get(ARCHITECTURE) == RAW
-        if raw or isinstance(opened, GgufModel):
+        raw = not isinstance(model, AnyGgufModel) or model.metadata.get(ARCHITECTURE) == RAW
+        if raw or isinstance(opened, AnyGgufModel):
             return plain
-        return as_gguf(
-            opened, plain, raw=False, name="", pre_tokenizer=model.metadata.get(PRE_TOKENIZER)
-        ).model
+        # Other kinds of tokenizers have a pre-tokenizer in the file, but none that can be named.
+        named = model.metadata.get(TOKENIZER) == "gpt2"
+        pre_tokenizer = model.metadata.get(PRE_TOKENIZER) if named else None
+        return as_gguf(opened, plain, raw=False, name="", pre_tokenizer=pre_tokenizer).model
     except BaseException:
         opened.close()
         raise
@@ -201,6 +211,7 @@ class _Job:
         quantized = [t for t in self.model.tensors if t.size and not self._is_copy(t, pairs)]
         for tensor in quantized:
             self._static(tensor)  # a missing calibration costs no time
+        self._quality()
         self._kept(pairs)
         self.progress.begin("verify", sum(t.nbytes for t in quantized), "bytes")
         with Workers(self.options.threads or available_threads()) as workers:
@@ -293,7 +304,22 @@ class _Job:
                 return False
         return True
 
-    # --- what does ---
+    # --- what needs torch ---
+
+    def _quality(self) -> None:
+        if self.options.quality is None:
+            return
+        assert self.options.against
+        if any(c.id == "same-tensors" and c.status == "fail" for c in self.report.checks):
+            self.skip("finite-quality", "the file is not of the source, so nothing was run")
+            return
+        path, against = self.model.path, self.options.against
+        found = measure_quality(path, against, self.options.quality, self.progress)
+        self.report.token_quality = found.tokens
+        self.report.embedding_quality = found.embeddings
+        self.report.checks += found.checks
+
+    # --- what does arithmetic ---
 
     def _measure(
         self, tensor: TensorInfo, original: TensorInfo | None, workers: Workers
@@ -304,7 +330,7 @@ class _Job:
         a = (
             static_activations(x, static.scale, static.zero_point)
             if static
-            else dynamic_activations(x)
+            else dynamic_activations(x, symmetric=self.options.activations != "dynamic_asym")
         )
         total = _Measured()
 
@@ -326,7 +352,8 @@ class _Job:
             row.max_error, row.worst_step = total.error.worst, total.worst_step
         if total.integer:
             row.integer_exact, row.float_error = total.exact, total.float_error
-            row.activations = "static" if static else "dynamic"
+            dynamic = self.options.activations.replace("auto", "dynamic")
+            row.activations = "static" if static else dynamic
             row.output_sqnr_db = _db(total.signal, total.noise)
         return row
 
@@ -341,7 +368,7 @@ class _Job:
             yield quantized_rows(self.model, tensor, tile, columns)
 
     def _static(self, tensor: TensorInfo) -> StaticParameters | None:
-        if self.options.activations == "dynamic":
+        if self.options.activations.startswith("dynamic"):
             return None
         found = static_parameters(self.stored.get(tensor.name))
         if found is None and self.options.activations == "static":

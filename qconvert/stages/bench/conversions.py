@@ -25,6 +25,7 @@ from qconvert.schemes import AffineScheme, GgmlScheme, Scheme
 from qconvert.stages.analyse import Mapper
 from qconvert.stages.bench.lines import Line, Section
 from qconvert.stages.bench.options import BenchOptions
+from qconvert.stages.bench.peers import gguf_py_encodes
 from qconvert.stages.bench.weights import F32, Weights, affine
 from qconvert.stages.parallel import Workers
 
@@ -70,6 +71,8 @@ def conversion_section(
     for kind in dict.fromkeys(map(nearest_ggml_type, options.schemes)):
         if weights.values.shape[1] % GGML_BLOCKS[kind].block:
             section.skip(f"gguf-py {kind.lower()}", "rows do not divide into its blocks")
+        elif not gguf_py_encodes(kind):
+            section.skip(f"gguf-py {kind.lower()}", f"it does not quantize to {kind}")
         else:
             section.lines += _gguf_py_lines(weights, kind)
     return section

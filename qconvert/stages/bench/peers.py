@@ -50,8 +50,20 @@ class Source:
         return {p.tensor.name for p in plan if p.scheme}
 
 
+def gguf_py_encodes(kind: str) -> bool:
+    """Whether gguf-py can quantize to a ggml type."""
+    type_ = gguf.GGMLQuantizationType[kind]
+    try:
+        gguf.quants.quantize(np.zeros((1, gguf.GGML_QUANT_SIZES[type_][0]), np.float32), type_)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def gguf_py(source: Source, kind: str, target: Path) -> Work | str:
     """Conversion with the safetensors library and gguf-py, or why there is none."""
+    if not gguf_py_encodes(kind):
+        return f"gguf-py does not quantize to {kind}"
     chosen = source.quantized(kind)
 
     def convert() -> None:

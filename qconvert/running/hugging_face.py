@@ -1,0 +1,223 @@
+"""Hugging Face checkpoints in torch: whole directories on this disk, never code that comes with
+them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from qconvert.errors import InputError, MachineError, QconvertError, UnsupportedError
+from qconvert.files.regular import RegularFile
+from qconvert.files.safetensors import open_safetensors
+from qconvert.files.shards import MAX_COMPANION_BYTES
+from qconvert.files.strict_json import strict_json
+from qconvert.running.streaming import stream_weights
+
+INSTALL = "pip install 'qconvert[hf]'"
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# The tables of transformers whose classes take token ids alone and answer in one pass.
+CAUSAL = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",)
+ENCODER = (
+    "MODEL_MAPPING_NAMES",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model ready to run on the CPU, and its tokenizer.
+
+    Attributes:
+        path: the directory.
+        model: a transformers model (torch.nn.Module), float32, in eval mode, without gradients.
+        tokenizer: the model's own.
+        config: the fields of config.json.
+        kind: ``causal`` predicts the next token; ``encoder`` takes sentences.
+    """
+
+    path: Path
+    model: Any
+    tokenizer: Any
+    config: dict[str, Any]
+    kind: Literal["causal", "encoder"]
+
+
+def open_checkpoint(
+    path: Path, *, threads: int | None = None, streamed: bool = False
+) -> Checkpoint:
+    """Load a directory as Hugging Face lays it out; code in it or named by it is never run.
+
+    Args:
+        path: a directory with config.json, safetensors and a tokenizer.
+        threads: of torch, for the whole process; None leaves its own choice.
+        streamed: leave matrices in their files; see `qconvert.running.streaming`. The model then
+            computes in float32 as otherwise, but its parameters are not all float32.
+
+    Raises:
+        InputError: a file is missing or damaged.
+        UnsupportedError: the model needs code of its own, is of a kind that transformers does not
+            know or that text alone does not run, or weights are missing.
+        MachineError: torch or transformers is not installed.
+    """
+    config = checked_config(path)
+    open_safetensors(path).close()  # headers are held against the files before anything maps them
+    torch, transformers = require("torch", "transformers")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    name, kind = model_class(config, path)
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        model, loaded = getattr(transformers, name).from_pretrained(
+            path,
+            dtype="auto" if streamed else torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    except Exception as e:  # whatever transformers makes of files that it does not like
+        refuse_loading(e, path)
+    lacking = sorted(loaded["missing_keys"]) + sorted(str(k) for k in loaded["mismatched_keys"])
+    if lacking:
+        raise UnsupportedError(
+            "the weights do not make up the model, torch would invent them",
+            path=path,
+            tensor=lacking[0],
+            found=f"{len(lacking)} missing or of another shape",
+            code="HF-WEIGHTS",
+        )
+    model.eval().requires_grad_(False)
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        model.set_experts_implementation("eager")  # one plain product an expert, as stored
+    if streamed:
+        stream_weights(model)
+    return Checkpoint(path, model, tokenizer, config, kind)
+
+
+def require(*packages: str) -> list[Any]:
+    """Import optional packages.
+
+    Raises:
+        MachineError: one is not installed; says how to install it.
+    """
+    import importlib
+
+    # A directory on this disk is all that is ever opened; some versions ask the hub even so.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Threads that spin while they wait made a run on a busy machine up to ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        return [importlib.import_module(package) for package in packages]
+    except ImportError as e:
+        raise MachineError(
+            f"running a model needs {' and '.join(packages)}",
+            found=f"no package '{e.name}'",
+            hint=f"install with: {INSTALL}",
+            code="HF-INSTALL",
+        ) from e
+
+
+def checked_config(path: Path) -> dict[str, Any]:
+    """config.json of a directory that holds a tokenizer too and asks for no code of its own.
+
+    Raises:
+        InputError: a file is missing or damaged, or the model needs its own code.
+    """
+    if not path.is_dir():
+        if path.exists():
+            raise InputError(
+                "running a model takes its directory",
+                path=path,
+                found="a file",
+                hint="give the directory with config.json and the tokenizer",
+                code="HF-DIRECTORY",
+            )
+        raise InputError("no such file or directory", path=path, code="FILE-MISSING")
+    config = _fields(path / CONFIG)
+    if not any((path / name).is_file() for name in TOKENIZERS):
+        raise InputError(
+            "no tokenizer in the directory",
+            path=path,
+            wanted=f"one of {', '.join(TOKENIZERS)}",
+            hint="put the model's own tokenizer files beside its weights",
+            code="HF-TOKENIZER",
+        )
+    companion = path / TOKENIZER_CONFIG
+    for file, fields in (
+        (path / CONFIG, config),
+        (companion, _fields(companion) if companion.exists() else {}),
+    ):
+        if fields.get("auto_map"):
+            raise UnsupportedError(
+                "the model needs code of its own, which is never run",
+                path=file,
+                found="auto_map",
+                wanted="an architecture that transformers itself has",
+                hint="record activations elsewhere and give them with --activations",
+                code="HF-CODE",
+            )
+    return config
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    file = RegularFile(path)
+    try:
+        if file.size > MAX_COMPANION_BYTES:
+            raise InputError("the file is too large", path=path, found=f"{file.size:,} bytes")
+        fields = strict_json(file.read(0, file.size), path)
+    finally:
+        file.close()
+    if not isinstance(fields, dict):
+        raise InputError("not an object of JSON", path=path, code="HF-CONFIG")
+    return fields
+
+
+def model_class(config: dict[str, Any], path: Path) -> tuple[str, Literal["causal", "encoder"]]:
+    """The transformers class that the config names: the tensors then have its modules' names.
+
+    Raises:
+        UnsupportedError: none, several, or one that text alone does not run.
+    """
+    from transformers.models.auto import modeling_auto
+
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and len(named) == 1 else None
+    tables: tuple[tuple[Literal["causal", "encoder"], tuple[str, ...]], ...] = (
+        ("causal", CAUSAL),
+        ("encoder", ENCODER),
+    )
+    if isinstance(name, str) and not config.get("is_encoder_decoder"):
+        for kind, names in tables:
+            for table in names:
+                for known in getattr(modeling_auto, table).values():
+                    if name == known or (isinstance(known, tuple) and name in known):
+                        return name, kind
+    raise UnsupportedError(
+        "not an architecture that text alone can be run through",
+        path=path / CONFIG,
+        found=f"architectures {named!r}",
+        wanted="one causal language model or encoder of transformers",
+        code="HF-ARCHITECTURE",
+    )
+
+
+def refuse_loading(e: Exception, path: Path) -> NoReturn:
+    """An exception of transformers as ours."""
+    if isinstance(e, (QconvertError, MemoryError)):
+        raise e
+    text = str(e).strip()
+    raise UnsupportedError(
+        "transformers cannot load the model",
+        path=path,
+        found=f"{type(e).__name__}: {text.splitlines()[0] if text else 'no reason given'}",
+        code="HF-LOAD",
+    ) from e

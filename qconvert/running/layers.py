@@ -1,0 +1,179 @@
+"""The linear layers of a model under the names of their weights, and what goes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.files.calibration import layer_name
+from qconvert.model import Model, TensorInfo
+from qconvert.running.hugging_face import Checkpoint
+
+F32 = NDArray[np.float32]
+Seen = Callable[[str, F32], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A matrix that the model multiplies with.
+
+    Attributes:
+        features: of its input.
+        module: the torch.nn.Linear that has it; None for a matrix, or a part of one, that another
+            module hands to torch's ``linear`` itself, as routers and fused experts do.
+        address: where the matrix, or the one that it is a part of, lies in memory.
+    """
+
+    features: int
+    module: Any
+    address: int
+
+
+def linear_layers(checkpoint: Checkpoint, model: Model) -> dict[str, Layer]:
+    """Every matrix of the files that the running model is seen to multiply with.
+
+    Args:
+        checkpoint: the running model.
+        model: the same files, opened.
+
+    Returns:
+        Name of the weight without ``.weight`` -> layer, in order of the names. A weight that is
+        shared (tied) has the name it is stored under. Where transformers renames or joins matrices
+        at load, such as the experts of a layer, each is found again by its first row.
+    """
+    from torch import nn
+
+    matrices = {t.name: t for t in model.tensors if len(t.shape) == 2 and t.floating}
+    owners = {id(m.weight): m for m in checkpoint.model.modules() if isinstance(m, nn.Linear)}
+    tables = {id(m.weight) for m in checkpoint.model.modules() if isinstance(m, nn.Embedding)}
+    tables -= set(owners)
+    found: dict[str, Layer] = {}
+    strange: dict[int, Any] = {}
+    for name, parameter in checkpoint.model.named_parameters(remove_duplicate=False):
+        if name in matrices:
+            strange.pop(id(parameter), None)
+            if id(parameter) not in tables:
+                module = owners.get(id(parameter))
+                found[layer_name(name)] = Layer(parameter.shape[1], module, parameter.data_ptr())
+            del matrices[name]
+        elif parameter.ndim in (2, 3) and id(parameter) not in tables:
+            strange[id(parameter)] = parameter
+    known = {layer.address for layer in found.values()}
+    strange = {k: p for k, p in strange.items() if p.data_ptr() not in known}
+    if strange:
+        rows = _first_rows(model, matrices)
+        for key, parameter in strange.items():
+            for part in parameter.unbind() if parameter.ndim == 3 else [parameter]:
+                for name in _parts(part, rows, matrices):
+                    found[layer_name(name)] = Layer(part.shape[1], owners.get(key), part.data_ptr())
+    return dict(sorted(found.items()))
+
+
+def _first_rows(model: Model, matrices: Mapping[str, TensorInfo]) -> dict[bytes, str]:
+    """The first row of each matrix, float32 -> its name; rows that several have are left out."""
+    found: dict[bytes, str] = {}
+    twice: set[bytes] = set()
+    for name, t in matrices.items():
+        if not t.size:
+            continue
+        row = model.values(t, 0, t.shape[1]).astype(np.float32).tobytes()
+        twice |= {row} & found.keys()
+        found[row] = name
+    return {row: name for row, name in found.items() if row not in twice}
+
+
+def _parts(
+    part: Any, rows: Mapping[bytes, str], matrices: Mapping[str, TensorInfo]
+) -> tuple[str, ...]:
+    """Names of the matrices that make up one of the running model, from above; () if not found."""
+    names: list[str] = []
+    at, height = 0, int(part.shape[0])
+    while at < height:
+        name = rows.get(part[at].detach().float().contiguous().numpy().tobytes())
+        if name is None:
+            return ()
+        names.append(name)
+        at += matrices[name].shape[0]
+    return tuple(names) if at == height else ()
+
+
+def embeddings(checkpoint: Checkpoint) -> int:
+    """How many token ids the model has an embedding for."""
+    return int(checkpoint.model.get_input_embeddings().weight.shape[0])
+
+
+@contextmanager
+def watching(
+    layers: Mapping[str, Layer], on_input: Seen, on_output: Seen | None = None
+) -> Iterator[None]:
+    """Call back with what enters, and what leaves, each layer while the model runs.
+
+    Modules are watched with hooks; other matrices where they are handed to torch's ``linear``,
+    several of them joined there into one having the same input and no output of their own.
+    Rows are (samples, features) float32 views of torch's memory: use them at once or copy them.
+    """
+    others: dict[int, list[str]] = {}
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            if layer.module is None:
+                others.setdefault(layer.address, []).append(name)
+                continue
+            before = layer.module.register_forward_pre_hook(_before(name, on_input))
+            hooks.callback(before.remove)
+            if on_output is not None:
+                after = layer.module.register_forward_hook(_after(name, on_output))
+                hooks.callback(after.remove)
+        if others:
+            hooks.enter_context(_watching_products(others, on_input, on_output))
+        yield
+
+
+def _before(name: str, seen: Seen) -> Callable[[Any, tuple[Any, ...]], None]:
+    return lambda _, inputs: seen(name, _rows(inputs[0]))
+
+
+def _after(name: str, seen: Seen) -> Callable[[Any, Any, Any], None]:
+    return lambda _, inputs, output: seen(name, _rows(output))
+
+
+def _watching_products(
+    matrices: Mapping[int, list[str]], on_input: Seen, on_output: Seen | None
+) -> Any:
+    """A mode of torch that sees each call of ``linear``, with matrices by their address."""
+    from torch.nn import functional
+    from torch.overrides import TorchFunctionMode
+
+    class Products(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is functional.linear and len(args) > 1:
+                names = matrices.get(args[1].data_ptr(), ())
+                for name in names:
+                    on_input(name, _rows(args[0]))
+                if len(names) == 1 and on_output is not None:
+                    on_output(names[0], _rows(result))
+            return result
+
+    return Products()
+
+
+def run_tokens(checkpoint: Checkpoint, tokens: NDArray[np.int64]) -> None:
+    """One forward pass over a window or a line, (tokens,)."""
+    import torch
+
+    ids = torch.from_numpy(np.ascontiguousarray(tokens)[None])
+    options = {"use_cache": False} if checkpoint.kind == "causal" else {}
+    with torch.inference_mode():
+        checkpoint.model(input_ids=ids, **options)
+
+
+def _rows(x: Any) -> F32:
+    rows: F32 = x.detach().reshape(-1, x.shape[-1]).float().contiguous().numpy()
+    return rows

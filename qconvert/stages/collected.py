@@ -1,0 +1,306 @@
+"""What calibration has collected: to files and back, merged, and as rows of the report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.errors import FormatError, UnsupportedError
+from qconvert.files.calibration import (
+    CHANNELS,
+    CalibrationDocument,
+    LayerCalibration,
+    StaticParameters,
+    TextRun,
+    calibration_bytes,
+    layer_name,
+    read_state,
+)
+from qconvert.model import Model
+from qconvert.observers.layer import LayerStatistics
+from qconvert.observers.ranges import Observer, ObserverSettings, static_range
+from qconvert.report import CalibratedLayer
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedLayer:
+    """A layer in the form of the file, small: its parameters and its arrays."""
+
+    calibration: LayerCalibration
+    arrays: Arrays
+
+
+@dataclass(slots=True)
+class Collected:
+    """A calibration in memory, finished or not.
+
+    Attributes:
+        settings: of the observers.
+        inputs: name and SHA-256 of what was read, in order.
+        model: digest of the model, if one was given.
+        run: of a run over text.
+        layers: still collecting.
+        finished: of groups that are through; read from files.
+        unreached: layers that no token came through.
+        recorded: sampled rows of input a layer, (rows, features) float32.
+    """
+
+    settings: ObserverSettings
+    inputs: list[dict[str, str]] = field(default_factory=list)
+    model: str | None = None
+    run: TextRun | None = None
+    layers: dict[str, LayerStatistics] = field(default_factory=dict)
+    finished: dict[str, FinishedLayer] = field(default_factory=dict)
+    unreached: list[str] = field(default_factory=list)
+    recorded: Arrays = field(default_factory=dict)
+
+    def finish(self) -> None:
+        """Bring what was collected into the form of the file, and let go of the statistics."""
+        for name in list(self.layers):
+            layer = self.layers.pop(name)
+            if layer.channels.samples:
+                self.finished[name] = finished(layer)
+
+    def document(self) -> CalibrationDocument:
+        """The JSON of the file, from the finished layers."""
+        return CalibrationDocument(
+            observer=self.settings.name,
+            settings={k: v for k, v in asdict(self.settings).items() if k != "name"},
+            inputs=self.inputs,
+            layers={n: self.finished[n].calibration for n in sorted(self.finished)},
+            model=self.model,
+            run=self.run,
+            unreached=sorted(self.unreached),
+        )
+
+    def to_bytes(self) -> bytes:
+        """The calibration file, of the finished layers."""
+        return calibration_bytes(self.document(), self._arrays())
+
+    def state_bytes(self) -> bytes:
+        """A file from which the run can go on; nothing is let go of."""
+        collecting = {n: s for n, s in self.layers.items() if s.channels.samples}
+        halfway = replace_finished(self, {n: unsettled(s) for n, s in collecting.items()})
+        arrays = halfway._arrays() | {f"{n}/recorded": a for n, a in self.recorded.items()}
+        return calibration_bytes(halfway.document(), arrays)
+
+    def _arrays(self) -> Arrays:
+        return {
+            f"{name}/{kind}": a
+            for name in sorted(self.finished)
+            for kind, a in self.finished[name].arrays.items()
+        }
+
+    def rows(self) -> list[CalibratedLayer]:
+        """The finished layers for the report."""
+        return [_row(name, self.finished[name]) for name in sorted(self.finished)]
+
+
+def replace_finished(c: Collected, more: Mapping[str, FinishedLayer]) -> Collected:
+    """A shallow copy with more finished layers."""
+    return replace(c, finished={**c.finished, **more}, layers={})
+
+
+def finished(layer: LayerStatistics) -> FinishedLayer:
+    """Ranges settled, state packed."""
+    return _packed(layer, _settled)
+
+
+def unsettled(layer: LayerStatistics) -> FinishedLayer:
+    """State packed, without ranges: to search them may take longer than all the rest."""
+    return _packed(layer, lambda _: StaticParameters(0.0, 0.0, 1.0, 0))
+
+
+def _packed(
+    layer: LayerStatistics, settle: Callable[[Observer], StaticParameters]
+) -> FinishedLayer:
+    output = None if layer.output is None else settle(layer.output)
+    settled = asdict(settle(layer.input))
+    return FinishedLayer(
+        LayerCalibration(
+            samples=layer.channels.samples, features=layer.features, **settled, output=output
+        ),
+        layer.arrays(),
+    )
+
+
+def restored(layer: FinishedLayer, settings: ObserverSettings) -> LayerStatistics:
+    """The inverse of `finished`."""
+    found = LayerStatistics.restored(layer.arrays, layer.calibration.features, settings)
+    if found.channels.samples != layer.calibration.samples:
+        raise ValueError("samples")
+    return found
+
+
+def read_collected(path: Path) -> Collected:
+    """A calibration file or the state of an interrupted run.
+
+    Raises:
+        InputError: it cannot be read, or its arrays are not what a run has left.
+    """
+    document, arrays = read_state(path)
+    try:
+        settings = ObserverSettings(document.observer, **document.settings)
+        settings.make()
+        parts: dict[str, Arrays] = {name: {} for name in document.layers}
+        recorded: Arrays = {}
+        for name, array in arrays.items():
+            layer, _, kind = name.rpartition("/")
+            if kind == "recorded":
+                recorded[layer] = array
+            else:
+                parts[layer][kind] = array
+        layers = {n: FinishedLayer(c, parts[n]) for n, c in document.layers.items()}
+        for layer_found in layers.values():
+            restored(layer_found, settings)
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError) as e:
+        raise FormatError(
+            "the state in the calibration is damaged",
+            path=path,
+            found=f"{type(e).__name__}: {e}",
+            hint="calibrate again",
+            code="CALIBRATION-STATE",
+        ) from e
+    return Collected(
+        settings=settings,
+        inputs=document.inputs,
+        model=document.model,
+        run=document.run,
+        finished=layers,
+        unreached=document.unreached,
+        recorded=recorded,
+    )
+
+
+def merged(parts: Iterable[tuple[Path, Collected]]) -> Collected:
+    """One calibration of all that several have seen: the statistics of a single run over the same.
+
+    Raises:
+        UnsupportedError: they differ in observer, model, or width of a layer.
+        UsageError: moving averages.
+    """
+    rest = iter(parts)
+    first_path, whole = next(rest)
+    for path, part in rest:
+        for what, found, wanted in (
+            ("observers", part.settings, whole.settings),
+            ("models", part.model, whole.model),
+        ):
+            if found != wanted:
+                raise UnsupportedError(
+                    f"calibrations with different {what} cannot be merged",
+                    path=path,
+                    found=found,
+                    wanted=f"{wanted}, as in {first_path.name}",
+                    code="CALIBRATION-MERGE",
+                )
+        for name, layer in part.finished.items():
+            before = whole.finished.get(name)
+            if before is None:
+                whole.finished[name] = layer
+                continue
+            statistics = restored(before, whole.settings)
+            try:
+                statistics.merge(restored(layer, whole.settings))
+            except ValueError as e:
+                raise UnsupportedError(
+                    "the layer differs between the calibrations",
+                    path=path,
+                    tensor=name,
+                    found=_described(layer.calibration),
+                    wanted=f"{_described(before.calibration)}, as in {first_path.name}",
+                    code="CALIBRATION-MERGE",
+                ) from e
+            whole.finished[name] = finished(statistics)
+        whole.inputs = whole.inputs + part.inputs
+        whole.run = _joined(whole.run, part.run)
+        whole.unreached = [*whole.unreached, *part.unreached]
+    whole.unreached = sorted(set(whole.unreached) - set(whole.finished))
+    return whole
+
+
+def _joined(a: TextRun | None, b: TextRun | None) -> TextRun | None:
+    """Two runs as one over both texts; None where they cut text differently."""
+    if a is None or b is None or (a.seqlen, a.nsamples, a.seed) != (b.seqlen, b.nsamples, b.seed):
+        return None
+    return replace(
+        a,
+        chunks=a.chunks + b.chunks,
+        done=a.done + b.done,
+        tokens=a.tokens + b.tokens,
+        groups=max(a.groups, b.groups),
+    )
+
+
+def _described(layer: LayerCalibration) -> str:
+    return f"{layer.features:,} features{', with outputs' if layer.output else ''}"
+
+
+def _settled(observer: Observer) -> StaticParameters:
+    found = static_range(*observer.range())
+    return StaticParameters(found.low, found.high, found.scale, found.zero_point)
+
+
+def _row(name: str, layer: FinishedLayer) -> CalibratedLayer:
+    settled = layer.calibration
+    low, high, _ = (layer.arrays[kind] for kind in CHANNELS)
+    widest = np.maximum(-low, high)
+    middle = float(np.median(widest))
+    return CalibratedLayer(
+        name=name,
+        samples=settled.samples,
+        features=settled.features,
+        low=settled.low,
+        high=settled.high,
+        scale=settled.scale,
+        zero_point=settled.zero_point,
+        channel_absmax_ratio=float(widest.max()) / middle if middle > 0 else float("inf"),
+        output=None if settled.output is None else asdict(settled.output),
+    )
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def model_warnings(model: Model, found: Mapping[str, LayerCalibration]) -> list[str]:
+    """Hold the layers against the weights of the model they are for.
+
+    Raises:
+        UnsupportedError: no layer has a weight in the model, or one has another width.
+    """
+    weights = {layer_name(t.name): t for t in model.tensors if len(t.shape) >= 2}
+    strange = [name for name in found if name not in weights]
+    if len(strange) == len(found):
+        raise UnsupportedError(
+            "no layer of the activations has a weight in the model",
+            path=model.path,
+            found=f"'{strange[0]}' and {len(strange) - 1} more",
+            wanted=f"names such as '{next(iter(weights), 'none')}'",
+            hint="name the arrays like the layers or weights of the model",
+        )
+    warnings = []
+    if strange:
+        warnings.append(
+            f"{len(strange)} of {len(found)} layers have no weight in {model.path.name}, "
+            f"such as '{strange[0]}'"
+        )
+    for name, layer in found.items():
+        if name not in strange and weights[name].shape[-1] != layer.features:
+            raise UnsupportedError(
+                "activations do not fit the model",
+                path=model.path,
+                tensor=weights[name].name,
+                found=f"{layer.features:,} features",
+                wanted=f"{weights[name].shape[-1]:,}",
+            )
+    return warnings

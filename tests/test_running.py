@@ -1,0 +1,185 @@
+"""Running a model, as far as that goes without torch: refusals, text, merged recordings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, gaussian, save
+from safetensors.numpy import load_file
+
+from qconvert.cli.main import main
+from qconvert.errors import InputError, MachineError, QconvertError, UnsupportedError
+from qconvert.files.calibration import read_calibration
+from qconvert.observers.ranges import ObserverSettings
+from qconvert.running.hugging_face import checked_config, open_checkpoint
+from qconvert.running.text import sentences, token_chunks
+from qconvert.stages.calibrate import (
+    CalibrateOptions,
+    MergeOptions,
+    calibrate,
+    merge_calibrations,
+)
+
+MODEL = ROOT / "samples" / "tiny-llama"
+
+
+class Letters:
+    """A tokenizer of one token a character, with a first token or without."""
+
+    def __init__(self, first: int | None) -> None:
+        self.bos_token_id = first
+
+    def __call__(self, text: Any, **options: Any) -> dict[str, Any]:
+        if isinstance(text, list):
+            return {"input_ids": [self(t)["input_ids"][: options["max_length"]] for t in text]}
+        begin = [] if self.bos_token_id is None else [self.bos_token_id]
+        return {"input_ids": begin + [ord(c) for c in text]}
+
+
+def test_windows_of_a_text(tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("abcdefgh", encoding="utf-8")
+    assert token_chunks(Letters(None), text, 3).tolist() == [[97, 98, 99], [100, 101, 102]]
+    # The first token comes first in each window, in place of what was there.
+    assert token_chunks(Letters(1), text, 3).tolist() == [[1, 97, 98], [1, 100, 101], [1, 103, 104]]
+
+
+def test_lines_of_a_text(tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    text.write_bytes(b"abc\r\n\n  \nd\nefghij")
+    found = [line.tolist() for line in sentences(Letters(1), text, 4)]
+    assert found == [[1, 97, 98, 99], [1, 100], [1, 101, 102, 103]]
+    text.write_text("\n \n")
+    with pytest.raises(InputError, match="no line"):
+        sentences(Letters(1), text, 4)
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MachineError, match="torch"):
+        open_checkpoint(MODEL)
+    line = ["calibrate", str(MODEL), "--text", str(MODEL / "config.json")]
+    assert main([*line, "-o", str(tmp_path / "c")]) == 4
+    assert "pip install 'qconvert[hf]'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_model_is_refused_before_anything_is_imported(file: str, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(MODEL, tmp_path / "m"))
+    fields = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps(fields | {"auto_map": {"AutoConfig": "evil.Config"}}))
+    with pytest.raises(UnsupportedError, match="HF-CODE"):
+        checked_config(model)
+
+
+def test_config_and_tokenizer_have_to_be_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config\.json: no such file"):
+        checked_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="not an object"):
+        checked_config(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="no tokenizer"):
+        checked_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "one of --text, --activations, --merge"),
+        (["--text", "t", "--activations", "a"], "--text and --activations"),
+        (["--activations", "a", "--seqlen", "8"], "--seqlen goes with --text"),
+        (["--activations", "a", "--resume"], "--resume goes with --text"),
+        (["--activations", "a", "--imatrix", "i"], "--imatrix goes with"),
+        (["--merge", "a", "--record", "d"], "--record goes with --text"),
+        (["--merge", "a", "--observer", "mse"], "observer of the files"),
+        (["--text", "t", "--momentum", "0.5"], "--observer ema"),
+        (["--text", "t", "--observer", "ema", "--momentum", "1"], "below 1"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_command_lines_that_contradict_themselves(
+    options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", str(MODEL), *options, "-o", str(tmp_path / "c")]) == 2
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> tuple[Path, list[Path]]:
+    """A model, and three recordings of its inputs in files of their own."""
+    tensors = {"a.weight": gaussian(1, 8, 40), "b.weight": gaussian(2, 8, 24)}
+    model = save(tmp_path / "m.safetensors", tensors)
+    recorded = [
+        save(tmp_path / f"r{k}", {"a": gaussian(k, 50 + k, 40) * k, "b": gaussian(-k % 9, 7, 24)})
+        for k in (1, 2, 3)
+    ]
+    return model, recorded
+
+
+@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy"])
+def test_merged_recordings_are_one_run_byte_for_byte(
+    kind: str, parts: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    model, recorded = parts
+    settings = ObserverSettings(kind)
+    calibrate(CalibrateOptions(tuple(recorded), tmp_path / "all", model, settings))
+    files = []
+    for path in recorded:
+        files.append(path.with_suffix(".calibration"))
+        calibrate(CalibrateOptions((path,), files[-1], model, settings))
+    merge_calibrations(MergeOptions(model, tuple(files), tmp_path / "merged"))
+    assert (tmp_path / "merged").read_bytes() == (tmp_path / "all").read_bytes()
+    merge_calibrations(MergeOptions(model, (*files[1:], files[0]), tmp_path / "turned"))
+    a, b = load_file(tmp_path / "all"), load_file(tmp_path / "turned")
+    assert all(a[n].tobytes() == b[n].tobytes() for n in a)
+
+
+def test_merging_takes_finished_calibrations_of_the_model_alone(
+    parts: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    model, recorded = parts
+    good = tmp_path / "good"
+    calibrate(CalibrateOptions((recorded[0],), good, model))
+    for path, words in ((model, "not a calibration"), (recorded[0], "not a calibration")):
+        with pytest.raises(QconvertError, match=words):
+            merge_calibrations(MergeOptions(model, (good, path), tmp_path / "merged"))
+    other = save(tmp_path / "other", {"a.weight": gaussian(9, 8, 40)})
+    with pytest.raises(UnsupportedError, match="of another model"):
+        merge_calibrations(MergeOptions(other, (good,), tmp_path / "merged"))
+    with pytest.raises(QconvertError, match="needs a run over text"):
+        merge_calibrations(MergeOptions(model, (good,), tmp_path / "merged", tmp_path / "i"))
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", ["squares", "state.first", "state.input.extremes", "minimum"])
+def test_a_state_with_impossible_arrays_is_refused(
+    name: str, parts: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    model, recorded = parts
+    path = tmp_path / "c"
+    calibrate(CalibrateOptions((recorded[0],), path, model))
+    read_calibration(path)
+    tensors = load_file(path)
+    tensors[f"a/{name}"] = tensors[f"a/{name}"][::-1].copy()[:1] * np.array(-1).astype(
+        tensors[f"a/{name}"].dtype
+    )
+    header = path.read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    metadata = json.loads(header[8 : 8 + length])["__metadata__"]
+    save(path, tensors, **metadata)
+    with pytest.raises(InputError):
+        merge_calibrations(MergeOptions(model, (path, path), tmp_path / "merged"))
