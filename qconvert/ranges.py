@@ -41,6 +41,11 @@ class SearchGrid:
     asymmetric: tuple[float, ...]
     shifts: tuple[float, ...]
 
+    @property
+    def first(self) -> SearchGrid:
+        """The minmax step alone."""
+        return SearchGrid(self.symmetric[:1], self.asymmetric[:1], (0.0,))
+
 
 def _factors(first: float, last: float, count: int) -> tuple[float, ...]:
     return tuple(first + (last - first) * i / (count - 1) for i in range(count))

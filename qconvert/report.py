@@ -86,6 +86,10 @@ class QuantizedTensor:
         nbytes: bytes in the file.
         bits_per_weight: of everything stored for it; None when empty.
         sqnr_db: None when nothing was lost, or when it was kept.
+        weighted: whether the calibration's mean squares of the input channels weighed the error
+            that ranges and symmetry were chosen by.
+        weighted_sqnr_db: SQNR with these weights, that of the layer's output for uncorrelated
+            channels; None without them, or when nothing was lost.
         clipped: values outside the codes' range.
     """
 
@@ -102,6 +106,8 @@ class QuantizedTensor:
     nmse: float | None = None
     max_error: float | None = None
     clipped: int | None = None
+    weighted: bool = False
+    weighted_sqnr_db: float | None = None
     decision: dict[str, Any] | None = None
 
 

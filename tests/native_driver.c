@@ -134,18 +134,25 @@ static void run_groups(const Kernels *k, size_t groups, size_t length, Scheme sc
     }
     k->extrema(x, groups, length, low, high, zeros);
     take(zeros, groups * sizeof *zeros);
-    double *fitted = make(groups * sizeof *fitted);
-    int32_t *points = make(groups * sizeof *points);
-    uint8_t *found = make(groups);
     for (size_t g = 0; g < groups; g++) {
         low[g] = low[g] < 0 ? low[g] : 0;
         high[g] = high[g] > 0 ? high[g] : 0;
     }
-    check(k->search(x, groups, length, counts, low, high, has_zero, scheme, grid, fitted, points,
-                    found));
-    take(fitted, groups * sizeof *fitted);
-    take(points, groups * sizeof *points);
-    take(found, groups);
+    float *weight = scales(n, 0), *reach = make(n * sizeof *reach);
+    for (size_t i = 0; i < n; i++) {
+        reach[i] = (float)(draw() % 17) / 16;
+    }
+    const Weights weights = {groups / 2 + 1, weight, reach};
+    for (int weighted = 0; weighted < 2; weighted++) {
+        double *fitted = make(groups * sizeof *fitted);
+        int32_t *points = make(groups * sizeof *points);
+        uint8_t *found = make(groups);
+        check(k->search(x, groups, length, counts, low, high, has_zero,
+                        weighted ? &weights : NULL, scheme, grid, fitted, points, found));
+        take(fitted, groups * sizeof *fitted);
+        take(points, groups * sizeof *points);
+        take(found, groups);
+    }
 
     float *sums = make(3 * groups * sizeof *sums), *plain = make(groups * sizeof *plain);
     float *inverse = scales(groups, 0), *mask = make(n * sizeof *mask);
@@ -158,7 +165,10 @@ static void run_groups(const Kernels *k, size_t groups, size_t length, Scheme sc
     take(sums, 3 * groups * sizeof *sums);
     take(plain, groups * sizeof *plain);
     double *rows = make(3 * groups * sizeof *rows);
-    k->long_sums(x, groups, length, 1, inverse, high, 0, top, rows);
+    k->long_sums(x, NULL, groups, length, 1, inverse, high, 0, top, rows);
+    take(rows, 3 * groups * sizeof *rows);
+    rows = make(3 * groups * sizeof *rows);
+    k->long_sums(x, weight, groups, length, 1, inverse, high, 0, top, rows);
     take(rows, 3 * groups * sizeof *rows);
 
     uint8_t *codes = make(n);
@@ -172,13 +182,22 @@ static void run_groups(const Kernels *k, size_t groups, size_t length, Scheme sc
     if (length % 16 == 0) {
         const Scheme blocks = {scheme.bits, scheme.symmetric, length};
         const size_t even = groups / 2 * 2, stored_codes = packed_bytes(even * length, scheme.bits);
-        for (enum scale_type type = 0; type < SCALE_TYPES; type++) {
+        for (int i = 0; i < 2 * SCALE_TYPES; i++) {
+            const enum scale_type type = (enum scale_type)(i / 2);
             uint8_t *packed = make(stored_codes), *stored = make(even * 4), *points8 = make(even);
             const Grid none = {0};
-            const Blocks task = {blocks, type, type ? grid : none, x,      even,
-                                 -1.0f,  1.0f, packed,             stored, points8};
+            Blocks task = {blocks, type, type ? grid : none, x,      even,
+                           -1.0f,  1.0f, packed,             stored, points8, {0}, NULL};
+            if (i % 2) {
+                task.weights = weights;
+                task.mean_square = weight;
+            }
             BlockFigures figures;
             check(k->quantize_blocks(&task, &figures));
+            double *weighted = make(2 * sizeof *weighted);
+            weighted[0] = figures.errors.weighted_signal;
+            weighted[1] = figures.errors.weighted_noise;
+            take(weighted, 2 * sizeof *weighted);
             take(packed, stored_codes);
             take(stored, even * (type == SCALE_F32 ? 4 : 2));
             take(points8, scheme.symmetric ? 0 : even);
@@ -188,6 +207,8 @@ static void run_groups(const Kernels *k, size_t groups, size_t length, Scheme sc
     free(scale);
     free(zero);
     free(counts);
+    free(weight);
+    free(reach);
     free(has_zero);
     free(low);
     free(high);
@@ -203,7 +224,7 @@ static void run_rows(const Kernels *k, size_t rows, size_t columns, Scheme schem
     int32_t *zero = integers(rows * groups, scheme.bits == 8 ? 256 : 4u << scheme.bits);
     uint8_t *packed = make(size);
     Errors *errors = calloc(1, sizeof *errors);
-    k->encode_rows(x, rows, columns, scale, zero, rows * groups, scheme, packed, errors);
+    k->encode_rows(x, rows, columns, scale, zero, rows * groups, scheme, x, 1, packed, errors);
     take(errors, sizeof *errors);
     take(packed, size);
 

@@ -26,9 +26,10 @@ from qconvert import kernels
 from qconvert.encoding import BITS, BLOCKS, AffineEncoding
 from qconvert.kernels import reference, widening
 from qconvert.observers import statistics
-from qconvert.quantizers import affine, fitting, integer
+from qconvert.quantizers import affine, fitting, integer, search_sums
 from qconvert.quantizers.blocks import quantize_rows
 from qconvert.quantizers.ggml import GGML_BLOCKS, GgmlBlock
+from qconvert.quantizers.weighting import weighting
 from qconvert.ranges import SEARCH_GRIDS, RangeMethod
 
 if os.environ.get("QCONVERT_KERNELS") == "reference":
@@ -256,7 +257,7 @@ def test_long_sums(kind: str, seed: int, rows: int, length: int, bits: int) -> N
         for f in (1.0, 2.5, 7.0)
     ]
     encoding = scheme(bits, 0, False, length)
-    source = fitting._group_sums(x, encoding, None)
+    source = search_sums.group_sums(x, encoding, None)
     wanted = np.array([np.stack(s, axis=1) for s in source.sums(candidates)])
     inverse, offset = (np.array([c[i] for c in candidates]) for i in (0, 1))
     same(compiled.long_sums(x, inverse, offset, 0, encoding.levels), wanted)
@@ -281,6 +282,59 @@ def test_search(
     with np.errstate(over="ignore"):  # sums of groups that are too large to search
         wanted = fitting.fit(x, encoding, RangeMethod("mse"), counts)
     same((p.scale, p.zero), (wanted.scale, wanted.zero))
+
+
+def mean_squares(seed: int, rows: int, columns: int) -> F32:
+    """Of every size, some of them 0; at times the same for all, or all 0."""
+    rng = np.random.default_rng(seed)
+    kind = rng.integers(5)
+    squares = np.exp2(rng.uniform(-20, 20, (rows, columns)))
+    if kind == 1:
+        squares *= rng.random((rows, columns)) < 0.3
+    elif kind == 2:
+        squares = np.full((rows, columns), rng.choice([0.0, 1.0, 2.0**-149, 3e38]))
+    elif kind == 3:
+        squares = np.exp2(rng.uniform(-149, 127, (rows, columns)))
+    return squares.astype(np.float32)
+
+
+@often
+@given(
+    *(kinds, seeds, st.integers(1, 20), st.integers(1, 3), st.integers(1, 700), widths),
+    *(st.booleans(), blocks),
+)
+def test_weighted_rows(
+    kind: str,
+    seed: int,
+    rows: int,
+    period: int,
+    columns: int,
+    bits: int,
+    symmetric: bool,
+    block: int,
+) -> None:
+    """Search, codes and both errors; rows and blocks of odd lengths too."""
+    x = values(kind, seed, rows * period, columns)
+    encoding = scheme(bits, block, symmetric, columns)
+    weights = weighting(mean_squares(seed, period, columns), encoding)
+    how = (x, encoding, RangeMethod("mse"), (-1.0, 1.0), weights)
+    with np.errstate(all="ignore"), pytest.MonkeyPatch.context() as patch:
+        wanted = quantize_rows(*how).rows
+        patch.setattr(kernels, "fused", compiled)
+        found = quantize_rows(*how).rows
+    assert (found.codes, found.scales) == (wanted.codes, wanted.scales)
+    same(found.zero, wanted.zero)
+    assert repr(found.error) == repr(wanted.error)  # NaN equals itself
+
+
+def test_weights_must_fit_the_groups() -> None:
+    x, w = np.ones((6, 32), np.float32), np.ones((4, 32), np.float32)
+    with pytest.raises(ValueError, match="fit"):
+        compiled.quantize_blocks(x, 4, True, "F16", None, (-1.0, 1.0), (w, w, w))
+    with pytest.raises(ValueError, match="fit"):
+        compiled.encode_rows(x, x[:1, 0], np.zeros(1, np.int32), 4, True, 0, w)
+    with pytest.raises(ValueError, match="belong"):
+        compiled.encode_rows(x, x[:1, 0], np.zeros(1, np.int32), 4, True, 0, w[:3, :31])
 
 
 def test_one_candidate_may_serve_all_groups() -> None:
@@ -340,7 +394,7 @@ def test_encode_rows(
     codes, *error = compiled.encode_rows(x, scale, zero, bits, symmetric, block)
     assert codes == wanted.codes
     e = wanted.error
-    assert error == [e.signal, e.noise, e.worst, e.clipped]
+    assert error == [e.signal, e.noise, e.worst, e.clipped, 0, 0]
 
 
 @often
@@ -377,7 +431,9 @@ def test_quantize_blocks(
     assert found.scales == rows.scales
     same(found.zeros, rows.zero)
     assert found.outside == wanted.outside
-    assert repr(found.errors) == repr((e.signal, e.noise, e.worst, e.clipped))  # NaN equals itself
+    assert repr(found.errors) == repr(
+        (e.signal, e.noise, e.worst, e.clipped, 0.0, 0.0)
+    )  # NaN equals itself
     assert found.groups == (g.symmetric_power, g.asymmetric_power, g.smallest, g.largest)
 
 
@@ -678,6 +734,9 @@ def _report() -> None:
             "encode_rows q8": lambda: compiled.encode_rows(rows, scale, zero, 8, False, 64),
             "search q4 asym": lambda: compiled.search(
                 groups, None, *extent, 4, False, SEARCH_GRIDS[4]
+            ),
+            "search q4 asym weighted": lambda: compiled.search(
+                groups, None, *extent, 4, False, SEARCH_GRIDS[4], (ones[:1], ones[:1])
             ),
             "Q4_0": lambda: compiled.ggml_encode("Q4_0", blocks),
             "Q8_0": lambda: compiled.ggml_encode("Q8_0", blocks),

@@ -313,8 +313,17 @@ def quantize(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option("--calibration", metavar="FILE", help="store static activation parameters"),
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="weigh errors by the mean squares of the inputs, store static activation "
+            "parameters",
+        ),
     ] = None,
+    no_weighting: Annotated[
+        bool,
+        typer.Option("--no-weighting", help="of a calibration take the static parameters alone"),
+    ] = False,
     keep: Annotated[
         list[str] | None,
         typer.Option("--keep", metavar="GLOB", help="keep these tensors bit for bit; repeatable"),
@@ -438,6 +447,7 @@ def quantize(
         container=_container(format),
         range=_range(range, percentile),
         calibration=calibration,
+        weighting=not no_weighting,
         keep=tuple(keep or ()),
         tensor_schemes=tuple(_tensor_scheme(text) for text in tensor_scheme or ()),
         min_values=min_values,

@@ -200,7 +200,15 @@ def quantize_text(r: QuantizeReport) -> str:
         )
         for i, t in enumerate(lossy[:WORST_SHOWN]):
             label = "worst      " if i == 0 else "           "
-            lines.append(f"{label}{decibels(t.sqnr_db)} dB  {printable(t.name)}  {t.stored}\n")
+            output = f" ({decibels(t.weighted_sqnr_db)} output-weighted)" if t.weighted else ""
+            lines.append(
+                f"{label}{decibels(t.sqnr_db)} dB{output}  {printable(t.name)}  {t.stored}\n"
+            )
+    if weighted := [t for t in quantized if t.weighted]:
+        lines.append(
+            f"weighted   {_count(weighted)} by the mean squares of their inputs, "
+            f"{_count(quantized[len(weighted) :])} not\n"
+        )
     lines.append(
         f"range      {r.range}\nkernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
     )

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING
 
 from qconvert.errors import MachineError, UsageError
 from qconvert.kernels import reference
-from qconvert.kernels.reference import HISTOGRAM_BINS, Moments, lane_sum, zero_steps
+from qconvert.kernels.reference import (
+    HISTOGRAM_BINS,
+    Moments,
+    lane_sum,
+    weighted_code_sums,
+    weighted_error_sums,
+    zero_steps,
+)
 
 VARIABLE = "QCONVERT_KERNELS"
 
@@ -156,6 +163,8 @@ __all__ = [
     "pack",
     "running",
     "unpack",
+    "weighted_code_sums",
+    "weighted_error_sums",
     "widen",
     "zero_steps",
 ]

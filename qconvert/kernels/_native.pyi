@@ -35,6 +35,7 @@ def code_sums(
 ) -> None: ...
 def long_sums(
     x: Buffer,
+    weights: Buffer | None,
     rows: int,
     length: int,
     candidates: int,
@@ -53,6 +54,9 @@ def search(
     low: Buffer,
     high: Buffer,
     has_zero: Buffer,
+    weight: Buffer | None,
+    reach: Buffer | None,
+    period: int,
     bits: int,
     symmetric: bool,
     factors: Buffer,
@@ -96,9 +100,11 @@ def encode_rows(
     bits: int,
     symmetric: bool,
     block: int,
+    mean_square: Buffer | None,
+    period: int,
     packed: Buffer,
     /,
-) -> tuple[float, float, float, int]: ...
+) -> tuple[float, float, float, int, float, float]: ...
 def quantize_blocks(
     x: Buffer,
     groups: int,
@@ -112,11 +118,15 @@ def quantize_blocks(
     shift_count: int,
     low: float,
     high: float,
+    weight: Buffer | None,
+    reach: Buffer | None,
+    mean_square: Buffer | None,
+    period: int,
     codes: Buffer,
     scales: Buffer,
     zeros: Buffer,
     /,
-) -> tuple[float, float, float, int, int, float, float, float, float]: ...
+) -> tuple[tuple[float, float, float, int, float, float], int, float, float, float, float]: ...
 def all_finite(x: Buffer, n: int, /) -> bool: ...
 def pack(values: Buffer, groups: int, width: int, packed: Buffer, /) -> None: ...
 def unpack(packed: Buffer, groups: int, width: int, values: Buffer, /) -> None: ...

@@ -179,16 +179,21 @@ def code_sums(
     return su, suu, sxu
 
 
-def long_sums(x: F32, inverse: F32, offset: F32, low: int, top: int) -> F64:
-    """Σu, Σu² and Σxu of rows of any length for several candidates, in one pass over the rows.
+def long_sums(
+    x: F32, inverse: F32, offset: F32, low: int, top: int, weights: F32 | None = None
+) -> F64:
+    """Σu, Σu² and Σxu, or with weights Σwu, Σwu² and Σwxu, of rows of any length for several
+    candidates, in one pass over the rows.
 
-    Equal to `reference.code_sums` of pieces of 256 values, the last one shorter, added in float64
-    in order: what `fitting._group_sums` yields for rows (R, c) and, for one row of at most 65,536
-    values, what `fitting._stream_sums` adds for a batch.
+    Equal to `reference.code_sums` (`reference.weighted_code_sums`) of pieces of 256 values, the
+    last one shorter, added in float64 in order: what `search_sums.group_sums` yields for rows
+    (R, c) and, for one row of at most 65,536 values, what `search_sums.stream_sums` adds for a
+    batch.
 
     Args:
         x: rows, (R, c).
         inverse, offset: (K, R).
+        weights: of the values, (R, c).
 
     Returns:
         float64 (K, R, 3).
@@ -196,7 +201,16 @@ def long_sums(x: F32, inverse: F32, offset: F32, low: int, top: int) -> F64:
     rows, length = x.shape
     sums = np.empty((len(inverse), rows, 3))
     _native.long_sums(
-        _f32(x), rows, length, len(inverse), _f32(inverse), _f32(offset), low, top, sums
+        _f32(x),
+        _f32_or_none(weights),
+        rows,
+        length,
+        len(inverse),
+        _f32(inverse),
+        _f32(offset),
+        low,
+        top,
+        sums,
     )
     return sums
 
@@ -210,6 +224,7 @@ def search(
     bits: int,
     symmetric: bool,
     grid: SearchGrid,
+    weights: tuple[F32, F32] | None = None,
 ) -> tuple[F64, I32, NDArray[np.bool_]]:
     """The mse search of groups (G, L), L <= 256, zeros behind ``counts`` values.
 
@@ -218,12 +233,14 @@ def search(
 
     Args:
         low, high, has_zero: the extent of each group as `fitting.extent` gives it.
+        weights: weight and reach of `weighting.Weighting`.
 
     Returns:
         Scales before rounding, zero steps (all 0 when symmetric) and whether a candidate was found:
         never for magnitudes below 2^-100 or above 2^110, where scale and zero are 0.
     """
     groups, length = x.shape
+    weight, reach = weights or (None, None)
     factors = np.array(grid.symmetric if symmetric else grid.asymmetric, np.float32)
     shifts = np.array(() if symmetric else grid.shifts, np.float32)
     scale, zero = np.empty(groups), np.empty(groups, np.int32)
@@ -231,10 +248,30 @@ def search(
     count = None if counts is None else _i32(counts)
     zeros = np.ascontiguousarray(has_zero, np.bool_)
     _native.search(
-        *(_f32(x), groups, length, count, _f32(low), _f32(high), zeros, bits, symmetric, factors),
-        *(len(factors), shifts, len(shifts), scale, zero, found),
+        *(_f32(x), groups, length, count, _f32(low), _f32(high), zeros),
+        None if weight is None else _f32(weight),
+        None if reach is None else _f32(reach),
+        *(_period(groups, weight, reach), bits, symmetric, factors, len(factors)),
+        *(shifts, len(shifts), scale, zero, found),
     )
     return scale, zero, found
+
+
+def _period(users: int, *rows: F32 | None) -> int:
+    """How many rows (P, L) of each array, all those that there are, ``users`` take in turn.
+
+    Raises:
+        ValueError: P does not divide the number of users.
+    """
+    periods = {len(r) for r in rows if r is not None} or {1}
+    period = max(periods)
+    if len(periods) > 1 or period == 0 or users % period:
+        raise ValueError("weights that do not fit the groups")
+    return period
+
+
+def _f32_or_none(x: F32 | None) -> F32 | None:
+    return None if x is None else _f32(x)
 
 
 # --- codes ----------------------------------------------------------------------------------------
@@ -259,25 +296,32 @@ def decode(codes: U8, scale: F32, zero: I32, bits: int, symmetric: bool) -> F32:
 
 
 def encode_rows(
-    x: F32, scale: F32, zero: I32, bits: int, symmetric: bool, block: int
-) -> tuple[bytes, float, float, float, int]:
+    x: F32,
+    scale: F32,
+    zero: I32,
+    bits: int,
+    symmetric: bool,
+    block: int,
+    mean_square: F32 | None = None,
+) -> tuple[bytes, float, float, float, int, float, float]:
     """Codes as in the file and the error of rows (R, c), as `quantizers.affine.encode_rows`.
 
     Args:
         scale, zero: one for each group, or a single one for all; stored scales, zero steps.
         block: values of a group, or 0 when a row is one.
+        mean_square: weights of the error, (P, c), or None.
 
     Returns:
-        ``EncodedRows.codes`` and signal, noise, worst and clipped of ``EncodedRows.error``.
+        ``EncodedRows.codes`` and the fields of ``EncodedRows.error`` but the count.
     """
     rows, columns = x.shape
     unit = max(block, 1 if bits == 8 else PACK_GROUP)
     packed = np.empty(rows * (-(-columns // unit) * unit * bits // 8), np.uint8)
-    signal, noise, worst, clipped = _native.encode_rows(
+    error = _native.encode_rows(
         *(_f32(x), rows, columns, _f32(scale), _i32(zero), len(scale)),
-        *(bits, symmetric, block, packed),
+        *(bits, symmetric, block, _f32_or_none(mean_square), _period(rows, mean_square), packed),
     )
-    return packed.tobytes(), signal, noise, worst, clipped
+    return packed.tobytes(), *error
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +330,7 @@ class QuantizedBlocks:
 
     Attributes:
         codes, scales, zeros: as stored; a byte for each zero point.
-        errors: signal, noise, worst and clipped of ``ErrorSums``.
+        errors: the fields of ``ErrorSums`` but the count.
         groups: the fields of ``GroupStatistics``.
         outside: values outside the bounds.
     """
@@ -294,7 +338,7 @@ class QuantizedBlocks:
     codes: bytes
     scales: bytes
     zeros: U8
-    errors: tuple[float, float, float, int]
+    errors: tuple[float, float, float, int, float, float]
     groups: tuple[float, float, float, float]
     outside: int
 
@@ -306,12 +350,17 @@ def quantize_blocks(
     scale_dtype: str,
     grid: SearchGrid | None,
     bounds: tuple[float, float],
+    weights: tuple[F32, F32, F32] | None = None,
 ) -> QuantizedBlocks:
     """`quantizers.blocks.quantize_rows` of full blocks (G, L) by mse, or by minmax without a grid.
 
     G · L must be a multiple of 32 below 8 bits.
+
+    Args:
+        weights: weight, reach and mean square of the values of groups, (Q, L) each; Q divides G.
     """
     groups, length = x.shape
+    weight, reach, mean_square = weights or (None, None, None)
     factors = np.array(
         () if grid is None else grid.symmetric if symmetric else grid.asymmetric, np.float32
     )
@@ -327,16 +376,18 @@ def quantize_blocks(
         shifts,
         len(shifts),
         *bounds,
+        *(_f32_or_none(weight), _f32_or_none(reach), _f32_or_none(mean_square)),
+        _period(groups, weight, reach, mean_square),
         codes,
         scales,
         zeros,
     )
-    signal, noise, worst, clipped, outside, *powers = found
+    errors, outside, *powers = found
     return QuantizedBlocks(
         codes=codes.tobytes(),
         scales=scales.tobytes(),
         zeros=zeros,
-        errors=(signal, noise, worst, clipped),
+        errors=errors,
         groups=(powers[0], powers[1], powers[2], powers[3]),
         outside=outside,
     )

@@ -160,6 +160,22 @@ def code_sums(
     return column_sums(u), column_sums(u * u), column_sums(columns * u)
 
 
+def weighted_code_sums(
+    columns: F32, weights: F32, inverse: F32, offset: F32, low: int, top: int
+) -> tuple[F32, F32, F32]:
+    """`code_sums` with weights (L, G), 0 for padding.
+
+    Returns:
+        Σwu, Σ(wu)u and Σ(wx)u, each (G,); with weights of 1 those of `code_sums`, bit for bit.
+    """
+    u = columns * inverse
+    u += offset
+    np.rint(u, out=u)
+    np.clip(u, low, top, out=u)
+    wu = weights * u
+    return column_sums(wu), column_sums(wu * u), column_sums(weights * columns * u)
+
+
 # --- codes ----------------------------------------------------------------------------------------
 
 
@@ -219,6 +235,15 @@ def error_sums(x: F32, decoded: F32) -> tuple[float, float, float]:
     error = wide - decoded.ravel()
     worst = float(np.abs(error).max(initial=0.0))
     return lane_sum(wide * wide), lane_sum(error * error), worst
+
+
+@np.errstate(over="ignore", invalid="ignore")  # where a value was decoded to infinity
+def weighted_error_sums(x: F32, decoded: F32, weights: F32) -> tuple[float, float]:
+    """Σwx² and Σw(x - x')² of rows (R, c), in float64; row r has the weights r mod P of (P, c)."""
+    wide = x.astype(np.float64)
+    error = wide - decoded
+    w = weights[np.arange(len(x)) % len(weights)].astype(np.float64)
+    return lane_sum((w * (wide * wide)).ravel()), lane_sum((w * (error * error)).ravel())
 
 
 # --- packing --------------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ class ErrorSums:
     noise: float = 0.0  # Σ(x - x')²
     worst: float = 0.0  # max |x - x'|
     clipped: int = 0
+    weighted_signal: float = 0.0  # Σwx², 0 without weights
+    weighted_noise: float = 0.0  # Σw(x - x')²
 
     def __add__(self, other: ErrorSums) -> ErrorSums:
         return ErrorSums(
@@ -60,16 +62,19 @@ class ErrorSums:
             self.noise + other.noise,
             max(self.worst, other.worst),
             self.clipped + other.clipped,
+            self.weighted_signal + other.weighted_signal,
+            self.weighted_noise + other.weighted_noise,
         )
 
     @property
     def sqnr_db(self) -> float | None:
         """10 log10(Σx² / Σ(x - x')²) in dB; None when nothing was lost."""
-        if self.noise == 0:
-            return None
-        if self.signal == 0:
-            return float("-inf")
-        return float(10 * (np.log10(self.signal) - np.log10(self.noise)))
+        return _decibels(self.signal, self.noise)
+
+    @property
+    def weighted_sqnr_db(self) -> float | None:
+        """The same with weights: SQNR of the layer's output; None without weights too."""
+        return _decibels(self.weighted_signal, self.weighted_noise)
 
     @property
     def nmse(self) -> float:
@@ -77,6 +82,14 @@ class ErrorSums:
         if self.signal == 0:
             return float("inf") if self.noise else 0.0
         return self.noise / self.signal
+
+
+def _decibels(signal: float, noise: float) -> float | None:
+    if noise == 0:
+        return None
+    if signal == 0:
+        return float("-inf")
+    return float(10 * (np.log10(signal) - np.log10(noise)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,31 +138,36 @@ def to_groups(x: F32, encoding: AffineEncoding) -> tuple[F32, I32 | None]:
     return padded.reshape(-1, block), counts.ravel()
 
 
-def encode_rows(x: F32, encoding: AffineEncoding, parameters: Parameters) -> EncodedRows:
+def encode_rows(
+    x: F32, encoding: AffineEncoding, parameters: Parameters, mean_square: F32 | None = None
+) -> EncodedRows:
     """Encode rows (R, c) with the parameters of their groups.
 
     ``c`` is the row length, or a run of columns of one row that starts at a multiple of 256. A
     single set of parameters serves all groups (tensor granularity, or a run of a channel).
+
+    Args:
+        mean_square: weights of the error, (P, c); row r has those of r mod P.
     """
     bits, symmetric = encoding.bits, encoding.symmetric
     if kernels.fused is not None:
-        codes, signal, noise, worst, clipped = kernels.fused.encode_rows(
-            x, parameters.scale, parameters.zero, bits, symmetric, encoding.block
+        codes, *error = kernels.fused.encode_rows(
+            *(x, parameters.scale, parameters.zero, bits, symmetric, encoding.block, mean_square)
         )
     else:
-        codes, signal, noise, worst, clipped = _encode_rows(x, encoding, parameters)
+        codes, *error = _encode_rows(x, encoding, parameters, mean_square)
     return EncodedRows(
         codes=codes,
         scales=parameters.scale.astype(SCALE_NUMPY[encoding.scale_dtype]).tobytes(),
         zero=stored_zero_points(parameters.zero, encoding),
-        error=ErrorSums(x.size, signal, noise, worst, clipped),
+        error=ErrorSums(x.size, *error),
     )
 
 
 def _encode_rows(
-    x: F32, encoding: AffineEncoding, parameters: Parameters
-) -> tuple[bytes, float, float, float, int]:
-    """Stored codes, Σx², Σ(x - x')², max |x - x'| and the number of clipped values."""
+    x: F32, encoding: AffineEncoding, parameters: Parameters, mean_square: F32 | None
+) -> tuple[bytes, float, float, float, int, float, float]:
+    """Stored codes and the fields of ``ErrorSums`` but the first."""
     groups, counts = to_groups(x, encoding)
     scale = np.broadcast_to(parameters.scale, len(groups))
     zero = np.broadcast_to(parameters.zero, len(groups))
@@ -158,10 +176,13 @@ def _encode_rows(
     rows, columns = x.shape
     decoded = decoded.reshape(rows, -1)[:, :columns]
     signal, noise, worst = kernels.error_sums(x, decoded)
+    weighted = 0.0, 0.0
+    if mean_square is not None:
+        weighted = kernels.weighted_error_sums(x, decoded, mean_square)
     if counts is not None:
         codes[np.arange(codes.shape[1]) >= counts[:, None]] = 0  # not clipped: a zero is in range
     stored = _store_codes(codes.reshape(rows, -1), columns, encoding)
-    return stored, signal, noise, worst, clipped
+    return stored, signal, noise, worst, clipped, *weighted
 
 
 def _store_codes(codes: U8, columns: int, encoding: AffineEncoding) -> bytes:

@@ -16,6 +16,19 @@ from numpy.typing import NDArray
 from qconvert import kernels
 from qconvert.encoding import AffineEncoding
 from qconvert.quantizers.affine import Parameters, round_scale
+from qconvert.quantizers.search_sums import (
+    BATCH,
+    PIECE,
+    Candidate,
+    Sums,
+    SumSource,
+    WeightedPiece,
+    group_sums,
+    stream_sums,
+    weighted_group_sums,
+    weighted_stream_sums,
+)
+from qconvert.quantizers.weighting import Weighting
 from qconvert.ranges import SEARCH_GRIDS, RangeMethod, SearchGrid
 
 F32 = NDArray[np.float32]
@@ -23,8 +36,6 @@ F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
 Bools = NDArray[np.bool_]
 
-PIECE = 256  # values whose binary32 sums are added before binary64 takes over, section 6
-BATCH = 1 << 16  # values searched at once: the temporaries stay in the second-level cache
 HUGE = np.float32(2.0**110)  # above, sums overflow: likewise
 TINY = np.float32(2.0**-100)  # below, reciprocals overflow: such groups take their minmax range
 
@@ -106,12 +117,17 @@ def _pad(x: F32, counts: I32, value: float) -> F32:
 
 @np.errstate(over="ignore", invalid="ignore")  # near the end of the range; such codes lose
 def fit(
-    x: F32, encoding: AffineEncoding, method: RangeMethod, counts: I32 | None = None
+    x: F32,
+    encoding: AffineEncoding,
+    method: RangeMethod,
+    counts: I32 | None = None,
+    weights: Weighting | None = None,
 ) -> Parameters:
     """Scale and zero point of each group of (G, L).
 
     Args:
         counts: real values of each group, (G,), or None when all L are.
+        weights: of the values, for the ``mse`` method; G is a multiple of their number.
     """
     e = extent(x, counts)
     if method.name == "percentile":
@@ -122,16 +138,17 @@ def fit(
         found = kernels.fused.search(
             *(x, counts, e.low, e.high, e.has_zero, encoding.bits, encoding.symmetric),
             SEARCH_GRIDS[encoding.bits],
+            None if weights is None else (weights.weight, weights.reach),
         )
         return _settle(e, encoding, *found)
     step = max(1, BATCH // x.shape[1])
     parts = [
-        _search(
+        _fit_batch(
+            x[i : i + step],
             Extent(e.low[i : i + step], e.high[i : i + step], e.has_zero[i : i + step]),
-            _group_sums(
-                x[i : i + step], encoding, None if counts is None else counts[i : i + step]
-            ),
             encoding,
+            None if counts is None else counts[i : i + step],
+            None if weights is None else weights.groups(i, len(x[i : i + step])),
         )
         for i in range(0, len(x), step)
     ]
@@ -140,26 +157,58 @@ def fit(
     )
 
 
+def _fit_batch(
+    x: F32,
+    e: Extent,
+    encoding: AffineEncoding,
+    counts: I32 | None,
+    weights: tuple[F32, F32] | None,
+) -> Parameters:
+    """The search of a few groups; ``weights`` are weight and reach of each value."""
+    if weights is None:
+        return _search(e, None, group_sums(x, encoding, counts), encoding)
+    weight, reach = weights
+    return _search(e, extent(x * reach), weighted_group_sums(x, encoding, weight), encoding)
+
+
 @np.errstate(over="ignore", invalid="ignore")
 def fit_stream(
-    pieces: Callable[[], Iterable[F32]], encoding: AffineEncoding, method: RangeMethod
+    pieces: Callable[[], Iterable[F32]],
+    encoding: AffineEncoding,
+    method: RangeMethod,
+    weights: Callable[[], Iterable[Weighting]] | None = None,
 ) -> Parameters:
     """Scale and zero point (1,) of one group that arrives in 1-d pieces.
 
-    ``pieces`` is called for each pass over the values: one for the range, three more for ``mse``.
-    Sums run piece by piece, so the pieces must be cut the same way every time.
+    ``pieces`` is called for each pass over the values: one for the range, three more for ``mse``
+    (four more with weights). Sums run piece by piece, so the pieces must be cut the same way every
+    time.
+
+    Args:
+        weights: those of each piece, (1, n), for ``mse``.
     """
-    parts = [extent(piece[None, :]) for piece in pieces()]
-    e = Extent(
-        np.min([p.low for p in parts], axis=0),
-        np.max([p.high for p in parts], axis=0),
-        np.any([p.has_zero for p in parts], axis=0),
-    )
+    e = _union([extent(piece[None, :]) for piece in pieces()])
     if method.name == "percentile":
         return minmax(_or_whole(_stream_percentile(pieces, method.percentile, e), e), encoding)
     if method.name == "minmax":
         return minmax(e, encoding)
-    return _search(e, _stream_sums(pieces, encoding), encoding)
+    if weights is None:
+        return _search(e, None, stream_sums(pieces, encoding), encoding)
+
+    def weighted() -> Iterator[WeightedPiece]:
+        for piece, w in zip(pieces(), weights(), strict=True):
+            yield piece, w.weight.ravel(), w.reach.ravel()
+
+    near = _union([extent((piece * reach)[None, :]) for piece, _, reach in weighted()])
+    return _search(e, near, weighted_stream_sums(weighted, encoding), encoding)
+
+
+def _union(parts: list[Extent]) -> Extent:
+    return Extent(
+        np.min([p.low for p in parts], axis=0),
+        np.max([p.high for p in parts], axis=0),
+        np.any([p.has_zero for p in parts], axis=0),
+    )
 
 
 def _stream_percentile(
@@ -198,133 +247,11 @@ def _ascending_keys() -> NDArray[np.intp]:
 
 # --- least squared error --------------------------------------------------------------------------
 
-# Per candidate: inverse step and offset in, sums Σu, Σu², Σxu out (float64, (G,)).
-Candidate = tuple[F32, F32]
-Sums = tuple[F64, F64, F64]
-
-
-@dataclass(frozen=True, slots=True)
-class _SumSource:
-    """Where a search gets its sums from: values at hand, or a stream read once per call.
-
-    Attributes:
-        count: real values per group, (G,) float64.
-        total: Σx per group, (G,) float64.
-        sums: candidates to their sums, in order.
-    """
-
-    count: F64
-    total: F64
-    sums: Callable[[list[Candidate]], Iterator[Sums]]
-
-
-def _clamp(encoding: AffineEncoding) -> tuple[int, int]:
-    low = 1 if encoding.symmetric and encoding.bits == 8 else 0
-    return low, encoding.levels
-
-
-def _group_sums(x: F32, encoding: AffineEncoding, counts: I32 | None) -> _SumSource:
-    """Sums over groups (G, L) held in memory; L > 256 is cut into pieces of 256."""
-    groups, length = x.shape
-    low, top = _clamp(encoding)
-    pieces = []  # (columns, mask) of each piece
-    for start in range(0, length, PIECE):
-        part = x[:, start : start + PIECE]
-        mask = None
-        if counts is not None:
-            real = np.arange(start, start + part.shape[1]) < counts[:, None]
-            mask = np.ascontiguousarray(real.T).astype(np.float32)
-        pieces.append((np.ascontiguousarray(part.T), mask))
-
-    def sums(candidates: list[Candidate]) -> Iterator[Sums]:
-        if kernels.fused is not None and counts is None:
-            yield from _long_sums(x, candidates, low, top)
-            return
-        for inverse, offset in candidates:
-            su, suu, sxu = (np.zeros(groups) for _ in range(3))
-            for columns, mask in pieces:
-                u, uu, xu = kernels.code_sums(columns, inverse, offset, low, top, mask)
-                su += u
-                suu += uu
-                sxu += xu
-            yield su, suu, sxu
-
-    total = np.zeros(groups)
-    for columns, _ in pieces:
-        total += kernels.column_sums(columns)
-    count = np.full(groups, float(length)) if counts is None else counts.astype(np.float64)
-    return _SumSource(count, total, sums)
-
-
-def _stream_sums(pieces: Callable[[], Iterable[F32]], encoding: AffineEncoding) -> _SumSource:
-    """Sums over one group that comes in 1-d pieces; each call reads the stream once for all
-    candidates.
-    """
-    low, top = _clamp(encoding)
-    count = 0
-    total = 0.0
-    for piece in pieces():
-        count += len(piece)
-        for columns, _ in _columns(piece):
-            total += _sequential(kernels.column_sums(columns))
-
-    def sums(candidates: list[Candidate]) -> Iterator[Sums]:
-        found = np.zeros((len(candidates), 3))
-        for piece in pieces():
-            if kernels.fused is not None:
-                for batch in _batches(piece):
-                    found += [np.concatenate(s) for s in _long_sums(batch, candidates, low, top)]
-                continue
-            for columns, mask in _columns(piece):
-                for k, (inverse, offset) in enumerate(candidates):
-                    parts = kernels.code_sums(columns, inverse, offset, low, top, mask)
-                    found[k] += [_sequential(p) for p in parts]
-        for su, suu, sxu in found:
-            yield np.array([su]), np.array([suu]), np.array([sxu])
-
-    return _SumSource(np.array([float(count)]), np.array([total]), sums)
-
-
-def _long_sums(x: F32, candidates: list[Candidate], low: int, top: int) -> Iterator[Sums]:
-    """The sums of rows of any length for each candidate, by native code in one pass."""
-    assert kernels.fused is not None
-    inverse, offset = (np.stack(part) for part in zip(*candidates, strict=True))
-    for found in kernels.fused.long_sums(x, inverse, offset, low, top):
-        yield found[:, 0], found[:, 1], found[:, 2]
-
-
-def _batches(piece: F32) -> Iterator[F32]:
-    """The batches of `_columns` as rows (1, c)."""
-    whole = len(piece) // PIECE * PIECE
-    for start in range(0, whole, BATCH):
-        yield piece[None, start : min(start + BATCH, whole)]
-    if whole < len(piece):
-        yield piece[None, whole:]
-
-
-def _sequential(sums: F32) -> float:
-    """Binary64 sum in order (np.sum would add in pairs)."""
-    return float(np.add.accumulate(sums, dtype=np.float64)[-1])
-
-
-def _columns(piece: F32) -> Iterator[tuple[F32, F32 | None]]:
-    """A 1-d run as columns of 256 values, at most `BATCH` values at once; the tail padded and
-    masked.
-    """
-    whole = len(piece) // PIECE * PIECE
-    for start in range(0, whole, BATCH):
-        part = piece[start : min(start + BATCH, whole)]
-        yield np.ascontiguousarray(part.reshape(-1, PIECE).T), None
-    if tail := len(piece) - whole:
-        columns = np.zeros((PIECE, 1), np.float32)
-        columns[:tail, 0] = piece[whole:]
-        yield columns, (np.arange(PIECE) < tail).astype(np.float32)[:, None]
-
 
 class _Best:
     """The best candidate of each group so far."""
 
-    def __init__(self, e: Extent, source: _SumSource, encoding: AffineEncoding) -> None:
+    def __init__(self, e: Extent, source: SumSource, encoding: AffineEncoding) -> None:
         groups = len(e.low)
         self.encoding = encoding
         self.has_zero = e.has_zero
@@ -376,10 +303,18 @@ class _Best:
         return (1 / safe).astype(np.float32), real.astype(np.float32)
 
 
-def _search(e: Extent, source: _SumSource, encoding: AffineEncoding) -> Parameters:
-    """The mse method of section 5."""
+def _search(
+    e: Extent, near: Extent | None, source: SumSource, encoding: AffineEncoding
+) -> Parameters:
+    """The mse method of section 5; ``near`` is the range of the values that matter, with
+    weights.
+    """
     best = _Best(e, source, encoding)
-    for sums in source.sums(_candidates(e, encoding)):
+    grid = SEARCH_GRIDS[encoding.bits]
+    candidates = _candidates(e if near is None else _or_all(near, e), encoding, grid)
+    if near is not None:
+        candidates += _candidates(e, encoding, grid.first)[:1]
+    for sums in source.sums(candidates):
         best.offer(sums)
     for sums in source.sums([best.again()]):
         best.offer(sums)
@@ -395,8 +330,15 @@ def _settle(e: Extent, encoding: AffineEncoding, scale: F64, zero: I32, found: B
     return Parameters(np.where(found, stored, plain.scale), zero)
 
 
-def _candidates(e: Extent, encoding: AffineEncoding) -> list[Candidate]:
-    grid = SEARCH_GRIDS[encoding.bits]
+def _or_all(near: Extent, e: Extent) -> Extent:
+    """``near``, or all of the range where what matters is too small to be searched."""
+    usable = _searchable(near)
+    return Extent(
+        np.where(usable, near.low, e.low), np.where(usable, near.high, e.high), e.has_zero
+    )
+
+
+def _candidates(e: Extent, encoding: AffineEncoding, grid: SearchGrid) -> list[Candidate]:
     # Groups that are all zeros or tiny take their minmax range; any finite candidate will do.
     usable = _searchable(e)
     if encoding.symmetric:

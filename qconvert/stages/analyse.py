@@ -22,8 +22,9 @@ from qconvert.observers.statistics import TensorStatistics, merge, observe
 from qconvert.quantizers.affine import Parameters
 from qconvert.quantizers.fitting import fit_stream
 from qconvert.quantizers.groups import EMPTY_GROUPS, GroupStatistics, observe_groups
+from qconvert.quantizers.weighting import Weighting, weighting
 from qconvert.ranges import RangeMethod
-from qconvert.stages.decide import Decision, Sample, decide, sample_rows
+from qconvert.stages.decide import Decision, Sample, decide, sample_rows, sample_weights
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -119,8 +120,12 @@ def analyse(
     requested: bool | None,
     method: RangeMethod,
     mapper: Mapper,
+    mean_square: NDArray[np.float32] | None = None,
 ) -> Analysis:
     """Observe a tensor, decide, and fit what spans tiles.
+
+    Args:
+        mean_square: of the input channels, (columns,), where known.
 
     Raises:
         WeightError: see `check_finite`.
@@ -142,10 +147,14 @@ def analyse(
     )
     check_finite(statistics, tensor, model.path)
     assert statistics.moments is not None
-    sample = Sample(sample_rows(model, tensor, encoding), encoding, method)
+    sample = Sample(
+        *(sample_rows(model, tensor, encoding), encoding, method),
+        sample_weights(mean_square, tensor, encoding),
+    )
     decision = decide(statistics.moments, groups, requested, sample)
     settled = replace(encoding, symmetric=decision.symmetric, scale_dtype=decision.scale_dtype)
-    return Analysis(statistics, decision, settled, _shared(model, tensor, settled, method))
+    shared = _shared(model, tensor, settled, method, mean_square)
+    return Analysis(statistics, decision, settled, shared)
 
 
 def shares_parameters(encoding: AffineEncoding) -> bool:
@@ -155,7 +164,11 @@ def shares_parameters(encoding: AffineEncoding) -> bool:
 
 
 def _shared(
-    model: Model, tensor: TensorInfo, encoding: AffineEncoding, method: RangeMethod
+    model: Model,
+    tensor: TensorInfo,
+    encoding: AffineEncoding,
+    method: RangeMethod,
+    mean_square: NDArray[np.float32] | None,
 ) -> tuple[Parameters, ...] | None:
     columns = encoding.row_length
     rows = tensor.size // columns
@@ -173,4 +186,15 @@ def _shared(
         for tile in span:
             yield rows_of(model, tensor, tile).ravel()
 
-    return tuple(fit_stream(partial(pieces, span), encoding, method) for span in spans)
+    if mean_square is None:
+        return tuple(fit_stream(partial(pieces, span), encoding, method) for span in spans)
+    of_row = weighting(mean_square[None, :], encoding)
+
+    def weights(span: tuple[Tile, ...]) -> Iterator[Weighting]:
+        for tile in span:
+            yield of_row.columns(tile.start % columns, tile.columns).repeated(tile.rows)
+
+    return tuple(
+        fit_stream(partial(pieces, span), encoding, method, partial(weights, span))
+        for span in spans
+    )

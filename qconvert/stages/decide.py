@@ -5,6 +5,9 @@ An asymmetric grid pays for its zero points: 6.02 dB for each bit per weight, wh
 finer grid. It is chosen when it gains more. The gain is first predicted from the ranges of the
 groups; where the prediction is close to the cost, both options are tried on a sample and the
 measurement decides. The sample is always measured and recorded, so the rule can be held against it.
+
+Where the mean squares of the input channels are known, what counts is the error of the layer's
+output, and the ranges say little about that: the sample, measured with these weights, decides.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ from qconvert.model import Model, TensorInfo
 from qconvert.quantizers.affine import encode_rows, to_groups
 from qconvert.quantizers.fitting import fit
 from qconvert.quantizers.groups import GroupStatistics, observe_groups
+from qconvert.quantizers.weighting import weighting
 from qconvert.ranges import RangeMethod
+
+F32 = NDArray[np.float32]
 
 DB_PER_BIT = 6.02  # 20 log10(2)
 # A prediction is trusted when it is this far from the cost: clipping moves the gain by up to 2 dB.
@@ -32,7 +38,17 @@ CLEAR_MARGIN_DB = 3.0
 # part of a tensor; a channel wants whole rows, a tensor scale as much of the tensor as is cheap.
 SAMPLES = {"block": (1 << 16, 1 << 10), "channel": (1 << 16, 1 << 14), "tensor": (1 << 18, 1 << 14)}
 
-SAMPLE_NOTE_KEYS = ("symmetric_db", "asymmetric_db")
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """SQNR in dB of one option on the sample; None when nothing is lost.
+
+    Attributes:
+        weighted_db: with the mean squares of the input channels; None without them too.
+    """
+
+    plain_db: float | None
+    weighted_db: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +57,13 @@ class Decision:
 
     Attributes:
         symmetric: the choice.
-        rule: the rule that fired: ``requested``, ``one-sided``, ``step-ratio`` or ``sample``.
+        rule: the rule that fired: ``requested``, ``one-sided``, ``step-ratio``, ``sample`` or
+            ``weighted-sample``.
         predicted_db: gain of an asymmetric grid as predicted from group ranges.
         cost_db: what its zero points cost, at 6.02 dB per bit per weight.
         symmetric_db, asymmetric_db: SQNR of both options on the sample; None when lossless.
+        weighted: whether the mean squares of the input channels were known.
+        weighted_symmetric_db, weighted_asymmetric_db: SQNR with them, likewise.
         scale_dtype: dtype of the scales.
     """
 
@@ -55,6 +74,9 @@ class Decision:
     symmetric_db: float | None
     asymmetric_db: float | None
     scale_dtype: str
+    weighted: bool = False
+    weighted_symmetric_db: float | None = None
+    weighted_asymmetric_db: float | None = None
 
 
 class Sample:
@@ -63,24 +85,31 @@ class Sample:
     Args:
         rows: (R, c) float32, finite.
         encoding: the tensor's, with either symmetry.
+        mean_square: of the input channel of each value, (R, c), where known.
     """
 
     def __init__(
-        self, rows: NDArray[np.float32], encoding: AffineEncoding, method: RangeMethod
+        self,
+        rows: F32,
+        encoding: AffineEncoding,
+        method: RangeMethod,
+        mean_square: F32 | None = None,
     ) -> None:
         self.rows = rows
         self.encoding = encoding
         self.method = method
-        self._measured: dict[str, tuple[float | None, float | None]] = {}
+        self.mean_square = mean_square
+        self._measured: dict[str, tuple[Measured, Measured]] = {}
 
-    def sqnr(self, scale_dtype: str) -> tuple[float | None, float | None]:
-        """SQNR in dB of the symmetric and the asymmetric option; None when nothing is lost."""
+    def sqnr(self, scale_dtype: str) -> tuple[Measured, Measured]:
+        """The symmetric and the asymmetric option."""
         if scale_dtype not in self._measured:
             symmetric, asymmetric = (
                 sample_sqnr(
                     self.rows,
                     replace(self.encoding, symmetric=s, scale_dtype=scale_dtype),
                     self.method,
+                    self.mean_square,
                 )
                 for s in (True, False)
             )
@@ -107,16 +136,33 @@ def decide(
     scale_dtype = choose_scale_dtype(groups, encoding)
     cost = DB_PER_BIT * zero_point_cost(encoding)
     predicted = groups.step_ratio_db
-    measured = sample.sqnr(scale_dtype)
+    sym, asym = sample.sqnr(scale_dtype)
+    weighted = sample.mean_square is not None
     if requested is not None:
         symmetric, rule = requested, "requested"
     elif abs(moments.asymmetry) == 1.0:
         symmetric, rule = False, "one-sided"
+    elif weighted:
+        symmetric, rule = (
+            _gain(sym.weighted_db, asym.weighted_db) <= cost,
+            "weighted-sample",
+        )
     elif abs(predicted - cost) > CLEAR_MARGIN_DB:
         symmetric, rule = predicted < cost, "step-ratio"
     else:
-        symmetric, rule = _gain(*measured) <= cost, "sample"
-    return Decision(symmetric, rule, predicted, cost, measured[0], measured[1], scale_dtype)
+        symmetric, rule = _gain(sym.plain_db, asym.plain_db) <= cost, "sample"
+    return Decision(
+        *(
+            symmetric,
+            rule,
+            predicted,
+            cost,
+            sym.plain_db,
+            asym.plain_db,
+            scale_dtype,
+        ),
+        *(weighted, sym.weighted_db, asym.weighted_db),
+    )
 
 
 def _gain(symmetric_db: float | None, asymmetric_db: float | None) -> float:
@@ -144,29 +190,52 @@ def choose_scale_dtype(groups: GroupStatistics, encoding: AffineEncoding) -> str
 
 
 def sample_sqnr(
-    rows: NDArray[np.float32], encoding: AffineEncoding, method: RangeMethod
-) -> float | None:
-    """SQNR in dB of sample rows under an encoding; None when nothing is lost."""
-    if encoding.granularity == "tensor":
-        rows = rows.reshape(1, -1)
+    rows: F32, encoding: AffineEncoding, method: RangeMethod, mean_square: F32 | None
+) -> Measured:
+    """What sample rows, with ``mean_square`` of the same shape, keep under an encoding."""
+    shape = (1, -1) if encoding.granularity == "tensor" else rows.shape
+    rows = rows.reshape(shape)
+    weights = None
+    if mean_square is not None:
+        mean_square = mean_square.reshape(shape)
+        weights = weighting(mean_square, encoding)
     groups, counts = to_groups(rows, encoding)
-    return encode_rows(rows, encoding, fit(groups, encoding, method, counts)).error.sqnr_db
+    parameters = fit(groups, encoding, method, counts, weights)
+    error = encode_rows(rows, encoding, parameters, mean_square).error
+    return Measured(error.sqnr_db, error.weighted_sqnr_db)
 
 
-def sample_rows(model: Model, tensor: TensorInfo, encoding: AffineEncoding) -> NDArray[np.float32]:
-    """Parts of evenly spaced rows, (R, c) float32: see `SAMPLES`."""
+def sample_places(tensor: TensorInfo, encoding: AffineEncoding) -> tuple[list[int], int]:
+    """Where the parts of a sample begin in the flattened tensor, and their width: `SAMPLES`."""
     values, strip = SAMPLES[encoding.granularity]
     columns = encoding.row_length
     rows = tensor.size // columns
     width = min(columns, strip)
     count = min(rows, max(1, values // width))
     strips = columns // width
+    starts = [(i * rows // count) * columns + (i % strips) * width for i in range(count)]
+    return starts, width
+
+
+def sample_rows(model: Model, tensor: TensorInfo, encoding: AffineEncoding) -> F32:
+    """Parts of evenly spaced rows, (R, c) float32."""
+    starts, width = sample_places(tensor, encoding)
     parts = []
-    for i in range(count):
-        start = (i * rows // count) * columns + (i % strips) * width
+    for start in starts:
         with np.errstate(over="ignore"):  # float64 beyond float32: refused when all of it is read
             parts.append(model.values(tensor, start, start + width).astype(np.float32))
     return np.stack(parts)
+
+
+def sample_weights(
+    mean_square: F32 | None, tensor: TensorInfo, encoding: AffineEncoding
+) -> F32 | None:
+    """Mean squares of the input channels of `sample_rows`, (R, c), from those of all (columns,)."""
+    if mean_square is None:
+        return None
+    starts, width = sample_places(tensor, encoding)
+    columns = np.array(starts)[:, None] % encoding.row_length + np.arange(width)
+    return mean_square[columns]
 
 
 def decision_notes(
@@ -178,11 +247,10 @@ def decision_notes(
         outlier_share: share of the weights outside `outlier_bounds` of the sample.
     """
     sample = {
-        key: value
-        for key, value in zip(
-            SAMPLE_NOTE_KEYS, (decision.symmetric_db, decision.asymmetric_db), strict=True
-        )
-        if value is not None and math.isfinite(value)
+        "symmetric_db": decision.symmetric_db,
+        "asymmetric_db": decision.asymmetric_db,
+        "weighted_symmetric_db": decision.weighted_symmetric_db,
+        "weighted_asymmetric_db": decision.weighted_asymmetric_db,
     }
     figures = {
         "asymmetry": moments.asymmetry,
@@ -196,6 +264,6 @@ def decision_notes(
         "range": method.describe(),
         "cost_db": decision.cost_db,
         "predicted_db": decision.predicted_db,
-        "sample": sample,
+        "sample": {k: v for k, v in sample.items() if v is not None and math.isfinite(v)},
         "statistics": {k: v for k, v in figures.items() if v is not None},
     }

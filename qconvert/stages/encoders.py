@@ -26,10 +26,18 @@ from qconvert.quantizers.blocks import quantize_rows
 from qconvert.quantizers.casts import cast
 from qconvert.quantizers.ggml import GGML_BLOCKS
 from qconvert.quantizers.groups import EMPTY_GROUPS, GroupStatistics
+from qconvert.quantizers.weighting import Weighting, weighting
 from qconvert.ranges import RangeMethod
 from qconvert.schemes import CastScheme, GgmlScheme
 from qconvert.stages.analyse import Analysis, Mapper, analyse, rows_of, shares_parameters
-from qconvert.stages.decide import Decision, Sample, decide, decision_notes, sample_rows
+from qconvert.stages.decide import (
+    Decision,
+    Sample,
+    decide,
+    decision_notes,
+    sample_rows,
+    sample_weights,
+)
 
 NO_ZEROS = np.zeros(0, np.uint8)
 KEPT_BYTES = 1 << 22  # of a kept tensor that are copied at once
@@ -186,6 +194,7 @@ class AffineEncoder:
     Attributes:
         decision: what ``encoding`` rests on, perhaps a guess.
         requested: symmetric (True) or asymmetric (False) when the scheme says so.
+        weights: by the mean squares of the input channels, where known.
     """
 
     model: Model
@@ -196,14 +205,20 @@ class AffineEncoder:
     decision: Decision
     requested: bool | None
     bounds: tuple[float, float]
+    weights: Weighting | None
 
     def tiles(self) -> Iterator[Tile]:
         return _tiles(self.tensor)
 
     def encode(self, tile: Tile) -> Piece:
         x = rows_of(self.model, self.tensor, tile)
-        done = quantize_rows(x, self.encoding, self.method, self.bounds)
+        done = quantize_rows(x, self.encoding, self.method, self.bounds, self.weights)
         return Piece(done.rows, kernels.moments(x.ravel()), done.groups, done.outside)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether mean squares of the input channels were known."""
+        return self.weights is not None
 
     def settled(self, seen: Piece) -> AffineEncoder:
         """This encoder, or another one where the whole tensor says otherwise than the sample."""
@@ -220,12 +235,17 @@ class AffineEncoder:
 
 @dataclass(frozen=True, slots=True)
 class SharedEncoder:
-    """Codes with scales and zero points that tiles share, found in passes of their own."""
+    """Codes with scales and zero points that tiles share, found in passes of their own.
+
+    Attributes:
+        mean_square: of the input channels, (columns,), where known.
+    """
 
     model: Model
     tensor: TensorInfo
     method: RangeMethod
     analysis: Analysis
+    mean_square: NDArray[np.float32] | None
 
     @property
     def encoding(self) -> AffineEncoding:
@@ -237,8 +257,18 @@ class SharedEncoder:
     def encode(self, tile: Tile) -> Piece:
         parameters = self.analysis.parameters(tile)
         assert parameters is not None
-        done = encode_rows(rows_of(self.model, self.tensor, tile), self.encoding, parameters)
+        squares = None
+        if self.mean_square is not None:
+            column = tile.start % self.encoding.row_length
+            squares = self.mean_square[None, column : column + tile.columns]
+        x = rows_of(self.model, self.tensor, tile)
+        done = encode_rows(x, self.encoding, parameters, squares)
         return Piece(replace(done, scales=b"", zero=NO_ZEROS))
+
+    @property
+    def weighted(self) -> bool:
+        """Whether mean squares of the input channels were known."""
+        return self.mean_square is not None
 
     def shared(self) -> tuple[Parameters, ...]:
         """What is stored once."""
@@ -261,23 +291,28 @@ def affine_encoder(
     requested: bool | None,
     method: RangeMethod,
     mapper: Mapper,
+    mean_square: NDArray[np.float32] | None = None,
 ) -> AffineEncoder | SharedEncoder:
     """The encoder for ``encoding``, whose symmetry and dtype of scales are yet to be settled.
+
+    Args:
+        mean_square: of the input channels, (columns,), where known.
 
     Raises:
         WeightError: NaN or Inf.
     """
     if shares_parameters(encoding):
-        analysis = analyse(model, tensor, encoding, requested, method, mapper)
-        return SharedEncoder(model, tensor, method, analysis)
+        analysis = analyse(model, tensor, encoding, requested, method, mapper, mean_square)
+        return SharedEncoder(model, tensor, method, analysis, mean_square)
     rows = sample_rows(model, tensor, encoding)
     if not kernels.all_finite(rows):
         rows = np.zeros_like(rows)  # the pass over the tensor will say what there is
-    sample = Sample(rows, encoding, method)
+    sample = Sample(rows, encoding, method, sample_weights(mean_square, tensor, encoding))
     guess = sample.guess(requested)
     bounds = outlier_bounds(kernels.moments(rows.ravel()))
     settled = _settle(encoding, guess)
-    return AffineEncoder(model, tensor, settled, method, sample, guess, requested, bounds)
+    weights = None if mean_square is None else weighting(mean_square[None, :], encoding)
+    return AffineEncoder(model, tensor, settled, method, sample, guess, requested, bounds, weights)
 
 
 def add(a: Piece, b: Piece) -> Piece:

@@ -29,6 +29,7 @@ from qconvert.files.gguf_split import plan_shards, shard_path
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import MetadataValue, check_gguf
 from qconvert.files.imatrix import Imatrix, read_imatrix
+from qconvert.files.mean_squares import MeanSquares
 from qconvert.files.qblk_writer import check_qblk
 from qconvert.geometry import TILE_VALUES, Tile, row_length
 from qconvert.mixes import MixOptions, TensorTypeRule, parse_mix
@@ -101,6 +102,7 @@ class QuantizeOptions:
     container: str | None = None
     range: RangeMethod | None = None
     calibration: Path | None = None
+    weighting: bool = True
     keep: tuple[str, ...] = ()
     tensor_schemes: tuple[tuple[str, TensorScheme], ...] = ()
     min_values: int = MIN_VALUES
@@ -126,6 +128,10 @@ def quantize(
     progress = progress or Silent()
     names = kernels.describe()
     output, container = _output(source, options)
+    if options.calibration is None and not options.weighting:
+        raise UsageError(
+            "--no-weighting without a calibration", hint="weights come with --calibration FILE"
+        )
     opened = open_model(source)
     try:
         model = _plain(opened, options)
@@ -421,6 +427,7 @@ class _Job:
         self.report = report
         self.progress = progress
         self.total = ErrorSums()
+        self.mean_squares: MeanSquares | None = None
 
     def write(self, outputs: list[tuple[Path, int]]) -> None:
         sources = _source_paths(self.model)
@@ -433,6 +440,10 @@ class _Job:
                 stack.enter_context(AtomicOutput(p, overwrite=self.options.force, inputs=inputs))
                 for p in paths
             ]
+            if self.options.calibration and self.options.weighting:
+                self.mean_squares = stack.enter_context(
+                    closing(MeanSquares(self.options.calibration))
+                )
             check_space(paths[0], sum(_planned_row(p).nbytes for p in self.plan))
             provenance = self._provenance(sources)
             sink: Sink
@@ -447,6 +458,8 @@ class _Job:
                     self._take(task, piece, sink, workers)
                 self.report.output_bytes = sink.finish()
             self.model.check_unchanged()
+            if self.mean_squares:
+                self.mean_squares.check_unchanged()
             for out in reversed(outs):  # the first, which names the others, comes last
                 out.commit()
             self.progress.end()
@@ -457,6 +470,8 @@ class _Job:
         used: dict[str, Any] = {"scheme": o.scheme.name}
         if self.options.range and any(isinstance(p.scheme, AffineScheme) for p in self.plan):
             used["range"] = self.options.range.describe()
+        if not o.weighting:
+            used["no_weighting"] = True
         if o.keep:
             used["keep"] = list(o.keep)
         if o.tensor_schemes:
@@ -515,8 +530,11 @@ class _Job:
         if isinstance(p.scheme, AffineScheme):
             encoding = encoding_of(p.scheme, p.tensor)
             method = self.options.range or default_method(p.scheme.bits)
+            squares = None
+            if self.mean_squares:
+                squares = self.mean_squares.find(p.tensor.name, encoding.row_length)
             return affine_encoder(
-                self.model, p.tensor, encoding, p.scheme.symmetric, method, mapper
+                *(self.model, p.tensor, encoding, p.scheme.symmetric, method, mapper, squares)
             )
         if isinstance(p.scheme, CastScheme):
             return CastEncoder(self.model, p.tensor, p.scheme)
@@ -582,6 +600,10 @@ class _Job:
             row.nbytes = stored_size(encoder.encoding, p.tensor.shape)
             row.decision = notes["decision"] = encoder.notes(self.seen)
             row.clipped = notes["error"]["clipped"] = error.clipped
+            row.weighted = encoder.weighted
+            row.weighted_sqnr_db = error.weighted_sqnr_db
+            if error.weighted_sqnr_db is not None and math.isfinite(error.weighted_sqnr_db):
+                notes["error"]["weighted_sqnr_db"] = error.weighted_sqnr_db
         self.total += error
         row.sqnr_db, row.nmse, row.max_error = error.sqnr_db, error.nmse, error.worst
         row.bits_per_weight = 8 * row.nbytes / p.tensor.size

@@ -29,15 +29,20 @@ from qconvert.stages.plan import PlannedTensor, encoding_of
 # `tensor_bound`.
 WIDEST_NOTES: dict[str, Any] = {
     "decision": {
-        "rule": "step-ratio",
+        "rule": "weighted-sample",
         "symmetric": False,
         "range": "percentile " + "9" * 20,
         "cost_db": 0,
         "predicted_db": 0,
-        "sample": {"symmetric_db": 0, "asymmetric_db": 0},
+        "sample": {
+            "symmetric_db": 0,
+            "asymmetric_db": 0,
+            "weighted_symmetric_db": 0,
+            "weighted_asymmetric_db": 0,
+        },
         "statistics": {"asymmetry": 0, "skewness": 0, "kurtosis": 0, "outlier_share": 0},
     },
-    "error": {"max": 0, "nmse": 0, "sqnr_db": 0, "clipped": 0},
+    "error": {"max": 0, "nmse": 0, "sqnr_db": 0, "weighted_sqnr_db": 0, "clipped": 0},
 }
 WIDEST_ACTIVATION = {"observer": "x" * MAX_OBSERVER, "samples": 0, "scale": 0, "zero_point": 0}
 

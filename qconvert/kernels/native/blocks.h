@@ -109,6 +109,7 @@ static int quantize_blocks(const Blocks *task, BlockFigures *figures) {
     memset(figures, 0, sizeof *figures);
     Steps steps = {.smallest = from_bits(0x7F800000)};
     ErrorLanes lanes = {0};
+    WeightedLanes weighted = {0};
     Errors errors = {0};
     uint8_t *codes = task->codes;
     for (size_t g = 0; g < task->groups; g += BATCH) {
@@ -125,6 +126,9 @@ static int quantize_blocks(const Blocks *task, BlockFigures *figures) {
         }
         if (searches) {
             load_groups(s, x, 0, n, NULL, e.low, e.high, e.has_zero);
+            if (task->weights.weight) {
+                load_weights(s, task->x, g, n, task->weights);
+            }
             offer_all(s, task->grid);
             for (size_t j = 0; j < n; j++) {
                 if (s->gain[j] > 0) {
@@ -149,12 +153,18 @@ static int quantize_blocks(const Blocks *task, BlockFigures *figures) {
                 decoded[i] = decode_value(wide[i], &rule);
             }
             add_errors(&lanes, x + j * length, decoded, length);
+            if (task->mean_square) {
+                const float *w = task->mean_square + (g + j) % task->weights.period * length;
+                add_weighted_errors(&weighted, w, x + j * length, decoded, length);
+            }
             narrow(wide, length, narrowed + j * length);
         }
         codes = store_run(narrowed, n * length, scheme.bits, codes);
     }
     free(s);
     finish_errors(&lanes, &errors);
+    errors.weighted_signal = fold_wide(weighted.signal);
+    errors.weighted_noise = fold_wide(weighted.noise);
     figures->errors = errors;
     figures->symmetric_power = fold_wide(steps.symmetric);
     figures->asymmetric_power = fold_wide(steps.asymmetric);

@@ -100,11 +100,12 @@ INLINE uint8_t *store_codes(uint8_t codes[PIECE], size_t real, size_t count, int
 }
 
 static void encode_rows(const float *x, size_t rows, size_t columns, const float *scale,
-                        const int32_t *zero, size_t groups, Scheme scheme, uint8_t *packed,
-                        Errors *found) {
+                        const int32_t *zero, size_t groups, Scheme scheme,
+                        const float *mean_square, size_t period, uint8_t *packed, Errors *found) {
     const size_t stored = stored_row(scheme, columns);
     const size_t step = groups == 1 ? 0 : 1; /* one set of parameters may serve all groups */
     ErrorLanes lanes = {0};
+    WeightedLanes weighted = {0};
     size_t group = 0;
     found->clipped = 0;
     for (size_t r = 0; r < rows; r++, x += columns) {
@@ -132,12 +133,18 @@ static void encode_rows(const float *x, size_t rows, size_t columns, const float
                 group += scheme.block ? step : 0;
             }
             add_errors(&lanes, values, decoded, real);
+            if (mean_square) {
+                const float *w = mean_square + (r % period) * columns + start;
+                add_weighted_errors(&weighted, w, values, decoded, real);
+            }
             narrow(wide, real, codes);
             packed = store_codes(codes, real, count, scheme.bits, packed);
         }
         group += scheme.block ? 0 : step;
     }
     finish_errors(&lanes, found);
+    found->weighted_signal = fold_wide(weighted.signal);
+    found->weighted_noise = fold_wide(weighted.noise);
 }
 
 #endif

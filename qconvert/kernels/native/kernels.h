@@ -39,6 +39,7 @@ typedef struct {
 typedef struct {
     double signal, noise, worst;
     size_t clipped;
+    double weighted_signal, weighted_noise; /* 0 without weights */
 } Errors;
 
 /* The candidates of the mse search, as in qconvert/ranges.py but already binary32. */
@@ -46,6 +47,12 @@ typedef struct {
     const float *factors, *shifts; /* no shifts when symmetric */
     size_t factor_count, shift_count;
 } Grid;
+
+/* What weighs the values of groups: group g has row g % period; quantizers/weighting.py. */
+typedef struct {
+    size_t period;
+    const float *weight, *reach; /* (period, length); of use to the search alone */
+} Weights;
 
 enum scale_type { SCALE_F16, SCALE_BF16, SCALE_F32, SCALE_TYPES };
 
@@ -59,6 +66,8 @@ typedef struct {
     float low, high;           /* values outside are counted */
     uint8_t *codes, *scales;   /* as stored */
     uint8_t *zeros;            /* as stored, a byte each; only when asymmetric */
+    Weights weights;           /* for the search; no weight: none */
+    const float *mean_square;  /* (period, block), what weighs the errors, or NULL */
 } Blocks;
 
 /* What became of them: the figures of quantizers/blocks.py. */
@@ -119,20 +128,21 @@ typedef struct {
     void (*code_sums)(const float *columns, size_t length, size_t groups, const float *inverse,
                       const float *offset, float low, float top, const float *mask, float *su,
                       float *suu, float *sxu);
-    void (*long_sums)(const float *x, size_t rows, size_t length, size_t candidates,
-                      const float *inverse, const float *offset, float low, float top,
-                      double *sums);
+    void (*long_sums)(const float *x, const float *weights, size_t rows, size_t length,
+                      size_t candidates, const float *inverse, const float *offset, float low,
+                      float top, double *sums);
     int (*search)(const float *x, size_t groups, size_t length, const int32_t *counts,
-                  const float *low, const float *high, const uint8_t *has_zero, Scheme scheme,
-                  Grid grid, double *scale, int32_t *zero, uint8_t *found);
+                  const float *low, const float *high, const uint8_t *has_zero,
+                  const Weights *weights, Scheme scheme, Grid grid, double *scale, int32_t *zero,
+                  uint8_t *found);
 
     size_t (*encode)(const float *x, size_t groups, size_t length, const float *scale,
                      const int32_t *zero, Scheme scheme, uint8_t *codes);
     void (*decode)(const uint8_t *codes, size_t groups, size_t length, const float *scale,
                    const int32_t *zero, Scheme scheme, float *out);
     void (*encode_rows)(const float *x, size_t rows, size_t columns, const float *scale,
-                        const int32_t *zero, size_t groups, Scheme scheme, uint8_t *packed,
-                        Errors *found);
+                        const int32_t *zero, size_t groups, Scheme scheme,
+                        const float *mean_square, size_t period, uint8_t *packed, Errors *found);
     int (*quantize_blocks)(const Blocks *task, BlockFigures *figures);
     int (*all_finite)(const float *x, size_t n);
     void (*pack)(const uint8_t *values, size_t groups, int width, uint8_t *packed);

@@ -8,7 +8,7 @@ static const Kernels *active; /* changed and read with the GIL held */
 
 /* --- buffers ----------------------------------------------------------------------------------*/
 
-enum { MAX_BUFFERS = 12 };
+enum { MAX_BUFFERS = 14 };
 
 /* Buffers of one call. */
 typedef struct {
@@ -303,23 +303,24 @@ static PyObject *long_sums(PyObject *module, PyObject *args) {
     (void)module;
     const Kernels *kernels = active;
     Buffers held = {0};
-    PyObject *values, *inverses, *offsets, *out;
+    PyObject *values, *weights, *inverses, *offsets, *out;
     Py_ssize_t rows, length, candidates;
     int low, top;
-    const float *x, *inverse, *offset;
+    const float *x, *weight = NULL, *inverse, *offset;
     double *sums;
-    if (!PyArg_ParseTuple(args, "OnnnOOiiO", &values, &rows, &length, &candidates, &inverses,
-                          &offsets, &low, &top, &out)
+    if (!PyArg_ParseTuple(args, "OOnnnOOiiO", &values, &weights, &rows, &length, &candidates,
+                          &inverses, &offsets, &low, &top, &out)
         || !require(0 <= low && low <= top && top <= 255, "codes must lie in 0..255")
         || !(x = INPUT(values, times(rows, length), float))
+        || (weights != Py_None && !(weight = INPUT(weights, times(rows, length), float)))
         || !(inverse = INPUT(inverses, times(candidates, rows), float))
         || !(offset = INPUT(offsets, times(candidates, rows), float))
         || !(sums = OUTPUT(out, times(times(candidates, rows), 3), double))) {
         return done(&held, NULL);
     }
     Py_BEGIN_ALLOW_THREADS
-    kernels->long_sums(x, (size_t)rows, (size_t)length, (size_t)candidates, inverse, offset,
-                       (float)low, (float)top, sums);
+    kernels->long_sums(x, weight, (size_t)rows, (size_t)length, (size_t)candidates, inverse,
+                       offset, (float)low, (float)top, sums);
     Py_END_ALLOW_THREADS
     return done(&held, Py_NewRef(Py_None));
 }
@@ -332,30 +333,45 @@ static int counts_fit(const int32_t *counts, Py_ssize_t groups, Py_ssize_t lengt
     return require(fit, "a count outside 1..length");
 }
 
+/* Rows of floats that are used in turn, (period, length), or NULL for None. */
+static int in_turn(Buffers *held, PyObject *object, Py_ssize_t period, Py_ssize_t length,
+                   const float **rows) {
+    *rows = NULL;
+    return object == Py_None
+           || (require(period > 0, "weights of nothing")
+               && (*rows = memory(held, object, times(period, length), sizeof(float),
+                                  PyBUF_SIMPLE)));
+}
+
 static PyObject *search(PyObject *module, PyObject *args) {
     (void)module;
     const Kernels *kernels = active;
     Buffers held = {0};
     PyObject *values, *counts, *lows, *highs, *zeros, *factors, *shifts, *scales, *points, *founds;
-    Py_ssize_t groups, length, factor_count, shift_count;
+    PyObject *weights, *reaches;
+    Py_ssize_t groups, length, factor_count, shift_count, period;
     int bits, symmetric, status;
     Scheme scheme;
     Grid grid;
+    Weights weighting;
     const float *x, *low, *high;
     const int32_t *count = NULL;
     const uint8_t *has_zero;
     double *scale;
     int32_t *zero;
     uint8_t *found;
-    if (!PyArg_ParseTuple(args, "OnnOOOOipOnOnOOO", &values, &groups, &length, &counts, &lows,
-                          &highs, &zeros, &bits, &symmetric, &factors, &factor_count, &shifts,
-                          &shift_count, &scales, &points, &founds)
+    if (!PyArg_ParseTuple(args, "OnnOOOOOOnipOnOnOOO", &values, &groups, &length, &counts, &lows,
+                          &highs, &zeros, &weights, &reaches, &period, &bits, &symmetric, &factors,
+                          &factor_count, &shifts, &shift_count, &scales, &points, &founds)
         || !valid_scheme(bits, symmetric, 0, &scheme)
         || !require(length > 0 && length <= PIECE, "groups must have 1..256 values")
         || !(x = INPUT(values, times(groups, length), float))
         || (counts != Py_None && !(count = INPUT(counts, groups, int32_t)))
         || (count && !counts_fit(count, groups, length)) || !(low = INPUT(lows, groups, float))
         || !(high = INPUT(highs, groups, float)) || !(has_zero = INPUT(zeros, groups, uint8_t))
+        || !in_turn(&held, weights, period, length, &weighting.weight)
+        || !in_turn(&held, reaches, period, length, &weighting.reach)
+        || !require(!weighting.weight == !weighting.reach, "weights without reach")
         || !(grid.factors = INPUT(factors, factor_count, float))
         || !(grid.shifts = INPUT(shifts, shift_count, float))
         || !(scale = OUTPUT(scales, groups, double)) || !(zero = OUTPUT(points, groups, int32_t))
@@ -364,9 +380,11 @@ static PyObject *search(PyObject *module, PyObject *args) {
     }
     grid.factor_count = (size_t)factor_count;
     grid.shift_count = (size_t)shift_count;
+    weighting.period = (size_t)period;
     Py_BEGIN_ALLOW_THREADS
-    status = kernels->search(x, (size_t)groups, (size_t)length, count, low, high, has_zero, scheme,
-                             grid, scale, zero, found);
+    status = kernels->search(x, (size_t)groups, (size_t)length, count, low, high, has_zero,
+                             weighting.weight ? &weighting : NULL, scheme, grid, scale, zero,
+                             found);
     Py_END_ALLOW_THREADS
     return done_or_no_memory(&held, status);
 }
@@ -433,35 +451,40 @@ static PyObject *decode(PyObject *module, PyObject *args) {
     return done(&held, Py_NewRef(Py_None));
 }
 
+static PyObject *errors_of(Errors found) {
+    return Py_BuildValue("dddndd", found.signal, found.noise, found.worst,
+                         (Py_ssize_t)found.clipped, found.weighted_signal, found.weighted_noise);
+}
+
 static PyObject *encode_rows(PyObject *module, PyObject *args) {
     (void)module;
     const Kernels *kernels = active;
     Buffers held = {0};
-    PyObject *values, *scales, *zeros, *out;
-    Py_ssize_t rows, columns, block, groups;
+    PyObject *values, *scales, *zeros, *squares, *out;
+    Py_ssize_t rows, columns, block, groups, period;
     int bits, symmetric;
     Scheme scheme;
-    const float *x, *scale;
+    const float *x, *scale, *mean_square;
     const int32_t *zero;
     uint8_t *packed;
     Errors found;
-    if (!PyArg_ParseTuple(args, "OnnOOnipnO", &values, &rows, &columns, &scales, &zeros, &groups,
-                          &bits, &symmetric, &block, &out)
+    if (!PyArg_ParseTuple(args, "OnnOOnipnOnO", &values, &rows, &columns, &scales, &zeros,
+                          &groups, &bits, &symmetric, &block, &squares, &period, &out)
         || !valid_scheme(bits, symmetric, block, &scheme)
         || !(x = INPUT(values, times(rows, columns), float))
         || !require(columns > 0, "rows must not be empty")
         || !require(groups == 1 || groups == times(rows, groups_of(scheme, columns)),
                     "scales must be one, or one for each group")
         || !(scale = INPUT(scales, groups, float)) || !(zero = INPUT(zeros, groups, int32_t))
+        || !in_turn(&held, squares, period, columns, &mean_square)
         || !(packed = OUTPUT(out, times(rows, row_bytes(scheme, columns)), uint8_t))) {
         return done(&held, NULL);
     }
     Py_BEGIN_ALLOW_THREADS
     kernels->encode_rows(x, (size_t)rows, (size_t)columns, scale, zero, (size_t)groups, scheme,
-                         packed, &found);
+                         mean_square, (size_t)period, packed, &found);
     Py_END_ALLOW_THREADS
-    return done(&held, Py_BuildValue("dddn", found.signal, found.noise, found.worst,
-                                     (Py_ssize_t)found.clipped));
+    return done(&held, errors_of(found));
 }
 
 static PyObject *packing(PyObject *args, int unpacks) {
@@ -488,14 +511,15 @@ static PyObject *quantize_blocks(PyObject *module, PyObject *args) {
     (void)module;
     const Kernels *kernels = active;
     Buffers held = {0};
-    PyObject *values, *factors, *shifts, *codes, *scales, *zeros;
-    Py_ssize_t groups, block, factor_count, shift_count;
+    PyObject *values, *factors, *shifts, *weights, *reaches, *squares, *codes, *scales, *zeros;
+    Py_ssize_t groups, block, factor_count, shift_count, period;
     int bits, symmetric, type, status;
     Blocks task = {0};
     BlockFigures found;
-    if (!PyArg_ParseTuple(args, "OnnipiOnOnffOOO", &values, &groups, &block, &bits, &symmetric,
+    if (!PyArg_ParseTuple(args, "OnnipiOnOnffOOOnOOO", &values, &groups, &block, &bits, &symmetric,
                           &type, &factors, &factor_count, &shifts, &shift_count, &task.low,
-                          &task.high, &codes, &scales, &zeros)
+                          &task.high, &weights, &reaches, &squares, &period, &codes, &scales,
+                          &zeros)
         || !valid_scheme(bits, symmetric, block, &task.scheme)
         || !require(block > 0, "blocks must have a length")
         || !require(type >= 0 && type < SCALE_TYPES, "no such type of scale")
@@ -504,6 +528,10 @@ static PyObject *quantize_blocks(PyObject *module, PyObject *args) {
         || !(task.x = INPUT(values, times(groups, block), float))
         || !(task.grid.factors = INPUT(factors, factor_count, float))
         || !(task.grid.shifts = INPUT(shifts, shift_count, float))
+        || !in_turn(&held, weights, period, block, &task.weights.weight)
+        || !in_turn(&held, reaches, period, block, &task.weights.reach)
+        || !in_turn(&held, squares, period, block, &task.mean_square)
+        || !require(!task.weights.weight == !task.weights.reach, "weights without reach")
         || !(task.codes = OUTPUT(codes, times(groups, block) / 8 * bits, uint8_t))
         || !(task.scales = OUTPUT(scales, times(groups, type == SCALE_F32 ? 4 : 2), uint8_t))
         || !(task.zeros = OUTPUT(zeros, symmetric ? 0 : groups, uint8_t))) {
@@ -511,6 +539,7 @@ static PyObject *quantize_blocks(PyObject *module, PyObject *args) {
     }
     task.scale_type = (enum scale_type)type;
     task.groups = (size_t)groups;
+    task.weights.period = (size_t)period;
     task.grid.factor_count = (size_t)factor_count;
     task.grid.shift_count = (size_t)shift_count;
     Py_BEGIN_ALLOW_THREADS
@@ -520,8 +549,7 @@ static PyObject *quantize_blocks(PyObject *module, PyObject *args) {
     if (status != DONE) {
         return PyErr_NoMemory();
     }
-    return Py_BuildValue("dddnndddd", found.errors.signal, found.errors.noise, found.errors.worst,
-                         (Py_ssize_t)found.errors.clipped, (Py_ssize_t)found.outside,
+    return Py_BuildValue("Nndddd", errors_of(found.errors), (Py_ssize_t)found.outside,
                          found.symmetric_power, found.asymmetric_power, found.smallest,
                          found.largest);
 }

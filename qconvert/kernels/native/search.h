@@ -59,6 +59,36 @@ static void plain_sums(const float *x, size_t stride, size_t length, const float
     sum_codes(x, NULL, stride, length, inverse, offset, low, top, out);
 }
 
+/* The same with weights, where all three sums go by lanes: Swu, Swuu and Swxu; `wx` is w * x. */
+static void weighted_sums(const float *restrict x, const float *restrict w,
+                          const float *restrict wx, size_t length,
+                          const float inverse[restrict BATCH], const float offset[restrict BATCH],
+                          float low, float top, ColumnSums *restrict out) {
+    float lanes[3][LANES][BATCH];
+    for (size_t lane = 0; lane < LANES; lane++) {
+        float su[BATCH] = {0}, suu[BATCH] = {0}, sxu[BATCH] = {0};
+        for (size_t row = lane; row < length; row += LANES) {
+            const size_t at = row * BATCH;
+            for (int j = 0; j < BATCH; j++) {
+                float u = code_of(x[at + (size_t)j] * inverse[j] + offset[j], low, top);
+                float wu = w[at + (size_t)j] * u;
+                su[j] += wu;
+                suu[j] += wu * u;
+                sxu[j] += wx[at + (size_t)j] * u;
+            }
+        }
+        memcpy(lanes[0][lane], su, sizeof su);
+        memcpy(lanes[1][lane], suu, sizeof suu);
+        memcpy(lanes[2][lane], sxu, sizeof sxu);
+    }
+    for (int k = 0; k < 3; k++) {
+        fold_columns(lanes[k]);
+    }
+    memcpy(out->su, lanes[0][0], sizeof out->su);
+    memcpy(out->suu, lanes[1][0], sizeof out->suu);
+    memcpy(out->sxu, lanes[2][0], sizeof out->sxu);
+}
+
 /* Sums of the values themselves. */
 static void sum_columns(const float *restrict x, size_t stride, size_t length,
                         float sums[restrict BATCH]) {
@@ -118,41 +148,50 @@ static void code_sums(const float *columns, size_t length, size_t groups, const 
     }
 }
 
-/* Sums over one piece of a long row, with the lanes side by side. */
-INLINE void sum_piece(const float *restrict x, size_t n, float inverse, float offset, float low,
-                      float top, double sums[3]) {
+/* Sums over one piece of a long row, with the lanes side by side; w may be NULL: no weights. */
+INLINE void sum_piece(const float *restrict x, const float *restrict w, size_t n, float inverse,
+                      float offset, float low, float top, double sums[3]) {
     float su[LANES] = {0}, suu[LANES] = {0}, sxu[LANES] = {0};
     size_t whole = n / LANES * LANES;
     for (size_t i = 0; i < whole; i += LANES) {
         for (int j = 0; j < LANES; j++) {
             float u = code_of(x[i + j] * inverse + offset, low, top);
-            su[j] += u;
-            suu[j] += u * u;
-            sxu[j] += x[i + j] * u;
+            float wu = w ? w[i + j] * u : u;
+            su[j] += wu;
+            suu[j] += wu * u;
+            sxu[j] += (w ? w[i + j] * x[i + j] : x[i + j]) * u;
         }
     }
     for (size_t i = whole; i < n; i++) {
         float u = code_of(x[i] * inverse + offset, low, top);
-        su[i - whole] += u;
-        suu[i - whole] += u * u;
-        sxu[i - whole] += x[i] * u;
+        float wu = w ? w[i] * u : u;
+        su[i - whole] += wu;
+        suu[i - whole] += wu * u;
+        sxu[i - whole] += (w ? w[i] * x[i] : x[i]) * u;
     }
     sums[0] += (double)fold(su);
     sums[1] += (double)fold(suu);
     sums[2] += (double)fold(sxu);
 }
 
-/* Su, Suu and Sxu of rows of any length, (candidates, rows, 3): pieces of 256 added in binary64. */
-static void long_sums(const float *x, size_t rows, size_t length, size_t candidates,
-                      const float *inverse, const float *offset, float low, float top,
-                      double *sums) {
+/* Su, Suu and Sxu of rows of any length, (candidates, rows, 3): pieces of 256 added in binary64.
+ * Weights (rows, length), or NULL. */
+static void long_sums(const float *x, const float *weights, size_t rows, size_t length,
+                      size_t candidates, const float *inverse, const float *offset, float low,
+                      float top, double *sums) {
     memset(sums, 0, candidates * rows * 3 * sizeof *sums);
     for (size_t r = 0; r < rows; r++, x += length) {
         for (size_t start = 0; start < length; start += PIECE) {
             size_t n = smaller(PIECE, length - start);
             for (size_t c = 0; c < candidates; c++) { /* while the piece is in the cache */
                 size_t at = c * rows + r;
-                sum_piece(x + start, n, inverse[at], offset[at], low, top, sums + 3 * at);
+                if (weights) {
+                    sum_piece(x + start, weights + r * length + start, n, inverse[at], offset[at],
+                              low, top, sums + 3 * at);
+                } else {
+                    sum_piece(x + start, NULL, n, inverse[at], offset[at], low, top,
+                              sums + 3 * at);
+                }
             }
         }
     }
@@ -171,6 +210,9 @@ typedef struct {
     float extent_low[BATCH], extent_high[BATCH];
     double keeps_zero[BATCH];           /* 1 where a value is exactly 0 */
     double gain[BATCH], scale[BATCH], zero[BATCH]; /* the best so far */
+    int weighted;                       /* what follows is of use, and sums are weighted */
+    float w[PIECE * BATCH], wx[PIECE * BATCH]; /* weights as columns, and times the values */
+    float near_low[BATCH], near_high[BATCH];   /* the range of the values that matter */
 } Search;
 
 /* Zero point, in steps, of the least-squares line through (code, x). */
@@ -193,7 +235,11 @@ INLINE void fit_zero(const Search *s, const double su[BATCH], const double suu[B
 static void offer(Search *restrict s, const float inverse[restrict BATCH],
                   const float offset[restrict BATCH]) {
     ColumnSums sums;
-    plain_sums(s->x, BATCH, s->length, inverse, offset, s->low, s->top, &sums);
+    if (s->weighted) {
+        weighted_sums(s->x, s->w, s->wx, s->length, inverse, offset, s->low, s->top, &sums);
+    } else {
+        plain_sums(s->x, BATCH, s->length, inverse, offset, s->low, s->top, &sums);
+    }
     double su[BATCH], suu[BATCH], sxu[BATCH], zero[BATCH];
     for (int j = 0; j < BATCH; j++) {
         /* Padding is 0, so its code is known and its sums can be taken out again, exactly. */
@@ -224,16 +270,17 @@ static void offer(Search *restrict s, const float inverse[restrict BATCH],
     }
 }
 
-static void offer_symmetric(Search *s, Grid grid) {
+static void offer_symmetric(Search *s, const float low[BATCH], const float high[BATCH],
+                            Grid grid, int both_signs) {
     const int bits = s->scheme.bits;
     const float centre = (float)(1 << (bits - 1));
     float unit[BATCH], offset[BATCH], inverse[BATCH];
     for (int j = 0; j < BATCH; j++) {
-        float down = -s->extent_low[j], up = s->extent_high[j];
+        float down = -low[j], up = high[j];
         unit[j] = (down > up ? down : up) / (bits == 8 ? 127.0f : centre);
         offset[j] = centre;
     }
-    for (float sign = 1.0f; sign >= (bits == 8 ? 1.0f : -1.0f); sign -= 2.0f) {
+    for (float sign = 1.0f; sign >= (both_signs ? -1.0f : 1.0f); sign -= 2.0f) {
         for (size_t t = 0; t < grid.factor_count; t++) {
             for (int j = 0; j < BATCH; j++) {
                 inverse[j] = sign / (unit[j] * grid.factors[t]);
@@ -243,12 +290,13 @@ static void offer_symmetric(Search *s, Grid grid) {
     }
 }
 
-static void offer_asymmetric(Search *s, Grid grid) {
+static void offer_asymmetric(Search *s, const float low[BATCH], const float high[BATCH],
+                             Grid grid) {
     const float n = s->top;
     float unit[BATCH], middle[BATCH], inverse[BATCH], offset[BATCH];
     for (int j = 0; j < BATCH; j++) {
-        unit[j] = s->extent_high[j] / n - s->extent_low[j] / n;
-        middle[j] = s->extent_high[j] / 2 + s->extent_low[j] / 2;
+        unit[j] = high[j] / n - low[j] / n;
+        middle[j] = high[j] / 2 + low[j] / 2;
     }
     for (size_t t = 0; t < grid.factor_count; t++) {
         for (size_t d = 0; d < grid.shift_count; d++) {
@@ -301,6 +349,53 @@ static void load_groups(Search *s, const float *x, size_t first, size_t n, const
     for (int j = 0; j < BATCH; j++) {
         s->total[j] = (double)total[j];
     }
+    s->weighted = 0;
+}
+
+/* The range of what is left of the values by their reach; all of it where that is too small. */
+INLINE void find_near(Search *s, size_t j, const float *restrict x, const float *restrict reach) {
+    float low[LANES] = {0}, high[LANES] = {0};
+    for (size_t i = 0; i < s->length; i++) {
+        const float v = x[i] * reach[i];
+        low[i % LANES] = v < low[i % LANES] ? v : low[i % LANES];
+        high[i % LANES] = v > high[i % LANES] ? v : high[i % LANES];
+    }
+    for (size_t i = 1; i < LANES; i++) {
+        low[0] = low[i] < low[0] ? low[i] : low[0];
+        high[0] = high[i] > high[0] ? high[i] : high[0];
+    }
+    const float magnitude = -low[0] > high[0] ? -low[0] : high[0];
+    const int usable = magnitude >= (float)TINY && magnitude <= (float)HUGE_MAGNITUDE;
+    s->near_low[j] = usable ? low[0] : s->extent_low[j];
+    s->near_high[j] = usable ? high[0] : s->extent_high[j];
+}
+
+/* Weights of the groups just loaded, the values behind `counts` having none. */
+static void load_weights(Search *s, const float *x, size_t first, size_t n, Weights weights) {
+    for (size_t j = 0; j < BATCH; j++) {
+        const size_t g = first + j;
+        const size_t at = (g % weights.period) * s->length;
+        for (size_t i = 0; i < s->length; i++) {
+            s->w[i * BATCH + j] = j < n ? weights.weight[at + i] : 1.0f;
+        }
+        s->padding[j] = 0;
+        s->near_low[j] = s->extent_low[j];
+        s->near_high[j] = s->extent_high[j];
+        if (j < n) {
+            find_near(s, j, x + g * s->length, weights.reach + at);
+        }
+    }
+    for (size_t i = 0; i < s->length * BATCH; i++) {
+        s->wx[i] = s->w[i] * s->x[i];
+    }
+    float count[BATCH], total[BATCH];
+    sum_columns(s->w, BATCH, s->length, count);
+    sum_columns(s->wx, BATCH, s->length, total);
+    for (int j = 0; j < BATCH; j++) {
+        s->count[j] = (double)count[j];
+        s->total[j] = (double)total[j];
+    }
+    s->weighted = 1;
 }
 
 INLINE void begin_search(Search *s, Scheme scheme, size_t length) {
@@ -313,17 +408,28 @@ INLINE void begin_search(Search *s, Scheme scheme, size_t length) {
 }
 
 INLINE void offer_all(Search *s, Grid grid) {
+    static const float middle[] = {0.0f};
+    const Grid minmax = {grid.factors, middle, 1, 1};
+    const float *low = s->weighted ? s->near_low : s->extent_low;
+    const float *high = s->weighted ? s->near_high : s->extent_high;
     if (s->scheme.symmetric) {
-        offer_symmetric(s, grid);
+        offer_symmetric(s, low, high, grid, s->scheme.bits < 8);
+        if (s->weighted) {
+            offer_symmetric(s, s->extent_low, s->extent_high, minmax, 0);
+        }
     } else {
-        offer_asymmetric(s, grid);
+        offer_asymmetric(s, low, high, grid);
+        if (s->weighted) {
+            offer_asymmetric(s, s->extent_low, s->extent_high, minmax);
+        }
     }
     offer_winner(s);
 }
 
 static int search(const float *x, size_t groups, size_t length, const int32_t *counts,
-                  const float *low, const float *high, const uint8_t *has_zero, Scheme scheme,
-                  Grid grid, double *scale, int32_t *zero, uint8_t *found) {
+                  const float *low, const float *high, const uint8_t *has_zero,
+                  const Weights *weights, Scheme scheme, Grid grid, double *scale, int32_t *zero,
+                  uint8_t *found) {
     Search *s = malloc(sizeof *s);
     if (!s) {
         return NO_MEMORY;
@@ -332,6 +438,9 @@ static int search(const float *x, size_t groups, size_t length, const int32_t *c
     for (size_t g = 0; g < groups; g += BATCH) {
         const size_t n = smaller(BATCH, groups - g);
         load_groups(s, x, g, n, counts, low, high, has_zero);
+        if (weights) {
+            load_weights(s, x, g, n, *weights);
+        }
         offer_all(s, grid);
         for (size_t j = 0; j < n; j++) {
             scale[g + j] = s->scale[j];

@@ -126,6 +126,36 @@ INLINE void finish_errors(ErrorLanes *lanes, Errors *found) {
     found->worst = found->noise == found->noise ? worst : found->noise;
 }
 
+/* Weighted sums of squares in the same order. */
+typedef struct {
+    double signal[LANES], noise[LANES];
+    unsigned phase;
+} WeightedLanes;
+
+INLINE void add_weighted_error(WeightedLanes *lanes, unsigned lane, float w, float x,
+                               float decoded) {
+    const double wide = (double)x, error = wide - (double)decoded;
+    lanes->signal[lane] += (double)w * (wide * wide);
+    lanes->noise[lane] += (double)w * (error * error);
+}
+
+INLINE void add_weighted_errors(WeightedLanes *lanes, const float *restrict w,
+                                const float *restrict x, const float *restrict decoded, size_t n) {
+    size_t i = 0;
+    for (; i < n && lanes->phase; i++) {
+        add_weighted_error(lanes, lanes->phase, w[i], x[i], decoded[i]);
+        lanes->phase = (lanes->phase + 1) % LANES;
+    }
+    for (; i + LANES <= n; i += LANES) {
+        for (unsigned j = 0; j < LANES; j++) {
+            add_weighted_error(lanes, j, w[i + j], x[i + j], decoded[i + j]);
+        }
+    }
+    for (; i < n; i++) {
+        add_weighted_error(lanes, lanes->phase++, w[i], x[i], decoded[i]);
+    }
+}
+
 static void error_sums(const float *x, const float *decoded, size_t n, Errors *found) {
     ErrorLanes lanes = {0};
     add_errors(&lanes, x, decoded, n);

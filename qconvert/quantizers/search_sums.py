@@ -1,0 +1,208 @@
+"""The sums that the search judges its candidates by, over groups at hand or a stream of values.
+
+formats/schemes/SPEC.md sections 5 and 6; with weights every sum has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert import kernels
+from qconvert.encoding import AffineEncoding
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
+
+PIECE = 256  # values whose binary32 sums are added before binary64 takes over, section 6
+BATCH = 1 << 16  # values searched at once: the temporaries stay in the second-level cache
+
+# Per candidate: inverse step and offset in, sums Σu, Σu², Σxu out (float64, (G,)).
+Candidate = tuple[F32, F32]
+Sums = tuple[F64, F64, F64]
+WeightedPiece = tuple[F32, F32, F32]  # values, weights and reach of a run, (n,) each
+
+
+@dataclass(frozen=True, slots=True)
+class SumSource:
+    """Where a search gets its sums from: values at hand, or a stream read once per call.
+
+    With weights every sum has them: Σw, Σwx, Σwu, Σwu², Σwxu.
+
+    Attributes:
+        count: real values per group, (G,) float64.
+        total: Σx per group, (G,) float64.
+        sums: candidates to their sums, in order.
+    """
+
+    count: F64
+    total: F64
+    sums: Callable[[list[Candidate]], Iterator[Sums]]
+
+
+def _clamp(encoding: AffineEncoding) -> tuple[int, int]:
+    low = 1 if encoding.symmetric and encoding.bits == 8 else 0
+    return low, encoding.levels
+
+
+def group_sums(x: F32, encoding: AffineEncoding, counts: I32 | None) -> SumSource:
+    """Sums over groups (G, L) held in memory; L > 256 is cut into pieces of 256."""
+    groups, length = x.shape
+    low, top = _clamp(encoding)
+    pieces = []  # (columns, mask) of each piece
+    for start in range(0, length, PIECE):
+        part = x[:, start : start + PIECE]
+        mask = None
+        if counts is not None:
+            real = np.arange(start, start + part.shape[1]) < counts[:, None]
+            mask = np.ascontiguousarray(real.T).astype(np.float32)
+        pieces.append((np.ascontiguousarray(part.T), mask))
+
+    def sums(candidates: list[Candidate]) -> Iterator[Sums]:
+        if kernels.fused is not None and counts is None:
+            yield from _long_sums(x, candidates, low, top)
+            return
+        for inverse, offset in candidates:
+            su, suu, sxu = (np.zeros(groups) for _ in range(3))
+            for columns, mask in pieces:
+                u, uu, xu = kernels.code_sums(columns, inverse, offset, low, top, mask)
+                su += u
+                suu += uu
+                sxu += xu
+            yield su, suu, sxu
+
+    total = np.zeros(groups)
+    for columns, _ in pieces:
+        total += kernels.column_sums(columns)
+    count = np.full(groups, float(length)) if counts is None else counts.astype(np.float64)
+    return SumSource(count, total, sums)
+
+
+def weighted_group_sums(x: F32, encoding: AffineEncoding, weight: F32) -> SumSource:
+    """`group_sums` with weights (G, L), 0 for padding."""
+    groups, length = x.shape
+    low, top = _clamp(encoding)
+    pieces = [
+        tuple(np.ascontiguousarray(a[:, start : start + PIECE].T) for a in (x, weight))
+        for start in range(0, length, PIECE)
+    ]
+
+    def sums(candidates: list[Candidate]) -> Iterator[Sums]:
+        if kernels.fused is not None:
+            yield from _long_sums(x, candidates, low, top, weight)
+            return
+        for inverse, offset in candidates:
+            found = [np.zeros(groups) for _ in range(3)]
+            for columns, w in pieces:
+                parts = kernels.weighted_code_sums(columns, w, inverse, offset, low, top)
+                for total, part in zip(found, parts, strict=True):
+                    total += part
+            yield found[0], found[1], found[2]
+
+    count, total = np.zeros(groups), np.zeros(groups)
+    for columns, w in pieces:
+        count += kernels.column_sums(w)
+        total += kernels.column_sums(w * columns)
+    return SumSource(count, total, sums)
+
+
+def stream_sums(pieces: Callable[[], Iterable[F32]], encoding: AffineEncoding) -> SumSource:
+    """Sums over one group that comes in 1-d pieces; each call reads the stream once for all
+    candidates.
+    """
+    low, top = _clamp(encoding)
+    count = 0
+    total = 0.0
+    for piece in pieces():
+        count += len(piece)
+        for columns, _ in _columns(piece):
+            total += _sequential(kernels.column_sums(columns))
+
+    def sums(candidates: list[Candidate]) -> Iterator[Sums]:
+        found = np.zeros((len(candidates), 3))
+        for piece in pieces():
+            if kernels.fused is not None:
+                for batch in _batches(piece):
+                    found += [np.concatenate(s) for s in _long_sums(batch, candidates, low, top)]
+                continue
+            for columns, mask in _columns(piece):
+                for k, (inverse, offset) in enumerate(candidates):
+                    parts = kernels.code_sums(columns, inverse, offset, low, top, mask)
+                    found[k] += [_sequential(p) for p in parts]
+        for su, suu, sxu in found:
+            yield np.array([su]), np.array([suu]), np.array([sxu])
+
+    return SumSource(np.array([float(count)]), np.array([total]), sums)
+
+
+def weighted_stream_sums(
+    pieces: Callable[[], Iterable[WeightedPiece]], encoding: AffineEncoding
+) -> SumSource:
+    """`stream_sums` with weights."""
+    low, top = _clamp(encoding)
+    count = total = 0.0
+    for piece, weight, _ in pieces():
+        for (columns, _), (w, _) in zip(_columns(piece), _columns(weight), strict=True):
+            count += _sequential(kernels.column_sums(w))
+            total += _sequential(kernels.column_sums(w * columns))
+
+    def sums(candidates: list[Candidate]) -> Iterator[Sums]:
+        found = np.zeros((len(candidates), 3))
+        for piece, weight, _ in pieces():
+            if kernels.fused is not None:
+                for batch, w in zip(_batches(piece), _batches(weight), strict=True):
+                    parts = _long_sums(batch, candidates, low, top, w)
+                    found += [np.concatenate(s) for s in parts]
+                continue
+            for (columns, _), (w, _) in zip(_columns(piece), _columns(weight), strict=True):
+                for k, (inverse, offset) in enumerate(candidates):
+                    found[k] += [
+                        _sequential(s)
+                        for s in kernels.weighted_code_sums(columns, w, inverse, offset, low, top)
+                    ]
+        for su, suu, sxu in found:
+            yield np.array([su]), np.array([suu]), np.array([sxu])
+
+    return SumSource(np.array([count]), np.array([total]), sums)
+
+
+def _long_sums(
+    x: F32, candidates: list[Candidate], low: int, top: int, weight: F32 | None = None
+) -> Iterator[Sums]:
+    """The sums of rows of any length for each candidate, by native code in one pass."""
+    assert kernels.fused is not None
+    inverse, offset = (np.stack(part) for part in zip(*candidates, strict=True))
+    for found in kernels.fused.long_sums(x, inverse, offset, low, top, weight):
+        yield found[:, 0], found[:, 1], found[:, 2]
+
+
+def _batches(piece: F32) -> Iterator[F32]:
+    """The batches of `_columns` as rows (1, c)."""
+    whole = len(piece) // PIECE * PIECE
+    for start in range(0, whole, BATCH):
+        yield piece[None, start : min(start + BATCH, whole)]
+    if whole < len(piece):
+        yield piece[None, whole:]
+
+
+def _sequential(sums: F32) -> float:
+    """Binary64 sum in order (np.sum would add in pairs)."""
+    return float(np.add.accumulate(sums, dtype=np.float64)[-1])
+
+
+def _columns(piece: F32) -> Iterator[tuple[F32, F32 | None]]:
+    """A 1-d run as columns of 256 values, at most `BATCH` values at once; the tail padded and
+    masked.
+    """
+    whole = len(piece) // PIECE * PIECE
+    for start in range(0, whole, BATCH):
+        part = piece[start : min(start + BATCH, whole)]
+        yield np.ascontiguousarray(part.reshape(-1, PIECE).T), None
+    if tail := len(piece) - whole:
+        columns = np.zeros((PIECE, 1), np.float32)
+        columns[:tail, 0] = piece[whole:]
+        yield columns, (np.arange(PIECE) < tail).astype(np.float32)[:, None]
