@@ -29,7 +29,7 @@ from qconvert.errors import InputError, MachineError, OutputExistsError
 from qconvert.files import atomic
 from qconvert.files.atomic import AtomicOutput, check_space
 from qconvert.schemes import parse_scheme
-from qconvert.stages import quantize as stage
+from qconvert.stages import conversion as stage
 from qconvert.stages.quantize import QuantizeOptions, quantize
 from qconvert.stages.verify import VerifyOptions, verify
 

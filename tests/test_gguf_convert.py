@@ -28,7 +28,7 @@ from qconvert.files import open_model
 from qconvert.files.gguf import open_gguf
 from qconvert.files.gguf_split_reader import SplitGgufModel
 from qconvert.files.imatrix import ChannelSums, imatrix_bytes
-from qconvert.stages import quantize as quantize_stage
+from qconvert.stages import conversion
 
 SAMPLE = ROOT / "samples" / "tiny-llama"
 DATA = Path(__file__).with_name("data")
@@ -386,7 +386,7 @@ def test_one_existing_shard_is_refused_before_the_work(
 ) -> None:
     (tmp_path / "m-00002-of-00003.gguf").write_bytes(b"mine")
     line = ["quantize", SAMPLE, "--scheme", "q4_k_m", "-o", tmp_path / "m.gguf"]
-    monkeypatch.setattr(quantize_stage, "Workers", None)  # the work cannot even begin
+    monkeypatch.setattr(conversion, "Workers", None)  # the work cannot even begin
     refused(call(*line, "--shard-size", "1M", "-q"), 4, "m-00002-of-00003.gguf", "--force")
     assert listing(tmp_path) == {"m-00002-of-00003.gguf": b"mine"}
     monkeypatch.undo()
@@ -676,7 +676,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def read(*_: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(quantize_stage._Job, "_tasks", read)
+    monkeypatch.setattr(conversion.Job, "_tasks", read)
     directory: Path = write_directory(tmp_path / "m", "llama")
     return directory
 

@@ -95,7 +95,7 @@ def test_a_wrong_guess_changes_no_byte(
         return replace(found, encoding=right[found.tensor.name])
 
     again.clear()
-    monkeypatch.setattr("qconvert.stages.quantize.affine_encoder", told)
+    monkeypatch.setattr("qconvert.stages.conversion.affine_encoder", told)
     known = written(misleading, "known.qblk", threads)
     assert not again
     assert known.read_bytes() == guessed.read_bytes()
