@@ -29,7 +29,8 @@ from qconvert.errors import InputError, MachineError, OutputExistsError
 from qconvert.files import atomic
 from qconvert.files.atomic import AtomicOutput, check_space
 from qconvert.schemes import parse_scheme
-from qconvert.stages import conversion as stage
+from qconvert.stages import conversion
+from qconvert.stages import quantize as stage
 from qconvert.stages.quantize import QuantizeOptions, quantize
 from qconvert.stages.verify import VerifyOptions, verify
 
@@ -287,7 +288,7 @@ def test_too_little_space_is_found_out_before_the_work(
 ) -> None:
     with pytest.raises(MachineError, match="not enough space"):
         check_space(place / "o.qblk", 1 << 60)
-    monkeypatch.setattr(stage, "check_space", lambda target, _: check_space(target, 1 << 60))
+    monkeypatch.setattr(conversion, "check_space", lambda target, _: check_space(target, 1 << 60))
     before = listing(place)
     with pytest.raises(MachineError):
         convert(place)
