@@ -51,18 +51,21 @@ def spans_tiles(columns: int) -> bool:
     return columns > TILE_VALUES
 
 
-def tiles(rows: int, columns: int) -> Iterator[Tile]:
-    """Cut ``rows`` rows of ``columns`` values into tiles of at most `TILE_VALUES` values, in
-    order.
+def tiles(rows: int, columns: int, most: int = TILE_VALUES) -> Iterator[Tile]:
+    """Cut ``rows`` rows of ``columns`` values into tiles of at most ``most`` values, in order.
+
+    Args:
+        most: a multiple of every block; another one than `TILE_VALUES` only where no group of
+            values is cut by it.
     """
     if rows == 0 or columns == 0:
         return
-    if not spans_tiles(columns):
-        step = TILE_VALUES // columns
+    if columns <= most:
+        step = most // columns
         for r in range(0, rows, step):
             yield Tile(min(step, rows - r), columns, r * columns, True)
         return
     for r in range(rows):
-        for c in range(0, columns, TILE_VALUES):
-            width = min(TILE_VALUES, columns - c)
+        for c in range(0, columns, most):
+            width = min(most, columns - c)
             yield Tile(1, width, r * columns + c, c + width == columns)
