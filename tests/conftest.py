@@ -46,6 +46,7 @@ class Finished:
 
 
 Run = Callable[..., Finished]
+Call = Callable[..., Finished]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -205,6 +206,20 @@ def small_gguf(small: Path, tmp_path_factory: pytest.TempPathFactory, done: Run)
     path = tmp_path_factory.mktemp("small-gguf") / "s.gguf"
     done("quantize", small, "--scheme", "q8_0", "--raw", "-o", path)
     return path
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """``main`` in this process: the same words and codes, without the cost of starting."""
+    from qconvert.cli.main import main
+
+    def command(*arguments: Any) -> Finished:
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        streams = capsys.readouterr()
+        return Finished(code, streams.out, streams.err)
+
+    return command
 
 
 # --- qblk bytes, taken apart and put together again -----------------------------------------------

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from conftest import (
     COMMAND,
+    Call,
     Finished,
     Run,
     container,
@@ -40,20 +41,6 @@ from qconvert.files.qblk import open_qblk
 from qconvert.stages import inspect as inspect_stage
 
 COMMANDS = ("inspect", "calibrate", "quantize", "verify", "bench")
-Call = Callable[..., Finished]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """``main`` in this process: the same words and codes, without the cost of starting."""
-
-    def command(*arguments: Any) -> Finished:
-        capsys.readouterr()
-        code = main([str(a) for a in arguments])
-        streams = capsys.readouterr()
-        return Finished(code, streams.out, streams.err)
-
-    return command
 
 
 @pytest.fixture(scope="module")

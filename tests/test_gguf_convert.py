@@ -16,7 +16,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import ROOT, Finished, gaussian, listing, save
+from conftest import ROOT, Call, Finished, gaussian, listing, save
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from tiny_models import CONFIGS, GROUPS, HEADS, INNER, WIDTH, byte_level, weights, write_directory
@@ -32,7 +32,6 @@ from qconvert.stages import conversion
 
 SAMPLE = ROOT / "samples" / "tiny-llama"
 DATA = Path(__file__).with_name("data")
-Call = Callable[..., Finished]
 Arrays = dict[str, NDArray[Any]]
 
 FILES = [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
@@ -48,19 +47,6 @@ LLAMA_QUANTIZE = {
     # rows of 704 values
     **{f"blk.{i}.ffn_down.weight": "Q5_0" if i < 2 else "Q8_0" for i in range(4)},
 }
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """``main`` in this process: the same words and codes, without the cost of starting."""
-
-    def command(*arguments: Any) -> Finished:
-        capsys.readouterr()
-        code = main([str(a) for a in arguments])
-        streams = capsys.readouterr()
-        return Finished(code, streams.out, streams.err)
-
-    return command
 
 
 @pytest.fixture

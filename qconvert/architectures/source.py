@@ -17,6 +17,7 @@ from qconvert.architectures.special_tokens import chat_template_keys, special_to
 from qconvert.architectures.tokenizer_json import TokenizerJson
 from qconvert.architectures.tokenizers import read_vocabulary
 from qconvert.errors import FormatError, InputError, UnsupportedError
+from qconvert.files.gguf import ARCHITECTURE
 from qconvert.files.gguf_writer import GgufTensor, GgufValue, MetadataValue, check_gguf
 from qconvert.files.strict_json import strict_json
 from qconvert.model import Model
@@ -86,7 +87,7 @@ def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufS
     check_gguf([GgufTensor(t.name, t.shape, "F32") for t in mapped.tensors])
     tokenizer, warnings = _tokenizer(files, config, sizes.named["vocabulary"], pre_tokenizer)
     metadata: dict[str, MetadataValue] = {
-        "general.architecture": family.arch,
+        ARCHITECTURE: family.arch,
         "general.type": "model",
         "general.name": _name(directory),
         "general.size_label": _size_label(mapped, sizes.named.get("experts", 0)),

@@ -25,6 +25,8 @@ from qconvert.kernels import widen
 from qconvert.model import DTYPES, Companion, SourceFile, TensorInfo
 from qconvert.quantizers.ggml import GGML_BLOCKS
 
+ARCHITECTURE = "general.architecture"
+RAW = "raw"  # the architecture of a file of ours that nobody is to run
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32

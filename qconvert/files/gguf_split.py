@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qconvert.errors import UnsupportedError
+from qconvert.files.gguf import ARCHITECTURE
 from qconvert.files.gguf_writer import (
     GgufTensor,
     GgufValue,
@@ -112,8 +113,7 @@ class SplitGgufWriter:
         self._writer.close()
 
     def _open(self) -> GgufWriter:
-        architecture = "general.architecture"
-        keys = self._metadata if not self._shard else {architecture: self._metadata[architecture]}
+        keys = self._metadata if not self._shard else {ARCHITECTURE: self._metadata[ARCHITECTURE]}
         split: dict[str, MetadataValue] = {
             "split.no": GgufValue("UINT16", self._shard),
             "split.count": GgufValue("UINT16", len(self._counts)),

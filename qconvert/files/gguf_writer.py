@@ -17,13 +17,12 @@ import gguf
 import numpy as np
 
 from qconvert.errors import UnsupportedError
-from qconvert.files.gguf import MAX_DIMS
+from qconvert.files.gguf import ARCHITECTURE, MAX_DIMS
 
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME, less the terminating zero
 
 MetadataScalar = str | int | float | bool
 
-_ARCHITECTURE = "general.architecture"
 _ALIGNMENT = "general.alignment"
 
 
@@ -112,18 +111,16 @@ class GgufWriter:
     ) -> None:
         check_gguf(tensors)
         values = {key: _checked(key, value) for key, value in metadata.items()}
-        stated = values.get(_ARCHITECTURE)
+        stated = values.get(ARCHITECTURE)
         architecture = stated.value if stated else None
         if not isinstance(architecture, str) or not architecture:
-            raise UnsupportedError(
-                f"GGUF needs the key '{_ARCHITECTURE}'", code="GGUF-ARCHITECTURE"
-            )
+            raise UnsupportedError(f"GGUF needs the key '{ARCHITECTURE}'", code="GGUF-ARCHITECTURE")
         self._tensors = tuple(tensors)
         self._current = -1
         self._missing = 0  # bytes that the current tensor still needs
         self._writer = gguf.GGUFWriter(path, architecture)
         for key, stated in values.items():
-            if key in (_ARCHITECTURE, _ALIGNMENT):
+            if key in (ARCHITECTURE, _ALIGNMENT):
                 continue
             kind = gguf.GGUFValueType[stated.type]
             if _is_sequence(stated.value):

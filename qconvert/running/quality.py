@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.errors import InputError, UnsupportedError, UsageError
+from qconvert.errors import UnsupportedError, UsageError
 from qconvert.running.hugging_face import Checkpoint
-from qconvert.running.text import drawn, first_token, read_text, token_chunks
+from qconvert.running.text import consecutive_windows, first_token, token_chunks
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -70,18 +70,7 @@ def windows(
         chunks = token_chunks(tokenizer, text, seqlen, nsamples, seed)
         half = seqlen // 2
         return Windows(chunks, chunks[:, half + 1 :], half)
-    tokens = np.asarray(tokenizer(read_text(text), add_special_tokens=False)["input_ids"], np.int64)
-    chunks = tokens[: len(tokens) // seqlen * seqlen].reshape(-1, seqlen)
-    if not len(chunks):
-        raise InputError(
-            "the text is too short",
-            path=text,
-            found=f"{len(tokens):,} tokens",
-            wanted=f"at least {seqlen:,}, one window",
-            hint="give more text, or a smaller --seqlen",
-            code="TEXT-SHORT",
-        )
-    chunks = chunks[drawn(len(chunks), nsamples, seed, text, f"windows of {seqlen:,} tokens")]
+    chunks = consecutive_windows(tokenizer, text, seqlen, nsamples, seed, special_tokens=False)
     first = first_token(tokenizer)
     if first is None:
         return Windows(chunks[:, :-1], chunks[:, 1:], 0)

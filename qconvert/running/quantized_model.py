@@ -17,6 +17,7 @@ import numpy as np
 from qconvert.encoding import AffineEncoding
 from qconvert.errors import QconvertError, UnsupportedError, UsageError
 from qconvert.files import open_model
+from qconvert.files.gguf import ARCHITECTURE, RAW
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_check import check_payload
 from qconvert.files.qblk_header import StoredTensor
@@ -86,11 +87,12 @@ def open_quantized(
         raise UsageError("activations", found=activations, wanted=", ".join(ACTIVATIONS))
     model = open_model(path)
     try:
-        if model.kind == "gguf" and model.metadata.get("general.architecture") != "raw":
+        architecture = model.metadata.get(ARCHITECTURE)
+        if model.kind == "gguf" and architecture != RAW:
             raise UnsupportedError(
                 "a GGUF file with llama.cpp's names of tensors cannot be run here",
                 path=path,
-                found=f"architecture {model.metadata.get('general.architecture')}",
+                found=f"architecture {architecture}",
                 hint="measure it with llama-perplexity, or make one with --raw",
             )
         if check and isinstance(model, QblkModel):
@@ -235,13 +237,7 @@ class _Builder:
                     values = self._float(tensor)
                     module._parameters[p] = torch.nn.Parameter(values, requires_grad=False)
         if missing:
-            raise UnsupportedError(
-                "the file is not of the model that its config describes",
-                path=self.model.path,
-                tensor=missing[0],
-                found=f"{len(missing)} tensors missing",
-                code="HF-WEIGHTS",
-            )
+            raise self._another_model(missing[0], f"{len(missing)} tensors missing")
         self._no_others(built)
 
     def _has_codes(self, tensor: TensorInfo) -> bool:
@@ -325,13 +321,16 @@ class _Builder:
             and not any(re.search(key, name) for key in tied)
         ]
         if left:
-            raise UnsupportedError(
-                "the file is not of the model that its config describes",
-                path=self.model.path,
-                tensor=left[0],
-                found=f"{len(left)} tensors that no layer takes",
-                code="HF-WEIGHTS",
-            )
+            raise self._another_model(left[0], f"{len(left)} tensors that no layer takes")
+
+    def _another_model(self, tensor: str, found: str) -> UnsupportedError:
+        return UnsupportedError(
+            "the file is not of the model that its config describes",
+            path=self.model.path,
+            tensor=tensor,
+            found=found,
+            code="HF-WEIGHTS",
+        )
 
 
 class _Names:

@@ -38,7 +38,32 @@ def token_chunks(
     """
     if seqlen < 2:
         raise UsageError("--seqlen", found=seqlen, wanted="at least 2")
-    tokens = np.asarray(tokenizer(read_text(text))["input_ids"], np.int64)
+    chunks = consecutive_windows(tokenizer, text, seqlen, nsamples, seed, special_tokens=True)
+    first = first_token(tokenizer)
+    if first is not None:
+        chunks[:, 0] = first
+    return chunks
+
+
+def consecutive_windows(
+    tokenizer: Any,
+    text: Path,
+    seqlen: int,
+    nsamples: int | None,
+    seed: int,
+    *,
+    special_tokens: bool,
+) -> I64:
+    """Drawn windows of a text's tokens, (n, seqlen), that follow each other without a gap.
+
+    Args:
+        special_tokens: whether the tokenizer puts its own around the whole text.
+
+    Raises:
+        InputError: the text is unreadable, not UTF-8, or too short.
+    """
+    found = tokenizer(read_text(text), add_special_tokens=special_tokens)["input_ids"]
+    tokens = np.asarray(found, np.int64)
     chunks = tokens[: len(tokens) // seqlen * seqlen].reshape(-1, seqlen)
     if not len(chunks):
         raise InputError(
@@ -49,11 +74,7 @@ def token_chunks(
             hint="give more text, or a smaller --seqlen",
             code="TEXT-SHORT",
         )
-    chunks = chunks[drawn(len(chunks), nsamples, seed, text, f"windows of {seqlen:,} tokens")]
-    first = first_token(tokenizer)
-    if first is not None:
-        chunks[:, 0] = first
-    return chunks
+    return chunks[drawn(len(chunks), nsamples, seed, text, f"windows of {seqlen:,} tokens")]
 
 
 def sentences(

@@ -143,25 +143,23 @@ def decide(
     elif abs(moments.asymmetry) == 1.0:
         symmetric, rule = False, "one-sided"
     elif weighted:
-        symmetric, rule = (
-            _gain(sym.weighted_db, asym.weighted_db) <= cost,
-            "weighted-sample",
-        )
+        symmetric = _gain(sym.weighted_db, asym.weighted_db) <= cost
+        rule = "weighted-sample"
     elif abs(predicted - cost) > CLEAR_MARGIN_DB:
         symmetric, rule = predicted < cost, "step-ratio"
     else:
         symmetric, rule = _gain(sym.plain_db, asym.plain_db) <= cost, "sample"
     return Decision(
-        *(
-            symmetric,
-            rule,
-            predicted,
-            cost,
-            sym.plain_db,
-            asym.plain_db,
-            scale_dtype,
-        ),
-        *(weighted, sym.weighted_db, asym.weighted_db),
+        symmetric=symmetric,
+        rule=rule,
+        predicted_db=predicted,
+        cost_db=cost,
+        symmetric_db=sym.plain_db,
+        asymmetric_db=asym.plain_db,
+        scale_dtype=scale_dtype,
+        weighted=weighted,
+        weighted_symmetric_db=sym.weighted_db,
+        weighted_asymmetric_db=asym.weighted_db,
     )
 
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from qconvert.errors import UnsupportedError, UsageError
+from qconvert.files.gguf import ARCHITECTURE, RAW
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
 from qconvert.mixes import ModelFacts
 from qconvert.model import Model
 
-RAW = "raw"  # the architecture of a file that nobody is to run
-ARCHITECTURE = "general.architecture"
 TOKENIZER = "tokenizer.ggml.model"
 PRE_TOKENIZER = "tokenizer.ggml.pre"
 PROVENANCE = "qconvert.provenance"

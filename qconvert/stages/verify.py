@@ -20,6 +20,7 @@ from qconvert.encoding import RawEncoding
 from qconvert.errors import FormatError, UsageError, WeightError
 from qconvert.files import open_model
 from qconvert.files.dequantized import dequantized
+from qconvert.files.gguf import ARCHITECTURE, RAW
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_check import check_payload
@@ -38,7 +39,7 @@ from qconvert.report import Check, VerifiedTensor, VerifyReport
 from qconvert.running.hugging_face import require
 from qconvert.stages.analyse import F32_MAX
 from qconvert.stages.calibrate import check_activations, read_batches
-from qconvert.stages.gguf_sources import ARCHITECTURE, PRE_TOKENIZER, RAW, TOKENIZER, as_gguf
+from qconvert.stages.gguf_sources import PRE_TOKENIZER, TOKENIZER, as_gguf
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.quality import QualityOptions, measure_quality
 from qconvert.stages.stored_rows import Rows, StaticParameters, quantized_rows, static_parameters
