@@ -29,49 +29,48 @@ def default_method(bits: int) -> RangeMethod:
 
 @dataclass(frozen=True, slots=True)
 class SearchGrid:
-    """Candidates of the ``mse`` search.
+    """Where the ``mse`` search of one width looks.
 
     Attributes:
-        symmetric: factors of the largest magnitude's step, each tried with both signs below 8 bits.
-        asymmetric: factors of the step that spans the range.
-        shifts: displacements of the grid's middle, in steps of the whole range.
+        factors: of the minmax step (symmetric: of the largest magnitude's step, each with both
+            signs below 8 bits): where the search begins. The first is the minmax range itself, so
+            that weights which already lie on such a grid are restored.
+        moves: relative changes of the winner's scale, up and down, one after the other; before
+            each an asymmetric grid tries `ZERO_MOVE` either way.
     """
 
-    symmetric: tuple[float, ...]
-    asymmetric: tuple[float, ...]
-    shifts: tuple[float, ...]
+    factors: tuple[float, ...]
+    moves: tuple[float, ...]
 
     @property
     def first(self) -> SearchGrid:
         """The minmax step alone."""
-        return SearchGrid(self.symmetric[:1], self.asymmetric[:1], (0.0,))
+        return SearchGrid(self.factors[:1], ())
 
 
-def _factors(first: float, last: float, count: int) -> tuple[float, ...]:
-    return tuple(first + (last - first) * i / (count - 1) for i in range(count))
+ZERO_MOVE = 0.25  # codes
 
-
-def _minmax_factor(bits: int) -> float:
-    """The minmax step of a symmetric grid, in units of amax / 2^(b-1) (amax / 127 at 8 bits)."""
-    half = 1 << (bits - 1)
-    return 1.0 if bits == 8 else half / (half - 1)
-
-
-# Fewer levels pay for more clipping, so the range of factors widens as the bits fall. Lists of
-# twice this length gain less than 0.1 dB on the weights of all-MiniLM-L6-v2 (tests/test_fitting.py
-# holds the search to a brute-force optimum).
-# The first factor is that of the minmax range, so that weights which already lie on such a grid are
-# restored.
-SEARCH_GRIDS: dict[int, SearchGrid] = {
-    bits: SearchGrid(
-        (_minmax_factor(bits), *_factors(*sym)), (1.0, *_factors(*asym)), (-0.25, 0.0, 0.25)
-    )
-    for bits, sym, asym in (
-        (2, (1.0, 0.40, 8), (1.10, 0.40, 5)),
-        (3, (1.0, 0.50, 8), (1.08, 0.50, 5)),
-        (4, (1.02, 0.60, 8), (1.05, 0.62, 5)),
-        (5, (1.02, 0.70, 8), (1.04, 0.72, 5)),
-        (6, (1.02, 0.80, 8), (1.03, 0.85, 5)),
-        (8, (1.01, 0.93, 8), (1.01, 0.95, 7)),
-    )
+# Fewer levels pay for more clipping, so the factors reach further down as the bits fall. Eleven or
+# twelve candidates are tried at most widths: moving on from the best so far does as well as a fixed
+# list of twice as many. tests/test_fitting.py holds the search to a brute-force optimum.
+SYMMETRIC_GRIDS: dict[int, SearchGrid] = {
+    2: SearchGrid((2 / 1, 1.0, 0.7), (0.25, 0.05)),
+    3: SearchGrid((4 / 3, 1.0, 0.8), (0.1, 0.03)),
+    4: SearchGrid((8 / 7, 1.0, 0.9), (0.06, 0.02)),
+    5: SearchGrid((16 / 15, 1.0, 0.95, 0.9), (0.025, 0.01)),
+    6: SearchGrid((32 / 31, 1.0, 0.95), (0.02, 0.008)),
+    8: SearchGrid((1.0, 0.97), (0.012, 0.006)),
 }
+ASYMMETRIC_GRIDS: dict[int, SearchGrid] = {
+    2: SearchGrid((1.0, 0.7), (0.08, 0.05)),
+    3: SearchGrid((1.0, 0.86, 0.72), (0.07, 0.03)),
+    4: SearchGrid((1.0, 0.78), (0.04, 0.02)),
+    5: SearchGrid((1.0, 0.84), (0.025, 0.01)),
+    6: SearchGrid((1.0, 0.9), (0.02, 0.008)),
+    8: SearchGrid((1.0, 1.005, 0.99), (0.006, 0.003, 0.001)),
+}
+
+
+def search_grid(bits: int, symmetric: bool) -> SearchGrid:
+    """Where the search of a width looks."""
+    return (SYMMETRIC_GRIDS if symmetric else ASYMMETRIC_GRIDS)[bits]

@@ -115,8 +115,8 @@ static void run_statistics(const Kernels *k, size_t n) {
 }
 
 static void run_groups(const Kernels *k, size_t groups, size_t length, Scheme scheme) {
-    static const float factors[] = {1.02f, 0.9f, 0.7f}, shifts[] = {-0.25f, 0.0f, 0.25f};
-    const Grid grid = {factors, shifts, 3, scheme.symmetric ? 0 : 3};
+    static const float factors[] = {1.02f, 0.9f, 0.7f}, moves[] = {0.06f, 0.02f};
+    const Grid grid = {factors, moves, 3, 2};
     const size_t n = groups * length;
     const float top = (float)((1 << scheme.bits) - 1);
     float *x = numbers(n), *scale = scales(groups, scheme.symmetric);
@@ -186,18 +186,31 @@ static void run_groups(const Kernels *k, size_t groups, size_t length, Scheme sc
             const enum scale_type type = (enum scale_type)(i / 2);
             uint8_t *packed = make(stored_codes), *stored = make(even * 4), *points8 = make(even);
             const Grid none = {0};
-            Blocks task = {blocks, type, type ? grid : none, x,      even,
-                           -1.0f,  1.0f, packed,             stored, points8, {0}, NULL};
+            Blocks task = {
+                .scheme = blocks,
+                .scale_type = type,
+                .grid = type ? grid : none,
+                .source = {SOURCE_F32, (const uint8_t *)x},
+                .groups = even,
+                .low = -1.0f,
+                .high = 1.0f,
+                .pivot = 0.25,
+                .codes = packed,
+                .scales = stored,
+                .zeros = points8,
+            };
             if (i % 2) {
                 task.weights = weights;
                 task.mean_square = weight;
             }
             BlockFigures figures;
             check(k->quantize_blocks(&task, &figures));
-            double *weighted = make(2 * sizeof *weighted);
-            weighted[0] = figures.errors.weighted_signal;
-            weighted[1] = figures.errors.weighted_noise;
-            take(weighted, 2 * sizeof *weighted);
+            double *sums = make(7 * sizeof *sums);
+            sums[0] = figures.errors.weighted_signal;
+            sums[1] = figures.errors.weighted_noise;
+            sums[2] = figures.errors.noise;
+            memcpy(sums + 3, figures.powers, sizeof figures.powers);
+            take(sums, 7 * sizeof *sums);
             take(packed, stored_codes);
             take(stored, even * (type == SCALE_F32 ? 4 : 2));
             take(points8, scheme.symmetric ? 0 : even);

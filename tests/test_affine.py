@@ -109,7 +109,7 @@ def assert_like_oracle(x: F32, encoding: AffineEncoding) -> None:
     assert list(encoding.segments(x.shape)) == wanted
     decoded = decode_stored(e, encoding, (len(x), x.shape[1]))
     assert decoded.ravel().tobytes() == np.array(values, np.float32).tobytes()
-    errors = [abs(float(v) - d) for v, d in zip(x.ravel(), values, strict=True)]
+    errors = [abs(oracle.f32(float(v) - d)) for v, d in zip(x.ravel(), values, strict=True)]
     assert e.error.worst == max(errors)
     assert math.isclose(e.error.noise, math.fsum(d * d for d in errors), rel_tol=1e-12)
 

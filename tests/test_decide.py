@@ -52,6 +52,9 @@ class OneTensor:
     def values(self, _: TensorInfo, start: int, stop: int) -> NDArray[np.floating]:
         return self.data.ravel()[start:stop]
 
+    def raw(self, _: TensorInfo, offset: int, size: int) -> bytes:
+        return self.data.tobytes()[offset : offset + size]
+
 
 def analysed(
     x: NDArray[np.floating],

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -29,8 +30,9 @@ from qconvert.observers import statistics
 from qconvert.quantizers import affine, fitting, integer, search_sums
 from qconvert.quantizers.blocks import quantize_rows
 from qconvert.quantizers.ggml import GGML_BLOCKS, GgmlBlock
+from qconvert.quantizers.rows import StoredRows
 from qconvert.quantizers.weighting import weighting
-from qconvert.ranges import SEARCH_GRIDS, RangeMethod
+from qconvert.ranges import RangeMethod, search_grid
 
 if os.environ.get("QCONVERT_KERNELS") == "reference":
     pytest.skip("compares native kernels whatever runs: once is enough", allow_module_level=True)
@@ -276,7 +278,7 @@ def test_search(
     encoding = AffineEncoding(bits, "block", length, symmetric, "F32", length)
     e = fitting.extent(x, counts)
     found = compiled.search(
-        x, counts, e.low, e.high, e.has_zero, bits, symmetric, SEARCH_GRIDS[bits]
+        *(x, counts, e.low, e.high, e.has_zero, bits, symmetric), search_grid(bits, symmetric)
     )
     p = fitting._settle(e, encoding, *found)
     with np.errstate(over="ignore"):  # sums of groups that are too large to search
@@ -317,7 +319,7 @@ def test_weighted_rows(
     x = values(kind, seed, rows * period, columns)
     encoding = scheme(bits, block, symmetric, columns)
     weights = weighting(mean_squares(seed, period, columns), encoding)
-    how = (x, encoding, RangeMethod("mse"), (-1.0, 1.0), weights)
+    how = (StoredRows.of(x), encoding, RangeMethod("mse"), (-1.0, 1.0), weights)
     with np.errstate(all="ignore"), pytest.MonkeyPatch.context() as patch:
         wanted = quantize_rows(*how).rows
         patch.setattr(kernels, "fused", compiled)
@@ -330,7 +332,7 @@ def test_weighted_rows(
 def test_weights_must_fit_the_groups() -> None:
     x, w = np.ones((6, 32), np.float32), np.ones((4, 32), np.float32)
     with pytest.raises(ValueError, match="fit"):
-        compiled.quantize_blocks(x, 4, True, "F16", None, (-1.0, 1.0), (w, w, w))
+        compiled.quantize_blocks(x, "F32", 32, 4, True, "F16", None, (-1.0, 1.0), 0.0, (w, w, w))
     with pytest.raises(ValueError, match="fit"):
         compiled.encode_rows(x, x[:1, 0], np.zeros(1, np.int32), 4, True, 0, w)
     with pytest.raises(ValueError, match="belong"):
@@ -407,6 +409,7 @@ def test_encode_rows(
     st.sampled_from(BLOCKS),
     st.sampled_from(["F16", "BF16", "F32"]),
     st.sampled_from(["minmax", "mse"]),
+    st.sampled_from(["F32", "BF16", "F16", "F64"]),
 )
 def test_quantize_blocks(
     kind: str,
@@ -417,24 +420,49 @@ def test_quantize_blocks(
     block: int,
     scale_dtype: str,
     method: str,
+    dtype: str,
 ) -> None:
     groups *= 2 if block < 32 else 1
-    x = values(kind, seed, groups, block)
-    encoding = replace(scheme(bits, block, symmetric, x.size), scale_dtype=scale_dtype)
-    bounds = (float(np.float32(-0.5)), float(np.float32(0.75)))
-    with np.errstate(all="ignore"):
-        wanted = quantize_rows(x.reshape(1, -1), encoding, RangeMethod(method), bounds)
-        grid = SEARCH_GRIDS[bits] if method == "mse" else None
-        found = compiled.quantize_blocks(x, bits, symmetric, scale_dtype, grid, bounds)
-    rows, e, g = wanted.rows, wanted.rows.error, wanted.groups
-    assert found.codes == rows.codes
-    assert found.scales == rows.scales
-    same(found.zeros, rows.zero)
-    assert found.outside == wanted.outside
-    assert repr(found.errors) == repr(
-        (e.signal, e.noise, e.worst, e.clipped, 0.0, 0.0)
-    )  # NaN equals itself
-    assert found.groups == (g.symmetric_power, g.asymmetric_power, g.smallest, g.largest)
+    encoding = replace(scheme(bits, block, symmetric, groups * block), scale_dtype=scale_dtype)
+    stored = stored_as(dtype, values(kind, seed, 1, groups * block))
+    how = (stored, encoding, RangeMethod(method), (-0.5, 0.75))
+    with np.errstate(all="ignore"), pytest.MonkeyPatch.context() as patch:
+        wanted = quantize_rows(*how)
+        patch.setattr(kernels, "fused", compiled)
+        found = quantize_rows(*how)
+    assert found.rows.codes == wanted.rows.codes
+    assert found.rows.scales == wanted.rows.scales
+    same(found.rows.zero, wanted.rows.zero)
+    for part in ("moments", "groups", "outside"):
+        assert getattr(found, part) == getattr(wanted, part)
+    assert repr(found.rows.error) == repr(wanted.rows.error)  # NaN equals itself
+
+
+def stored_as(dtype: str, x: F32) -> StoredRows:
+    """As close to ``x`` as the dtype allows and finite, at an odd address."""
+    narrow = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "BF16": ml_dtypes.bfloat16}[dtype]
+    largest = float(ml_dtypes.finfo(narrow).max)
+    data = np.clip(x.astype(np.float64), -largest, largest).astype(narrow).tobytes()
+    return StoredRows(memoryview(b"\0" + data)[1:], dtype, (x.shape[0], x.shape[1]))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F64"])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_quantize_rows_takes_finite_values_only(bad: float, dtype: str) -> None:
+    x = np.ones((1, 640), np.float32)
+    for place in (0, 100, 639):
+        stored = stored_as(dtype, x)
+        width = len(bytes(stored.data)) // 640
+        data = bytearray(stored.data)
+        one = {"BF16": ml_dtypes.bfloat16, "F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]
+        data[place * width : (place + 1) * width] = np.array(bad).astype(one).tobytes()
+        broken = replace(stored, data=bytes(data))
+        how = (broken, scheme(4, 64, True, 640), RangeMethod("mse"), (-1.0, 1.0))
+        for fused in (None, compiled):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(kernels, "fused", fused)
+                with pytest.raises(FloatingPointError):
+                    quantize_rows(*how)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -733,10 +761,10 @@ def _report() -> None:
             "encode_rows q4": lambda: compiled.encode_rows(rows, scale, zero, 4, False, 64),
             "encode_rows q8": lambda: compiled.encode_rows(rows, scale, zero, 8, False, 64),
             "search q4 asym": lambda: compiled.search(
-                groups, None, *extent, 4, False, SEARCH_GRIDS[4]
+                groups, None, *extent, 4, False, search_grid(4, False)
             ),
             "search q4 asym weighted": lambda: compiled.search(
-                groups, None, *extent, 4, False, SEARCH_GRIDS[4], (ones[:1], ones[:1])
+                groups, None, *extent, 4, False, search_grid(4, False), (ones[:1], ones[:1])
             ),
             "Q4_0": lambda: compiled.ggml_encode("Q4_0", blocks),
             "Q8_0": lambda: compiled.ggml_encode("Q8_0", blocks),

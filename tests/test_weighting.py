@@ -21,6 +21,7 @@ from qconvert.kernels import reference
 from qconvert.quantizers.affine import Parameters, encode_rows
 from qconvert.quantizers.blocks import quantize_rows
 from qconvert.quantizers.fitting import fit, fit_stream
+from qconvert.quantizers.rows import StoredRows
 from qconvert.quantizers.weighting import Weighting, weighting
 from qconvert.ranges import RangeMethod
 from qconvert.report import QuantizeReport
@@ -81,8 +82,8 @@ def test_equal_weights_are_none(block: int, columns: int, symmetric: bool, bits:
         x[3, :40] = 0
         for value in (1.0, 0.3, 1e-30):
             w = weighting(np.full((1, columns), value, np.float32), encoding)
-            found = quantize_rows(x, encoding, MSE, (-1, 1), w).rows
-            plain = quantize_rows(x, encoding, MSE, (-1, 1)).rows
+            found = quantize_rows(StoredRows.of(x), encoding, MSE, (-1, 1), w).rows
+            plain = quantize_rows(StoredRows.of(x), encoding, MSE, (-1, 1)).rows
             assert (found.codes, found.scales) == (plain.codes, plain.scales)
             assert found.zero.tobytes() == plain.zero.tobytes()
             assert found.error.weighted_sqnr_db == pytest.approx(plain.error.sqnr_db, abs=1e-6)

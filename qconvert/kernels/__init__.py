@@ -21,7 +21,9 @@ from qconvert.kernels import reference
 from qconvert.kernels.reference import (
     HISTOGRAM_BINS,
     Moments,
+    PowerSums,
     lane_sum,
+    power_sums,
     weighted_code_sums,
     weighted_error_sums,
     zero_steps,
@@ -146,6 +148,7 @@ def running(name: str) -> Iterator[None]:
 __all__ = [
     "HISTOGRAM_BINS",
     "Moments",
+    "PowerSums",
     "all_finite",
     "available",
     "code_sums",
@@ -161,6 +164,7 @@ __all__ = [
     "lane_sum",
     "moments",
     "pack",
+    "power_sums",
     "running",
     "unpack",
     "weighted_code_sums",

@@ -61,8 +61,8 @@ def search(
     symmetric: bool,
     factors: Buffer,
     factor_count: int,
-    shifts: Buffer,
-    shift_count: int,
+    moves: Buffer,
+    move_count: int,
     scale: Buffer,
     zero: Buffer,
     found: Buffer,
@@ -106,7 +106,8 @@ def encode_rows(
     /,
 ) -> tuple[float, float, float, int, float, float]: ...
 def quantize_blocks(
-    x: Buffer,
+    values: Buffer,
+    source_type: int,
     groups: int,
     block: int,
     bits: int,
@@ -114,10 +115,11 @@ def quantize_blocks(
     scale_type: int,
     factors: Buffer,
     factor_count: int,
-    shifts: Buffer,
-    shift_count: int,
+    moves: Buffer,
+    move_count: int,
     low: float,
     high: float,
+    pivot: float,
     weight: Buffer | None,
     reach: Buffer | None,
     mean_square: Buffer | None,
@@ -126,7 +128,15 @@ def quantize_blocks(
     scales: Buffer,
     zeros: Buffer,
     /,
-) -> tuple[tuple[float, float, float, int, float, float], int, float, float, float, float]: ...
+) -> (
+    tuple[
+        tuple[float, float, float, int, float, float],
+        int,
+        tuple[float, float, float, float],
+        tuple[float, float, float, float, float, float],
+    ]
+    | None
+): ...
 def all_finite(x: Buffer, n: int, /) -> bool: ...
 def pack(values: Buffer, groups: int, width: int, packed: Buffer, /) -> None: ...
 def unpack(packed: Buffer, groups: int, width: int, values: Buffer, /) -> None: ...

@@ -17,7 +17,7 @@ from qconvert.encoding import SCALE_SIZES
 from qconvert.geometry import PACK_GROUP
 from qconvert.kernels import _native
 from qconvert.kernels import widening as _widening
-from qconvert.kernels.reference import HISTOGRAM_BINS, Moments
+from qconvert.kernels.reference import HISTOGRAM_BINS, Moments, PowerSums
 from qconvert.ranges import SearchGrid
 
 F32 = NDArray[np.float32]
@@ -25,7 +25,9 @@ F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
 U8 = NDArray[np.uint8]
 
-_SCALE_DTYPES = ("F16", "BF16", "F32")  # in the order of the native enumeration
+# In the order of the native enumerations: dtypes that loops read as they lie in a file, of scales.
+SOURCE_DTYPES = ("F32", "BF16", "F16")
+_SCALE_DTYPES = ("F16", "BF16", "F32")
 # Number in the native table, values and bytes of a block, by name.
 _GGML = {name: (i, *sizes) for i, (name, *sizes) in enumerate(_native.ggml_types())}
 GGML_TYPES = tuple(_GGML)
@@ -241,8 +243,7 @@ def search(
     """
     groups, length = x.shape
     weight, reach = weights or (None, None)
-    factors = np.array(grid.symmetric if symmetric else grid.asymmetric, np.float32)
-    shifts = np.array(() if symmetric else grid.shifts, np.float32)
+    factors, moves = _grid(grid)
     scale, zero = np.empty(groups), np.empty(groups, np.int32)
     found = np.empty(groups, np.bool_)
     count = None if counts is None else _i32(counts)
@@ -252,9 +253,15 @@ def search(
         None if weight is None else _f32(weight),
         None if reach is None else _f32(reach),
         *(_period(groups, weight, reach), bits, symmetric, factors, len(factors)),
-        *(shifts, len(shifts), scale, zero, found),
+        *(moves, len(moves), scale, zero, found),
     )
     return scale, zero, found
+
+
+def _grid(grid: SearchGrid | None) -> tuple[F32, F32]:
+    """Factors and moves; none without a grid."""
+    grid = grid or SearchGrid((), ())
+    return np.array(grid.factors, np.float32), np.array(grid.moves, np.float32)
 
 
 def _period(users: int, *rows: F32 | None) -> int:
@@ -333,6 +340,8 @@ class QuantizedBlocks:
         errors: the fields of ``ErrorSums`` but the count.
         groups: the fields of ``GroupStatistics``.
         outside: values outside the bounds.
+        extremes: the smallest and the largest value.
+        powers: `reference.power_sums`.
     """
 
     codes: bytes
@@ -341,55 +350,61 @@ class QuantizedBlocks:
     errors: tuple[float, float, float, int, float, float]
     groups: tuple[float, float, float, float]
     outside: int
+    extremes: tuple[float, float]
+    powers: PowerSums
 
 
 def quantize_blocks(
-    x: F32,
+    data: bytes | F32,
+    dtype: str,
+    block: int,
     bits: int,
     symmetric: bool,
     scale_dtype: str,
     grid: SearchGrid | None,
     bounds: tuple[float, float],
+    pivot: float,
     weights: tuple[F32, F32, F32] | None = None,
 ) -> QuantizedBlocks:
     """`quantizers.blocks.quantize_rows` of full blocks (G, L) by mse, or by minmax without a grid.
 
-    G · L must be a multiple of 32 below 8 bits.
-
     Args:
+        data: the blocks, a whole number of times 32 values below 8 bits.
+        dtype: of ``data``, one of `SOURCE_DTYPES`; F32 for an array.
+        block: L.
         weights: weight, reach and mean square of the values of groups, (Q, L) each; Q divides G.
+
+    Raises:
+        FloatingPointError: NaN or Inf.
     """
-    groups, length = x.shape
+    groups = memoryview(data).nbytes // ((4 if dtype == "F32" else 2) * block)
     weight, reach, mean_square = weights or (None, None, None)
-    factors = np.array(
-        () if grid is None else grid.symmetric if symmetric else grid.asymmetric, np.float32
-    )
-    shifts = np.array(() if grid is None or symmetric else grid.shifts, np.float32)
-    codes = np.empty(x.size // 8 * bits, np.uint8)
+    factors, moves = _grid(grid)
+    codes = np.empty(groups * block // 8 * bits, np.uint8)
     scales = np.empty(groups * SCALE_SIZES[scale_dtype], np.uint8)
     zeros = np.empty(0 if symmetric else groups, np.uint8)
     found = _native.quantize_blocks(
-        _f32(x),
-        *(groups, length, bits, symmetric, _SCALE_DTYPES.index(scale_dtype)),
-        factors,
-        len(factors),
-        shifts,
-        len(shifts),
-        *bounds,
+        *(data, SOURCE_DTYPES.index(dtype), groups, block),
+        *(bits, symmetric, _SCALE_DTYPES.index(scale_dtype)),
+        *(factors, len(factors), moves, len(moves), *bounds, pivot),
         *(_f32_or_none(weight), _f32_or_none(reach), _f32_or_none(mean_square)),
         _period(groups, weight, reach, mean_square),
         codes,
         scales,
         zeros,
     )
-    errors, outside, *powers = found
+    if found is None:
+        raise FloatingPointError("values that are not finite")
+    errors, outside, ranges, (minimum, maximum, *powers) = found
     return QuantizedBlocks(
         codes=codes.tobytes(),
         scales=scales.tobytes(),
         zeros=zeros,
         errors=errors,
-        groups=(powers[0], powers[1], powers[2], powers[3]),
+        groups=ranges,
         outside=outside,
+        extremes=(minimum, maximum),
+        powers=(powers[0], powers[1], powers[2], powers[3]),
     )
 
 

@@ -20,6 +20,8 @@ F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
 U8 = NDArray[np.uint8]
 
+PowerSums = tuple[float, float, float, float]
+
 LANES = 16  # partial sums, section 6
 HISTOGRAM_BINS = 1 << 16
 
@@ -38,6 +40,29 @@ class Moments:
     m2: float
     m3: float
     m4: float
+
+    @classmethod
+    def about(
+        cls, count: int, extremes: tuple[float, float], pivot: float, sums: PowerSums
+    ) -> Moments:
+        """Of ``count`` numbers from their extremes and `power_sums`: the binomial expansion of the
+        powers of x - mean = (x - pivot) - (mean - pivot).
+        """
+        first, second, third, fourth = sums
+        d = first / count
+        return cls(
+            count,
+            *extremes,
+            mean=pivot + d,
+            m2=max(second - d * first, 0.0),
+            m3=third - 3 * d * second + 2 * d * d * first,
+            m4=max(fourth - 4 * d * third + 6 * d * d * second - 3 * d * d * d * first, 0.0),
+        )
+
+    @property
+    def square_sum(self) -> float:
+        """Σx²."""
+        return self.m2 + self.count * self.mean * self.mean
 
     @property
     def std(self) -> float | None:
@@ -95,6 +120,16 @@ def moments(x: NDArray[np.floating[Any]]) -> Moments:
         m3=lane_sum(d2 * d),
         m4=lane_sum(d2 * d2),
     )
+
+
+def power_sums(x: F32, pivot: float) -> PowerSums:
+    """Σd, Σd², Σd³ and Σd⁴ of the distances d = x - pivot of a 1-d array, in float64.
+
+    One pass where `moments` takes two; exact enough for any pivot among the values.
+    """
+    d = x.astype(np.float64) - pivot
+    d2 = d * d
+    return lane_sum(d), lane_sum(d2), lane_sum(d2 * d), lane_sum(d2 * d2)
 
 
 def all_finite(x: F32) -> bool:
@@ -230,18 +265,22 @@ def _real_zero(zero: I32, bits: int) -> F32:
 
 @np.errstate(over="ignore", invalid="ignore")  # where a value was decoded to infinity
 def error_sums(x: F32, decoded: F32) -> tuple[float, float, float]:
-    """Σx², Σ(x - x')² and max |x - x'| of two arrays of one shape, in float64."""
+    """Σx², Σ(x - x')² and max |x - x'| of two arrays of one shape: differences in float32, sums in
+    float64.
+    """
     wide = x.astype(np.float64).ravel()
-    error = wide - decoded.ravel()
+    error = (x - decoded).astype(np.float64).ravel()
     worst = float(np.abs(error).max(initial=0.0))
     return lane_sum(wide * wide), lane_sum(error * error), worst
 
 
 @np.errstate(over="ignore", invalid="ignore")  # where a value was decoded to infinity
 def weighted_error_sums(x: F32, decoded: F32, weights: F32) -> tuple[float, float]:
-    """Σwx² and Σw(x - x')² of rows (R, c), in float64; row r has the weights r mod P of (P, c)."""
+    """Σwx² and Σw(x - x')² of rows (R, c), as in `error_sums`; row r has the weights r mod P of
+    (P, c).
+    """
     wide = x.astype(np.float64)
-    error = wide - decoded
+    error = (x - decoded).astype(np.float64)
     w = weights[np.arange(len(x)) % len(weights)].astype(np.float64)
     return lane_sum((w * (wide * wide)).ravel()), lane_sum((w * (error * error)).ravel())
 

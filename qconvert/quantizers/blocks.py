@@ -1,8 +1,10 @@
-"""Rows of weights to stored rows in one go: ranges, codes, and what a decision has to know."""
+"""Rows of weights to rows of codes in one go: moments, ranges, codes, and what a decision has to
+know.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +12,13 @@ from numpy.typing import NDArray
 from qconvert import kernels
 from qconvert.encoding import AffineEncoding
 from qconvert.geometry import PACK_GROUP
+from qconvert.kernels import Moments
 from qconvert.quantizers.affine import EncodedRows, ErrorSums, encode_rows, to_groups
 from qconvert.quantizers.fitting import fit
 from qconvert.quantizers.groups import GroupStatistics, observe_groups
+from qconvert.quantizers.rows import StoredRows
 from qconvert.quantizers.weighting import Weighting
-from qconvert.ranges import SEARCH_GRIDS, RangeMethod
+from qconvert.ranges import RangeMethod, search_grid
 
 F32 = NDArray[np.float32]
 Bounds = tuple[float, float]  # low, high
@@ -26,52 +30,70 @@ class QuantizedRows:
     """Rows as stored and the figures of one pass over them.
 
     Attributes:
+        moments: of the values.
         groups: ranges of the groups.
         outside: values outside the bounds.
     """
 
     rows: EncodedRows
+    moments: Moments
     groups: GroupStatistics
     outside: int
 
 
 def quantize_rows(
-    x: F32,
+    stored: StoredRows,
     encoding: AffineEncoding,
     method: RangeMethod,
     bounds: Bounds,
     weights: Weighting | None = None,
 ) -> QuantizedRows:
-    """Quantize finite rows (R, c) whose groups have scales of their own.
+    """Quantize rows (R, c) whose groups have scales of their own.
 
     Args:
-        bounds: values below the first or above the second number are counted.
+        bounds: values below the first or above the second number are counted; moments are taken
+            about their middle.
         weights: of the values, for the search and for a weighted error.
+
+    Raises:
+        FloatingPointError: NaN or Inf, or a float64 beyond float32.
     """
-    low, high = np.clip(bounds, -LARGEST, LARGEST).astype(np.float32)
-    full = encoding.block and x.shape[1] % max(encoding.block, PACK_GROUP) == 0
+    low, high = (float(b) for b in np.clip(bounds, -LARGEST, LARGEST).astype(np.float32))
+    pivot = float(np.float32(low / 2 + high / 2))
+    full = encoding.block and stored.shape[1] % max(encoding.block, PACK_GROUP) == 0
     if kernels.fused is not None and full and method.name in ("minmax", "mse"):
-        grid = SEARCH_GRIDS[encoding.bits] if method.name == "mse" else None
+        searches = method.name == "mse"
+        grid = search_grid(encoding.bits, encoding.symmetric) if searches else None
         found = kernels.fused.quantize_blocks(
-            x.reshape(-1, encoding.block),
+            *(*_readable(stored), encoding.block),
             *(encoding.bits, encoding.symmetric, encoding.scale_dtype, grid),
-            (float(low), float(high)),
+            *((low, high), pivot),
             None if weights is None else _of_blocks(weights, encoding.block),
         )
-        error = ErrorSums(x.size, *found.errors)
+        moments = Moments.about(stored.size, found.extremes, pivot, found.powers)
+        error = ErrorSums(stored.size, *found.errors)
         rows = EncodedRows(found.codes, found.scales, found.zeros, error)
-        return QuantizedRows(rows, GroupStatistics(*found.groups), found.outside)
-    groups, counts = to_groups(x, encoding)
-    return QuantizedRows(
-        encode_rows(
-            x,
-            encoding,
-            fit(groups, encoding, method, counts, weights),
-            None if weights is None else weights.mean_square,
-        ),
-        observe_groups(x, encoding, method.name == "mse"),
-        int(np.count_nonzero((x < low) | (x > high))),
-    )
+        ranges, outside = GroupStatistics(*found.groups), found.outside
+    else:
+        x = stored.values()
+        extremes = float(x.min()), float(x.max())
+        moments = Moments.about(x.size, extremes, pivot, kernels.power_sums(x.ravel(), pivot))
+        groups, counts = to_groups(x, encoding)
+        parameters = fit(groups, encoding, method, counts, weights)
+        mean_square = None if weights is None else weights.mean_square
+        rows = encode_rows(x, encoding, parameters, mean_square)
+        ranges = observe_groups(x, encoding, method.name == "mse")
+        outside = int(np.count_nonzero((x < low) | (x > high)))
+    rows = replace(rows, error=replace(rows.error, signal=moments.square_sum))
+    return QuantizedRows(rows, moments, ranges, outside)
+
+
+def _readable(stored: StoredRows) -> tuple[bytes | F32, str]:
+    """Values as native loops can read them, and their dtype."""
+    assert kernels.fused is not None
+    if stored.dtype in kernels.fused.SOURCE_DTYPES:
+        return stored.data, stored.dtype
+    return stored.values(), "F32"
 
 
 def _of_blocks(weights: Weighting, block: int) -> tuple[F32, F32, F32]:

@@ -29,7 +29,7 @@ from qconvert.quantizers.search_sums import (
     weighted_stream_sums,
 )
 from qconvert.quantizers.weighting import Weighting
-from qconvert.ranges import SEARCH_GRIDS, RangeMethod, SearchGrid
+from qconvert.ranges import ZERO_MOVE, RangeMethod, SearchGrid, search_grid
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -137,7 +137,7 @@ def fit(
     if kernels.fused is not None and x.shape[1] <= PIECE:
         found = kernels.fused.search(
             *(x, counts, e.low, e.high, e.has_zero, encoding.bits, encoding.symmetric),
-            SEARCH_GRIDS[encoding.bits],
+            search_grid(encoding.bits, encoding.symmetric),
             None if weights is None else (weights.weight, weights.reach),
         )
         return _settle(e, encoding, *found)
@@ -180,9 +180,9 @@ def fit_stream(
 ) -> Parameters:
     """Scale and zero point (1,) of one group that arrives in 1-d pieces.
 
-    ``pieces`` is called for each pass over the values: one for the range, three more for ``mse``
-    (four more with weights). Sums run piece by piece, so the pieces must be cut the same way every
-    time.
+    ``pieces`` is called for each pass over the values: one for the range, at most seven more for
+    ``mse`` (eight with weights). Sums run piece by piece, so the pieces must be cut the same way
+    every time.
 
     Args:
         weights: those of each piece, (1, n), for ``mse``.
@@ -288,19 +288,22 @@ class _Best:
         """Zero point of the least-squares line through (code, x)."""
         n, sx = self.source.count, self.source.total
         spread = n * suu - su * su
-        slope = (n * sxu - su * sx) / np.where(spread > 0, spread, 1)
-        usable = (spread > 0) & (slope > 0)
-        real = np.where(usable, su - sx / np.where(usable, slope, 1), 0) / n
+        lean = n * sxu - su * sx  # over spread it is the slope
+        usable = (spread > 0) & (lean > 0)
+        real = np.where(usable, (su * lean - sx * spread) / np.where(usable, lean * n, 1), 0)
         return _zero_point(real, self.has_zero, self.encoding)
 
-    def again(self) -> Candidate:
-        """The winner as a candidate: its own codes may differ once the scale is fitted."""
+    def beside(self, change: float, move: float) -> Candidate:
+        """The winner so far as a candidate, with its scale times ``1 + change`` and its zero point
+        moved by so many codes. Without either its codes may still differ: the scale was fitted.
+        """
         safe = np.where(np.abs(self.scale) < TINY, 1, self.scale)
         if self.encoding.symmetric:
             real = np.full(len(safe), float(1 << (self.encoding.bits - 1)))
         else:
             real = self.zero / kernels.zero_steps(self.encoding.bits)
-        return (1 / safe).astype(np.float32), real.astype(np.float32)
+        factor = 1 + float(np.float32(change))
+        return (1 / (safe * factor)).astype(np.float32), (real + move).astype(np.float32)
 
 
 def _search(
@@ -310,14 +313,21 @@ def _search(
     weights.
     """
     best = _Best(e, source, encoding)
-    grid = SEARCH_GRIDS[encoding.bits]
+    grid = search_grid(encoding.bits, encoding.symmetric)
+
+    def offer(candidates: list[Candidate]) -> None:
+        for sums in source.sums(candidates):
+            best.offer(sums)
+
     candidates = _candidates(e if near is None else _or_all(near, e), encoding, grid)
     if near is not None:
         candidates += _candidates(e, encoding, grid.first)[:1]
-    for sums in source.sums(candidates):
-        best.offer(sums)
-    for sums in source.sums([best.again()]):
-        best.offer(sums)
+    offer(candidates)
+    for change in grid.moves:
+        if not encoding.symmetric:
+            offer([best.beside(0, ZERO_MOVE), best.beside(0, -ZERO_MOVE)])
+        offer([best.beside(change, 0), best.beside(-change, 0)])
+    offer([best.beside(0, 0)])
     return _settle(e, encoding, best.scale, best.zero, best.gain > 0)
 
 
@@ -357,7 +367,7 @@ def _symmetric_candidates(magnitude: F32, bits: int, grid: SearchGrid) -> Iterat
     centre = 1 << (bits - 1)
     unit = magnitude / np.float32(127 if bits == 8 else centre)
     offset = np.full(len(unit), centre, np.float32)
-    for sign, t in product((1.0,) if bits == 8 else (1.0, -1.0), grid.symmetric):
+    for sign, t in product((1.0,) if bits == 8 else (1.0, -1.0), grid.factors):
         yield np.float32(sign) / (unit * np.float32(t)), offset
 
 
@@ -366,6 +376,6 @@ def _asymmetric_candidates(
 ) -> Iterator[Candidate]:
     unit = high / n - low / n
     middle = high / 2 + low / 2
-    for t, shift in product(grid.asymmetric, grid.shifts):
+    for t in grid.factors:
         inverse = np.float32(1) / (unit * np.float32(t))
-        yield inverse, n / 2 - (middle + np.float32(shift) * unit) * inverse
+        yield inverse, n / 2 - middle * inverse

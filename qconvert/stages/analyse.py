@@ -5,6 +5,7 @@ tiles share.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -13,15 +14,15 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert import kernels
 from qconvert.encoding import AffineEncoding
 from qconvert.errors import WeightError
 from qconvert.geometry import Tile, row_length, spans_tiles, tiles
-from qconvert.model import Model, TensorInfo
+from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.observers.statistics import TensorStatistics, merge, observe
 from qconvert.quantizers.affine import Parameters
 from qconvert.quantizers.fitting import fit_stream
 from qconvert.quantizers.groups import EMPTY_GROUPS, GroupStatistics, observe_groups
+from qconvert.quantizers.rows import StoredRows
 from qconvert.quantizers.weighting import Weighting, weighting
 from qconvert.ranges import RangeMethod
 from qconvert.stages.decide import Decision, Sample, decide, sample_rows, sample_weights
@@ -60,20 +61,37 @@ class Analysis:
         return self.shared[0] if self.encoding.granularity == "tensor" else self.shared[row]
 
 
+def stored_rows(model: Model, tensor: TensorInfo, tile: Tile) -> StoredRows:
+    """A tile as it lies in its file."""
+    width = DTYPES[tensor.dtype].size
+    data = model.raw(tensor, tile.start * width, tile.rows * tile.columns * width)
+    return StoredRows(data, tensor.dtype, (tile.rows, tile.columns))
+
+
+@contextmanager
+def finite_weights(model: Model, tensor: TensorInfo) -> Iterator[None]:
+    """Say what is wrong with weights that turn out not to be finite.
+
+    Raises:
+        WeightError: see `check_finite`.
+    """
+    try:
+        yield
+    except FloatingPointError:
+        # What is said about them is counted over all of the tensor.
+        found = observe_tensor(model, tensor, row_length(tensor.shape), map)
+        check_finite(found, tensor, model.path)
+        raise
+
+
 def rows_of(model: Model, tensor: TensorInfo, tile: Tile) -> NDArray[np.float32]:
     """A tile as finite float32 rows; float64 is rounded.
 
     Raises:
         WeightError: see `check_finite`.
     """
-    with np.errstate(over="ignore"):  # float64 beyond float32 is refused below
-        x = model.values(tensor, tile.start, tile.stop).astype(np.float32, copy=False)
-    if not kernels.all_finite(x):
-        # What is said about them is counted over all of the tensor.
-        check_finite(
-            observe_tensor(model, tensor, row_length(tensor.shape), map), tensor, model.path
-        )
-    return x.reshape(tile.rows, tile.columns)
+    with finite_weights(model, tensor):
+        return stored_rows(model, tensor, tile).values()
 
 
 def observe_tensor(

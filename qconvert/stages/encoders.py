@@ -29,7 +29,15 @@ from qconvert.quantizers.groups import EMPTY_GROUPS, GroupStatistics
 from qconvert.quantizers.weighting import Weighting, weighting
 from qconvert.ranges import RangeMethod
 from qconvert.schemes import CastScheme, GgmlScheme
-from qconvert.stages.analyse import Analysis, Mapper, analyse, rows_of, shares_parameters
+from qconvert.stages.analyse import (
+    Analysis,
+    Mapper,
+    analyse,
+    finite_weights,
+    rows_of,
+    shares_parameters,
+    stored_rows,
+)
 from qconvert.stages.decide import (
     Decision,
     Sample,
@@ -214,9 +222,14 @@ class AffineEncoder:
         return _tiles(self.tensor, RUN_VALUES)
 
     def encode(self, tile: Tile) -> Piece:
-        x = rows_of(self.model, self.tensor, tile)
-        done = quantize_rows(x, self.encoding, self.method, self.bounds, self.weights)
-        return Piece(done.rows, kernels.moments(x.ravel()), done.groups, done.outside)
+        """
+        Raises:
+            WeightError: NaN or Inf.
+        """
+        rows = stored_rows(self.model, self.tensor, tile)
+        with finite_weights(self.model, self.tensor):
+            done = quantize_rows(rows, self.encoding, self.method, self.bounds, self.weights)
+        return Piece(done.rows, done.moments, done.groups, done.outside)
 
     @property
     def weighted(self) -> bool:

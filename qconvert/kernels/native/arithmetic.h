@@ -8,6 +8,17 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* Inlined, GCC would keep the lanes of some loops as single numbers and vectorise nothing. */
+#define APART static __attribute__((noinline))
+
+/* A loop over 16 columns side by side. GCC would unroll such a short loop entirely, and then not
+ * vectorise it. */
+#ifdef __clang__
+#define EACH_COLUMN for (int j = 0; j < LANES; j++)
+#else
+#define EACH_COLUMN _Pragma("GCC unroll 1") for (int j = 0; j < LANES; j++)
+#endif
+
 /* Adding and subtracting 1.5 * 2^23 leaves an integer, rounded by the addition: to nearest, ties to
  * even. Exact for |v| <= 2^22, and unlike rintf() a vector instruction on every processor. */
 INLINE float round_small(float v) {
@@ -47,6 +58,11 @@ INLINE float from_bits(uint32_t bits) {
     float v;
     memcpy(&v, &bits, sizeof v);
     return v;
+}
+
+/* Integers in the order of the magnitudes, NaN above Inf: maxima may be taken in any order. */
+INLINE int32_t magnitude_of(float v) {
+    return (int32_t)(bits_of(v) & 0x7FFFFFFF);
 }
 
 /* Integers in the order of the values, -0 below 0: unlike floats, their minimum may be taken in any

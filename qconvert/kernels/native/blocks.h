@@ -1,11 +1,13 @@
-/* Values to stored blocks in one go: extent, scale and zero point, codes, errors, while 16 groups are
- * in the nearest cache. The composition of the other loops, sections 2, 4 and 5. */
+/* Values to stored blocks in one go, from the bytes of a file on: numbers, extent, scale and zero
+ * point, codes, errors, while 16 groups are in the nearest cache. The composition of the other loops,
+ * sections 2, 4 and 5. What there is of each group stands in rows of 16, so that it vectorises. */
 #ifndef QCONVERT_BLOCKS_H
 #define QCONVERT_BLOCKS_H
 
 #include "codes.h"
 #include "half.h"
 #include "search.h"
+#include "source.h"
 
 /* A scale as stored; that of a group whose magnitude is not 0 never becomes 0. */
 INLINE float round_scale(float scale, enum scale_type type, float magnitude) {
@@ -18,71 +20,105 @@ INLINE float round_scale(float scale, enum scale_type type, float magnitude) {
     return stored == 0 && magnitude > 0 ? sign : stored;
 }
 
-INLINE void store_scale(float scale, enum scale_type type, size_t index, uint8_t *out) {
-    const uint16_t narrow = type == SCALE_F16 ? to_half(scale) : to_bfloat(scale);
-    if (type == SCALE_F32) {
-        memcpy(out + 4 * index, &scale, sizeof scale);
-    } else {
-        memcpy(out + 2 * index, &narrow, sizeof narrow);
+INLINE void round_scales(float scale[BATCH], enum scale_type type, const float magnitude[BATCH]) {
+    switch (type) { /* a loop for each type */
+    case SCALE_F16: EACH_COLUMN { scale[j] = round_scale(scale[j], SCALE_F16, magnitude[j]); } break;
+    case SCALE_BF16: EACH_COLUMN { scale[j] = round_scale(scale[j], SCALE_BF16, magnitude[j]); } break;
+    default: EACH_COLUMN { scale[j] = round_scale(scale[j], SCALE_F32, magnitude[j]); } break;
     }
 }
 
-/* The range of up to 16 groups, 0 included. */
+/* `n` scales as stored; returns the end. */
+INLINE uint8_t *store_scales(const float scale[BATCH], size_t n, enum scale_type type,
+                             uint8_t *out) {
+    if (type == SCALE_F32) {
+        memcpy(out, scale, n * sizeof *scale);
+        return out + n * sizeof *scale;
+    }
+    uint16_t narrow[BATCH];
+    for (int j = 0; j < BATCH; j++) {
+        narrow[j] = type == SCALE_F16 ? to_half(scale[j]) : to_bfloat(scale[j]);
+    }
+    memcpy(out, narrow, n * sizeof *narrow);
+    return out + n * sizeof *narrow;
+}
+
+/* The range of 16 groups, 0 included; groups that are not there are all zeros. */
 typedef struct {
     float low[BATCH], high[BATCH], magnitude[BATCH];
-    uint8_t has_zero[BATCH];
+    int32_t has_zero[BATCH];
 } Extents;
 
-INLINE void find_extents(const float *x, size_t n, size_t length, Extents *e) {
-    float low[BATCH], high[BATCH];
-    int64_t zeros[BATCH];
+/* Returns whether all values are finite; `range` takes in the extremes of the values themselves. */
+INLINE int find_extents(const float *x, size_t n, size_t length, Extents *e, float range[2]) {
+    float low[BATCH] = {0}, high[BATCH] = {0};
+    int64_t zeros[BATCH] = {0};
+    int32_t largest = 0;
     extrema(x, n, length, low, high, zeros);
     for (size_t j = 0; j < n; j++) {
+        range[0] = low[j] < range[0] ? low[j] : range[0];
+        range[1] = high[j] > range[1] ? high[j] : range[1];
+    }
+    EACH_COLUMN {
+        const int32_t down = magnitude_of(low[j]), up = magnitude_of(high[j]);
+        const int32_t magnitude = down > up ? down : up;
+        largest = magnitude > largest ? magnitude : largest;
         e->low[j] = low[j] < 0 ? low[j] : 0.0f;
         e->high[j] = high[j] > 0 ? high[j] : 0.0f;
         e->magnitude[j] = -e->low[j] > e->high[j] ? -e->low[j] : e->high[j];
         e->has_zero[j] = zeros[j] > 0;
     }
+    return largest < 0x7F800000;
 }
 
-/* The minmax range of one group. */
-INLINE void fit_minmax(const Extents *e, size_t j, Scheme scheme, enum scale_type type,
-                       float *scale, int32_t *zero) {
+/* The minmax range of each group. */
+INLINE void fit_minmax(const Extents *e, Scheme scheme, enum scale_type type, float scale[BATCH],
+                       int32_t zero[BATCH]) {
     if (scheme.symmetric) {
-        *scale = round_scale(e->magnitude[j] / (float)((1 << (scheme.bits - 1)) - 1), type,
-                             e->magnitude[j]);
-        *zero = 0;
+        const float top = (float)((1 << (scheme.bits - 1)) - 1);
+        EACH_COLUMN {
+            scale[j] = e->magnitude[j] / top;
+            zero[j] = 0;
+        }
+        round_scales(scale, type, e->magnitude);
         return;
     }
     const float n = (float)((1 << scheme.bits) - 1), steps = (float)zero_steps(scheme.bits);
-    *scale = round_scale(e->high[j] / n - e->low[j] / n, type, e->magnitude[j]);
-    const float real = -e->low[j] / (*scale == 0 ? 1.0f : *scale);
-    const float fine = code_of(real * steps, 0.0f, n * steps);
-    *zero = (int32_t)(e->has_zero[j] ? code_of(real, 0.0f, n) * steps : fine);
+    EACH_COLUMN {
+        scale[j] = e->high[j] / n - e->low[j] / n;
+    }
+    round_scales(scale, type, e->magnitude);
+    EACH_COLUMN {
+        const float real = -e->low[j] / (scale[j] == 0 ? 1.0f : scale[j]);
+        const float fine = code_of(real * steps, 0.0f, n * steps);
+        const float whole = code_of(real, 0.0f, n) * steps;
+        zero[j] = (int32_t)(e->has_zero[j] ? whole : fine);
+    }
 }
 
 /* Steps that the groups need, as observe_groups in quantizers/groups.py has them. */
 typedef struct {
     double symmetric[LANES], asymmetric[LANES];
-    float smallest, largest;
+    int32_t smallest, largest; /* magnitudes as integers */
 } Steps;
 
-INLINE void add_steps(Steps *steps, const Extents *e, size_t n, int bits, int either_side) {
+INLINE void add_steps(Steps *steps, const Extents *e, int bits, int either_side) {
     const double top = (double)((1 << (bits - 1)) - 1), levels = (double)((1 << bits) - 1);
-    for (size_t j = 0; j < n; j++) {
+    EACH_COLUMN {
         const double down = (double)-e->low[j], up = (double)e->high[j];
-        const double magnitude = (double)e->magnitude[j];
-        const double lower = down / (top + 1) > up / top ? down / (top + 1) : up / top;
-        const double upper = up / (top + 1) > down / top ? up / (top + 1) : down / top;
+        const double a = down / (top + 1), b = up / top, c = up / (top + 1), d = down / top;
+        const double lower = a > b ? a : b, upper = c > d ? c : d;
         const double either = lower < upper ? lower : upper;
-        const double symmetric = either_side ? either : magnitude / top;
+        const double symmetric = either_side ? either : (double)e->magnitude[j] / top;
         const double asymmetric = (down + up) / levels;
         steps->symmetric[j] += symmetric * symmetric;
         steps->asymmetric[j] += asymmetric * asymmetric;
-        if (e->magnitude[j] > 0) {
-            steps->smallest = e->magnitude[j] < steps->smallest ? e->magnitude[j] : steps->smallest;
-            steps->largest = e->magnitude[j] > steps->largest ? e->magnitude[j] : steps->largest;
-        }
+    }
+    EACH_COLUMN {
+        const int32_t magnitude = magnitude_of(e->magnitude[j]);
+        const int32_t some = magnitude > 0 ? magnitude : INT32_MAX;
+        steps->smallest = some < steps->smallest ? some : steps->smallest;
+        steps->largest = magnitude > steps->largest ? magnitude : steps->largest;
     }
 }
 
@@ -92,6 +128,27 @@ INLINE size_t count_outside(const float *x, size_t n, float low, float high) {
         count += (x[i] < low) | (x[i] > high);
     }
     return (size_t)count;
+}
+
+/* The best range of each group by squared error, where the search finds one. */
+INLINE void fit_mse(Search *s, const Blocks *task, const float *x, size_t first, size_t n,
+                    const Extents *e, float scale[BATCH], int32_t zero[BATCH]) {
+    float searched[BATCH];
+    load_groups(s, x, n, NULL, e->low, e->high, e->has_zero);
+    if (task->weights.weight) {
+        load_weights(s, x, first, n, task->weights);
+    }
+    offer_all(s, task->grid);
+    EACH_COLUMN {
+        searched[j] = (float)s->scale[j];
+    }
+    round_scales(searched, task->scale_type, e->magnitude);
+    for (int j = 0; j < BATCH; j++) {
+        if (s->gain[j] > 0) {
+            scale[j] = searched[j];
+            zero[j] = task->scheme.symmetric ? 0 : (int32_t)s->zero[j];
+        }
+    }
 }
 
 static int quantize_blocks(const Blocks *task, BlockFigures *figures) {
@@ -107,59 +164,46 @@ static int quantize_blocks(const Blocks *task, BlockFigures *figures) {
         begin_search(s, scheme, length);
     }
     memset(figures, 0, sizeof *figures);
-    Steps steps = {.smallest = from_bits(0x7F800000)};
+    Steps steps = {.smallest = 0x7F800000}; /* Inf */
+    float range[2] = {from_bits(0x7F800000), from_bits(0xFF800000)};
+    PowerLanes powers = {0};
     ErrorLanes lanes = {0};
     WeightedLanes weighted = {0};
     Errors errors = {0};
-    uint8_t *codes = task->codes;
+    uint8_t *codes = task->codes, *scales = task->scales, *zeros = task->zeros;
+    int status = DONE;
     for (size_t g = 0; g < task->groups; g += BATCH) {
-        const size_t n = smaller(BATCH, task->groups - g);
-        const float *x = task->x + g * length;
+        const size_t n = smaller(BATCH, task->groups - g), count = n * length;
+        float x[PIECE * BATCH], decoded[PIECE * BATCH], scale[BATCH];
+        int32_t wide[PIECE * BATCH], zero[BATCH];
         Extents e;
-        float scale[BATCH];
-        int32_t zero[BATCH];
-        find_extents(x, n, length, &e);
-        add_steps(&steps, &e, n, scheme.bits, searches && scheme.bits < 8);
-        figures->outside += count_outside(x, n * length, task->low, task->high);
-        for (size_t j = 0; j < n; j++) {
-            fit_minmax(&e, j, scheme, task->scale_type, scale + j, zero + j);
+        load_values(task->source, g * length, count, x);
+        if (!find_extents(x, n, length, &e, range)) {
+            status = NOT_FINITE;
+            break;
         }
+        add_powers(&powers, x, count, task->pivot);
+        add_steps(&steps, &e, scheme.bits, searches && scheme.bits < 8);
+        figures->outside += count_outside(x, count, task->low, task->high);
+        fit_minmax(&e, scheme, task->scale_type, scale, zero);
         if (searches) {
-            load_groups(s, x, 0, n, NULL, e.low, e.high, e.has_zero);
-            if (task->weights.weight) {
-                load_weights(s, task->x, g, n, task->weights);
-            }
-            offer_all(s, task->grid);
-            for (size_t j = 0; j < n; j++) {
-                if (s->gain[j] > 0) {
-                    scale[j] = round_scale((float)s->scale[j], task->scale_type, e.magnitude[j]);
-                    zero[j] = scheme.symmetric ? 0 : (int32_t)s->zero[j];
-                }
-            }
+            fit_mse(s, task, x, g, n, &e, scale, zero);
+        }
+        scales = store_scales(scale, n, task->scale_type, scales);
+        for (size_t j = 0; j < n && !scheme.symmetric; j++) {
+            *zeros++ = (uint8_t)(scheme.bits == 8 ? zero[j] ^ 0x80 : zero[j]);
         }
         for (size_t j = 0; j < n; j++) {
-            store_scale(scale[j], task->scale_type, g + j, task->scales);
-            if (!scheme.symmetric) {
-                task->zeros[g + j] = (uint8_t)(scheme.bits == 8 ? zero[j] ^ 0x80 : zero[j]);
-            }
-        }
-        uint8_t narrowed[PIECE * BATCH];
-        for (size_t j = 0; j < n; j++) {
-            int32_t wide[PIECE];
-            float decoded[PIECE];
             const Rule rule = rule_of(scheme, scale[j], zero[j]);
-            errors.clipped += (size_t)encode_run(x + j * length, length, &rule, wide);
-            for (size_t i = 0; i < length; i++) {
-                decoded[i] = decode_value(wide[i], &rule);
-            }
-            add_errors(&lanes, x + j * length, decoded, length);
-            if (task->mean_square) {
-                const float *w = task->mean_square + (g + j) % task->weights.period * length;
-                add_weighted_errors(&weighted, w, x + j * length, decoded, length);
-            }
-            narrow(wide, length, narrowed + j * length);
+            const size_t at = j * length;
+            errors.clipped += (size_t)encode_run(x + at, length, &rule, wide + at, decoded + at);
         }
-        codes = store_run(narrowed, n * length, scheme.bits, codes);
+        add_noise(&lanes, x, decoded, count);
+        for (size_t j = 0; j < n && task->mean_square; j++) {
+            const float *w = task->mean_square + (g + j) % task->weights.period * length;
+            add_weighted_errors(&weighted, w, x + j * length, decoded + j * length, length);
+        }
+        codes = store_codes(wide, count, scheme.bits, codes);
     }
     free(s);
     finish_errors(&lanes, &errors);
@@ -168,9 +212,15 @@ static int quantize_blocks(const Blocks *task, BlockFigures *figures) {
     figures->errors = errors;
     figures->symmetric_power = fold_wide(steps.symmetric);
     figures->asymmetric_power = fold_wide(steps.asymmetric);
-    figures->smallest = (double)steps.smallest;
-    figures->largest = (double)steps.largest;
-    return DONE;
+    figures->smallest = (double)from_bits((uint32_t)steps.smallest);
+    figures->largest = (double)from_bits((uint32_t)steps.largest);
+    figures->minimum = (double)range[0];
+    figures->maximum = (double)range[1];
+    figures->powers[0] = fold_wide(powers.first);
+    figures->powers[1] = fold_wide(powers.second);
+    figures->powers[2] = fold_wide(powers.third);
+    figures->powers[3] = fold_wide(powers.fourth);
+    return status;
 }
 
 #endif

@@ -27,32 +27,30 @@ INLINE Rule rule_of(Scheme scheme, float scale, int32_t zero) {
     return rule;
 }
 
-/* Codes of n values, as integers; returns how many were clipped. Adding a shift of 0 changes no
- * rounded value, so both symmetries share the arithmetic. Clamping one step outside the codes
- * before rounding keeps round_small() exact and tells which values were clipped. */
+/* k is exact, so its one rounding is that of the product. */
+INLINE float decode_value(float code, const Rule *rule) {
+    return (code - (rule->bias + rule->shift)) * rule->scale;
+}
+
+/* Codes of n values, as integers, and unless NULL what they decode to; returns how many were
+ * clipped. Adding a shift of 0 changes no rounded value, so both symmetries share the arithmetic.
+ * Clamping one step outside the codes before rounding keeps round_small() exact and tells which
+ * values were clipped. */
 INLINE int32_t encode_run(const float *restrict x, size_t n, const Rule *rule,
-                          int32_t *restrict codes) {
+                          int32_t *restrict codes, float *restrict decoded) {
     const Rule r = *rule;
     const float below = r.low - 1.0f, above = r.top + 1.0f;
     int32_t clipped = 0;
     for (size_t i = 0; i < n; i++) {
         const float rounded = code_of(x[i] / r.divisor + r.shift, below, above);
-        clipped += (rounded < r.low) | (rounded > r.top);
-        codes[i] = (int32_t)(clamp(rounded, r.low, r.top) + r.bias);
+        const float kept = clamp(rounded, r.low, r.top), code = kept + r.bias;
+        clipped += kept != rounded;
+        codes[i] = (int32_t)code;
+        if (decoded) {
+            decoded[i] = decode_value(code, &r);
+        }
     }
     return clipped;
-}
-
-/* All codes at once: one width of number to a loop vectorises best. */
-INLINE void narrow(const int32_t *restrict wide, size_t n, uint8_t *restrict codes) {
-    for (size_t i = 0; i < n; i++) {
-        codes[i] = (uint8_t)wide[i];
-    }
-}
-
-/* k is exact, so its one rounding is that of the product. */
-INLINE float decode_value(int32_t code, const Rule *rule) {
-    return ((float)code - (rule->bias + rule->shift)) * rule->scale;
 }
 
 static size_t encode(const float *x, size_t groups, size_t length, const float *scale,
@@ -63,8 +61,10 @@ static size_t encode(const float *x, size_t groups, size_t length, const float *
         for (size_t i = 0; i < length; i += PIECE) {
             const size_t at = g * length + i, n = smaller(PIECE, length - i);
             int32_t wide[PIECE];
-            clipped += (size_t)encode_run(x + at, n, &rule, wide);
-            narrow(wide, n, codes + at);
+            clipped += (size_t)encode_run(x + at, n, &rule, wide, NULL);
+            for (size_t j = 0; j < n; j++) { /* one width of number to a loop vectorises best */
+                codes[at + j] = (uint8_t)wide[j];
+            }
         }
     }
     return clipped;
@@ -75,28 +75,22 @@ static void decode(const uint8_t *codes, size_t groups, size_t length, const flo
     for (size_t g = 0; g < groups; g++) {
         Rule rule = rule_of(scheme, scale[g], scheme.symmetric ? 0 : zero[g]);
         for (size_t i = g * length; i < (g + 1) * length; i++) {
-            out[i] = decode_value(codes[i], &rule);
+            out[i] = decode_value((float)codes[i], &rule);
         }
     }
 }
 
 /* Stores `count` codes, full groups below 8 bits. Returns the end. */
-INLINE uint8_t *store_run(const uint8_t *codes, size_t count, int bits, uint8_t *packed) {
+INLINE uint8_t *store_codes(const int32_t *restrict codes, size_t count, int bits,
+                            uint8_t *restrict packed) {
     if (bits < 8) {
-        pack(codes, count / PACK_GROUP, bits, packed);
+        pack_wide(codes, count / PACK_GROUP, bits, packed);
         return packed + count / 8 * (size_t)bits;
     }
     for (size_t i = 0; i < count; i++) {
-        packed[i] = codes[i] ^ 0x80; /* offset 128 to two's complement */
+        packed[i] = (uint8_t)(codes[i] ^ 0x80); /* offset 128 to two's complement */
     }
     return packed + count;
-}
-
-/* Stores a piece of a row: `count` codes, of which `real` are not padding, which is 0 as stored. */
-INLINE uint8_t *store_codes(uint8_t codes[PIECE], size_t real, size_t count, int bits,
-                            uint8_t *packed) {
-    memset(codes + real, bits == 8 ? 0x80 : 0, PIECE - real);
-    return store_run(codes, count, bits, packed);
 }
 
 static void encode_rows(const float *x, size_t rows, size_t columns, const float *scale,
@@ -110,8 +104,7 @@ static void encode_rows(const float *x, size_t rows, size_t columns, const float
     found->clipped = 0;
     for (size_t r = 0; r < rows; r++, x += columns) {
         for (size_t start = 0; start < stored; start += PIECE) {
-            uint8_t codes[PIECE];
-            int32_t wide[PIECE];
+            int32_t codes[PIECE];
             float decoded[PIECE], tail[PIECE];
             const size_t count = smaller(PIECE, stored - start);
             const size_t real = smaller(PIECE, columns - start);
@@ -126,10 +119,8 @@ static void encode_rows(const float *x, size_t rows, size_t columns, const float
                 const int32_t z = scheme.symmetric ? 0 : zero[group];
                 const Rule rule = rule_of(scheme, scale[group], z);
                 const size_t n = smaller(run, (real - i + LANES - 1) / LANES * LANES);
-                found->clipped += (size_t)encode_run(values + i, n, &rule, wide + i);
-                for (size_t j = i; j < i + n; j++) {
-                    decoded[j] = decode_value(wide[j], &rule);
-                }
+                found->clipped +=
+                    (size_t)encode_run(values + i, n, &rule, codes + i, decoded + i);
                 group += scheme.block ? step : 0;
             }
             add_errors(&lanes, values, decoded, real);
@@ -137,8 +128,10 @@ static void encode_rows(const float *x, size_t rows, size_t columns, const float
                 const float *w = mean_square + (r % period) * columns + start;
                 add_weighted_errors(&weighted, w, values, decoded, real);
             }
-            narrow(wide, real, codes);
-            packed = store_codes(codes, real, count, scheme.bits, packed);
+            for (size_t i = real; i < count; i++) {
+                codes[i] = scheme.bits == 8 ? 0x80 : 0; /* padding is 0 as stored */
+            }
+            packed = store_codes(codes, count, scheme.bits, packed);
         }
         group += scheme.block ? 0 : step;
     }

@@ -6,6 +6,7 @@
 #define QCONVERT_GGML_K_COLUMNS_H
 
 #include "ggml_small.h"
+#include "search.h"
 
 #include <math.h>
 
@@ -13,14 +14,7 @@
 #define K_FLOOR 0x1p-30f     /* the least weight, relative to the largest of a super-block */
 #define K_SINGULAR 0x1p-20f  /* relative determinant below which a fit means nothing */
 
-/* Columns side by side. GCC would unroll such a short loop entirely, and then not vectorise it. */
-#ifdef __clang__
-#define EACH_COLUMN for (int j = 0; j < COLUMNS; j++)
-#else
-#define EACH_COLUMN _Pragma("GCC unroll 1") for (int j = 0; j < COLUMNS; j++)
-#endif
-
-enum { SUPER = 256, COLUMNS = 16, LONGEST = 32, MOST_SUPERS = 2, MOST_TRIALS = 16 };
+enum { SUPER = 256, COLUMNS = BATCH, LONGEST = 32, MOST_SUPERS = 2, MOST_TRIALS = 16 };
 
 /* What is found for the super-blocks side by side. */
 typedef struct {

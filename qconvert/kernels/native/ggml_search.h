@@ -8,9 +8,6 @@
 
 enum { LONGEST_GROUP = 32 }; /* values of a group */
 
-/* Inlined, GCC would keep the columns of these loops as single numbers and vectorise nothing. */
-#define APART static __attribute__((noinline))
-
 typedef struct {
     size_t length;
     int weighted;

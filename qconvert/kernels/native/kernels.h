@@ -19,7 +19,7 @@ enum {
 };
 
 /* What a function that may fail returns. */
-enum { DONE = 0, NO_MEMORY = 1 };
+enum { DONE = 0, NO_MEMORY = 1, NOT_FINITE = 2 };
 
 typedef struct {
     size_t nonfinite;       /* NaN and Inf values */
@@ -42,10 +42,10 @@ typedef struct {
     double weighted_signal, weighted_noise; /* 0 without weights */
 } Errors;
 
-/* The candidates of the mse search, as in qconvert/ranges.py but already binary32. */
+/* Where the mse search looks, as in qconvert/ranges.py but already binary32. */
 typedef struct {
-    const float *factors, *shifts; /* no shifts when symmetric */
-    size_t factor_count, shift_count;
+    const float *factors, *moves;
+    size_t factor_count, move_count;
 } Grid;
 
 /* What weighs the values of groups: group g has row g % period; quantizers/weighting.py. */
@@ -54,6 +54,14 @@ typedef struct {
     const float *weight, *reach; /* (period, length); of use to the search alone */
 } Weights;
 
+enum source_type { SOURCE_F32, SOURCE_BF16, SOURCE_F16, SOURCE_TYPES };
+
+/* Values as they lie in a file, aligned anyhow. */
+typedef struct {
+    enum source_type type;
+    const uint8_t *raw;
+} Source;
+
 enum scale_type { SCALE_F16, SCALE_BF16, SCALE_F32, SCALE_TYPES };
 
 /* Whole blocks to be quantized: their number times the block is a multiple of 32 below 8 bits. */
@@ -61,9 +69,10 @@ typedef struct {
     Scheme scheme;             /* with a block */
     enum scale_type scale_type;
     Grid grid;                 /* no factors: minmax */
-    const float *x;            /* (groups, block), finite */
+    Source source;             /* (groups, block) values */
     size_t groups;
     float low, high;           /* values outside are counted */
+    double pivot;              /* from which distances are measured */
     uint8_t *codes, *scales;   /* as stored */
     uint8_t *zeros;            /* as stored, a byte each; only when asymmetric */
     Weights weights;           /* for the search; no weight: none */
@@ -72,9 +81,10 @@ typedef struct {
 
 /* What became of them: the figures of quantizers/blocks.py. */
 typedef struct {
-    Errors errors;
+    Errors errors; /* the signal follows from the powers, and is 0 here */
     size_t outside;
     double symmetric_power, asymmetric_power, smallest, largest;
+    double minimum, maximum, powers[4]; /* sums of the first to fourth power of the distances */
 } BlockFigures;
 
 typedef struct {

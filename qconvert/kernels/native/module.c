@@ -72,6 +72,15 @@ static int valid_scheme(int bits, int symmetric, Py_ssize_t block, Scheme *schem
                       "block must be 0, 16, 32, 64, 128 or 256");
 }
 
+/* Values in one of the types that loops read as they lie in a file. */
+static int valid_source(Buffers *held, PyObject *object, int type, Py_ssize_t count,
+                        Source *source) {
+    source->type = (enum source_type)type;
+    return require(type >= 0 && type < SOURCE_TYPES, "no such type of source")
+           && (source->raw = memory(held, object, count, type == SOURCE_F32 ? 4 : 2,
+                                    PyBUF_SIMPLE));
+}
+
 static Py_ssize_t times(Py_ssize_t a, Py_ssize_t b) {
     return a < 0 || b < 0 || (b && a > PY_SSIZE_T_MAX / b) ? -1 : a * b;
 }
@@ -347,9 +356,9 @@ static PyObject *search(PyObject *module, PyObject *args) {
     (void)module;
     const Kernels *kernels = active;
     Buffers held = {0};
-    PyObject *values, *counts, *lows, *highs, *zeros, *factors, *shifts, *scales, *points, *founds;
+    PyObject *values, *counts, *lows, *highs, *zeros, *factors, *moves, *scales, *points, *founds;
     PyObject *weights, *reaches;
-    Py_ssize_t groups, length, factor_count, shift_count, period;
+    Py_ssize_t groups, length, factor_count, move_count, period;
     int bits, symmetric, status;
     Scheme scheme;
     Grid grid;
@@ -362,7 +371,7 @@ static PyObject *search(PyObject *module, PyObject *args) {
     uint8_t *found;
     if (!PyArg_ParseTuple(args, "OnnOOOOOOnipOnOnOOO", &values, &groups, &length, &counts, &lows,
                           &highs, &zeros, &weights, &reaches, &period, &bits, &symmetric, &factors,
-                          &factor_count, &shifts, &shift_count, &scales, &points, &founds)
+                          &factor_count, &moves, &move_count, &scales, &points, &founds)
         || !valid_scheme(bits, symmetric, 0, &scheme)
         || !require(length > 0 && length <= PIECE, "groups must have 1..256 values")
         || !(x = INPUT(values, times(groups, length), float))
@@ -373,13 +382,13 @@ static PyObject *search(PyObject *module, PyObject *args) {
         || !in_turn(&held, reaches, period, length, &weighting.reach)
         || !require(!weighting.weight == !weighting.reach, "weights without reach")
         || !(grid.factors = INPUT(factors, factor_count, float))
-        || !(grid.shifts = INPUT(shifts, shift_count, float))
+        || !(grid.moves = INPUT(moves, move_count, float))
         || !(scale = OUTPUT(scales, groups, double)) || !(zero = OUTPUT(points, groups, int32_t))
         || !(found = OUTPUT(founds, groups, uint8_t))) {
         return done(&held, NULL);
     }
     grid.factor_count = (size_t)factor_count;
-    grid.shift_count = (size_t)shift_count;
+    grid.move_count = (size_t)move_count;
     weighting.period = (size_t)period;
     Py_BEGIN_ALLOW_THREADS
     status = kernels->search(x, (size_t)groups, (size_t)length, count, low, high, has_zero,
@@ -511,23 +520,23 @@ static PyObject *quantize_blocks(PyObject *module, PyObject *args) {
     (void)module;
     const Kernels *kernels = active;
     Buffers held = {0};
-    PyObject *values, *factors, *shifts, *weights, *reaches, *squares, *codes, *scales, *zeros;
-    Py_ssize_t groups, block, factor_count, shift_count, period;
-    int bits, symmetric, type, status;
+    PyObject *values, *factors, *moves, *weights, *reaches, *squares, *codes, *scales, *zeros;
+    Py_ssize_t groups, block, factor_count, move_count, period;
+    int source, bits, symmetric, type, status;
     Blocks task = {0};
     BlockFigures found;
-    if (!PyArg_ParseTuple(args, "OnnipiOnOnffOOOnOOO", &values, &groups, &block, &bits, &symmetric,
-                          &type, &factors, &factor_count, &shifts, &shift_count, &task.low,
-                          &task.high, &weights, &reaches, &squares, &period, &codes, &scales,
-                          &zeros)
+    if (!PyArg_ParseTuple(args, "OinnipiOnOnffdOOOnOOO", &values, &source, &groups, &block, &bits,
+                          &symmetric, &type, &factors, &factor_count, &moves, &move_count,
+                          &task.low, &task.high, &task.pivot, &weights, &reaches, &squares, &period,
+                          &codes, &scales, &zeros)
         || !valid_scheme(bits, symmetric, block, &task.scheme)
         || !require(block > 0, "blocks must have a length")
         || !require(type >= 0 && type < SCALE_TYPES, "no such type of scale")
         || !require(bits == 8 || times(groups, block) % PACK_GROUP == 0,
                     "values must fill groups of 32")
-        || !(task.x = INPUT(values, times(groups, block), float))
+        || !valid_source(&held, values, source, times(groups, block), &task.source)
         || !(task.grid.factors = INPUT(factors, factor_count, float))
-        || !(task.grid.shifts = INPUT(shifts, shift_count, float))
+        || !(task.grid.moves = INPUT(moves, move_count, float))
         || !in_turn(&held, weights, period, block, &task.weights.weight)
         || !in_turn(&held, reaches, period, block, &task.weights.reach)
         || !in_turn(&held, squares, period, block, &task.mean_square)
@@ -541,17 +550,21 @@ static PyObject *quantize_blocks(PyObject *module, PyObject *args) {
     task.groups = (size_t)groups;
     task.weights.period = (size_t)period;
     task.grid.factor_count = (size_t)factor_count;
-    task.grid.shift_count = (size_t)shift_count;
+    task.grid.move_count = (size_t)move_count;
     Py_BEGIN_ALLOW_THREADS
     status = kernels->quantize_blocks(&task, &found);
     Py_END_ALLOW_THREADS
     release(&held);
-    if (status != DONE) {
+    if (status == NO_MEMORY) {
         return PyErr_NoMemory();
     }
-    return Py_BuildValue("Nndddd", errors_of(found.errors), (Py_ssize_t)found.outside,
+    if (status == NOT_FINITE) {
+        Py_RETURN_NONE;
+    }
+    return Py_BuildValue("Nn(dddd)(dddddd)", errors_of(found.errors), (Py_ssize_t)found.outside,
                          found.symmetric_power, found.asymmetric_power, found.smallest,
-                         found.largest);
+                         found.largest, found.minimum, found.maximum, found.powers[0],
+                         found.powers[1], found.powers[2], found.powers[3]);
 }
 
 static PyObject *all_finite(PyObject *module, PyObject *args) {

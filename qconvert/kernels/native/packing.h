@@ -54,6 +54,34 @@ INLINE void unpack_group(const uint8_t *restrict packed, int width, uint8_t *res
 
 #endif
 
+/* The same of codes that are still integers of 32 bits, folded in halves: value i takes in i + 16,
+ * then i + 8, then i + 4. */
+INLINE void pack_wide_group(const int32_t *restrict codes, int width, uint8_t *restrict packed) {
+    int low = 0;
+    for (int p = 4; p; p /= 2) {
+        if (width & p) {
+            const int32_t mask = (1 << p) - 1;
+            int32_t folded[PACK_GROUP / 2];
+            EACH_COLUMN {
+                folded[j] = (codes[j] >> low & mask) | (codes[j + PACK_GROUP / 2] >> low & mask) << 4;
+            }
+            for (int j = 0; p < 4 && j < PACK_GROUP / 4; j++) {
+                folded[j] |= folded[j + PACK_GROUP / 4] << 2;
+            }
+            for (int j = 0; p < 2 && j < PACK_GROUP / 8; j++) {
+                folded[j] |= folded[j + PACK_GROUP / 8] << 1;
+            }
+            uint8_t narrow[PACK_GROUP / 2];
+            EACH_COLUMN {
+                narrow[j] = (uint8_t)folded[j];
+            }
+            memcpy(packed, narrow, (size_t)(4 * p));
+            packed += 4 * p;
+            low += p;
+        }
+    }
+}
+
 #define EACH_GROUP(width)                                                   \
     case width:                                                             \
         for (size_t g = 0; g < groups; g++) {                               \
@@ -77,6 +105,13 @@ INLINE void unpack_group(const uint8_t *restrict packed, int width, uint8_t *res
 #define FROM_BYTES(width) PACK_GROUP
 #define TO_BYTES(width) (4 * (width))
 static void pack(const uint8_t *restrict from, size_t groups, int width, uint8_t *restrict to) {
+    EACH_WIDTH
+}
+#undef GROUP
+
+#define GROUP pack_wide_group
+static void pack_wide(const int32_t *restrict from, size_t groups, int width,
+                      uint8_t *restrict to) {
     EACH_WIDTH
 }
 #undef GROUP

@@ -221,10 +221,10 @@ INLINE void fit_zero(const Search *s, const double su[BATCH], const double suu[B
     for (int j = 0; j < BATCH; j++) {
         double n = s->count[j], sx = s->total[j];
         double spread = n * suu[j] - su[j] * su[j];
-        double slope = (n * sxu[j] - su[j] * sx) / (spread > 0 ? spread : 1.0);
-        int usable = (spread > 0) & (slope > 0);
-        double centre = su[j] - sx / (usable ? slope : 1.0);
-        double real = (usable ? centre : 0.0) / n;
+        double lean = n * sxu[j] - su[j] * sx; /* their quotient is the slope */
+        int usable = (spread > 0) & (lean > 0);
+        double centre = su[j] * lean - sx * spread;
+        double real = usable ? centre / (lean * n) : 0.0;
         double fine = round_small_wide(clamp_wide(real * s->steps, 0.0, s->levels * s->steps));
         double whole = round_small_wide(clamp_wide(real, 0.0, s->levels)) * s->steps;
         zero[j] = s->keeps_zero[j] != 0 ? whole : fine;
@@ -299,48 +299,76 @@ static void offer_asymmetric(Search *s, const float low[BATCH], const float high
         middle[j] = high[j] / 2 + low[j] / 2;
     }
     for (size_t t = 0; t < grid.factor_count; t++) {
-        for (size_t d = 0; d < grid.shift_count; d++) {
-            for (int j = 0; j < BATCH; j++) {
-                inverse[j] = 1.0f / (unit[j] * grid.factors[t]);
-                offset[j] = n / 2 - (middle[j] + grid.shifts[d] * unit[j]) * inverse[j];
-            }
-            offer(s, inverse, offset);
+        for (int j = 0; j < BATCH; j++) {
+            inverse[j] = 1.0f / (unit[j] * grid.factors[t]);
+            offset[j] = n / 2 - middle[j] * inverse[j];
         }
+        offer(s, inverse, offset);
     }
 }
 
-/* The winner's own codes may differ once its scale is fitted: it stands again. */
-static void offer_winner(Search *s) {
+/* The winner as a candidate. */
+typedef struct {
+    double scale[BATCH], zero[BATCH];
+} Winner;
+
+INLINE void take_winner(const Search *s, Winner *w) {
+    const double centre = (double)(1 << (s->scheme.bits - 1));
+    for (int j = 0; j < BATCH; j++) {
+        w->scale[j] = s->scale[j] > -TINY && s->scale[j] < TINY ? 1.0 : s->scale[j];
+        w->zero[j] = s->scheme.symmetric ? centre : s->zero[j] / s->steps;
+    }
+}
+
+/* With its scale times 1 + change and its zero point moved by so many codes. Without either its own
+ * codes may still differ: the scale was fitted. */
+INLINE void offer_beside(Search *s, const Winner *w, double change, double move) {
+    const double factor = 1.0 + change;
     float inverse[BATCH], offset[BATCH];
     for (int j = 0; j < BATCH; j++) {
-        double scale = s->scale[j] > -TINY && s->scale[j] < TINY ? 1.0 : s->scale[j];
-        double centre = (double)(1 << (s->scheme.bits - 1));
-        inverse[j] = (float)(1.0 / scale);
-        offset[j] = (float)(s->scheme.symmetric ? centre : s->zero[j] / s->steps);
+        inverse[j] = (float)(1.0 / (w->scale[j] * factor));
+        offset[j] = (float)(w->zero[j] + move);
     }
     offer(s, inverse, offset);
 }
 
-/* Loads groups `first` and following as columns. Missing groups, and those whose reciprocals or
+INLINE void offer_moves(Search *s, Grid grid) {
+    const double zero_move = 0.25;
+    Winner w;
+    for (size_t i = 0; i < grid.move_count; i++) {
+        const double change = (double)grid.moves[i];
+        if (!s->scheme.symmetric) {
+            take_winner(s, &w);
+            offer_beside(s, &w, 0, zero_move);
+            offer_beside(s, &w, 0, -zero_move);
+        }
+        take_winner(s, &w);
+        offer_beside(s, &w, change, 0);
+        offer_beside(s, &w, -change, 0);
+    }
+    take_winner(s, &w);
+    offer_beside(s, &w, 0, 0);
+}
+
+/* Loads `n` groups as columns. Missing groups, and those whose reciprocals or
  * sums would overflow, are all zeros with an extent that is safe to search: nothing is found. */
-static void load_groups(Search *s, const float *x, size_t first, size_t n, const int32_t *counts,
-                        const float *low, const float *high, const uint8_t *has_zero) {
+static void load_groups(Search *s, const float *x, size_t n, const int32_t *counts,
+                        const float *low, const float *high, const int32_t *has_zero) {
     memset(s->x, 0, s->length * BATCH * sizeof *s->x);
     for (size_t j = 0; j < BATCH; j++) {
-        const size_t g = first + j;
         const int there = j < n;
-        const size_t real = there && counts ? (size_t)counts[g] : s->length;
-        const float magnitude = !there ? 0 : -low[g] > high[g] ? -low[g] : high[g];
+        const size_t real = there && counts ? (size_t)counts[j] : s->length;
+        const float magnitude = !there ? 0 : -low[j] > high[j] ? -low[j] : high[j];
         const int usable = magnitude >= (float)TINY && magnitude <= (float)HUGE_MAGNITUDE;
         s->count[j] = (double)real;
         s->padding[j] = (float)(s->length - real);
-        s->extent_low[j] = usable ? low[g] : -1.0f;
-        s->extent_high[j] = usable ? high[g] : 0.0f;
-        s->keeps_zero[j] = there && has_zero[g];
+        s->extent_low[j] = usable ? low[j] : -1.0f;
+        s->extent_high[j] = usable ? high[j] : 0.0f;
+        s->keeps_zero[j] = there && has_zero[j];
         s->gain[j] = s->scale[j] = s->zero[j] = 0;
         if (usable) {
             for (size_t i = 0; i < s->length; i++) {
-                s->x[i * BATCH + j] = x[g * s->length + i];
+                s->x[i * BATCH + j] = x[j * s->length + i];
             }
         }
     }
@@ -370,11 +398,11 @@ INLINE void find_near(Search *s, size_t j, const float *restrict x, const float 
     s->near_high[j] = usable ? high[0] : s->extent_high[j];
 }
 
-/* Weights of the groups just loaded, the values behind `counts` having none. */
+/* Weights of the groups just loaded, `first` and following, the values behind `counts` having
+ * none. */
 static void load_weights(Search *s, const float *x, size_t first, size_t n, Weights weights) {
     for (size_t j = 0; j < BATCH; j++) {
-        const size_t g = first + j;
-        const size_t at = (g % weights.period) * s->length;
+        const size_t at = ((first + j) % weights.period) * s->length;
         for (size_t i = 0; i < s->length; i++) {
             s->w[i * BATCH + j] = j < n ? weights.weight[at + i] : 1.0f;
         }
@@ -382,7 +410,7 @@ static void load_weights(Search *s, const float *x, size_t first, size_t n, Weig
         s->near_low[j] = s->extent_low[j];
         s->near_high[j] = s->extent_high[j];
         if (j < n) {
-            find_near(s, j, x + g * s->length, weights.reach + at);
+            find_near(s, j, x + j * s->length, weights.reach + at);
         }
     }
     for (size_t i = 0; i < s->length * BATCH; i++) {
@@ -408,8 +436,7 @@ INLINE void begin_search(Search *s, Scheme scheme, size_t length) {
 }
 
 INLINE void offer_all(Search *s, Grid grid) {
-    static const float middle[] = {0.0f};
-    const Grid minmax = {grid.factors, middle, 1, 1};
+    const Grid minmax = {grid.factors, NULL, 1, 0};
     const float *low = s->weighted ? s->near_low : s->extent_low;
     const float *high = s->weighted ? s->near_high : s->extent_high;
     if (s->scheme.symmetric) {
@@ -423,7 +450,7 @@ INLINE void offer_all(Search *s, Grid grid) {
             offer_asymmetric(s, s->extent_low, s->extent_high, minmax);
         }
     }
-    offer_winner(s);
+    offer_moves(s, grid);
 }
 
 static int search(const float *x, size_t groups, size_t length, const int32_t *counts,
@@ -437,9 +464,13 @@ static int search(const float *x, size_t groups, size_t length, const int32_t *c
     begin_search(s, scheme, length);
     for (size_t g = 0; g < groups; g += BATCH) {
         const size_t n = smaller(BATCH, groups - g);
-        load_groups(s, x, g, n, counts, low, high, has_zero);
+        int32_t with_zero[BATCH] = {0};
+        for (size_t j = 0; j < n; j++) {
+            with_zero[j] = has_zero[g + j];
+        }
+        load_groups(s, x + g * length, n, counts ? counts + g : NULL, low + g, high + g, with_zero);
         if (weights) {
-            load_weights(s, x, g, n, *weights);
+            load_weights(s, x + g * length, g, n, *weights);
         }
         offer_all(s, grid);
         for (size_t j = 0; j < n; j++) {

@@ -37,7 +37,7 @@
 static int all_finite(const float *x, size_t n) {
     int32_t largest = 0;
     for (size_t i = 0; i < n; i++) {
-        const int32_t magnitude = (int32_t)(bits_of(x[i]) & 0x7FFFFFFF); /* grows with |x| */
+        const int32_t magnitude = magnitude_of(x[i]);
         largest = magnitude > largest ? magnitude : largest;
     }
     return largest < 0x7F800000;
@@ -70,60 +70,58 @@ static void extrema(const float *restrict x, size_t groups, size_t length, float
     }
 }
 
-/* Sums of squares in the order of section 6 over a run that arrives in pieces. */
+/* Sums of squares in the order of section 6 over a run that arrives in pieces. Errors are those of
+ * binary32. */
 typedef struct {
-    double signal[LANES], noise[LANES], worst[LANES];
+    double signal[LANES], noise[LANES];
+    int32_t worst;
     unsigned phase; /* lane of the next value */
 } ErrorLanes;
 
-INLINE void add_error(ErrorLanes *lanes, int lane, float x, float decoded) {
-    double wide = (double)x;
-    double error = wide - (double)decoded;
-    double size = error < 0 ? -error : error;
-    lanes->signal[lane] += wide * wide;
-    lanes->noise[lane] += error * error;
-    lanes->worst[lane] = size > lanes->worst[lane] ? size : lanes->worst[lane];
-}
-
-INLINE void add_errors(ErrorLanes *lanes, const float *restrict x, const float *restrict decoded,
-                       size_t n) {
+/* Adds squares to the lanes from `phase` on. */
+APART void add_squares(double lanes[LANES], unsigned phase, const float *restrict x, size_t n) {
     size_t i = 0;
-    while (i < n && lanes->phase) {
-        add_error(lanes, (int)lanes->phase, x[i], decoded[i]);
-        lanes->phase = (lanes->phase + 1) % LANES;
-        i++;
+    for (; i < n && phase; i++, phase = (phase + 1) % LANES) {
+        lanes[phase] += (double)x[i] * (double)x[i];
     }
-    double signal[LANES], noise[LANES], worst[LANES];
-    memcpy(signal, lanes->signal, sizeof signal);
-    memcpy(noise, lanes->noise, sizeof noise);
-    memcpy(worst, lanes->worst, sizeof worst);
+    double sums[LANES];
+    memcpy(sums, lanes, sizeof sums);
     for (; i + LANES <= n; i += LANES) {
         for (int j = 0; j < LANES; j++) {
-            double wide = (double)x[i + j];
-            double error = wide - (double)decoded[i + j];
-            double size = error < 0 ? -error : error;
-            signal[j] += wide * wide;
-            noise[j] += error * error;
-            worst[j] = size > worst[j] ? size : worst[j];
+            const double wide = (double)x[i + (size_t)j];
+            sums[j] += wide * wide;
         }
     }
-    memcpy(lanes->signal, signal, sizeof signal);
-    memcpy(lanes->noise, noise, sizeof noise);
-    memcpy(lanes->worst, worst, sizeof worst);
-    for (; i < n; i++) {
-        add_error(lanes, (int)lanes->phase++, x[i], decoded[i]);
+    memcpy(lanes, sums, sizeof sums);
+    for (; i < n; i++, phase++) {
+        lanes[phase] += (double)x[i] * (double)x[i];
     }
+}
+
+/* All but the signal; leaves the errors in the place of the decoded values. */
+INLINE void add_noise(ErrorLanes *lanes, const float *restrict x, float *restrict decoded,
+                      size_t n) {
+    int32_t worst = lanes->worst;
+    for (size_t i = 0; i < n; i++) {
+        decoded[i] = x[i] - decoded[i];
+        const int32_t size = magnitude_of(decoded[i]);
+        worst = size > worst ? size : worst;
+    }
+    lanes->worst = worst;
+    add_squares(lanes->noise, lanes->phase, decoded, n);
+}
+
+INLINE void add_errors(ErrorLanes *lanes, const float *restrict x, float *restrict decoded,
+                       size_t n) {
+    add_noise(lanes, x, decoded, n);
+    add_squares(lanes->signal, lanes->phase, x, n);
+    lanes->phase = (unsigned)((lanes->phase + n) % LANES);
 }
 
 INLINE void finish_errors(ErrorLanes *lanes, Errors *found) {
-    double worst = 0;
-    for (int j = 0; j < LANES; j++) {
-        worst = lanes->worst[j] > worst ? lanes->worst[j] : worst;
-    }
     found->signal = fold_wide(lanes->signal);
     found->noise = fold_wide(lanes->noise);
-    /* The sum of squares is NaN only if an error is: then so is the worst. */
-    found->worst = found->noise == found->noise ? worst : found->noise;
+    found->worst = (double)from_bits((uint32_t)lanes->worst);
 }
 
 /* Weighted sums of squares in the same order. */
@@ -133,32 +131,65 @@ typedef struct {
 } WeightedLanes;
 
 INLINE void add_weighted_error(WeightedLanes *lanes, unsigned lane, float w, float x,
-                               float decoded) {
-    const double wide = (double)x, error = wide - (double)decoded;
+                               float error) {
+    const double wide = (double)x, lost = (double)error;
     lanes->signal[lane] += (double)w * (wide * wide);
-    lanes->noise[lane] += (double)w * (error * error);
+    lanes->noise[lane] += (double)w * (lost * lost);
 }
 
 INLINE void add_weighted_errors(WeightedLanes *lanes, const float *restrict w,
-                                const float *restrict x, const float *restrict decoded, size_t n) {
+                                const float *restrict x, const float *restrict errors, size_t n) {
     size_t i = 0;
     for (; i < n && lanes->phase; i++) {
-        add_weighted_error(lanes, lanes->phase, w[i], x[i], decoded[i]);
+        add_weighted_error(lanes, lanes->phase, w[i], x[i], errors[i]);
         lanes->phase = (lanes->phase + 1) % LANES;
     }
     for (; i + LANES <= n; i += LANES) {
         for (unsigned j = 0; j < LANES; j++) {
-            add_weighted_error(lanes, j, w[i + j], x[i + j], decoded[i + j]);
+            add_weighted_error(lanes, j, w[i + j], x[i + j], errors[i + j]);
         }
     }
     for (; i < n; i++) {
-        add_weighted_error(lanes, lanes->phase++, w[i], x[i], decoded[i]);
+        add_weighted_error(lanes, lanes->phase++, w[i], x[i], errors[i]);
     }
+}
+
+/* Sums of powers of the distances from a pivot, in the order of section 6; pieces are multiples of
+ * 16 long. */
+typedef struct {
+    double first[LANES], second[LANES], third[LANES], fourth[LANES];
+} PowerLanes;
+
+APART void add_powers(PowerLanes *restrict lanes, const float *restrict x, size_t n,
+                       double pivot) {
+    double first[LANES], second[LANES], third[LANES], fourth[LANES];
+    memcpy(first, lanes->first, sizeof first);
+    memcpy(second, lanes->second, sizeof second);
+    memcpy(third, lanes->third, sizeof third);
+    memcpy(fourth, lanes->fourth, sizeof fourth);
+    for (size_t i = 0; i < n; i += LANES) {
+        for (int j = 0; j < LANES; j++) {
+            const double d = (double)x[i + j] - pivot, d2 = d * d;
+            first[j] += d;
+            second[j] += d2;
+            third[j] += d2 * d;
+            fourth[j] += d2 * d2;
+        }
+    }
+    memcpy(lanes->first, first, sizeof first);
+    memcpy(lanes->second, second, sizeof second);
+    memcpy(lanes->third, third, sizeof third);
+    memcpy(lanes->fourth, fourth, sizeof fourth);
 }
 
 static void error_sums(const float *x, const float *decoded, size_t n, Errors *found) {
     ErrorLanes lanes = {0};
-    add_errors(&lanes, x, decoded, n);
+    for (size_t i = 0; i < n; i += PIECE) {
+        float errors[PIECE];
+        const size_t count = smaller(PIECE, n - i);
+        memcpy(errors, decoded + i, count * sizeof *errors);
+        add_errors(&lanes, x + i, errors, count);
+    }
     finish_errors(&lanes, found);
 }
 

@@ -20,6 +20,7 @@ from qconvert.errors import UsageError
 from qconvert.quantizers.affine import decode_groups, load_codes
 from qconvert.quantizers.blocks import QuantizedRows, quantize_rows
 from qconvert.quantizers.ggml import GGML_BLOCKS
+from qconvert.quantizers.rows import StoredRows
 from qconvert.ranges import RangeMethod
 from qconvert.schemes import AffineScheme, GgmlScheme, Scheme
 from qconvert.stages.analyse import Mapper
@@ -115,7 +116,7 @@ def _conversion(weights: Weights, scheme: Scheme, method: RangeMethod | None) ->
             return decode_groups(codes, parameters, how.encoding)
 
         def convert(x: F32) -> QuantizedRows:
-            return quantize_rows(x, how.encoding, how.method, (-1.0, 1.0))
+            return quantize_rows(StoredRows.of(x), how.encoding, how.method, (-1.0, 1.0))
 
         detail = f" {how.method.describe()}"
         return _Conversion(scheme.name, detail, convert, how.encode, back)
