@@ -216,6 +216,34 @@ static void run_groups(const Kernels *k, size_t groups, size_t length, Scheme sc
             take(points8, scheme.symmetric ? 0 : even);
         }
     }
+    const size_t row_bytes = packed_bytes(stored_row(scheme, length), scheme.bits);
+    for (int given = 0; given < 2; given++) {
+        uint8_t *packed = make(groups * row_bytes), *stored = make(groups * 4);
+        uint8_t *points8 = make(groups);
+        const Channels task = {
+            .scheme = scheme,
+            .source = {SOURCE_F32, (const uint8_t *)x},
+            .rows = groups,
+            .columns = length,
+            .low = -1.0f,
+            .high = 1.0f,
+            .pivot = 0.25,
+            .either_side = given,
+            .scale = given ? scale : NULL,
+            .zero = zero,
+            .codes = packed,
+            .scales = stored,
+            .zeros = points8,
+            .mean_square = given ? weight : NULL,
+            .period = 1,
+        };
+        BlockFigures *figures = make(sizeof *figures);
+        check(k->quantize_channels(&task, figures));
+        take(figures, sizeof *figures);
+        take(packed, groups * row_bytes);
+        take(stored, groups * 4);
+        take(points8, scheme.symmetric ? 0 : groups);
+    }
     free(x);
     free(scale);
     free(zero);
@@ -287,7 +315,8 @@ static void run_packing(const Kernels *k, size_t groups) {
             k->ggml_encode(type, x, importance, period, groups, data);
             Errors *errors = make(sizeof *errors);
             memset(errors, 0, sizeof *errors);
-            k->ggml_quantize(type, x, importance, period, groups, data, errors);
+            const Source source = {SOURCE_F32, (const uint8_t *)x};
+            check(k->ggml_quantize(type, source, importance, period, groups, data, errors));
             take(errors, sizeof *errors);
             k->ggml_decode(type, data, groups, decoded);
             take(data, bytes);

@@ -609,7 +609,7 @@ def quantized_like_llama(values: NDArray[np.float32]) -> bytes:
     """Q4_0 by our own kernels on values that gguf-py decoded."""
     from qconvert.quantizers.ggml import GGML_BLOCKS
 
-    return GGML_BLOCKS["Q4_0"].quantize(values.reshape(-1, 32), None)[0].tobytes()
+    return GGML_BLOCKS["Q4_0"].encode(values.reshape(-1, 32), None).tobytes()
 
 
 def test_a_quantized_source_can_be_decoded(tmp_path: Path, done: Call) -> None:

@@ -7,6 +7,7 @@ payloads out of arithmetic, and speed: ``python tests/test_native.py`` prints th
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -32,7 +33,7 @@ from qconvert.quantizers.blocks import quantize_rows
 from qconvert.quantizers.ggml import GGML_BLOCKS, GgmlBlock
 from qconvert.quantizers.rows import StoredRows
 from qconvert.quantizers.weighting import weighting
-from qconvert.ranges import RangeMethod, search_grid
+from qconvert.ranges import RANGE_METHODS, RangeMethod, search_grid
 
 if os.environ.get("QCONVERT_KERNELS") == "reference":
     pytest.skip("compares native kernels whatever runs: once is enough", allow_module_level=True)
@@ -207,6 +208,13 @@ def test_extrema_and_extent(kind: str, seed: int, groups: int, length: int) -> N
         assert (low == e.low).all()
         assert (high == e.high).all()
         assert (has_zero == e.has_zero).all()
+
+
+@often
+@given(kinds, seeds, st.integers(0, 700), st.floats(-2, 2, width=32))
+def test_power_sums(kind: str, seed: int, length: int, pivot: float) -> None:
+    x = values(kind, seed, length)
+    same(compiled.power_sums(x, pivot), reference.power_sums(x, pivot))
 
 
 @often
@@ -401,31 +409,37 @@ def test_encode_rows(
 
 @often
 @given(
-    kinds,
-    seeds,
-    st.integers(1, 40),
-    st.sampled_from(BITS),
-    st.booleans(),
-    st.sampled_from(BLOCKS),
-    st.sampled_from(["F16", "BF16", "F32"]),
-    st.sampled_from(["minmax", "mse"]),
-    st.sampled_from(["F32", "BF16", "F16", "F64"]),
+    *(kinds, seeds, st.integers(1, 40), st.integers(1, 9), st.sampled_from(BITS), st.booleans()),
+    *(blocks, st.sampled_from(["F16", "BF16", "F32"]), st.sampled_from(RANGE_METHODS)),
+    *(st.sampled_from(["F32", "BF16", "F16", "F64"]), st.sampled_from([0, 1, 40]), st.booleans()),
 )
-def test_quantize_blocks(
+def test_quantize_rows(
     kind: str,
     seed: int,
-    groups: int,
+    rows: int,
+    units: int,
     bits: int,
     symmetric: bool,
     block: int,
     scale_dtype: str,
     method: str,
     dtype: str,
+    odd: int,
+    weighted: bool,
 ) -> None:
-    groups *= 2 if block < 32 else 1
-    encoding = replace(scheme(bits, block, symmetric, groups * block), scale_dtype=scale_dtype)
-    stored = stored_as(dtype, values(kind, seed, 1, groups * block))
-    how = (stored, encoding, RangeMethod(method), (-0.5, 0.75))
+    """Whole blocks, blocks with padding and channels, from every dtype, weighted or not."""
+    rows = -(-rows // units)
+    columns = max(block, 32) * units + odd
+    if block == 0 and odd == 40:
+        columns = 5000 + units  # a row of several runs
+    encoding = scheme(bits, block, symmetric, columns)
+    if block:
+        encoding = replace(encoding, scale_dtype=scale_dtype)
+    stored = stored_as(dtype, values(kind, seed, rows, columns))
+    weights = None
+    if weighted and method == "mse":
+        weights = weighting(mean_squares(seed, 1, columns), encoding)
+    how = (stored, encoding, RangeMethod(method, 99), (-0.5, 0.75), weights)
     with np.errstate(all="ignore"), pytest.MonkeyPatch.context() as patch:
         wanted = quantize_rows(*how)
         patch.setattr(kernels, "fused", compiled)
@@ -457,8 +471,8 @@ def test_quantize_rows_takes_finite_values_only(bad: float, dtype: str) -> None:
         one = {"BF16": ml_dtypes.bfloat16, "F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]
         data[place * width : (place + 1) * width] = np.array(bad).astype(one).tobytes()
         broken = replace(stored, data=bytes(data))
-        how = (broken, scheme(4, 64, True, 640), RangeMethod("mse"), (-1.0, 1.0))
-        for fused in (None, compiled):
+        for fused, block in itertools.product((None, compiled), (64, 0)):
+            how = (broken, scheme(4, block, True, 640), RangeMethod("minmax"), (-1.0, 1.0))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(kernels, "fused", fused)
                 with pytest.raises(FloatingPointError):
@@ -611,7 +625,7 @@ def test_ggml_encode(kind: str, seed: int, count: int, name: str) -> None:
         same(compiled.ggml_encode(name, x, importance), wanted)
         with np.errstate(all="ignore"):
             error = reference.error_sums(x, block.decoder(wanted))
-        data, found = compiled.ggml_quantize(name, x, importance)
+        data, found = compiled.ggml_quantize(name, x, "F32", importance)
         same(data, wanted)
         assert repr(found) == repr(error)  # NaN equals itself
 
@@ -697,10 +711,30 @@ def once() -> None:
         pytest.skip("does not depend on the variant: runs with the first")
 
 
+@pytest.fixture(scope="session")
+def drivers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The driver as a compiler makes it, without a warning; built once."""
+    built: dict[str, Path] = {}
+
+    def driver(name: str) -> Path:
+        if name not in built:
+            path = tmp_path_factory.mktemp("driver") / name
+            build(compiler(name), path, "-O3", "-Wall", "-Wextra", "-Werror")
+            built[name] = path
+        return built[name]
+
+    return driver
+
+
 @pytest.mark.usefixtures("once")
-@pytest.mark.parametrize("name", ["gcc", "clang"])
-def test_loops_compile_without_a_warning(name: str, tmp_path: Path) -> None:
-    build(compiler(name), tmp_path / "driver", "-O3", "-Wall", "-Wextra", "-Werror")
+def test_loops_compile_without_a_warning(drivers: Callable[[str], Path]) -> None:
+    assert len(set(digests(run(str(drivers("gcc")))).values())) == 1
+
+
+@pytest.mark.usefixtures("once")
+def test_clang_computes_the_same_bits(drivers: Callable[[str], Path]) -> None:
+    theirs = digests(run(str(drivers("clang"))))
+    assert theirs == digests(run(str(drivers("gcc"))))
 
 
 @pytest.mark.usefixtures("once")
@@ -712,13 +746,12 @@ def test_loops_run_clean_under_sanitizers(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("once")
-def test_aarch64_computes_the_same_bits(tmp_path: Path) -> None:
+def test_aarch64_computes_the_same_bits(drivers: Callable[[str], Path], tmp_path: Path) -> None:
     cross, emulator = compiler("aarch64-linux-gnu-gcc"), compiler("qemu-aarch64")
-    here, there = tmp_path / "here", tmp_path / "there"
-    build(compiler("gcc"), here, "-O3")
+    there = tmp_path / "there"
     build(cross, there, "-O3", "-static")
-    found = {*digests(run(str(here))).values(), *digests(run(emulator, str(there))).values()}
-    assert len(found) == 1
+    neon = digests(run(emulator, str(there)))["neon"]
+    assert neon == digests(run(str(drivers("gcc"))))["portable"]
 
 
 def digests(text: str) -> dict[str, str]:

@@ -104,7 +104,7 @@ class AtomicOutput:
                 "the output exists", path=self.target, hint="replace it with --force"
             )
 
-    def write_at(self, offset: int, data: bytes) -> None:
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of ``data`` at a position of the file."""
         view = memoryview(data)
         with machine_errors(self.target):

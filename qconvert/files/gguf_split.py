@@ -98,7 +98,7 @@ class SplitGgufWriter:
             self._writer = self._open()
         self._writer.begin(index - self._first)
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: bytes | memoryview) -> None:
         """Write the next bytes of the tensor that was begun."""
         self._writer.append(data)
 

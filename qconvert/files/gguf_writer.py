@@ -145,7 +145,7 @@ class GgufWriter:
         self._current = index
         self._missing = self._tensors[index].nbytes
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: bytes | memoryview) -> None:
         """Write the next bytes of the tensor that was begun."""
         if len(data) > self._missing:
             raise RuntimeError(f"{len(data) - self._missing} bytes too many for a tensor")

@@ -150,7 +150,7 @@ class TensorWriter:
         self.hashes = {kind: hashlib.sha256() for kind in self.segments}
         self.zero = np.zeros(0, np.uint8)  # zero points that do not fill a group yet
 
-    def append(self, kind: str, data: bytes) -> None:
+    def append(self, kind: str, data: bytes | memoryview) -> None:
         self.hashes[kind].update(data)
         place = self.writer.payload + self.segments[kind]["offset"] + self.done[kind]
         self.writer.out.write_at(place, data)

@@ -23,7 +23,6 @@ from qconvert.kernels.reference import (
     Moments,
     PowerSums,
     lane_sum,
-    power_sums,
     weighted_code_sums,
     weighted_error_sums,
     zero_steps,
@@ -93,6 +92,7 @@ if TYPE_CHECKING or fused is None:
         integer_product,
         moments,
         pack,
+        power_sums,
         unpack,
     )
     from qconvert.kernels.widening import widen
@@ -109,6 +109,7 @@ else:
         integer_product,
         moments,
         pack,
+        power_sums,
         unpack,
         widen,
     )

@@ -2,6 +2,8 @@ from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
+from qconvert.kernels.compiled import Figures
+
 Buffer: TypeAlias = NDArray[Any] | bytes | memoryview
 
 def variants() -> tuple[str, ...]: ...
@@ -17,6 +19,7 @@ def histogram(x: Buffer, n: int, bins: Buffer, /) -> None: ...
 def extrema(
     x: Buffer, groups: int, length: int, low: Buffer, high: Buffer, zeros: Buffer, /
 ) -> None: ...
+def power_sums(x: Buffer, n: int, pivot: float, /) -> tuple[float, float, float, float]: ...
 def error_sums(x: Buffer, decoded: Buffer, n: int, /) -> tuple[float, float, float]: ...
 def column_sums(columns: Buffer, length: int, groups: int, sums: Buffer, /) -> None: ...
 def code_sums(
@@ -128,15 +131,27 @@ def quantize_blocks(
     scales: Buffer,
     zeros: Buffer,
     /,
-) -> (
-    tuple[
-        tuple[float, float, float, int, float, float],
-        int,
-        tuple[float, float, float, float],
-        tuple[float, float, float, float, float, float],
-    ]
-    | None
-): ...
+) -> Figures | None: ...
+def quantize_channels(
+    values: Buffer,
+    source_type: int,
+    rows: int,
+    columns: int,
+    bits: int,
+    symmetric: bool,
+    either_side: bool,
+    low: float,
+    high: float,
+    pivot: float,
+    scale: Buffer | None,
+    zero: Buffer | None,
+    mean_square: Buffer | None,
+    period: int,
+    codes: Buffer,
+    scales: Buffer,
+    zeros: Buffer,
+    /,
+) -> Figures | None: ...
 def all_finite(x: Buffer, n: int, /) -> bool: ...
 def pack(values: Buffer, groups: int, width: int, packed: Buffer, /) -> None: ...
 def unpack(packed: Buffer, groups: int, width: int, values: Buffer, /) -> None: ...
@@ -172,11 +187,12 @@ def ggml_encode(
 ) -> None: ...
 def ggml_quantize(
     kind: int,
-    blocks: Buffer,
+    values: Buffer,
+    source_type: int,
     importance: Buffer | None,
     period: int,
     count: int,
     data: Buffer,
     /,
-) -> tuple[float, float, float]: ...
+) -> tuple[float, float, float] | None: ...
 def ggml_decode(kind: int, data: Buffer, count: int, blocks: Buffer, /) -> None: ...

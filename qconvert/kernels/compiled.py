@@ -25,6 +25,13 @@ F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
 U8 = NDArray[np.uint8]
 
+# Errors, values outside, `QuantizedGroups.groups`, extremes and powers.
+Figures = tuple[
+    tuple[float, float, float, int, float, float],
+    int,
+    tuple[float, float, float, float],
+    tuple[float, float, float, float, float, float],
+]
 # In the order of the native enumerations: dtypes that loops read as they lie in a file, of scales.
 SOURCE_DTYPES = ("F32", "BF16", "F16")
 _SCALE_DTYPES = ("F16", "BF16", "F32")
@@ -158,6 +165,11 @@ def error_sums(x: F32, decoded: F32) -> tuple[float, float, float]:
     return _native.error_sums(_f32(x), _f32(decoded), x.size)
 
 
+def power_sums(x: F32, pivot: float) -> PowerSums:
+    """`reference.power_sums`."""
+    return _native.power_sums(_f32(x), x.size, pivot)
+
+
 # --- searching a scale ----------------------------------------------------------------------------
 
 
@@ -258,6 +270,12 @@ def search(
     return scale, zero, found
 
 
+def _count(data: bytes | F32, dtype: str) -> int:
+    """How many values of one of `SOURCE_DTYPES` there are."""
+    nbytes = len(data) if isinstance(data, bytes) else data.nbytes
+    return nbytes // (4 if dtype == "F32" else 2)
+
+
 def _grid(grid: SearchGrid | None) -> tuple[F32, F32]:
     """Factors and moves; none without a grid."""
     grid = grid or SearchGrid((), ())
@@ -332,20 +350,20 @@ def encode_rows(
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedBlocks:
-    """What `quantize_blocks` finds.
+class QuantizedGroups:
+    """What `quantize_blocks` and `quantize_channels` find.
 
     Attributes:
         codes, scales, zeros: as stored; a byte for each zero point.
-        errors: the fields of ``ErrorSums`` but the count.
+        errors: the fields of ``ErrorSums`` but the count, with 0 for the signal.
         groups: the fields of ``GroupStatistics``.
         outside: values outside the bounds.
         extremes: the smallest and the largest value.
         powers: `reference.power_sums`.
     """
 
-    codes: bytes
-    scales: bytes
+    codes: memoryview
+    scales: memoryview
     zeros: U8
     errors: tuple[float, float, float, int, float, float]
     groups: tuple[float, float, float, float]
@@ -365,7 +383,7 @@ def quantize_blocks(
     bounds: tuple[float, float],
     pivot: float,
     weights: tuple[F32, F32, F32] | None = None,
-) -> QuantizedBlocks:
+) -> QuantizedGroups:
     """`quantizers.blocks.quantize_rows` of full blocks (G, L) by mse, or by minmax without a grid.
 
     Args:
@@ -377,28 +395,87 @@ def quantize_blocks(
     Raises:
         FloatingPointError: NaN or Inf.
     """
-    groups = memoryview(data).nbytes // ((4 if dtype == "F32" else 2) * block)
+    groups = _count(data, dtype) // block
     weight, reach, mean_square = weights or (None, None, None)
     factors, moves = _grid(grid)
     codes = np.empty(groups * block // 8 * bits, np.uint8)
     scales = np.empty(groups * SCALE_SIZES[scale_dtype], np.uint8)
     zeros = np.empty(0 if symmetric else groups, np.uint8)
+    low, high = bounds
     found = _native.quantize_blocks(
-        *(data, SOURCE_DTYPES.index(dtype), groups, block),
-        *(bits, symmetric, _SCALE_DTYPES.index(scale_dtype)),
-        *(factors, len(factors), moves, len(moves), *bounds, pivot),
+        data,
+        SOURCE_DTYPES.index(dtype),
+        groups,
+        block,
+        bits,
+        symmetric,
+        _SCALE_DTYPES.index(scale_dtype),
+        factors,
+        len(factors),
+        moves,
+        len(moves),
+        low,
+        high,
+        pivot,
         *(_f32_or_none(weight), _f32_or_none(reach), _f32_or_none(mean_square)),
         _period(groups, weight, reach, mean_square),
         codes,
         scales,
         zeros,
     )
+    return _groups(found, codes, scales, zeros)
+
+
+def quantize_channels(
+    data: bytes | F32,
+    dtype: str,
+    shape: tuple[int, int],
+    bits: int,
+    symmetric: bool,
+    either_side: bool,
+    bounds: tuple[float, float],
+    pivot: float,
+    parameters: tuple[F32, I32] | None = None,
+    mean_square: F32 | None = None,
+) -> QuantizedGroups:
+    """`quantizers.blocks.quantize_rows` of rows (R, c) with a float32 scale each.
+
+    Args:
+        data, dtype: as in `quantize_blocks`.
+        either_side: whether the symmetric range may lie to either side, which its step counts on.
+        parameters: scales as stored and zero steps, (R,) each; None for the minmax range.
+        mean_square: weights of the error, (P, c), or None.
+
+    Raises:
+        FloatingPointError: NaN or Inf.
+    """
+    rows, columns = shape
+    unit = 1 if bits == 8 else PACK_GROUP
+    codes = np.empty(rows * (-(-columns // unit) * unit * bits // 8), np.uint8)
+    scales = np.empty(4 * rows, np.uint8)
+    zeros = np.empty(0 if symmetric else rows, np.uint8)
+    scale, zero = (None, None) if parameters is None else parameters
+    found = _native.quantize_channels(
+        *(data, SOURCE_DTYPES.index(dtype), rows, columns, bits, symmetric, either_side),
+        *(bounds[0], bounds[1], pivot),
+        None if scale is None else _f32(scale),
+        None if zero is None else _i32(zero),
+        _f32_or_none(mean_square),
+        _period(rows, mean_square),
+        codes,
+        scales,
+        zeros,
+    )
+    return _groups(found, codes, scales, zeros)
+
+
+def _groups(found: Figures | None, codes: U8, scales: U8, zeros: U8) -> QuantizedGroups:
     if found is None:
         raise FloatingPointError("values that are not finite")
     errors, outside, ranges, (minimum, maximum, *powers) = found
-    return QuantizedBlocks(
-        codes=codes.tobytes(),
-        scales=scales.tobytes(),
+    return QuantizedGroups(
+        codes=codes.data,
+        scales=scales.data,
         zeros=zeros,
         errors=errors,
         groups=ranges,
@@ -484,13 +561,25 @@ def ggml_encode(ggml_type: str, blocks: F32, importance: F32 | None = None) -> U
 
 
 def ggml_quantize(
-    ggml_type: str, blocks: F32, importance: F32 | None
+    ggml_type: str, data: bytes | F32, dtype: str, importance: F32 | None
 ) -> tuple[U8, tuple[float, float, float]]:
-    """`ggml_encode`, and `reference.error_sums` of what the bytes decode to."""
+    """`ggml_encode` of whole blocks, and `reference.error_sums` of what the bytes decode to.
+
+    Args:
+        data, dtype: as in `quantize_blocks`.
+
+    Raises:
+        FloatingPointError: NaN or Inf.
+    """
     kind, values, nbytes = _GGML[ggml_type]
-    data = np.empty((len(blocks), nbytes), np.uint8)
+    blocks = _count(data, dtype) // values
+    out = np.empty((blocks, nbytes), np.uint8)
     weights = _weights(importance, values)
-    return data, _native.ggml_quantize(kind, _f32(blocks), *weights, len(blocks), data)
+    source = SOURCE_DTYPES.index(dtype)
+    error = _native.ggml_quantize(kind, data, source, *weights, blocks, out)
+    if error is None:
+        raise FloatingPointError("values that are not finite")
+    return out, error
 
 
 def _weights(importance: F32 | None, values: int) -> tuple[F32 | None, int]:

@@ -97,15 +97,15 @@ class EncodedRows:
     """Encoded rows of a tensor.
 
     Attributes:
-        codes: packed, ready for the file.
+        codes: packed, ready for the file, as unsigned bytes.
         scales: bytes in the scale dtype.
         zero: zero points as stored, one byte each and not yet packed (packing runs over the whole
             tensor).
         error: measured against the values given.
     """
 
-    codes: bytes
-    scales: bytes
+    codes: bytes | memoryview
+    scales: bytes | memoryview
     zero: U8
     error: ErrorSums
 

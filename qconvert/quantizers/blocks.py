@@ -5,6 +5,7 @@ know.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from qconvert.quantizers.groups import GroupStatistics, observe_groups
 from qconvert.quantizers.rows import StoredRows
 from qconvert.quantizers.weighting import Weighting
 from qconvert.ranges import RangeMethod, search_grid
+
+if TYPE_CHECKING:
+    from qconvert.kernels.compiled import QuantizedGroups
 
 F32 = NDArray[np.float32]
 Bounds = tuple[float, float]  # low, high
@@ -60,20 +64,12 @@ def quantize_rows(
     """
     low, high = (float(b) for b in np.clip(bounds, -LARGEST, LARGEST).astype(np.float32))
     pivot = float(np.float32(low / 2 + high / 2))
-    full = encoding.block and stored.shape[1] % max(encoding.block, PACK_GROUP) == 0
-    if kernels.fused is not None and full and method.name in ("minmax", "mse"):
-        searches = method.name == "mse"
-        grid = search_grid(encoding.bits, encoding.symmetric) if searches else None
-        found = kernels.fused.quantize_blocks(
-            *(*_readable(stored), encoding.block),
-            *(encoding.bits, encoding.symmetric, encoding.scale_dtype, grid),
-            *((low, high), pivot),
-            None if weights is None else _of_blocks(weights, encoding.block),
-        )
-        moments = Moments.about(stored.size, found.extremes, pivot, found.powers)
-        error = ErrorSums(stored.size, *found.errors)
-        rows = EncodedRows(found.codes, found.scales, found.zeros, error)
-        ranges, outside = GroupStatistics(*found.groups), found.outside
+    native = _native(stored, encoding, method, (low, high), pivot, weights)
+    if native is not None:
+        moments = Moments.about(stored.size, native.extremes, pivot, native.powers)
+        error = ErrorSums(stored.size, *native.errors)
+        rows = EncodedRows(native.codes, native.scales, native.zeros, error)
+        ranges, outside = GroupStatistics(*native.groups), native.outside
     else:
         x = stored.values()
         extremes = float(x.min()), float(x.max())
@@ -88,12 +84,39 @@ def quantize_rows(
     return QuantizedRows(rows, moments, ranges, outside)
 
 
-def _readable(stored: StoredRows) -> tuple[bytes | F32, str]:
-    """Values as native loops can read them, and their dtype."""
-    assert kernels.fused is not None
-    if stored.dtype in kernels.fused.SOURCE_DTYPES:
-        return stored.data, stored.dtype
-    return stored.values(), "F32"
+def _native(
+    stored: StoredRows,
+    encoding: AffineEncoding,
+    method: RangeMethod,
+    bounds: Bounds,
+    pivot: float,
+    weights: Weighting | None,
+) -> QuantizedGroups | None:
+    """The whole pass in native code; None where there is none, or none for such groups."""
+    if kernels.fused is None:
+        return None
+    bits, symmetric = encoding.bits, encoding.symmetric
+    searches = method.name == "mse"
+    if not encoding.block:
+        parameters = None
+        if method.name != "minmax":
+            p = fit(stored.values(), encoding, method, None, weights)
+            parameters = p.scale, p.zero
+        rows: QuantizedGroups = kernels.fused.quantize_channels(
+            *(*stored.readable(), stored.shape, bits, symmetric),
+            *(searches and bits < 8, bounds, pivot, parameters),
+            None if weights is None else weights.mean_square,
+        )
+        return rows
+    full = stored.shape[1] % max(encoding.block, PACK_GROUP) == 0
+    if not full or method.name == "percentile":
+        return None
+    blocks: QuantizedGroups = kernels.fused.quantize_blocks(
+        *(*stored.readable(), encoding.block, bits, symmetric, encoding.scale_dtype),
+        *(search_grid(bits, symmetric) if searches else None, bounds, pivot),
+        None if weights is None else _of_blocks(weights, encoding.block),
+    )
+    return blocks
 
 
 def _of_blocks(weights: Weighting, block: int) -> tuple[F32, F32, F32]:

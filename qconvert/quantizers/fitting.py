@@ -141,7 +141,7 @@ def fit(
             None if weights is None else (weights.weight, weights.reach),
         )
         return _settle(e, encoding, *found)
-    step = max(1, BATCH // x.shape[1])
+    step = len(x) if kernels.fused is not None else max(1, BATCH // x.shape[1])
     parts = [
         _fit_batch(
             x[i : i + step],

@@ -47,3 +47,14 @@ class StoredRows:
         if not kernels.all_finite(x):
             raise FloatingPointError("values that are not finite")
         return x.reshape(self.shape)
+
+    def readable(self) -> tuple[bytes | F32, str]:
+        """The values as native loops can read them, and their dtype.
+
+        Raises:
+            FloatingPointError: see `values`, which this may come down to.
+        """
+        assert kernels.fused is not None
+        if self.dtype in kernels.fused.SOURCE_DTYPES:
+            return self.data, self.dtype
+        return self.values(), "F32"

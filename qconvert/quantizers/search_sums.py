@@ -51,6 +51,8 @@ def _clamp(encoding: AffineEncoding) -> tuple[int, int]:
 
 def group_sums(x: F32, encoding: AffineEncoding, counts: I32 | None) -> SumSource:
     """Sums over groups (G, L) held in memory; L > 256 is cut into pieces of 256."""
+    if kernels.fused is not None and counts is None:
+        return _native_sums(x, encoding, None)
     groups, length = x.shape
     low, top = _clamp(encoding)
     pieces = []  # (columns, mask) of each piece
@@ -63,9 +65,6 @@ def group_sums(x: F32, encoding: AffineEncoding, counts: I32 | None) -> SumSourc
         pieces.append((np.ascontiguousarray(part.T), mask))
 
     def sums(candidates: list[Candidate]) -> Iterator[Sums]:
-        if kernels.fused is not None and counts is None:
-            yield from _long_sums(x, candidates, low, top)
-            return
         for inverse, offset in candidates:
             su, suu, sxu = (np.zeros(groups) for _ in range(3))
             for columns, mask in pieces:
@@ -84,6 +83,8 @@ def group_sums(x: F32, encoding: AffineEncoding, counts: I32 | None) -> SumSourc
 
 def weighted_group_sums(x: F32, encoding: AffineEncoding, weight: F32) -> SumSource:
     """`group_sums` with weights (G, L), 0 for padding."""
+    if kernels.fused is not None:
+        return _native_sums(x, encoding, weight)
     groups, length = x.shape
     low, top = _clamp(encoding)
     pieces = [
@@ -92,9 +93,6 @@ def weighted_group_sums(x: F32, encoding: AffineEncoding, weight: F32) -> SumSou
     ]
 
     def sums(candidates: list[Candidate]) -> Iterator[Sums]:
-        if kernels.fused is not None:
-            yield from _long_sums(x, candidates, low, top, weight)
-            return
         for inverse, offset in candidates:
             found = [np.zeros(groups) for _ in range(3)]
             for columns, w in pieces:
@@ -108,6 +106,15 @@ def weighted_group_sums(x: F32, encoding: AffineEncoding, weight: F32) -> SumSou
         count += kernels.column_sums(w)
         total += kernels.column_sums(w * columns)
     return SumSource(count, total, sums)
+
+
+def _native_sums(x: F32, encoding: AffineEncoding, weight: F32 | None) -> SumSource:
+    """Sums over whole groups (G, L) by native code."""
+    low, top = _clamp(encoding)
+    nothing, one = np.zeros(len(x), np.float32), np.ones(len(x), np.float32)
+    # Where every code is 1, they are the count (or Σw) and Σx (or Σwx).
+    count, _, total = next(_long_sums(x, [(nothing, one)], 1, 1, weight))
+    return SumSource(count, total, lambda c: _long_sums(x, c, low, top, weight))
 
 
 def stream_sums(pieces: Callable[[], Iterable[F32]], encoding: AffineEncoding) -> SumSource:

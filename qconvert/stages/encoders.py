@@ -7,6 +7,7 @@ once more where the guess was wrong.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -169,20 +170,24 @@ class GgmlEncoder:
             WeightError: NaN or Inf, or a scale beyond float16.
         """
         kind = GGML_BLOCKS[self.scheme.ggml_type]
-        x = rows_of(self.model, self.tensor, tile)
+        rows = stored_rows(self.model, self.tensor, tile)
         weights = self._importance(tile)
         if weights is not None:
             weights = weights.reshape(-1, kind.block)
-        data, error = kind.quantize(x.reshape(-1, kind.block), weights)
-        if not kind.finite_scales(data):
+        with finite_weights(self.model, self.tensor):
+            data, error = kind.quantize(rows, weights)
+        # A scale that is not finite decodes to no number: only then need scales be looked at.
+        if not math.isfinite(error[1]) and not kind.finite_scales(data):
             raise WeightError(
                 "a block's scale does not fit its stored type",
                 path=self.model.path,
                 tensor=self.tensor.name,
-                found=f"weights up to {np.abs(x).max():g}",
+                found=f"weights up to {np.abs(rows.values()).max():g}",
                 hint=f"keep the tensor with --keep '{self.tensor.name}'",
             )
-        return Piece(EncodedRows(data.tobytes(), b"", NO_ZEROS, ErrorSums(x.size, *error)))
+        return Piece(
+            EncodedRows(data.reshape(-1).data, b"", NO_ZEROS, ErrorSums(rows.size, *error))
+        )
 
     def _importance(self, tile: Tile) -> NDArray[np.float32] | None:
         """Of the tile's columns, one row for all of its rows or one for each."""

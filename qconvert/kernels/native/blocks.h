@@ -1,6 +1,7 @@
-/* Values to stored blocks in one go, from the bytes of a file on: numbers, extent, scale and zero
- * point, codes, errors, while 16 groups are in the nearest cache. The composition of the other loops,
- * sections 2, 4 and 5. What there is of each group stands in rows of 16, so that it vectorises. */
+/* Values to stored groups in one go, from the bytes of a file on: numbers, extent, scale and zero
+ * point, codes, errors, while 16 blocks are in the nearest cache, or 16 rows in the next. The
+ * composition of the other loops, sections 2, 4 and 5. What there is of each group stands in rows
+ * of 16, so that it vectorises. */
 #ifndef QCONVERT_BLOCKS_H
 #define QCONVERT_BLOCKS_H
 
@@ -42,6 +43,8 @@ INLINE uint8_t *store_scales(const float scale[BATCH], size_t n, enum scale_type
     memcpy(out, narrow, n * sizeof *narrow);
     return out + n * sizeof *narrow;
 }
+
+enum { RUN = PIECE * BATCH }; /* values at once */
 
 /* The range of 16 groups, 0 included; groups that are not there are all zeros. */
 typedef struct {
@@ -122,6 +125,14 @@ INLINE void add_steps(Steps *steps, const Extents *e, int bits, int either_side)
     }
 }
 
+/* `n` zero points as stored, a byte each, where there are any; returns the end. */
+INLINE uint8_t *store_zeros(const int32_t zero[BATCH], size_t n, Scheme scheme, uint8_t *out) {
+    for (size_t j = 0; j < n && !scheme.symmetric; j++) {
+        *out++ = (uint8_t)(scheme.bits == 8 ? zero[j] ^ 0x80 : zero[j]);
+    }
+    return out;
+}
+
 INLINE size_t count_outside(const float *x, size_t n, float low, float high) {
     int32_t count = 0;
     for (size_t i = 0; i < n; i++) {
@@ -151,6 +162,38 @@ INLINE void fit_mse(Search *s, const Blocks *task, const float *x, size_t first,
     }
 }
 
+/* What goes through both kinds of groups. */
+typedef struct {
+    Steps steps;
+    PowerLanes powers;
+    ErrorLanes errors;
+    WeightedLanes weighted;
+    float range[2];
+    size_t outside, clipped;
+} Pass;
+
+INLINE Pass begin_pass(void) {
+    return (Pass){.steps = {.smallest = 0x7F800000}, /* Inf */
+                  .range = {from_bits(0x7F800000), from_bits(0xFF800000)}};
+}
+
+INLINE void finish_pass(Pass *p, BlockFigures *figures) {
+    *figures = (BlockFigures){.outside = p->outside};
+    finish_errors(&p->errors, &figures->errors);
+    figures->errors.clipped = p->clipped;
+    figures->errors.weighted_signal = fold_wide(p->weighted.signal);
+    figures->errors.weighted_noise = fold_wide(p->weighted.noise);
+    figures->symmetric_power = fold_wide(p->steps.symmetric);
+    figures->asymmetric_power = fold_wide(p->steps.asymmetric);
+    figures->smallest = (double)from_bits((uint32_t)p->steps.smallest);
+    figures->largest = (double)from_bits((uint32_t)p->steps.largest);
+    figures->minimum = (double)p->range[0];
+    figures->maximum = (double)p->range[1];
+    for (int k = 0; k < 4; k++) {
+        figures->powers[k] = fold_wide(p->powers.sums[k]);
+    }
+}
+
 static int quantize_blocks(const Blocks *task, BlockFigures *figures) {
     const Scheme scheme = task->scheme;
     const size_t length = scheme.block;
@@ -163,64 +206,120 @@ static int quantize_blocks(const Blocks *task, BlockFigures *figures) {
         }
         begin_search(s, scheme, length);
     }
-    memset(figures, 0, sizeof *figures);
-    Steps steps = {.smallest = 0x7F800000}; /* Inf */
-    float range[2] = {from_bits(0x7F800000), from_bits(0xFF800000)};
-    PowerLanes powers = {0};
-    ErrorLanes lanes = {0};
-    WeightedLanes weighted = {0};
-    Errors errors = {0};
+    Pass pass = begin_pass();
     uint8_t *codes = task->codes, *scales = task->scales, *zeros = task->zeros;
     int status = DONE;
     for (size_t g = 0; g < task->groups; g += BATCH) {
         const size_t n = smaller(BATCH, task->groups - g), count = n * length;
-        float x[PIECE * BATCH], decoded[PIECE * BATCH], scale[BATCH];
-        int32_t wide[PIECE * BATCH], zero[BATCH];
+        float x[RUN], decoded[RUN], scale[BATCH];
+        int32_t wide[RUN], zero[BATCH];
         Extents e;
         load_values(task->source, g * length, count, x);
-        if (!find_extents(x, n, length, &e, range)) {
+        if (!find_extents(x, n, length, &e, pass.range)) {
             status = NOT_FINITE;
             break;
         }
-        add_powers(&powers, x, count, task->pivot);
-        add_steps(&steps, &e, scheme.bits, searches && scheme.bits < 8);
-        figures->outside += count_outside(x, count, task->low, task->high);
+        add_powers(&pass.powers, x, count, task->pivot);
+        add_steps(&pass.steps, &e, scheme.bits, searches && scheme.bits < 8);
+        pass.outside += count_outside(x, count, task->low, task->high);
         fit_minmax(&e, scheme, task->scale_type, scale, zero);
         if (searches) {
             fit_mse(s, task, x, g, n, &e, scale, zero);
         }
         scales = store_scales(scale, n, task->scale_type, scales);
-        for (size_t j = 0; j < n && !scheme.symmetric; j++) {
-            *zeros++ = (uint8_t)(scheme.bits == 8 ? zero[j] ^ 0x80 : zero[j]);
-        }
+        zeros = store_zeros(zero, n, scheme, zeros);
         for (size_t j = 0; j < n; j++) {
             const Rule rule = rule_of(scheme, scale[j], zero[j]);
             const size_t at = j * length;
-            errors.clipped += (size_t)encode_run(x + at, length, &rule, wide + at, decoded + at);
+            pass.clipped += (size_t)encode_run(x + at, length, &rule, wide + at, decoded + at);
         }
-        add_noise(&lanes, x, decoded, count);
+        add_noise(&pass.errors, x, decoded, count);
         for (size_t j = 0; j < n && task->mean_square; j++) {
             const float *w = task->mean_square + (g + j) % task->weights.period * length;
-            add_weighted_errors(&weighted, w, x + j * length, decoded + j * length, length);
+            const size_t at = j * length;
+            add_weighted_errors(&pass.weighted, w, x + at, decoded + at, length);
         }
         codes = store_codes(wide, count, scheme.bits, codes);
     }
     free(s);
-    finish_errors(&lanes, &errors);
-    errors.weighted_signal = fold_wide(weighted.signal);
-    errors.weighted_noise = fold_wide(weighted.noise);
-    figures->errors = errors;
-    figures->symmetric_power = fold_wide(steps.symmetric);
-    figures->asymmetric_power = fold_wide(steps.asymmetric);
-    figures->smallest = (double)from_bits((uint32_t)steps.smallest);
-    figures->largest = (double)from_bits((uint32_t)steps.largest);
-    figures->minimum = (double)range[0];
-    figures->maximum = (double)range[1];
-    figures->powers[0] = fold_wide(powers.first);
-    figures->powers[1] = fold_wide(powers.second);
-    figures->powers[2] = fold_wide(powers.third);
-    figures->powers[3] = fold_wide(powers.fourth);
+    finish_pass(&pass, figures);
     return status;
+}
+
+/* The extents of `n` rows from `first` on, and what else there is to see before codes are made. */
+INLINE int survey_rows(const Channels *task, size_t first, size_t n, Extents *e, Pass *pass) {
+    memset(e, 0, sizeof *e);
+    for (size_t j = 0; j < n; j++) {
+        for (size_t c = 0; c < task->columns; c += RUN) {
+            const size_t count = smaller(RUN, task->columns - c);
+            float x[RUN];
+            Extents part;
+            load_values(task->source, (first + j) * task->columns + c, count, x);
+            if (!find_extents(x, 1, count, &part, pass->range)) {
+                return 0;
+            }
+            e->low[j] = part.low[0] < e->low[j] ? part.low[0] : e->low[j];
+            e->high[j] = part.high[0] > e->high[j] ? part.high[0] : e->high[j];
+            e->has_zero[j] |= part.has_zero[0];
+            add_powers(&pass->powers, x, count, task->pivot);
+            pass->outside += count_outside(x, count, task->low, task->high);
+        }
+        e->magnitude[j] = -e->low[j] > e->high[j] ? -e->low[j] : e->high[j];
+    }
+    return 1;
+}
+
+/* One row to codes; returns the end of what was stored. */
+INLINE uint8_t *encode_row(const Channels *task, size_t row, const Rule *rule, Pass *pass,
+                           uint8_t *codes) {
+    const Scheme scheme = task->scheme;
+    const size_t columns = task->columns, stored = stored_row(scheme, columns);
+    for (size_t c = 0; c < stored; c += RUN) {
+        float x[RUN], decoded[RUN];
+        int32_t wide[RUN];
+        const size_t count = smaller(RUN, stored - c), n = smaller(count, columns - c);
+        load_values(task->source, row * columns + c, n, x);
+        pass->clipped += (size_t)encode_run(x, n, rule, wide, decoded);
+        add_noise(&pass->errors, x, decoded, n);
+        if (task->mean_square) {
+            const float *w = task->mean_square + row % task->period * columns + c;
+            add_weighted_errors(&pass->weighted, w, x, decoded, n);
+        }
+        for (size_t i = n; i < count; i++) {
+            wide[i] = scheme.bits == 8 ? 0x80 : 0; /* padding is 0 as stored */
+        }
+        codes = store_codes(wide, count, scheme.bits, codes);
+    }
+    return codes;
+}
+
+static int quantize_channels(const Channels *task, BlockFigures *figures) {
+    const Scheme scheme = task->scheme;
+    Pass pass = begin_pass();
+    uint8_t *codes = task->codes, *scales = task->scales, *zeros = task->zeros;
+    for (size_t r = 0; r < task->rows; r += BATCH) {
+        const size_t n = smaller(BATCH, task->rows - r);
+        Extents e;
+        float scale[BATCH];
+        int32_t zero[BATCH];
+        if (!survey_rows(task, r, n, &e, &pass)) {
+            return NOT_FINITE;
+        }
+        add_steps(&pass.steps, &e, scheme.bits, task->either_side);
+        fit_minmax(&e, scheme, SCALE_F32, scale, zero);
+        for (size_t j = 0; j < n && task->scale; j++) {
+            scale[j] = task->scale[r + j];
+            zero[j] = scheme.symmetric ? 0 : task->zero[r + j];
+        }
+        scales = store_scales(scale, n, SCALE_F32, scales);
+        zeros = store_zeros(zero, n, scheme, zeros);
+        for (size_t j = 0; j < n; j++) {
+            const Rule rule = rule_of(scheme, scale[j], zero[j]);
+            codes = encode_row(task, r + j, &rule, &pass, codes);
+        }
+    }
+    finish_pass(&pass, figures);
+    return DONE;
 }
 
 #endif

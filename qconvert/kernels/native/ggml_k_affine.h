@@ -202,7 +202,7 @@ INLINE void search_affine(const float *x, const float *const *importance, int su
         }
     }
     EACH_COLUMN {
-        k.low[j] = (k.sign[j] > 0) & (lowest[j] > 0) ? 0.0f : lowest[j];
+        k.low[j] = ((k.sign[j] > 0) & (lowest[j] > 0)) ? 0.0f : lowest[j];
         k.span[j] = highest[j] - k.low[j];
         k.best.gain[j] = -INFINITY;
     }

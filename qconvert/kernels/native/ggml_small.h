@@ -33,11 +33,11 @@ INLINE uint32_t largest_magnitude(const float *x) {
 /* The first value of the largest magnitude, with its sign. */
 INLINE float furthest(const float *x) {
     const uint32_t largest = largest_magnitude(x);
-    int i = 0;
-    while ((bits_of(x[i]) & 0x7FFFFFFF) != largest) {
-        i++;
+    uint32_t places = 0; /* a bit for each value of that magnitude */
+    for (int i = 0; i < GGML_BLOCK; i++) {
+        places |= (uint32_t)((bits_of(x[i]) & 0x7FFFFFFF) == largest) << i;
     }
-    return x[i];
+    return x[__builtin_ctz(places)];
 }
 
 /* An extreme that is a zero gets the sign of the first zero, as argmin and argmax have it. */
@@ -61,7 +61,7 @@ INLINE void range_of(const float *x, float *low, float *high) {
 }
 
 /* Fifth bits, where there are any, and the 4-bit plane, which is that of section 4. */
-INLINE void store_small_codes(const uint8_t codes[GGML_BLOCK], int bits, uint8_t *out) {
+INLINE void store_small_codes(const int32_t codes[GGML_BLOCK], int bits, uint8_t *out) {
     if (bits == 5) {
         uint32_t fifth = 0;
         for (int i = 0; i < GGML_BLOCK; i++) {
@@ -70,7 +70,7 @@ INLINE void store_small_codes(const uint8_t codes[GGML_BLOCK], int bits, uint8_t
         memcpy(out, &fifth, sizeof fifth);
         out += sizeof fifth;
     }
-    pack_group(codes, 4, out);
+    pack_wide_group(codes, 4, out);
 }
 
 INLINE void load_small_codes(const uint8_t *data, int bits, uint8_t codes[GGML_BLOCK]) {
@@ -88,17 +88,17 @@ INLINE void load_small_codes(const uint8_t *data, int bits, uint8_t codes[GGML_B
 
 /* Codes of steps that are never negative, cut off and not rounded: the half is added already. */
 INLINE void cut_codes(const float *x, float low, float inverse, float half, int bits,
-                      uint8_t codes[GGML_BLOCK]) {
+                      int32_t codes[GGML_BLOCK]) {
     const float top = (float)((1 << bits) - 1);
     for (int i = 0; i < GGML_BLOCK; i++) {
         const float steps = finite_or_zero((x[i] - low) * inverse + half);
-        codes[i] = (uint8_t)(int32_t)(steps < top ? steps : top);
+        codes[i] = (int32_t)(steps < top ? steps : top);
     }
 }
 
 /* Q4_0, Q5_0: the value furthest from 0 gets the lowest code. */
 INLINE void encode_centred(const float *x, int bits, uint8_t *out) {
-    uint8_t codes[GGML_BLOCK];
+    int32_t codes[GGML_BLOCK];
     const float middle = (float)(1 << (bits - 1));
     const float scale = furthest(x) / -middle;
     cut_codes(x, 0.0f, inverse_of(scale), middle + 0.5f, bits, codes);
@@ -108,7 +108,7 @@ INLINE void encode_centred(const float *x, int bits, uint8_t *out) {
 
 /* Q4_1, Q5_1: the codes span the block's range. */
 INLINE void encode_from_minimum(const float *x, int bits, uint8_t *out) {
-    uint8_t codes[GGML_BLOCK];
+    int32_t codes[GGML_BLOCK];
     float low, high;
     range_of(x, &low, &high);
     const float scale = (high - low) / (float)((1 << bits) - 1);

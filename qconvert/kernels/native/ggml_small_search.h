@@ -18,9 +18,9 @@ APART void whole_nearest(const float *values, size_t length, const float inverse
 static void store_columns(const float *codes, size_t groups, int bits, size_t bytes, size_t head,
                           uint8_t *out) {
     for (size_t j = 0; j < groups; j++) {
-        uint8_t row[GGML_BLOCK];
+        int32_t row[GGML_BLOCK];
         for (size_t i = 0; i < GGML_BLOCK; i++) {
-            row[i] = (uint8_t)(int32_t)codes[i * BATCH + j];
+            row[i] = (int32_t)codes[i * BATCH + j];
         }
         store_small_codes(row, bits, out + bytes * j + head);
     }

@@ -79,6 +79,21 @@ typedef struct {
     const float *mean_square;  /* (period, block), what weighs the errors, or NULL */
 } Blocks;
 
+/* Whole rows with a scale each, of binary32. */
+typedef struct {
+    Scheme scheme;          /* without a block */
+    Source source;          /* (rows, columns) values */
+    size_t rows, columns;
+    float low, high;
+    double pivot;           /* as in Blocks */
+    int either_side;        /* whether a symmetric scale may take its extra code to either side */
+    const float *scale;     /* given parameters as stored, (rows), or NULL: minmax */
+    const int32_t *zero;
+    uint8_t *codes, *scales, *zeros; /* as in Blocks */
+    const float *mean_square;        /* (period, columns), what weighs the errors, or NULL */
+    size_t period;
+} Channels;
+
 /* What became of them: the figures of quantizers/blocks.py. */
 typedef struct {
     Errors errors; /* the signal follows from the powers, and is 0 here */
@@ -133,6 +148,7 @@ typedef struct {
     void (*extrema)(const float *x, size_t groups, size_t length, float *low, float *high,
                     int64_t *zeros);
     void (*error_sums)(const float *x, const float *decoded, size_t n, Errors *found);
+    void (*power_sums)(const float *x, size_t n, double pivot, double sums[4]);
 
     void (*column_sums)(const float *columns, size_t length, size_t groups, float *sums);
     void (*code_sums)(const float *columns, size_t length, size_t groups, const float *inverse,
@@ -154,6 +170,7 @@ typedef struct {
                         const int32_t *zero, size_t groups, Scheme scheme,
                         const float *mean_square, size_t period, uint8_t *packed, Errors *found);
     int (*quantize_blocks)(const Blocks *task, BlockFigures *figures);
+    int (*quantize_channels)(const Channels *task, BlockFigures *figures);
     int (*all_finite)(const float *x, size_t n);
     void (*pack)(const uint8_t *values, size_t groups, int width, uint8_t *packed);
     void (*unpack)(const uint8_t *packed, size_t groups, int width, uint8_t *values);
@@ -165,9 +182,9 @@ typedef struct {
     /* `importance`: weights of the values of `period` blocks, used in turn; NULL when period is 0. */
     void (*ggml_encode)(enum ggml_type type, const float *x, const float *importance, size_t period,
                         size_t blocks, uint8_t *out);
-    /* The same, and the error of what was encoded. */
-    void (*ggml_quantize)(enum ggml_type type, const float *x, const float *importance,
-                          size_t period, size_t blocks, uint8_t *out, Errors *found);
+    /* The same from the bytes of a file, and the error of what was encoded. */
+    int (*ggml_quantize)(enum ggml_type type, Source source, const float *importance,
+                         size_t period, size_t blocks, uint8_t *out, Errors *found);
     void (*ggml_decode)(enum ggml_type type, const uint8_t *data, size_t blocks, float *out);
 } Kernels;
 

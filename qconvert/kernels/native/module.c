@@ -261,6 +261,23 @@ static PyObject *error_sums(PyObject *module, PyObject *args) {
 
 /* --- searching a scale ------------------------------------------------------------------------*/
 
+static PyObject *power_sums(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values;
+    Py_ssize_t n;
+    double pivot, sums[4];
+    const float *x;
+    if (!PyArg_ParseTuple(args, "Ond", &values, &n, &pivot) || !(x = INPUT(values, n, float))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    kernels->power_sums(x, (size_t)n, pivot, sums);
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_BuildValue("dddd", sums[0], sums[1], sums[2], sums[3]));
+}
+
 static PyObject *column_sums(PyObject *module, PyObject *args) {
     (void)module;
     const Kernels *kernels = active;
@@ -516,6 +533,20 @@ static PyObject *packing(PyObject *args, int unpacks) {
     return done(&held, Py_NewRef(Py_None));
 }
 
+/* What a pass over groups found; None where a value is not finite. */
+static PyObject *figures_of(int status, const BlockFigures *found) {
+    if (status == NO_MEMORY) {
+        return PyErr_NoMemory();
+    }
+    if (status == NOT_FINITE) {
+        Py_RETURN_NONE;
+    }
+    return Py_BuildValue("Nn(dddd)(dddddd)", errors_of(found->errors), (Py_ssize_t)found->outside,
+                         found->symmetric_power, found->asymmetric_power, found->smallest,
+                         found->largest, found->minimum, found->maximum, found->powers[0],
+                         found->powers[1], found->powers[2], found->powers[3]);
+}
+
 static PyObject *quantize_blocks(PyObject *module, PyObject *args) {
     (void)module;
     const Kernels *kernels = active;
@@ -555,16 +586,46 @@ static PyObject *quantize_blocks(PyObject *module, PyObject *args) {
     status = kernels->quantize_blocks(&task, &found);
     Py_END_ALLOW_THREADS
     release(&held);
-    if (status == NO_MEMORY) {
-        return PyErr_NoMemory();
+    return figures_of(status, &found);
+}
+
+static PyObject *quantize_channels(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values, *given_scales, *given_zeros, *squares, *codes, *scales, *zeros;
+    Py_ssize_t rows, columns, period;
+    int source, bits, symmetric, status;
+    Channels task = {0};
+    BlockFigures found;
+    if (!PyArg_ParseTuple(args, "OinnippffdOOOnOOO", &values, &source, &rows, &columns, &bits,
+                          &symmetric, &task.either_side, &task.low, &task.high, &task.pivot,
+                          &given_scales, &given_zeros, &squares, &period, &codes, &scales, &zeros)
+        || !valid_scheme(bits, symmetric, 0, &task.scheme)
+        || !valid_source(&held, values, source, times(rows, columns), &task.source)
+        || !in_turn(&held, squares, period, columns, &task.mean_square)) {
+        return done(&held, NULL);
     }
-    if (status == NOT_FINITE) {
-        Py_RETURN_NONE;
+    if (given_scales != Py_None
+        && (!(task.scale = INPUT(given_scales, rows, float))
+            || !(task.zero = INPUT(given_zeros, rows, int32_t)))) {
+        return done(&held, NULL);
     }
-    return Py_BuildValue("Nn(dddd)(dddddd)", errors_of(found.errors), (Py_ssize_t)found.outside,
-                         found.symmetric_power, found.asymmetric_power, found.smallest,
-                         found.largest, found.minimum, found.maximum, found.powers[0],
-                         found.powers[1], found.powers[2], found.powers[3]);
+    const Py_ssize_t stored =
+        times(rows, (Py_ssize_t)packed_bytes(stored_row(task.scheme, (size_t)columns), bits));
+    if (!(task.codes = OUTPUT(codes, stored, uint8_t))
+        || !(task.scales = OUTPUT(scales, times(rows, 4), uint8_t))
+        || !(task.zeros = OUTPUT(zeros, symmetric ? 0 : rows, uint8_t))) {
+        return done(&held, NULL);
+    }
+    task.rows = (size_t)rows;
+    task.columns = (size_t)columns;
+    task.period = (size_t)period;
+    Py_BEGIN_ALLOW_THREADS
+    status = kernels->quantize_channels(&task, &found);
+    Py_END_ALLOW_THREADS
+    release(&held);
+    return figures_of(status, &found);
 }
 
 static PyObject *all_finite(PyObject *module, PyObject *args) {
@@ -687,49 +748,73 @@ static PyObject *list_ggml_types(PyObject *module, PyObject *args) {
     return types;
 }
 
-static PyObject *ggml_blocks(PyObject *args, int measures) {
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *source, *weights, *target;
-    Py_ssize_t period, blocks;
-    Errors found;
-    int type;
-    if (!PyArg_ParseTuple(args, "iOOnnO", &type, &source, &weights, &period, &blocks, &target)
-        || !require(type >= 0 && type < GGML_TYPES, "no such block type")) {
-        return NULL;
+/* Weights of `period` blocks of a type, or none; 1 unless refused. */
+static int ggml_weights(Buffers *held, PyObject *weights, Py_ssize_t *period, GgmlType kind,
+                        const float **importance) {
+    if (weights == Py_None) {
+        *period = 0;
+        *importance = NULL;
+        return 1;
     }
-    const GgmlType kind = ggml_types[type];
-    const float *x = INPUT(source, times(blocks, (Py_ssize_t)kind.values), float);
-    const float *importance = NULL;
-    if (x && weights != Py_None) {
-        importance = INPUT(weights, times(period, (Py_ssize_t)kind.values), float);
-        x = importance && require(period > 0, "importance of no block") ? x : NULL;
-    }
-    uint8_t *out = x ? OUTPUT(target, times(blocks, (Py_ssize_t)kind.bytes), uint8_t) : NULL;
-    if (!out) {
-        return done(&held, NULL);
-    }
-    const size_t rows = importance ? (size_t)period : 0;
-    Py_BEGIN_ALLOW_THREADS
-    if (measures) {
-        kernels->ggml_quantize((enum ggml_type)type, x, importance, rows, (size_t)blocks, out,
-                               &found);
-    } else {
-        kernels->ggml_encode((enum ggml_type)type, x, importance, rows, (size_t)blocks, out);
-    }
-    Py_END_ALLOW_THREADS
-    return done(&held, measures ? Py_BuildValue("ddd", found.signal, found.noise, found.worst)
-                                : Py_NewRef(Py_None));
+    return require(*period > 0, "importance of no block")
+           && (*importance = memory(held, weights, times(*period, (Py_ssize_t)kind.values),
+                                    sizeof **importance, PyBUF_SIMPLE));
 }
 
 static PyObject *ggml_encode(PyObject *module, PyObject *args) {
     (void)module;
-    return ggml_blocks(args, 0);
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values, *weights, *target;
+    Py_ssize_t period, blocks;
+    int type;
+    if (!PyArg_ParseTuple(args, "iOOnnO", &type, &values, &weights, &period, &blocks, &target)
+        || !require(type >= 0 && type < GGML_TYPES, "no such block type")) {
+        return NULL;
+    }
+    const GgmlType kind = ggml_types[type];
+    const float *x, *importance;
+    uint8_t *out;
+    if (!(x = INPUT(values, times(blocks, (Py_ssize_t)kind.values), float))
+        || !ggml_weights(&held, weights, &period, kind, &importance)
+        || !(out = OUTPUT(target, times(blocks, (Py_ssize_t)kind.bytes), uint8_t))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    kernels->ggml_encode((enum ggml_type)type, x, importance, (size_t)period, (size_t)blocks, out);
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_NewRef(Py_None));
 }
 
 static PyObject *ggml_quantize(PyObject *module, PyObject *args) {
     (void)module;
-    return ggml_blocks(args, 1);
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values, *weights, *target;
+    Py_ssize_t period, blocks;
+    Errors found;
+    int type, source_type, status;
+    if (!PyArg_ParseTuple(args, "iOiOnnO", &type, &values, &source_type, &weights, &period, &blocks,
+                          &target)
+        || !require(type >= 0 && type < GGML_TYPES, "no such block type")) {
+        return NULL;
+    }
+    const GgmlType kind = ggml_types[type];
+    Source source;
+    const float *importance;
+    uint8_t *out;
+    if (!valid_source(&held, values, source_type, times(blocks, (Py_ssize_t)kind.values), &source)
+        || !ggml_weights(&held, weights, &period, kind, &importance)
+        || !(out = OUTPUT(target, times(blocks, (Py_ssize_t)kind.bytes), uint8_t))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    status = kernels->ggml_quantize((enum ggml_type)type, source, importance, (size_t)period,
+                                    (size_t)blocks, out, &found);
+    Py_END_ALLOW_THREADS
+    return done(&held, status == NOT_FINITE
+                           ? Py_NewRef(Py_None)
+                           : Py_BuildValue("ddd", found.signal, found.noise, found.worst));
 }
 
 static PyObject *ggml_decode(PyObject *module, PyObject *args) {
@@ -768,6 +853,7 @@ static PyMethodDef methods[] = {
     {"histogram", histogram, METH_VARARGS, NULL},
     {"extrema", extrema, METH_VARARGS, NULL},
     {"error_sums", error_sums, METH_VARARGS, NULL},
+    {"power_sums", power_sums, METH_VARARGS, NULL},
     {"column_sums", column_sums, METH_VARARGS, NULL},
     {"code_sums", code_sums, METH_VARARGS, NULL},
     {"long_sums", long_sums, METH_VARARGS, NULL},
@@ -776,6 +862,7 @@ static PyMethodDef methods[] = {
     {"decode", decode, METH_VARARGS, NULL},
     {"encode_rows", encode_rows, METH_VARARGS, NULL},
     {"quantize_blocks", quantize_blocks, METH_VARARGS, NULL},
+    {"quantize_channels", quantize_channels, METH_VARARGS, NULL},
     {"all_finite", all_finite, METH_VARARGS, NULL},
     {"pack", pack, METH_VARARGS, NULL},
     {"unpack", unpack, METH_VARARGS, NULL},

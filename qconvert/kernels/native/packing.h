@@ -8,17 +8,6 @@
 #include "packing_avx2.h"
 #else
 
-INLINE void pack_plane(const uint8_t *restrict values, int low, int p, uint8_t *restrict plane) {
-    uint8_t mask = (uint8_t)((1 << p) - 1);
-    for (int i = 0; i < 4 * p; i++) {
-        unsigned byte = 0;
-        for (int k = 0; k < 8 / p; k++) {
-            byte |= (unsigned)((values[i + 4 * p * k] >> low) & mask) << (p * k);
-        }
-        plane[i] = (uint8_t)byte;
-    }
-}
-
 INLINE void unpack_plane(const uint8_t *restrict plane, int low, int p, uint8_t *restrict values) {
     uint8_t mask = (uint8_t)((1 << p) - 1);
     for (int k = 0; k < 8 / p; k++) {
@@ -29,17 +18,6 @@ INLINE void unpack_plane(const uint8_t *restrict plane, int low, int p, uint8_t 
 }
 
 /* One group of 32 values of a width known to the compiler. */
-INLINE void pack_group(const uint8_t *restrict values, int width, uint8_t *restrict packed) {
-    int low = 0;
-    for (int p = 8; p; p /= 2) {
-        if (width & p) {
-            pack_plane(values, low, p, packed);
-            packed += 4 * p;
-            low += p;
-        }
-    }
-}
-
 INLINE void unpack_group(const uint8_t *restrict packed, int width, uint8_t *restrict values) {
     int low = 0;
     memset(values, 0, PACK_GROUP);
@@ -54,10 +32,16 @@ INLINE void unpack_group(const uint8_t *restrict packed, int width, uint8_t *res
 
 #endif
 
-/* The same of codes that are still integers of 32 bits, folded in halves: value i takes in i + 16,
- * then i + 8, then i + 4. */
+/* 32 codes to planes, folded in halves: value i takes in i + 16, then i + 8, then i + 4. Codes are
+ * integers of 32 bits, as they come out of the arithmetic: one width of number to a loop. */
 INLINE void pack_wide_group(const int32_t *restrict codes, int width, uint8_t *restrict packed) {
     int low = 0;
+    if (width == 8) {
+        for (int i = 0; i < PACK_GROUP; i++) {
+            packed[i] = (uint8_t)codes[i];
+        }
+        return;
+    }
     for (int p = 4; p; p /= 2) {
         if (width & p) {
             const int32_t mask = (1 << p) - 1;
@@ -80,6 +64,14 @@ INLINE void pack_wide_group(const int32_t *restrict codes, int width, uint8_t *r
             low += p;
         }
     }
+}
+
+INLINE void pack_group(const uint8_t *restrict values, int width, uint8_t *restrict packed) {
+    int32_t codes[PACK_GROUP];
+    for (int i = 0; i < PACK_GROUP; i++) {
+        codes[i] = values[i];
+    }
+    pack_wide_group(codes, width, packed);
 }
 
 #define EACH_GROUP(width)                                                   \

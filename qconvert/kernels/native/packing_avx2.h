@@ -1,4 +1,4 @@
-/* One group of 32 values to planes and back with AVX2, section 4: the runs of a plane lie in the
+/* One group of 32 values out of its planes with AVX2, section 4: the runs of a plane lie in the
  * 128-, 64- or 32-bit parts of a vector, each shifted by a constant of its own. */
 #ifndef QCONVERT_PACKING_AVX2_H
 #define QCONVERT_PACKING_AVX2_H
@@ -54,38 +54,6 @@ INLINE __m256i unpack_vector(const uint8_t *packed, int width) {
 
 INLINE void unpack_group(const uint8_t *packed, int width, uint8_t *values) {
     _mm256_storeu_si256((__m256i *)values, unpack_vector(packed, width));
-}
-
-INLINE void pack_plane(__m256i values, int low, int p, uint8_t *plane) {
-    const __m256i mask = _mm256_set1_epi8((char)((1 << p) - 1));
-    const __m256i part = _mm256_and_si256(_mm256_srli_epi16(values, low), mask);
-    const __m256i shifts = plane_shifts(p);
-    const __m256i placed =
-        p == 1 ? _mm256_sllv_epi32(part, shifts) : _mm256_sllv_epi64(part, shifts);
-    __m128i half =
-        _mm_or_si128(_mm256_castsi256_si128(placed), _mm256_extracti128_si256(placed, 1));
-    if (p < 4) {
-        half = _mm_or_si128(half, _mm_unpackhi_epi64(half, half));
-    }
-    if (p < 2) {
-        half = _mm_or_si128(half, _mm_srli_epi64(half, 32));
-    }
-    memcpy(plane, &half, (size_t)(4 * p));
-}
-
-INLINE void pack_group(const uint8_t *values, int width, uint8_t *packed) {
-    const __m256i v = _mm256_loadu_si256((const __m256i *)values);
-    int low = 0;
-    for (int p = 4; p; p /= 2) {
-        if (width & p) {
-            pack_plane(v, low, p, packed);
-            packed += 4 * p;
-            low += p;
-        }
-    }
-    if (width == 8) {
-        _mm256_storeu_si256((__m256i *)packed, v);
-    }
 }
 
 #endif

@@ -109,13 +109,13 @@ INLINE void add_noise(ErrorLanes *lanes, const float *restrict x, float *restric
     }
     lanes->worst = worst;
     add_squares(lanes->noise, lanes->phase, decoded, n);
+    lanes->phase = (unsigned)((lanes->phase + n) % LANES);
 }
 
 INLINE void add_errors(ErrorLanes *lanes, const float *restrict x, float *restrict decoded,
                        size_t n) {
-    add_noise(lanes, x, decoded, n);
     add_squares(lanes->signal, lanes->phase, x, n);
-    lanes->phase = (unsigned)((lanes->phase + n) % LANES);
+    add_noise(lanes, x, decoded, n);
 }
 
 INLINE void finish_errors(ErrorLanes *lanes, Errors *found) {
@@ -154,32 +154,56 @@ INLINE void add_weighted_errors(WeightedLanes *lanes, const float *restrict w,
     }
 }
 
-/* Sums of powers of the distances from a pivot, in the order of section 6; pieces are multiples of
- * 16 long. */
+/* Sums of powers of the distances from a pivot, in the order of section 6. */
 typedef struct {
-    double first[LANES], second[LANES], third[LANES], fourth[LANES];
+    double sums[4][LANES]; /* of the first to the fourth power */
+    unsigned phase;        /* lane of the next value */
 } PowerLanes;
 
+INLINE void add_power(PowerLanes *lanes, float x, double pivot) {
+    const double d = (double)x - pivot, d2 = d * d;
+    lanes->sums[0][lanes->phase] += d;
+    lanes->sums[1][lanes->phase] += d2;
+    lanes->sums[2][lanes->phase] += d2 * d;
+    lanes->sums[3][lanes->phase] += d2 * d2;
+    lanes->phase = (lanes->phase + 1) % LANES;
+}
+
 APART void add_powers(PowerLanes *restrict lanes, const float *restrict x, size_t n,
-                       double pivot) {
+                      double pivot) {
+    size_t i = 0;
+    for (; i < n && lanes->phase; i++) {
+        add_power(lanes, x[i], pivot);
+    }
     double first[LANES], second[LANES], third[LANES], fourth[LANES];
-    memcpy(first, lanes->first, sizeof first);
-    memcpy(second, lanes->second, sizeof second);
-    memcpy(third, lanes->third, sizeof third);
-    memcpy(fourth, lanes->fourth, sizeof fourth);
-    for (size_t i = 0; i < n; i += LANES) {
+    memcpy(first, lanes->sums[0], sizeof first);
+    memcpy(second, lanes->sums[1], sizeof second);
+    memcpy(third, lanes->sums[2], sizeof third);
+    memcpy(fourth, lanes->sums[3], sizeof fourth);
+    for (; i + LANES <= n; i += LANES) {
         for (int j = 0; j < LANES; j++) {
-            const double d = (double)x[i + j] - pivot, d2 = d * d;
+            const double d = (double)x[i + (size_t)j] - pivot, d2 = d * d;
             first[j] += d;
             second[j] += d2;
             third[j] += d2 * d;
             fourth[j] += d2 * d2;
         }
     }
-    memcpy(lanes->first, first, sizeof first);
-    memcpy(lanes->second, second, sizeof second);
-    memcpy(lanes->third, third, sizeof third);
-    memcpy(lanes->fourth, fourth, sizeof fourth);
+    memcpy(lanes->sums[0], first, sizeof first);
+    memcpy(lanes->sums[1], second, sizeof second);
+    memcpy(lanes->sums[2], third, sizeof third);
+    memcpy(lanes->sums[3], fourth, sizeof fourth);
+    for (; i < n; i++) {
+        add_power(lanes, x[i], pivot);
+    }
+}
+
+static void power_sums(const float *x, size_t n, double pivot, double sums[4]) {
+    PowerLanes lanes = {0};
+    add_powers(&lanes, x, n, pivot);
+    for (int k = 0; k < 4; k++) {
+        sums[k] = fold_wide(lanes.sums[k]);
+    }
 }
 
 static void error_sums(const float *x, const float *decoded, size_t n, Errors *found) {

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
+from qconvert.quantizers.rows import StoredRows
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -74,14 +75,20 @@ class GgmlBlock:
             return self.encoder(blocks, importance)
 
     def quantize(
-        self, blocks: F32, importance: F32 | None = None
+        self, stored: StoredRows, importance: F32 | None = None
     ) -> tuple[U8, tuple[float, float, float]]:
-        """`encode`, and Σx², Σ(x - x')² and max |x - x'| of what the bytes decode to."""
+        """`encode` of rows of whole blocks, and Σx², Σ(x - x')² and max |x - x'| of what the bytes
+        decode to.
+
+        Raises:
+            FloatingPointError: NaN or Inf, or a float64 beyond float32.
+        """
         if kernels.fused is not None:
             native: tuple[U8, tuple[float, float, float]] = kernels.fused.ggml_quantize(
-                self.name, blocks, importance
+                self.name, *stored.readable(), importance
             )
             return native
+        blocks = stored.values().reshape(-1, self.block)
         data = self.encode(blocks, importance)
         return data, kernels.error_sums(blocks, self.decode(data))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import ml_dtypes
 
 from qconvert import kernels
 from qconvert.errors import UsageError
@@ -44,13 +45,13 @@ class _Conversion:
     """A scheme both ways, on one tile.
 
     Attributes:
-        convert: all that a conversion does with a tile, its error included.
+        convert: all that a conversion does with a tile as it is read, its error included.
         encode: what ``decode`` takes.
     """
 
     name: str
     detail: str
-    convert: Callable[[F32], object]
+    convert: Callable[[StoredRows], object]
     encode: Callable[[F32], Any]
     decode: Callable[[Any], object]
 
@@ -115,8 +116,8 @@ def _conversion(weights: Weights, scheme: Scheme, method: RangeMethod | None) ->
             codes = load_codes(packed, how.encoding).reshape(len(parameters.scale), -1)
             return decode_groups(codes, parameters, how.encoding)
 
-        def convert(x: F32) -> QuantizedRows:
-            return quantize_rows(StoredRows.of(x), how.encoding, how.method, (-1.0, 1.0))
+        def convert(rows: StoredRows) -> QuantizedRows:
+            return quantize_rows(rows, how.encoding, how.method, (-1.0, 1.0))
 
         detail = f" {how.method.describe()}"
         return _Conversion(scheme.name, detail, convert, how.encode, back)
@@ -134,7 +135,7 @@ def _conversion(weights: Weights, scheme: Scheme, method: RangeMethod | None) ->
     return _Conversion(
         scheme.name,
         "",
-        lambda x: block.quantize(blocks(x)),
+        block.quantize,
         lambda x: block.encode(blocks(x)),
         block.decode,
     )
@@ -145,11 +146,16 @@ def _kernel_lines(
 ) -> Iterator[Line]:
     tiles = weights.tiles()
     tiles = tiles[: workers.threads * (REFERENCE_TILES if name == "reference" else NATIVE_TILES)]
+    stored = [
+        StoredRows(x.astype(ml_dtypes.bfloat16).tobytes(), "BF16", (x.shape[0], x.shape[1]))
+        for x in tiles
+    ]
     encoded = [conversion.encode(x) for x in tiles]
-    for verb, detail, work, items in (
-        ("quantize", conversion.detail, conversion.convert, tiles),
+    lines: tuple[tuple[str, str, Callable[[Any], object], list[Any]], ...] = (
+        ("quantize", conversion.detail, conversion.convert, stored),
         ("dequantize", "", conversion.decode, encoded),
-    ):
+    )
+    for verb, detail, work, items in lines:
         yield _line(
             f"{verb} {conversion.name}{detail}, {name}",
             partial(_each, workers.map, work, items),

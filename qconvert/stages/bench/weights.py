@@ -72,7 +72,7 @@ class Affine:
     encoding: AffineEncoding
     method: RangeMethod
 
-    def encode(self, x: F32) -> tuple[Parameters, bytes]:
+    def encode(self, x: F32) -> tuple[Parameters, bytes | memoryview]:
         """Parameters and stored codes of whole rows."""
         groups, counts = to_groups(x, self.encoding)
         parameters = fit(groups, self.encoding, self.method, counts)
