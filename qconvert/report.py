@@ -246,7 +246,7 @@ class VerifiedTensor:
         worst_step: largest error of an unclipped value, in steps (at most 0.5 is promised).
         output_sqnr_db: of the integer product against the float product of the original weights
             and inputs.
-        integer_exact: whether int32 accumulation equals int64 arithmetic bit for bit.
+        integer_exact: whether int32 accumulation equals exact integer arithmetic.
         float_error: largest difference between the integer path and the float product of the
             dequantized operands, relative to the sum of magnitudes.
         activations: where the inputs come from: ``static`` or ``dynamic``.

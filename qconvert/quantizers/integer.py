@@ -139,27 +139,45 @@ def integer_product(rows: IntegerRows, a: Activations, *, check: bool = False) -
     """y = a · rowsᵀ in integers.
 
     Args:
-        check: whether to hold each accumulator against int64 arithmetic without correction terms.
+        check: whether to hold each accumulator against exact arithmetic without correction terms.
     """
     y = np.zeros((len(a.codes), len(rows.codes)), np.float32)
     exact = True if check else None
-    za = a.zero_points
-    for group, span in rows.spans():
-        codes, inputs = rows.codes[:, span], a.codes[:, span]
-        count = np.int32(codes.shape[1])
-        zero = rows.zero[:, group]
-        input_sum = inputs.sum(axis=1, dtype=np.int32)[:, None]
-        code_sum = codes.sum(axis=1, dtype=np.int32)
-        acc = kernels.integer_product(codes, inputs)
-        acc -= input_sum * zero
-        acc -= za * code_sum
-        acc += count * zero * za
-        if exact:
-            exact = bool((acc == _exact(codes, zero, inputs, za)).all())
-        y += acc.astype(np.float32) * rows.scale[:, group]
-        if rows.offset is not None:
-            y += (input_sum - count * za).astype(np.float32) * rows.offset[:, group]
+    spans = rows.spans()
+    whole = [s for s in spans if s[1].stop - s[1].start == spans[0][1].stop]
+    for run in (whole, spans[len(whole) :]):  # a shorter span can only be the last
+        if run:
+            y, same = _equal_spans(rows, a, run, y, check)
+            exact = exact and same
     return Product(y * a.scale[:, None], exact)
+
+
+def _equal_spans(
+    rows: IntegerRows, a: Activations, spans: list[tuple[int, slice]], y: F32, check: bool
+) -> tuple[F32, bool]:
+    """``y`` (M, R) with what spans of one length add to it in their order, and whether every int32
+    accumulator is the exact one.
+    """
+    groups = [group for group, _ in spans]
+    columns = slice(spans[0][1].start, spans[-1][1].stop)
+    shape = (len(spans), spans[0][1].stop - spans[0][1].start)
+    codes = rows.codes[:, columns].reshape(-1, *shape).swapaxes(0, 1)  # (S, R, L)
+    inputs = a.codes[:, columns].reshape(-1, *shape).swapaxes(0, 1)  # (S, M, L)
+    zero = rows.zero[:, groups].T[:, None, :]  # (S, 1, R)
+    input_sum = inputs.sum(axis=2, dtype=np.int32)[:, :, None]  # (S, M, 1)
+    code_sum = codes.sum(axis=2, dtype=np.int32)[:, None, :]  # (S, 1, R)
+    count, za = np.int32(shape[1]), a.zero_points
+    acc = np.stack([kernels.integer_product(c, x) for c, x in zip(codes, inputs, strict=True)])
+    acc -= input_sum * zero
+    acc -= za * code_sum
+    acc += count * zero * za
+    same = not check or bool((acc == _exact(codes, zero, inputs, za)).all())
+    terms = [acc.astype(np.float32) * rows.scale[:, groups].T[:, None, :]]
+    if rows.offset is not None:
+        shares = (input_sum - count * za).astype(np.float32)
+        terms.append(shares * rows.offset[:, groups].T[:, None, :])
+    ordered = np.stack(terms, axis=1).reshape(-1, *y.shape)  # of each group one after the other
+    return np.add.accumulate(np.concatenate([y[None], ordered]))[-1], same
 
 
 def stored_product(
@@ -188,8 +206,12 @@ def stored_product(
 
 def _exact(
     codes: NDArray[np.int16], zero: I32, inputs: NDArray[np.int8], zero_points: I32
-) -> NDArray[np.int64]:
-    """Σ (code - zero) (a - zero point) in int64, without any correction terms."""
-    k = codes.astype(np.int64) - zero[:, None]
-    exact: NDArray[np.int64] = (inputs.astype(np.int64) - zero_points) @ k.T
+) -> NDArray[np.float64]:
+    """Σ (code - zero) (a - zero point) without any correction terms, (S, M, R).
+
+    In binary64, which is exact: the sums stay below 255 · 256 · 16,384 < 2^31, far from 2^53, in
+    whatever order they are added.
+    """
+    k = codes.astype(np.float64) - zero.swapaxes(1, 2)
+    exact: NDArray[np.float64] = (inputs.astype(np.float64) - zero_points) @ k.swapaxes(1, 2)
     return exact

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from qconvert import kernels
 from qconvert.encoding import RawEncoding
@@ -215,7 +216,9 @@ class _Job:
         self._quality()
         self._kept(pairs)
         self.progress.begin("verify", sum(t.nbytes for t in quantized), "bytes")
-        with Workers(self.options.threads or available_threads()) as workers:
+        # BLAS with threads of its own beside the workers would have them wait for each other.
+        threads = self.options.threads or available_threads()
+        with threadpool_limits(1, "blas"), Workers(threads) as workers:
             for tensor in quantized:
                 row = self._measure(tensor, pairs.get(tensor.name), workers)
                 self.report.tensors.append(row)
@@ -419,7 +422,7 @@ class _Job:
             self.check(
                 "integer-exact",
                 not wrong,
-                f"int32 accumulation equals int64 arithmetic in {len(products)} tensors",
+                f"int32 accumulation equals exact arithmetic in {len(products)} tensors",
                 tensor=wrong[0].name if wrong else None,
             )
             worst = max(products, key=lambda r: r.float_error or 0)
