@@ -35,10 +35,11 @@ __all__ = ["QuantizedEmbedding", "QuantizedLinear", "load_model", "load_tokenize
 def load_model(
     path: Path | str, activations: str = "auto", *, directory: Path | str | None = None
 ) -> Any:
-    """The transformers model of a .qblk file, in eval mode.
+    """The transformers model of a .qblk or GGUF file, in eval mode.
 
     Args:
-        path: a .qblk file that was made from a model directory.
+        path: a .qblk file that was made from a model directory; or a GGUF file, whose weights
+            are float32 in memory, which takes ``activations="none"`` and a ``directory``.
         activations: what goes into linear layers: ``static`` bytes with the file's calibration,
             ``dynamic`` ones with a scale for each row (``dynamic_asym``: and a zero point),
             ``auto`` for static where there is a calibration and dynamic elsewhere, or ``none`` for
@@ -47,6 +48,8 @@ def load_model(
 
     Raises:
         InputError: the file is damaged, carries no config, or is of another model than that says.
+        UnsupportedError: a GGUF file of an architecture that we have no names for, or of another
+            model than the directory says.
         UsageError: ``static``, and a layer has no calibration.
     """
     place = Path(directory) if directory is not None else None

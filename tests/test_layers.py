@@ -38,7 +38,7 @@ for layer, own in (
     ("architectures", ("files", "quantizers", "kernels")),
     ("loading", ("files", "quantizers", "kernels")),
     ("version", ("loading",)),  # `qconvert.load`, inside the function
-    ("running", ("files", "observers", "quantizers", "kernels")),
+    ("running", ("architectures", "files", "observers", "quantizers", "kernels")),
     ("torch", ("running", "files", "quantizers", "kernels")),
     ("stages", ("running", "architectures", "files", "observers", "quantizers", "kernels")),
     ("cli", ("stages", "running", "architectures", "files", "observers", "quantizers", "kernels")),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Finished, Run, environment, execute
+from tiny_models import CONFIGS, write_directory
 
 import qconvert
 from qconvert.cli.main import main
@@ -364,7 +365,77 @@ def test_a_gguf_file_with_the_names_of_the_source_is_compared_too(
     # No silent fallback to float: llama.cpp's types have no integer layer here.
     found = verify(path, "--against", LLAMA, *options, "--activations", "dynamic")
     assert found.code == 3
-    assert "no linear layer of the file has codes" in found.err
+    assert "no integer path for ggml's types" in found.err
+
+
+# --- GGUF with llama.cpp's names ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_llama_cpp_gets_computes_what_the_source_does(
+    name: str, tmp_path: Path, done: Run
+) -> None:
+    """In transformers' modules, whose names and stacks are others than the checkpoint's."""
+    import qconvert.torch
+
+    place = write_directory(tmp_path / "tiny", name)
+    done("quantize", place, "--scheme", "f32", "-o", tmp_path / "m.gguf")
+    found = qconvert.torch.load_model(tmp_path / "m.gguf", "none", directory=place)
+    cls = getattr(transformers, CONFIGS[name]["architectures"][0])
+    wanted = cls.from_pretrained(place, dtype=torch.float32).eval()
+    if "experts" in "".join(n for n, _ in wanted.named_parameters()):
+        wanted.set_experts_implementation("eager")
+    x = torch.arange(5, 45)[None]
+    with torch.inference_mode():
+        one, other = (
+            m(input_ids=x).last_hidden_state if name == "bert" else m(input_ids=x).logits
+            for m in (found, wanted)
+        )
+    assert torch.equal(one, other)
+
+
+def test_a_file_for_llama_cpp_is_compared_as_its_decoded_values_are(
+    short: Path, tmp_path: Path, done: Run, verify: Verify
+) -> None:
+    """The same types with the names of the source and with llama.cpp's: the same figures."""
+    options = ("--against", LLAMA, "--text", short, "--seqlen", 64, "--nsamples", 3, "--json")
+    figures = []
+    for more in ((), ("--raw",)):
+        path = tmp_path / f"m{len(more)}.gguf"
+        done("quantize", LLAMA, "--scheme", "q8_0", *more, "-o", path)
+        found = verify(path, *options)
+        assert found.code == 0, found
+        figures.append(found.json["token_quality"])
+    assert figures[0]["kl_mean"] == figures[1]["kl_mean"] > 1e-5
+    assert figures[0]["perplexity"] == figures[1]["perplexity"]
+    assert figures[0]["execution"] == figures[1]["execution"]
+    assert verify(path, *options, "--max-kl", "1e-6").code == 1
+
+
+def test_an_encoder_for_llama_cpp_is_held_by_its_embeddings(
+    tmp_path: Path, done: Run, verify: Verify
+) -> None:
+    place, text = write_directory(tmp_path / "tiny", "bert"), tmp_path / "lines.txt"
+    text.write_text("the quick fox\nover the test\n")
+    cosines = []
+    for scheme in ("f32", "q8_0"):
+        done("quantize", place, "--scheme", scheme, "-o", tmp_path / f"{scheme}.gguf")
+        found = verify(tmp_path / f"{scheme}.gguf", "--against", place, "--text", text, "--json")
+        assert found.code == 0, found
+        cosines.append(found.json["embedding_quality"]["cosine_min"])
+    assert cosines[0] == pytest.approx(1, abs=1e-12)
+    assert 0.99 < cosines[1] < 0.99999
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "dynamic_asym", "static", "auto"])
+def test_integer_activations_of_ggml_types_are_refused(
+    activations: str, tmp_path: Path, done: Run
+) -> None:
+    import qconvert.torch
+
+    done("quantize", LLAMA, "--scheme", "q8_0", "-o", tmp_path / "m.gguf")
+    with pytest.raises(UnsupportedError, match=r"no integer path for ggml's types.*wanted none"):
+        qconvert.torch.load_model(tmp_path / "m.gguf", activations, directory=LLAMA)
 
 
 # --- refusals -------------------------------------------------------------------------------------

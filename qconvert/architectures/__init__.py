@@ -1,13 +1,15 @@
 """What a Hugging Face model directory is called in GGUF, so that llama.cpp loads and runs it.
 
 `open_gguf_source` wraps an opened model: tensors under GGUF's names, in llama.cpp's order of rows,
-read lazily from the same files; and the metadata that goes before them.
+read lazily from the same files; and the metadata that goes before them. `restored` goes the other
+way.
 """
 
 from __future__ import annotations
 
 from qconvert.architectures.families import FAMILIES
 from qconvert.architectures.mapping import Dropped
+from qconvert.architectures.restored import RestoredModel, restored
 from qconvert.architectures.source import GgufSource, open_gguf_source
 
 
@@ -16,4 +18,11 @@ def supported() -> tuple[str, ...]:
     return tuple(family.name for family in FAMILIES)
 
 
-__all__ = ["Dropped", "GgufSource", "open_gguf_source", "supported"]
+__all__ = [
+    "Dropped",
+    "GgufSource",
+    "RestoredModel",
+    "open_gguf_source",
+    "restored",
+    "supported",
+]

@@ -72,6 +72,48 @@ def described(name: str, shape: tuple[int, ...], dtype: str) -> TensorInfo:
     return TensorInfo(name, shape, dtype, math.prod(shape) * DTYPES[dtype].size)
 
 
+def inverted(tensors: Sequence[MappedTensor]) -> list[MappedTensor]:
+    """The way back: every source as it is made from the tensors that were made from it.
+
+    All are F32, as a GGUF file's tensors are once they are decoded. What was added is taken away in
+    binary32: the same bits where the sum was exact.
+    """
+    made: dict[str, list[tuple[MappedTensor, int]]] = {}
+    infos: dict[str, TensorInfo] = {}
+    for tensor in tensors:
+        for i, source in enumerate(tensor.sources):
+            made.setdefault(source.name, []).append((tensor, i))
+            infos[source.name] = source
+    return [_inverted(infos[name], parts) for name, parts in made.items()]
+
+
+def _inverted(source: TensorInfo, parts: list[tuple[MappedTensor, int]]) -> MappedTensor:
+    """A source from tensors that it is so-manieth source of."""
+    count = _rows(source)
+    origin = np.full(count, -1, np.int64)  # of each row, through all tensors in order
+    before = 0
+    for tensor, i in parts:
+        rows = np.arange(_rows(tensor.info), dtype=np.int64)
+        there = (rows if tensor.locate is None else tensor.locate(rows)) - i * count
+        inside = (there >= 0) & (there < count)
+        origin[there[inside]] = before + rows[inside]
+        before += len(rows)
+    if (origin < 0).any():
+        raise ValueError(f"rows of '{source.name}' are in no tensor")
+    in_order = np.array_equal(origin, np.arange(before))
+    return MappedTensor(
+        described(source.name, source.shape, "F32"),
+        tuple(described(t.info.name, t.info.shape, "F32") for t, _ in parts),
+        None if in_order else origin.__getitem__,
+        added=-parts[0][0].added,
+    )
+
+
+def _rows(tensor: TensorInfo) -> int:
+    """Rows as `Locate` counts them: of one dimension, every value is one."""
+    return math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.size
+
+
 class MappedModel:
     """A `Model` whose tensors are made from those of another, which it closes when it is closed.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
 import gguf
 import numpy as np
@@ -20,7 +22,7 @@ from qconvert.architectures.mapped import (
     window,
 )
 from qconvert.errors import InputError, UnsupportedError
-from qconvert.model import Model, TensorInfo
+from qconvert.model import TensorInfo
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)(\.\w+\.weight)")
 _STACKED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?")
@@ -37,6 +39,15 @@ class Dropped:
     reason: str
 
 
+class Tensors(Protocol):
+    """What of a `Model` is looked at: names and shapes."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]: ...
+
+
 @dataclass(slots=True)
 class _Found:
     """The sources of one GGUF tensor."""
@@ -47,7 +58,7 @@ class _Found:
 
 
 def map_tensors(
-    model: Model,
+    model: Tensors,
     family: Family,
     config: Config,
     sizes: Sizes,
@@ -80,7 +91,7 @@ def map_tensors(
     return mapped, dropped
 
 
-def _tied(config: Config, model: Model) -> bool:
+def _tied(config: Config, model: Tensors) -> bool:
     """Whether the output matrix is the token embedding."""
     if config.get("tie_word_embeddings") is not None:
         return config.flag("tie_word_embeddings", False)
@@ -98,7 +109,7 @@ def _slots(family: Family, sizes: Sizes, with_output: bool) -> Iterator[tuple[st
 
 
 def _collect(
-    model: Model, family: Family, sizes: Sizes, slots: dict[str, Slot], tied: bool
+    model: Tensors, family: Family, sizes: Sizes, slots: dict[str, Slot], tied: bool
 ) -> tuple[dict[str, _Found], list[Dropped]]:
     """Which source tensors make up each GGUF tensor."""
     arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
@@ -130,7 +141,9 @@ def _collect(
     return found, dropped
 
 
-def _left_over(model: Model, tensor: TensorInfo, family: Family, sizes: Sizes) -> UnsupportedError:
+def _left_over(
+    model: Tensors, tensor: TensorInfo, family: Family, sizes: Sizes
+) -> UnsupportedError:
     return UnsupportedError(
         "tensor has no place in the architecture",
         path=model.path,
@@ -176,7 +189,7 @@ def _source_names(name: str) -> Iterator[tuple[str, int | None, tuple[int, int] 
 
 
 def _made(
-    model: Model,
+    model: Tensors,
     name: str,
     slot: Slot,
     found: _Found,
@@ -226,7 +239,7 @@ def _made(
 
 
 def _check_source(
-    model: Model, source: TensorInfo, wanted: tuple[int, ...], config: Config
+    model: Tensors, source: TensorInfo, wanted: tuple[int, ...], config: Config
 ) -> None:
     if source.dtype not in _FLOATS:
         raise UnsupportedError(

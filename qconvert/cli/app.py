@@ -500,7 +500,7 @@ def verify(
             metavar="MODE",
             help="of integer products: static (parameters in the file), dynamic (a scale for each "
             "row), dynamic_asym (and a zero point), or auto (static, else dynamic); of --text also "
-            "none (float) [auto; of --text none]",
+            "none (float, all there is for GGUF) [auto; of --text none]",
         ),
     ] = None,
     samples: Annotated[
@@ -575,6 +575,7 @@ def verify(
       qconvert verify model.gguf --against model.safetensors --json | jq -e '.status == "pass"'
       qconvert verify model.qblk --against model-directory --text eval.txt --activations dynamic \\
           --max-kl 0.01 --max-ppl-increase 1%
+      qconvert verify model.gguf --against model-directory --text eval.txt --scoring second-half
     """
     from qconvert.cli import render
     from qconvert.stages.quality import QualityOptions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,17 +15,17 @@ DECODED = "F32"
 
 
 class DequantizedModel:
-    """A `Model` whose tensors of other types than `DTYPES` are F32; `close` closes the source."""
+    """A `Model` whose tensors of other types than ``kept`` are F32; `close` closes the source."""
 
-    def __init__(self, source: Model) -> None:
+    def __init__(self, source: Model, kept: Collection[str] = DTYPES) -> None:
         self.path: Path = source.path
         self.kind = source.kind
         self.metadata = source.metadata
         self.sources: tuple[SourceFile, ...] = source.sources
         self.companions: tuple[Companion, ...] = source.companions
         self._source = source
-        self._stored = {t.name: t for t in source.tensors if t.dtype not in DTYPES}
-        self.tensors = tuple(_decoded(t) for t in source.tensors)
+        self._stored = {t.name: t for t in source.tensors if t.dtype not in kept}
+        self.tensors = tuple(_decoded(t) if t.name in self._stored else t for t in source.tensors)
 
     def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[np.floating]:
         """Values ``start..stop`` of the flattened tensor; see `Model.values`."""
@@ -35,7 +36,7 @@ class DequantizedModel:
 
         Of a tensor of the source, with the type that it has there, the bytes that are there.
         """
-        if tensor.name not in self._stored or tensor.dtype not in DTYPES:
+        if tensor.dtype == self._stored.get(tensor.name, tensor).dtype:
             return self._source.raw(tensor, offset, size)
         width = DTYPES[DECODED].size
         start = offset // width
@@ -59,6 +60,4 @@ def dequantized(model: Model) -> Model:
 
 
 def _decoded(tensor: TensorInfo) -> TensorInfo:
-    if tensor.dtype in DTYPES:
-        return tensor
     return replace(tensor, dtype=DECODED, nbytes=tensor.size * DTYPES[DECODED].size)

@@ -96,11 +96,16 @@ def open_checkpoint(
             code="HF-WEIGHTS",
         )
     model.eval().requires_grad_(False)
-    if getattr(model.config, "_experts_implementation", None) is not None:
-        model.set_experts_implementation("eager")  # one plain product an expert, as stored
+    plain_experts(model)
     if streamed:
         stream_weights(model)
     return Checkpoint(path, model, tokenizer, config, kind)
+
+
+def plain_experts(model: Any) -> None:
+    """Let experts that are stored together be multiplied one by one, as they are written down."""
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        model.set_experts_implementation("eager")
 
 
 def require(*packages: str) -> list[Any]:

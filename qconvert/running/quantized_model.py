@@ -22,12 +22,13 @@ from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_check import check_payload
 from qconvert.files.qblk_header import StoredTensor
 from qconvert.geometry import TILE_VALUES
-from qconvert.model import Model, TensorInfo
+from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.running.hugging_face import (
     CONFIG,
     Checkpoint,
     checked_config,
     model_class,
+    plain_experts,
     refuse_loading,
     require,
 )
@@ -67,11 +68,12 @@ def open_quantized(
     """Build the model of a file, with its own config and tokenizer.
 
     Args:
-        path: a .qblk file; a GGUF file with the tensor names of the source will do, its weights
-            are then float32.
+        path: a .qblk file; or a GGUF file, whose weights are float32 in memory: with llama.cpp's
+            names, of an architecture in our table, or with those of the source.
         activations: of linear layers with codes: ``none`` computes in float with the dequantized
-            weights; ``dynamic`` (symmetric), ``dynamic_asym`` and ``static`` run `integer_path`;
-            ``auto`` is static where the file has parameters and dynamic elsewhere.
+            weights, and is all there is for GGUF; ``dynamic`` (symmetric), ``dynamic_asym`` and
+            ``static`` run `integer_path`; ``auto`` is static where the file has parameters and
+            dynamic elsewhere.
         directory: where config and tokenizer are, for a file that carries none.
         threads: of torch, for the whole process.
         check: whether to hold a .qblk file against its digests first.
@@ -87,13 +89,14 @@ def open_quantized(
         raise UsageError("activations", found=activations, wanted=", ".join(ACTIVATIONS))
     model = open_model(path)
     try:
-        architecture = model.metadata.get(ARCHITECTURE)
-        if model.kind == "gguf" and architecture != RAW:
+        if model.kind == "gguf" and activations != "none":
             raise UnsupportedError(
-                "a GGUF file with llama.cpp's names of tensors cannot be run here",
+                "there is no integer path for ggml's types, they are computed in float",
                 path=path,
-                found=f"architecture {architecture}",
-                hint="measure it with llama-perplexity, or make one with --raw",
+                found=f"activations {activations}",
+                wanted="none",
+                hint="llama.cpp has its own; a .qblk file has ours",
+                code="HF-INTEGERS",
             )
         if check and isinstance(model, QblkModel):
             check_payload(model, lambda _: None)
@@ -185,7 +188,10 @@ class _Builder:
                 )
         except Exception as e:  # whatever transformers makes of files that it does not like
             refuse_loading(e, self.model.path)
+        if self.model.kind == "gguf" and self.model.metadata.get(ARCHITECTURE) != RAW:
+            self._restore(built, config, directory / CONFIG)
         self._fill(built)
+        plain_experts(built)
         if self.activations != "none" and not (self.static or self.dynamic):
             raise UnsupportedError(
                 "no linear layer of the file has codes to multiply in integers",
@@ -202,6 +208,25 @@ class _Builder:
             tuple(self.quantized),
             tuple(self.dequantized),
         )
+
+    def _restore(self, built: Any, config: dict[str, Any], path: Path) -> None:
+        """Give the tensors of a file with llama.cpp's names those of the modules.
+
+        A module that no such file has tensors for, such as a pooler, is taken out.
+        """
+        from qconvert.architectures import restored  # its tables take 0.1 s to build
+
+        self.dequantized = [t.name for t in self.model.tensors if t.dtype not in DTYPES]
+        shapes = {name: tuple(p.shape) for name, p in built.named_parameters()}
+        found = restored(self.model, config, path, shapes)
+        self.model = found.model
+        self.tensors = {t.name: t for t in self.model.tensors}
+        dropped = {d.name for d in found.dropped}
+        for place, module in list(built.named_modules()):
+            below = {f"{place}.{name}" for name, _ in module.named_parameters()}
+            if below and below <= dropped:
+                _replace(built, place, None)
+                dropped -= below
 
     def _fill(self, built: Any) -> None:
         """Give every module its tensors."""
