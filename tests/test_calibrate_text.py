@@ -104,7 +104,7 @@ def test_every_linear_layer_is_observed_exactly(
     recorded: dict[str, tuple[NDArray[Any], NDArray[Any]]],
     tmp_path: Path,
 ) -> None:
-    report = calibrate_text(options(outputs=True))
+    report = calibrate_text(options(outputs=True, settings=ObserverSettings("minmax")))
     found = load_file(tmp_path / "c.safetensors")
     layers = read_calibration(tmp_path / "c.safetensors").layers
     assert set(layers) == set(recorded)
@@ -122,7 +122,7 @@ def test_every_linear_layer_is_observed_exactly(
         assert (layer.output.low, layer.output.high) == (min(y.min(), 0), max(y.max(), 0))
 
 
-@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy", "nmse"])
 def test_the_file_is_that_of_the_same_activations_recorded(
     kind: str,
     options: Callable[..., TextOptions],
@@ -194,7 +194,7 @@ def test_several_passes_for_groups_of_layers_give_the_same_statistics(
     assert all(a[n].tobytes() == b[n].tobytes() for n in a)
 
 
-@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy", "nmse"])
 def test_merged_runs_are_one_run_over_both_texts_byte_for_byte(
     kind: str, options: Callable[..., TextOptions], tmp_path: Path
 ) -> None:

@@ -130,7 +130,7 @@ def parts(tmp_path: Path) -> tuple[Path, list[Path]]:
     return model, recorded
 
 
-@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy", "nmse"])
 def test_merged_recordings_are_one_run_byte_for_byte(
     kind: str, parts: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:

@@ -25,7 +25,7 @@ from qconvert.files.safetensors import SafetensorsModel, open_safetensors
 from qconvert.model import Model
 
 ENTRY = "qconvert.calibration"
-SCHEMA = "qconvert.calibration/2"
+SCHEMA = "qconvert.calibration/3"
 CHANNELS = ("minimum", "maximum", "mean_square")
 WEIGHT = ".weight"
 MAX_OBSERVER = 32  # characters of an observer's name
@@ -102,7 +102,7 @@ class CalibrationDocument:
 
     Attributes:
         observer: name of the observer.
-        settings: its parameters.
+        settings: its parameters; ``symmetric`` says that every zero point is 0.
         inputs: name and SHA-256 of each file that activations or text came from.
         layers: by name.
         model: `model_digest` of the model, None where activations came without one.
@@ -111,7 +111,7 @@ class CalibrationDocument:
     """
 
     observer: str
-    settings: dict[str, float]
+    settings: dict[str, float | bool]
     inputs: list[dict[str, str]]
     layers: dict[str, LayerCalibration]
     model: str | None = None
@@ -291,7 +291,7 @@ def _plausible_document(document: CalibrationDocument) -> bool:
         isinstance(observer, str)
         and len(observer) <= MAX_OBSERVER
         and observer.isidentifier()
-        and all(isinstance(v, float) for v in document.settings.values())
+        and all(isinstance(v, float | bool) for v in document.settings.values())
         and all(
             isinstance(entry["name"], str) and isinstance(entry["sha256"], str)
             for entry in document.inputs

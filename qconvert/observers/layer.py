@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from qconvert.observers.exact import ExactSum
 from qconvert.observers.ranges import (
     F32,
+    F64,
     Arrays,
     ChannelStatistics,
     Observer,
     ObserverSettings,
 )
 
-HISTOGRAM_BYTES = 1 << 19
+OBSERVER_BYTES = 5 << 19  # of the nmse observer; histograms take 1 << 19
 CHANNEL_BYTES = 168  # of an exact sum and two extremes
 
 
@@ -27,23 +28,29 @@ class LayerStatistics:
     Memory is bounded by `size`, whatever the number of batches. But for the moving average the
     state is the same bits for any split and order of the same rows.
 
-    Attributes:
+    Args:
         features: values of an input row.
+        settings: of the observers.
+        columns: squared norms of the weight's columns, (features,), for the input's observer.
+
+    Attributes:
         input, output: observers of the ranges; the second once an output was seen.
         channels: statistics of the input's features.
     """
 
-    def __init__(self, features: int, settings: ObserverSettings) -> None:
+    def __init__(
+        self, features: int, settings: ObserverSettings, columns: F64 | None = None
+    ) -> None:
         self.features = features
         self.settings = settings
-        self.input = settings.make()
+        self.input = settings.make(columns)
         self.output: Observer | None = None
         self.channels = ChannelStatistics(features)
 
     @staticmethod
     def size(features: int, *, outputs: bool = False) -> int:
         """Bytes that the statistics of a layer take at most."""
-        return features * CHANNEL_BYTES + HISTOGRAM_BYTES * (2 if outputs else 1)
+        return features * CHANNEL_BYTES + OBSERVER_BYTES * (2 if outputs else 1)
 
     def update(self, batch: F32) -> None:
         """Take in rows of input, (samples, features), finite."""
@@ -87,16 +94,20 @@ class LayerStatistics:
 
     @classmethod
     def restored(
-        cls, arrays: Mapping[str, NDArray[Any]], features: int, settings: ObserverSettings
+        cls,
+        arrays: Mapping[str, NDArray[Any]],
+        features: int,
+        settings: ObserverSettings,
+        columns: F64 | None = None,
     ) -> LayerStatistics:
-        """The inverse of `arrays`.
+        """The inverse of `arrays`; ``columns`` as of the class, for what is yet to come.
 
         Raises:
             KeyError, ValueError, IndexError, TypeError: arrays that no layer has made.
         """
         prefix = "state.output."
         outputs = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
-        found = cls(features, settings)
+        found = cls(features, settings, columns)
         first, samples = arrays["state.first"].tolist()
         low, high = arrays["minimum"], arrays["maximum"]
         if samples < 1 or low.shape != (features,) or high.shape != (features,):

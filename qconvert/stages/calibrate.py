@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from qconvert.files.safetensors import open_safetensors
 from qconvert.geometry import TILE_VALUES
 from qconvert.model import Model, TensorInfo
 from qconvert.observers.layer import LayerStatistics
-from qconvert.observers.ranges import ObserverSettings
+from qconvert.observers.ranges import READ_WEIGHTS, ObserverSettings
 from qconvert.progress import Progress, Silent
 from qconvert.report import CalibrateReport
 from qconvert.stages.collected import (
@@ -30,6 +31,7 @@ from qconvert.stages.collected import (
     model_warnings,
     read_collected,
 )
+from qconvert.stages.column_norms import column_norms
 from qconvert.stages.importance import importance_bytes
 
 BATCH_ROWS = 32  # rows of one step of the moving average
@@ -71,19 +73,21 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
     found = Collected(options.settings)
     read = (*options.activations, *((options.model,) if options.model else ()))
     with AtomicOutput(options.output, overwrite=options.force, inputs=read) as out:
-        progress.begin("calibrate", sum(_size(p) for p in options.activations), "bytes")
-        for path in options.activations:
-            _observe_file(path, found, progress)
-        progress.end()
-        if not found.layers:
-            raise InputError("no activations in the input", path=options.activations[0])
-        found.finish()
-        warnings = []
-        if options.model:
-            with open_safetensors(options.model) as model:
+        with ExitStack() as stack:
+            model = stack.enter_context(open_safetensors(options.model)) if options.model else None
+            progress.begin("calibrate", sum(_size(p) for p in options.activations), "bytes")
+            for path in options.activations:
+                _observe_file(path, found, model, progress)
+            progress.end()
+            if not found.layers:
+                raise InputError("no activations in the input", path=options.activations[0])
+            found.finish()
+            warnings = []
+            if model:
                 layers = {name: layer.calibration for name, layer in found.finished.items()}
                 warnings = model_warnings(model, layers)
                 found.model = model_digest(model)
+                model.check_unchanged()
         out.write_at(0, found.to_bytes())
         out.commit()
     return CalibrateReport(
@@ -164,14 +168,17 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _observe_file(path: Path, found: Collected, progress: Progress) -> None:
+def _observe_file(path: Path, found: Collected, model: Model | None, progress: Progress) -> None:
     """Feed one file to the observers."""
-    with open_safetensors(path) as model:
-        for tensor in model.tensors:
+    with open_safetensors(path) as file:
+        for tensor in file.tensors:
             check_activations(tensor, path)
             name = layer_name(tensor.name)
             features = tensor.shape[1]
-            layer = found.layers.setdefault(name, LayerStatistics(features, found.settings))
+            if name not in found.layers:
+                norms = weight_norms(found.settings, model, name, features)
+                found.layers[name] = LayerStatistics(features, found.settings, norms)
+            layer = found.layers[name]
             if layer.features != features:
                 raise UnsupportedError(
                     "activations of one layer differ in width",
@@ -180,11 +187,21 @@ def _observe_file(path: Path, found: Collected, progress: Progress) -> None:
                     found=f"{features:,} features",
                     wanted=f"{layer.features:,}, as in the files before",
                 )
-            for batch in read_batches(model, tensor, path):
+            for batch in read_batches(file, tensor, path):
                 layer.update(batch)
             progress.advance(tensor.nbytes, tensor.name)
-        model.check_unchanged()
+        file.check_unchanged()
     found.inputs.append({"name": path.name, "sha256": file_sha256(path)})
+
+
+def weight_norms(
+    settings: ObserverSettings, model: Model | None, layer: str, features: int
+) -> NDArray[np.float64] | None:
+    """What the observer of a layer wants of its weight; None where that is nothing, or unknown."""
+    if model is None or settings.name not in READ_WEIGHTS:
+        return None
+    norms = column_norms(model, layer)
+    return None if norms is None or len(norms) != features else norms  # refused later, by name
 
 
 def check_activations(tensor: TensorInfo, path: Path) -> None:

@@ -27,7 +27,7 @@ from qconvert.report import CalibrateReport
 from qconvert.running.hugging_face import Checkpoint, open_checkpoint
 from qconvert.running.layers import Layer, embeddings, linear_layers, run_tokens, watching
 from qconvert.running.text import sentences, token_chunks
-from qconvert.stages.calibrate import unreached_warnings
+from qconvert.stages.calibrate import unreached_warnings, weight_norms
 from qconvert.stages.collected import (
     Collected,
     file_sha256,
@@ -141,6 +141,7 @@ class _Run:
     ) -> None:
         self.options = options
         self.checkpoint = checkpoint
+        self.model = model
         self.progress = progress
         self.pieces = _pieces(options, checkpoint)
         self.layers = linear_layers(checkpoint, model)
@@ -180,7 +181,7 @@ class _Run:
             for name in group:
                 if name not in statistics:
                     statistics[name] = LayerStatistics(
-                        self.layers[name].features, self.options.settings
+                        self.layers[name].features, self.options.settings, self._norms(name)
                     )
             watched = {name: self.layers[name] for name in group}
             with watching(watched, self._input, self._output if self.options.outputs else None):
@@ -197,6 +198,10 @@ class _Run:
             last = k + 1 == len(self.groups)
             self.found.run = replace(self._text_run, groups=k + 1, done=run.chunks if last else 0)
         self.progress.end()
+
+    def _norms(self, name: str) -> NDArray[np.float64] | None:
+        features = self.layers[name].features
+        return weight_norms(self.options.settings, self.model, name, features)
 
     @property
     def _text_run(self) -> TextRun:
@@ -275,7 +280,7 @@ class _Run:
             if name in done:
                 self.found.finished[name] = layer
             else:
-                self.found.layers[name] = restored(layer, self.options.settings)
+                self.found.layers[name] = restored(layer, self.options.settings, self._norms(name))
         self.found.run = replace(mine, done=theirs.done, groups=theirs.groups)
         self.found.unreached = state.unreached
         self.found.recorded = state.recorded

@@ -24,7 +24,7 @@ from qconvert.files.calibration import (
 )
 from qconvert.model import Model
 from qconvert.observers.layer import LayerStatistics
-from qconvert.observers.ranges import Observer, ObserverSettings, static_range
+from qconvert.observers.ranges import F64, Observer, ObserverSettings
 from qconvert.report import CalibratedLayer
 
 Arrays = dict[str, NDArray[Any]]
@@ -111,7 +111,12 @@ def replace_finished(c: Collected, more: Mapping[str, FinishedLayer]) -> Collect
 
 def finished(layer: LayerStatistics) -> FinishedLayer:
     """Ranges settled, state packed."""
-    return _packed(layer, _settled)
+
+    def settle(observer: Observer) -> StaticParameters:
+        found = layer.settings.settle(observer)
+        return StaticParameters(found.low, found.high, found.scale, found.zero_point)
+
+    return _packed(layer, settle)
 
 
 def unsettled(layer: LayerStatistics) -> FinishedLayer:
@@ -132,9 +137,11 @@ def _packed(
     )
 
 
-def restored(layer: FinishedLayer, settings: ObserverSettings) -> LayerStatistics:
-    """The inverse of `finished`."""
-    found = LayerStatistics.restored(layer.arrays, layer.calibration.features, settings)
+def restored(
+    layer: FinishedLayer, settings: ObserverSettings, columns: F64 | None = None
+) -> LayerStatistics:
+    """The inverse of `finished`; ``columns`` as of `LayerStatistics`, if more is to come."""
+    found = LayerStatistics.restored(layer.arrays, layer.calibration.features, settings, columns)
     if found.channels.samples != layer.calibration.samples:
         raise ValueError("samples")
     return found
@@ -148,7 +155,7 @@ def read_collected(path: Path) -> Collected:
     """
     document, arrays = read_state(path)
     try:
-        settings = ObserverSettings(document.observer, **document.settings)
+        settings = _settings(document)
         settings.make()
         parts: dict[str, Arrays] = {name: {} for name in document.layers}
         recorded: Arrays = {}
@@ -178,6 +185,11 @@ def read_collected(path: Path) -> Collected:
         unreached=document.unreached,
         recorded=recorded,
     )
+
+
+def _settings(document: CalibrationDocument) -> ObserverSettings:
+    given: dict[str, Any] = dict(document.settings)
+    return ObserverSettings(document.observer, **given)
 
 
 def merged(parts: Iterable[tuple[Path, Collected]]) -> Collected:
@@ -242,11 +254,6 @@ def _joined(a: TextRun | None, b: TextRun | None) -> TextRun | None:
 
 def _described(layer: LayerCalibration) -> str:
     return f"{layer.features:,} features{', with outputs' if layer.output else ''}"
-
-
-def _settled(observer: Observer) -> StaticParameters:
-    found = static_range(*observer.range())
-    return StaticParameters(found.low, found.high, found.scale, found.zero_point)
 
 
 def _row(name: str, layer: FinishedLayer) -> CalibratedLayer:
