@@ -27,7 +27,7 @@ from qconvert.errors import (
     UsageError,
     WeightError,
 )
-from qconvert.files.calibration import read_calibration
+from qconvert.files.calibration import Calibration, CalibrationDocument
 from qconvert.files.imatrix import read_imatrix
 from qconvert.observers.ranges import OBSERVERS, ObserverSettings
 from qconvert.progress import Silent
@@ -45,6 +45,11 @@ pytestmark = pytest.mark.filterwarnings("default")  # of torch and transformers,
 MODEL = ROOT / "samples" / "tiny-llama"
 TEXT = ROOT / "samples" / "calibration.txt"
 WINDOWS, LENGTH = 6, 32
+
+
+def document(path: Path) -> CalibrationDocument:
+    with Calibration(path) as found:
+        return found.document
 
 
 @pytest.fixture
@@ -106,7 +111,7 @@ def test_every_linear_layer_is_observed_exactly(
 ) -> None:
     report = calibrate_text(options(outputs=True, settings=ObserverSettings("minmax")))
     found = load_file(tmp_path / "c.safetensors")
-    layers = read_calibration(tmp_path / "c.safetensors").layers
+    layers = document(tmp_path / "c.safetensors").layers
     assert set(layers) == set(recorded)
     assert (report.chunks, report.tokens) == (WINDOWS, WINDOWS * LENGTH)
     assert report.unreached == []
@@ -138,9 +143,9 @@ def test_the_file_is_that_of_the_same_activations_recorded(
     ours, theirs = load_file(tmp_path / "c.safetensors"), load_file(other)
     assert ours.keys() == theirs.keys()
     assert all(ours[n].tobytes() == theirs[n].tobytes() for n in ours)
-    a, b = (read_calibration(p) for p in (tmp_path / "c.safetensors", other))
+    a, b = (document(p) for p in (tmp_path / "c.safetensors", other))
     assert a.layers == b.layers
-    assert a.document.model == b.document.model
+    assert a.model == b.model
 
 
 class Interrupt(Silent):
@@ -169,7 +174,7 @@ def test_interrupted_and_resumed_is_the_same_file_byte_for_byte(
     assert not interrupted.output.exists()
     assert interrupted.state.exists()
     with pytest.raises(InputError, match="interrupted run"):
-        read_calibration(interrupted.state)
+        document(interrupted.state)
     with pytest.raises(OutputExistsError, match="interrupted run"):
         calibrate_text(interrupted)
     report = calibrate_text(options(record=records[1], resume=True, **more))
@@ -303,7 +308,7 @@ def test_experts_are_observed_and_those_without_a_token_listed(
     mixtral: Path, options: Callable[..., TextOptions], tmp_path: Path
 ) -> None:
     report = calibrate_text(options(model=mixtral, imatrix=tmp_path / "im.gguf", outputs=True))
-    layers = read_calibration(tmp_path / "c.safetensors").layers
+    layers = document(tmp_path / "c.safetensors").layers
     experts = {
         f"model.layers.{k}.block_sparse_moe.experts.3.w{w}" for k in (0, 1) for w in (1, 2, 3)
     }
@@ -330,7 +335,7 @@ def test_a_tied_head_has_the_name_its_weight_is_stored_under(
     model = tmp_path / "tied"
     LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)).save_pretrained(model)
     calibrate_text(options(model=tokenizer_into(model)))
-    layers = read_calibration(tmp_path / "c.safetensors").layers
+    layers = document(tmp_path / "c.safetensors").layers
     assert "lm_head" not in layers
     assert layers["model.embed_tokens"].samples == WINDOWS * LENGTH
 
@@ -348,7 +353,7 @@ def test_an_encoder_takes_lines(options: Callable[..., TextOptions], tmp_path: P
     lengths = [len(line) for line in sentences(tokenizer, text, LENGTH)]
     assert len(lengths) == 3
     assert lengths[2] == LENGTH
-    layers = read_calibration(tmp_path / "c.safetensors").layers
+    layers = document(tmp_path / "c.safetensors").layers
     assert layers["bert.encoder.layer.1.output.dense"].features == 48
     assert {layer.samples for layer in layers.values()} == {sum(lengths)}
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from qconvert.cli.main import main
 from qconvert.errors import InputError, MachineError, QconvertError, UnsupportedError
-from qconvert.files.calibration import read_calibration
+from qconvert.files.calibration import Calibration, CalibrationDocument
 from qconvert.observers.ranges import ObserverSettings
 from qconvert.running.hugging_face import checked_config, open_checkpoint
 from qconvert.running.text import sentences, token_chunks
@@ -118,6 +118,11 @@ def test_command_lines_that_contradict_themselves(
 # --- merging --------------------------------------------------------------------------------------
 
 
+def document(path: Path) -> CalibrationDocument:
+    with Calibration(path) as found:
+        return found.document
+
+
 @pytest.fixture
 def parts(tmp_path: Path) -> tuple[Path, list[Path]]:
     """A model, and three recordings of its inputs in files of their own."""
@@ -172,7 +177,7 @@ def test_a_state_with_impossible_arrays_is_refused(
     model, recorded = parts
     path = tmp_path / "c"
     calibrate(CalibrateOptions((recorded[0],), path, model))
-    read_calibration(path)
+    document(path)
     tensors = load_file(path)
     tensors[f"a/{name}"] = tensors[f"a/{name}"][::-1].copy()[:1] * np.array(-1).astype(
         tensors[f"a/{name}"].dtype

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,13 +120,36 @@ class CalibrationDocument:
     unreached: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
 class Calibration:
-    """A calibration file, read and checked."""
+    """A finished calibration file, checked and open; a context manager.
 
-    path: Path
-    sha256: str
-    document: CalibrationDocument
+    Arrays are read when they are wanted, by several threads at once if need be.
+
+    Attributes:
+        path: as given.
+        document: its JSON.
+
+    Raises:
+        InputError: it cannot be read, is not a calibration file, or not a finished one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open_safetensors(path)
+        with ExitStack() as closing:  # a refusal closes the file
+            closing.callback(self._file.close)
+            self.document = _document(self._file, path)
+            run = self.document.run
+            if run and run.done < run.chunks:
+                raise FormatError(
+                    "the state of an interrupted run, not a calibration",
+                    path=path,
+                    found=f"{run.done:,} of {run.chunks:,} pieces of text",
+                    hint="finish it: the same command with --resume",
+                    code="CALIBRATION-PARTIAL",
+                )
+            closing.pop_all()
+        self._tensors = {t.name: t for t in self._file.tensors}
 
     @property
     def observer(self) -> str:
@@ -134,6 +158,54 @@ class Calibration:
     @property
     def layers(self) -> dict[str, LayerCalibration]:
         return self.document.layers
+
+    def sha256(self) -> str:
+        """Of the whole file."""
+        return self._file.sha256()
+
+    def mean_squares(self, tensor: str, columns: int) -> NDArray[np.float32] | None:
+        """Mean squares of the input channels of a weight, (columns,), finite and not negative.
+
+        None where the file has not got its layer, or the layer was never active: all are 0.
+
+        Raises:
+            FormatError: another number of channels than ``columns``, another dtype than F32, or a
+                mean square that is negative, NaN or infinite.
+        """
+        name = f"{layer_name(tensor)}/mean_square"
+        info = self._tensors.get(name)
+        if info is None:
+            return None
+        if (info.shape, info.dtype) != ((columns,), "F32"):
+            raise self._impossible(name, f"{info.dtype} {list(info.shape)}", f"F32 [{columns}]")
+        squares = self._file.values(info, 0, columns).astype(np.float32, copy=False)
+        wrong = ~(np.isfinite(squares) & (squares >= 0))
+        if wrong.any():
+            found = f"a mean square of {squares[wrong][0]:g}"
+            raise self._impossible(name, found, "a finite number, at least 0")
+        return squares if squares.any() else None
+
+    def check_unchanged(self) -> None:
+        """Raise an InputError if the file is not the one that was opened."""
+        self._file.check_unchanged()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Calibration:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _impossible(self, name: str, found: str, wanted: str) -> FormatError:
+        return FormatError(
+            "impossible values in the calibration",
+            path=self.path,
+            tensor=name,
+            found=found,
+            wanted=wanted,
+        )
 
     def find(self, tensor: str) -> LayerCalibration | None:
         """The calibration of the layer that a weight belongs to."""
@@ -205,30 +277,6 @@ def calibration_bytes(
     described = {"schema": SCHEMA, **asdict(document)}
     text = json.dumps(described, sort_keys=True, ensure_ascii=False)
     return save({n: np.ascontiguousarray(a) for n, a in arrays.items()}, {ENTRY: text})
-
-
-def read_calibration(path: Path) -> Calibration:
-    """Read and check a calibration file.
-
-    Raises:
-        InputError: it cannot be read, or is not a calibration file.
-    """
-    model = open_safetensors(path)
-    try:
-        document = _document(model, path)
-    finally:
-        model.close()
-    if document.run and document.run.done < document.run.chunks:
-        raise FormatError(
-            "the state of an interrupted run, not a calibration",
-            path=path,
-            found=f"{document.run.done:,} of {document.run.chunks:,} pieces of text",
-            hint="finish it: the same command with --resume",
-            code="CALIBRATION-PARTIAL",
-        )
-    with path.open("rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    return Calibration(path, sha256, document)
 
 
 def read_state(path: Path) -> tuple[CalibrationDocument, dict[str, NDArray[Any]]]:
