@@ -216,6 +216,63 @@ def test_merged_runs_are_one_run_over_both_texts_byte_for_byte(
     assert (tmp_path / "merged").read_bytes() == (tmp_path / "both").read_bytes()
 
 
+# --- Gram matrices --------------------------------------------------------------------------------
+
+
+def test_gram_matrices_are_those_of_all_inputs(
+    options: Callable[..., TextOptions],
+    recorded: dict[str, tuple[NDArray[Any], NDArray[Any]]],
+    tmp_path: Path,
+) -> None:
+    calibrate_text(options(gram=True))
+    with Calibration(tmp_path / "c.safetensors") as found:
+        assert found.gram("model.layers.9.mlp.up_proj.weight") is None
+        for name, (x, _) in recorded.items():
+            wide = x.astype(np.float64)
+            wanted, gram = wide.T @ wide, found.gram(f"{name}.weight")
+            assert gram is not None
+            assert np.array_equal(gram, gram.T)
+            reach = np.sqrt(np.outer(wanted.diagonal(), wanted.diagonal()))
+            assert (np.abs(gram - wanted) <= 1e-13 * reach).all()
+    plain = tmp_path / "plain"
+    calibrate_text(options(output=plain))
+    without, with_gram = load_file(plain), load_file(tmp_path / "c.safetensors")
+    assert all(with_gram[n].tobytes() == without[n].tobytes() for n in without)
+    with Calibration(plain) as found:
+        assert found.gram("lm_head.weight") is None
+
+
+def test_gram_matrices_of_interrupted_grouped_and_merged_runs_are_those_of_one(
+    options: Callable[..., TextOptions], tmp_path: Path
+) -> None:
+    data = TEXT.read_bytes()
+    texts = tmp_path / "a.txt", tmp_path / "b.txt"
+    texts[0].write_bytes(data[:800])
+    texts[1].write_bytes(data[40000:40600])
+    more = {"nsamples": None, "gram": True}
+    report = calibrate_text(options(texts=texts, output=tmp_path / "both", **more))
+    assert report.chunks
+    small = {"statistics_bytes": 30 << 20, "save_seconds": 0.0, **more}
+    halfway = Interrupt(report.chunks + 3)  # in the second pass
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_text(options(texts=texts, **small), halfway)
+    with pytest.raises(InputError, match="another run: --gram"):
+        calibrate_text(options(texts=texts, resume=True, **small | {"gram": False}))
+    calibrate_text(options(texts=texts, resume=True, **small))
+    a, b = load_file(tmp_path / "both"), load_file(tmp_path / "c.safetensors")
+    assert a.keys() == b.keys()
+    assert all(a[n].tobytes() == b[n].tobytes() for n in a)
+    parts = tuple(tmp_path / p for p in ("first", "second"))
+    for text, part in zip(texts, parts, strict=True):
+        calibrate_text(options(texts=(text,), output=part, **more))
+    merge_calibrations(MergeOptions(MODEL, parts, tmp_path / "merged"))
+    assert (tmp_path / "merged").read_bytes() == (tmp_path / "both").read_bytes()
+    plain = tmp_path / "plain"
+    calibrate_text(options(texts=texts[:1], output=plain, nsamples=None))
+    with pytest.raises(UnsupportedError, match="differs between the calibrations"):
+        merge_calibrations(MergeOptions(MODEL, (parts[1], plain), tmp_path / "no"))
+
+
 def test_recorded_rows_are_rows_of_the_inputs(
     options: Callable[..., TextOptions],
     recorded: dict[str, tuple[NDArray[Any], NDArray[Any]]],

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qconvert.errors import UsageError
 from qconvert.observers.exact import ExactSum
+from qconvert.observers.gram import GramMatrix
 from qconvert.observers.grid import static_range
 from qconvert.observers.ranges import OBSERVERS, ChannelStatistics, Observer, ObserverSettings
 
@@ -280,6 +281,84 @@ def test_without_anything_that_counts_nmse_covers_everything(columns: Any) -> No
     observer = ObserverSettings("nmse").make(columns)
     observer.update(np.zeros((3, 32), np.float32))
     assert observer.range() == (0, 0)
+
+
+# --- Gram matrix ----------------------------------------------------------------------------------
+
+
+def decoded(gram: GramMatrix) -> list[list[Fraction]]:
+    """Rows of the upper triangle, exactly."""
+    high, low = gram.packed()
+    values = [
+        Fraction(int(h), 4) + Fraction(int(v), 1 << 64) for h, v in zip(high, low, strict=True)
+    ]
+    starts = itertools.accumulate(range(gram.features, 0, -1), initial=0)
+    return [values[a:b] for a, b in itertools.pairwise(starts)]
+
+
+def uneven(rows: int, features: int) -> F32:
+    """Channels of sizes from 1e-12 to 1e7, zeros among them."""
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, features)) * 10.0 ** rng.integers(-12, 8, features)
+    x[:, 4] = 0
+    return x.astype(np.float32)
+
+
+def test_a_gram_matrix_is_that_of_all_rows() -> None:
+    """Against rational arithmetic: to the rounding of each batch's products in float64."""
+    x = uneven(40, 70)  # more than one stripe
+    gram = GramMatrix(70)
+    for rows in np.split(x, [1, 7, 30]):
+        gram.update(rows)
+    wide = [[Fraction(v) for v in row] for row in x.tolist()]
+    norms = [sum(row[i] ** 2 for row in wide) for i in range(70)]
+    for i, found in enumerate(decoded(gram)):
+        for j, value in enumerate(found, i):
+            wanted = sum(row[i] * row[j] for row in wide)
+            reach = math.sqrt(norms[i] * norms[j])
+            assert abs(value - wanted) <= reach * 1e-14 + 4 * 2.0**-64
+
+
+def test_a_gram_matrix_is_the_same_bits_in_any_order_of_the_batches() -> None:
+    parts = np.split(uneven(60, 130), [5, 6, 38])
+    wanted = GramMatrix(130)
+    for rows in parts:
+        wanted.update(rows)
+    for order in ((3, 1, 0, 2), (2, 3, 1, 0)):
+        halves = [GramMatrix(130), GramMatrix(130)]
+        for k, part in enumerate(order):
+            halves[k % 2].update(parts[part])
+        whole = GramMatrix.unpacked(*halves[0].packed(), 130)
+        whole.merge(halves[1])
+        for a, b in zip(whole.packed(), wanted.packed(), strict=True):
+            assert a.tobytes() == b.tobytes()
+    with pytest.raises(ValueError, match="different layers"):
+        wanted.merge(GramMatrix(131))
+
+
+def test_a_gram_matrix_refuses_what_it_cannot_hold() -> None:
+    large = np.full((1, 3), 2.0**29, np.float32)
+    gram = GramMatrix(3)
+    gram.update(large)
+    assert decoded(gram)[0] == [Fraction(2) ** 58] * 3
+    with pytest.raises(OverflowError):
+        gram.update(large)
+    with pytest.raises(OverflowError):
+        GramMatrix(3).update(2 * large)
+
+
+@pytest.mark.parametrize(
+    ("high", "low"),
+    [
+        (np.zeros(5, np.int64), np.zeros(5, np.int64)),
+        (np.zeros(6, np.int32), np.zeros(6, np.int64)),
+        (np.zeros(6, np.int64), np.full(6, -1)),
+        (np.zeros(6, np.int64), np.full(6, 1 << 62)),
+    ],
+)
+def test_a_damaged_gram_matrix_is_refused(high: NDArray[Any], low: NDArray[Any]) -> None:
+    with pytest.raises(ValueError, match="Gram matrix"):
+        GramMatrix.unpacked(high, low, 3)
 
 
 # --- merging --------------------------------------------------------------------------------------

@@ -182,6 +182,12 @@ def calibrate(
     outputs: Annotated[
         bool, typer.Option("--outputs", help="static ranges of the layers' outputs too")
     ] = False,
+    gram: Annotated[
+        bool,
+        typer.Option(
+            "--gram", help="also keep X^T X of each input, for error-compensated rounding; large"
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on where an interrupted run has stopped")
     ] = False,
@@ -252,6 +258,8 @@ def calibrate(
 
             if (observer, percentile, momentum, symmetric) != (None, None, None, False):
                 raise UsageError("--merge takes the observer of the files")
+            if gram:
+                raise UsageError("--merge takes Gram matrices where the files have them")
             done = merge_calibrations(MergeOptions(model, tuple(merge), output, imatrix, force))
         elif text:
             from qconvert.stages.calibrate_text import DEFAULT_SEQLEN, TextOptions, calibrate_text
@@ -266,6 +274,7 @@ def calibrate(
                     nsamples=nsamples,
                     seed=seed or 0,
                     outputs=outputs,
+                    gram=gram,
                     resume=resume,
                     imatrix=imatrix,
                     record=record,
@@ -284,6 +293,7 @@ def calibrate(
                     output=output,
                     model=model,
                     settings=_observer(observer, percentile, momentum, symmetric),
+                    gram=gram,
                     force=force,
                 ),
                 progress,
