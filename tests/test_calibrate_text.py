@@ -27,7 +27,7 @@ from qconvert.errors import (
     UsageError,
     WeightError,
 )
-from qconvert.files.calibration import read_calibration
+from qconvert.files.calibration import Calibration, CalibrationDocument
 from qconvert.files.imatrix import read_imatrix
 from qconvert.observers.ranges import OBSERVERS, ObserverSettings
 from qconvert.progress import Silent
@@ -45,6 +45,11 @@ pytestmark = pytest.mark.filterwarnings("default")  # of torch and transformers,
 MODEL = ROOT / "samples" / "tiny-llama"
 TEXT = ROOT / "samples" / "calibration.txt"
 WINDOWS, LENGTH = 6, 32
+
+
+def document(path: Path) -> CalibrationDocument:
+    with Calibration(path) as found:
+        return found.document
 
 
 @pytest.fixture
@@ -104,9 +109,9 @@ def test_every_linear_layer_is_observed_exactly(
     recorded: dict[str, tuple[NDArray[Any], NDArray[Any]]],
     tmp_path: Path,
 ) -> None:
-    report = calibrate_text(options(outputs=True))
+    report = calibrate_text(options(outputs=True, settings=ObserverSettings("minmax")))
     found = load_file(tmp_path / "c.safetensors")
-    layers = read_calibration(tmp_path / "c.safetensors").layers
+    layers = document(tmp_path / "c.safetensors").layers
     assert set(layers) == set(recorded)
     assert (report.chunks, report.tokens) == (WINDOWS, WINDOWS * LENGTH)
     assert report.unreached == []
@@ -122,7 +127,7 @@ def test_every_linear_layer_is_observed_exactly(
         assert (layer.output.low, layer.output.high) == (min(y.min(), 0), max(y.max(), 0))
 
 
-@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy", "nmse"])
 def test_the_file_is_that_of_the_same_activations_recorded(
     kind: str,
     options: Callable[..., TextOptions],
@@ -138,9 +143,9 @@ def test_the_file_is_that_of_the_same_activations_recorded(
     ours, theirs = load_file(tmp_path / "c.safetensors"), load_file(other)
     assert ours.keys() == theirs.keys()
     assert all(ours[n].tobytes() == theirs[n].tobytes() for n in ours)
-    a, b = (read_calibration(p) for p in (tmp_path / "c.safetensors", other))
+    a, b = (document(p) for p in (tmp_path / "c.safetensors", other))
     assert a.layers == b.layers
-    assert a.document.model == b.document.model
+    assert a.model == b.model
 
 
 class Interrupt(Silent):
@@ -169,7 +174,7 @@ def test_interrupted_and_resumed_is_the_same_file_byte_for_byte(
     assert not interrupted.output.exists()
     assert interrupted.state.exists()
     with pytest.raises(InputError, match="interrupted run"):
-        read_calibration(interrupted.state)
+        document(interrupted.state)
     with pytest.raises(OutputExistsError, match="interrupted run"):
         calibrate_text(interrupted)
     report = calibrate_text(options(record=records[1], resume=True, **more))
@@ -194,7 +199,7 @@ def test_several_passes_for_groups_of_layers_give_the_same_statistics(
     assert all(a[n].tobytes() == b[n].tobytes() for n in a)
 
 
-@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy", "nmse"])
 def test_merged_runs_are_one_run_over_both_texts_byte_for_byte(
     kind: str, options: Callable[..., TextOptions], tmp_path: Path
 ) -> None:
@@ -209,6 +214,63 @@ def test_merged_runs_are_one_run_over_both_texts_byte_for_byte(
         calibrate_text(options(texts=(text,), output=part, **more))
     merge_calibrations(MergeOptions(MODEL, parts, tmp_path / "merged"))
     assert (tmp_path / "merged").read_bytes() == (tmp_path / "both").read_bytes()
+
+
+# --- Gram matrices --------------------------------------------------------------------------------
+
+
+def test_gram_matrices_are_those_of_all_inputs(
+    options: Callable[..., TextOptions],
+    recorded: dict[str, tuple[NDArray[Any], NDArray[Any]]],
+    tmp_path: Path,
+) -> None:
+    calibrate_text(options(gram=True))
+    with Calibration(tmp_path / "c.safetensors") as found:
+        assert found.gram("model.layers.9.mlp.up_proj.weight") is None
+        for name, (x, _) in recorded.items():
+            wide = x.astype(np.float64)
+            wanted, gram = wide.T @ wide, found.gram(f"{name}.weight")
+            assert gram is not None
+            assert np.array_equal(gram, gram.T)
+            reach = np.sqrt(np.outer(wanted.diagonal(), wanted.diagonal()))
+            assert (np.abs(gram - wanted) <= 1e-13 * reach).all()
+    plain = tmp_path / "plain"
+    calibrate_text(options(output=plain))
+    without, with_gram = load_file(plain), load_file(tmp_path / "c.safetensors")
+    assert all(with_gram[n].tobytes() == without[n].tobytes() for n in without)
+    with Calibration(plain) as found:
+        assert found.gram("lm_head.weight") is None
+
+
+def test_gram_matrices_of_interrupted_grouped_and_merged_runs_are_those_of_one(
+    options: Callable[..., TextOptions], tmp_path: Path
+) -> None:
+    data = TEXT.read_bytes()
+    texts = tmp_path / "a.txt", tmp_path / "b.txt"
+    texts[0].write_bytes(data[:800])
+    texts[1].write_bytes(data[40000:40600])
+    more = {"nsamples": None, "gram": True}
+    report = calibrate_text(options(texts=texts, output=tmp_path / "both", **more))
+    assert report.chunks
+    small = {"statistics_bytes": 30 << 20, "save_seconds": 0.0, **more}
+    halfway = Interrupt(report.chunks + 3)  # in the second pass
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_text(options(texts=texts, **small), halfway)
+    with pytest.raises(InputError, match="another run: --gram"):
+        calibrate_text(options(texts=texts, resume=True, **small | {"gram": False}))
+    calibrate_text(options(texts=texts, resume=True, **small))
+    a, b = load_file(tmp_path / "both"), load_file(tmp_path / "c.safetensors")
+    assert a.keys() == b.keys()
+    assert all(a[n].tobytes() == b[n].tobytes() for n in a)
+    parts = tuple(tmp_path / p for p in ("first", "second"))
+    for text, part in zip(texts, parts, strict=True):
+        calibrate_text(options(texts=(text,), output=part, **more))
+    merge_calibrations(MergeOptions(MODEL, parts, tmp_path / "merged"))
+    assert (tmp_path / "merged").read_bytes() == (tmp_path / "both").read_bytes()
+    plain = tmp_path / "plain"
+    calibrate_text(options(texts=texts[:1], output=plain, nsamples=None))
+    with pytest.raises(UnsupportedError, match="differs between the calibrations"):
+        merge_calibrations(MergeOptions(MODEL, (parts[1], plain), tmp_path / "no"))
 
 
 def test_recorded_rows_are_rows_of_the_inputs(
@@ -303,7 +365,7 @@ def test_experts_are_observed_and_those_without_a_token_listed(
     mixtral: Path, options: Callable[..., TextOptions], tmp_path: Path
 ) -> None:
     report = calibrate_text(options(model=mixtral, imatrix=tmp_path / "im.gguf", outputs=True))
-    layers = read_calibration(tmp_path / "c.safetensors").layers
+    layers = document(tmp_path / "c.safetensors").layers
     experts = {
         f"model.layers.{k}.block_sparse_moe.experts.3.w{w}" for k in (0, 1) for w in (1, 2, 3)
     }
@@ -330,7 +392,7 @@ def test_a_tied_head_has_the_name_its_weight_is_stored_under(
     model = tmp_path / "tied"
     LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)).save_pretrained(model)
     calibrate_text(options(model=tokenizer_into(model)))
-    layers = read_calibration(tmp_path / "c.safetensors").layers
+    layers = document(tmp_path / "c.safetensors").layers
     assert "lm_head" not in layers
     assert layers["model.embed_tokens"].samples == WINDOWS * LENGTH
 
@@ -348,7 +410,7 @@ def test_an_encoder_takes_lines(options: Callable[..., TextOptions], tmp_path: P
     lengths = [len(line) for line in sentences(tokenizer, text, LENGTH)]
     assert len(lengths) == 3
     assert lengths[2] == LENGTH
-    layers = read_calibration(tmp_path / "c.safetensors").layers
+    layers = document(tmp_path / "c.safetensors").layers
     assert layers["bert.encoder.layer.1.output.dense"].features == 48
     assert {layer.samples for layer in layers.values()} == {sum(lengths)}
 

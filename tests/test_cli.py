@@ -15,6 +15,7 @@ import struct
 import subprocess
 import unicodedata
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -816,7 +817,7 @@ def test_a_histogram_counts_every_finite_value(kind: str, tmp_path: Path, call: 
     assert call("inspect", path, "--tensor", "w").code == 0
 
 
-@pytest.mark.parametrize("observer", ["minmax", "ema", "percentile", "mse"])
+@pytest.mark.parametrize("observer", ["minmax", "ema", "percentile", "mse", "entropy", "nmse"])
 def test_calibration_goes_into_the_file_and_verify_uses_it(
     observer: str, place: Path, call: Call
 ) -> None:
@@ -837,6 +838,30 @@ def test_calibration_goes_into_the_file_and_verify_uses_it(
         assert told.code == 0
         assert {t["activations"] for t in told.json["tensors"]} == {wanted}
         assert all(t["output_sqnr_db"] > 15 for t in told.json["tensors"])
+
+
+@pytest.mark.parametrize("observer", ["minmax", "ema", "percentile", "mse", "entropy", "nmse"])
+def test_symmetric_activations_have_no_zero_point_up_to_the_product(
+    observer: str, place: Path, call: Call
+) -> None:
+    calibrate = lines("--observer", observer, "--symmetric", "--json")["calibrate"]
+    layers = {layer["name"]: layer for layer in call(*calibrate).json["layers"]}
+    call(*lines("--calibration", "new.safetensors")["quantize"])
+    with closing(open_qblk(place / "new.qblk")) as model:
+        for name, layer in layers.items():
+            noted = model.stored[f"{name}.weight"].activation
+            assert noted
+            assert (noted["scale"], noted["zero_point"]) == (layer["scale"], 0)
+            assert layer["scale"] == pytest.approx(layer["high"] / 127, rel=1e-6)
+            assert layer["low"] == -layer["high"]
+    verify = ["verify", "new.qblk", "--against", "m.safetensors", "--json", "--activations"]
+    told = call(*verify, "static")
+    assert told.code == 0
+    assert all(t["output_sqnr_db"] > 15 for t in told.json["tensors"])
+    again = ["calibrate", "m.safetensors", "--merge", "new.safetensors", "-o", "merged"]
+    assert call(*again, "--symmetric").code == 2
+    merged = {layer["name"]: layer for layer in call(*again, "--json").json["layers"]}
+    assert merged == layers
 
 
 def test_calibrate_takes_several_files_and_a_percentile(place: Path, call: Call) -> None:

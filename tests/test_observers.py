@@ -14,17 +14,13 @@ from numpy.typing import NDArray
 
 from qconvert.errors import UsageError
 from qconvert.observers.exact import ExactSum
-from qconvert.observers.ranges import (
-    OBSERVERS,
-    ChannelStatistics,
-    Observer,
-    ObserverSettings,
-    static_range,
-)
+from qconvert.observers.gram import GramMatrix
+from qconvert.observers.grid import static_range
+from qconvert.observers.ranges import OBSERVERS, ChannelStatistics, Observer, ObserverSettings
 
 F32 = NDArray[np.float32]
 NAMES = pytest.mark.parametrize("name", oracle.DISTRIBUTIONS)
-MERGING = pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy"])
+MERGING = pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy", "nmse"])
 
 
 def batches(name: str) -> list[F32]:
@@ -186,6 +182,185 @@ def test_entropy_gives_up_a_lone_outlier() -> None:
     assert low <= x.min() * 0.6
 
 
+# --- relative error of the output -----------------------------------------------------------------
+
+
+def columns_and_rows() -> tuple[NDArray[np.float64], F32]:
+    """Norms of columns from 2^-70 to 2^10 and none at all; rows from 1e-9 to 1e4, and of zeros."""
+    rng = np.random.default_rng(11)
+    columns = np.ldexp(rng.uniform(1, 2, 24), rng.integers(-70, 10, 24))
+    columns[:8] = rng.uniform(0.5, 4, 8)
+    columns[[3, 17]] = 0
+    sizes = 10.0 ** rng.integers(-9, 5, (300, 1))
+    x = (rng.standard_normal((300, 24)) * sizes).astype(np.float32)
+    x[40] = 0
+    x[41, 1:] = 0
+    return columns, x
+
+
+def power_of_two(x: float) -> Fraction:
+    """The least power of two above x."""
+    return Fraction(2) ** math.frexp(x)[1]
+
+
+def test_each_value_counts_by_its_column_and_by_its_row_exactly() -> None:
+    columns, x = columns_and_rows()
+    observer = ObserverSettings("nmse").make(columns)
+    observer.update(x)
+    top = power_of_two(columns.max())
+    norms = [max(power_of_two(n) / top, Fraction(2) ** -64) if n else 0 for n in columns.tolist()]
+    wanted: dict[int, Fraction] = {}
+    for row in x:
+        energy = sum(n * Fraction(v) ** 2 for n, v in zip(norms, row.tolist(), strict=True))
+        if not energy:
+            continue
+        whole = Fraction(2) ** math.frexp(float(energy))[1]
+        for n, v in zip(norms, row, strict=True):
+            if n:
+                weight = min(max(n / whole, Fraction(2) ** -96), Fraction(2) ** 31)
+                key = int(v.view(np.uint32)) >> 16
+                wanted[key] = wanted.get(key, Fraction()) + weight
+    state = observer.state()
+    found = {
+        int(key): sum(Fraction(int(v)) * Fraction(2) ** (32 * k - 96) for k, v in enumerate(limbs))
+        for key, limbs in zip(state["keys"], state["weights"].T, strict=True)
+    }
+    assert found == wanted
+
+
+def test_weighted_counts_are_the_same_bits_for_any_split_and_order() -> None:
+    columns, x = columns_and_rows()
+    single = ObserverSettings("nmse").make(columns)
+    single.update(x)
+    for cuts in ([1], [7, 8, 150], list(range(1, 300))):
+        parts = [ObserverSettings("nmse").make(columns) for _ in range(2)]
+        for k, rows in enumerate(np.split(x, cuts)[::-1]):
+            parts[k % 2].update(rows)
+        merged = ObserverSettings("nmse").make()
+        merged.restore(parts[1].state())
+        merged.merge(parts[0])
+        for key, array in single.state().items():
+            assert merged.state()[key].tobytes() == array.tobytes()
+
+
+def relative_error(weight: F32, x: F32, low: float, high: float, symmetric: bool = False) -> float:
+    """Mean over the rows of |W x' - W x|² / |W x|², by the products themselves."""
+    r = static_range(low, high, symmetric=symmetric)
+    codes = np.clip(np.rint(x.astype(np.float64) / r.scale + r.zero_point), -128, 127)
+    error = ((codes - r.zero_point) * r.scale - x) @ weight.T.astype(np.float64)
+    return float(((error**2).sum(axis=1) / ((x @ weight.T) ** 2).sum(axis=1)).mean())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_nmse_has_nearly_the_least_relative_error_of_the_output(symmetric: bool) -> None:
+    """Rows of sizes apart, and large channels that meet small weights: to 1 dB of the best of a
+    grid of ranges, where the squared error of the input is 3 dB worse.
+    """
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((400, 48)).astype(np.float32)
+    x[:, :3] *= 30
+    x[:8] *= 50
+    weight = rng.standard_normal((64, 48)).astype(np.float32)
+    weight[:, :3] /= 30
+    reach = np.geomspace(np.abs(x).max() / 1000, np.abs(x).max(), 200)
+    best = min(relative_error(weight, x, -v, v, symmetric) for v in reach)
+    found = {}
+    for kind in ("mse", "nmse"):
+        settings = ObserverSettings(kind, symmetric=symmetric)
+        observer = settings.make((weight.astype(np.float64) ** 2).sum(axis=0))
+        observer.update(x)
+        low, high = observer.range()
+        assert (low == -high) or not symmetric
+        found[kind] = relative_error(weight, x, low, high, symmetric)
+    assert found["nmse"] <= best * 10**0.1
+    assert found["mse"] >= best * 10**0.3
+
+
+@pytest.mark.parametrize("columns", [None, np.zeros(32)])
+def test_without_anything_that_counts_nmse_covers_everything(columns: Any) -> None:
+    observer = ObserverSettings("nmse").make(columns)
+    observer.update(np.zeros((3, 32), np.float32))
+    assert observer.range() == (0, 0)
+
+
+# --- Gram matrix ----------------------------------------------------------------------------------
+
+
+def decoded(gram: GramMatrix) -> list[list[Fraction]]:
+    """Rows of the upper triangle, exactly."""
+    high, low = gram.packed()
+    values = [
+        Fraction(int(h), 4) + Fraction(int(v), 1 << 64) for h, v in zip(high, low, strict=True)
+    ]
+    starts = itertools.accumulate(range(gram.features, 0, -1), initial=0)
+    return [values[a:b] for a, b in itertools.pairwise(starts)]
+
+
+def uneven(rows: int, features: int) -> F32:
+    """Channels of sizes from 1e-12 to 1e7, zeros among them."""
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, features)) * 10.0 ** rng.integers(-12, 8, features)
+    x[:, 4] = 0
+    return x.astype(np.float32)
+
+
+def test_a_gram_matrix_is_that_of_all_rows() -> None:
+    """Against rational arithmetic: to the rounding of each batch's products in float64."""
+    x = uneven(40, 70)  # more than one stripe
+    gram = GramMatrix(70)
+    for rows in np.split(x, [1, 7, 30]):
+        gram.update(rows)
+    wide = [[Fraction(v) for v in row] for row in x.tolist()]
+    norms = [sum(row[i] ** 2 for row in wide) for i in range(70)]
+    for i, found in enumerate(decoded(gram)):
+        for j, value in enumerate(found, i):
+            wanted = sum(row[i] * row[j] for row in wide)
+            reach = math.sqrt(norms[i] * norms[j])
+            assert abs(value - wanted) <= reach * 1e-14 + 4 * 2.0**-64
+
+
+def test_a_gram_matrix_is_the_same_bits_in_any_order_of_the_batches() -> None:
+    parts = np.split(uneven(60, 130), [5, 6, 38])
+    wanted = GramMatrix(130)
+    for rows in parts:
+        wanted.update(rows)
+    for order in ((3, 1, 0, 2), (2, 3, 1, 0)):
+        halves = [GramMatrix(130), GramMatrix(130)]
+        for k, part in enumerate(order):
+            halves[k % 2].update(parts[part])
+        whole = GramMatrix.unpacked(*halves[0].packed(), 130)
+        whole.merge(halves[1])
+        for a, b in zip(whole.packed(), wanted.packed(), strict=True):
+            assert a.tobytes() == b.tobytes()
+    with pytest.raises(ValueError, match="different layers"):
+        wanted.merge(GramMatrix(131))
+
+
+def test_a_gram_matrix_refuses_what_it_cannot_hold() -> None:
+    large = np.full((1, 3), 2.0**29, np.float32)
+    gram = GramMatrix(3)
+    gram.update(large)
+    assert decoded(gram)[0] == [Fraction(2) ** 58] * 3
+    with pytest.raises(OverflowError):
+        gram.update(large)
+    with pytest.raises(OverflowError):
+        GramMatrix(3).update(2 * large)
+
+
+@pytest.mark.parametrize(
+    ("high", "low"),
+    [
+        (np.zeros(5, np.int64), np.zeros(5, np.int64)),
+        (np.zeros(6, np.int32), np.zeros(6, np.int64)),
+        (np.zeros(6, np.int64), np.full(6, -1)),
+        (np.zeros(6, np.int64), np.full(6, 1 << 62)),
+    ],
+)
+def test_a_damaged_gram_matrix_is_refused(high: NDArray[Any], low: NDArray[Any]) -> None:
+    with pytest.raises(ValueError, match="Gram matrix"):
+        GramMatrix.unpacked(high, low, 3)
+
+
 # --- merging --------------------------------------------------------------------------------------
 
 
@@ -219,7 +394,7 @@ def test_observers_of_different_kinds_do_not_merge(kind: str, other: str) -> Non
 
 
 def test_unknown_observers_and_parameters_out_of_range_are_refused() -> None:
-    with pytest.raises(UsageError, match="minmax, ema, percentile, mse, entropy"):
+    with pytest.raises(UsageError, match="minmax, ema, percentile, mse, entropy, nmse"):
         ObserverSettings("median").make()
     for percent in (50.0, 100.1, float("nan")):
         with pytest.raises(UsageError, match="--percentile"):
@@ -272,6 +447,31 @@ def test_a_damaged_state_is_refused(change: dict[str, NDArray[Any]]) -> None:
         ObserverSettings("mse").make().restore(state | change)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keys": np.array([3, 2], np.uint16)},
+        {"keys": np.array([3, 0x7F80], np.uint16)},
+        {"keys": np.array([3], np.uint16)},
+        {"weights": np.ones((4, 2), np.int64)},
+        {"weights": np.ones((5, 2), np.int64) << 32},
+        {"weights": np.full((5, 2), -1)},
+        {"weights": np.zeros((5, 2), np.int64)},
+        {"weights": np.ones((5, 2))},
+    ],
+    ids=str,
+)
+def test_damaged_weights_are_refused(change: dict[str, NDArray[Any]]) -> None:
+    state = {
+        "extremes": np.array([0.0, 1.0]),
+        "keys": np.array([2, 3], np.uint16),
+        "weights": np.ones((5, 2), np.int64),
+    }
+    ObserverSettings("nmse").make().restore(state)
+    with pytest.raises(ValueError, match="of a histogram"):
+        ObserverSettings("nmse").make().restore(state | change)
+
+
 # --- static parameters ----------------------------------------------------------------------------
 
 
@@ -301,6 +501,38 @@ def test_static_scale_is_the_shortest_decimal_of_a_binary32_number() -> None:
         # No decimal with fewer digits reads back as that number, and this one has at most nine.
         assert digits <= 9
         assert oracle.f32(float(f"{stored:.{digits - 1}g}")) != stored or digits == 1
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (-7.0, 3.0), (0.0, 2.0), (-5e-3, 0.0)])
+def test_symmetric_parameters_have_zero_point_0_and_the_larger_end_at_127(
+    low: float, high: float
+) -> None:
+    r = static_range(low, high, symmetric=True)
+    widest = max(-low, high)
+    assert (r.low, r.high, r.zero_point) == (-widest, widest, 0)
+    assert r.scale == pytest.approx(widest / 127, rel=1e-7)
+    assert oracle.f32(r.scale) == np.float32(widest / 127)
+
+
+def symmetric_snr(x: F32, top: float) -> float:
+    """dB of codes -128..127 with the scale top / 127, value by value."""
+    wide, scale = x.astype(np.float64), float(np.float32(top / 127))
+    error = np.clip(np.rint(wide / scale), -128, 127) * scale - wide
+    return float(10 * np.log10((wide**2).sum() / (error**2).sum()))
+
+
+@NAMES
+def test_symmetric_mse_has_nearly_the_best_snr_of_all_candidates(name: str) -> None:
+    data = batches(name)
+    x = everything(data)
+    observer = ObserverSettings("mse", symmetric=True).make()
+    for batch in data:
+        observer.update(batch)
+    low, high = observer.range()
+    widest = float(np.abs(x).max())
+    best = max(symmetric_snr(x, widest * k / 100) for k in range(20, 101))
+    assert low == -high
+    assert symmetric_snr(x, high) >= best - 0.3
 
 
 @pytest.mark.parametrize("high", [0.0, -0.0, 1e-46, 1e-44])

@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ROOT, gaussian, save
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from qconvert.cli.main import main
-from qconvert.errors import InputError, MachineError, QconvertError, UnsupportedError
-from qconvert.files.calibration import read_calibration
+from qconvert.errors import (
+    FormatError,
+    InputError,
+    MachineError,
+    QconvertError,
+    UnsupportedError,
+    WeightError,
+)
+from qconvert.files.calibration import Calibration, CalibrationDocument
 from qconvert.observers.ranges import ObserverSettings
 from qconvert.running.hugging_face import checked_config, open_checkpoint
 from qconvert.running.text import sentences, token_chunks
@@ -118,6 +127,11 @@ def test_command_lines_that_contradict_themselves(
 # --- merging --------------------------------------------------------------------------------------
 
 
+def document(path: Path) -> CalibrationDocument:
+    with Calibration(path) as found:
+        return found.document
+
+
 @pytest.fixture
 def parts(tmp_path: Path) -> tuple[Path, list[Path]]:
     """A model, and three recordings of its inputs in files of their own."""
@@ -130,7 +144,7 @@ def parts(tmp_path: Path) -> tuple[Path, list[Path]]:
     return model, recorded
 
 
-@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "entropy", "nmse"])
 def test_merged_recordings_are_one_run_byte_for_byte(
     kind: str, parts: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
@@ -146,6 +160,48 @@ def test_merged_recordings_are_one_run_byte_for_byte(
     merge_calibrations(MergeOptions(model, (*files[1:], files[0]), tmp_path / "turned"))
     a, b = load_file(tmp_path / "all"), load_file(tmp_path / "turned")
     assert all(a[n].tobytes() == b[n].tobytes() for n in a)
+
+
+def test_recordings_in_several_passes_give_the_bytes_of_one(
+    parts: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    model, recorded = parts
+    for name, most in (("one", 1 << 30), ("more", 1)):
+        given = CalibrateOptions(tuple(recorded), tmp_path / name, model, gram=True)
+        calibrate(replace(given, statistics_bytes=most))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "more").read_bytes()
+    x = np.concatenate([load_file(p)["a"] for p in recorded]).astype(np.float64)
+    with Calibration(tmp_path / "one") as found:
+        assert found.gram("a.weight") == pytest.approx(x.T @ x, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["gram.high", "gram.low"])
+def test_a_gram_matrix_cut_short_is_refused(
+    kind: str, parts: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    model, recorded = parts
+    path = tmp_path / "c"
+    calibrate(CalibrateOptions((recorded[0],), path, model, gram=True))
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors[f"a/{kind}"] = tensors[f"a/{kind}"][1:]
+    save(path, tensors, **metadata)
+    with Calibration(path) as found, pytest.raises(FormatError, match="impossible values"):
+        found.gram("a.weight")
+    with pytest.raises(FormatError, match="damaged"):
+        merge_calibrations(MergeOptions(model, (path, path), tmp_path / "merged"))
+
+
+def test_activations_too_large_for_a_gram_matrix_are_named(
+    parts: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    model, _ = parts
+    large = save(tmp_path / "large", {"a": np.full((3, 40), 1e9, np.float32)})
+    with pytest.raises(WeightError, match="too large for a Gram matrix") as refusal:
+        calibrate(CalibrateOptions((large,), tmp_path / "c", model, gram=True))
+    assert refusal.value.tensor == "a"
+    assert not (tmp_path / "c").exists()
 
 
 def test_merging_takes_finished_calibrations_of_the_model_alone(
@@ -172,7 +228,7 @@ def test_a_state_with_impossible_arrays_is_refused(
     model, recorded = parts
     path = tmp_path / "c"
     calibrate(CalibrateOptions((recorded[0],), path, model))
-    read_calibration(path)
+    document(path)
     tensors = load_file(path)
     tensors[f"a/{name}"] = tensors[f"a/{name}"][::-1].copy()[:1] * np.array(-1).astype(
         tensors[f"a/{name}"].dtype

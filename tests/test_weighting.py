@@ -13,11 +13,17 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.encoding import BITS, AffineEncoding
-from qconvert.errors import FormatError, UsageError
+from qconvert.errors import FormatError, InputError, UsageError
 from qconvert.files import open_model
-from qconvert.files.calibration import CalibrationDocument, LayerCalibration, calibration_bytes
+from qconvert.files.calibration import (
+    Calibration,
+    CalibrationDocument,
+    LayerCalibration,
+    calibration_bytes,
+)
 from qconvert.files.qblk import QblkModel
 from qconvert.kernels import reference
+from qconvert.model import Model
 from qconvert.quantizers.affine import Parameters, encode_rows
 from qconvert.quantizers.blocks import quantize_rows
 from qconvert.quantizers.fitting import fit, fit_stream
@@ -334,6 +340,25 @@ def test_impossible_mean_squares_are_refused(bad: float, tmp_path: Path) -> None
     squares[77] = bad
     with pytest.raises(FormatError, match=r"impossible values"), np.errstate(invalid="ignore"):
         written(tmp_path, {"a.weight": x}, {"a": squares})
+
+
+def test_a_calibration_that_changes_while_it_is_used_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the check of its header and the mean squares of the first tensor."""
+    x, squares = loud_weights()
+    check = Calibration.check_model
+
+    def change(self: Calibration, model: Model) -> None:
+        check(self, model)
+        with self.path.open("r+b") as f:
+            f.seek(-4, 2)
+            f.write(np.float32(9).tobytes())
+
+    monkeypatch.setattr(Calibration, "check_model", change)
+    with pytest.raises(InputError, match="file changed while it was read"):
+        written(tmp_path, {"a.weight": x}, {"a": squares})
+    assert not (tmp_path / "m.qblk").exists()
 
 
 @pytest.mark.parametrize("extreme", [2.0**-149, 2.0**-100, 1e30, 3e38])

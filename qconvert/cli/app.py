@@ -145,11 +145,14 @@ def calibrate(
         typer.Option("--merge", metavar="FILE", help="join calibrations of this model; repeatable"),
     ] = None,
     observer: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--observer", metavar="NAME", help="minmax, ema, percentile, mse or entropy [minmax]"
+            "--observer",
+            metavar="NAME",
+            help="minmax, ema, percentile, mse, entropy or nmse: least relative error of a layer's "
+            "output, row by row [nmse]",
         ),
-    ] = "minmax",
+    ] = None,
     percentile: Annotated[
         float | None,
         typer.Option("--percentile", metavar="P", help="of the percentile observer [99.99]"),
@@ -158,6 +161,9 @@ def calibrate(
         float | None,
         typer.Option("--momentum", metavar="M", help="of the moving average, ema [0.9]"),
     ] = None,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="zero point 0; scales of the larger end / 127")
+    ] = False,
     seqlen: Annotated[
         int | None,
         typer.Option(
@@ -175,6 +181,12 @@ def calibrate(
     ] = None,
     outputs: Annotated[
         bool, typer.Option("--outputs", help="static ranges of the layers' outputs too")
+    ] = False,
+    gram: Annotated[
+        bool,
+        typer.Option(
+            "--gram", help="also keep X^T X of each input, for error-compensated rounding; large"
+        ),
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on where an interrupted run has stopped")
@@ -244,8 +256,10 @@ def calibrate(
         if merge:
             from qconvert.stages.calibrate import MergeOptions, merge_calibrations
 
-            if observer != "minmax" or percentile is not None or momentum is not None:
+            if (observer, percentile, momentum, symmetric) != (None, None, None, False):
                 raise UsageError("--merge takes the observer of the files")
+            if gram:
+                raise UsageError("--merge takes Gram matrices where the files have them")
             done = merge_calibrations(MergeOptions(model, tuple(merge), output, imatrix, force))
         elif text:
             from qconvert.stages.calibrate_text import DEFAULT_SEQLEN, TextOptions, calibrate_text
@@ -255,11 +269,12 @@ def calibrate(
                     model=model,
                     texts=tuple(text),
                     output=output,
-                    settings=_observer(observer, percentile, momentum),
+                    settings=_observer(observer, percentile, momentum, symmetric),
                     seqlen=DEFAULT_SEQLEN if seqlen is None else seqlen,
                     nsamples=nsamples,
                     seed=seed or 0,
                     outputs=outputs,
+                    gram=gram,
                     resume=resume,
                     imatrix=imatrix,
                     record=record,
@@ -277,7 +292,8 @@ def calibrate(
                     activations=tuple(activations or ()),
                     output=output,
                     model=model,
-                    settings=_observer(observer, percentile, momentum),
+                    settings=_observer(observer, percentile, momentum, symmetric),
+                    gram=gram,
                     force=force,
                 ),
                 progress,
@@ -721,9 +737,11 @@ def bench(
         return emitter.emit(stage(options, emitter.progress), render.bench_text)
 
 
-def _observer(name: str, percentile: float | None, momentum: float | None) -> ObserverSettings:
+def _observer(
+    name: str | None, percentile: float | None, momentum: float | None, symmetric: bool
+) -> ObserverSettings:
     """The observer asked for; a parameter of another one is refused."""
-    from qconvert.observers.ranges import EMA_MOMENTUM, ObserverSettings
+    from qconvert.observers.ranges import DEFAULT_OBSERVER, EMA_MOMENTUM, ObserverSettings
     from qconvert.ranges import DEFAULT_PERCENTILE
 
     if percentile is not None and name != "percentile":
@@ -731,9 +749,10 @@ def _observer(name: str, percentile: float | None, momentum: float | None) -> Ob
     if momentum is not None and name != "ema":
         raise UsageError("--momentum goes with --observer ema")
     return ObserverSettings(
-        name,
+        name or DEFAULT_OBSERVER,
         percentile=DEFAULT_PERCENTILE if percentile is None else percentile,
         momentum=EMA_MOMENTUM if momentum is None else momentum,
+        symmetric=symmetric,
     )
 
 

@@ -3,7 +3,9 @@ as safetensors.
 
 Per layer ``L`` the tensors ``L/minimum``, ``L/maximum`` and ``L/mean_square`` (float32, one value
 a feature) are for reading; ``L/squares`` and ``L/state.*`` are exact and let two files be merged,
-or an interrupted run go on. The rest is JSON in the metadata entry ``qconvert.calibration``.
+or an interrupted run go on. ``L/gram.high`` and ``L/gram.low`` (int64) are the upper triangle of
+the Gram matrix, row after row, where one was asked for: a value is high · 2^-2 + low · 2^-64. The
+rest is JSON in the metadata entry ``qconvert.calibration``.
 """
 
 from __future__ import annotations
@@ -11,27 +13,30 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
+from qconvert.files.scratch import Scratch
 from qconvert.model import Model
 
 ENTRY = "qconvert.calibration"
-SCHEMA = "qconvert.calibration/2"
+SCHEMA = "qconvert.calibration/3"
 CHANNELS = ("minimum", "maximum", "mean_square")
 WEIGHT = ".weight"
 MAX_OBSERVER = 32  # characters of an observer's name
 MAX_SAMPLES = (1 << 53) - 1  # what a qblk header can say
 DIGEST_BYTES = 4096  # of each tensor
 NUMPY = {"F32": "<f4", "F64": "<f8", "U16": "<u2", "U32": "<u4", "I64": "<i8"}
+DTYPES = {np.dtype(code): name for name, code in NUMPY.items()}
+PART_BYTES = 1 << 24  # of a file that is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +107,7 @@ class CalibrationDocument:
 
     Attributes:
         observer: name of the observer.
-        settings: its parameters.
+        settings: its parameters; ``symmetric`` says that every zero point is 0.
         inputs: name and SHA-256 of each file that activations or text came from.
         layers: by name.
         model: `model_digest` of the model, None where activations came without one.
@@ -111,7 +116,7 @@ class CalibrationDocument:
     """
 
     observer: str
-    settings: dict[str, float]
+    settings: dict[str, float | bool]
     inputs: list[dict[str, str]]
     layers: dict[str, LayerCalibration]
     model: str | None = None
@@ -119,13 +124,36 @@ class CalibrationDocument:
     unreached: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
 class Calibration:
-    """A calibration file, read and checked."""
+    """A finished calibration file, checked and open; a context manager.
 
-    path: Path
-    sha256: str
-    document: CalibrationDocument
+    Arrays are read when they are wanted, by several threads at once if need be.
+
+    Attributes:
+        path: as given.
+        document: its JSON.
+
+    Raises:
+        InputError: it cannot be read, is not a calibration file, or not a finished one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open_safetensors(path)
+        with ExitStack() as closing:  # a refusal closes the file
+            closing.callback(self._file.close)
+            self.document = _document(self._file, path)
+            run = self.document.run
+            if run and run.done < run.chunks:
+                raise FormatError(
+                    "the state of an interrupted run, not a calibration",
+                    path=path,
+                    found=f"{run.done:,} of {run.chunks:,} pieces of text",
+                    hint="finish it: the same command with --resume",
+                    code="CALIBRATION-PARTIAL",
+                )
+            closing.pop_all()
+        self._tensors = {t.name: t for t in self._file.tensors}
 
     @property
     def observer(self) -> str:
@@ -134,6 +162,85 @@ class Calibration:
     @property
     def layers(self) -> dict[str, LayerCalibration]:
         return self.document.layers
+
+    def sha256(self) -> str:
+        """Of the whole file."""
+        return self._file.sha256()
+
+    def mean_squares(self, tensor: str, columns: int) -> NDArray[np.float32] | None:
+        """Mean squares of the input channels of a weight, (columns,), finite and not negative.
+
+        None where the file has not got its layer, or the layer was never active: all are 0.
+
+        Raises:
+            FormatError: another number of channels than ``columns``, another dtype than F32, or a
+                mean square that is negative, NaN or infinite.
+        """
+        name = f"{layer_name(tensor)}/mean_square"
+        info = self._tensors.get(name)
+        if info is None:
+            return None
+        if (info.shape, info.dtype) != ((columns,), "F32"):
+            raise self._impossible(name, f"{info.dtype} {list(info.shape)}", f"F32 [{columns}]")
+        squares = self._file.values(info, 0, columns).astype(np.float32, copy=False)
+        wrong = ~(np.isfinite(squares) & (squares >= 0))
+        if wrong.any():
+            found = f"a mean square of {squares[wrong][0]:g}"
+            raise self._impossible(name, found, "a finite number, at least 0")
+        return squares if squares.any() else None
+
+    def gram(self, tensor: str) -> NDArray[np.float64] | None:
+        """Xᵀ X of the inputs of the layer of a weight, (features, features), symmetric; to half a
+        unit in the last place.
+
+        None where the file has none: it is there with ``calibrate --gram``.
+
+        Raises:
+            FormatError: arrays that are no such matrix.
+        """
+        name = layer_name(tensor)
+        layer = self.layers.get(name)
+        if layer is None or f"{name}/gram.high" not in self._tensors:
+            return None
+        n = layer.features
+        found = np.empty((n, n))
+        parts = []
+        for kind in ("gram.high", "gram.low"):
+            info = self._tensors.get(f"{name}/{kind}")
+            if info is None or (info.shape, info.dtype) != ((n * (n + 1) // 2,), "I64"):
+                described = "nothing" if info is None else f"{info.dtype} {list(info.shape)}"
+                raise self._impossible(f"{name}/{kind}", described, f"I64 [{n * (n + 1) // 2}]")
+            parts.append(info)
+        at = 0
+        for k in range(n):
+            high, low = (
+                np.frombuffer(self._file.raw(t, 8 * at, 8 * (n - k)), "<i8") for t in parts
+            )
+            found[k, k:] = found[k:, k] = high * 2.0**-2 + low * 2.0**-64
+            at += n - k
+        return found
+
+    def check_unchanged(self) -> None:
+        """Raise an InputError if the file is not the one that was opened."""
+        self._file.check_unchanged()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Calibration:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _impossible(self, name: str, found: str, wanted: str) -> FormatError:
+        return FormatError(
+            "impossible values in the calibration",
+            path=self.path,
+            tensor=name,
+            found=found,
+            wanted=wanted,
+        )
 
     def find(self, tensor: str) -> LayerCalibration | None:
         """The calibration of the layer that a weight belongs to."""
@@ -198,41 +305,39 @@ def check_digest(recorded: str | None, model: Model, path: Path) -> None:
         )
 
 
-def calibration_bytes(
-    document: CalibrationDocument, arrays: Mapping[str, NDArray[np.generic]]
-) -> bytes:
-    """A calibration file; ``arrays`` are the tensors, named ``L/...``."""
-    described = {"schema": SCHEMA, **asdict(document)}
-    text = json.dumps(described, sort_keys=True, ensure_ascii=False)
-    return save({n: np.ascontiguousarray(a) for n, a in arrays.items()}, {ENTRY: text})
+def calibration_parts(
+    document: CalibrationDocument, arrays: Mapping[str, NDArray[Any]]
+) -> Iterator[bytes]:
+    """A calibration file, piece by piece; ``arrays`` are the tensors, named ``L/...``."""
+    text = json.dumps({"schema": SCHEMA, **asdict(document)}, sort_keys=True, ensure_ascii=False)
+    header: dict[str, Any] = {"__metadata__": {ENTRY: text}}
+    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # aligned
+    at = 0
+    for name in names:
+        a = arrays[name]
+        place = [at, at + a.nbytes]
+        header[name] = {"dtype": DTYPES[a.dtype], "shape": list(a.shape), "data_offsets": place}
+        at = place[1]
+    described = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    described += b" " * (-len(described) % 8)
+    yield len(described).to_bytes(8, "little") + described
+    for name in names:
+        flat = arrays[name].reshape(-1)
+        step = PART_BYTES // flat.itemsize
+        for start in range(0, len(flat), step):
+            part = flat[start : start + step]
+            yield part.astype(part.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
-def read_calibration(path: Path) -> Calibration:
-    """Read and check a calibration file.
-
-    Raises:
-        InputError: it cannot be read, or is not a calibration file.
-    """
-    model = open_safetensors(path)
-    try:
-        document = _document(model, path)
-    finally:
-        model.close()
-    if document.run and document.run.done < document.run.chunks:
-        raise FormatError(
-            "the state of an interrupted run, not a calibration",
-            path=path,
-            found=f"{document.run.done:,} of {document.run.chunks:,} pieces of text",
-            hint="finish it: the same command with --resume",
-            code="CALIBRATION-PARTIAL",
-        )
-    with path.open("rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    return Calibration(path, sha256, document)
+def calibration_bytes(document: CalibrationDocument, arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """The same in one."""
+    return b"".join(calibration_parts(document, arrays))
 
 
-def read_state(path: Path) -> tuple[CalibrationDocument, dict[str, NDArray[Any]]]:
-    """A calibration file, finished or not, and all its arrays.
+def read_state(
+    path: Path, scratch: Scratch | None = None
+) -> tuple[CalibrationDocument, dict[str, NDArray[Any]]]:
+    """A calibration file, finished or not, and all its arrays; Gram matrices in ``scratch``.
 
     Raises:
         InputError: it cannot be read, or is not a calibration file.
@@ -245,7 +350,8 @@ def read_state(path: Path) -> tuple[CalibrationDocument, dict[str, NDArray[Any]]
             if t.dtype not in NUMPY:
                 raise FormatError("impossible values in the calibration", path=path, tensor=t.name)
             values = np.frombuffer(model.raw(t, 0, t.nbytes), NUMPY[t.dtype])
-            arrays[t.name] = values.reshape(t.shape)
+            large = scratch is not None and "/gram." in t.name
+            arrays[t.name] = scratch.keep(values) if scratch and large else values.reshape(t.shape)
         model.check_unchanged()
     finally:
         model.close()
@@ -291,7 +397,7 @@ def _plausible_document(document: CalibrationDocument) -> bool:
         isinstance(observer, str)
         and len(observer) <= MAX_OBSERVER
         and observer.isidentifier()
-        and all(isinstance(v, float) for v in document.settings.values())
+        and all(isinstance(v, float | bool) for v in document.settings.values())
         and all(
             isinstance(entry["name"], str) and isinstance(entry["sha256"], str)
             for entry in document.inputs

@@ -29,6 +29,7 @@ LENGTH_BYTES = 8  # the header's length, u64 little-endian, comes before it
 METADATA = "__metadata__"
 MAX_NAME_BYTES = 1024  # QBLK-012: a model that can be read can be written
 MAX_DIMS = 64
+HASHED_BYTES = 1 << 20  # at a time
 MAX_DIM = (1 << 64) - 1  # what safetensors itself can hold
 
 
@@ -103,6 +104,14 @@ class SafetensorsModel:
             raise ValueError(f"bytes {offset}..{offset + size} of a tensor of {tensor.nbytes}")
         file, begin = self._places[tensor.name]
         return file.read(begin + offset, size)
+
+    def sha256(self) -> str:
+        """Of all bytes of the files, one after the other; read again."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            for start in range(0, file.size, HASHED_BYTES):
+                digest.update(file.read(start, min(HASHED_BYTES, file.size - start)))
+        return digest.hexdigest()
 
     def check_unchanged(self) -> None:
         """Refuse files that were written to since they were opened.

@@ -1,4 +1,5 @@
-"""Sums without rounding, one a channel: the same bits however the values are split and ordered.
+"""Sums without rounding, one a channel or a bin: the same bits for any split and order of the
+values.
 
 That is what makes a run, a resumed run and merged runs equal byte for byte. A float64 sum of
 squares would depend on where a run was cut.
@@ -19,6 +20,9 @@ LOW = -320  # exponent of the lowest bit; the square of a binary32 number is a m
 LIMBS = 20  # up to 2^320: 2^64 squares of at most 2^256
 BLOCK_VALUES = 45_000  # of squares at a time: they stay in the cache over several passes
 CARRY_EVERY = 1 << 28  # additions of below 2^33 to a limb of 63 bits
+WEIGHT_LIMBS = 5
+LIGHTEST, HEAVIEST = -96, 31  # exponents of weights: those of rows of any sane size
+MAX_PENDING = 1 << 30  # weights of below 2^32 in a limb of 63 bits
 _MASK = (1 << LIMB_BITS) - 1
 
 
@@ -122,3 +126,78 @@ class ExactSum:
         found = cls(limbs.shape[1])
         found.limbs[first : first + len(limbs)] = limbs
         return found
+
+
+class WeightedCounts:
+    """How often each bin was met, times powers of two: fixed-point numbers of 160 bits.
+
+    Weights below 2^-96 and above 2^31 count as those.
+
+    Args:
+        bins: how many.
+    """
+
+    def __init__(self, bins: int) -> None:
+        self.limbs: I64 = np.zeros((WEIGHT_LIMBS, bins), np.int64)
+        self._pending = 0
+
+    def add(self, keys: NDArray[np.unsignedinteger[Any]], exponents: NDArray[np.intc]) -> None:
+        """Add 2^e to the bin of each key; both of one length, at most 2^20."""
+        self._pending += len(keys)
+        if self._pending > MAX_PENDING:
+            self.carry()
+            self._pending = len(keys)
+        place = np.clip(exponents, LIGHTEST, HEAVIEST) - LIGHTEST
+        limb = place // LIMB_BITS
+        for k in np.unique(limb):
+            here = limb == k
+            chosen, shifts = (keys, place) if here.all() else (keys[here], place[here])
+            # Below 2^52: exact.
+            sums = np.bincount(
+                chosen, np.ldexp(1.0, shifts - k * LIMB_BITS), minlength=self.limbs.shape[1]
+            )
+            self.limbs[k] += sums.astype(np.int64)
+
+    def merge(self, other: WeightedCounts) -> None:
+        other.carry()
+        self.carry()
+        self.limbs += other.limbs
+        self.carry()
+
+    def carry(self) -> None:
+        """Bring every limb but the last into [0, 2^32): the one form of each number."""
+        for k in range(WEIGHT_LIMBS - 1):
+            self.limbs[k + 1] += self.limbs[k] >> LIMB_BITS
+            self.limbs[k] &= _MASK
+        self._pending = 0
+
+    def values(self) -> tuple[I64, F64]:
+        """The bins in use, ascending, and their sums, to a few units in the last place."""
+        self.carry()
+        used = np.flatnonzero(self.limbs.any(axis=0))
+        total = np.zeros(len(used))
+        for k, limb in enumerate(self.limbs[:, used]):
+            total += limb * np.ldexp(1.0, k * LIMB_BITS + LIGHTEST)
+        return used, total
+
+    def packed(self) -> tuple[NDArray[np.uint16], I64]:
+        """The bins in use, and their limbs (5, bins in use)."""
+        self.carry()
+        used = np.flatnonzero(self.limbs.any(axis=0))
+        return used.astype(np.uint16), self.limbs[:, used]
+
+    def unpack(self, keys: NDArray[np.uint16], limbs: I64) -> None:
+        """Take over what `packed` gave.
+
+        Raises:
+            ValueError, IndexError: it gave no such thing.
+        """
+        if limbs.shape != (WEIGHT_LIMBS, len(keys)) or limbs.dtype != np.int64 or keys.ndim != 1:
+            raise ValueError("weights of a histogram")
+        if (limbs < 0).any() or (limbs[:-1] > _MASK).any() or not limbs.any(axis=0).all():
+            raise ValueError("weights of a histogram")
+        if not (np.diff(keys.astype(np.int64)) > 0).all():
+            raise ValueError("keys of a histogram")
+        self.limbs[:] = 0
+        self.limbs[:, keys] = limbs
+        self._pending = 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,45 +19,23 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.errors import UsageError
-from qconvert.observers.exact import ExactSum
+from qconvert.observers.exact import ExactSum, WeightedCounts
+from qconvert.observers.grid import StaticRange, best_ends, noise, static_range
 from qconvert.observers.statistics import bin_centres, bin_edges
 from qconvert.ranges import DEFAULT_PERCENTILE
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 Arrays = dict[str, NDArray[Any]]
-CODES = 255  # steps of signed 8 bits
+DEFAULT_OBSERVER = "nmse"
 EMA_MOMENTUM = 0.9
-SHRINKS = 1.0 - np.arange(40) / 50  # candidate ends of the mse observer: 1.00, 0.98, ... 0.22
 
+SHRINKS = [1 - k / 50 for k in range(40)]  # ends that the entropy observer tries
+COARSE = 4  # of them, every so many are tried first
 LINEAR_BINS = 2048  # of the entropy observer, between the extremes
-COARSE = 4  # of the entropy observer's candidates, every so many are tried first
+COLUMN_SPAN = 64  # of the nmse observer: no column counts less than 2^-64 of the heaviest
+BLOCK_VALUES = 1 << 18  # of the nmse observer, at a time
 FLOOR = 1e-6  # share of the mass of the codes' histogram that is spread evenly: no log of 0
-
-
-@dataclass(frozen=True, slots=True)
-class StaticRange:
-    """Static activation parameters: a = clamp(rint(x / scale + zero_point), -128, 127).
-
-    Attributes:
-        low, high: the range that the codes cover, 0 included.
-        scale: the shortest decimal of a binary32 number, above 0.
-        zero_point: -128..127.
-    """
-
-    low: float
-    high: float
-    scale: float
-    zero_point: int
-
-
-def static_range(low: float, high: float) -> StaticRange:
-    """Signed 8-bit asymmetric parameters of a range; formats/schemes/SPEC.md section 7."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = np.float32((high - low) / CODES)
-    if scale == 0:
-        return StaticRange(low, high, 1.0, 0)
-    zero_point = int(np.clip(np.rint(-128 - low / float(scale)), -128, 127))
-    return StaticRange(low, high, float(str(scale)), zero_point)
 
 
 class Observer(Protocol):
@@ -221,33 +200,41 @@ class PercentileObserver(HistogramObserver):
 
 
 class MseObserver(HistogramObserver):
-    """Range whose 8-bit grid has the least squared error on the histogram, over shrinks of both
-    ends.
+    """Range whose 8-bit grid has the least squared error on the histogram.
+
+    Args:
+        symmetric: whether the grid is.
     """
+
+    def __init__(self, *, symmetric: bool = False) -> None:
+        super().__init__()
+        self.symmetric = symmetric
 
     def range(self) -> tuple[float, float]:
         centres, counts = self._ascending()
-        low, high = min(self.extremes.low, 0.0), max(self.extremes.high, 0.0)
-        best, found = np.inf, (low, high)
-        for a in SHRINKS if low < 0 else (1.0,):
-            for b in SHRINKS if high > 0 else (1.0,):
-                r = static_range(low * a, high * b)
-                codes = np.clip(np.rint(centres / r.scale + r.zero_point), -128, 127)
-                error = (codes - r.zero_point) * r.scale - centres
-                noise = float((counts * error * error).sum())
-                if noise < best:
-                    best, found = noise, (low * a, high * b)
-        return found
+        weights = counts.astype(np.float64)
+
+        def cost(low: float, high: float) -> float:
+            return noise(centres, weights, static_range(low, high, symmetric=self.symmetric))
+
+        return best_ends(*self.extremes.range(), cost, symmetric=self.symmetric)
 
 
 class EntropyObserver(HistogramObserver):
     """Range that loses the least information: the Kullback-Leibler divergence of what the 8-bit
-    codes can tell from the values' histogram, over shrinks of both ends, coarse to fine.
+    codes can tell from the values' histogram, over shrinks of both ends.
 
-    As TensorRT does it (Migacz, GTC 2017), for asymmetric codes: P is the histogram in 2,048 equal
-    bins, with all that a range cuts off added to its end bins; Q has the mass that lies inside the
-    range, evened out over the used bins of each code. KL(P || Q) = Σ P ln(P / Q).
+    As TensorRT does it (Migacz, GTC 2017), for asymmetric codes too: P is the histogram in 2,048
+    equal bins, with all that a range cuts off added to its end bins; Q has the mass that lies
+    inside the range, evened out over the used bins of each code. KL(P || Q) = Σ P ln(P / Q).
+
+    Args:
+        symmetric: whether the grid is.
     """
+
+    def __init__(self, *, symmetric: bool = False) -> None:
+        super().__init__()
+        self.symmetric = symmetric
 
     def range(self) -> tuple[float, float]:
         low, high = min(self.extremes.low, 0.0), max(self.extremes.high, 0.0)
@@ -255,21 +242,21 @@ class EntropyObserver(HistogramObserver):
             return low, high
         mass = self._linear(low, high)
         centres = low + (np.arange(LINEAR_BINS) + 0.5) * ((high - low) / LINEAR_BINS)
-        ends = SHRINKS.tolist()
 
-        def lost(pair: tuple[int, int]) -> float:
-            return divergence(mass, centres, low * ends[pair[0]], high * ends[pair[1]])
+        bottom, top = (-max(-low, high), max(-low, high)) if self.symmetric else (low, high)
+        join = partial(zip, strict=True) if self.symmetric else itertools.product
+
+        def lost(pair: tuple[float, float]) -> float:
+            r = static_range(bottom * pair[0], top * pair[1], symmetric=self.symmetric)
+            return divergence(mass, centres, r)
 
         # A fourth of the candidates each way, then all around the best of them.
-        lows = range(0, len(ends), COARSE) if low < 0 else range(1)
-        highs = range(0, len(ends), COARSE) if high > 0 else range(1)
-        a, b = min(itertools.product(lows, highs), key=lost)
-        near = itertools.product(
-            range(max(a - COARSE + 1, 0), min(a + COARSE, len(ends))) if low < 0 else (0,),
-            range(max(b - COARSE + 1, 0), min(b + COARSE, len(ends))) if high > 0 else (0,),
-        )
-        a, b = min(near, key=lost)
-        return low * ends[a], high * ends[b]
+        whole = [1.0]
+        coarse = SHRINKS[::COARSE]
+        best = min(join(coarse if bottom else whole, coarse if top else whole), key=lost)
+        near = [SHRINKS[max(k - COARSE + 1, 0) : k + COARSE] for k in map(SHRINKS.index, best)]
+        best = min(join(near[0] if bottom else whole, near[1] if top else whole), key=lost)
+        return bottom * best[0], top * best[1]
 
     def _linear(self, low: float, high: float) -> NDArray[np.float64]:
         """The counts in equal bins of low..high: values spread evenly over each bin of the
@@ -291,12 +278,11 @@ class EntropyObserver(HistogramObserver):
 
 
 def divergence(
-    mass: NDArray[np.float64], centres: NDArray[np.floating[Any]], low: float, high: float
+    mass: NDArray[np.float64], centres: NDArray[np.floating[Any]], r: StaticRange
 ) -> float:
-    """KL(P || Q) of a range low..high for counts ``mass`` in equal bins; see `EntropyObserver`."""
-    r = static_range(low, high)
+    """KL(P || Q) of a range for counts ``mass`` in equal bins; see `EntropyObserver`."""
     codes = np.clip(np.rint(centres / r.scale + r.zero_point), -128, 127).astype(np.int64) + 128
-    inside = (centres >= low) & (centres <= high)
+    inside = (centres >= r.low) & (centres <= r.high)
     if not inside.any():
         return np.inf
     kept = np.where(inside, mass, 0)
@@ -316,6 +302,84 @@ def divergence(
     return float((p[some] * np.log(p[some] / q[some])).sum())
 
 
+class NmseObserver:
+    """Range with the least relative error of the layer's output, the mean over its rows.
+
+    A row x that becomes x' spoils the output W x by W (x' - x). With errors that have nothing to do
+    with each other, the square of that is Σ_c n_c (x'_c - x_c)², n_c = Σ_r W[r,c]², out of
+    Σ_c n_c x_c²: a value counts by the column of the weight that it meets, and every row as much
+    as any other. Plain squared error is that of the few rows and channels of large values, whose
+    errors a normalisation further on, or small weights, make good again.
+
+    Both factors are rounded to powers of two, so that the sums are exact. Memory: 2.5 MiB.
+
+    Args:
+        columns: n, (features,), finite and not negative; None for ones.
+        symmetric: whether the grid is.
+    """
+
+    def __init__(self, columns: F64 | None = None, *, symmetric: bool = False) -> None:
+        self.symmetric = symmetric
+        self.extremes = MinMaxObserver()
+        self.weighted = WeightedCounts(kernels.HISTOGRAM_BINS)
+        self._used: NDArray[np.bool_] | None = None
+        self._exponents: NDArray[np.intc] | None = None
+        if columns is not None and columns.any():
+            if not columns.all():
+                self._used = columns > 0
+                columns = columns[self._used]
+            exponents = np.frexp(columns)[1]
+            self._exponents = np.maximum(exponents - exponents.max(), -COLUMN_SPAN)
+
+    def update(self, batch: F32) -> None:
+        self.extremes.update(batch)
+        step = max(1, BLOCK_VALUES // batch.shape[1])
+        for row in range(0, len(batch), step):
+            rows = batch[row : row + step]
+            self._add(np.ascontiguousarray(rows if self._used is None else rows[:, self._used]))
+
+    def _add(self, rows: F32) -> None:
+        squares = rows.astype(np.float64)
+        squares *= squares
+        if self._exponents is not None:
+            squares *= np.ldexp(1.0, self._exponents)
+        energy = squares.sum(axis=1)
+        some = energy > 0
+        exponents = -np.frexp(energy[some])[1][:, None]
+        if self._exponents is not None:
+            exponents = exponents + self._exponents
+        keys = rows[some].view(np.uint32) >> 16
+        self.weighted.add(keys.ravel(), np.broadcast_to(exponents, keys.shape).ravel())
+
+    def merge(self, other: Observer) -> None:
+        _check_kind(self, other)
+        assert isinstance(other, NmseObserver)
+        self.weighted.merge(other.weighted)
+        self.extremes.merge(other.extremes)
+
+    def range(self) -> tuple[float, float]:
+        used, weights = self.weighted.values()
+        if not len(used):
+            return self.extremes.range()
+        centres = np.clip(bin_centres()[used], *self.extremes.range())
+
+        def cost(low: float, high: float) -> float:
+            return noise(centres, weights, static_range(low, high, symmetric=self.symmetric))
+
+        return best_ends(*self.extremes.range(), cost, symmetric=self.symmetric)
+
+    def state(self) -> Arrays:
+        keys, limbs = self.weighted.packed()
+        return self.extremes.state() | {"keys": keys, "weights": limbs}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        keys = state["keys"]
+        if np.isnan(bin_centres()[keys]).any():
+            raise ValueError("keys of a histogram")
+        self.extremes.restore(state)
+        self.weighted.unpack(keys, state["weights"])
+
+
 @dataclass(frozen=True, slots=True)
 class ObserverSettings:
     """An observer by name, with its parameters.
@@ -324,14 +388,20 @@ class ObserverSettings:
         name: of `OBSERVERS`.
         percentile: of the percentile observer, above 50, at most 100.
         momentum: of the moving average, at least 0 and below 1.
+        symmetric: whether activations get zero point 0.
     """
 
-    name: str = "minmax"
+    name: str = DEFAULT_OBSERVER
     percentile: float = DEFAULT_PERCENTILE
     momentum: float = EMA_MOMENTUM
+    symmetric: bool = False
 
-    def make(self) -> Observer:
+    def make(self, columns: F64 | None = None) -> Observer:
         """A fresh observer.
+
+        Args:
+            columns: squared norms of the columns of the layer's weight, for those of
+                `READ_WEIGHTS`; None takes all as equal.
 
         Raises:
             UsageError: no observer of that name, or a parameter out of range.
@@ -342,16 +412,22 @@ class ObserverSettings:
             raise UsageError("--percentile", found=self.percentile, wanted="above 50, at most 100")
         if not 0 <= self.momentum < 1:
             raise UsageError("--momentum", found=self.momentum, wanted="at least 0, below 1")
-        return OBSERVERS[self.name](self)
+        return OBSERVERS[self.name](self, columns)
+
+    def settle(self, observer: Observer) -> StaticRange:
+        """The parameters of what an observer of these settings has seen."""
+        return static_range(*observer.range(), symmetric=self.symmetric)
 
 
-OBSERVERS: dict[str, Callable[[ObserverSettings], Observer]] = {
-    "minmax": lambda _: MinMaxObserver(),
-    "ema": lambda s: EmaObserver(s.momentum),
-    "percentile": lambda s: PercentileObserver(s.percentile),
-    "mse": lambda _: MseObserver(),
-    "entropy": lambda _: EntropyObserver(),
+OBSERVERS: dict[str, Callable[[ObserverSettings, F64 | None], Observer]] = {
+    "minmax": lambda s, _: MinMaxObserver(),
+    "ema": lambda s, _: EmaObserver(s.momentum),
+    "percentile": lambda s, _: PercentileObserver(s.percentile),
+    "mse": lambda s, _: MseObserver(symmetric=s.symmetric),
+    "entropy": lambda s, _: EntropyObserver(symmetric=s.symmetric),
+    "nmse": lambda s, columns: NmseObserver(columns, symmetric=s.symmetric),
 }
+READ_WEIGHTS = frozenset({"nmse"})  # observers that want the norms of the weight's columns
 
 
 class ChannelStatistics:

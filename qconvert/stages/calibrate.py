@@ -5,7 +5,8 @@ parameters and channel statistics. Running a model over text: `qconvert.stages.c
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,20 +17,24 @@ from qconvert import kernels
 from qconvert.errors import InputError, UnsupportedError, WeightError
 from qconvert.files.atomic import AtomicOutput
 from qconvert.files.calibration import check_digest, layer_name, model_digest
-from qconvert.files.safetensors import open_safetensors
+from qconvert.files.safetensors import SafetensorsModel, open_safetensors
+from qconvert.files.scratch import Scratch
 from qconvert.geometry import TILE_VALUES
 from qconvert.model import Model, TensorInfo
 from qconvert.observers.layer import LayerStatistics
-from qconvert.observers.ranges import ObserverSettings
+from qconvert.observers.ranges import READ_WEIGHTS, ObserverSettings
 from qconvert.progress import Progress, Silent
 from qconvert.report import CalibrateReport
 from qconvert.stages.collected import (
+    STATISTICS_BYTES,
     Collected,
-    file_sha256,
     merged,
     model_warnings,
+    observe,
+    passes,
     read_collected,
 )
+from qconvert.stages.column_norms import column_norms
 from qconvert.stages.importance import importance_bytes
 
 BATCH_ROWS = 32  # rows of one step of the moving average
@@ -37,13 +42,20 @@ BATCH_ROWS = 32  # rows of one step of the moving average
 
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
-    """Options of ``qconvert calibrate --activations``; the command line's help describes each."""
+    """Options of ``qconvert calibrate --activations``; the command line's help describes each.
+
+    Attributes:
+        statistics_bytes: what the statistics of one pass over the files may take; layers beyond
+            wait for another pass.
+    """
 
     activations: tuple[Path, ...]
     output: Path
     model: Path | None = None
     settings: ObserverSettings = field(default_factory=ObserverSettings)
+    gram: bool = False
     force: bool = False
+    statistics_bytes: int = STATISTICS_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +80,36 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
     started = time.perf_counter()
     progress = progress or Silent()
     options.settings.make()  # a wrong name costs no time
-    found = Collected(options.settings)
     read = (*options.activations, *((options.model,) if options.model else ()))
     with AtomicOutput(options.output, overwrite=options.force, inputs=read) as out:
-        progress.begin("calibrate", sum(_size(p) for p in options.activations), "bytes")
-        for path in options.activations:
-            _observe_file(path, found, progress)
-        progress.end()
-        if not found.layers:
-            raise InputError("no activations in the input", path=options.activations[0])
-        found.finish()
-        warnings = []
-        if options.model:
-            with open_safetensors(options.model) as model:
+        with ExitStack() as stack:
+            model = stack.enter_context(open_safetensors(options.model)) if options.model else None
+            files = [stack.enter_context(open_safetensors(p)) for p in options.activations]
+            scratch = stack.enter_context(Scratch(options.output)) if options.gram else None
+            found = Collected(options.settings, scratch=scratch)
+            widths = _widths(files)
+            sizes = {n: LayerStatistics.size(w, gram=options.gram) for n, w in widths.items()}
+            progress.begin("calibrate", sum(t.nbytes for f in files for t in f.tensors), "bytes")
+            for group in passes(sizes, options.statistics_bytes):
+                for name in group:
+                    norms = weight_norms(options.settings, model, name, widths[name])
+                    found.layers[name] = LayerStatistics(
+                        widths[name], options.settings, norms, gram=options.gram
+                    )
+                for file in files:
+                    _observe_file(file, found, progress)
+                found.finish()
+            progress.end()
+            for file in files:
+                found.inputs.append({"name": file.path.name, "sha256": file.sha256()})
+                file.check_unchanged()
+            warnings = []
+            if model:
                 layers = {name: layer.calibration for name, layer in found.finished.items()}
                 warnings = model_warnings(model, layers)
                 found.model = model_digest(model)
-        out.write_at(0, found.to_bytes())
+                model.check_unchanged()
+        found.write(out)
         out.commit()
     return CalibrateReport(
         kernels=kernels.describe(),
@@ -112,10 +137,11 @@ def merge_calibrations(options: MergeOptions) -> CalibrateReport:
             overwrite=options.force,
             inputs=(options.model, *options.calibrations),
         ) as out,
+        Scratch(options.output) as scratch,
     ):
         parts = []
         for path in options.calibrations:
-            part = read_collected(path)
+            part = read_collected(path, scratch)
             check_digest(part.model, model, path)
             if part.run and part.run.done < part.run.chunks:
                 raise InputError(
@@ -128,7 +154,7 @@ def merge_calibrations(options: MergeOptions) -> CalibrateReport:
         whole = merged(parts)
         layers = {name: layer.calibration for name, layer in whole.finished.items()}
         warnings = model_warnings(model, layers) + unreached_warnings(whole.unreached)
-        out.write_at(0, whole.to_bytes())
+        whole.write(out)
         if options.imatrix:
             with AtomicOutput(
                 options.imatrix, overwrite=options.force, inputs=(options.model,)
@@ -160,31 +186,49 @@ def unreached_warnings(unreached: list[str]) -> list[str]:
     ]
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def _widths(files: Sequence[SafetensorsModel]) -> dict[str, int]:
+    """Features of each layer, in the order of the files.
 
-
-def _observe_file(path: Path, found: Collected, progress: Progress) -> None:
-    """Feed one file to the observers."""
-    with open_safetensors(path) as model:
-        for tensor in model.tensors:
-            check_activations(tensor, path)
-            name = layer_name(tensor.name)
+    Raises:
+        InputError: an array that is no activations, two widths of a layer, or no array at all.
+    """
+    widths: dict[str, int] = {}
+    for file in files:
+        for tensor in file.tensors:
+            check_activations(tensor, file.path)
             features = tensor.shape[1]
-            layer = found.layers.setdefault(name, LayerStatistics(features, found.settings))
-            if layer.features != features:
+            wanted = widths.setdefault(layer_name(tensor.name), features)
+            if features != wanted:
                 raise UnsupportedError(
                     "activations of one layer differ in width",
-                    path=path,
+                    path=file.path,
                     tensor=tensor.name,
                     found=f"{features:,} features",
-                    wanted=f"{layer.features:,}, as in the files before",
+                    wanted=f"{wanted:,}, as in the files before",
                 )
-            for batch in read_batches(model, tensor, path):
-                layer.update(batch)
+    if not widths:
+        raise InputError("no activations in the input", path=files[0].path)
+    return widths
+
+
+def _observe_file(file: SafetensorsModel, found: Collected, progress: Progress) -> None:
+    """Feed what a file has of the layers of this pass to their statistics."""
+    for tensor in file.tensors:
+        name = layer_name(tensor.name)
+        if name in found.layers:
+            for batch in read_batches(file, tensor, file.path):
+                observe(found.layers[name], batch, tensor.name, file.path)
             progress.advance(tensor.nbytes, tensor.name)
-        model.check_unchanged()
-    found.inputs.append({"name": path.name, "sha256": file_sha256(path)})
+
+
+def weight_norms(
+    settings: ObserverSettings, model: Model | None, layer: str, features: int
+) -> NDArray[np.float64] | None:
+    """What the observer of a layer wants of its weight; None where that is nothing, or unknown."""
+    if model is None or settings.name not in READ_WEIGHTS:
+        return None
+    norms = column_norms(model, layer)
+    return None if norms is None or len(norms) != features else norms  # refused later, by name
 
 
 def check_activations(tensor: TensorInfo, path: Path) -> None:

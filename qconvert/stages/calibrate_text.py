@@ -7,6 +7,7 @@ with ``--resume`` goes on from there, and gives the bytes of a run that was neve
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -19,19 +20,23 @@ from qconvert.errors import InputError, OutputExistsError, UnsupportedError, Wei
 from qconvert.files.atomic import AtomicOutput, machine_errors
 from qconvert.files.calibration import TextRun, model_digest
 from qconvert.files.safetensors import open_safetensors
+from qconvert.files.scratch import Scratch
 from qconvert.model import Model
 from qconvert.observers.layer import LayerStatistics
 from qconvert.observers.ranges import ObserverSettings
 from qconvert.progress import Progress, Silent
 from qconvert.report import CalibrateReport
 from qconvert.running.hugging_face import Checkpoint, open_checkpoint
-from qconvert.running.layers import Layer, embeddings, linear_layers, run_tokens, watching
+from qconvert.running.layers import embeddings, linear_layers, run_tokens, watching
 from qconvert.running.text import sentences, token_chunks
-from qconvert.stages.calibrate import unreached_warnings
+from qconvert.stages.calibrate import unreached_warnings, weight_norms
 from qconvert.stages.collected import (
+    STATISTICS_BYTES,
     Collected,
     file_sha256,
     model_warnings,
+    observe,
+    passes,
     read_collected,
     restored,
 )
@@ -39,7 +44,6 @@ from qconvert.stages.importance import gguf_names, importance_bytes
 from qconvert.stages.parallel import available_threads
 
 DEFAULT_SEQLEN = 256
-STATISTICS_BYTES = 2 << 30  # of the layers of one pass
 SAVE_SECONDS = 10.0
 SAVE_SHARE = 0.05  # of the time goes into saving, at most
 RECORDED_ROWS = 64  # a layer
@@ -64,6 +68,7 @@ class TextOptions:
     nsamples: int | None = None
     seed: int = 0
     outputs: bool = False
+    gram: bool = False
     resume: bool = False
     imatrix: Path | None = None
     record: Path | None = None
@@ -98,8 +103,10 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
         )
         if options.imatrix:
             gguf_names(checkpoint.config, options.model)
-        with open_safetensors(options.model) as model:
-            run = _Run(options, checkpoint, model, progress)
+        with ExitStack() as stack:
+            model = stack.enter_context(open_safetensors(options.model))
+            scratch = stack.enter_context(Scratch(options.output)) if options.gram else None
+            run = _Run(options, checkpoint, model, scratch, progress)
             run.go()
             model.check_unchanged()
             found = run.found
@@ -109,7 +116,7 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
             warnings += _unwatched_warnings(model, set(layers) | set(found.unreached))
         if not layers:
             raise UnsupportedError("no linear layer was run", path=options.model)
-        out.write_at(0, found.to_bytes())
+        found.write(out)
         if options.imatrix:
             _write(options.imatrix, importance_bytes(found, options.model), options)
         record = _write_record(options, found) if options.record else None
@@ -137,14 +144,24 @@ class _Run:
     """One run: groups of layers, each over all pieces of text."""
 
     def __init__(
-        self, options: TextOptions, checkpoint: Checkpoint, model: Model, progress: Progress
+        self,
+        options: TextOptions,
+        checkpoint: Checkpoint,
+        model: Model,
+        scratch: Scratch | None,
+        progress: Progress,
     ) -> None:
         self.options = options
         self.checkpoint = checkpoint
+        self.model = model
         self.progress = progress
         self.pieces = _pieces(options, checkpoint)
         self.layers = linear_layers(checkpoint, model)
-        self.groups = _groups(self.layers, options)
+        sizes = {
+            name: LayerStatistics.size(layer.features, outputs=options.outputs, gram=options.gram)
+            for name, layer in self.layers.items()
+        }
+        self.groups = passes(sizes, options.statistics_bytes)
         self.chunk = 0
         tokens = sum(map(len, self.pieces))
         self.found = Collected(
@@ -160,12 +177,13 @@ class _Run:
                 tokens=tokens,
                 groups=0,
             ),
+            scratch=scratch,
         )
         self.resumed_at: int | None = None
         if options.resume:
             self.resumed_at = 0
             if options.state.exists():
-                self._resume(read_collected(options.state))
+                self._resume(read_collected(options.state, self.found.scratch))
 
     def go(self) -> None:
         """Run whatever has not been run yet."""
@@ -180,7 +198,10 @@ class _Run:
             for name in group:
                 if name not in statistics:
                     statistics[name] = LayerStatistics(
-                        self.layers[name].features, self.options.settings
+                        self.layers[name].features,
+                        self.options.settings,
+                        self._norms(name),
+                        gram=self.options.gram,
                     )
             watched = {name: self.layers[name] for name in group}
             with watching(watched, self._input, self._output if self.options.outputs else None):
@@ -198,6 +219,10 @@ class _Run:
             self.found.run = replace(self._text_run, groups=k + 1, done=run.chunks if last else 0)
         self.progress.end()
 
+    def _norms(self, name: str) -> NDArray[np.float64] | None:
+        features = self.layers[name].features
+        return weight_norms(self.options.settings, self.model, name, features)
+
     @property
     def _text_run(self) -> TextRun:
         assert self.found.run
@@ -207,7 +232,7 @@ class _Run:
         self._check_finite(name, rows, "input")
         if not len(rows):
             return
-        self.found.layers[name].update(rows)
+        observe(self.found.layers[name], rows, name, self.options.model)
         if self.options.record:
             self._record(name, rows)
 
@@ -240,7 +265,7 @@ class _Run:
     def _save(self, clock: _SaveClock) -> None:
         started = time.perf_counter()
         with AtomicOutput(self.options.state, overwrite=True) as out:
-            out.write_at(0, self.found.state_bytes())
+            self.found.write_state(out)
             out.commit()
         clock.saved(time.perf_counter() - started)
 
@@ -258,6 +283,7 @@ class _Run:
             ("--seed", theirs and theirs.seed, mine.seed),
             ("pieces of text", theirs and theirs.chunks, mine.chunks),
             ("--outputs", outputs, self.options.outputs),
+            ("--gram", any(f.has_gram for f in state.finished.values()), self.options.gram),
             ("--record", recorded, self.options.record is not None),
         ):
             if found != wanted:
@@ -275,7 +301,7 @@ class _Run:
             if name in done:
                 self.found.finished[name] = layer
             else:
-                self.found.layers[name] = restored(layer, self.options.settings)
+                self.found.layers[name] = restored(layer, self.options.settings, self._norms(name))
         self.found.run = replace(mine, done=theirs.done, groups=theirs.groups)
         self.found.unreached = state.unreached
         self.found.recorded = state.recorded
@@ -325,20 +351,6 @@ def _pieces(options: TextOptions, checkpoint: Checkpoint) -> list[NDArray[np.int
             code="HF-VOCABULARY",
         )
     return pieces
-
-
-def _groups(layers: dict[str, Layer], options: TextOptions) -> list[list[str]]:
-    """Layers whose statistics fit in memory together, in order of the names."""
-    groups: list[list[str]] = []
-    room = 0
-    for name, layer in layers.items():
-        size = LayerStatistics.size(layer.features, outputs=options.outputs)
-        if not groups or size > room:
-            groups.append([])
-            room = options.statistics_bytes
-        groups[-1].append(name)
-        room -= size
-    return groups
 
 
 def _check_outputs(options: TextOptions) -> None:

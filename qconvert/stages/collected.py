@@ -11,23 +11,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.errors import FormatError, UnsupportedError
+from qconvert.errors import FormatError, UnsupportedError, WeightError
+from qconvert.files.atomic import AtomicOutput
 from qconvert.files.calibration import (
     CHANNELS,
     CalibrationDocument,
     LayerCalibration,
     StaticParameters,
     TextRun,
-    calibration_bytes,
+    calibration_parts,
     layer_name,
     read_state,
 )
+from qconvert.files.scratch import Scratch
 from qconvert.model import Model
 from qconvert.observers.layer import LayerStatistics
-from qconvert.observers.ranges import Observer, ObserverSettings, static_range
+from qconvert.observers.ranges import F64, Observer, ObserverSettings
 from qconvert.report import CalibratedLayer
 
 Arrays = dict[str, NDArray[Any]]
+STATISTICS_BYTES = 2 << 30  # of the layers of one pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,10 @@ class FinishedLayer:
 
     calibration: LayerCalibration
     arrays: Arrays
+
+    @property
+    def has_gram(self) -> bool:
+        return "gram.high" in self.arrays
 
 
 @dataclass(slots=True)
@@ -51,6 +58,7 @@ class Collected:
         finished: of groups that are through; read from files.
         unreached: layers that no token came through.
         recorded: sampled rows of input a layer, (rows, features) float32.
+        scratch: where Gram matrices of finished layers are; None keeps them in memory.
     """
 
     settings: ObserverSettings
@@ -61,13 +69,21 @@ class Collected:
     finished: dict[str, FinishedLayer] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
     recorded: Arrays = field(default_factory=dict)
+    scratch: Scratch | None = None
 
     def finish(self) -> None:
         """Bring what was collected into the form of the file, and let go of the statistics."""
         for name in list(self.layers):
             layer = self.layers.pop(name)
             if layer.channels.samples:
-                self.finished[name] = finished(layer)
+                self.finished[name] = self._kept(finished(layer))
+
+    def _kept(self, layer: FinishedLayer) -> FinishedLayer:
+        """The same, small in memory."""
+        if self.scratch is None:
+            return layer
+        large = {k: self.scratch.keep(a) for k, a in layer.arrays.items() if k.startswith("gram.")}
+        return replace(layer, arrays=layer.arrays | large)
 
     def document(self) -> CalibrationDocument:
         """The JSON of the file, from the finished layers."""
@@ -81,16 +97,16 @@ class Collected:
             unreached=sorted(self.unreached),
         )
 
-    def to_bytes(self) -> bytes:
-        """The calibration file, of the finished layers."""
-        return calibration_bytes(self.document(), self._arrays())
+    def write(self, out: AtomicOutput) -> None:
+        """Write the calibration file, of the finished layers."""
+        _write(out, calibration_parts(self.document(), self._arrays()))
 
-    def state_bytes(self) -> bytes:
-        """A file from which the run can go on; nothing is let go of."""
+    def write_state(self, out: AtomicOutput) -> None:
+        """Write a file from which the run can go on; nothing is let go of."""
         collecting = {n: s for n, s in self.layers.items() if s.channels.samples}
         halfway = replace_finished(self, {n: unsettled(s) for n, s in collecting.items()})
         arrays = halfway._arrays() | {f"{n}/recorded": a for n, a in self.recorded.items()}
-        return calibration_bytes(halfway.document(), arrays)
+        _write(out, calibration_parts(halfway.document(), arrays))
 
     def _arrays(self) -> Arrays:
         return {
@@ -104,6 +120,49 @@ class Collected:
         return [_row(name, self.finished[name]) for name in sorted(self.finished)]
 
 
+def passes(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Layers whose statistics fit in memory together, in the order given.
+
+    Args:
+        sizes: bytes of the statistics of each.
+        most: bytes of one pass, but for a layer that needs more alone.
+    """
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = most
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def observe(layer: LayerStatistics, rows: NDArray[np.float32], name: str, path: Path) -> None:
+    """Feed finite rows of input to the statistics of a layer.
+
+    Raises:
+        WeightError: they are beyond what a Gram matrix holds.
+    """
+    try:
+        layer.update(rows)
+    except OverflowError as e:
+        raise WeightError(
+            "the activations are too large for a Gram matrix",
+            path=path,
+            tensor=name,
+            found=str(e),
+            hint="calibrate without --gram",
+        ) from e
+
+
+def _write(out: AtomicOutput, parts: Iterable[bytes]) -> None:
+    at = 0
+    for part in parts:
+        out.write_at(at, part)
+        at += len(part)
+
+
 def replace_finished(c: Collected, more: Mapping[str, FinishedLayer]) -> Collected:
     """A shallow copy with more finished layers."""
     return replace(c, finished={**c.finished, **more}, layers={})
@@ -111,7 +170,12 @@ def replace_finished(c: Collected, more: Mapping[str, FinishedLayer]) -> Collect
 
 def finished(layer: LayerStatistics) -> FinishedLayer:
     """Ranges settled, state packed."""
-    return _packed(layer, _settled)
+
+    def settle(observer: Observer) -> StaticParameters:
+        found = layer.settings.settle(observer)
+        return StaticParameters(found.low, found.high, found.scale, found.zero_point)
+
+    return _packed(layer, settle)
 
 
 def unsettled(layer: LayerStatistics) -> FinishedLayer:
@@ -132,23 +196,25 @@ def _packed(
     )
 
 
-def restored(layer: FinishedLayer, settings: ObserverSettings) -> LayerStatistics:
-    """The inverse of `finished`."""
-    found = LayerStatistics.restored(layer.arrays, layer.calibration.features, settings)
+def restored(
+    layer: FinishedLayer, settings: ObserverSettings, columns: F64 | None = None
+) -> LayerStatistics:
+    """The inverse of `finished`; ``columns`` as of `LayerStatistics`, if more is to come."""
+    found = LayerStatistics.restored(layer.arrays, layer.calibration.features, settings, columns)
     if found.channels.samples != layer.calibration.samples:
         raise ValueError("samples")
     return found
 
 
-def read_collected(path: Path) -> Collected:
-    """A calibration file or the state of an interrupted run.
+def read_collected(path: Path, scratch: Scratch | None = None) -> Collected:
+    """A calibration file or the state of an interrupted run; Gram matrices in ``scratch``.
 
     Raises:
         InputError: it cannot be read, or its arrays are not what a run has left.
     """
-    document, arrays = read_state(path)
+    document, arrays = read_state(path, scratch)
     try:
-        settings = ObserverSettings(document.observer, **document.settings)
+        settings = _settings(document)
         settings.make()
         parts: dict[str, Arrays] = {name: {} for name in document.layers}
         recorded: Arrays = {}
@@ -177,7 +243,13 @@ def read_collected(path: Path) -> Collected:
         finished=layers,
         unreached=document.unreached,
         recorded=recorded,
+        scratch=scratch,
     )
+
+
+def _settings(document: CalibrationDocument) -> ObserverSettings:
+    given: dict[str, Any] = dict(document.settings)
+    return ObserverSettings(document.observer, **given)
 
 
 def merged(parts: Iterable[tuple[Path, Collected]]) -> Collected:
@@ -215,11 +287,11 @@ def merged(parts: Iterable[tuple[Path, Collected]]) -> Collected:
                     "the layer differs between the calibrations",
                     path=path,
                     tensor=name,
-                    found=_described(layer.calibration),
-                    wanted=f"{_described(before.calibration)}, as in {first_path.name}",
+                    found=_described(layer),
+                    wanted=f"{_described(before)}, as in {first_path.name}",
                     code="CALIBRATION-MERGE",
                 ) from e
-            whole.finished[name] = finished(statistics)
+            whole.finished[name] = whole._kept(finished(statistics))
         whole.inputs = whole.inputs + part.inputs
         whole.run = _joined(whole.run, part.run)
         whole.unreached = [*whole.unreached, *part.unreached]
@@ -240,13 +312,10 @@ def _joined(a: TextRun | None, b: TextRun | None) -> TextRun | None:
     )
 
 
-def _described(layer: LayerCalibration) -> str:
-    return f"{layer.features:,} features{', with outputs' if layer.output else ''}"
-
-
-def _settled(observer: Observer) -> StaticParameters:
-    found = static_range(*observer.range())
-    return StaticParameters(found.low, found.high, found.scale, found.zero_point)
+def _described(layer: FinishedLayer) -> str:
+    more = [", with outputs"] if layer.calibration.output else []
+    more += [", with Gram matrix"] if layer.has_gram else []
+    return f"{layer.calibration.features:,} features{''.join(more)}"
 
 
 def _row(name: str, layer: FinishedLayer) -> CalibratedLayer:

@@ -22,7 +22,6 @@ from qconvert.files.atomic import AtomicOutput, check_space
 from qconvert.files.calibration import Calibration
 from qconvert.files.gguf_writer import MetadataValue
 from qconvert.files.imatrix import Imatrix
-from qconvert.files.mean_squares import MeanSquares
 from qconvert.geometry import TILE_VALUES, Tile
 from qconvert.model import Model, SourceFile
 from qconvert.progress import Progress
@@ -153,7 +152,6 @@ class Job:
         self.report = report
         self.progress = progress
         self.total = ErrorSums()
-        self.mean_squares: MeanSquares | None = None
 
     def write(self, outputs: list[tuple[Path, int]]) -> None:
         sources = _source_paths(self.model)
@@ -166,10 +164,6 @@ class Job:
                 stack.enter_context(AtomicOutput(p, overwrite=self.options.force, inputs=inputs))
                 for p in paths
             ]
-            if self.options.calibration and self.options.weighting:
-                self.mean_squares = stack.enter_context(
-                    closing(MeanSquares(self.options.calibration))
-                )
             check_space(paths[0], sum(planned_row(p).nbytes for p in self.plan))
             provenance = self._provenance(sources)
             sink: Sink
@@ -184,8 +178,8 @@ class Job:
                     self._take(task, piece, sink, workers)
                 self.report.output_bytes = sink.finish()
             self.model.check_unchanged()
-            if self.mean_squares:
-                self.mean_squares.check_unchanged()
+            if self.calibration:
+                self.calibration.check_unchanged()
             for out in reversed(outs):  # the first, which names the others, comes last
                 out.commit()
             self.progress.end()
@@ -221,7 +215,7 @@ class Job:
         if self.calibration:
             found["calibration"] = {
                 "observer": self.calibration.observer,
-                "sha256": self.calibration.sha256,
+                "sha256": self.calibration.sha256(),
             }
         return found
 
@@ -257,8 +251,8 @@ class Job:
             encoding = encoding_of(p.scheme, p.tensor)
             method = self.options.range or default_method(p.scheme.bits)
             squares = None
-            if self.mean_squares:
-                squares = self.mean_squares.find(p.tensor.name, encoding.row_length)
+            if self.calibration and self.options.weighting:
+                squares = self.calibration.mean_squares(p.tensor.name, encoding.row_length)
             return affine_encoder(
                 *(self.model, p.tensor, encoding, p.scheme.symmetric, method, mapper, squares)
             )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from qconvert import kernels
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.files import open_model
-from qconvert.files.calibration import Calibration, read_calibration
+from qconvert.files.calibration import Calibration
 from qconvert.files.dequantized import dequantized
 from qconvert.files.gguf_split import plan_shards, shard_path
 from qconvert.files.gguf_split_reader import AnyGgufModel
@@ -63,10 +64,13 @@ def quantize(
         raise UsageError(
             "--no-weighting without a calibration", hint="weights come with --calibration FILE"
         )
-    opened = open_model(source)
-    try:
+    with ExitStack() as files:
+        opened = open_model(source)
+        files.callback(opened.close)
         model = _plain(opened, options)
-        calibration = read_calibration(options.calibration) if options.calibration else None
+        calibration = None
+        if options.calibration:
+            calibration = files.enter_context(Calibration(options.calibration))
         plan, target = _plan(opened, model, options, container)
         model = target.model if target else model
         report = QuantizeReport(
@@ -107,8 +111,6 @@ def quantize(
         else:
             job = Job(model, plan, options, calibration, target, report, progress)
             job.write(outputs)
-    finally:
-        opened.close()
     if calibration:
         unused = calibration.unused([p.tensor.name for p in plan if p.scheme])
         if unused:

@@ -1,0 +1,42 @@
+"""How much each input channel of a layer reaches its output: the norms of the weight's columns."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.errors import WeightError
+from qconvert.files.calibration import layer_name
+from qconvert.geometry import TILE_VALUES
+from qconvert.model import Model
+
+F64 = NDArray[np.float64]
+
+
+def column_norms(model: Model, layer: str) -> F64 | None:
+    """Σ_r W[r,c]² of the weight of a layer, (columns,), read a tile at a time.
+
+    None where the model has no weight of that name with at least two dimensions.
+
+    Raises:
+        WeightError: a weight is NaN or Inf.
+    """
+    found = [t for t in model.tensors if layer_name(t.name) == layer and len(t.shape) >= 2]
+    if not found or not found[0].size:
+        return None
+    tensor, columns = found[0], found[0].shape[-1]
+    sums = np.zeros(columns)
+    step = max(1, TILE_VALUES // columns) * columns
+    for start in range(0, tensor.size, step):
+        tile = model.values(tensor, start, min(start + step, tensor.size)).astype(np.float64)
+        tile *= tile
+        sums += tile.reshape(-1, columns).sum(axis=0)
+    if not np.isfinite(sums).all():
+        raise WeightError(
+            "a weight is NaN or Inf",
+            path=model.path,
+            tensor=tensor.name,
+            found=f"column {int(np.argmin(np.isfinite(sums))):,}",
+            hint="repair the model first; qconvert inspect says where",
+        )
+    return sums
