@@ -208,7 +208,7 @@ def test_each_value_counts_by_its_column_and_by_its_row_exactly() -> None:
     observer = ObserverSettings("nmse").make(columns)
     observer.update(x)
     top = power_of_two(columns.max())
-    norms = [max(power_of_two(n) / top, Fraction(2) ** -64) if n else 0 for n in columns.tolist()]
+    norms = [max(power_of_two(n) / top, Fraction(2) ** -24) if n else 0 for n in columns.tolist()]
     wanted: dict[int, Fraction] = {}
     for row in x:
         energy = sum(n * Fraction(v) ** 2 for n, v in zip(norms, row.tolist(), strict=True))
@@ -217,7 +217,7 @@ def test_each_value_counts_by_its_column_and_by_its_row_exactly() -> None:
         whole = Fraction(2) ** math.frexp(float(energy))[1]
         for n, v in zip(norms, row, strict=True):
             if n:
-                weight = min(max(n / whole, Fraction(2) ** -96), Fraction(2) ** 31)
+                weight = n * min(max(1 / whole, Fraction(2) ** -72), Fraction(2) ** 31)
                 key = int(v.view(np.uint32)) >> 16
                 wanted[key] = wanted.get(key, Fraction()) + weight
     state = observer.state()
@@ -453,11 +453,11 @@ def test_a_damaged_state_is_refused(change: dict[str, NDArray[Any]]) -> None:
         {"keys": np.array([3, 2], np.uint16)},
         {"keys": np.array([3, 0x7F80], np.uint16)},
         {"keys": np.array([3], np.uint16)},
-        {"weights": np.ones((4, 2), np.int64)},
-        {"weights": np.ones((5, 2), np.int64) << 32},
-        {"weights": np.full((5, 2), -1)},
-        {"weights": np.zeros((5, 2), np.int64)},
-        {"weights": np.ones((5, 2))},
+        {"weights": np.ones((5, 2), np.int64)},
+        {"weights": np.ones((6, 2), np.int64) << 32},
+        {"weights": np.full((6, 2), -1)},
+        {"weights": np.zeros((6, 2), np.int64)},
+        {"weights": np.ones((6, 2))},
     ],
     ids=str,
 )
@@ -465,7 +465,7 @@ def test_damaged_weights_are_refused(change: dict[str, NDArray[Any]]) -> None:
     state = {
         "extremes": np.array([0.0, 1.0]),
         "keys": np.array([2, 3], np.uint16),
-        "weights": np.ones((5, 2), np.int64),
+        "weights": np.ones((6, 2), np.int64),
     }
     ObserverSettings("nmse").make().restore(state)
     with pytest.raises(ValueError, match="of a histogram"):

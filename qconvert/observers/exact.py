@@ -20,9 +20,8 @@ LOW = -320  # exponent of the lowest bit; the square of a binary32 number is a m
 LIMBS = 20  # up to 2^320: 2^64 squares of at most 2^256
 BLOCK_VALUES = 45_000  # of squares at a time: they stay in the cache over several passes
 CARRY_EVERY = 1 << 28  # additions of below 2^33 to a limb of 63 bits
-WEIGHT_LIMBS = 5
-LIGHTEST, HEAVIEST = -96, 31  # exponents of weights: those of rows of any sane size
-MAX_PENDING = 1 << 30  # weights of below 2^32 in a limb of 63 bits
+WEIGHT_LIMBS = 6
+LIGHTEST, HEAVIEST = -96, 31  # exponents of weights
 _MASK = (1 << LIMB_BITS) - 1
 
 
@@ -129,9 +128,7 @@ class ExactSum:
 
 
 class WeightedCounts:
-    """How often each bin was met, times powers of two: fixed-point numbers of 160 bits.
-
-    Weights below 2^-96 and above 2^31 count as those.
+    """How often each bin was met, times powers of two: fixed-point numbers of 192 bits.
 
     Args:
         bins: how many.
@@ -141,22 +138,25 @@ class WeightedCounts:
         self.limbs: I64 = np.zeros((WEIGHT_LIMBS, bins), np.int64)
         self._pending = 0
 
-    def add(self, keys: NDArray[np.unsignedinteger[Any]], exponents: NDArray[np.intc]) -> None:
-        """Add 2^e to the bin of each key; both of one length, at most 2^20."""
-        self._pending += len(keys)
-        if self._pending > MAX_PENDING:
+    def add(self, keys: NDArray[np.integer[Any]], weights: F64, exponent: int) -> None:
+        """Add weight · 2^exponent to the bin of each key.
+
+        Args:
+            keys, weights: of one shape; the weights are integers whose sum is below 2^53.
+            exponent: -96..31.
+        """
+        sums = np.bincount(keys.ravel(), weights.ravel(), minlength=self.limbs.shape[1])
+        used = np.flatnonzero(sums != 0)  # many times faster than of floats
+        whole = sums[used].astype(np.int64)
+        limb, shift = divmod(exponent - LIGHTEST, LIMB_BITS)
+        low = (whole & _MASK) << shift
+        high = (whole >> LIMB_BITS) << shift
+        self.limbs[limb, used] += low & _MASK
+        self.limbs[limb + 1, used] += (low >> LIMB_BITS) + (high & _MASK)
+        self.limbs[limb + 2, used] += high >> LIMB_BITS
+        self._pending += 1
+        if self._pending >= CARRY_EVERY:
             self.carry()
-            self._pending = len(keys)
-        place = np.clip(exponents, LIGHTEST, HEAVIEST) - LIGHTEST
-        limb = place // LIMB_BITS
-        for k in np.unique(limb):
-            here = limb == k
-            chosen, shifts = (keys, place) if here.all() else (keys[here], place[here])
-            # Below 2^52: exact.
-            sums = np.bincount(
-                chosen, np.ldexp(1.0, shifts - k * LIMB_BITS), minlength=self.limbs.shape[1]
-            )
-            self.limbs[k] += sums.astype(np.int64)
 
     def merge(self, other: WeightedCounts) -> None:
         other.carry()
@@ -181,7 +181,7 @@ class WeightedCounts:
         return used, total
 
     def packed(self) -> tuple[NDArray[np.uint16], I64]:
-        """The bins in use, and their limbs (5, bins in use)."""
+        """The bins in use, and their limbs (6, bins in use)."""
         self.carry()
         used = np.flatnonzero(self.limbs.any(axis=0))
         return used.astype(np.uint16), self.limbs[:, used]

@@ -19,7 +19,7 @@ from qconvert.observers.ranges import (
     ObserverSettings,
 )
 
-OBSERVER_BYTES = 5 << 19  # of the nmse observer; histograms take 1 << 19
+OBSERVER_BYTES = 6 << 19  # of the nmse observer; histograms take 1 << 19
 CHANNEL_BYTES = 168  # of an exact sum and two extremes
 
 

@@ -52,12 +52,12 @@ class Workers:
         return self._pool.submit(work, item)
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """``work`` of each item, in order; at most two results a thread wait to be taken."""
+        """``work`` of each item, in order; at most four results a thread wait to be taken."""
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:
                 waiting.append(self._pool.submit(work, item))
-                if len(waiting) > 2 * self.threads:
+                if len(waiting) > 4 * self.threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
