@@ -72,7 +72,7 @@ def by_llama_cpp(path: Path, base: Path) -> dict[str, float]:
     }
     found: dict[str, float] = {}
     for name, label in names.items():
-        line = re.search(rf"^{label} *: *([-\d.]+) ± +([-\d.]+)", told, re.MULTILINE)
+        line = re.search(rf"^{label} *: *([-\d.]+) ± +([-\d.]+|-?nan)", told, re.MULTILINE)
         assert line, told
         found[name], found[f"{name}_error"] = float(line[1]), float(line[2])
     return found
