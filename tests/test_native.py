@@ -587,6 +587,11 @@ def test_product(
     check_product(rng, rows, columns, samples, bits, symmetric, block, zero_point, extreme)
 
 
+@pytest.mark.parametrize("block", [0, 32])
+def test_product_of_no_activations(block: int) -> None:
+    check_product(np.random.default_rng(0), 3, 70, 0, 4, False, block, 0)
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("samples", [1, 9])

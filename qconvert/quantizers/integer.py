@@ -176,7 +176,8 @@ def _equal_spans(
     if rows.offset is not None:
         shares = (input_sum - count * za).astype(np.float32)
         terms.append(shares * rows.offset[:, groups].T[:, None, :])
-    ordered = np.stack(terms, axis=1).reshape(-1, *y.shape)  # of each group one after the other
+    ordered = np.stack(terms, axis=1)  # of each group one after the other
+    ordered = ordered.reshape(len(spans) * len(terms), *y.shape)  # -1 fails where there are no rows
     return np.add.accumulate(np.concatenate([y[None], ordered]))[-1], same
 
 
