@@ -8,8 +8,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -36,34 +37,74 @@ def _keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 1 << 28)
 
 
-class Workers:
-    """A pool of threads whose results come back in the order of the work.
+class Task(Generic[R]):
+    """Work that whoever is free first does: a thread of the pool, or the one that wants it done."""
 
-    The order is what makes results independent of the number of threads. After an error or an
-    interrupt nothing that is still queued is begun.
+    def __init__(self, work: Callable[[], R], pool: ThreadPoolExecutor | None) -> None:
+        self._work = work
+        self._future: Future[R] = pool.submit(work) if pool else Future()
+
+    @property
+    def done(self) -> bool:
+        return self._future.done()
+
+    def begin(self) -> bool:
+        """Do it on this thread, unless it has begun.
+
+        Returns:
+            Whether this thread did it. What it raised is left for `result`.
+        """
+        if not self._future.cancel():
+            return False
+        self._future = Future()
+        try:
+            self._future.set_result(self._work())
+        except Exception as e:
+            self._future.set_exception(e)
+        return True
+
+    def result(self) -> R:
+        """What the work returned, or raise what it raised."""
+        self.begin()
+        return self._future.result()
+
+    def cancel(self) -> None:
+        self._future.cancel()
+
+
+class Workers:
+    """Threads whose results come back in the order of the work.
+
+    The order is what makes results independent of the number of threads. The thread that takes the
+    results is one of them: it works too while the next result is not there, so that no more threads
+    run than were asked for and none waits. After an error or an interrupt nothing that is still
+    queued is begun.
+
+    Args:
+        threads: how many, the calling one included.
     """
 
     def __init__(self, threads: int) -> None:
         _keep_freed_memory()
         self.threads = threads
-        self._pool = ThreadPoolExecutor(threads)
+        self._pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
 
-    def submit(self, work: Callable[[T], R], item: T) -> Future[R]:
-        return self._pool.submit(work, item)
+    def submit(self, work: Callable[[T], R], item: T) -> Task[R]:
+        return Task(partial(work, item), self._pool)
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """``work`` of each item, in order; at most four results a thread wait to be taken."""
-        waiting: deque[Future[R]] = deque()
+        waiting: deque[Task[R]] = deque()
         try:
             for item in items:
-                waiting.append(self._pool.submit(work, item))
+                waiting.append(self.submit(work, item))
                 if len(waiting) > 4 * self.threads:
-                    yield waiting.popleft().result()
+                    yield _first(waiting)
             while waiting:
-                yield waiting.popleft().result()
+                yield _first(waiting)
         finally:
-            for future in waiting:
-                future.cancel()
+            for task in waiting:
+                task.cancel()
 
     def __enter__(self) -> Workers:
         return self
@@ -74,4 +115,12 @@ class Workers:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _first(waiting: deque[Task[R]]) -> R:
+    """The result of the first task, with work on others for as long as it is not there."""
+    while not waiting[0].done and any(task.begin() for task in waiting):
+        pass
+    return waiting.popleft().result()

@@ -32,6 +32,13 @@ INLINE double round_small_wide(double v) {
     return (v + magic) - magic;
 }
 
+/* A sum of squares of integers below 2^24: with one rounding or two, none rounds. */
+#ifdef USE_AVX512
+#define ADD_SQUARE(sum, u) __builtin_fmaf(u, u, sum)
+#else
+#define ADD_SQUARE(sum, u) ((sum) + (u) * (u))
+#endif
+
 /* NaN stays NaN. */
 INLINE float clamp(float v, float low, float high) {
     v = v < low ? low : v;

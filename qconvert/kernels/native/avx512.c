@@ -1,5 +1,5 @@
-/* The loops for AVX-512 with VNNI, in 512-bit vectors. No FMA: it would round once where the
- * definition rounds twice. */
+/* The loops for AVX-512 with VNNI, in 512-bit vectors. No FMA but where nothing is rounded: elsewhere
+ * it would round once where the definition rounds twice. */
 #ifdef __x86_64__
 #ifdef __clang__
 #pragma clang attribute push( \

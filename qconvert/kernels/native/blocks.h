@@ -133,12 +133,20 @@ INLINE uint8_t *store_zeros(const int32_t zero[BATCH], size_t n, Scheme scheme, 
     return out;
 }
 
-INLINE size_t count_outside(const float *x, size_t n, float low, float high) {
-    int32_t count = 0;
-    for (size_t i = 0; i < n; i++) {
-        count += (x[i] < low) | (x[i] > high);
+/* Of `n` groups, of which most have none. */
+INLINE size_t count_outside(const float *x, size_t n, size_t length, const Extents *e, float low,
+                            float high) {
+    size_t count = 0;
+    for (size_t j = 0; j < n; j++, x += length) {
+        if (e->low[j] < low || e->high[j] > high) {
+            int32_t outside = 0;
+            for (size_t i = 0; i < length; i++) {
+                outside += (x[i] < low) | (x[i] > high);
+            }
+            count += (size_t)outside;
+        }
     }
-    return (size_t)count;
+    return count;
 }
 
 /* The best range of each group by squared error, where the search finds one. */
@@ -169,7 +177,8 @@ typedef struct {
     ErrorLanes errors;
     WeightedLanes weighted;
     float range[2];
-    size_t outside, clipped;
+    size_t outside;
+    Clipped clipped;
 } Pass;
 
 INLINE Pass begin_pass(void) {
@@ -180,7 +189,7 @@ INLINE Pass begin_pass(void) {
 INLINE void finish_pass(Pass *p, BlockFigures *figures) {
     *figures = (BlockFigures){.outside = p->outside};
     finish_errors(&p->errors, &figures->errors);
-    figures->errors.clipped = p->clipped;
+    figures->errors.clipped = count_clipped(&p->clipped);
     figures->errors.weighted_signal = fold_wide(p->weighted.signal);
     figures->errors.weighted_noise = fold_wide(p->weighted.noise);
     figures->symmetric_power = fold_wide(p->steps.symmetric);
@@ -221,7 +230,7 @@ static int quantize_blocks(const Blocks *task, BlockFigures *figures) {
         }
         add_powers(&pass.powers, x, count, task->pivot);
         add_steps(&pass.steps, &e, scheme.bits, searches && scheme.bits < 8);
-        pass.outside += count_outside(x, count, task->low, task->high);
+        pass.outside += count_outside(x, n, length, &e, task->low, task->high);
         fit_minmax(&e, scheme, task->scale_type, scale, zero);
         if (searches) {
             fit_mse(s, task, x, g, n, &e, scale, zero);
@@ -231,7 +240,7 @@ static int quantize_blocks(const Blocks *task, BlockFigures *figures) {
         for (size_t j = 0; j < n; j++) {
             const Rule rule = rule_of(scheme, scale[j], zero[j]);
             const size_t at = j * length;
-            pass.clipped += (size_t)encode_run(x + at, length, &rule, wide + at, decoded + at);
+            encode_run(x + at, length, &rule, wide + at, decoded + at, &pass.clipped);
         }
         add_noise(&pass.errors, x, decoded, count);
         for (size_t j = 0; j < n && task->mean_square; j++) {
@@ -262,7 +271,7 @@ INLINE int survey_rows(const Channels *task, size_t first, size_t n, Extents *e,
             e->high[j] = part.high[0] > e->high[j] ? part.high[0] : e->high[j];
             e->has_zero[j] |= part.has_zero[0];
             add_powers(&pass->powers, x, count, task->pivot);
-            pass->outside += count_outside(x, count, task->low, task->high);
+            pass->outside += count_outside(x, 1, count, &part, task->low, task->high);
         }
         e->magnitude[j] = -e->low[j] > e->high[j] ? -e->low[j] : e->high[j];
     }
@@ -279,7 +288,7 @@ INLINE uint8_t *encode_row(const Channels *task, size_t row, const Rule *rule, P
         int32_t wide[RUN];
         const size_t count = smaller(RUN, stored - c), n = smaller(count, columns - c);
         load_values(task->source, row * columns + c, n, x);
-        pass->clipped += (size_t)encode_run(x, n, rule, wide, decoded);
+        encode_run(x, n, rule, wide, decoded, &pass->clipped);
         add_noise(&pass->errors, x, decoded, n);
         if (task->mean_square) {
             const float *w = task->mean_square + row % task->period * columns + c;

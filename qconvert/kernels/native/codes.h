@@ -32,42 +32,63 @@ INLINE float decode_value(float code, const Rule *rule) {
     return (code - (rule->bias + rule->shift)) * rule->scale;
 }
 
-/* Codes of n values, as integers, and unless NULL what they decode to; returns how many were
- * clipped. Adding a shift of 0 changes no rounded value, so both symmetries share the arithmetic.
- * Clamping one step outside the codes before rounding keeps round_small() exact and tells which
- * values were clipped. */
-INLINE int32_t encode_run(const float *restrict x, size_t n, const Rule *rule,
-                          int32_t *restrict codes, float *restrict decoded) {
+/* Adds the clipped values to one of 16 sums: a single sum would have to be folded after every run. */
+typedef struct {
+    int32_t lanes[LANES];
+} Clipped;
+
+/* Code of a value, as an integer, and what it decodes to; returns whether it was clipped. Adding a
+ * shift of 0 changes no rounded value, so both symmetries share the arithmetic. Clamping one step
+ * outside the codes before rounding keeps round_small() exact and tells which values were clipped. */
+INLINE int encode_value(float x, const Rule *rule, int32_t *restrict code,
+                        float *restrict decoded) {
+    const float rounded =
+        code_of(x / rule->divisor + rule->shift, rule->low - 1.0f, rule->top + 1.0f);
+    const float kept = clamp(rounded, rule->low, rule->top), biased = kept + rule->bias;
+    *code = (int32_t)biased;
+    *decoded = decode_value(biased, rule);
+    return kept != rounded;
+}
+
+INLINE void encode_run(const float *restrict x, size_t n, const Rule *rule,
+                       int32_t *restrict codes, float *restrict decoded,
+                       Clipped *restrict clipped) {
     const Rule r = *rule;
-    const float below = r.low - 1.0f, above = r.top + 1.0f;
-    int32_t clipped = 0;
-    for (size_t i = 0; i < n; i++) {
-        const float rounded = code_of(x[i] / r.divisor + r.shift, below, above);
-        const float kept = clamp(rounded, r.low, r.top), code = kept + r.bias;
-        clipped += kept != rounded;
-        codes[i] = (int32_t)code;
-        if (decoded) {
-            decoded[i] = decode_value(code, &r);
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        for (int j = 0; j < LANES; j++) {
+            clipped->lanes[j] += encode_value(x[i + (size_t)j], &r, codes + i + j, decoded + i + j);
         }
     }
-    return clipped;
+    for (; i < n; i++) {
+        clipped->lanes[0] += encode_value(x[i], &r, codes + i, decoded + i);
+    }
+}
+
+INLINE size_t count_clipped(const Clipped *clipped) {
+    size_t count = 0;
+    for (int j = 0; j < LANES; j++) {
+        count += (size_t)clipped->lanes[j];
+    }
+    return count;
 }
 
 static size_t encode(const float *x, size_t groups, size_t length, const float *scale,
                      const int32_t *zero, Scheme scheme, uint8_t *codes) {
-    size_t clipped = 0;
+    Clipped clipped = {0};
     for (size_t g = 0; g < groups; g++) {
         Rule rule = rule_of(scheme, scale[g], scheme.symmetric ? 0 : zero[g]);
         for (size_t i = 0; i < length; i += PIECE) {
             const size_t at = g * length + i, n = smaller(PIECE, length - i);
             int32_t wide[PIECE];
-            clipped += (size_t)encode_run(x + at, n, &rule, wide, NULL);
+            float decoded[PIECE];
+            encode_run(x + at, n, &rule, wide, decoded, &clipped);
             for (size_t j = 0; j < n; j++) { /* one width of number to a loop vectorises best */
                 codes[at + j] = (uint8_t)wide[j];
             }
         }
     }
-    return clipped;
+    return count_clipped(&clipped);
 }
 
 static void decode(const uint8_t *codes, size_t groups, size_t length, const float *scale,
@@ -101,7 +122,7 @@ static void encode_rows(const float *x, size_t rows, size_t columns, const float
     ErrorLanes lanes = {0};
     WeightedLanes weighted = {0};
     size_t group = 0;
-    found->clipped = 0;
+    Clipped clipped = {0};
     for (size_t r = 0; r < rows; r++, x += columns) {
         for (size_t start = 0; start < stored; start += PIECE) {
             int32_t codes[PIECE];
@@ -119,8 +140,7 @@ static void encode_rows(const float *x, size_t rows, size_t columns, const float
                 const int32_t z = scheme.symmetric ? 0 : zero[group];
                 const Rule rule = rule_of(scheme, scale[group], z);
                 const size_t n = smaller(run, (real - i + LANES - 1) / LANES * LANES);
-                found->clipped +=
-                    (size_t)encode_run(values + i, n, &rule, codes + i, decoded + i);
+                encode_run(values + i, n, &rule, codes + i, decoded + i, &clipped);
                 group += scheme.block ? step : 0;
             }
             add_errors(&lanes, values, decoded, real);
@@ -136,6 +156,7 @@ static void encode_rows(const float *x, size_t rows, size_t columns, const float
         group += scheme.block ? 0 : step;
     }
     finish_errors(&lanes, found);
+    found->clipped = count_clipped(&clipped);
     found->weighted_signal = fold_wide(weighted.signal);
     found->weighted_noise = fold_wide(weighted.noise);
 }

@@ -24,14 +24,6 @@ INLINE int32_t kept_exponent(int32_t biased) {
     return biased > 253 ? 253 : biased;
 }
 
-APART void load_columns(const float *const rows[BATCH], size_t length, float *restrict columns) {
-    for (size_t i = 0; i < length; i++) {
-        for (int j = 0; j < BATCH; j++) {
-            columns[i * BATCH + (size_t)j] = rows[j][i];
-        }
-    }
-}
-
 APART void largest_magnitudes(const float *columns, size_t length, int32_t largest[BATCH]) {
     memset(largest, 0, BATCH * sizeof *largest);
     for (size_t i = 0; i < length; i++) {

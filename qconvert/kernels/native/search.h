@@ -2,13 +2,11 @@
 #ifndef QCONVERT_SEARCH_H
 #define QCONVERT_SEARCH_H
 
-#include "arithmetic.h"
+#include "columns.h"
 
 /* As in quantizers/fitting.py: beyond these, reciprocals or sums of binary32 overflow. */
 #define TINY 0x1p-100
 #define HUGE_MAGNITUDE 0x1p110
-
-enum { BATCH = 16 }; /* groups side by side: fills the widest vector, and GCC vectorises 16 */
 
 typedef struct {
     float su[BATCH], suu[BATCH], sxu[BATCH];
@@ -42,7 +40,7 @@ INLINE void sum_codes(const float *restrict x, const float *restrict mask, size_
                     u *= mask[row * stride + (size_t)j];
                 }
                 su[j] += u;
-                suu[j] += u * u;
+                suu[j] = ADD_SQUARE(suu[j], u);
                 sxu[j] += at[j] * u;
             }
         }
@@ -354,7 +352,8 @@ INLINE void offer_moves(Search *s, Grid grid) {
  * sums would overflow, are all zeros with an extent that is safe to search: nothing is found. */
 static void load_groups(Search *s, const float *x, size_t n, const int32_t *counts,
                         const float *low, const float *high, const int32_t *has_zero) {
-    memset(s->x, 0, s->length * BATCH * sizeof *s->x);
+    static const float zeros[PIECE];
+    const float *rows[BATCH];
     for (size_t j = 0; j < BATCH; j++) {
         const int there = j < n;
         const size_t real = there && counts ? (size_t)counts[j] : s->length;
@@ -366,12 +365,9 @@ static void load_groups(Search *s, const float *x, size_t n, const int32_t *coun
         s->extent_high[j] = usable ? high[j] : 0.0f;
         s->keeps_zero[j] = there && has_zero[j];
         s->gain[j] = s->scale[j] = s->zero[j] = 0;
-        if (usable) {
-            for (size_t i = 0; i < s->length; i++) {
-                s->x[i * BATCH + j] = x[j * s->length + i];
-            }
-        }
+        rows[j] = usable ? x + j * s->length : zeros;
     }
+    load_columns(rows, s->length, s->x);
     float total[BATCH];
     sum_columns(s->x, BATCH, s->length, total);
     for (int j = 0; j < BATCH; j++) {
@@ -401,11 +397,10 @@ INLINE void find_near(Search *s, size_t j, const float *restrict x, const float 
 /* Weights of the groups just loaded, `first` and following, the values behind `counts` having
  * none. */
 static void load_weights(Search *s, const float *x, size_t first, size_t n, Weights weights) {
-    for (size_t j = 0; j < BATCH; j++) {
+    const float *rows[BATCH];
+    for (size_t j = 0; j < BATCH; j++) { /* groups that are not there: any weights will do */
         const size_t at = ((first + j) % weights.period) * s->length;
-        for (size_t i = 0; i < s->length; i++) {
-            s->w[i * BATCH + j] = j < n ? weights.weight[at + i] : 1.0f;
-        }
+        rows[j] = weights.weight + at;
         s->padding[j] = 0;
         s->near_low[j] = s->extent_low[j];
         s->near_high[j] = s->extent_high[j];
@@ -413,6 +408,7 @@ static void load_weights(Search *s, const float *x, size_t first, size_t n, Weig
             find_near(s, j, x + j * s->length, weights.reach + at);
         }
     }
+    load_columns(rows, s->length, s->w);
     for (size_t i = 0; i < s->length * BATCH; i++) {
         s->wx[i] = s->w[i] * s->x[i];
     }
