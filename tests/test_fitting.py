@@ -6,7 +6,7 @@ Codes and values of given parameters are tested in test_affine.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -19,6 +19,7 @@ from qconvert.kernels import reference as kernels
 from qconvert.quantizers.affine import Parameters, to_groups
 from qconvert.quantizers.fitting import fit, fit_stream
 from qconvert.ranges import RANGE_METHODS, RangeMethod, default_method
+from qconvert.stages.parallel import Workers
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -236,9 +237,12 @@ def test_search_of_a_padded_block_ignores_the_padding(bits: int, symmetric: bool
 # --- groups that span tiles -----------------------------------------------------------------------
 
 
-def cuts(x: F32, ends: list[int]) -> Iterator[F32]:
-    for start, stop in pairwise([0, *ends, len(x)]):
-        yield x[start:stop]
+def cuts(x: F32, ends: list[int]) -> list[F32]:
+    return [x[start:stop] for start, stop in pairwise([0, *ends, len(x)])]
+
+
+def loads(pieces: list[F32]) -> list[Callable[[], F32]]:
+    return [lambda piece=piece: piece for piece in pieces]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -257,8 +261,11 @@ def test_a_stream_has_the_parameters_of_the_whole_however_it_is_cut(
         wanted = stored(fit(x, encoding, how), encoding)
         some = sorted(rng.choice(np.arange(1, length // 256 + 1), length // 512 + 1, False))
         for ends in ([], [256], [256 * int(k) for k in some]):
-            found = fit_stream(lambda x=x, e=ends: cuts(x[0], e), encoding, how)
-            assert stored(found, encoding) == wanted, (length, name, ends)
+            pieces = loads(cuts(x[0], ends))
+            with Workers(3) as workers:
+                for mapper in (map, workers.map):
+                    found = fit_stream(pieces, encoding, how, None, mapper)
+                    assert stored(found, encoding) == wanted, (length, name, ends)
 
 
 @pytest.mark.parametrize("percent", [51.0, 90.0, 99.0, 99.99, 100.0])
@@ -270,7 +277,7 @@ def test_percentiles_of_a_stream_are_those_of_numpy(name: str, percent: float) -
     for symmetric in (True, False):
         encoding = channel_encoding(8, symmetric, len(x))
         method = RangeMethod("percentile", percent)
-        found = fit_stream(lambda: cuts(x, [512, 4096]), encoding, method)
+        found = fit_stream(loads(cuts(x, [512, 4096])), encoding, method)
         ends = float(min(low, 0)), float(max(high, 0))
         assert stored(found, encoding) == [oracle.parameters(*ends, False, 8, symmetric, "F32")]
 
@@ -282,7 +289,7 @@ def test_percentiles_of_a_stream_order_signs_zeros_and_denormals() -> None:
         for values in (x, -x, x[::-1].copy()):
             encoding = channel_encoding(4, True, 10)
             method = RangeMethod("percentile", percent)
-            found = fit_stream(lambda v=values: [v], encoding, method)
+            found = fit_stream(loads([values]), encoding, method)
             assert stored(found, encoding) == [
                 oracle.percentile(values.tolist(), str(percent), 4, True, "F32")
             ]
@@ -295,7 +302,7 @@ def test_a_denormal_in_a_stream_is_not_a_zero() -> None:
     for method in (MINMAX, MSE, RangeMethod("percentile", 99)):
         whole = fit(x, encoding, method)
         assert whole.zero % 4 != 0, "the case must show the difference"
-        found = fit_stream(lambda: [x[0]], encoding, method)
+        found = fit_stream(loads([x[0]]), encoding, method)
         assert stored(found, encoding) == stored(whole, encoding), method
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from qconvert.quantizers.affine import Parameters, encode_rows
 from qconvert.quantizers.blocks import quantize_rows
 from qconvert.quantizers.fitting import fit, fit_stream
 from qconvert.quantizers.rows import StoredRows
-from qconvert.quantizers.weighting import Weighting, weighting
+from qconvert.quantizers.weighting import weighting
 from qconvert.ranges import RangeMethod
 from qconvert.report import QuantizeReport
 from qconvert.schemes import parse_scheme
@@ -168,12 +169,8 @@ def test_a_stream_has_the_weighted_parameters_of_the_whole(bits: int, symmetric:
         whole = fit(x, encoding, MSE, None, w)
         ends = [0, 256, length]
 
-        def pieces(x: F32 = x, ends: list[int] = ends) -> list[F32]:
-            return [x[0, a:b] for a, b in pairwise(ends)]
-
-        def weights(w: Weighting = w, ends: list[int] = ends) -> list[Weighting]:
-            return [w.columns(a, b - a) for a, b in pairwise(ends)]
-
+        pieces = [partial(x[0].__getitem__, slice(a, b)) for a, b in pairwise(ends)]
+        weights = [partial(w.columns, a, b - a) for a, b in pairwise(ends)]
         found = fit_stream(pieces, encoding, MSE, weights)
         assert found.scale.tolist() == whole.scale.tolist()
         assert found.zero.tolist() == whole.zero.tolist()

@@ -201,8 +201,7 @@ def long_sums(
 
     Equal to `reference.code_sums` (`reference.weighted_code_sums`) of pieces of 256 values, the
     last one shorter, added in float64 in order: what `search_sums.group_sums` yields for rows
-    (R, c) and, for one row of at most 65,536 values, what `search_sums.stream_sums` adds for a
-    batch.
+    (R, c) and, for rows of 65,536 values, what `search_sums.stream_sums` adds batch by batch.
 
     Args:
         x: rows, (R, c).

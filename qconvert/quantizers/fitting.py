@@ -6,8 +6,9 @@ long for a tile and comes in pieces, several times over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -15,18 +16,18 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.encoding import AffineEncoding
+from qconvert.mapper import Mapper
 from qconvert.quantizers.affine import Parameters, round_scale
 from qconvert.quantizers.search_sums import (
     BATCH,
     PIECE,
     Candidate,
+    Load,
     Sums,
     SumSource,
-    WeightedPiece,
     group_sums,
     stream_sums,
     weighted_group_sums,
-    weighted_stream_sums,
 )
 from qconvert.quantizers.weighting import Weighting
 from qconvert.ranges import ZERO_MOVE, RangeMethod, SearchGrid, search_grid
@@ -173,34 +174,40 @@ def _fit_batch(
 
 @np.errstate(over="ignore", invalid="ignore")
 def fit_stream(
-    pieces: Callable[[], Iterable[F32]],
+    pieces: Sequence[Load],
     encoding: AffineEncoding,
     method: RangeMethod,
-    weights: Callable[[], Iterable[Weighting]] | None = None,
+    weights: Sequence[Callable[[], Weighting]] | None = None,
+    mapper: Mapper = map,
 ) -> Parameters:
-    """Scale and zero point (1,) of one group that arrives in 1-d pieces.
+    """Scale and zero point (1,) of one group that is loaded in 1-d pieces.
 
-    ``pieces`` is called for each pass over the values: one for the range, at most seven more for
-    ``mse`` (eight with weights). Sums run piece by piece, so the pieces must be cut the same way
-    every time.
+    Each pass over the values loads every piece once: one for the range, at most seven more for
+    ``mse`` (eight with weights). Sums run piece by piece.
 
     Args:
         weights: those of each piece, (1, n), for ``mse``.
     """
-    e = _union([extent(piece[None, :]) for piece in pieces()])
+    e = _union(list(mapper(lambda load: extent(load()[None, :]), pieces)))
     if method.name == "percentile":
-        return minmax(_or_whole(_stream_percentile(pieces, method.percentile, e), e), encoding)
+        found = _stream_percentile(pieces, method.percentile, e, mapper)
+        return minmax(_or_whole(found, e), encoding)
     if method.name == "minmax":
         return minmax(e, encoding)
     if weights is None:
-        return _search(e, None, stream_sums(pieces, encoding), encoding)
+        return _search(e, None, stream_sums(pieces, encoding, None, mapper), encoding)
 
-    def weighted() -> Iterator[WeightedPiece]:
-        for piece, w in zip(pieces(), weights(), strict=True):
-            yield piece, w.weight.ravel(), w.reach.ravel()
+    def reached(loads: tuple[Load, Callable[[], Weighting]]) -> Extent:
+        load, load_weights = loads
+        return extent(load()[None, :] * load_weights().reach)
 
-    near = _union([extent((piece * reach)[None, :]) for piece, _, reach in weighted()])
-    return _search(e, near, weighted_stream_sums(weighted, encoding), encoding)
+    near = _union(list(mapper(reached, zip(pieces, weights, strict=True))))
+    weight = [partial(_weight, load) for load in weights]
+    return _search(e, near, stream_sums(pieces, encoding, weight, mapper), encoding)
+
+
+def _weight(load: Callable[[], Weighting]) -> F32:
+    return load().weight.ravel()
 
 
 def _union(parts: list[Extent]) -> Extent:
@@ -212,12 +219,12 @@ def _union(parts: list[Extent]) -> Extent:
 
 
 def _stream_percentile(
-    pieces: Callable[[], Iterable[F32]], percent: float, whole: Extent
+    pieces: Sequence[Load], percent: float, whole: Extent, mapper: Mapper
 ) -> Extent:
     """Exact nearest-rank percentiles by two counting passes: upper, then lower 16 bits."""
     upper = np.zeros(kernels.HISTOGRAM_BINS, np.int64)
-    for piece in pieces():
-        upper += kernels.histogram(piece)
+    for counts in mapper(lambda load: kernels.histogram(load()), pieces):
+        upper += counts
     total = int(upper.sum())
     rank = max(int(np.ceil(percent / 100 * total)), 1)
     order = _ascending_keys()
@@ -228,15 +235,20 @@ def _stream_percentile(
         key = int(order[place])
         before = int(edges[place - 1]) if place else 0
         lower = np.zeros(kernels.HISTOGRAM_BINS, np.int64)
-        for piece in pieces():
-            bits = piece.view(np.uint32)
-            inside = bits[(bits >> 16) == key] & 0xFFFF
-            lower += np.bincount(inside.astype(np.intp), minlength=len(lower))
+        for counts in mapper(partial(_lower_bits, key), pieces):
+            lower += counts
         low_order = np.arange(len(lower)) if key < 0x8000 else np.arange(len(lower))[::-1]
         index = int(low_order[int(np.searchsorted(np.cumsum(lower[low_order]), wanted - before))])
         found.append(np.array([key << 16 | index], np.uint32).view(np.float32))
     zero = np.float32(0)
     return Extent(np.minimum(found[0], zero), np.maximum(found[1], zero), whole.has_zero)
+
+
+def _lower_bits(key: int, load: Load) -> NDArray[np.intp]:
+    """Counts of the lower 16 bits of the values whose upper ones are ``key``."""
+    bits = load().view(np.uint32)
+    inside = bits[(bits >> 16) == key] & 0xFFFF
+    return np.bincount(inside.astype(np.intp), minlength=kernels.HISTOGRAM_BINS)
 
 
 def _ascending_keys() -> NDArray[np.intp]:

@@ -5,14 +5,16 @@ formats/schemes/SPEC.md sections 5 and 6; with weights every sum has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.encoding import AffineEncoding
+from qconvert.mapper import Mapper
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -24,7 +26,10 @@ BATCH = 1 << 16  # values searched at once: the temporaries stay in the second-l
 # Per candidate: inverse step and offset in, sums Σu, Σu², Σxu out (float64, (G,)).
 Candidate = tuple[F32, F32]
 Sums = tuple[F64, F64, F64]
-WeightedPiece = tuple[F32, F32, F32]  # values, weights and reach of a run, (n,) each
+Load = Callable[[], F32]  # the values of a run, or their weights, (n,)
+
+# Where every code is 1, sums are the count (or Σw) and Σx (or Σwx).
+_ALL_ONES: Candidate = (np.zeros(1, np.float32), np.ones(1, np.float32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,70 +116,79 @@ def weighted_group_sums(x: F32, encoding: AffineEncoding, weight: F32) -> SumSou
 def _native_sums(x: F32, encoding: AffineEncoding, weight: F32 | None) -> SumSource:
     """Sums over whole groups (G, L) by native code."""
     low, top = _clamp(encoding)
-    nothing, one = np.zeros(len(x), np.float32), np.ones(len(x), np.float32)
-    # Where every code is 1, they are the count (or Σw) and Σx (or Σwx).
+    nothing, one = (np.repeat(v, len(x)) for v in _ALL_ONES)
     count, _, total = next(_long_sums(x, [(nothing, one)], 1, 1, weight))
     return SumSource(count, total, lambda c: _long_sums(x, c, low, top, weight))
 
 
-def stream_sums(pieces: Callable[[], Iterable[F32]], encoding: AffineEncoding) -> SumSource:
-    """Sums over one group that comes in 1-d pieces; each call reads the stream once for all
-    candidates.
-    """
-    low, top = _clamp(encoding)
-    count = 0
-    total = 0.0
-    for piece in pieces():
-        count += len(piece)
-        for columns, _ in _columns(piece):
-            total += _sequential(kernels.column_sums(columns))
-
-    def sums(candidates: list[Candidate]) -> Iterator[Sums]:
-        found = np.zeros((len(candidates), 3))
-        for piece in pieces():
-            if kernels.fused is not None:
-                for batch in _batches(piece):
-                    found += [np.concatenate(s) for s in _long_sums(batch, candidates, low, top)]
-                continue
-            for columns, mask in _columns(piece):
-                for k, (inverse, offset) in enumerate(candidates):
-                    parts = kernels.code_sums(columns, inverse, offset, low, top, mask)
-                    found[k] += [_sequential(p) for p in parts]
-        for su, suu, sxu in found:
-            yield np.array([su]), np.array([suu]), np.array([sxu])
-
-    return SumSource(np.array([float(count)]), np.array([total]), sums)
-
-
-def weighted_stream_sums(
-    pieces: Callable[[], Iterable[WeightedPiece]], encoding: AffineEncoding
+def stream_sums(
+    pieces: Sequence[Load],
+    encoding: AffineEncoding,
+    weights: Sequence[Load] | None = None,
+    mapper: Mapper = map,
 ) -> SumSource:
-    """`stream_sums` with weights."""
-    low, top = _clamp(encoding)
-    count = total = 0.0
-    for piece, weight, _ in pieces():
-        for (columns, _), (w, _) in zip(_columns(piece), _columns(weight), strict=True):
-            count += _sequential(kernels.column_sums(w))
-            total += _sequential(kernels.column_sums(w * columns))
+    """Sums over one group that comes in 1-d pieces; each call loads every piece once for all
+    candidates.
+
+    Args:
+        weights: those of each piece, (n,).
+    """
+
+    each: list[tuple[Load, Load | None]] = [(load, None) for load in pieces]
+    if weights is not None:
+        each = list(zip(pieces, weights, strict=True))
+
+    def over(candidates: list[Candidate], low: int, top: int) -> F64:
+        """(candidates, 3), added batch by batch whoever made them."""
+
+        def work(loads: tuple[Load, Load | None]) -> list[F64]:
+            load, load_weights = loads
+            weight = load_weights() if load_weights else None
+            return _piece_sums(load(), candidates, low, top, weight)
+
+        found = np.zeros((len(candidates), 3))
+        for batches in mapper(work, each):
+            for batch in batches:
+                found += batch
+        return found
 
     def sums(candidates: list[Candidate]) -> Iterator[Sums]:
-        found = np.zeros((len(candidates), 3))
-        for piece, weight, _ in pieces():
-            if kernels.fused is not None:
-                for batch, w in zip(_batches(piece), _batches(weight), strict=True):
-                    parts = _long_sums(batch, candidates, low, top, w)
-                    found += [np.concatenate(s) for s in parts]
-                continue
-            for (columns, _), (w, _) in zip(_columns(piece), _columns(weight), strict=True):
-                for k, (inverse, offset) in enumerate(candidates):
-                    found[k] += [
-                        _sequential(s)
-                        for s in kernels.weighted_code_sums(columns, w, inverse, offset, low, top)
-                    ]
-        for su, suu, sxu in found:
+        for su, suu, sxu in over(candidates, *_clamp(encoding)):
             yield np.array([su]), np.array([suu]), np.array([sxu])
 
+    count, _, total = over([_ALL_ONES], 1, 1)[0]
     return SumSource(np.array([count]), np.array([total]), sums)
+
+
+def _piece_sums(
+    piece: F32, candidates: list[Candidate], low: int, top: int, weight: F32 | None
+) -> list[F64]:
+    """The sums of each batch of a piece in order, (candidates, 3) each."""
+    if kernels.fused is not None:
+        inverse, offset = (np.stack(part) for part in zip(*candidates, strict=True))  # (K, 1)
+        found: list[F64] = []
+        for span, length in _batches(len(piece)):
+            rows = piece[span].reshape(-1, length)
+            shape = (len(candidates), len(rows))
+            parameters = (np.broadcast_to(v, shape) for v in (inverse, offset))
+            w = None if weight is None else weight[span].reshape(-1, length)
+            found += list(kernels.fused.long_sums(rows, *parameters, low, top, w).swapaxes(0, 1))
+        return found
+    weights = repeat((None, None)) if weight is None else _columns(weight)
+    return [
+        np.array(
+            [[_sequential(s) for s in _sums(columns, w, c, low, top, mask)] for c in candidates]
+        )
+        for (columns, mask), (w, _) in zip(_columns(piece), weights, strict=False)  # no end of None
+    ]
+
+
+def _sums(
+    columns: F32, weight: F32 | None, candidate: Candidate, low: int, top: int, mask: F32 | None
+) -> tuple[F32, F32, F32]:
+    if weight is None:
+        return kernels.code_sums(columns, *candidate, low, top, mask)
+    return kernels.weighted_code_sums(columns, weight, *candidate, low, top)
 
 
 def _long_sums(
@@ -187,13 +201,17 @@ def _long_sums(
         yield found[:, 0], found[:, 1], found[:, 2]
 
 
-def _batches(piece: F32) -> Iterator[F32]:
-    """The batches of `_columns` as rows (1, c)."""
-    whole = len(piece) // PIECE * PIECE
-    for start in range(0, whole, BATCH):
-        yield piece[None, start : min(start + BATCH, whole)]
-    if whole < len(piece):
-        yield piece[None, whole:]
+def _batches(size: int) -> Iterator[tuple[slice, int]]:
+    """The batches of `_columns` as slices, those of one length together, and that length."""
+    whole = size // PIECE * PIECE
+    full = whole // BATCH * BATCH
+    for start, stop, length in (
+        (0, full, BATCH),
+        (full, whole, whole - full),
+        (whole, size, size - whole),
+    ):
+        if start < stop:
+            yield slice(start, stop), length
 
 
 def _sequential(sums: F32) -> float:

@@ -4,12 +4,11 @@ tiles share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from qconvert.encoding import AffineEncoding
 from qconvert.errors import WeightError
 from qconvert.geometry import Tile, row_length, spans_tiles, tiles
+from qconvert.mapper import Mapper
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.observers.statistics import TensorStatistics, merge, observe
 from qconvert.quantizers.affine import Parameters
@@ -27,15 +27,7 @@ from qconvert.quantizers.weighting import Weighting, weighting
 from qconvert.ranges import RangeMethod
 from qconvert.stages.decide import Decision, Sample, decide, sample_rows, sample_weights
 
-T = TypeVar("T")
-R = TypeVar("R")
 F32_MAX = float(np.finfo(np.float32).max)
-
-
-class Mapper(Protocol):
-    """`map`, or one that works on several threads and keeps the order."""
-
-    def __call__(self, work: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +163,7 @@ def analyse(
     )
     decision = decide(statistics.moments, groups, requested, sample)
     settled = replace(encoding, symmetric=decision.symmetric, scale_dtype=decision.scale_dtype)
-    shared = _shared(model, tensor, settled, method, mean_square)
+    shared = _shared(model, tensor, settled, method, mean_square, mapper)
     return Analysis(statistics, decision, settled, shared)
 
 
@@ -187,6 +179,7 @@ def _shared(
     encoding: AffineEncoding,
     method: RangeMethod,
     mean_square: NDArray[np.float32] | None,
+    mapper: Mapper,
 ) -> tuple[Parameters, ...] | None:
     columns = encoding.row_length
     rows = tensor.size // columns
@@ -199,20 +192,17 @@ def _shared(
             tuple(Tile(1, t.columns, t.start + row * columns, t.last) for t in tiles(1, columns))
             for row in range(rows)
         ]
+    of_row = None if mean_square is None else weighting(mean_square[None, :], encoding)
 
-    def pieces(span: tuple[Tile, ...]) -> Iterator[NDArray[np.float32]]:
-        for tile in span:
-            yield rows_of(model, tensor, tile).ravel()
+    def values(tile: Tile) -> NDArray[np.float32]:
+        return rows_of(model, tensor, tile).ravel()
 
-    if mean_square is None:
-        return tuple(fit_stream(partial(pieces, span), encoding, method) for span in spans)
-    of_row = weighting(mean_square[None, :], encoding)
+    def weights(of_row: Weighting, tile: Tile) -> Weighting:
+        return of_row.columns(tile.start % columns, tile.columns).repeated(tile.rows)
 
-    def weights(span: tuple[Tile, ...]) -> Iterator[Weighting]:
-        for tile in span:
-            yield of_row.columns(tile.start % columns, tile.columns).repeated(tile.rows)
+    def shared(span: tuple[Tile, ...]) -> Parameters:
+        loads = [partial(values, tile) for tile in span]
+        weighted = [partial(weights, of_row, tile) for tile in span] if of_row else None
+        return fit_stream(loads, encoding, method, weighted, mapper)
 
-    return tuple(
-        fit_stream(partial(pieces, span), encoding, method, partial(weights, span))
-        for span in spans
-    )
+    return tuple(map(shared, spans))

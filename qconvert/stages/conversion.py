@@ -23,13 +23,14 @@ from qconvert.files.calibration import Calibration
 from qconvert.files.gguf_writer import MetadataValue
 from qconvert.files.imatrix import Imatrix
 from qconvert.geometry import TILE_VALUES, Tile
+from qconvert.mapper import Mapper
 from qconvert.model import Model, SourceFile
 from qconvert.progress import Progress
 from qconvert.quantizers.affine import EncodedRows, ErrorSums
 from qconvert.ranges import default_method
 from qconvert.report import QuantizedTensor, QuantizeReport
 from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme
-from qconvert.stages.analyse import Mapper, shares_parameters
+from qconvert.stages.analyse import shares_parameters
 from qconvert.stages.encoders import (
     NO_ZEROS,
     AffineEncoder,

@@ -20,6 +20,7 @@ from qconvert.encoding import AffineEncoding, Encoding, RawEncoding
 from qconvert.errors import WeightError
 from qconvert.geometry import TILE_VALUES, Tile, row_length, tiles
 from qconvert.kernels import Moments
+from qconvert.mapper import Mapper
 from qconvert.model import Model, TensorInfo
 from qconvert.observers.statistics import merge_moments, outlier_bounds
 from qconvert.quantizers.affine import EncodedRows, ErrorSums, Parameters, encode_rows
@@ -32,7 +33,6 @@ from qconvert.ranges import RangeMethod
 from qconvert.schemes import CastScheme, GgmlScheme
 from qconvert.stages.analyse import (
     Analysis,
-    Mapper,
     analyse,
     finite_weights,
     rows_of,

@@ -18,13 +18,13 @@ import ml_dtypes
 
 from qconvert import kernels
 from qconvert.errors import UsageError
+from qconvert.mapper import Mapper
 from qconvert.quantizers.affine import decode_groups, load_codes
 from qconvert.quantizers.blocks import QuantizedRows, quantize_rows
 from qconvert.quantizers.ggml import GGML_BLOCKS
 from qconvert.quantizers.rows import StoredRows
 from qconvert.ranges import RangeMethod
 from qconvert.schemes import AffineScheme, GgmlScheme, Scheme
-from qconvert.stages.analyse import Mapper
 from qconvert.stages.bench.lines import Line, Section
 from qconvert.stages.bench.options import BenchOptions
 from qconvert.stages.bench.peers import gguf_py_encodes
