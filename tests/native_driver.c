@@ -302,6 +302,18 @@ static void run_packing(const Kernels *k, size_t groups) {
         take(values, groups * PACK_GROUP);
         take(packed, groups * 4 * (size_t)width);
     }
+    for (enum source_type type = 0; type < SOURCE_TYPES; type++) {
+        const size_t values = groups * 100, bytes = values * (type == SOURCE_F32 ? 4 : 2);
+        float *x = numbers(values);
+        uint8_t *data = make(bytes);
+        Errors *errors = make(sizeof *errors);
+        memset(errors, 0, sizeof *errors);
+        const Source source = {SOURCE_F32, (const uint8_t *)x};
+        check(k->cast(source, values, type, data, errors));
+        take(errors, sizeof *errors);
+        take(data, bytes);
+        free(x);
+    }
     for (enum ggml_type type = 0; type < GGML_TYPES; type++) {
         const size_t values = groups * ggml_types[type].values;
         const size_t bytes = groups * ggml_types[type].bytes;

@@ -28,7 +28,7 @@ from qconvert import kernels
 from qconvert.encoding import BITS, BLOCKS, AffineEncoding
 from qconvert.kernels import reference, widening
 from qconvert.observers import statistics
-from qconvert.quantizers import affine, fitting, integer, search_sums
+from qconvert.quantizers import affine, casts, fitting, integer, search_sums
 from qconvert.quantizers.blocks import quantize_rows
 from qconvert.quantizers.ggml import GGML_BLOCKS, GgmlBlock
 from qconvert.quantizers.rows import StoredRows
@@ -633,6 +633,35 @@ def test_ggml_encode(kind: str, seed: int, count: int, name: str) -> None:
         data, found = compiled.ggml_quantize(name, x, "F32", importance)
         same(data, wanted)
         assert repr(found) == repr(error)  # NaN equals itself
+
+
+@often
+@given(kinds, seeds, st.integers(0, 10_000), *2 * [st.sampled_from(compiled.SOURCE_DTYPES)])
+def test_cast(kind: str, seed: int, count: int, source: str, target: str) -> None:
+    with np.errstate(over="ignore"):
+        x = values(kind, seed, 1, count).astype(casts.CAST_NUMPY[source])
+    if not np.isfinite(x.astype(np.float32)).all():
+        with pytest.raises(FloatingPointError):
+            compiled.cast(x.tobytes(), source, target)
+        return
+    data, error = compiled.cast(x.tobytes(), source, target)
+    stored, back = casts.cast(x.astype(np.float32).ravel(), target)
+    assert data.tobytes() == stored
+    with np.errstate(all="ignore"):
+        assert repr(error) == repr(reference.error_sums(x.astype(np.float32).ravel(), back))
+
+
+@pytest.mark.parametrize("target", ["BF16", "F16"])
+def test_cast_of_every_narrow_number_and_all_beside_it(target: str) -> None:
+    """Every finite number of 16 bits, what lies halfway to the next, and its two neighbours."""
+    with np.errstate(invalid="ignore"):  # NaN among them
+        narrow = np.arange(1 << 16).astype(np.uint16).view(casts.CAST_NUMPY[target])
+        wide = narrow.astype(np.float32)
+    exact = np.unique(wide[np.isfinite(wide)])
+    halfway = exact[:-1] / 2 + exact[1:] / 2
+    either = [np.nextafter(halfway, np.float32(end)) for end in (-np.inf, np.inf)]
+    x = np.concatenate([exact, halfway, *either, -np.zeros(1, np.float32)])
+    assert compiled.cast(x, "F32", target)[0].tobytes() == casts.cast(x, target)[0]
 
 
 @pytest.mark.parametrize("name", sorted(GGML_BLOCKS))

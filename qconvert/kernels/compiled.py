@@ -581,6 +581,25 @@ def ggml_quantize(
     return out, error
 
 
+def cast(data: bytes | F32, dtype: str, to: str) -> tuple[U8, tuple[float, float, float]]:
+    """Values as bytes of another dtype, and `reference.error_sums` of what they read back as.
+
+    Args:
+        data, dtype: as in `quantize_blocks`.
+        to: one of `SOURCE_DTYPES`; too large values become Inf.
+
+    Raises:
+        FloatingPointError: NaN or Inf.
+    """
+    count = _count(data, dtype)
+    out = np.empty(count * (4 if to == "F32" else 2), np.uint8)
+    source, target = SOURCE_DTYPES.index(dtype), SOURCE_DTYPES.index(to)
+    error = _native.cast(data, source, count, target, out)
+    if error is None:
+        raise FloatingPointError("values that are not finite")
+    return out, error
+
+
 def _weights(importance: F32 | None, values: int) -> tuple[F32 | None, int]:
     """Importance and the number of blocks that it is for."""
     return (None, 0) if importance is None else (_f32(importance), importance.size // values)

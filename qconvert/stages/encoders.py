@@ -25,7 +25,7 @@ from qconvert.model import Model, TensorInfo
 from qconvert.observers.statistics import merge_moments, outlier_bounds
 from qconvert.quantizers.affine import EncodedRows, ErrorSums, Parameters, encode_rows
 from qconvert.quantizers.blocks import quantize_rows
-from qconvert.quantizers.casts import cast
+from qconvert.quantizers.casts import cast_rows
 from qconvert.quantizers.ggml import GGML_BLOCKS
 from qconvert.quantizers.groups import EMPTY_GROUPS, GroupStatistics
 from qconvert.quantizers.weighting import Weighting, weighting
@@ -130,17 +130,17 @@ class CastEncoder:
         Raises:
             WeightError: NaN or Inf, or a weight beyond the dtype.
         """
-        x = rows_of(self.model, self.tensor, tile)
-        stored, back = cast(x, self.scheme.dtype)
-        if not kernels.all_finite(back):
+        rows = stored_rows(self.model, self.tensor, tile)
+        with finite_weights(self.model, self.tensor):
+            stored, error = cast_rows(rows, self.scheme.dtype)
+        if not math.isfinite(error.noise):
             raise WeightError(
                 f"a weight does not fit {self.scheme.dtype}",
                 path=self.model.path,
                 tensor=self.tensor.name,
-                found=f"{np.abs(x).max():g}",
+                found=f"{np.abs(rows.values()).max():g}",
                 hint=f"use --scheme bf16, or keep the tensor with --keep '{self.tensor.name}'",
             )
-        error = ErrorSums(x.size, *kernels.error_sums(x, back))
         return Piece(EncodedRows(stored, b"", NO_ZEROS, error))
 
 

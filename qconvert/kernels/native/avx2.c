@@ -9,6 +9,7 @@
 #define USE_AVX2
 #include "product_x86.h"
 #include "blocks.h"
+#include "casts.h"
 #include "ggml_errors.h"
 #include "widen.h"
 

@@ -175,6 +175,8 @@ typedef struct {
     void (*pack)(const uint8_t *values, size_t groups, int width, uint8_t *packed);
     void (*unpack)(const uint8_t *packed, size_t groups, int width, uint8_t *values);
 
+    /* From one type to another, and the error of that. */
+    int (*cast)(Source source, size_t n, enum source_type type, uint8_t *out, Errors *found);
     int (*integer_product)(const int16_t *codes, size_t rows, const int8_t *inputs, size_t samples,
                            size_t length, int32_t *sums);
     int (*product)(const Product *task);

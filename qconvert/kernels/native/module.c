@@ -817,6 +817,30 @@ static PyObject *ggml_quantize(PyObject *module, PyObject *args) {
                            : Py_BuildValue("ddd", found.signal, found.noise, found.worst));
 }
 
+static PyObject *cast(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *values, *target;
+    Py_ssize_t count;
+    Source source;
+    Errors found;
+    uint8_t *out;
+    int source_type, type, status;
+    if (!PyArg_ParseTuple(args, "OiniO", &values, &source_type, &count, &type, &target)
+        || !require(type >= 0 && type < SOURCE_TYPES, "no such type")
+        || !valid_source(&held, values, source_type, count, &source)
+        || !(out = OUTPUT(target, times(count, type == SOURCE_F32 ? 4 : 2), uint8_t))) {
+        return done(&held, NULL);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    status = kernels->cast(source, (size_t)count, (enum source_type)type, out, &found);
+    Py_END_ALLOW_THREADS
+    return done(&held, status == NOT_FINITE
+                           ? Py_NewRef(Py_None)
+                           : Py_BuildValue("ddd", found.signal, found.noise, found.worst));
+}
+
 static PyObject *ggml_decode(PyObject *module, PyObject *args) {
     (void)module;
     const Kernels *kernels = active;
@@ -863,6 +887,7 @@ static PyMethodDef methods[] = {
     {"encode_rows", encode_rows, METH_VARARGS, NULL},
     {"quantize_blocks", quantize_blocks, METH_VARARGS, NULL},
     {"quantize_channels", quantize_channels, METH_VARARGS, NULL},
+    {"cast", cast, METH_VARARGS, NULL},
     {"all_finite", all_finite, METH_VARARGS, NULL},
     {"pack", pack, METH_VARARGS, NULL},
     {"unpack", unpack, METH_VARARGS, NULL},

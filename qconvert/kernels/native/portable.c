@@ -1,6 +1,7 @@
 /* The loops for any processor: SSE2 on x86-64, NEON on aarch64, which are the baselines there. */
 #include "product_plain.h"
 #include "blocks.h"
+#include "casts.h"
 #include "ggml_errors.h"
 #include "widen.h"
 

@@ -21,6 +21,7 @@ const Kernels TABLE = {
     .encode_rows = encode_rows,
     .quantize_blocks = quantize_blocks,
     .quantize_channels = quantize_channels,
+    .cast = cast,
     .all_finite = all_finite,
     .pack = pack,
     .unpack = unpack,
