@@ -302,6 +302,18 @@ static void run_packing(const Kernels *k, size_t groups) {
         take(values, groups * PACK_GROUP);
         take(packed, groups * 4 * (size_t)width);
     }
+    const size_t columns = 77, parts = (columns + 31) / 32;
+    float *weights = numbers(groups * columns), *near = numbers(groups * columns);
+    float *scale = numbers(groups * parts), *offset = numbers(groups * parts);
+    int32_t *zero = integers(groups * parts, 64);
+    for (int offsets = 0; offsets <= 1; offsets++) {
+        const Decoded task = {weights, near, groups, columns, 32, scale, offsets ? offset : NULL,
+                              zero, 4, 0, 60, 0x1p-22};
+        double *worst = make(sizeof *worst);
+        k->worst_step(&task, worst);
+        take(worst, sizeof *worst);
+    }
+    free(weights), free(near), free(scale), free(offset), free(zero);
     for (enum source_type type = 0; type < SOURCE_TYPES; type++) {
         const size_t values = groups * 100, bytes = values * (type == SOURCE_F32 ? 4 : 2);
         float *x = numbers(values);

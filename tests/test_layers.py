@@ -24,6 +24,7 @@ DATA = (
     "ranges",
     "report",
     "geometry",
+    "mapper",
     "encoding",
     "progress",
 )

@@ -609,6 +609,45 @@ def test_product_refuses_zero_points_beyond_their_bits() -> None:
         )
 
 
+@often
+@given(
+    kinds, seeds, st.integers(1, 9), st.integers(1, 200), st.sampled_from((16, 32, 500)), st.data()
+)
+def test_worst_step(
+    kind: str, seed: int, rows: int, columns: int, group: int, data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(seed)
+    weights = values(kind, seed, rows, columns)
+    shape = (rows, -(-columns // group))
+    wild = data.draw(st.booleans(), "values and scales of any size")
+    scale = (rng.standard_normal(shape) * 2.0 ** rng.integers(-60, 60)).astype(np.float32)
+    scale[rng.random(shape) < 0.2] = 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        decoded = weights + (rng.standard_normal(weights.shape) * 0.01).astype(np.float32)
+        if wild:
+            scale.ravel()[0] = data.draw(st.sampled_from((np.inf, np.nan, 1e-45, -3e38)))
+            decoded.ravel()[-1] = data.draw(st.sampled_from((np.inf, np.nan, -np.inf, 3e38)))
+    offset = scale[:, ::-1].copy() if data.draw(st.booleans()) else None
+    zero = rng.integers(-20, 300, shape).astype(np.int32)
+    step = data.draw(st.sampled_from((1, 4)))
+    arguments = weights, decoded, group, scale, offset, zero, step, -8, 15 * step, 2.0**-22
+    found, wanted = compiled.worst_step(*arguments), reference.worst_step(*arguments)
+    assert repr(found) == repr(wanted)  # NaN equals itself
+
+
+def test_worst_step_by_hand() -> None:
+    """Codes 0..3, zero point 1: what is within half a step of them counts, by its own step."""
+    weights = np.array([[-1.5, 0.3, 2.4, 2.6, 7.0, 0.0, 1.0, -9.0]], np.float32)
+    decoded = np.array([[-1.0, 0.0, 2.0, 2.0, 4.0, 0.0, 2.0, -2.0]], np.float32)
+    scale, zero = np.array([[1.0, 2.0]], np.float32), np.array([[1, 1]], np.int32)
+    # Steps of 1: 0.5 (at the very edge), 0.3, 0.4, and 2.6 beyond 2.5. Of 2: 7 beyond 5, 0, 0.5, -9.
+    for kernel in (compiled, reference):
+        worst, unscaled = kernel.worst_step(weights, decoded, 4, scale, None, zero, 1, 0, 3, 0.0)
+        assert (worst, unscaled) == (0.5, False)
+        flat = np.array([[1.0, 0.0]], np.float32)
+        assert kernel.worst_step(weights, decoded, 4, flat, None, zero, 1, 0, 3, 0.0) == (0.5, True)
+
+
 # --- ggml -----------------------------------------------------------------------------------------
 
 

@@ -94,6 +94,7 @@ if TYPE_CHECKING or fused is None:
         pack,
         power_sums,
         unpack,
+        worst_step,
     )
     from qconvert.kernels.widening import widen
 else:
@@ -112,6 +113,7 @@ else:
         power_sums,
         unpack,
         widen,
+        worst_step,
     )
 
 
@@ -171,5 +173,6 @@ __all__ = [
     "weighted_code_sums",
     "weighted_error_sums",
     "widen",
+    "worst_step",
     "zero_steps",
 ]

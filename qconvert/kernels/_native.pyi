@@ -20,6 +20,21 @@ def extrema(
     x: Buffer, groups: int, length: int, low: Buffer, high: Buffer, zeros: Buffer, /
 ) -> None: ...
 def power_sums(x: Buffer, n: int, pivot: float, /) -> tuple[float, float, float, float]: ...
+def worst_step(
+    weights: Buffer,
+    values: Buffer,
+    rows: int,
+    columns: int,
+    group: int,
+    scale: Buffer,
+    offset: Buffer | None,
+    zero: Buffer,
+    code_step: float,
+    low: float,
+    high: float,
+    slack: float,
+    /,
+) -> tuple[float, bool]: ...
 def error_sums(x: Buffer, decoded: Buffer, n: int, /) -> tuple[float, float, float]: ...
 def column_sums(columns: Buffer, length: int, groups: int, sums: Buffer, /) -> None: ...
 def code_sums(

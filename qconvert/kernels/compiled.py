@@ -160,6 +160,36 @@ def _extrema(x: F32) -> tuple[F32, F32, NDArray[np.int64]]:
     return low, high, zeros
 
 
+def worst_step(
+    weights: F32,
+    values: F32,
+    group: int,
+    scale: F32,
+    offset: F32 | None,
+    zero: I32,
+    code_step: int,
+    low: int,
+    high: int,
+    slack: float,
+) -> tuple[float, bool]:
+    """`reference.worst_step`."""
+    rows, columns = weights.shape
+    return _native.worst_step(
+        _f32(weights),
+        _f32(values),
+        rows,
+        columns,
+        group,
+        _f32(scale),
+        _f32_or_none(offset),
+        _i32(zero),
+        code_step,
+        low,
+        high,
+        slack,
+    )
+
+
 def error_sums(x: F32, decoded: F32) -> tuple[float, float, float]:
     """`reference.error_sums`."""
     return _native.error_sums(_f32(x), _f32(decoded), x.size)

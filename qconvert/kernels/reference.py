@@ -285,6 +285,51 @@ def weighted_error_sums(x: F32, decoded: F32, weights: F32) -> tuple[float, floa
     return lane_sum((w * (wide * wide)).ravel()), lane_sum((w * (error * error)).ravel())
 
 
+@np.errstate(over="ignore", invalid="ignore")  # where a scale or a decoded value is not finite
+def worst_step(
+    weights: F32,
+    values: F32,
+    group: int,
+    scale: F32,
+    offset: F32 | None,
+    zero: I32,
+    code_step: int,
+    low: int,
+    high: int,
+    slack: float,
+) -> tuple[float, bool]:
+    """Largest |weight - value| in steps over the weights (R, C) that were not clipped.
+
+    Args:
+        values: what they were decoded to, (R, C).
+        group: columns of a group; the last of a row may be shorter.
+        scale: of a step in each group, (R, G).
+        offset: added to the values of each group, (R, G), or None.
+        zero: zero point of each group, (R, G), in units that are ``code_step`` to a code.
+        low, high: smallest and largest code, in those units.
+        slack: error that rounding may add, relative to |weight| + |offset|.
+
+    Returns:
+        The largest error, and whether a weight that is not 0 has a scale of 0; such groups have no
+        step.
+    """
+
+    def by_column(of_groups: NDArray[Any]) -> NDArray[Any]:
+        return np.repeat(of_groups, min(group, columns), axis=1)[:, :columns]
+
+    columns = weights.shape[1]
+    # A quarter of a denormal scale is a number in binary64.
+    unit = by_column(scale.astype(np.float64) / code_step)
+    start = by_column(np.zeros_like(scale) if offset is None else offset).astype(np.float64)
+    w = weights.astype(np.float64)
+    step = np.abs(unit) * code_step
+    place = np.divide(w - start, unit, out=np.zeros_like(w), where=unit != 0) + by_column(zero)
+    inside = (place >= low - code_step / 2) & (place <= high + code_step / 2) & (unit != 0)
+    error = np.abs(w - values) - ((np.abs(w) + np.abs(start)) * slack + 2.0**-149)
+    steps = np.divide(np.maximum(error, 0), step, out=np.zeros_like(w), where=inside)
+    return float(steps.max(initial=0.0)), bool(((unit == 0) & (w != 0)).any())
+
+
 # --- packing --------------------------------------------------------------------------------------
 
 

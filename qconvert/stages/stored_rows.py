@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,27 +72,11 @@ class Rows:
         """Largest |weight - value| in steps over the weights that were not clipped."""
         if self.integer is None or self.scale is None:
             return 0.0
-        # Not from the integer path's own scale: a quarter of a denormal one is rounded there.
-        unit = self._by_column(self.scale.astype(np.float64) / self.code_step)
-        offset = 0.0 if self.integer.offset is None else self._by_column(self.integer.offset)
-        step = np.abs(unit) * self.code_step
-        w = weights.astype(np.float64)
-        place = np.divide(w - offset, unit, out=np.zeros_like(w), where=unit != 0)
-        place += self._by_column(self.integer.zero)
-        half = self.code_step / 2
-        inside = (place >= self.low - half) & (place <= self.high + half) & (step > 0)
-        error = np.abs(w - self.values)
-        slack = (np.abs(w) + np.abs(offset)) * self.slack + 2.0**-149
-        steps = np.divide(np.maximum(error - slack, 0), step, out=np.zeros_like(w), where=inside)
-        if self.scaled_always and ((unit == 0) & (w != 0)).any():
-            return math.inf
-        return float(steps.max(initial=0.0))
-
-    def _by_column(self, of_groups: NDArray[Any]) -> NDArray[Any]:
-        """What there is of each group, (R, G), for each of its columns, (R, C)."""
-        assert self.integer is not None
-        columns = self.values.shape[1]
-        return np.repeat(of_groups, min(self.integer.group, columns), axis=1)[:, :columns]
+        worst, unscaled = kernels.worst_step(
+            *(weights, self.values, self.integer.group, self.scale, self.integer.offset),
+            *(self.integer.zero, self.code_step, self.low, self.high, self.slack),
+        )
+        return math.inf if unscaled and self.scaled_always else worst
 
     def offset_magnitude(self, a: Activations) -> NDArray[np.float64] | float:
         """Σ|offset · input| per output: its rounding adds to that of the products."""

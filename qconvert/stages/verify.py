@@ -25,7 +25,7 @@ from qconvert.files.gguf import ARCHITECTURE, RAW
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_check import check_payload
-from qconvert.geometry import TILE_VALUES, tiles
+from qconvert.geometry import TILE_VALUES, Tile, tiles
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.progress import Progress, Silent
 from qconvert.quantizers.affine import ErrorSums
@@ -338,14 +338,15 @@ class _Job:
         )
         total = _Measured()
 
-        def work(rows: Rows) -> _Measured:
+        def work(tile: Tile) -> _Measured:
+            rows = quantized_rows(self.model, tensor, tile, columns)
             weights = None
             if self.source and original:
                 values = self.source.values(original, rows.start, rows.stop)
                 weights = _narrow(values, self.source, original).reshape(rows.values.shape)
             return _measure_rows(rows, weights, x, a)
 
-        for part in workers.map(work, self._all_rows(tensor, columns)):
+        for part in workers.map(work, tiles(tensor.size // columns, columns)):
             total.add(part)
         row = VerifiedTensor(tensor.name, tensor.dtype, total.finite)
         if self.source and original and tensor.dtype in DTYPES:
@@ -366,10 +367,6 @@ class _Job:
         if stored and not isinstance(stored.encoding, RawEncoding):
             return stored.encoding.row_length
         return tensor.shape[-1] if tensor.shape else 1
-
-    def _all_rows(self, tensor: TensorInfo, columns: int) -> Iterator[Rows]:
-        for tile in tiles(tensor.size // columns, columns):
-            yield quantized_rows(self.model, tensor, tile, columns)
 
     def _static(self, tensor: TensorInfo) -> StaticParameters | None:
         if self.options.activations.startswith("dynamic"):

@@ -135,6 +135,17 @@ enum ggml_type {
     GGML_TYPES
 };
 
+/* What values (rows, columns) were decoded to, in groups of `group` columns, the last of a row
+ * perhaps shorter. Codes are low..high, a code step apart, in the units of `zero`. */
+typedef struct {
+    const float *weights, *values;
+    size_t rows, columns, group;
+    const float *scale, *offset; /* of each group: of a step, and of the smallest value or NULL */
+    const int32_t *zero;
+    double code_step, low, high;
+    double slack; /* error that rounding may add, relative to the weight */
+} Decoded;
+
 typedef struct {
     const char *name;
 
@@ -148,6 +159,8 @@ typedef struct {
     void (*extrema)(const float *x, size_t groups, size_t length, float *low, float *high,
                     int64_t *zeros);
     void (*error_sums)(const float *x, const float *decoded, size_t n, Errors *found);
+    /* Returns whether a weight that is not 0 has a scale of 0. */
+    int (*worst_step)(const Decoded *task, double *worst);
     void (*power_sums)(const float *x, size_t n, double pivot, double sums[4]);
 
     void (*column_sums)(const float *columns, size_t length, size_t groups, float *sums);

@@ -259,6 +259,38 @@ static PyObject *error_sums(PyObject *module, PyObject *args) {
     return done(&held, Py_BuildValue("ddd", found.signal, found.noise, found.worst));
 }
 
+static PyObject *worst_step(PyObject *module, PyObject *args) {
+    (void)module;
+    const Kernels *kernels = active;
+    Buffers held = {0};
+    PyObject *weights, *values, *scales, *offsets, *zeros;
+    Py_ssize_t rows, columns, group;
+    Decoded task;
+    double worst;
+    int unscaled;
+    if (!PyArg_ParseTuple(args, "OOnnnOOOdddd", &weights, &values, &rows, &columns, &group, &scales,
+                          &offsets, &zeros, &task.code_step, &task.low, &task.high, &task.slack)
+        || !require(rows >= 0 && columns >= 0 && group > 0, "no such groups")) {
+        return NULL;
+    }
+    const Py_ssize_t groups = times(rows, columns / group + (columns % group != 0));
+    task.offset = NULL;
+    if (!(task.weights = INPUT(weights, times(rows, columns), float))
+        || !(task.values = INPUT(values, times(rows, columns), float))
+        || !(task.scale = INPUT(scales, groups, float))
+        || (offsets != Py_None && !(task.offset = INPUT(offsets, groups, float)))
+        || !(task.zero = INPUT(zeros, groups, int32_t))) {
+        return done(&held, NULL);
+    }
+    task.rows = (size_t)rows;
+    task.columns = (size_t)columns;
+    task.group = (size_t)group;
+    Py_BEGIN_ALLOW_THREADS
+    unscaled = kernels->worst_step(&task, &worst);
+    Py_END_ALLOW_THREADS
+    return done(&held, Py_BuildValue("dO", worst, unscaled ? Py_True : Py_False));
+}
+
 /* --- searching a scale ------------------------------------------------------------------------*/
 
 static PyObject *power_sums(PyObject *module, PyObject *args) {
@@ -877,6 +909,7 @@ static PyMethodDef methods[] = {
     {"histogram", histogram, METH_VARARGS, NULL},
     {"extrema", extrema, METH_VARARGS, NULL},
     {"error_sums", error_sums, METH_VARARGS, NULL},
+    {"worst_step", worst_step, METH_VARARGS, NULL},
     {"power_sums", power_sums, METH_VARARGS, NULL},
     {"column_sums", column_sums, METH_VARARGS, NULL},
     {"code_sums", code_sums, METH_VARARGS, NULL},

@@ -4,6 +4,7 @@
 
 #include "arithmetic.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 #define NUMBER float
@@ -215,6 +216,53 @@ static void error_sums(const float *x, const float *decoded, size_t n, Errors *f
         add_errors(&lanes, x + i, errors, count);
     }
     finish_errors(&lanes, found);
+}
+
+/* As an integer in the order of the magnitudes, NaN above Inf. */
+INLINE int64_t wide_magnitude(double v) {
+    int64_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits & INT64_MAX;
+}
+
+/* Weights of one group whose scale is not 0. */
+INLINE int64_t worst_of_group(const Decoded *task, const float *weights, const float *values,
+                              size_t n, double unit, double offset, double zero) {
+    const double low = task->low - task->code_step / 2, high = task->high + task->code_step / 2;
+    const double step = fabs(unit) * task->code_step, slack = task->slack;
+    const double base = fabs(offset);
+    int64_t worst = 0;
+    for (size_t i = 0; i < n; i++) {
+        const double w = (double)weights[i], place = (w - offset) / unit + zero;
+        const double error = fabs(w - (double)values[i]) - ((fabs(w) + base) * slack + 0x1p-149);
+        const double steps = (error < 0 ? 0.0 : error) / step;
+        const int64_t size = wide_magnitude((place >= low) & (place <= high) ? steps : 0.0);
+        worst = size > worst ? size : worst;
+    }
+    return worst;
+}
+
+static int worst_step(const Decoded *task, double *found) {
+    const size_t groups = (task->columns + task->group - 1) / task->group;
+    int64_t worst = 0;
+    int unscaled = 0;
+    for (size_t g = 0; g < task->rows * groups; g++) {
+        const size_t start = g % groups * task->group, at = g / groups * task->columns + start;
+        const size_t n = smaller(task->group, task->columns - start);
+        const double unit = (double)task->scale[g] / task->code_step;
+        if (unit == 0) {
+            for (size_t i = 0; i < n; i++) {
+                unscaled |= task->weights[at + i] != 0;
+            }
+            continue;
+        }
+        const double offset = task->offset ? (double)task->offset[g] : 0.0;
+        const int64_t size = worst_of_group(task, task->weights + at, task->values + at, n, unit,
+                                            offset, (double)task->zero[g]);
+        worst = size > worst ? size : worst;
+    }
+    memcpy(found, &worst, sizeof worst);
+    return unscaled;
 }
 
 #endif

@@ -11,6 +11,7 @@ const Kernels TABLE = {
     .histogram = histogram,
     .extrema = extrema,
     .error_sums = error_sums,
+    .worst_step = worst_step,
     .power_sums = power_sums,
     .column_sums = column_sums,
     .code_sums = code_sums,
