@@ -640,7 +640,7 @@ def test_worst_step_by_hand() -> None:
     weights = np.array([[-1.5, 0.3, 2.4, 2.6, 7.0, 0.0, 1.0, -9.0]], np.float32)
     decoded = np.array([[-1.0, 0.0, 2.0, 2.0, 4.0, 0.0, 2.0, -2.0]], np.float32)
     scale, zero = np.array([[1.0, 2.0]], np.float32), np.array([[1, 1]], np.int32)
-    # Steps of 1: 0.5 (at the very edge), 0.3, 0.4, and 2.6 beyond 2.5. Of 2: 7 beyond 5, 0, 0.5, -9.
+    # In steps of 1: 0.5 (at the very edge), 0.3, 0.4, then 2.6 is clipped; of 2: 7 and -9 are.
     for kernel in (compiled, reference):
         worst, unscaled = kernel.worst_step(weights, decoded, 4, scale, None, zero, 1, 0, 3, 0.0)
         assert (worst, unscaled) == (0.5, False)

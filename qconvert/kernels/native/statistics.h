@@ -236,7 +236,8 @@ INLINE int64_t worst_of_group(const Decoded *task, const float *weights, const f
         const double w = (double)weights[i], place = (w - offset) / unit + zero;
         const double error = fabs(w - (double)values[i]) - ((fabs(w) + base) * slack + 0x1p-149);
         const double steps = (error < 0 ? 0.0 : error) / step;
-        const int64_t size = wide_magnitude((place >= low) & (place <= high) ? steps : 0.0);
+        const int inside = (place >= low) & (place <= high);
+        const int64_t size = wide_magnitude(inside ? steps : 0.0);
         worst = size > worst ? size : worst;
     }
     return worst;
