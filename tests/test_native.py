@@ -1,8 +1,8 @@
 """The native kernels give the bits of the NumPy definition, in every variant that this processor
 runs; their C is clean under warnings and sanitizers, and means the same on aarch64.
 
-Not checked: the sign of a zero that is a minimum or maximum (NumPy's depends on the processor), NaN
-payloads out of arithmetic, and speed: ``python tests/test_native.py`` prints that.
+Not checked: the sign of a zero that `extrema` finds (NumPy's depends on the processor; reports have
+no -0), NaN payloads out of arithmetic, and speed: ``python tests/test_native.py`` prints that.
 """
 
 from __future__ import annotations
@@ -607,6 +607,13 @@ def test_product_refuses_zero_points_beyond_their_bits() -> None:
             *(bytes(16), 32, 32, np.ones((1, 1), np.float32), np.full((1, 1), 64, np.int32)),
             *(4, False, 32, np.zeros((1, 32), np.int8), 0),
         )
+
+
+@pytest.mark.parametrize("zeros", [[0.0, -0.0], [-0.0, 0.0], [-0.0]])
+def test_no_extreme_is_minus_zero(zeros: list[float]) -> None:
+    for kernel in (compiled, reference):
+        found = kernel.moments(np.array(zeros, np.float32))
+        assert (repr(found.minimum), repr(found.maximum)) == ("0.0", "0.0")
 
 
 @often

@@ -33,6 +33,7 @@ from qconvert.quantizers.weighting import weighting
 from qconvert.ranges import RangeMethod
 from qconvert.report import QuantizeReport
 from qconvert.schemes import parse_scheme
+from qconvert.stages import encoders
 from qconvert.stages.quantize import QuantizeOptions, quantize
 
 F32 = NDArray[np.float32]
@@ -306,6 +307,17 @@ def test_a_row_longer_than_a_tile_has_its_weights(tmp_path: Path) -> None:
     w = weighting(squares[None, :], encoding)
     wanted = encode_rows(x, encoding, fit(x, encoding, MSE, None, w), w.mean_square)
     assert report.tensors[0].weighted_sqnr_db == pytest.approx(wanted.error.weighted_sqnr_db)
+
+
+def test_blocks_of_a_row_that_is_cut_have_their_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(9)
+    x = {"a.weight": rng.standard_normal((3, 1000)).astype(np.float32)}
+    squares = {"a": rng.exponential(1, 1000).astype(np.float32) ** 3}
+    whole = written(tmp_path, x, squares, "q4_block64")[1]
+    monkeypatch.setattr(encoders, "RUN_VALUES", 256)
+    assert written(tmp_path, x, squares, "q4_block64")[1] == whole
 
 
 def test_layers_without_mean_squares_are_as_without_a_calibration(tmp_path: Path) -> None:

@@ -37,7 +37,6 @@ SOURCE_DTYPES = ("F32", "BF16", "F16")
 _SCALE_DTYPES = ("F16", "BF16", "F32")
 # Number in the native table, values and bytes of a block, by name.
 _GGML = {name: (i, *sizes) for i, (name, *sizes) in enumerate(_native.ggml_types())}
-GGML_TYPES = tuple(_GGML)
 
 
 def variants() -> tuple[str, ...]:
@@ -291,8 +290,8 @@ def search(
     zeros = np.ascontiguousarray(has_zero, np.bool_)
     _native.search(
         *(_f32(x), groups, length, count, _f32(low), _f32(high), zeros),
-        None if weight is None else _f32(weight),
-        None if reach is None else _f32(reach),
+        _f32_or_none(weight),
+        _f32_or_none(reach),
         *(_period(groups, weight, reach), bits, symmetric, factors, len(factors)),
         *(moves, len(moves), scale, zero, found),
     )
@@ -487,7 +486,7 @@ def quantize_channels(
     found = _native.quantize_channels(
         *(data, SOURCE_DTYPES.index(dtype), rows, columns, bits, symmetric, either_side),
         *(bounds[0], bounds[1], pivot),
-        None if scale is None else _f32(scale),
+        _f32_or_none(scale),
         None if zero is None else _i32(zero),
         _f32_or_none(mean_square),
         _period(rows, mean_square),

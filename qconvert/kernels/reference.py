@@ -41,6 +41,11 @@ class Moments:
     m3: float
     m4: float
 
+    def __post_init__(self) -> None:
+        # Which zero is the smaller one depends on the processor: no extreme is -0.
+        object.__setattr__(self, "minimum", self.minimum + 0.0)
+        object.__setattr__(self, "maximum", self.maximum + 0.0)
+
     @classmethod
     def about(
         cls, count: int, extremes: tuple[float, float], pivot: float, sums: PowerSums

@@ -182,8 +182,8 @@ def fit_stream(
 ) -> Parameters:
     """Scale and zero point (1,) of one group that is loaded in 1-d pieces.
 
-    Each pass over the values loads every piece once: one for the range, at most seven more for
-    ``mse`` (eight with weights). Sums run piece by piece.
+    Each pass over the values loads every piece once: one for the range, at most nine more for
+    ``mse`` (ten with weights). Sums run piece by piece.
 
     Args:
         weights: those of each piece, (1, n), for ``mse``.

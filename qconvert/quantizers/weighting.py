@@ -41,6 +41,12 @@ class Weighting:
         part = np.s_[:, start : start + count]
         return Weighting(self.mean_square[part], self.weight[part], self.reach[part])
 
+    def blocks(self, start: int, count: int, block: int) -> Weighting:
+        """Of a run of columns of one row, from the first of a block on."""
+        groups = np.s_[start // block : -(-(start + count) // block)]
+        mean_square = self.mean_square[:, start : start + count]
+        return Weighting(mean_square, self.weight[groups], self.reach[groups])
+
     def repeated(self, rows: int) -> Weighting:
         """Of ``rows`` rows in one: for a scale that they share."""
         return Weighting(*(np.tile(a, rows) for a in (self.mean_square, self.weight, self.reach)))

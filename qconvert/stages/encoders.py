@@ -233,8 +233,15 @@ class AffineEncoder:
         """
         rows = stored_rows(self.model, self.tensor, tile)
         with finite_weights(self.model, self.tensor):
-            done = quantize_rows(rows, self.encoding, self.method, self.bounds, self.weights)
+            done = quantize_rows(rows, self.encoding, self.method, self.bounds, self._weights(tile))
         return Piece(done.rows, done.moments, done.groups, done.outside)
+
+    def _weights(self, tile: Tile) -> Weighting | None:
+        """Of the tile's columns; only rows of blocks are cut into runs of columns."""
+        columns = self.encoding.row_length
+        if self.weights is None or tile.columns == columns:
+            return self.weights
+        return self.weights.blocks(tile.start % columns, tile.columns, self.encoding.block)
 
     @property
     def weighted(self) -> bool:

@@ -291,8 +291,6 @@ static PyObject *worst_step(PyObject *module, PyObject *args) {
     return done(&held, Py_BuildValue("dO", worst, unscaled ? Py_True : Py_False));
 }
 
-/* --- searching a scale ------------------------------------------------------------------------*/
-
 static PyObject *power_sums(PyObject *module, PyObject *args) {
     (void)module;
     const Kernels *kernels = active;
@@ -309,6 +307,8 @@ static PyObject *power_sums(PyObject *module, PyObject *args) {
     Py_END_ALLOW_THREADS
     return done(&held, Py_BuildValue("dddd", sums[0], sums[1], sums[2], sums[3]));
 }
+
+/* --- searching a scale ------------------------------------------------------------------------*/
 
 static PyObject *column_sums(PyObject *module, PyObject *args) {
     (void)module;
