@@ -57,6 +57,12 @@ static PyObject *done_or_no_memory(Buffers *held, int status) {
     Py_RETURN_NONE;
 }
 
+/* Errors as numbers; None where the values were not finite. */
+static PyObject *errors_unless(int not_finite, const Errors *found) {
+    return not_finite ? Py_NewRef(Py_None)
+                      : Py_BuildValue("ddd", found->signal, found->noise, found->worst);
+}
+
 static int require(int condition, const char *what) {
     if (!condition) {
         PyErr_SetString(PyExc_ValueError, what);
@@ -256,7 +262,7 @@ static PyObject *error_sums(PyObject *module, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS
     kernels->error_sums(x, decoded, (size_t)n, &found);
     Py_END_ALLOW_THREADS
-    return done(&held, Py_BuildValue("ddd", found.signal, found.noise, found.worst));
+    return done(&held, errors_unless(0, &found));
 }
 
 static PyObject *worst_step(PyObject *module, PyObject *args) {
@@ -844,9 +850,7 @@ static PyObject *ggml_quantize(PyObject *module, PyObject *args) {
     status = kernels->ggml_quantize((enum ggml_type)type, source, importance, (size_t)period,
                                     (size_t)blocks, out, &found);
     Py_END_ALLOW_THREADS
-    return done(&held, status == NOT_FINITE
-                           ? Py_NewRef(Py_None)
-                           : Py_BuildValue("ddd", found.signal, found.noise, found.worst));
+    return done(&held, errors_unless(status == NOT_FINITE, &found));
 }
 
 static PyObject *cast(PyObject *module, PyObject *args) {
@@ -868,9 +872,7 @@ static PyObject *cast(PyObject *module, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS
     status = kernels->cast(source, (size_t)count, (enum source_type)type, out, &found);
     Py_END_ALLOW_THREADS
-    return done(&held, status == NOT_FINITE
-                           ? Py_NewRef(Py_None)
-                           : Py_BuildValue("ddd", found.signal, found.noise, found.worst));
+    return done(&held, errors_unless(status == NOT_FINITE, &found));
 }
 
 static PyObject *ggml_decode(PyObject *module, PyObject *args) {
