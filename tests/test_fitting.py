@@ -268,6 +268,21 @@ def test_a_stream_has_the_parameters_of_the_whole_however_it_is_cut(
                     assert stored(found, encoding) == wanted, (length, name, ends)
 
 
+@pytest.mark.parametrize("bits", [2, 8])
+@SYMMETRIES
+def test_a_stream_of_huge_values_has_the_minmax_range_on_any_thread(
+    bits: int, symmetric: bool
+) -> None:
+    """What overflows on the way says nothing, neither here nor there."""
+    x = np.float32(3e38) * np.sign(oracle.draw("gaussian", 1, 1, 1000))
+    encoding = channel_encoding(bits, symmetric, 1000)
+    wanted = stored(fit(x, encoding, MINMAX), encoding)
+    with Workers(2) as workers:
+        for mapper in (map, workers.map):
+            found = fit_stream(loads(cuts(x[0], [256, 512])), encoding, MSE, None, mapper)
+            assert stored(found, encoding) == wanted
+
+
 @pytest.mark.parametrize("percent", [51.0, 90.0, 99.0, 99.99, 100.0])
 @WEIGHTS
 def test_percentiles_of_a_stream_are_those_of_numpy(name: str, percent: float) -> None:

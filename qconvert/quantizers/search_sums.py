@@ -160,6 +160,7 @@ def stream_sums(
     return SumSource(np.array([count]), np.array([total]), sums)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # here, since each thread has its own
 def _piece_sums(
     piece: F32, candidates: list[Candidate], low: int, top: int, weight: F32 | None
 ) -> list[F64]:
