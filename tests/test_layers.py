@@ -33,9 +33,10 @@ BELOW: dict[str, tuple[str, ...]] = {}
 for layer, own in (
     ("data", ()),
     ("kernels", ()),
+    ("fixed_point", ()),
     ("quantizers", ("kernels",)),
-    ("observers", ("quantizers", "kernels")),
-    ("files", ("quantizers", "kernels")),
+    ("observers", ("quantizers", "kernels", "fixed_point")),
+    ("files", ("quantizers", "kernels", "fixed_point")),
     ("architectures", ("files", "quantizers", "kernels")),
     ("loading", ("files", "quantizers", "kernels")),
     ("version", ("loading",)),  # `qconvert.load`, inside the function

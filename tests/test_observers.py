@@ -12,6 +12,7 @@ import oracle
 import pytest
 from numpy.typing import NDArray
 
+from qconvert import fixed_point
 from qconvert.errors import UsageError
 from qconvert.observers.exact import ExactSum
 from qconvert.observers.gram import GramMatrix
@@ -345,6 +346,25 @@ def test_a_gram_matrix_refuses_what_it_cannot_hold() -> None:
         gram.update(large)
     with pytest.raises(OverflowError):
         GramMatrix(3).update(2 * large)
+    half, other = GramMatrix(3), GramMatrix(3)
+    half.update(large)
+    other.update(large)
+    with pytest.raises(OverflowError):
+        half.merge(other)
+
+
+def test_fixed_point_numbers_in_float64_are_within_a_unit_in_the_last_place() -> None:
+    """Small negative numbers too, of which the parts cancel."""
+    rng = np.random.default_rng(4)
+    small = -np.arange(1.0, 500) * 2.0**-64
+    sizes = 2.0 ** rng.integers(-64, 59, 2000)
+    values = np.concatenate([small, rng.uniform(-1, 1, 2000) * sizes, [0.0, -0.25, 2.0**58]])
+    high, low = np.zeros(len(values), np.int64), np.zeros(len(values), np.int64)
+    for _ in range(2):
+        fixed_point.add(high, low, *fixed_point.split(values / 2))
+    for h, v, found in zip(high, low, fixed_point.wide(high, low).tolist(), strict=True):
+        exact = Fraction(int(h), 4) + Fraction(int(v), 1 << 64)
+        assert abs(Fraction(found) - exact) <= Fraction(math.ulp(found))
 
 
 @pytest.mark.parametrize(
@@ -354,10 +374,13 @@ def test_a_gram_matrix_refuses_what_it_cannot_hold() -> None:
         (np.zeros(6, np.int32), np.zeros(6, np.int64)),
         (np.zeros(6, np.int64), np.full(6, -1)),
         (np.zeros(6, np.int64), np.full(6, 1 << 62)),
+        (np.full(6, 1 << 61), np.zeros(6, np.int64)),
+        (np.full(6, -1 << 61), np.zeros(6, np.int64)),
+        (np.array([1, 0, 0, -1, 0, 1]), np.zeros(6, np.int64)),
     ],
 )
 def test_a_damaged_gram_matrix_is_refused(high: NDArray[Any], low: NDArray[Any]) -> None:
-    with pytest.raises(ValueError, match="Gram matrix"):
+    with pytest.raises(ValueError, match=r"Gram matrix|fixed-point|negative"):
         GramMatrix.unpacked(high, low, 3)
 
 
@@ -433,6 +456,7 @@ def test_an_observer_goes_on_from_its_state_bit_for_bit(kind: str, name: str) ->
         {"keys": np.array([3], np.uint16)},
         {"counts": np.array([1, 0])},
         {"counts": np.array([1, -5])},
+        {"counts": np.array([1 << 62, 1 << 62])},
     ],
     ids=str,
 )
@@ -456,6 +480,7 @@ def test_a_damaged_state_is_refused(change: dict[str, NDArray[Any]]) -> None:
         {"weights": np.ones((5, 2), np.int64)},
         {"weights": np.ones((6, 2), np.int64) << 32},
         {"weights": np.full((6, 2), -1)},
+        {"weights": np.array([[0, 0]] * 5 + [[1 << 32, 1]])},
         {"weights": np.zeros((6, 2), np.int64)},
         {"weights": np.ones((6, 2))},
     ],

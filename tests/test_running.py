@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, gaussian, save
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -24,7 +25,7 @@ from qconvert.errors import (
     UnsupportedError,
     WeightError,
 )
-from qconvert.files.calibration import Calibration, CalibrationDocument
+from qconvert.files.calibration import ENTRY, Calibration, CalibrationDocument
 from qconvert.observers.ranges import ObserverSettings
 from qconvert.running.hugging_face import checked_config, open_checkpoint
 from qconvert.running.text import sentences, token_chunks
@@ -34,6 +35,7 @@ from qconvert.stages.calibrate import (
     calibrate,
     merge_calibrations,
 )
+from qconvert.stages.collected import read_collected
 
 MODEL = ROOT / "samples" / "tiny-llama"
 
@@ -132,6 +134,18 @@ def document(path: Path) -> CalibrationDocument:
         return found.document
 
 
+def entry(path: Path) -> str:
+    """The JSON of a calibration file."""
+    with safe_open(path, "numpy") as file:
+        return file.metadata()[ENTRY]
+
+
+def damage(path: Path, tensors: dict[str, NDArray[Any]], text: str | None = None) -> None:
+    """Replace tensors of a calibration file, or its JSON."""
+    text = text or entry(path)
+    save(path, load_file(path) | tensors, **{ENTRY: text})
+
+
 @pytest.fixture
 def parts(tmp_path: Path) -> tuple[Path, list[Path]]:
     """A model, and three recordings of its inputs in files of their own."""
@@ -182,15 +196,152 @@ def test_a_gram_matrix_cut_short_is_refused(
     model, recorded = parts
     path = tmp_path / "c"
     calibrate(CalibrateOptions((recorded[0],), path, model, gram=True))
-    with safe_open(path, "numpy") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    tensors[f"a/{kind}"] = tensors[f"a/{kind}"][1:]
-    save(path, tensors, **metadata)
+    damage(path, {f"a/{kind}": load_file(path)[f"a/{kind}"][1:]})
     with Calibration(path) as found, pytest.raises(FormatError, match="impossible values"):
         found.gram("a.weight")
     with pytest.raises(FormatError, match="damaged"):
         merge_calibrations(MergeOptions(model, (path, path), tmp_path / "merged"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("gram.low", -5), ("gram.low", 1 << 62), ("gram.high", 1 << 61), ("gram.high", -3)],
+)
+def test_a_gram_matrix_of_impossible_numbers_is_refused(
+    kind: str, value: int, parts: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    model, recorded = parts
+    path = tmp_path / "c"
+    calibrate(CalibrateOptions((recorded[0],), path, model, gram=True))
+    damage(path, {f"a/{kind}": np.full(40 * 41 // 2, value)})
+    with Calibration(path) as found, pytest.raises(FormatError, match="impossible values"):
+        found.gram("a.weight")
+    with pytest.raises(FormatError, match="damaged"):
+        merge_calibrations(MergeOptions(model, (path, path), tmp_path / "merged"))
+
+
+def test_a_gram_matrix_of_another_shape_is_refused(
+    parts: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """Also where it is kept in a scratch file on the way."""
+    model, recorded = parts
+    path = tmp_path / "c"
+    calibrate(CalibrateOptions((recorded[0],), path, model, gram=True))
+    for kind in ("gram.high", "gram.low"):
+        damage(path, {f"a/{kind}": load_file(path)[f"a/{kind}"].reshape(2, -1)})
+    with pytest.raises(FormatError, match="damaged"):
+        merge_calibrations(MergeOptions(model, (path, path), tmp_path / "merged"))
+
+
+def test_gram_matrices_too_large_together_are_not_merged(
+    parts: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    model, _ = parts
+    large = save(tmp_path / "large", {"a": np.full((3, 40), 4e8, np.float32)})
+    path = tmp_path / "c"
+    calibrate(CalibrateOptions((large,), path, model, gram=True))
+    with pytest.raises(UnsupportedError, match="too large together") as refusal:
+        merge_calibrations(MergeOptions(model, (path, path), tmp_path / "merged"))
+    assert refusal.value.tensor == "a"
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("observer", "settings"),
+    [
+        ("foo", {}),
+        ("mse", {"percentile": True}),
+        ("mse", {"percentile": float("nan")}),
+        ("mse", {"symmetric": 0.5}),
+        ("mse", {"symmetric": True}),  # with a zero point of its own
+        ("mse", {"speed": 1.0}),
+    ],
+)
+def test_settings_that_no_run_has_are_refused(
+    observer: str, settings: dict[str, Any], parts: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    model, _ = parts
+    positive = save(tmp_path / "p", {"a": np.abs(gaussian(1, 50, 40))})
+    path = tmp_path / "c"
+    calibrate(CalibrateOptions((positive,), path, model, ObserverSettings("mse")))
+    text = json.loads(entry(path))
+    assert text["layers"]["a"]["zero_point"] != 0
+    text |= {"observer": observer, "settings": text["settings"] | settings}
+    damage(path, {}, json.dumps(text))
+    with pytest.raises(FormatError) as refusal:
+        merge_calibrations(MergeOptions(model, (path, path), tmp_path / "merged"))
+    assert refusal.value.path == str(path)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"a/recorded": np.zeros((2, 3, 4), np.float32)},
+        {"a/recorded": np.zeros((2, 39), np.float32)},
+        {"a/recorded": np.zeros((2, 40), np.int64)},
+        {"a/recorded": np.full((2, 40), np.nan, np.float32)},
+        {"zzz/recorded": np.zeros((2, 40), np.float32)},
+    ],
+    ids=lambda rows: " ".join(f"{n} {a.dtype} {a.shape}" for n, a in rows.items()),
+)
+def test_recorded_rows_that_no_run_has_left_are_refused(
+    rows: dict[str, NDArray[Any]], parts: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    model, recorded = parts
+    path = tmp_path / "c"
+    calibrate(CalibrateOptions((recorded[0],), path, model))
+    damage(path, {"a/recorded": np.zeros((2, 40), np.float32)})
+    read_collected(path)
+    damage(path, rows)
+    with pytest.raises(FormatError, match="damaged"):
+        read_collected(path)
+
+
+def test_the_smallest_scales_are_read_back(parts: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """The shortest decimal of 2^-149 lies below it."""
+    model, _ = parts
+    tiny = save(tmp_path / "t", {"a": np.full((3, 40), 300 * 2.0**-149, np.float32)})
+    for observer in ("minmax", "nmse"):
+        path = tmp_path / observer
+        calibrate(CalibrateOptions((tiny,), path, model, ObserverSettings(observer)))
+        with Calibration(path) as found:
+            assert np.float32(found.layers["a"].scale) == np.float32(2.0**-149)
+
+
+def test_the_nmse_observer_weighs_by_the_columns_of_the_weight(tmp_path: Path) -> None:
+    """Held against an observer that is given the norms worked out here."""
+    rng = np.random.default_rng(5)
+    sizes = np.exp2(rng.uniform(-6, 6, (2, 40)))
+    weights = {f"{n}.weight": (gaussian(k, 8, 40) * sizes[k]) for k, n in enumerate("ab")}
+    weights = {n: w.astype(np.float32) for n, w in weights.items()}
+    model = save(tmp_path / "m.safetensors", weights)
+    x = {n: gaussian(7, 60, 40) ** 3 for n in "ab"}
+    recorded = save(tmp_path / "r", x)
+    for name, source in (("with", model), ("without", None)):
+        given = CalibrateOptions((recorded,), tmp_path / name, source, ObserverSettings("nmse"))
+        calibrate(given)
+    found, plain = load_file(tmp_path / "with"), load_file(tmp_path / "without")
+    for n in "ab":
+        norms = (weights[f"{n}.weight"].astype(np.float64) ** 2).sum(axis=0)
+        observer = ObserverSettings("nmse").make(norms)
+        observer.update(x[n])
+        for key, array in observer.state().items():
+            assert found[f"{n}/state.input.{key}"].tobytes() == array.tobytes()
+        assert (
+            found[f"{n}/state.input.weights"].tobytes()
+            != plain[f"{n}/state.input.weights"].tobytes()
+        )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e200])
+def test_a_weight_without_a_norm_is_refused(bad: float, tmp_path: Path) -> None:
+    weight = np.ones((4, 40))
+    weight[2, 7] = bad
+    model = save(tmp_path / "m.safetensors", {"a.weight": weight})
+    recorded = save(tmp_path / "r", {"a": gaussian(1, 9, 40)})
+    with pytest.raises(WeightError, match="NaN, Inf or too large") as refusal:
+        calibrate(CalibrateOptions((recorded,), tmp_path / "c", model, ObserverSettings("nmse")))
+    assert refusal.value.found == "column 7"
 
 
 def test_activations_too_large_for_a_gram_matrix_are_named(
@@ -233,9 +384,6 @@ def test_a_state_with_impossible_arrays_is_refused(
     tensors[f"a/{name}"] = tensors[f"a/{name}"][::-1].copy()[:1] * np.array(-1).astype(
         tensors[f"a/{name}"].dtype
     )
-    header = path.read_bytes()
-    length = int.from_bytes(header[:8], "little")
-    metadata = json.loads(header[8 : 8 + length])["__metadata__"]
-    save(path, tensors, **metadata)
+    damage(path, tensors)
     with pytest.raises(InputError):
         merge_calibrations(MergeOptions(model, (path, path), tmp_path / "merged"))

@@ -20,7 +20,7 @@ from qconvert.files.calibration import (
     Calibration,
     CalibrationDocument,
     LayerCalibration,
-    calibration_bytes,
+    calibration_parts,
 )
 from qconvert.files.qblk import QblkModel
 from qconvert.kernels import reference
@@ -216,7 +216,8 @@ def calibrated(directory: Path, squares: dict[str, F32]) -> Path:
     arrays = {f"{n}/mean_square": s for n, s in squares.items()}
     arrays |= {f"{n}/{k}": np.sqrt(s) for n, s in squares.items() for k in ("minimum", "maximum")}
     path = directory / "c.safetensors"
-    path.write_bytes(calibration_bytes(CalibrationDocument("minmax", {}, [], layers), arrays))
+    document = CalibrationDocument("minmax", {"symmetric": False}, [], layers)
+    path.write_bytes(b"".join(calibration_parts(document, arrays)))
     return path
 
 

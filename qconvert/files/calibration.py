@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import fixed_point
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
 from qconvert.files.scratch import Scratch
@@ -190,7 +191,7 @@ class Calibration:
         return squares if squares.any() else None
 
     def gram(self, tensor: str) -> NDArray[np.float64] | None:
-        """Xᵀ X of the inputs of the layer of a weight, (features, features), symmetric; to half a
+        """Xᵀ X of the inputs of the layer of a weight, (features, features), symmetric; to a
         unit in the last place.
 
         None where the file has none: it is there with ``calibrate --gram``.
@@ -216,7 +217,13 @@ class Calibration:
             high, low = (
                 np.frombuffer(self._file.raw(t, 8 * at, 8 * (n - k)), "<i8") for t in parts
             )
-            found[k, k:] = found[k:, k] = high * 2.0**-2 + low * 2.0**-64
+            try:
+                fixed_point.check(high, low)
+            except ValueError as e:
+                raise self._impossible(f"{name}/gram", f"row {k}", f"{e}, see there") from e
+            if high[0] < 0:
+                raise self._impossible(f"{name}/gram.high", f"{high[0]}", "no negative square")
+            found[k, k:] = found[k:, k] = fixed_point.wide(high, low)
             at += n - k
         return found
 
@@ -329,11 +336,6 @@ def calibration_parts(
             yield part.astype(part.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
-def calibration_bytes(document: CalibrationDocument, arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """The same in one."""
-    return b"".join(calibration_parts(document, arrays))
-
-
 def read_state(
     path: Path, scratch: Scratch | None = None
 ) -> tuple[CalibrationDocument, dict[str, NDArray[Any]]]:
@@ -349,9 +351,8 @@ def read_state(
         for t in model.tensors:
             if t.dtype not in NUMPY:
                 raise FormatError("impossible values in the calibration", path=path, tensor=t.name)
-            values = np.frombuffer(model.raw(t, 0, t.nbytes), NUMPY[t.dtype])
-            large = scratch is not None and "/gram." in t.name
-            arrays[t.name] = scratch.keep(values) if scratch and large else values.reshape(t.shape)
+            values = np.frombuffer(model.raw(t, 0, t.nbytes), NUMPY[t.dtype]).reshape(t.shape)
+            arrays[t.name] = scratch.keep(values) if scratch and "/gram." in t.name else values
         model.check_unchanged()
     finally:
         model.close()
@@ -397,7 +398,7 @@ def _plausible_document(document: CalibrationDocument) -> bool:
         isinstance(observer, str)
         and len(observer) <= MAX_OBSERVER
         and observer.isidentifier()
-        and all(isinstance(v, float | bool) for v in document.settings.values())
+        and _plausible_settings(document)
         and all(
             isinstance(entry["name"], str) and isinstance(entry["sha256"], str)
             for entry in document.inputs
@@ -406,6 +407,18 @@ def _plausible_document(document: CalibrationDocument) -> bool:
         and isinstance(document.unreached, list)
         and all(isinstance(name, str) for name in document.unreached)
         and (run is None or _plausible_run(run))
+    )
+
+
+def _plausible_settings(document: CalibrationDocument) -> bool:
+    settings = document.settings
+    symmetric = settings.get("symmetric")
+    ranges: list[LayerCalibration | StaticParameters] = list(document.layers.values())
+    ranges += [layer.output for layer in document.layers.values() if layer.output]
+    return (
+        all(type(v) is float for k, v in settings.items() if k != "symmetric")
+        and type(symmetric) is bool
+        and not (symmetric and any(r.zero_point != 0 for r in ranges))
     )
 
 
@@ -440,5 +453,7 @@ def _plausible_range(r: LayerCalibration | StaticParameters) -> bool:
         and -128 <= r.zero_point <= 127
         and math.isfinite(r.low)
         and math.isfinite(r.high)
-        and 2.0**-149 <= r.scale <= 3.0e38
+        and bool(
+            0 < np.float32(r.scale) <= 3.0e38
+        )  # its shortest decimal may lie below the least one
     )

@@ -194,7 +194,7 @@ class WeightedCounts:
         """
         if limbs.shape != (WEIGHT_LIMBS, len(keys)) or limbs.dtype != np.int64 or keys.ndim != 1:
             raise ValueError("weights of a histogram")
-        if (limbs < 0).any() or (limbs[:-1] > _MASK).any() or not limbs.any(axis=0).all():
+        if (limbs < 0).any() or (limbs > _MASK).any() or not limbs.any(axis=0).all():
             raise ValueError("weights of a histogram")
         if not (np.diff(keys.astype(np.int64)) > 0).all():
             raise ValueError("keys of a histogram")

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
+
+from qconvert import fixed_point
+from qconvert.fixed_point import LARGEST
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 STRIPE = 64  # rows of the matrix at a time
-HIGH_BITS, LOW_BITS = 2, 64  # a number is high · 2^-2 + low · 2^-64
-CARRY_BITS = LOW_BITS - HIGH_BITS
-LARGEST = 2.0**59  # of a diagonal value: the sum of two fits
 
 
 class GramMatrix:
-    """Xᵀ X of all rows x, (features, features): the upper triangle in fixed point of 125 bits.
+    """Xᵀ X of all rows x, (features, features): the upper triangle in `fixed_point`.
 
     The product of each batch is taken in float64 and rounded to multiples of 2^-64; the sum over
     batches is exact. The same batches give the same bits in any order and split over runs, where
@@ -50,24 +48,21 @@ class GramMatrix:
         for k, (high, low) in enumerate(zip(self._high, self._low, strict=True)):
             start = k * STRIPE
             product = x[:, start : start + len(high)].T @ x[:, start:]
-            whole = np.rint(product * 2.0**HIGH_BITS)
-            product -= whole * 2.0**-HIGH_BITS  # exact
-            _add(high, low, whole.astype(np.int64), np.rint(product * 2.0**LOW_BITS))
-            if high.diagonal().max() * 2.0**-HIGH_BITS >= LARGEST:
-                raise OverflowError("a sum of squares beyond 2^59")
+            fixed_point.add(high, low, *fixed_point.split(product))
 
     def merge(self, other: GramMatrix) -> None:
         """Add what another one has seen.
 
         Raises:
             ValueError: another number of features.
+            OverflowError: a sum of squares beyond 2^59; what was seen is lost.
         """
         if self.features != other.features:
             raise ValueError("Gram matrices of different layers")
         for high, low, more, rest in zip(
             self._high, self._low, other._high, other._low, strict=True
         ):
-            _add(high, low, more, rest)
+            fixed_point.add(high, low, more, rest)
 
     def packed(self) -> tuple[I64, I64]:
         """High and low parts of the upper triangle, row after row, (n (n + 1) / 2,) each."""
@@ -83,24 +78,17 @@ class GramMatrix:
         wanted = (features * (features + 1) // 2,)
         if any(a.shape != wanted or a.dtype != np.int64 for a in (high, low)):
             raise ValueError("Gram matrix")
-        if (low < 0).any() or (low >> CARRY_BITS).any():
-            raise ValueError("Gram matrix")
+        fixed_point.check(high, low)
         found = cls(features)
         at = 0
         for k in range(features):
+            if high[at] < 0:
+                raise ValueError("negative sum of squares")
             stripe, row = divmod(k, STRIPE)
             found._high[stripe][row, row:] = high[at : at + features - k]
             found._low[stripe][row, row:] = low[at : at + features - k]
             at += features - k
         return found
-
-
-def _add(high: I64, low: I64, more: I64, rest: NDArray[Any]) -> None:
-    """Add to a number in place and bring its low part into [0, 2^62): its one form."""
-    low += rest.astype(np.int64, copy=False)
-    high += more
-    high += low >> CARRY_BITS
-    low &= (1 << CARRY_BITS) - 1
 
 
 def _flat(stripes: list[I64]) -> I64:

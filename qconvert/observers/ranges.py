@@ -36,6 +36,7 @@ LINEAR_BINS = 2048  # of the entropy observer, between the extremes
 BLOCK_VALUES = 1 << 18  # of the nmse observer, at a time
 COLUMN_OCTAVES = 24  # no column counts less than 2^-24 of the heaviest
 ROW_OCTAVES = 8  # of the weights of rows that are added together
+MOST_VALUES = 2.0**62  # in a histogram from a file: two fit together
 SILENT = 1 << 20  # no group: rows of zeros
 FLOOR = 1e-6  # share of the mass of the codes' histogram that is spread evenly: no log of 0
 
@@ -167,6 +168,8 @@ class HistogramObserver:
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         keys, counts = state["keys"], state["counts"]
         if keys.shape != counts.shape or keys.ndim != 1 or not (counts > 0).all():
+            raise ValueError("counts of a histogram")
+        if counts.sum(dtype=np.float64) > MOST_VALUES:
             raise ValueError("counts of a histogram")
         if np.isnan(bin_centres()[keys]).any() or not (np.diff(keys.astype(np.int64)) > 0).all():
             raise ValueError("keys of a histogram")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.errors import FormatError, UnsupportedError, WeightError
+from qconvert.errors import FormatError, UnsupportedError, UsageError, WeightError
 from qconvert.files.atomic import AtomicOutput
 from qconvert.files.calibration import (
     CHANNELS,
@@ -221,13 +221,13 @@ def read_collected(path: Path, scratch: Scratch | None = None) -> Collected:
         for name, array in arrays.items():
             layer, _, kind = name.rpartition("/")
             if kind == "recorded":
-                recorded[layer] = array
+                recorded[layer] = _recorded(array, document.layers[layer].features)
             else:
                 parts[layer][kind] = array
         layers = {n: FinishedLayer(c, parts[n]) for n, c in document.layers.items()}
         for layer_found in layers.values():
             restored(layer_found, settings)
-    except (KeyError, ValueError, TypeError, IndexError, OverflowError) as e:
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError, UsageError) as e:
         raise FormatError(
             "the state in the calibration is damaged",
             path=path,
@@ -247,6 +247,19 @@ def read_collected(path: Path, scratch: Scratch | None = None) -> Collected:
     )
 
 
+def _recorded(array: NDArray[Any], features: int) -> NDArray[np.float32]:
+    """Sampled rows of input as a run leaves them.
+
+    Raises:
+        ValueError: they are no such rows.
+    """
+    if array.dtype != np.float32 or array.ndim != 2 or array.shape[1] != features:
+        raise ValueError("recorded rows")
+    if not np.isfinite(array).all():
+        raise ValueError("recorded rows that are not finite")
+    return array
+
+
 def _settings(document: CalibrationDocument) -> ObserverSettings:
     given: dict[str, Any] = dict(document.settings)
     return ObserverSettings(document.observer, **given)
@@ -256,7 +269,8 @@ def merged(parts: Iterable[tuple[Path, Collected]]) -> Collected:
     """One calibration of all that several have seen: the statistics of a single run over the same.
 
     Raises:
-        UnsupportedError: they differ in observer, model, or width of a layer.
+        UnsupportedError: they differ in observer, model, or width of a layer, or Gram matrices are
+            too large together.
         UsageError: moving averages.
     """
     rest = iter(parts)
@@ -282,6 +296,15 @@ def merged(parts: Iterable[tuple[Path, Collected]]) -> Collected:
             statistics = restored(before, whole.settings)
             try:
                 statistics.merge(restored(layer, whole.settings))
+            except OverflowError as e:
+                raise UnsupportedError(
+                    "the Gram matrices are too large together",
+                    path=path,
+                    tensor=name,
+                    found=str(e),
+                    hint="merge fewer files",
+                    code="CALIBRATION-MERGE",
+                ) from e
             except ValueError as e:
                 raise UnsupportedError(
                     "the layer differs between the calibrations",

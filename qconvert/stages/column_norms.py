@@ -11,6 +11,7 @@ from qconvert.geometry import TILE_VALUES
 from qconvert.model import Model
 
 F64 = NDArray[np.float64]
+LARGEST = 1e100  # of a weight: no sum of its squares overflows
 
 
 def column_norms(model: Model, layer: str) -> F64 | None:
@@ -19,7 +20,7 @@ def column_norms(model: Model, layer: str) -> F64 | None:
     None where the model has no weight of that name with at least two dimensions.
 
     Raises:
-        WeightError: a weight is NaN or Inf.
+        WeightError: a weight is NaN or Inf, or too large to be squared.
     """
     found = [t for t in model.tensors if layer_name(t.name) == layer and len(t.shape) >= 2]
     if not found or not found[0].size:
@@ -29,14 +30,16 @@ def column_norms(model: Model, layer: str) -> F64 | None:
     step = max(1, TILE_VALUES // columns) * columns
     for start in range(0, tensor.size, step):
         tile = model.values(tensor, start, min(start + step, tensor.size)).astype(np.float64)
+        good = (np.abs(tile) < LARGEST).reshape(-1, columns).all(axis=0)
+        if not good.all():
+            raise WeightError(
+                "a weight is NaN, Inf or too large",
+                path=model.path,
+                tensor=tensor.name,
+                found=f"column {int(np.argmin(good)):,}",
+                wanted=f"below {LARGEST:g}",
+                hint="repair the model first; qconvert inspect says where",
+            )
         tile *= tile
         sums += tile.reshape(-1, columns).sum(axis=0)
-    if not np.isfinite(sums).all():
-        raise WeightError(
-            "a weight is NaN or Inf",
-            path=model.path,
-            tensor=tensor.name,
-            found=f"column {int(np.argmin(np.isfinite(sums))):,}",
-            hint="repair the model first; qconvert inspect says where",
-        )
     return sums
