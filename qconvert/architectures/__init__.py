@@ -2,13 +2,14 @@
 
 `open_gguf_source` wraps an opened model: tensors under GGUF's names, in llama.cpp's order of rows,
 read lazily from the same files; and the metadata that goes before them. `restored` goes the other
-way.
+way; `layer_places` gives the names alone.
 """
 
 from __future__ import annotations
 
 from qconvert.architectures.families import FAMILIES
 from qconvert.architectures.mapping import Dropped
+from qconvert.architectures.places import Place, layer_places
 from qconvert.architectures.restored import RestoredModel, restored
 from qconvert.architectures.source import GgufSource, open_gguf_source
 
@@ -21,7 +22,9 @@ def supported() -> tuple[str, ...]:
 __all__ = [
     "Dropped",
     "GgufSource",
+    "Place",
     "RestoredModel",
+    "layer_places",
     "open_gguf_source",
     "restored",
     "supported",

@@ -507,25 +507,33 @@ FAMILIES = (
 )
 
 
+def known_family(config: Config) -> Family | None:
+    """The row for a configuration; None when no row has its class."""
+    names = _class_names(config)
+    return next((f for f in FAMILIES if any(n in f.classes for n in names)), None)
+
+
 def family_of(config: Config) -> Family:
     """The row for a configuration.
 
     Raises:
         UnsupportedError: no row has its class; the message names those that there are.
     """
-    named = config.get("architectures")
-    names = [n for n in named if isinstance(n, str)] if isinstance(named, list) else []
-    for family in FAMILIES:
-        if any(n in family.classes for n in names):
-            return family
+    if family := known_family(config):
+        return family
     raise UnsupportedError(
         "architecture has no row in our table for GGUF",
         path=config.path,
-        found=", ".join(names)[:80] or "none named",
+        found=", ".join(_class_names(config))[:80] or "none named",
         wanted=", ".join(c for family in FAMILIES for c in family.classes),
         hint="--raw writes the tensors under their own names, for tools other than llama.cpp",
         code="ARCH-UNKNOWN",
     )
+
+
+def _class_names(config: Config) -> list[str]:
+    named = config.get("architectures")
+    return [n for n in named if isinstance(n, str)] if isinstance(named, list) else []
 
 
 def hyper_parameters(family: Family, config: Config, sizes: Sizes) -> tuple[Keys, Rope]:
@@ -548,4 +556,14 @@ def _typed(value: MetadataValue) -> MetadataValue:
     return GgufValue("UINT32", value) if type(value) is int else value
 
 
-__all__ = ["FAMILIES", "OUTPUT", "Family", "Sizes", "Slot", "family_of", "hyper_parameters"]
+__all__ = [
+    "FAMILIES",
+    "MAX_BLOCKS",
+    "OUTPUT",
+    "Family",
+    "Sizes",
+    "Slot",
+    "family_of",
+    "hyper_parameters",
+    "known_family",
+]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import gguf
 import numpy as np
@@ -112,16 +112,15 @@ def _collect(
     model: Tensors, family: Family, sizes: Sizes, slots: dict[str, Slot], tied: bool
 ) -> tuple[dict[str, _Found], list[Dropped]]:
     """Which source tensors make up each GGUF tensor."""
-    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
-    names = gguf.get_tensor_name_map(arch, sizes.blocks)
+    names = name_table(family.arch, sizes.blocks)
     found: dict[str, _Found] = {}
     dropped: list[Dropped] = []
     for tensor in model.tensors:
-        reason = _drop_reason(tensor.name, family, tied)
+        reason = drop_reason(tensor.name, family, tied)
         if reason:
             dropped.append(Dropped(tensor.name, reason))
             continue
-        for source_name, expert, part in _source_names(_renamed(tensor.name, family)):
+        for source_name, expert, part in source_names(renamed(tensor.name, family)):
             name = names.get_name(source_name, try_suffixes=(".weight", ".bias"))
             if name not in slots:
                 raise _left_over(model, tensor, family, sizes)
@@ -154,16 +153,24 @@ def _left_over(
     )
 
 
-def _drop_reason(name: str, family: Family, tied: bool) -> str | None:
+def name_table(arch: str, blocks: int) -> Any:
+    """gguf-py's table of names for an architecture of llama.cpp's."""
+    found = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    return gguf.get_tensor_name_map(found, blocks)
+
+
+def drop_reason(name: str, family: Family, tied: bool) -> str | None:
+    """Why GGUF does without a tensor of the checkpoint; None when it has it."""
     if name.endswith(_COMPUTED):
         return "is computed, not stored"
     if tied and name.endswith("lm_head.weight"):
         return "is the token embedding (tied)"
-    plain = _renamed(name, family)
+    plain = renamed(name, family)
     return next((why for start, why in family.dropped if plain.startswith(start)), None)
 
 
-def _renamed(name: str, family: Family) -> str:
+def renamed(name: str, family: Family) -> str:
+    """The name as gguf-py's table has it, for checkpoints that write it otherwise."""
     for start, instead in family.renames:
         if name.startswith(start):
             name = instead + name.removeprefix(start)
@@ -175,7 +182,7 @@ def _renamed(name: str, family: Family) -> str:
     return name
 
 
-def _source_names(name: str) -> Iterator[tuple[str, int | None, tuple[int, int] | None]]:
+def source_names(name: str) -> Iterator[tuple[str, int | None, tuple[int, int] | None]]:
     """Names as gguf-py's table has them, with the expert, or the part of a fused tensor."""
     if one := _EXPERT.fullmatch(name):
         yield one[1] + one[3], int(one[2]), None

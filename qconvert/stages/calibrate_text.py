@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from qconvert import kernels
+from qconvert.architectures import layer_places
 from qconvert.errors import InputError, OutputExistsError, UnsupportedError, WeightError
 from qconvert.files.atomic import AtomicOutput, machine_errors
 from qconvert.files.calibration import TextRun, model_digest
@@ -40,7 +41,7 @@ from qconvert.stages.collected import (
     read_collected,
     restored,
 )
-from qconvert.stages.importance import gguf_names, importance_bytes
+from qconvert.stages.importance import importance_bytes
 from qconvert.stages.parallel import available_threads
 
 DEFAULT_SEQLEN = 256
@@ -102,7 +103,7 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
             options.model, threads=options.threads or available_threads(), streamed=True
         )
         if options.imatrix:
-            gguf_names(checkpoint.config, options.model)
+            layer_places(checkpoint.config, options.model / "config.json")
         with ExitStack() as stack:
             model = stack.enter_context(open_safetensors(options.model))
             scratch = stack.enter_context(Scratch(options.output)) if options.gram else None

@@ -1,0 +1,88 @@
+"""Where weights of a checkpoint's layers are in a GGUF file: names for importance matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from qconvert.architectures.config import Config
+from qconvert.architectures.families import MAX_BLOCKS, known_family
+from qconvert.architectures.mapping import drop_reason, name_table, renamed, source_names
+from qconvert.architectures.source import read_config
+from qconvert.errors import UnsupportedError
+
+# llama.cpp's names for values of ``model_type`` that it writes otherwise; for models of classes
+# that the table of architectures has no row for.
+_TYPES = {
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "roberta": "bert",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the weight of a layer is in a GGUF file.
+
+    Attributes:
+        name: of the tensor.
+        expert: which of the matrices stacked there; None where there is one alone.
+    """
+
+    name: str
+    expert: int | None
+
+
+def layer_places(fields: dict[str, Any], path: Path) -> Callable[[str], Place | None]:
+    """Layer of a checkpoint -> place of its weight in GGUF, None where it has none.
+
+    A model of a class in the table of architectures has the places that its conversion gives. Of
+    other models llama.cpp's own converter makes files; their names are gguf-py's for the
+    architecture that ``model_type`` says.
+
+    Args:
+        fields: of the model's config.json.
+        path: that file, for messages.
+
+    Raises:
+        UnsupportedError: llama.cpp does not know the architecture.
+        FormatError: the number of blocks is missing or impossible.
+    """
+    family = None
+    config = Config(fields, path)
+    if known_family(config):
+        family, config = read_config(fields, path)
+    arch = family.arch if family else _arch_of_type(config)
+    names = name_table(arch, config.count("num_hidden_layers", most=MAX_BLOCKS))
+
+    def place(layer: str) -> Place | None:
+        weight = f"{layer}.weight"
+        if family:
+            if drop_reason(weight, family, tied=False):
+                return None
+            weight = renamed(weight, family)
+        source, expert, _ = next(source_names(weight))
+        name = names.get_name(source, try_suffixes=(".weight",))
+        return None if name is None else Place(name, expert)
+
+    return place
+
+
+def _arch_of_type(config: Config) -> str:
+    kind = str(config.get("model_type"))
+    for name in (_TYPES.get(kind, kind.replace("_", "-")), kind):
+        if name in gguf.MODEL_ARCH_NAMES.values():
+            return name
+    raise UnsupportedError(
+        "llama.cpp has no names for the tensors of this model",
+        path=config.path,
+        found=f"model_type {kind!r}",
+        hint="leave out --imatrix",
+        code="IMATRIX-ARCHITECTURE",
+    )
