@@ -39,6 +39,7 @@ from qconvert.quantizers.affine import pack_zero_points
 SIGNIFICANT_DIGITS = 6
 LONGEST_NUMBER = -1.23456789012e-300  # wider than what `rounded`, binary32 and 2^53 leave
 DIGEST = "0" * 64
+WRITE_BYTES = 1 << 18  # scales and zero points of a tile are a tenth: each write has its price
 
 
 def rounded(value: object) -> object:
@@ -148,23 +149,36 @@ class TensorWriter:
         self.segments = {s["kind"]: s for s in segments}
         self.done = dict.fromkeys(self.segments, 0)
         self.hashes = {kind: hashlib.sha256() for kind in self.segments}
-        self.zero = np.zeros(0, np.uint8)  # zero points that do not fill a group yet
+        self.waiting: dict[str, list[bytes | memoryview]] = {kind: [] for kind in self.segments}
+        self.zeros: list[NDArray[np.uint8]] = []  # not packed yet
 
     def append(self, kind: str, data: bytes | memoryview) -> None:
-        self.hashes[kind].update(data)
-        place = self.writer.payload + self.segments[kind]["offset"] + self.done[kind]
-        self.writer.out.write_at(place, data)
-        self.done[kind] += len(data)
+        """The next bytes of a segment; small runs wait until together they are worth a write."""
+        self.waiting[kind].append(data)
+        if sum(map(len, self.waiting[kind])) >= WRITE_BYTES:
+            self._write(kind)
 
     def append_zero_points(self, zero: NDArray[np.uint8]) -> None:
         """Zero points as stored, one byte each; they are packed across calls."""
         assert isinstance(self.encoding, AffineEncoding)
         if self.encoding.symmetric:
             return
-        waiting = np.concatenate([self.zero, zero])
-        whole = len(waiting) // PACK_GROUP * PACK_GROUP
-        self.append("zero_points", pack_zero_points(waiting[:whole], self.encoding))
-        self.zero = waiting[whole:]
+        self.zeros.append(zero)
+        if sum(map(len, self.zeros)) >= WRITE_BYTES:
+            waiting = np.concatenate(self.zeros)
+            whole = len(waiting) // PACK_GROUP * PACK_GROUP
+            self.append("zero_points", pack_zero_points(waiting[:whole], self.encoding))
+            self.zeros = [waiting[whole:]]
+
+    def _write(self, kind: str) -> None:
+        """Hash and write what waits."""
+        waiting = self.waiting[kind]
+        data = waiting[0] if len(waiting) == 1 else b"".join(waiting)
+        self.hashes[kind].update(data)
+        place = self.writer.payload + self.segments[kind]["offset"] + self.done[kind]
+        self.writer.out.write_at(place, data)
+        self.done[kind] += len(data)
+        self.waiting[kind] = []
 
     def abandon(self) -> None:
         """Give the place back, as if the tensor had not begun."""
@@ -172,10 +186,12 @@ class TensorWriter:
 
     def finish(self, notes: dict[str, Any]) -> None:
         """Close the tensor; ``notes`` are its ``decision``, ``error`` and ``activation``."""
-        if len(self.zero):
+        if any(map(len, self.zeros)):
             assert isinstance(self.encoding, AffineEncoding)
-            self.append("zero_points", pack_zero_points(self.zero, self.encoding))
+            last = np.concatenate(self.zeros)
+            self.append("zero_points", pack_zero_points(last, self.encoding))
         for kind, segment in self.segments.items():
+            self._write(kind)
             assert self.done[kind] == segment["size"], f"{self.name}: {kind} is incomplete"
         digests = [h.digest() for h in self.hashes.values()]
         sha256 = tensor_digest(self.name, self.shape, self.source_dtype, self.encoding, digests)
