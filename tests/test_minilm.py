@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ def test_the_sentences_are_picked_by_their_rule() -> None:
 def test_static_activations_keep_the_embeddings_of_sentences(
     minilm: Path, tmp_path: Path, done: Run
 ) -> None:
+    if os.environ.get("QCONVERT_KERNELS") == "reference":
+        pytest.skip("native kernels give the same bits: once is enough")
     pytest.importorskip("torch", reason="install qconvert[hf]")
     pytest.importorskip("transformers", reason="install qconvert[hf]")
     c, q = tmp_path / "c.safetensors", tmp_path / "m.qblk"
