@@ -30,14 +30,31 @@ INLINE uint32_t largest_magnitude(const float *x) {
     return largest;
 }
 
+/* A bit for each value of a magnitude. */
+#ifdef USE_AVX2 /* which the compiler does not know to have an instruction for */
+INLINE uint32_t places_of(uint32_t magnitude, const float *x) {
+    const __m256i wanted = _mm256_set1_epi32((int)magnitude), kept = _mm256_set1_epi32(0x7FFFFFFF);
+    uint32_t places = 0;
+    for (int i = 0; i < GGML_BLOCK; i += 8) {
+        const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(x + i));
+        const __m256i equal = _mm256_cmpeq_epi32(_mm256_and_si256(bits, kept), wanted);
+        places |= (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(equal)) << i;
+    }
+    return places;
+}
+#else
+INLINE uint32_t places_of(uint32_t magnitude, const float *x) {
+    uint32_t places = 0;
+    for (int i = 0; i < GGML_BLOCK; i++) {
+        places |= (uint32_t)((bits_of(x[i]) & 0x7FFFFFFF) == magnitude) << i;
+    }
+    return places;
+}
+#endif
+
 /* The first value of the largest magnitude, with its sign. */
 INLINE float furthest(const float *x) {
-    const uint32_t largest = largest_magnitude(x);
-    uint32_t places = 0; /* a bit for each value of that magnitude */
-    for (int i = 0; i < GGML_BLOCK; i++) {
-        places |= (uint32_t)((bits_of(x[i]) & 0x7FFFFFFF) == largest) << i;
-    }
-    return x[__builtin_ctz(places)];
+    return x[__builtin_ctz(places_of(largest_magnitude(x), x))];
 }
 
 /* An extreme that is a zero gets the sign of the first zero, as argmin and argmax have it. */
@@ -86,10 +103,18 @@ INLINE void load_small_codes(const uint8_t *data, int bits, uint8_t codes[GGML_B
     }
 }
 
-/* Codes of steps that are never negative, cut off and not rounded: the half is added already. */
-INLINE void cut_codes(const float *x, float low, float inverse, float half, int bits,
+/* Codes of steps that are never negative, cut off and not rounded: the half is added already. Where
+ * scale and inverse are finite, so are the steps of values that the scale was made for. */
+INLINE void cut_codes(const float *x, float low, float scale, float half, int bits,
                       int32_t codes[GGML_BLOCK]) {
-    const float top = (float)((1 << bits) - 1);
+    const float top = (float)((1 << bits) - 1), inverse = inverse_of(scale);
+    if (is_finite(scale) && is_finite(inverse)) {
+        for (int i = 0; i < GGML_BLOCK; i++) {
+            const float steps = (x[i] - low) * inverse + half;
+            codes[i] = (int32_t)(steps < top ? steps : top);
+        }
+        return;
+    }
     for (int i = 0; i < GGML_BLOCK; i++) {
         const float steps = finite_or_zero((x[i] - low) * inverse + half);
         codes[i] = (int32_t)(steps < top ? steps : top);
@@ -101,7 +126,7 @@ INLINE void encode_centred(const float *x, int bits, uint8_t *out) {
     int32_t codes[GGML_BLOCK];
     const float middle = (float)(1 << (bits - 1));
     const float scale = furthest(x) / -middle;
-    cut_codes(x, 0.0f, inverse_of(scale), middle + 0.5f, bits, codes);
+    cut_codes(x, 0.0f, scale, middle + 0.5f, bits, codes);
     store_half(scale, out);
     store_small_codes(codes, bits, out + 2);
 }
@@ -112,7 +137,7 @@ INLINE void encode_from_minimum(const float *x, int bits, uint8_t *out) {
     float low, high;
     range_of(x, &low, &high);
     const float scale = (high - low) / (float)((1 << bits) - 1);
-    cut_codes(x, low, inverse_of(scale), 0.5f, bits, codes);
+    cut_codes(x, low, scale, 0.5f, bits, codes);
     store_half(scale, out);
     store_half(low, out + 2);
     store_small_codes(codes, bits, out + 4);
