@@ -113,6 +113,13 @@ class QuantizedTensor:
 
 @dataclass
 class QuantizeReport(Report):
+    """Result of ``quantize``.
+
+    Attributes:
+        written: whether the output is there; not after a dry run, and not where a warning under
+            ``--strict`` took it back.
+    """
+
     SCHEMA: ClassVar[str] = "qconvert.quantize/1"
 
     source: str
@@ -130,6 +137,7 @@ class QuantizeReport(Report):
     calibration: str | None
     companions: int
     files: int = 1
+    written: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -245,11 +253,14 @@ class VerifiedTensor:
         cast_exact: whether plain numbers are the source's, rounded; None for codes.
         worst_step: largest error of an unclipped value, in steps (at most 0.5 is promised).
         output_sqnr_db: of the integer product against the float product of the original weights
-            and inputs.
+            and inputs; None where the activations are static and no inputs are recorded, since no
+            others are known to lie in the calibrated range.
         integer_exact: whether int32 accumulation equals exact integer arithmetic.
         float_error: largest difference between the integer path and the float product of the
             dequantized operands, relative to the sum of magnitudes.
-        activations: where the inputs come from: ``static`` or ``dynamic``.
+        activations: where scale and zero point of the inputs come from: ``static`` or ``dynamic``.
+        inputs: ``recorded``, or ``Gaussian`` where there are no samples.
+        fails: ids of the checks that this tensor fails.
     """
 
     name: str
@@ -264,6 +275,8 @@ class VerifiedTensor:
     integer_exact: bool | None = None
     float_error: float | None = None
     activations: str | None = None
+    inputs: str | None = None
+    fails: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Quantized files as transformers models; needs the extra: ``pip install 'qconvert[hf]'``.
+"""Quantized files as transformers models; needs torch and transformers.
 
 ::
 

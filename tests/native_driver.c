@@ -308,7 +308,7 @@ static void run_packing(const Kernels *k, size_t groups) {
     int32_t *zero = integers(groups * parts, 64);
     for (int offsets = 0; offsets <= 1; offsets++) {
         const Decoded task = {weights, near, groups, columns, 32, scale, offsets ? offset : NULL,
-                              zero, 4, 0, 60, 0x1p-22};
+                              zero, 4, 0, 60, offsets ? scale : NULL, offsets ? offset : NULL};
         double *worst = make(sizeof *worst);
         k->worst_step(&task, worst);
         take(worst, sizeof *worst);

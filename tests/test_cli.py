@@ -837,6 +837,12 @@ def test_calibration_goes_into_the_file_and_verify_uses_it(
         told = call(*verify, mode)
         assert told.code == 0
         assert {t["activations"] for t in told.json["tensors"]} == {wanted}
+        assert {t["inputs"] for t in told.json["tensors"]} == {"Gaussian"}
+        known = [t["output_sqnr_db"] for t in told.json["tensors"]]
+        # Nobody knows whether Gaussian inputs lie in the calibrated range.
+        assert all(db > 15 for db in known) if wanted == "dynamic" else set(known) == {None}
+        told = call(*verify, mode, "--samples", "acts.safetensors")
+        assert {t["inputs"] for t in told.json["tensors"]} == {"recorded"}
         assert all(t["output_sqnr_db"] > 15 for t in told.json["tensors"])
 
 
@@ -855,7 +861,7 @@ def test_symmetric_activations_have_no_zero_point_up_to_the_product(
             assert layer["scale"] == pytest.approx(layer["high"] / 127, rel=1e-6)
             assert layer["low"] == -layer["high"]
     verify = ["verify", "new.qblk", "--against", "m.safetensors", "--json", "--activations"]
-    told = call(*verify, "static")
+    told = call(*verify, "static", "--samples", "acts.safetensors")
     assert told.code == 0
     assert all(t["output_sqnr_db"] > 15 for t in told.json["tensors"])
     again = ["calibrate", "m.safetensors", "--merge", "new.safetensors", "-o", "merged"]

@@ -184,8 +184,17 @@ def test_finite_values_give_finite_ones(name: str) -> None:
         data = kind.encode(x, weights)
         sound = np.isfinite(kind.scales(data)).all(axis=1)
         assert sound.any()
-        assert sound.all() == (name == "MXFP4")
+        assert sound.all() == (name in ("MXFP4", "NVFP4"))  # their scales saturate
         assert np.isfinite(kind.decode(data[sound])).all()
+
+
+def test_nvfp4_saturates_as_ggml_does() -> None:
+    """The largest scale is 448 and the largest code 6: 2,688, whatever is beyond."""
+    x = np.zeros((1, 64), np.float32)
+    x[0, [0, 5, 16, 17]] = 5e4, -3e38, 6e4, 200.0
+    back = GGML_BLOCKS["NVFP4"].decode(GGML_BLOCKS["NVFP4"].encode(x))
+    assert back[0, [0, 5, 16, 17]].tolist() == [2688, -2688, 2688, 224]  # 200 is nearest to 448 / 2
+    assert np.count_nonzero(back) == 4
 
 
 @pytest.mark.parametrize("name", SEARCHED)

@@ -32,7 +32,8 @@ def test_codes_of_8_bits_are_those_of_the_worked_example(example: Path, done: Ru
     assert found.codes.dtype == np.uint8
     assert found.codes.shape == (4, 64)
     assert (found.codes[3, :8].astype(int) - 128).tolist() == [33, -14, -70, 35, -59, 10, 47, 127]
-    assert found.zero_point.tolist() == [[128.0]] * 4
+    assert found.zero_points.tolist() == [[128.0]] * 4
+    assert found.zero_point.tolist() == [[128.0] * 64] * 4
     assert found.scale[:, 0] == pytest.approx([0.04881890] * 4, rel=1e-7)
     assert (found.block, found.bits) == (64, 8)
 
@@ -44,8 +45,8 @@ def test_codes_of_4_bits_are_those_of_the_worked_example(example: Path, done: Ru
     with qconvert.load(str(path)) as tensors:
         found, values = tensors["w"].quantized(), np.asarray(tensors["w"])
     assert found.codes[2, 8:16].tolist() == [8, 4, 0, 8, 1, 6, 9, 15]
-    assert found.zero_point.tolist() == [[5.25]] * 4
-    assert found.scale.tolist() == [[float(np.float32(0.64))]] * 4
+    assert found.zero_points.tolist() == [[5.25]] * 4
+    assert found.scales.tolist() == [[float(np.float32(0.64))]] * 4
     wanted = [1.76, -0.8, -3.36, 1.76, -2.72, 0.48, 2.4, 6.24]
     assert values[0, :8] == pytest.approx(wanted, rel=1e-6)
 
@@ -69,8 +70,9 @@ def test_the_formula_of_codes_gives_the_values(
             assert values.shape == tensors[name].shape == found.codes.shape
             assert int(found.codes.max()) < 2**bits
             row, column = 5, values.shape[1] - 1
-            scale = found.scale[row, column // found.block]
-            zero = found.zero_point[row, column // found.block]
+            scale = found.scales[row, column // found.block]
+            zero = found.zero_points[row, column // found.block]
+            assert (found.scale[row, column], found.zero_point[row, column]) == (scale, zero)
             assert values[row, column] == (np.float32(found.codes[row, column]) - zero) * scale
             assert found.dequantize().tobytes() == values.tobytes()
 

@@ -637,22 +637,40 @@ def test_worst_step(
     offset = scale[:, ::-1].copy() if data.draw(st.booleans()) else None
     zero = rng.integers(-20, 300, shape).astype(np.int32)
     step = data.draw(st.sampled_from((1, 4)))
-    arguments = weights, decoded, group, scale, offset, zero, step, -8, 15 * step, 2.0**-22
+    roundings = [
+        rng.random(shape, np.float32) / 64 if data.draw(st.booleans()) else None for _ in range(2)
+    ]
+    arguments = weights, decoded, group, scale, offset, zero, step, -8, 15 * step, *roundings
     found, wanted = compiled.worst_step(*arguments), reference.worst_step(*arguments)
     assert repr(found) == repr(wanted)  # NaN equals itself
 
 
 def test_worst_step_by_hand() -> None:
-    """Codes 0..3, zero point 1: what is within half a step of them counts, by its own step."""
+    """Codes 0..3, zero point 1: what is within half a step of them counts, by its own step, less
+    what rounding may have added: 2^-22 of the weight.
+    """
     weights = np.array([[-1.5, 0.3, 2.4, 2.6, 7.0, 0.0, 1.0, -9.0]], np.float32)
     decoded = np.array([[-1.0, 0.0, 2.0, 2.0, 4.0, 0.0, 2.0, -2.0]], np.float32)
     scale, zero = np.array([[1.0, 2.0]], np.float32), np.array([[1, 1]], np.int32)
     # In steps of 1: 0.5 (at the very edge), 0.3, 0.4, then 2.6 is clipped; of 2: 7 and -9 are.
     for kernel in (compiled, reference):
-        worst, unscaled = kernel.worst_step(weights, decoded, 4, scale, None, zero, 1, 0, 3, 0.0)
-        assert (worst, unscaled) == (0.5, False)
+        worst, unscaled = kernel.worst_step(
+            weights, decoded, 4, scale, None, zero, 1, 0, 3, None, None
+        )
+        assert (worst, unscaled) == ((1 - 2.0**-22) / 2, False)
         flat = np.array([[1.0, 0.0]], np.float32)
-        assert kernel.worst_step(weights, decoded, 4, flat, None, zero, 1, 0, 3, 0.0) == (0.5, True)
+        worst, unscaled = kernel.worst_step(
+            weights, decoded, 4, flat, None, zero, 1, 0, 3, None, None
+        )
+        assert (worst, unscaled) == (0.5 - 1.5 * 2.0**-22, True)
+        # Code 4 of a step of 1 above 2. Half a step and 4 steps, rounded by 1/16, and an offset of
+        # 2, rounded by 1/8, may make 0.28125 + 0.25 of the error of 1.25.
+        one = np.ones((1, 1), np.float32)
+        worst, _ = kernel.worst_step(
+            *(7.25 * one, 6 * one, 4, one, 2 * one, np.zeros((1, 1), np.int32), 1, 0, 7),
+            *(one / 16, one / 8),
+        )
+        assert worst == 1.25 - 0.53125 - 9.25 * 2.0**-22
 
 
 # --- ggml -----------------------------------------------------------------------------------------

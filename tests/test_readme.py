@@ -12,10 +12,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qconvert.cli.exits import ExitCode
+from qconvert.cli.main import main
 from qconvert.schemes import SCHEMES
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +66,20 @@ def test_the_pipeline_of_the_readme_runs(checkout: Path) -> None:
     done = shell(block, checkout)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("verdict    pass") == 2
+
+
+def test_the_codes_of_the_readme_give_the_values(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = re.findall(r"```python\n(import qconvert\n.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(checkout)
+    assert (
+        main(["quantize", "samples/tiny-llama", "--scheme", "q4_block64", "-o", "model.qblk"]) == 0
+    )
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["values"].shape == (2048, 256)
+    assert names["same"].tobytes() == names["values"].tobytes()
 
 
 def test_the_release_script_releases_and_checks_its_sum(checkout: Path) -> None:

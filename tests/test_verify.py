@@ -406,7 +406,7 @@ def test_without_a_source_every_check_that_needs_one_is_listed_as_skipped(source
     alone = statuses(checked(path))
     assert set(alone) == complete
     skipped = {i for i, s in alone.items() if s == "skip"}
-    assert skipped == {"same-tensors", "kept-exact", "error-bound", "recorded-error"}
+    assert skipped == {"same-tensors", "kept-exact", "quality", "error-bound", "recorded-error"}
 
 
 def test_without_integer_codes_every_check_that_needs_them_is_listed_as_skipped(
@@ -498,3 +498,24 @@ def test_gguf_has_no_place_for_a_calibration(source: Path) -> None:
     calibrate(CalibrateOptions(activations=(recorded,), output=calibration))
     with pytest.raises(UsageError, match="no place"):
         convert(source, "q8_0", "m.gguf", calibration=calibration)
+
+
+@pytest.mark.parametrize(
+    "scheme", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "tq2_0", "q4_k"]
+)
+@pytest.mark.parametrize("size", [1e-3, 1e-5, 3e-6])
+def test_scales_that_float16_rounds_are_within_the_bound(
+    scheme: str, size: float, tmp_path: Path
+) -> None:
+    """Codes are made before the scale is rounded, by up to half of 2^-24 where it is subnormal."""
+    x = gaussian(1, 64, 512) * np.float32(size)
+    source = save(tmp_path / "m.safetensors", {"w": x})
+    path = convert(source, scheme, "m.gguf")
+    assert failed(checked(path, source)) <= {"quality"}
+    spoiled = x.copy()
+    spoiled[5, np.abs(x[5]).argmax()] = 0  # some steps away from what is stored, and not clipped
+    other = save(tmp_path / "other.safetensors", {"w": spoiled})
+    report = checked(path, other)
+    (row,) = report.tensors
+    if scheme != "tq2_0" and size == 1e-3:
+        assert "error-bound" in row.fails

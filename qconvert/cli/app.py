@@ -38,7 +38,9 @@ Threads = Annotated[
     typer.Option("--threads", min=1, metavar="N", help="default: all available processors"),
 ]
 Force = Annotated[bool, typer.Option("--force", help="replace existing output and report files")]
-Strict = Annotated[bool, typer.Option("--strict", help="exit with 1 when there is a warning")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="a warning is a failure: exit code 1, no output")
+]
 SchemeName = Annotated[
     str, typer.Option("--scheme", metavar="NAME", help=f"one of: {SCHEME_GRAMMAR}")
 ]
@@ -213,7 +215,7 @@ def calibrate(
 ) -> int:
     """Find static scales and zero points of what enters each layer.
 
-    Either run the model over text (needs torch and transformers: pip install 'qconvert[hf]'; MODEL
+    Either run the model over text (needs torch and transformers: pip install '.[hf]'; MODEL
     is a directory with config and tokenizer), or take recorded activations, or merge calibrations.
 
     \b
@@ -470,6 +472,7 @@ def quantize(
         threads=threads,
         dry_run=dry_run,
         force=force,
+        strict=strict,
         hash_source=hash_source,
         allow_requantize=allow_requantize,
         gguf=GgufOptions(
@@ -704,7 +707,7 @@ def bench(
     """Measure kernels, the integer matrix product, or whole conversions.
 
     Everything is held against references in the same run: copying, float32 BLAS, gguf-py, and where
-    they are installed ONNX Runtime (qconvert[bench]) and llama-quantize.
+    they are installed ONNX Runtime and llama-quantize.
 
     \b
     Examples:

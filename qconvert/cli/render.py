@@ -39,6 +39,7 @@ from qconvert.report import (
 R = TypeVar("R", bound=Report)
 NOTES_SHOWN = 3
 WORST_SHOWN = 5
+FAILING_SHOWN = 20
 FLEXIBLE_WIDTH = 24  # what names and reasons are cut to at most
 COLUMN_GAP = 3
 PIPE_WIDTH = 20_000  # more than any table: nothing is cut in a log
@@ -76,6 +77,12 @@ class Emitter:
         if not self.quiet:
             for warning in report.warnings:
                 print(f"warning: {printable(warning)}", file=sys.stderr)
+        if self.strict and report.warnings:
+            # Quiet or not: an exit code of 1 without a word would leave a script in the dark.
+            told = f": {printable(report.warnings[0])}" if self.quiet else ""
+            count = len(report.warnings)
+            which = "a warning is a failure" if count == 1 else f"{count} warnings are a failure"
+            print(f"failed: under --strict {which}{told}", file=sys.stderr)
         if not write_stdout(document if self.json else text(report)):
             return ExitCode.READER_GONE
         return ExitCode.DONE if report.status == "pass" else ExitCode.NO
@@ -175,7 +182,7 @@ def quantize_text(r: QuantizeReport) -> str:
         lines.append(_plan_table(r.tensors))
     quantized = [t for t in r.tensors if t.quantized]
     kept = [t for t in r.tensors if not t.quantized]
-    written = " (dry run: nothing written)" if r.dry_run else ""
+    written = "" if r.written else " (nothing written)"
     lines.append(f"{printable(r.source)} -> {printable(r.output)}{written}\n")
     lines.append(f"quantized  {_count(quantized)}: {_tally(t.stored for t in quantized)}\n")
     lines.append(f"kept       {_count(kept)}: {_tally(t.reason for t in kept)}\n")
@@ -384,35 +391,17 @@ def verify_text(r: VerifyReport) -> str:
         figures = "" if c.worst is None else f": {number(c.worst)} (limit {number(c.limit)})"
         where = f"  [{printable(c.tensor)}]" if c.tensor else ""
         lines.append(f"{marks[c.status]}  {c.id:<15} {printable(c.detail)}{figures}{where}\n")
-    lossy = sorted((t for t in r.tensors if t.sqnr_db is not None), key=_worse)
-    outputs = [t for t in r.tensors if t.output_sqnr_db is not None]
+    lossy = [t for t in r.tensors if t.sqnr_db is not None]
     if lossy:
         lines.append(f"\nSQNR       {decibels(r.sqnr_db)} dB overall, {len(lossy)} tensors\n")
-        rows = [
-            (
-                t.name,
-                t.stored,
-                decibels(t.sqnr_db),
-                number(t.max_error),
-                number(t.worst_step),
-                "-" if t.integer_exact is None else decibels(t.output_sqnr_db),
-                t.activations or "-",
-            )
-            for t in lossy[:WORST_SHOWN]
-        ]
-        columns = [
-            ("worst tensors", "left"),
-            ("stored", "left"),
-            ("SQNR dB", "right"),
-            ("max error", "right"),
-        ]
-        columns += [("in steps", "right"), ("output SQNR dB", "right"), ("activations", "left")]
-        lines.append(table(columns, rows))
-    if outputs:
-        mean = sum(t.output_sqnr_db or 0.0 for t in outputs) / len(outputs)
-        lines.append(
-            f"output     {mean:.2f} dB mean SQNR of the integer product against the float product\n"
-        )
+    failing = sorted((t for t in r.tensors if t.fails), key=_worse)
+    good = sorted((t for t in lossy if not t.fails), key=_worse)
+    shown = [*failing[:FAILING_SHOWN], *good[: max(WORST_SHOWN - len(failing), 0)]]
+    if shown:
+        lines.append(_verified_table(shown, failing=bool(failing)))
+    if len(failing) > FAILING_SHOWN:
+        lines.append(f"{len(failing) - FAILING_SHOWN} more tensors fail, see --json\n")
+    lines += _outputs_text(r.tensors)
     if r.token_quality:
         lines.append(_token_quality(r.token_quality))
     if r.embedding_quality:
@@ -420,6 +409,51 @@ def verify_text(r: VerifyReport) -> str:
     lines.append(f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n")
     lines.append(f"verdict    {r.status}\n")
     return "".join(lines)
+
+
+def _verified_table(tensors: Sequence[VerifiedTensor], failing: bool) -> str:
+    """Figures of some tensors, and which checks they fail if any does."""
+    rows = [
+        (
+            t.name,
+            t.stored,
+            decibels(t.sqnr_db),
+            number(t.max_error),
+            number(t.worst_step),
+            "-" if t.output_sqnr_db is None and t.inputs is None else _output_cell(t),
+            *((", ".join(t.fails) or "-",) if failing else ()),
+        )
+        for t in tensors
+    ]
+    columns = [("worst tensors", "left"), ("stored", "left"), ("SQNR dB", "right")]
+    columns += [("max error", "right"), ("in steps", "right"), ("product SQNR dB", "right")]
+    return table([*columns, ("fails", "left")] if failing else columns, rows)
+
+
+def _output_cell(t: VerifiedTensor) -> str:
+    blind = t.activations == "static" and t.inputs == "Gaussian"
+    return "not known" if blind else decibels(t.output_sqnr_db)
+
+
+def _outputs_text(tensors: Sequence[VerifiedTensor]) -> list[str]:
+    """Mean SQNR of the integer products, a line for each kind of their inputs."""
+    kinds: dict[tuple[str, str], list[VerifiedTensor]] = {}
+    for t in tensors:
+        if t.inputs and t.activations:
+            kinds.setdefault((t.activations, t.inputs), []).append(t)
+    lines: list[str] = []
+    for (activations, inputs), found in kinds.items():
+        head = "product   " if not lines else "          "
+        of = f"{len(found)} tensors, {inputs} inputs, {activations.replace('_', ' ')} 8-bit"
+        known = [t.output_sqnr_db for t in found if t.output_sqnr_db is not None]
+        if known:
+            what = f"{sum(known) / len(known):.2f} dB mean SQNR of the integer product"
+        elif activations == "static" and inputs == "Gaussian":
+            what = "exact, but its SQNR is not known without recorded inputs (--samples)"
+        else:
+            what = "nothing is lost in the integer product"
+        lines.append(f"{head} {what} ({of})\n")
+    return lines
 
 
 def _token_quality(q: TokenQuality) -> str:

@@ -32,7 +32,8 @@ def worst_step(
     code_step: float,
     low: float,
     high: float,
-    slack: float,
+    scale_rounding: Buffer | None,
+    offset_rounding: Buffer | None,
     /,
 ) -> tuple[float, bool]: ...
 def error_sums(x: Buffer, decoded: Buffer, n: int, /) -> tuple[float, float, float]: ...

@@ -169,7 +169,8 @@ def worst_step(
     code_step: int,
     low: int,
     high: int,
-    slack: float,
+    scale_rounding: F32 | None,
+    offset_rounding: F32 | None,
 ) -> tuple[float, bool]:
     """`reference.worst_step`."""
     rows, columns = weights.shape
@@ -185,7 +186,8 @@ def worst_step(
         code_step,
         low,
         high,
-        slack,
+        _f32_or_none(scale_rounding),
+        _f32_or_none(offset_rounding),
     )
 
 

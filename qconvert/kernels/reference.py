@@ -23,6 +23,7 @@ U8 = NDArray[np.uint8]
 PowerSums = tuple[float, float, float, float]
 
 LANES = 16  # partial sums, section 6
+QUOTIENT = 2.0**-22  # error of a code's place, relative to the weight: quotients are in binary32
 HISTOGRAM_BINS = 1 << 16
 
 
@@ -301,9 +302,11 @@ def worst_step(
     code_step: int,
     low: int,
     high: int,
-    slack: float,
+    scale_rounding: F32 | None,
+    offset_rounding: F32 | None,
 ) -> tuple[float, bool]:
-    """Largest |weight - value| in steps over the weights (R, C) that were not clipped.
+    """Largest |weight - value| in steps over the weights (R, C) that were not clipped, less what
+    the rounding of scales and offsets and binary32 quotients may have added.
 
     Args:
         values: what they were decoded to, (R, C).
@@ -312,7 +315,8 @@ def worst_step(
         offset: added to the values of each group, (R, G), or None.
         zero: zero point of each group, (R, G), in units that are ``code_step`` to a code.
         low, high: smallest and largest code, in those units.
-        slack: error that rounding may add, relative to |weight| + |offset|.
+        scale_rounding, offset_rounding: by how much scale and offset of each group may have been
+            rounded, relative to them, after the codes were made, (R, G); None for not at all.
 
     Returns:
         The largest error, and whether a weight that is not 0 has a scale of 0; such groups have no
@@ -325,12 +329,17 @@ def worst_step(
     columns = weights.shape[1]
     # A quarter of a denormal scale is a number in binary64.
     unit = by_column(scale.astype(np.float64) / code_step)
-    start = by_column(np.zeros_like(scale) if offset is None else offset).astype(np.float64)
+    none = np.zeros_like(scale)
+    start = by_column(none if offset is None else offset).astype(np.float64)
+    of_scale = by_column(none if scale_rounding is None else scale_rounding).astype(np.float64)
+    of_offset = by_column(none if offset_rounding is None else offset_rounding).astype(np.float64)
     w = weights.astype(np.float64)
     step = np.abs(unit) * code_step
     place = np.divide(w - start, unit, out=np.zeros_like(w), where=unit != 0) + by_column(zero)
     inside = (place >= low - code_step / 2) & (place <= high + code_step / 2) & (unit != 0)
-    error = np.abs(w - values) - ((np.abs(w) + np.abs(start)) * slack + 2.0**-149)
+    # The scale that made a code was s(1 ± r): half of its step, and the code times what is missing.
+    rounding = (np.abs(values - start) + step / 2) * of_scale + np.abs(start) * of_offset
+    error = np.abs(w - values) - ((np.abs(w) + np.abs(start)) * QUOTIENT + rounding + 2.0**-149)
     steps = np.divide(np.maximum(error, 0), step, out=np.zeros_like(w), where=inside)
     return float(steps.max(initial=0.0)), bool(((unit == 0) & (w != 0)).any())
 

@@ -16,7 +16,7 @@ from qconvert.files.shards import MAX_COMPANION_BYTES
 from qconvert.files.strict_json import strict_json
 from qconvert.running.streaming import stream_weights
 
-INSTALL = "pip install 'qconvert[hf]'"
+INSTALL = "pip install torch transformers, or '.[hf]' in a checkout of qconvert"
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # The tables of transformers whose classes take token ids alone and answer in one pass.

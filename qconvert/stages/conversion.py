@@ -22,6 +22,7 @@ from qconvert.files.atomic import AtomicOutput, check_space
 from qconvert.files.calibration import Calibration
 from qconvert.files.gguf_writer import MetadataValue
 from qconvert.files.imatrix import Imatrix
+from qconvert.floors import judge
 from qconvert.geometry import TILE_VALUES, Tile
 from qconvert.mapper import Mapper
 from qconvert.model import Model, SourceFile
@@ -181,10 +182,30 @@ class Job:
             self.model.check_unchanged()
             if self.calibration:
                 self.calibration.check_unchanged()
+            self._judge()
+            if self.options.strict and self.report.warnings:
+                self.report.status = "fail"
+                return  # and the outputs are gone
+            self.report.written = True
             for out in reversed(outs):  # the first, which names the others, comes last
                 out.commit()
             self.progress.end()
         fill_totals(self.report, self.total)
+
+    def _judge(self) -> None:
+        """Warn of weights that are lost or poorer than they should be."""
+        judged = judge([(t.name, t.stored, t.sqnr_db) for t in self.report.tensors if t.quantized])
+        if judged.lost:
+            worst, name = judged.figures[0]
+            count = len(judged.lost)
+            which = "1 tensor" if count == 1 else f"{count} tensors"
+            self.report.warnings.append(
+                f"the weights of {which} are lost: '{name}' is left with "
+                f"{worst:.1f} dB; give them more bits with --tensor-scheme '{name}=NAME', or keep "
+                f"them with --keep '{name}'"
+            )
+        if judged.warning:
+            self.report.warnings.append(judged.warning)
 
     def _provenance(self, sources: list[Path]) -> dict[str, Any]:
         o = self.options

@@ -139,9 +139,15 @@ class CastEncoder:
                 path=self.model.path,
                 tensor=self.tensor.name,
                 found=f"{np.abs(rows.values()).max():g}",
-                hint=f"use --scheme bf16, or keep the tensor with --keep '{self.tensor.name}'",
+                hint=self._hint(),
             )
         return Piece(EncodedRows(stored, b"", NO_ZEROS, error))
+
+    def _hint(self) -> str:
+        kept = f"keep the tensor with --keep '{self.tensor.name}'"
+        if self.scheme.dtype != "F16":  # no dtype reaches further
+            return kept
+        return f"{kept}, or take bf16: --tensor-scheme '{self.tensor.name}=bf16'"
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,6 +96,8 @@ def quantize(
         if calibration and container == "gguf":
             raise UsageError("--calibration has no place in a GGUF file", hint="write a .qblk file")
         _check_plan(model, plan, calibration, container)
+        if calibration:
+            report.warnings += _unused(calibration, plan)
         if options.range and not any(isinstance(p.scheme, AffineScheme) for p in plan):
             report.warnings.append("--range has no effect: no tensor takes a scheme with ranges")
         report.companions = len(model.companions) if container == "qblk" else 0
@@ -111,13 +113,6 @@ def quantize(
         else:
             job = Job(model, plan, options, calibration, target, report, progress)
             job.write(outputs)
-    if calibration:
-        unused = calibration.unused([p.tensor.name for p in plan if p.scheme])
-        if unused:
-            report.warnings.append(
-                f"calibration has {len(unused)} layers that no quantized tensor uses, "
-                f"such as '{unused[0]}'"
-            )
     report.seconds = time.perf_counter() - started
     return report
 
@@ -259,6 +254,16 @@ def _check_plan(
         )
     for tensor in used:
         calibration.check(tensor.name, row_length(tensor.shape))
+
+
+def _unused(calibration: Calibration, plan: tuple[PlannedTensor, ...]) -> list[str]:
+    """A warning where layers of the calibration have no tensor in the plan."""
+    unused = calibration.unused([p.tensor.name for p in plan if p.scheme])
+    if not unused:
+        return []
+    return [
+        f"calibration has {len(unused)} layers that no quantized tensor uses, such as '{unused[0]}'"
+    ]
 
 
 def _range_text(options: QuantizeOptions) -> str:

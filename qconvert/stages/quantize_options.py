@@ -45,6 +45,7 @@ class QuantizeOptions:
     threads: int | None = None
     dry_run: bool = False
     force: bool = False
+    strict: bool = False
     hash_source: bool = False
     allow_requantize: bool = False
     gguf: GgufOptions = GgufOptions()

@@ -52,7 +52,8 @@ class Rows:
         low, high: smallest and largest code, in the units of ``integer``.
         code_step: units of ``integer`` between neighbouring codes.
         scaled_always: whether a scale of 0 promises a group of zeros (ggml's may underflow).
-        slack: error that rounding may add to half a step, relative to the weight.
+        scale_rounding, offset_rounding: see `kernels.worst_step`; None where codes are made with
+            the numbers that are stored.
     """
 
     dtype: str
@@ -65,8 +66,9 @@ class Rows:
     low: int = 0
     high: int = 0
     code_step: int = 1
-    slack: float = 2.0**-22  # codes are made with binary32 quotients
     scaled_always: bool = True
+    scale_rounding: F32 | None = None
+    offset_rounding: F32 | None = None
 
     def worst_step(self, weights: F32) -> float:
         """Largest |weight - value| in steps over the weights that were not clipped."""
@@ -74,7 +76,8 @@ class Rows:
             return 0.0
         worst, unscaled = kernels.worst_step(
             *(weights, self.values, self.integer.group, self.scale, self.integer.offset),
-            *(self.integer.zero, self.code_step, self.low, self.high, self.slack),
+            *(self.integer.zero, self.code_step, self.low, self.high),
+            *(self.scale_rounding, self.offset_rounding),
         )
         return math.inf if unscaled and self.scaled_always else worst
 
@@ -138,8 +141,13 @@ def _ggml_rows(model: Model, tensor: TensorInfo, tile: Tile, first: int) -> Rows
     data = np.frombuffer(model.raw(tensor, start, stop - start), np.uint8)
     data = data.reshape(-1, block.nbytes)
     parts = block.parts(data)
+    of_scale, of_offset = block.rounding(data)
     per_row = tile.columns // block.group
     scale = parts.scale.reshape(tile.rows, per_row)
+
+    def by_group(of_blocks: F32) -> F32:
+        return np.repeat(of_blocks, block.block // block.group).reshape(scale.shape)
+
     return Rows(
         dtype=tensor.dtype,
         start=tile.start,
@@ -157,6 +165,7 @@ def _ggml_rows(model: Model, tensor: TensorInfo, tile: Tile, first: int) -> Rows
         low=block.codes[0],
         high=block.codes[1],
         code_step=block.gap,
-        slack=2.0**-10,  # ggml makes codes before it rounds the scale to float16
         scaled_always=False,
+        scale_rounding=None if of_scale is None else by_group(of_scale),
+        offset_rounding=None if of_offset is None else by_group(of_offset),
     )

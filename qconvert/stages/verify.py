@@ -8,6 +8,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from qconvert.files.gguf import ARCHITECTURE, RAW
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_check import check_payload
+from qconvert.floors import LOST_DB, judge
 from qconvert.geometry import TILE_VALUES, Tile, tiles
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.progress import Progress, Silent
@@ -75,6 +77,15 @@ class VerifyOptions:
     samples: tuple[Path, ...] = ()
     quality: QualityOptions | None = None
     threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """Inputs of a layer in a file of samples."""
+
+    model: Model
+    tensor: TensorInfo
+    path: Path
 
 
 @dataclass
@@ -188,7 +199,8 @@ class _Job:
         self.progress = progress
         self.total = ErrorSums()
         self.stored = model.stored if isinstance(model, QblkModel) else {}
-        self.unused_samples = {(p, name) for p in options.samples for name in _names(p)}
+        self.samples: dict[str, list[_Recorded]] = {}
+        self.unused_samples: set[tuple[Path, str]] = set()
 
     def check(
         self,
@@ -209,7 +221,15 @@ class _Job:
     def run(self) -> None:
         if not self._integrity():
             return
-        pairs = self._pairs()
+        with ExitStack() as stack:
+            self._open_samples(stack)
+            self._compare(self._pairs())
+
+    def _compare(self, pairs: dict[str, TensorInfo]) -> None:
+        if self.source and not pairs:
+            # Of another model: every further figure would be about nothing.
+            self._quality()
+            return
         quantized = [t for t in self.model.tensors if t.size and not self._is_copy(t, pairs)]
         for tensor in quantized:
             self._static(tensor)  # a missing calibration costs no time
@@ -258,6 +278,15 @@ class _Job:
             return {}
         wanted = {t.name: t for t in self.source.tensors}
         found = {t.name: t for t in self.model.tensors}
+        same = [n for n, t in found.items() if n in wanted and wanted[n].shape == t.shape]
+        if not same and found:
+            self.check(
+                "same-tensors",
+                False,
+                f"{len(same)} of {len(found)} tensors have their name and shape in the source: "
+                f"{self.source.path} is not the model that the file was made from",
+            )
+            return {}
         missing = sorted(set(wanted) - set(found))
         extra = sorted(set(found) - set(wanted))
         shapes = [n for n in wanted if n in found and wanted[n].shape != found[n].shape]
@@ -330,7 +359,8 @@ class _Job:
     ) -> VerifiedTensor:
         columns = self._columns(tensor)
         static = self._static(tensor)
-        x = self._inputs(tensor, columns, static)
+        recorded = self._recorded_inputs(tensor, columns)
+        x = self._gaussian(tensor, columns, static) if recorded is None else recorded
         a = (
             static_activations(x, static.scale, static.zero_point)
             if static
@@ -359,7 +389,9 @@ class _Job:
             row.integer_exact, row.float_error = total.exact, total.float_error
             dynamic = self.options.activations.replace("auto", "dynamic")
             row.activations = "static" if static else dynamic
-            row.output_sqnr_db = _db(total.signal, total.noise)
+            row.inputs = "Gaussian" if recorded is None else "recorded"
+            if recorded is not None or not static:
+                row.output_sqnr_db = _db(total.signal, total.noise)
         return row
 
     def _columns(self, tensor: TensorInfo) -> int:
@@ -380,22 +412,30 @@ class _Job:
             )
         return found
 
-    def _inputs(
-        self, tensor: TensorInfo, columns: int, static: StaticParameters | None
-    ) -> NDArray[np.float32]:
-        """Activation rows: recorded ones, or Gaussian ones that fit the static range."""
-        name = tensor.name.removesuffix(".weight")
+    def _open_samples(self, stack: ExitStack) -> None:
         for path in self.options.samples:
             model = open_model(path)
-            try:
-                for t in model.tensors:
-                    if t.name.removesuffix(".weight") == name and t.shape[1:] == (columns,):
-                        check_activations(t, path)
-                        self.unused_samples.discard((path, t.name))
-                        batches = list(_first_rows(model, t, path, self.options.rows))
-                        return np.concatenate(batches)[: self.options.rows]
-            finally:
-                model.close()
+            stack.callback(model.close)
+            for t in model.tensors:
+                self.samples.setdefault(t.name.removesuffix(".weight"), []).append(
+                    _Recorded(model, t, path)
+                )
+                self.unused_samples.add((path, t.name))
+
+    def _recorded_inputs(self, tensor: TensorInfo, columns: int) -> NDArray[np.float32] | None:
+        """Recorded activation rows of a layer, None without."""
+        for r in self.samples.get(tensor.name.removesuffix(".weight"), ()):
+            if r.tensor.shape[1:] == (columns,):
+                check_activations(r.tensor, r.path)
+                self.unused_samples.discard((r.path, r.tensor.name))
+                batches = list(_first_rows(r.model, r.tensor, r.path, self.options.rows))
+                return np.concatenate(batches)[: self.options.rows]
+        return None
+
+    def _gaussian(
+        self, tensor: TensorInfo, columns: int, static: StaticParameters | None
+    ) -> NDArray[np.float32]:
+        """Gaussian activation rows, as wide as a static range."""
         digest = hashlib.sha256(f"{self.options.seed} {tensor.name}".encode()).digest()
         random = np.random.default_rng(int.from_bytes(digest[:8], "little"))
         x = random.standard_normal((self.options.rows, columns), np.float32)
@@ -404,38 +444,46 @@ class _Job:
 
     def _verdicts(self) -> None:
         rows = self.report.tensors
-        wild = next((r.name for r in rows if not r.finite), None)
-        self.check("finite", wild is None, f"decoded values of {len(rows)} tensors", tensor=wild)
+        detail = f"decoded values of {len(rows)} tensors"
+        self._of_tensors("finite", detail, [r for r in rows if not r.finite])
         if self.source:
+            self._quality_floors(rows)
             self._casts(rows)
             self._error_bound(rows)
             self._recorded(rows)
         else:
-            self.skip("error-bound", "no source: give it with --against")
-            self.skip("recorded-error", "no source: give it with --against")
+            for id in ("quality", "error-bound", "recorded-error"):
+                self.skip(id, "no source: give it with --against")
         products = [r for r in rows if r.integer_exact is not None]
         if products:
-            wrong = [r for r in products if not r.integer_exact]
-            self.check(
-                "integer-exact",
-                not wrong,
-                f"int32 accumulation equals exact arithmetic in {len(products)} tensors",
-                tensor=wrong[0].name if wrong else None,
-            )
-            worst = max(products, key=lambda r: r.float_error or 0)
-            self.check(
-                "float-product",
-                (worst.float_error or 0) <= 1.0,
-                "integer path and float product of the same operands, in units of the rounding",
-                worst=worst.float_error,
-                limit=1.0,
-                tensor=worst.name,
-            )
+            detail = f"int32 accumulation equals exact arithmetic in {len(products)} tensors"
+            self._of_tensors("integer-exact", detail, [r for r in rows if r.integer_exact is False])
+            detail = "integer path and float product of the same operands, in units of the rounding"
+            errors = {r.name: r.float_error or 0.0 for r in products}
+            self._limit("float-product", detail, errors, 1.0, max)
         else:
             self.skip("integer-exact", NO_CODES)
             self.skip("float-product", NO_CODES)
         self._limits(rows)
         self._compare_outputs(rows)
+
+    def _of_tensors(self, id: str, detail: str, failing: list[VerifiedTensor]) -> None:
+        """A check that each tensor meets or not."""
+        for row in failing:
+            row.fails.append(id)
+        self.check(id, not failing, detail, tensor=failing[0].name if failing else None)
+
+    def _quality_floors(self, rows: list[VerifiedTensor]) -> None:
+        """Fail where weights are lost, warn where a width does worse than it should."""
+        judged = judge([(r.name, r.stored, r.sqnr_db) for r in rows])
+        detail = "lowest SQNR of a tensor, in dB"
+        if judged.lost:
+            detail = f"the weights of {len(judged.lost)} of {len(rows)} tensors are lost: {detail}"
+            if len(judged.lost) > len(rows) / 2:
+                detail += "; is --against the model that the file was made from?"
+        self._limit("quality", detail, {name: db for db, name in judged.figures}, LOST_DB, min)
+        if judged.warning:
+            self.report.warnings.append(judged.warning)
 
     def _compare_outputs(self, rows: list[VerifiedTensor]) -> None:
         """Warn where the activations, not the weights, spoil a product."""
@@ -450,32 +498,27 @@ class _Job:
             worst = min(spoiled, key=lambda r: r.output_sqnr_db or 0.0)
             self.report.warnings.append(
                 f"8-bit activations spoil the products of {len(spoiled)} tensors: "
-                f"'{worst.name}' has "
-                f"{worst.output_sqnr_db:.1f} dB with {worst.activations} activations, its weights "
-                f"{worst.sqnr_db:.1f} dB"
+                f"'{worst.name}' has {worst.output_sqnr_db:.1f} dB with {worst.activations} "
+                f"activations of {worst.inputs} inputs, its weights {worst.sqnr_db:.1f} dB"
             )
 
     def _casts(self, rows: list[VerifiedTensor]) -> None:
         cast = [r for r in rows if r.cast_exact is not None]
-        wrong = next((r.name for r in cast if not r.cast_exact), None)
         if cast:
             detail = f"{len(cast)} tensors are the source's, rounded to their dtype"
-            self.check("cast-exact", wrong is None, detail, tensor=wrong)
+            self._of_tensors("cast-exact", detail, [r for r in cast if not r.cast_exact])
 
     def _error_bound(self, rows: list[VerifiedTensor]) -> None:
-        bounded = [r for r in rows if r.worst_step is not None and r.integer_exact is not None]
-        if not bounded:
+        steps = {
+            r.name: r.worst_step
+            for r in rows
+            if r.worst_step is not None and r.integer_exact is not None
+        }
+        if not steps:
             self.skip("error-bound", NO_CODES)
             return
-        worst = max(bounded, key=lambda r: r.worst_step or 0)
-        self.check(
-            "error-bound",
-            (worst.worst_step or 0) <= HALF_STEP,
-            "largest error of an unclipped weight, in steps",
-            worst=worst.worst_step,
-            limit=HALF_STEP,
-            tensor=worst.name,
-        )
+        detail = "largest error of an unclipped weight, in steps"
+        self._limit("error-bound", detail, steps, HALF_STEP, max)
 
     def _recorded(self, rows: list[VerifiedTensor]) -> None:
         """The errors that the header records are the ones measured."""
@@ -484,13 +527,11 @@ class _Job:
         if not noted:
             self.skip("recorded-error", "the file records no errors")
             return
-        wrong = next(
-            (r.name for r in rows if r.name in noted and not _agrees(r, noted[r.name])), None
-        )
-        self.check("recorded-error", wrong is None, f"errors of {len(noted)} tensors", tensor=wrong)
+        wrong = [r for r in rows if r.name in noted and not _agrees(r, noted[r.name])]
+        self._of_tensors("recorded-error", f"errors of {len(noted)} tensors", wrong)
 
     def _limits(self, rows: list[VerifiedTensor]) -> None:
-        """Hold the worst tensor against each limit that was given."""
+        """Hold every tensor against each limit that was given."""
         o = self.options
         lossy = {r.name: r.sqnr_db for r in rows if r.sqnr_db is not None}
         self._limit("min-sqnr", "lowest SQNR of a tensor, in dB", lossy, o.min_sqnr, min)
@@ -500,6 +541,8 @@ class _Job:
         if o.min_output_sqnr is not None and all(r.integer_exact is None for r in rows):
             self.skip("min-output-sqnr", NO_CODES)
             return
+        if o.min_output_sqnr is not None:
+            _refuse_unmeasured(rows)
         detail = "lowest SQNR of an integer product, in dB"
         self._limit("min-output-sqnr", detail, outputs, o.min_output_sqnr, min)
 
@@ -511,23 +554,37 @@ class _Job:
         limit: float | None,
         worst_of: Callable[..., str],
     ) -> None:
+        """A check of figures by tensor: least ones (``min``) or largest ones (``max``) decide."""
         if limit is None:
             return
         if not figures:
             self.check(id, True, f"{detail}: nothing is lost", limit=limit)
             return
+        # Not the other way round: a figure that is no number meets no limit.
+        good = {n for n, f in figures.items() if (f >= limit if worst_of is min else f <= limit)}
+        for row in self.report.tensors:
+            if row.name in figures and row.name not in good:
+                row.fails.append(id)
         name = worst_of(figures, key=figures.__getitem__)
-        worst = figures[name]
-        good = worst >= limit if worst_of is min else worst <= limit
-        self.check(id, good, detail, worst=worst, limit=limit, tensor=name)
+        failed = len(figures) - len(good)
+        if failed > 1:
+            detail = f"{detail}; {failed} of {len(figures)} tensors miss it"
+        self.check(id, not failed, detail, worst=figures[name], limit=limit, tensor=name)
 
 
-def _names(path: Path) -> list[str]:
-    model = open_model(path)
-    try:
-        return [t.name for t in model.tensors]
-    finally:
-        model.close()
+def _refuse_unmeasured(rows: list[VerifiedTensor]) -> None:
+    """Refuse a limit on products that are not known.
+
+    Raises:
+        UsageError: the activations of a tensor are static, and none of its inputs recorded.
+    """
+    blind = [r.name for r in rows if r.activations == "static" and r.inputs == "Gaussian"]
+    if blind:
+        raise UsageError(
+            "--min-output-sqnr needs recorded inputs where activations are static",
+            found=f"none for {len(blind)} tensors, such as '{blind[0]}'",
+            hint="give them with --samples FILE, or measure with --activations dynamic",
+        )
 
 
 def _agrees(row: VerifiedTensor, noted: dict[str, Any]) -> bool:

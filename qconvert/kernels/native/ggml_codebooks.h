@@ -300,7 +300,7 @@ INLINE float from_ue4m3(int32_t stored) {
     return stored == 127 ? 0.0f : value;
 }
 
-/* The nearest, halves up; above 126 where there is none. */
+/* The nearest, halves up; above 126, the largest, where there is none. */
 INLINE int32_t to_ue4m3(float scale) {
     const float small = (scale < 1.0f ? scale : 1.0f) * 512.0f + 0.5f;
     const int32_t normal = (int32_t)((bits_of(scale) + (1u << 19)) >> 20) - (120 << 3);
@@ -323,9 +323,6 @@ static void encode_nvfp4(const Columns *c, size_t blocks, uint8_t *out) {
         first[j] = to_ue4m3(from_bits((uint32_t)largest[j]) * c->power[j] / 6.0f);
     }
     least_error(c, first, steps, c->weighted ? 15 : 9, 126, nvfp4_scales, stored);
-    for (int j = 0; j < BATCH; j++) {
-        stored[j] = first[j] > 126 ? 127 : stored[j]; /* too large: UE4M3's NaN */
-    }
     nvfp4_scales(c, stored, scale);
     for (size_t j = 0; j < 4 * blocks; j++) {
         out[36 * (j / 4) + j % 4] = (uint8_t)stored[j];

@@ -143,7 +143,8 @@ typedef struct {
     const float *scale, *offset; /* of each group: of a step, and of the smallest value or NULL */
     const int32_t *zero;
     double code_step, low, high;
-    double slack; /* error that rounding may add, relative to the weight */
+    /* By how much they may have been rounded after codes were made, relative to them, or NULL. */
+    const float *scale_rounding, *offset_rounding;
 } Decoded;
 
 typedef struct {

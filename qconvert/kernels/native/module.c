@@ -269,23 +269,27 @@ static PyObject *worst_step(PyObject *module, PyObject *args) {
     (void)module;
     const Kernels *kernels = active;
     Buffers held = {0};
-    PyObject *weights, *values, *scales, *offsets, *zeros;
+    PyObject *weights, *values, *scales, *offsets, *zeros, *roundings[2];
     Py_ssize_t rows, columns, group;
     Decoded task;
     double worst;
     int unscaled;
-    if (!PyArg_ParseTuple(args, "OOnnnOOOdddd", &weights, &values, &rows, &columns, &group, &scales,
-                          &offsets, &zeros, &task.code_step, &task.low, &task.high, &task.slack)
+    if (!PyArg_ParseTuple(args, "OOnnnOOOdddOO", &weights, &values, &rows, &columns, &group,
+                          &scales, &offsets, &zeros, &task.code_step, &task.low, &task.high,
+                          &roundings[0], &roundings[1])
         || !require(rows >= 0 && columns >= 0 && group > 0, "no such groups")) {
         return NULL;
     }
     const Py_ssize_t groups = times(rows, columns / group + (columns % group != 0));
-    task.offset = NULL;
+    task.offset = task.scale_rounding = task.offset_rounding = NULL;
     if (!(task.weights = INPUT(weights, times(rows, columns), float))
         || !(task.values = INPUT(values, times(rows, columns), float))
         || !(task.scale = INPUT(scales, groups, float))
         || (offsets != Py_None && !(task.offset = INPUT(offsets, groups, float)))
-        || !(task.zero = INPUT(zeros, groups, int32_t))) {
+        || !(task.zero = INPUT(zeros, groups, int32_t))
+        || (roundings[0] != Py_None && !(task.scale_rounding = INPUT(roundings[0], groups, float)))
+        || (roundings[1] != Py_None
+            && !(task.offset_rounding = INPUT(roundings[1], groups, float)))) {
         return done(&held, NULL);
     }
     task.rows = (size_t)rows;

@@ -218,6 +218,8 @@ static void error_sums(const float *x, const float *decoded, size_t n, Errors *f
     finish_errors(&lanes, found);
 }
 
+#define QUOTIENT 0x1p-22 /* error of a code's place, relative to the weight */
+
 /* As an integer in the order of the magnitudes, NaN above Inf. */
 INLINE int64_t wide_magnitude(double v) {
     int64_t bits;
@@ -225,16 +227,21 @@ INLINE int64_t wide_magnitude(double v) {
     return bits & INT64_MAX;
 }
 
-/* Weights of one group whose scale is not 0. */
+/* Weights of group g, whose scale is not 0. */
 INLINE int64_t worst_of_group(const Decoded *task, const float *weights, const float *values,
-                              size_t n, double unit, double offset, double zero) {
+                              size_t n, size_t g, double unit) {
     const double low = task->low - task->code_step / 2, high = task->high + task->code_step / 2;
-    const double step = fabs(unit) * task->code_step, slack = task->slack;
-    const double base = fabs(offset);
+    const double step = fabs(unit) * task->code_step, zero = (double)task->zero[g];
+    const double offset = task->offset ? (double)task->offset[g] : 0.0, base = fabs(offset);
+    const double of_scale = task->scale_rounding ? (double)task->scale_rounding[g] : 0.0;
+    const double of_offset = task->offset_rounding ? (double)task->offset_rounding[g] : 0.0;
+    const double fixed = base * of_offset;
     int64_t worst = 0;
     for (size_t i = 0; i < n; i++) {
-        const double w = (double)weights[i], place = (w - offset) / unit + zero;
-        const double error = fabs(w - (double)values[i]) - ((fabs(w) + base) * slack + 0x1p-149);
+        const double w = (double)weights[i], v = (double)values[i];
+        const double place = (w - offset) / unit + zero;
+        const double rounding = (fabs(v - offset) + step / 2) * of_scale + fixed;
+        const double error = fabs(w - v) - ((fabs(w) + base) * QUOTIENT + rounding + 0x1p-149);
         const double steps = (error < 0 ? 0.0 : error) / step;
         const int inside = (place >= low) & (place <= high);
         const int64_t size = wide_magnitude(inside ? steps : 0.0);
@@ -257,9 +264,8 @@ static int worst_step(const Decoded *task, double *found) {
             }
             continue;
         }
-        const double offset = task->offset ? (double)task->offset[g] : 0.0;
-        const int64_t size = worst_of_group(task, task->weights + at, task->values + at, n, unit,
-                                            offset, (double)task->zero[g]);
+        const int64_t size =
+            worst_of_group(task, task->weights + at, task->values + at, n, g, unit);
         worst = size > worst ? size : worst;
     }
     memcpy(found, &worst, sizeof worst);

@@ -44,6 +44,7 @@ class GgmlBlock:
         decoder: bytes to values.
         splitter: bytes to `Parts`.
         scales: bytes to the floating numbers that a block stores, (k, n): finite in a sound file.
+        halves: whether these numbers are float16, rounded to it when the codes are made.
         gap: largest distance between neighbouring codes: no value is further than half of it,
             times its scale, from what is stored for it.
     """
@@ -58,6 +59,7 @@ class GgmlBlock:
     splitter: Callable[[U8], Parts]
     scales: Callable[[U8], F32]
     gap: int = 1
+    halves: bool = True
 
     def encode(self, blocks: F32, importance: F32 | None = None) -> U8:
         """Bytes, uint8 (k, nbytes), of finite float32 values, (k, block).
@@ -103,6 +105,19 @@ class GgmlBlock:
     def parts(self, data: U8) -> Parts:
         """The integers of blocks, uint8 (k, nbytes)."""
         return self.splitter(data)
+
+    def rounding(self, data: U8) -> tuple[F32 | None, F32 | None]:
+        """By how much the scale and the offset of blocks, uint8 (k, nbytes), may have been rounded
+        after their codes were made, relative to them, float32 (k,): half a unit in the last place
+        of float16. None where there is none.
+        """
+        if not self.halves:
+            return None, None
+        stored = np.abs(self.scales(data))
+        with np.errstate(invalid="ignore"):  # a file may hold Inf and NaN
+            unit = np.maximum(stored * np.float32(2.0**-11), np.float32(2.0**-25))
+            relative = np.divide(unit, stored, out=np.zeros_like(stored), where=stored != 0)
+        return relative[:, 0], relative[:, 1] if relative.shape[1] > 1 else None
 
     def finite_scales(self, data: U8) -> bool:
         """Whether no block has an Inf or NaN among the numbers that it stores."""

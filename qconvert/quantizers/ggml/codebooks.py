@@ -157,7 +157,6 @@ def _encode_nvfp4(blocks: F32, importance: F32 | None) -> U8:
     steps = NVFP4_STEPS if weights is None else WEIGHTED_NVFP4_STEPS
     candidates = [np.clip(first + step, 0, 126) for step in steps]
     stored = _least(candidates, lambda c: _e2m1_error(np.abs(values), _UE4M3[c] * shrink, weights))
-    stored = np.where(first > 126, 127, stored)  # too large: UE4M3's NaN
     codes = _e2m1_codes(values, _UE4M3[stored] * shrink)
     scales = stored.astype(np.uint8).reshape(-1, 4)
     return np.concatenate([scales, codes.reshape(-1, 32)], axis=1)
@@ -190,7 +189,7 @@ _UE4M3 = _ue4m3()
 
 
 def _nearest_ue4m3(scale: F32) -> NDArray[np.int32]:
-    """Bytes of the nearest scales, halves up; above 126 where there is none."""
+    """Bytes of the nearest scales, halves up; above 126, the largest, where there is none."""
     normal = ((scale.view(np.int32) + (1 << 19)) >> 20) - (120 << 3)
     small = np.minimum(scale, np.float32(1)) * np.float32(512) + np.float32(0.5)
     return np.where(scale < np.float32(2.0**-6), small.astype(np.int32), normal)
@@ -263,6 +262,7 @@ def _block(
         splitter=parts,
         scales=scales,
         gap=int(np.diff(levels).max()),
+        halves=name.startswith("IQ4"),
     )
 
 

@@ -1,4 +1,4 @@
-"""The integer products of ONNX Runtime, where it is installed: ``pip install 'qconvert[bench]'``.
+"""The integer products of ONNX Runtime, where it is installed: ``pip install onnx onnxruntime``.
 
 Operators: MatMulInteger (onnx 10) and MatMulNBits (com.microsoft 1), whose accuracy level 4 lets it
 compute in signed bytes.
@@ -18,7 +18,7 @@ from qconvert.stages.bench.weights import F32
 INT8_COMPUTE = 4  # accuracy_level of MatMulNBits
 OPSETS = {"": 21, "com.microsoft": 1}
 IR_VERSION = 10  # that of opset 21; later ones need a later ONNX Runtime
-MISSING = "onnxruntime and onnx are not installed: pip install 'qconvert[bench]'"
+MISSING = "onnxruntime and onnx are not installed: pip install onnx onnxruntime"
 
 
 @dataclass(frozen=True, slots=True)
