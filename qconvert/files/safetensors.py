@@ -18,11 +18,11 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.regular import RegularFile
 from qconvert.files.shards import INDEX, MAX_JSON_BYTES, ModelFiles, model_files, refuse_foreign
 from qconvert.files.strict_json import strict_json
-from qconvert.kernels import widen
 from qconvert.model import DTYPES, SourceFile, TensorInfo
 
 LENGTH_BYTES = 8  # the header's length, u64 little-endian, comes before it
@@ -96,7 +96,7 @@ class SafetensorsModel:
             MachineError: the operating system cannot read it.
         """
         size = DTYPES[tensor.dtype].size
-        return widen(self.raw(tensor, start * size, (stop - start) * size), tensor.dtype)
+        return kernels.widen(self.raw(tensor, start * size, (stop - start) * size), tensor.dtype)
 
     def raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
         """Stored bytes ``offset..offset+size`` of the tensor; raises as `values` does."""

@@ -21,6 +21,8 @@ _STORED = {
     "U8": "u1",
 }
 # binary32 holds every integer of up to 24 bits; 32 and 64 bits need, or come closest in, binary64.
+# Dtypes of a byte, whose values are looked up.
+TABLES = ("F8_E4M3", "F8_E5M2")
 _WIDE = frozenset({"F64", "I64", "U64", "I32", "U32"})
 
 
@@ -35,8 +37,8 @@ def widen(raw: bytes, dtype: str) -> NDArray[np.floating]:
         wide = np.frombuffer(raw, "<u2").astype(np.uint32)
         wide <<= 16  # a BF16 is the upper half of a binary32
         return wide.view(np.float32)
-    if dtype in ("F8_E4M3", "F8_E5M2"):
-        return _f8_values(dtype)[np.frombuffer(raw, np.uint8)]
+    if dtype in TABLES:
+        return table(dtype)[np.frombuffer(raw, np.uint8)]
     if dtype == "BOOL":
         return np.frombuffer(raw, np.uint8).astype(np.bool_).astype(np.float32)
     stored = np.frombuffer(raw, _STORED[dtype])
@@ -46,7 +48,7 @@ def widen(raw: bytes, dtype: str) -> NDArray[np.floating]:
 
 
 @functools.cache
-def _f8_values(dtype: str) -> NDArray[np.float32]:
+def table(dtype: str) -> NDArray[np.float32]:
     """The value of each of the 256 codes: looking up is faster than ml_dtypes' own cast."""
     import ml_dtypes
 
