@@ -62,8 +62,8 @@ def _choose(wanted: str | None) -> ModuleType | None:
     return compiled
 
 
-_native = _choose(os.environ.get(VARIABLE) or None)
-_running: ModuleType = _native or reference  # the one switch
+_built = _choose(os.environ.get(VARIABLE) or None)
+_running: ModuleType = _built or reference  # the one switch
 
 
 def __getattr__(name: str) -> Any:
@@ -75,16 +75,16 @@ def __getattr__(name: str) -> Any:
 
 def describe() -> str:
     """What runs."""
-    if _native is not None and _running is _native:
-        return f"native, {_native.variant()}"
-    if _native is not None or os.environ.get(VARIABLE):
+    if _built is not None and _running is _built:
+        return f"native, {_built.variant()}"
+    if _built is not None or os.environ.get(VARIABLE):
         return "reference"
     return "reference (native not built: install where there is a C compiler)"
 
 
 def available() -> tuple[str, ...]:
     """What `running` takes here, the fastest last; the reference alone where it was chosen."""
-    return ("reference", *(_native.variants() if _native is not None else ()))
+    return ("reference", *(_built.variants() if _built is not None else ()))
 
 
 @contextmanager
@@ -97,15 +97,15 @@ def running(name: str) -> Iterator[None]:
     if name == "reference":
         _running = reference
     else:
-        assert _native is not None
-        _running, variant = _native, _native.variant()
-        _native.select(name)
+        assert _built is not None
+        _running, variant = _built, _built.variant()
+        _built.select(name)
     try:
         yield
     finally:
         _running = before
-        if variant is not None and _native is not None:
-            _native.select(variant)
+        if variant is not None and _built is not None:
+            _built.select(variant)
 
 
 __all__ = ["VARIABLE", "available", "describe", "running"]
