@@ -27,15 +27,6 @@ def expected_db(stored: str) -> float:
     """The SQNR in dB that a tensor stored as this scheme, ggml type or dtype should at least have;
     `LOST_DB` for what is none of them.
     """
-    kind = SCHEMES.get(stored.lower())
-    if isinstance(kind, AffineScheme):
-        width: float = kind.bits
-    elif isinstance(kind, GgmlScheme):
-        width = 8 * kind.nbytes / kind.block
-    elif isinstance(kind, CastScheme):
-        width = 8 * DTYPES[kind.dtype].size
-    else:
-        return LOST_DB
     return next((floor for bits, floor in _EXPECTED if width >= bits), LOST_DB)
 
 

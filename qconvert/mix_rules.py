@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qconvert.errors import UnsupportedError, UsageError
-from qconvert.mixes import BLOCKS, CASTS, MixOptions, ModelFacts
+from qconvert.ggml_types import CASTS
+from qconvert.mixes import TENSOR_TYPES, MixOptions, ModelFacts
 from qconvert.model import DTYPES, TensorInfo
 
 # What takes the place of a type whose 256 values do not divide a row; then F16.
@@ -41,7 +42,7 @@ class Assigned:
     """The type of a tensor.
 
     Attributes:
-        ggml_type: a name of `BLOCKS`, or the source's dtype for a tensor that is kept.
+        ggml_type: a name of `TENSOR_TYPES`, or the source's dtype for a tensor that is kept.
         reason: why, for people.
         quantizable: False for tensors that no option quantizes (norms, biases, routers ...).
         fell_back: whether the shape forced another type than was wanted.
@@ -236,7 +237,7 @@ class _Chooser:
             return Assigned("F32", why, quantizable=False)
         if self._mix.base in CASTS:  # as the converter that writes a whole file in this type
             return Assigned(self._mix.base, self._base_reason, quantizable=False)
-        return Assigned(tensor.dtype if tensor.dtype in BLOCKS else "F32", why, quantizable=False)
+        return Assigned(tensor.dtype if tensor.dtype in TENSOR_TYPES else "F32", why, quantizable=False)
 
     def _wanted(self, tensor: TensorInfo) -> tuple[str, str]:
         """The type before its blocks are held against the shape."""
@@ -279,7 +280,7 @@ class _Chooser:
     def _fitted(self, tensor: TensorInfo, wanted: str, reason: str) -> Assigned:
         """``wanted``, or what replaces it where rows do not divide into its blocks."""
         row = tensor.shape[-1]
-        block = BLOCKS[wanted]
+        block = TENSOR_TYPES[wanted].block
         if row % block == 0:
             return Assigned(wanted, reason)
         options = self._options
@@ -293,7 +294,7 @@ class _Chooser:
                 + f", or add --tensor-type '{re.escape(tensor.name)}=f16'",
             )
         fallback = _SMALLER_BLOCKS.get(wanted, wanted)
-        if row % BLOCKS[fallback]:
+        if row % TENSOR_TYPES[fallback].block:
             fallback = "F16"
         return Assigned(
             fallback,

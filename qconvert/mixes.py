@@ -12,29 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qconvert.errors import UsageError
+from qconvert.ggml_types import CASTS, GGML_TYPES
 
-# Values in a block, of the types that a tensor can be given.
-BLOCKS = {
-    "F32": 1,
-    "F16": 1,
-    "BF16": 1,
-    "Q4_0": 32,
-    "Q4_1": 32,
-    "Q5_0": 32,
-    "Q5_1": 32,
-    "Q8_0": 32,
-    "IQ4_NL": 32,
-    "MXFP4": 32,
-    "Q2_K": 256,
-    "Q3_K": 256,
-    "Q4_K": 256,
-    "Q5_K": 256,
-    "Q6_K": 256,
-    "IQ4_XS": 256,
-    "TQ1_0": 256,
-    "TQ2_0": 256,
-}
-CASTS = ("F32", "F16", "BF16")
+# The types that a tensor can be given.
+TENSOR_TYPES = {t.name: t for t in GGML_TYPES.values() if t.written or t.name in CASTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +59,7 @@ MIXES = {
         Mix("mxfp4_moe", "MXFP4", 38),
         # llama-quantize has only the mix above, which leaves a dense model without any MXFP4.
         Mix("mxfp4", "MXFP4", 38, uniform=True),
+        Mix("nvfp4", "NVFP4", 39, uniform=True),  # llama-quantize does not write it
         Mix("f16", "F16", 1),
         Mix("bf16", "BF16", 32),
         Mix("f32", "F32", 0),
@@ -172,14 +154,14 @@ def parse_mix(text: str) -> Mix:
 
 
 def parse_ggml_type(text: str) -> str:
-    """The ggml type of that name as in `BLOCKS`, case ignored.
+    """The ggml type of that name as in `TENSOR_TYPES`, case ignored.
 
     Raises:
         UsageError: no such type; gives the nearest ones.
     """
     name = text.strip().upper()
-    if name not in BLOCKS:
-        raise _unknown("tensor type", text, [n.lower() for n in BLOCKS])
+    if name not in TENSOR_TYPES:
+        raise _unknown("tensor type", text, [n.lower() for n in TENSOR_TYPES])
     return name
 
 

@@ -1,23 +1,33 @@
 """The table of schemes: what a user may name, as data.
 
-Names and meaning: formats/schemes/SPEC.md section 1. A new scheme is a row of this table and a
-quantizer that takes its class.
+Names and meaning: formats/schemes/SPEC.md section 1. A new scheme of a known family is a row of
+this table; a new family is a class here, its row in `FAMILIES`, and a codec: `qconvert.codecs`.
 """
 
 from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from typing import ClassVar
 
 from qconvert.encoding import BITS, BLOCKS
 from qconvert.errors import UsageError
+from qconvert.ggml_types import CASTS, WRITTEN
 from qconvert.mixes import MIXES
+
+# Families of schemes, by what a header calls them, and the modules of their codecs.
+FAMILIES = {
+    "raw": "qconvert.codecs.raw",
+    "affine": "qconvert.codecs.affine",
+    "ggml": "qconvert.codecs.ggml",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class AffineScheme:
     """Codes with scales; ``symmetric`` is None where the tool decides per tensor."""
 
+    family: ClassVar[str] = "affine"
     name: str
     bits: int
     granularity: str
@@ -37,28 +47,30 @@ class AffineScheme:
 class CastScheme:
     """Every floating tensor in one floating dtype."""
 
+    family: ClassVar[str] = "raw"
     name: str
     dtype: str
 
 
 @dataclass(frozen=True, slots=True)
 class GgmlScheme:
-    """A ggml block type: ``block`` values in ``nbytes`` bytes."""
+    """A ggml block type: a name of `qconvert.ggml_types.GGML_TYPES`."""
 
+    family: ClassVar[str] = "ggml"
     name: str
     ggml_type: str
-    block: int
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class MixScheme:
     """Several ggml types in one GGUF file: a name of `qconvert.mixes.MIXES`."""
 
+    family: ClassVar[str] = "mix"  # of a file, so that it has no codec
     name: str
 
 
-Scheme = AffineScheme | CastScheme | GgmlScheme | MixScheme
+TensorScheme = AffineScheme | CastScheme | GgmlScheme  # what a single tensor can take
+Scheme = TensorScheme | MixScheme
 
 
 def affine_scheme(bits: int, granularity: str, block: int, symmetric: bool | None) -> AffineScheme:
@@ -79,25 +91,8 @@ def _affine_table() -> tuple[AffineScheme, ...]:
 
 _ALL: tuple[Scheme, ...] = (
     *_affine_table(),
-    CastScheme("f32", "F32"),
-    CastScheme("f16", "F16"),
-    CastScheme("bf16", "BF16"),
-    GgmlScheme("q4_0", "Q4_0", 32, 18),
-    GgmlScheme("q4_1", "Q4_1", 32, 20),
-    GgmlScheme("q5_0", "Q5_0", 32, 22),
-    GgmlScheme("q5_1", "Q5_1", 32, 24),
-    GgmlScheme("q8_0", "Q8_0", 32, 34),
-    GgmlScheme("iq4_nl", "IQ4_NL", 32, 18),
-    GgmlScheme("iq4_xs", "IQ4_XS", 256, 136),
-    GgmlScheme("mxfp4", "MXFP4", 32, 17),
-    GgmlScheme("nvfp4", "NVFP4", 64, 36),
-    GgmlScheme("tq1_0", "TQ1_0", 256, 54),
-    GgmlScheme("tq2_0", "TQ2_0", 256, 66),
-    GgmlScheme("q2_k", "Q2_K", 256, 84),
-    GgmlScheme("q3_k", "Q3_K", 256, 110),
-    GgmlScheme("q4_k", "Q4_K", 256, 144),
-    GgmlScheme("q5_k", "Q5_K", 256, 176),
-    GgmlScheme("q6_k", "Q6_K", 256, 210),
+    *(CastScheme(dtype.lower(), dtype) for dtype in CASTS),
+    *(GgmlScheme(t.name.lower(), t.name) for t in WRITTEN),
 )
 
 SCHEMES: dict[str, Scheme] = {s.name: s for s in _ALL}

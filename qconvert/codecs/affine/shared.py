@@ -4,35 +4,23 @@ tiles share.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, reduce
-from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qconvert import kernels
-from qconvert.encoding import AffineEncoding
-from qconvert.errors import WeightError
-from qconvert.geometry import Tile, row_length, spans_tiles, tiles
-from qconvert.kernels.records import (
-    EMPTY_GROUPS,
-    GroupStatistics,
-    Parameters,
-    SourceRows,
-    Weighting,
-)
+from qconvert.codecs.affine.decide import Decision, Sample, decide, sample_rows, sample_weights
+from qconvert.codecs.affine.encoding import Affine
+from qconvert.codecs.affine.streams import fit_stream
+from qconvert.codecs.affine.weighting import weighting
+from qconvert.codecs.source import check_finite, rows_of
+from qconvert.codecs.statistics import TensorStatistics, merge, observe
+from qconvert.geometry import Tile, spans_tiles, tiles
+from qconvert.kernels.records import EMPTY_GROUPS, F32, GroupStatistics, Parameters, Weighting
 from qconvert.mapper import Mapper
-from qconvert.model import DTYPES, Model, TensorInfo
-from qconvert.observers.statistics import TensorStatistics, merge, observe
-from qconvert.quantizers.fitting import fit_stream
-from qconvert.quantizers.weighting import weighting
+from qconvert.model import Model, TensorInfo
 from qconvert.ranges import RangeMethod
-from qconvert.stages.decide import Decision, Sample, decide, sample_rows, sample_weights
-
-F32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +35,7 @@ class Analysis:
 
     statistics: TensorStatistics
     decision: Decision
-    encoding: AffineEncoding
+    encoding: Affine
     shared: tuple[Parameters, ...] | None
 
     def parameters(self, tile: Tile) -> Parameters | None:
@@ -58,84 +46,14 @@ class Analysis:
         return self.shared[0] if self.encoding.granularity == "tensor" else self.shared[row]
 
 
-def source_rows(model: Model, tensor: TensorInfo, tile: Tile) -> SourceRows:
-    """A tile as it lies in its file."""
-    width = DTYPES[tensor.dtype].size
-    data = model.raw(tensor, tile.start * width, tile.rows * tile.columns * width)
-    return SourceRows(data, tensor.dtype, (tile.rows, tile.columns))
-
-
-@contextmanager
-def finite_weights(model: Model, tensor: TensorInfo) -> Iterator[None]:
-    """Say what is wrong with weights that turn out not to be finite.
-
-    Raises:
-        WeightError: see `check_finite`.
-    """
-    try:
-        yield
-    except FloatingPointError:
-        # What is said about them is counted over all of the tensor.
-        found = observe_tensor(model, tensor, row_length(tensor.shape), map)
-        check_finite(found, tensor, model.path)
-        raise
-
-
-def rows_of(model: Model, tensor: TensorInfo, tile: Tile) -> NDArray[np.float32]:
-    """A tile as finite float32 rows; float64 is rounded.
-
-    Raises:
-        WeightError: see `check_finite`.
-    """
-    with finite_weights(model, tensor):
-        return kernels.values(source_rows(model, tensor, tile))
-
-
-def observe_tensor(
-    model: Model, tensor: TensorInfo, columns: int, mapper: Mapper
-) -> TensorStatistics:
-    """Statistics of a whole tensor that has values."""
-
-    def work(tile: Tile) -> TensorStatistics:
-        return observe(model.values(tensor, tile.start, tile.stop), tile.start)
-
-    return reduce(merge, mapper(work, tiles(tensor.size // columns, columns)))
-
-
-def check_finite(statistics: TensorStatistics, tensor: TensorInfo, path: Path) -> None:
-    """Refuse weights that no scale can hold.
-
-    Raises:
-        WeightError: NaN or Inf, or a float64 beyond the range of binary32.
-    """
-    if statistics.nonfinite:
-        raise WeightError(
-            f"{statistics.nonfinite:,} of {statistics.size:,} weights are NaN or Inf, "
-            f"the first at index {statistics.first_nonfinite:,}",
-            path=path,
-            tensor=tensor.name,
-            wanted="finite weights",
-            hint=f"mend the source, or keep the tensor with --keep '{tensor.name}'",
-        )
-    if (statistics.absmax or 0.0) > F32_MAX:
-        raise WeightError(
-            "a weight is beyond the range of binary32",
-            path=path,
-            tensor=tensor.name,
-            found=f"{statistics.absmax:g}",
-            wanted=f"at most {F32_MAX:g}",
-            hint=f"keep the tensor with --keep '{tensor.name}'",
-        )
-
-
 def analyse(
     model: Model,
     tensor: TensorInfo,
-    encoding: AffineEncoding,
+    encoding: Affine,
     requested: bool | None,
     method: RangeMethod,
     mapper: Mapper,
-    mean_square: NDArray[np.float32] | None = None,
+    mean_square: F32 | None = None,
 ) -> Analysis:
     """Observe a tensor, decide, and fit what spans tiles.
 
@@ -143,7 +61,7 @@ def analyse(
         mean_square: of the input channels, (columns,), where known.
 
     Raises:
-        WeightError: see `check_finite`.
+        WeightError: NaN, Inf, or beyond the range of binary32.
     """
     columns = encoding.row_length
     rows = tensor.size // columns
@@ -167,12 +85,12 @@ def analyse(
         sample_weights(mean_square, tensor, encoding),
     )
     decision = decide(statistics.moments, groups, requested, sample)
-    settled = replace(encoding, symmetric=decision.symmetric, scale_dtype=decision.scale_dtype)
+    settled = decision.settled(encoding)
     shared = _shared(model, tensor, settled, method, mean_square, mapper)
     return Analysis(statistics, decision, settled, shared)
 
 
-def shares_parameters(encoding: AffineEncoding) -> bool:
+def shares_parameters(encoding: Affine) -> bool:
     """Whether a group spans several tiles, so that its range is not known from one."""
     long_channel = encoding.granularity == "channel" and spans_tiles(encoding.row_length)
     return encoding.granularity == "tensor" or long_channel
@@ -181,9 +99,9 @@ def shares_parameters(encoding: AffineEncoding) -> bool:
 def _shared(
     model: Model,
     tensor: TensorInfo,
-    encoding: AffineEncoding,
+    encoding: Affine,
     method: RangeMethod,
-    mean_square: NDArray[np.float32] | None,
+    mean_square: F32 | None,
     mapper: Mapper,
 ) -> tuple[Parameters, ...] | None:
     columns = encoding.row_length
@@ -199,7 +117,7 @@ def _shared(
         ]
     of_row = None if mean_square is None else weighting(mean_square[None, :], encoding)
 
-    def values(tile: Tile) -> NDArray[np.float32]:
+    def values(tile: Tile) -> F32:
         return rows_of(model, tensor, tile).ravel()
 
     def weights(of_row: Weighting, tile: Tile) -> Weighting:

@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
-from qconvert.encoding import AffineEncoding
+from qconvert.codecs.affine.encoding import Affine
+from qconvert.codecs.affine.weighting import weighting
 from qconvert.kernels.arithmetic import to_groups
 from qconvert.kernels.records import GroupStatistics, Moments
 from qconvert.model import Model, TensorInfo
-from qconvert.quantizers.weighting import weighting
 from qconvert.ranges import RangeMethod
 
 F32 = NDArray[np.float32]
@@ -76,6 +76,10 @@ class Decision:
     weighted_symmetric_db: float | None = None
     weighted_asymmetric_db: float | None = None
 
+    def settled(self, encoding: Affine) -> Affine:
+        """The encoding as it was decided."""
+        return replace(encoding, symmetric=self.symmetric, scale_dtype=self.scale_dtype)
+
 
 class Sample:
     """Rows of a tensor on which both options are measured, once for each type of scale.
@@ -89,7 +93,7 @@ class Sample:
     def __init__(
         self,
         rows: F32,
-        encoding: AffineEncoding,
+        encoding: Affine,
         method: RangeMethod,
         mean_square: F32 | None = None,
     ) -> None:
@@ -168,14 +172,14 @@ def _gain(symmetric_db: float | None, asymmetric_db: float | None) -> float:
     return float("-inf") if symmetric_db is None else asymmetric_db - symmetric_db
 
 
-def zero_point_cost(encoding: AffineEncoding) -> float:
+def zero_point_cost(encoding: Affine) -> float:
     """Bits per weight that zero points add: for a channel by its row, nothing for a tensor."""
     if encoding.granularity == "tensor":
         return 0.0
     return encoding.zero_point_bits / (encoding.block or encoding.row_length)
 
 
-def choose_scale_dtype(groups: GroupStatistics, encoding: AffineEncoding) -> str:
+def choose_scale_dtype(groups: GroupStatistics, encoding: Affine) -> str:
     """Dtype of the scales: formats/schemes/SPEC.md section 5, last paragraph."""
     if not encoding.block or groups.largest == 0:
         return encoding.scale_dtype
@@ -186,7 +190,7 @@ def choose_scale_dtype(groups: GroupStatistics, encoding: AffineEncoding) -> str
 
 
 def sample_sqnr(
-    rows: F32, encoding: AffineEncoding, method: RangeMethod, mean_square: F32 | None
+    rows: F32, encoding: Affine, method: RangeMethod, mean_square: F32 | None
 ) -> Measured:
     """What sample rows, with ``mean_square`` of the same shape, keep under an encoding."""
     shape = (1, -1) if encoding.granularity == "tensor" else rows.shape
@@ -201,7 +205,7 @@ def sample_sqnr(
     return Measured(error.sqnr_db, error.weighted_sqnr_db)
 
 
-def sample_places(tensor: TensorInfo, encoding: AffineEncoding) -> tuple[list[int], int]:
+def sample_places(tensor: TensorInfo, encoding: Affine) -> tuple[list[int], int]:
     """Where the parts of a sample begin in the flattened tensor, and their width: `SAMPLES`."""
     values, strip = SAMPLES[encoding.granularity]
     columns = encoding.row_length
@@ -213,7 +217,7 @@ def sample_places(tensor: TensorInfo, encoding: AffineEncoding) -> tuple[list[in
     return starts, width
 
 
-def sample_rows(model: Model, tensor: TensorInfo, encoding: AffineEncoding) -> F32:
+def sample_rows(model: Model, tensor: TensorInfo, encoding: Affine) -> F32:
     """Parts of evenly spaced rows, (R, c) float32."""
     starts, width = sample_places(tensor, encoding)
     parts = []
@@ -224,7 +228,7 @@ def sample_rows(model: Model, tensor: TensorInfo, encoding: AffineEncoding) -> F
 
 
 def sample_weights(
-    mean_square: F32 | None, tensor: TensorInfo, encoding: AffineEncoding
+    mean_square: F32 | None, tensor: TensorInfo, encoding: Affine
 ) -> F32 | None:
     """Mean squares of the input channels of `sample_rows`, (R, c), from those of all (columns,)."""
     if mean_square is None:

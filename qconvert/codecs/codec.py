@@ -1,0 +1,362 @@
+"""What a family of schemes is to the rest of the program.
+
+A *scheme* is what a user names (`qconvert.schemes`). An *encoding* is how one tensor lies in a file
+under a scheme: its segments and what their bytes mean. A *codec* leads from one to the other; there
+is one a family, in a module of its own, found through `qconvert.schemes.FAMILIES`. Planning,
+conversion, verification, loading, running and every container ask these and never a class.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert import kernels
+from qconvert.errors import FormatError
+from qconvert.geometry import TILE_VALUES, Tile
+from qconvert.kernels.records import (
+    F32,
+    Activations,
+    Bytes,
+    Encoded,
+    ErrorSums,
+    IntegerRows,
+)
+from qconvert.mapper import Mapper
+from qconvert.model import Model, TensorInfo
+from qconvert.ranges import RangeMethod
+
+if TYPE_CHECKING:
+    from qconvert.schemes import TensorScheme
+
+
+# --- a tensor in a file ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of bytes of a stored tensor.
+
+    Attributes:
+        kind: ``data``, ``codes``, ``scales`` ...
+        size: in bytes.
+        width: bits of a value that comes as a byte and is packed over the whole tensor, 32 values
+            at a time; 0 for bytes that are written as they come.
+    """
+
+    kind: str
+    size: int
+    width: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as some container has it, which is all that decoding needs to know.
+
+    Attributes:
+        name, shape: of the tensor.
+        encoding: how it lies there.
+        read: bytes ``offset..offset + size`` of a segment of some kind.
+        path: of the file, for messages.
+        activation: static activation parameters of the layer, as the container noted them.
+        notes: what else it noted: ``decision`` and ``error``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    encoding: Encoding
+    read: Callable[[str, int, int], bytes]
+    path: Path
+    activation: Mapping[str, Any] | None = None
+    notes: Mapping[str, Any] | None = None
+
+    def refuse(self, rule: int, message: str) -> NoReturn:
+        """Say that a rule of formats/qblk/SPEC.md is broken."""
+        raise FormatError(message, path=self.path, tensor=self.name, code=f"QBLK-{rule:03}")
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The grid that the codes of some rows stand on, for the bound on a weight's error.
+
+    Attributes:
+        scale: of a step in each group, float32 (R, G).
+        low, high: smallest and largest code, in the units of `IntegerRows`.
+        code_step: units between neighbouring codes.
+        always_scaled: whether a scale of 0 promises a group of zeros (ggml's may underflow).
+        scale_rounding, offset_rounding: see `kernels.worst_step`; None where codes are made with
+            the numbers that are stored.
+    """
+
+    scale: F32
+    low: int
+    high: int
+    code_step: int = 1
+    always_scaled: bool = True
+    scale_rounding: F32 | None = None
+    offset_rounding: F32 | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """Some rows of a stored tensor, or a run of columns of one row.
+
+    Attributes:
+        values: decoded, float32 (R, C).
+        integers: in integer units; None where there are no integers to multiply.
+        grid: of the codes; None without one.
+    """
+
+    values: F32
+    integers: IntegerRows | None = None
+    grid: Grid | None = None
+
+    def worst_step(self, weights: F32) -> float:
+        """Largest |weight - value| in steps over the weights (R, C) that were not clipped."""
+        if self.integers is None or self.grid is None:
+            return 0.0
+        n, g = self.integers, self.grid
+        worst, unscaled = kernels.worst_step(
+            *(weights, self.values, n.group, g.scale, n.offset, n.zero, g.code_step),
+            *(g.low, g.high, g.scale_rounding, g.offset_rounding),
+        )
+        return math.inf if unscaled and g.always_scaled else worst
+
+
+class Encoding(ABC):
+    """How a tensor lies in a file: frozen data, equal where the bytes mean the same.
+
+    Attributes:
+        name: as `TensorInfo.dtype` has it: a dtype, a ggml type or a scheme.
+        bits: of a code.
+        multiplies: whether there is an integer product straight from the stored codes.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def bits(self) -> float: ...
+
+    @property
+    def multiplies(self) -> bool:
+        return False
+
+    @abstractmethod
+    def segments(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
+        """What a tensor of this shape is stored as, in the order of the file."""
+
+    def size(self, shape: tuple[int, ...]) -> int:
+        """Bytes of all segments, padding between segments not counted."""
+        return sum(segment.size for segment in self.segments(shape))
+
+    @abstractmethod
+    def to_json(self) -> dict[str, object]:
+        """As the header of a qblk file describes it; ``kind`` is the family."""
+
+    def columns(self, shape: tuple[int, ...]) -> int:
+        """Values of a row: what tiles are whole rows of."""
+        return shape[-1] if shape else 1
+
+    @abstractmethod
+    def coded(self, stored: Stored, tile: Tile) -> Coded:
+        """Read and decode a tile: whole rows, or a run of columns of one row that begins at a
+        multiple of 256.
+        """
+
+    def values(self, stored: Stored, start: int, stop: int) -> NDArray[np.floating]:
+        """Values ``start..stop`` of the flattened tensor, float32 unless it is kept in more."""
+        if start == stop:
+            return np.zeros(0, np.float32)
+        columns = self.columns(stored.shape)
+        first, last = start // columns, (stop - 1) // columns
+        if first == last:
+            low = (start - first * columns) // 256 * 256
+            tile = Tile(1, stop - first * columns - low, first * columns + low, True)
+        else:
+            tile = Tile(last + 1 - first, columns, first * columns, True)
+        found: NDArray[np.floating] = self.coded(stored, tile).values.ravel()
+        return found[start - tile.start : stop - tile.start]
+
+    def product(self, stored: Stored, first: int, last: int, a: Activations) -> F32:
+        """a · rowsᵀ of rows ``first..last`` in integers, straight from the stored codes: float32
+        (M, last - first). Only where the encoding `multiplies`.
+        """
+        raise NotImplementedError
+
+    def check(self, stored: Stored) -> None:
+        """Hold the payload against the rules of its encoding.
+
+        Raises:
+            FormatError: a rule is broken; the code names it.
+        """
+
+
+# --- a tensor on its way into a file --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known besides the weights when a tensor is encoded.
+
+    Attributes:
+        method: how ranges are chosen; None for the default of the width.
+        mean_square: of the input channels, float32 (columns,), where a calibration has them.
+        importance: of the input channels, float32 (columns,), or (matrices, columns) for experts,
+            where there is an importance matrix.
+        mapper: runs work that spans tiles.
+    """
+
+    method: RangeMethod | None = None
+    mean_square: Callable[[int], F32 | None] = lambda columns: None
+    importance: F32 | None = None
+    mapper: Mapper = map
+
+
+class Encoder(ABC):
+    """Makes the bytes of one tensor; `encode` may run on several threads at once."""
+
+    model: Model
+    tensor: TensorInfo
+
+    @property
+    @abstractmethod
+    def encoding(self) -> Encoding:
+        """What the bytes mean; a guess until the whole tensor was `settled`."""
+
+    @abstractmethod
+    def tiles(self) -> Iterator[Tile]:
+        """What `encode` takes, in order."""
+
+    @abstractmethod
+    def encode(self, tile: Tile) -> Encoded:
+        """The bytes of a tile, and what was seen of it.
+
+        Raises:
+            WeightError: NaN, Inf, or a weight that the encoding cannot hold.
+        """
+
+    def settled(self, seen: Encoded) -> Encoder:
+        """This encoder, or another one where all of the tensor, which was ``seen``, says otherwise
+        than the sample that was looked at first; then it is encoded once more.
+        """
+        return self
+
+    def shared(self) -> Mapping[str, Bytes]:
+        """Bytes that all tiles share and that are stored once, by the kind of segment."""
+        return {}
+
+    def outcome(self, seen: Encoded) -> Outcome:
+        """What the report and the file say of the tensor, once all of it was seen."""
+        return Outcome(seen.error)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a tensor.
+
+    Attributes:
+        error: None where it was kept bit for bit.
+        decision: as reports and headers have it, where there was one.
+        weighted: whether a calibration's mean squares weighed the error.
+        warning: what is wrong with it, though it was kept.
+    """
+
+    error: ErrorSums | None
+    decision: dict[str, Any] | None = None
+    weighted: bool = False
+    warning: str | None = None
+
+
+S = TypeVar("S", bound="TensorScheme")
+
+
+@dataclass(frozen=True, slots=True)
+class Codec(Generic[S]):
+    """One family of schemes.
+
+    Attributes:
+        family: its key in `qconvert.schemes.FAMILIES`, and ``kind`` in a header.
+        planned: the encoding that a tensor takes under a scheme; while something is undecided, the
+            largest.
+        refuses: why a tensor cannot take a scheme, or would not be smaller; None where it can.
+        encoder: for a tensor that takes the scheme; may look at a sample of it, and where tiles
+            share something at all of it.
+        parse: the encoding that a header describes; None for a family that no qblk file has.
+        passes: whether `encoder` reads the whole tensor for what tiles share.
+    """
+
+    family: str
+    planned: Callable[[S, TensorInfo], Encoding]
+    refuses: Callable[[S, TensorInfo], str | None]
+    encoder: Callable[[Model, TensorInfo, S, Facts], Encoder]
+    parse: Callable[[HeaderFields], Encoding] | None = None
+    passes: Callable[[S, TensorInfo], bool] = lambda scheme, tensor: False
+
+
+class HeaderFields(ABC):
+    """What a codec sees of the header of a qblk file: an encoding's fields, and the refusals of the
+    reader.
+
+    Attributes:
+        source_dtype: of the tensor, a name of `qconvert.model.DTYPES`.
+        shape: of the tensor.
+    """
+
+    source_dtype: str
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether there is such a field."""
+
+    @abstractmethod
+    def integer(self, name: str) -> int:
+        """A field that is an integer, or refused."""
+
+    @abstractmethod
+    def text(self, name: str) -> str:
+        """A field that is a string, or refused."""
+
+    @abstractmethod
+    def flag(self, name: str) -> bool:
+        """A field that is a truth value, or refused."""
+
+    @abstractmethod
+    def impossible(self, what: str) -> NoReturn:
+        """Refuse fields that do not go together (QBLK-014)."""
+
+    @abstractmethod
+    def check_row_length(self, columns: int) -> None:
+        """Refuse a row length that is none of the shape's (QBLK-015)."""
+
+
+def smaller(encoding: Encoding, tensor: TensorInfo, scheme: str) -> str | None:
+    """Why a tensor stays as it is: it would not become smaller."""
+    if encoding.size(tensor.shape) >= tensor.nbytes:
+        return f"{scheme} would not make it smaller"
+    return None
+
+
+__all__ = [
+    "TILE_VALUES",
+    "Codec",
+    "Coded",
+    "Encoder",
+    "Encoding",
+    "Facts",
+    "Grid",
+    "HeaderFields",
+    "Outcome",
+    "Segment",
+    "Stored",
+]

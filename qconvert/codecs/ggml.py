@@ -1,0 +1,187 @@
+"""ggml's block types: rows of blocks, each with its scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+
+from qconvert import kernels
+from qconvert.codecs.codec import (
+    Codec,
+    Coded,
+    Encoder,
+    Encoding,
+    Facts,
+    Grid,
+    Segment,
+    Stored,
+    smaller,
+)
+from qconvert.codecs.source import (
+    RUN_VALUES,
+    finite_weights,
+    largest_weight,
+    source_rows,
+    tiles_of,
+)
+from qconvert.errors import UnsupportedError, WeightError
+from qconvert.geometry import Tile
+from qconvert.ggml_types import GGML_TYPES, GgmlType
+from qconvert.kernels.records import F32, U8, Encoded, IntegerRows
+from qconvert.kernels.reference.ggml import GGML_BLOCKS
+from qconvert.model import Model, TensorInfo
+from qconvert.schemes import GgmlScheme
+
+
+@dataclass(frozen=True, slots=True)
+class GgmlEncoding(Encoding):
+    """Blocks of a ggml type, along the last dimension."""
+
+    type: GgmlType
+
+    @property
+    def name(self) -> str:
+        return self.type.name
+
+    @property
+    def bits(self) -> float:
+        return 8 * self.type.nbytes / self.type.block
+
+    def segments(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
+        return (Segment("data", math.prod(shape) // self.type.block * self.type.nbytes),)
+
+    def to_json(self) -> dict[str, object]:
+        raise AssertionError("no qblk file has ggml's types")
+
+    def coded(self, stored: Stored, tile: Tile) -> Coded:
+        t = self.type
+        first, last = tile.start // t.block, -(-tile.stop // t.block)
+        raw = stored.read("data", first * t.nbytes, (last - first) * t.nbytes)
+        data = np.frombuffer(raw, np.uint8).reshape(-1, t.nbytes)
+        skipped = tile.start - first * t.block
+        shape = (tile.rows, tile.columns)
+        values = self._decoded(data, stored).ravel()[skipped : skipped + tile.rows * tile.columns]
+        kind = GGML_BLOCKS.get(t.name)
+        whole = tile.start % t.block == 0 and tile.columns % t.block == 0
+        if kind is None or not whole:  # part of a block: for values alone
+            return Coded(values.reshape(shape))
+        parts = kind.splitter(data)
+        per_row = tile.columns // kind.group
+        scale = parts.scale.reshape(tile.rows, per_row)
+
+        def by_group(of_blocks: F32 | None) -> F32 | None:
+            if of_blocks is None:
+                return None
+            return np.repeat(of_blocks, kind.block // kind.group).reshape(scale.shape)
+
+        of_scale, of_offset = kind.rounding(data)
+        integers = IntegerRows(
+            codes=parts.codes.reshape(shape),
+            zero=np.zeros(scale.shape, np.int32),
+            scale=scale,
+            offset=None if parts.offset is None else parts.offset.reshape(scale.shape),
+            group=kind.group,
+        )
+        grid = Grid(
+            scale=scale * np.float32(kind.gap),  # of a step, the widest gap between two codes
+            low=kind.codes[0],
+            high=kind.codes[1],
+            code_step=kind.gap,
+            always_scaled=False,
+            scale_rounding=by_group(of_scale),
+            offset_rounding=by_group(of_offset),
+        )
+        return Coded(values.reshape(shape), integers, grid)
+
+    def _decoded(self, blocks: U8, stored: Stored) -> F32:
+        if self.type.name in GGML_BLOCKS:
+            return kernels.ggml_decode(self.type.name, blocks)
+        kind = gguf.GGMLQuantizationType[self.type.name]
+        try:
+            # One row: gguf works through rows in small groups, which is slow when a row is a block.
+            with np.errstate(over="ignore", invalid="ignore"):  # Inf and NaN scales are the file's
+                found: F32 = gguf.quants.dequantize(blocks.reshape(1, -1), kind)
+        except NotImplementedError:
+            raise UnsupportedError(
+                f"type {self.type.name} cannot be decoded",
+                path=stored.path,
+                tensor=stored.name,
+                code="GGUF-DECODE",
+            ) from None
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class GgmlEncoder(Encoder):
+    """Blocks of a ggml type.
+
+    Attributes:
+        importance: of the input channels, (columns,), or (matrices, columns) for experts.
+    """
+
+    model: Model
+    tensor: TensorInfo
+    type: GgmlType
+    importance: F32 | None = None
+
+    @property
+    def encoding(self) -> Encoding:
+        return GgmlEncoding(self.type)
+
+    def tiles(self) -> Iterator[Tile]:
+        return tiles_of(self.tensor, RUN_VALUES)
+
+    def encode(self, tile: Tile) -> Encoded:
+        rows, weights = source_rows(self.model, self.tensor, tile), self._importance(tile)
+        if weights is not None:
+            weights = weights.reshape(-1, self.type.block)
+        with finite_weights(self.model, self.tensor):
+            done = kernels.ggml_quantize(self.type.name, rows, weights)
+        # A scale that is not finite decodes to no number: only then need scales be looked at.
+        data = np.frombuffer(done.segments["data"], np.uint8).reshape(-1, self.type.nbytes)
+        finite = math.isfinite(done.error.noise)
+        if not finite and not GGML_BLOCKS[self.type.name].finite_scales(data):
+            raise WeightError(
+                "a block's scale does not fit its stored type",
+                path=self.model.path,
+                tensor=self.tensor.name,
+                found=f"weights up to {largest_weight(self.model, self.tensor, tile):g}",
+                hint=f"keep the tensor with --keep '{self.tensor.name}'",
+            )
+        return done
+
+    def _importance(self, tile: Tile) -> F32 | None:
+        """Of the tile's columns, one row for all of its rows or one for each."""
+        if self.importance is None:
+            return None
+        columns = self.importance.shape[-1]
+        first, column = divmod(tile.start, columns)
+        if self.importance.ndim == 1:
+            return self.importance[column : column + tile.columns]
+        matrix = (first + np.arange(tile.rows)) // self.tensor.shape[-2]
+        if matrix[0] == matrix[-1]:
+            matrix = matrix[:1]
+        return self.importance[matrix, column : column + tile.columns]
+
+
+def _planned(scheme: GgmlScheme, tensor: TensorInfo) -> Encoding:
+    return GgmlEncoding(GGML_TYPES[scheme.ggml_type])
+
+
+def _refuses(scheme: GgmlScheme, tensor: TensorInfo) -> str | None:
+    block = GGML_TYPES[scheme.ggml_type].block
+    columns = tensor.shape[-1] if tensor.shape else 1
+    if columns % block:
+        return f"rows of {columns:,} values do not divide into blocks of {block}"
+    return smaller(_planned(scheme, tensor), tensor, scheme.name)
+
+
+def _encoder(model: Model, tensor: TensorInfo, scheme: GgmlScheme, facts: Facts) -> Encoder:
+    return GgmlEncoder(model, tensor, GGML_TYPES[scheme.ggml_type], facts.importance)
+
+
+CODEC: Codec[GgmlScheme] = Codec("ggml", _planned, _refuses, _encoder)
