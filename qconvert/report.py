@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from qconvert import __version__
-from qconvert.errors import QconvertError
+from qconvert.errors import QconvertError, shortened
+
+LONGEST_FACT = 4096  # characters of a path, name or hint in an error: as long as a path may be
 
 
 @dataclass
@@ -63,9 +65,9 @@ def error_json(error: QconvertError, exit_code: int) -> dict[str, Any]:
         "code": error.code,
         "exit": exit_code,
         "message": str(error),
-        "hint": error.hint,
-        "path": error.path,
-        "tensor": error.tensor,
+        "hint": None if error.hint is None else shortened(error.hint, LONGEST_FACT),
+        "path": None if error.path is None else shortened(error.path, LONGEST_FACT),
+        "tensor": None if error.tensor is None else shortened(error.tensor, LONGEST_FACT),
     }
     return {
         "schema": "qconvert.error/1",

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import shutil
 import sys
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import Literal, TypeVar
 
 from qconvert.cli.exits import ExitCode
 from qconvert.cli.progress import make_progress, size
+from qconvert.cli.streams import tell, write_stdout
 from qconvert.errors import printable
 from qconvert.files.atomic import AtomicOutput
 from qconvert.report import (
@@ -75,7 +75,7 @@ class Emitter:
             self.file.commit()
         if not self.quiet:
             for warning in report.warnings:
-                print(f"warning: {printable(warning)}", file=sys.stderr)
+                tell(f"warning: {warning}")
         if not write_stdout(document if self.json else text(report)):
             return ExitCode.READER_GONE
         return ExitCode.DONE if report.status == "pass" else ExitCode.NO
@@ -94,22 +94,6 @@ class Emitter:
             self.file.__exit__(kind, error, tb)
 
 
-def write_stdout(text: str) -> bool:
-    """Write to stdout; False when its reader has gone (Typer would take the error for its own)."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        abandon_stdout()
-        return False
-    return True
-
-
-def abandon_stdout() -> None:
-    """Let stdout end in nothing: the interpreter flushes it at exit and would complain again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 # --- pieces ---------------------------------------------------------------------------------------
 
 
@@ -123,7 +107,7 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> 
     from rich.table import Table
     from rich.text import Text
 
-    cells = [[printable(cell) for cell in row] for row in rows]
+    cells = [[printable(cell, PIPE_WIDTH) for cell in row] for row in rows]
     full = [max([len(h), *(len(row[i]) for row in cells)]) for i, (h, _) in enumerate(columns)]
     terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
     room = terminal - sum(full) - COLUMN_GAP * len(full)

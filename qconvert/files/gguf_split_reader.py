@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from qconvert.errors import FormatError, InputError
 from qconvert.files.gguf import GgufModel, open_gguf
+from qconvert.files.gguf_split import SET
 from qconvert.model import Companion, SourceFile, TensorInfo
 
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -39,7 +40,7 @@ class SplitGgufModel:
         first = parts[0]
         self.path = first.path
         self.metadata = {
-            k: v for k, v in first.metadata.items() if k not in (NUMBER, COUNT, TENSORS)
+            k: v for k, v in first.metadata.items() if k not in (NUMBER, COUNT, TENSORS, SET)
         }
         self.tensors = tuple(t for part in parts for t in part.tensors)
         self.sources: tuple[SourceFile, ...] = tuple(s for part in parts for s in part.sources)
@@ -150,6 +151,18 @@ def _check_together(parts: Sequence[GgufModel]) -> None:
                 wanted=wanted,
                 hint="one of the files is of another model, or has another's name",
                 code="GGUF-SPLIT-KEYS",
+            )
+    for part in parts[1:]:
+        sets = [p.metadata.get(SET) for p in (part, parts[0])]
+        if sets[0] != sets[1]:  # a file of another program has none
+            raise FormatError(
+                f"is not of the same set as '{parts[0].path.name}': one was replaced without the "
+                "other",
+                path=part.path,
+                found=f"'{SET}' {sets[0] or 'missing'}",
+                wanted=sets[1] or "none",
+                hint="convert the model again",
+                code="GGUF-SPLIT-SET",
             )
     for part in parts:
         for tensor in part.tensors:

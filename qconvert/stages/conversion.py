@@ -18,7 +18,7 @@ import numpy as np
 from qconvert import __version__
 from qconvert.encoding import RawEncoding, stored_size
 from qconvert.errors import WeightError
-from qconvert.files.atomic import AtomicOutput, check_space
+from qconvert.files.atomic import AtomicOutput, AtomicSet, check_space
 from qconvert.files.calibration import Calibration
 from qconvert.files.gguf_writer import MetadataValue
 from qconvert.files.imatrix import Imatrix
@@ -154,24 +154,36 @@ class Job:
         self.progress = progress
         self.total = ErrorSums()
 
-    def write(self, outputs: list[tuple[Path, int]]) -> None:
+    def write(self, name: Path, outputs: list[tuple[Path, int]]) -> None:
+        """Convert.
+
+        Args:
+            name: of the output, whole or in several files.
+            outputs: these files, and how many tensors go into each.
+        """
         sources = _source_paths(self.model)
         inputs = [self.model.path, *sources]
         inputs += [p for p in (self.options.calibration, self.options.gguf.imatrix) if p]
         paths = [path for path, _ in outputs]
         counts = [count for _, count in outputs]
+        force = self.options.force
         with ExitStack() as stack:
-            outs = [
-                stack.enter_context(AtomicOutput(p, overwrite=self.options.force, inputs=inputs))
-                for p in paths
-            ]
+            out: AtomicOutput | AtomicSet
+            if len(paths) == 1:
+                out = stack.enter_context(AtomicOutput(paths[0], overwrite=force, inputs=inputs))
+            else:
+                out = stack.enter_context(AtomicSet(name, paths, overwrite=force, inputs=inputs))
             check_space(paths[0], sum(planned_row(p).nbytes for p in self.plan))
             provenance = self._provenance(sources)
             sink: Sink
             if self.gguf:
-                sink = GgufSink(outs, counts, self.gguf.metadata, self.plan, provenance)
+                places = (out.path,) if isinstance(out, AtomicOutput) else out.paths
+                sink = GgufSink(
+                    *(paths[0], places, counts, self.gguf.metadata, self.plan, provenance)
+                )
             else:
-                sink = QblkSink(outs[0], self.model, self.plan, provenance)
+                assert isinstance(out, AtomicOutput)
+                sink = QblkSink(out, self.model, self.plan, provenance)
             threads = self.options.threads or available_threads()
             self.progress.begin("quantize", self.report.source_bytes, "bytes")
             with closing(sink), Workers(threads) as workers:
@@ -181,8 +193,7 @@ class Job:
             self.model.check_unchanged()
             if self.calibration:
                 self.calibration.check_unchanged()
-            for out in reversed(outs):  # the first, which names the others, comes last
-                out.commit()
+            out.commit()
             self.progress.end()
         fill_totals(self.report, self.total)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.files.gguf import ARCHITECTURE, RAW
+from qconvert.files.gguf_split import SET
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
 from qconvert.mixes import ModelFacts
@@ -21,6 +22,7 @@ _NOT_CARRIED = (
     "general.file_type",
     "general.quantization_version",
     PROVENANCE,
+    SET,
 )
 _NOT_CARRIED_BELOW = ("split.", "quantize.imatrix.")
 

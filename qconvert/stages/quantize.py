@@ -110,7 +110,7 @@ def quantize(
             fill_totals(report, ErrorSums())
         else:
             job = Job(model, plan, options, calibration, target, report, progress)
-            job.write(outputs)
+            job.write(output, outputs)
     if calibration:
         unused = calibration.unused([p.tensor.name for p in plan if p.scheme])
         if unused:

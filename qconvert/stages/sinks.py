@@ -156,41 +156,45 @@ class GgufSink:
     """Writes GGUF, in one file or in several.
 
     Args:
-        outs: the files, one for each count.
+        target: the output, for messages.
+        paths: where the files are written, one for each count.
         counts: how many tensors go into each file.
     """
 
     def __init__(
         self,
-        outs: Sequence[AtomicOutput],
+        target: Path,
+        paths: Sequence[Path],
         counts: Sequence[int],
         metadata: Mapping[str, MetadataValue],
         plan: tuple[PlannedTensor, ...],
         provenance: dict[str, Any],
     ) -> None:
-        self.outs = outs
+        self.target = target
+        self.paths = paths
         tensors = gguf_tensors(plan)
         self.index = {t.name: i for i, t in enumerate(tensors)}
         noted = json.dumps(provenance, sort_keys=True, ensure_ascii=False)
         keys = {**metadata, PROVENANCE: noted}
-        with machine_errors(outs[0].target):
+        with machine_errors(target):
             self.writer: GgufWriter | SplitGgufWriter
-            if len(outs) == 1:
-                self.writer = GgufWriter(outs[0].path, keys, tensors)
+            if len(paths) == 1:
+                self.writer = GgufWriter(paths[0], keys, tensors)
             else:
-                self.writer = SplitGgufWriter([o.path for o in outs], keys, tensors, counts)
+                self.writer = SplitGgufWriter(paths, keys, tensors, counts)
 
     def begin(self, tensor: TensorInfo, encoding: Encoding | None) -> TensorTarget:
         self.writer.begin(self.index[tensor.name])
         return _GgufTarget(self)
 
     def finish(self) -> int:
-        with machine_errors(self.outs[0].target):
+        with machine_errors(self.target):
             self.writer.finish()
-            return sum(out.path.stat().st_size for out in self.outs)
+            return sum(path.stat().st_size for path in self.paths)
 
     def close(self) -> None:
-        self.writer.close()
+        with machine_errors(self.target):
+            self.writer.close()
 
 
 def gguf_tensors(plan: tuple[PlannedTensor, ...]) -> list[GgufTensor]:
@@ -215,7 +219,7 @@ class _GgufTarget:
         self.sink = sink
 
     def append(self, part: EncodedRows) -> None:
-        with machine_errors(self.sink.outs[0].target):
+        with machine_errors(self.sink.target):
             self.sink.writer.append(part.codes)
 
     def append_shared(self, parameters: tuple[Parameters, ...], encoding: AffineEncoding) -> None:
