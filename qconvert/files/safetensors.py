@@ -29,6 +29,8 @@ LENGTH_BYTES = 8  # the header's length, u64 little-endian, comes before it
 METADATA = "__metadata__"
 MAX_NAME_BYTES = 1024  # QBLK-012: a model that can be read can be written
 MAX_DIMS = 64
+MAX_TENSORS = 400_000  # several times what is in use; `strict_json` has room for their header
+MAX_DIGITS = 4300  # of an integer in the header: all that Python reads
 HASHED_BYTES = 1 << 20  # at a time
 MAX_DIM = (1 << 64) - 1  # what safetensors itself can hold
 
@@ -194,14 +196,25 @@ def _read_header(file: RegularFile) -> _Header:
         )
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     _check_header_length(file, length, start)
-    data = file.read(0, LENGTH_BYTES + length)
-    fields = strict_json(data[LENGTH_BYTES:], file.path)  # an object: it starts with a brace
-    metadata = _metadata(fields.pop(METADATA, {}), file.path)
+    data = file.read(LENGTH_BYTES, length)
+    digest = hashlib.sha256(start[:LENGTH_BYTES])
+    digest.update(data)
+    fields = strict_json(data, file.path, digits=MAX_DIGITS, of_tensors=True)
+    del data
+    metadata = _metadata(fields.pop(METADATA, {}), file.path)  # an object: it starts with a brace
+    if len(fields) > MAX_TENSORS:
+        raise FormatError(
+            "too many tensors",
+            path=file.path,
+            found=f"{len(fields):,}",
+            wanted=f"at most {MAX_TENSORS:,}",
+            code="ST-COUNT",
+        )
     data_start = LENGTH_BYTES + length
     placed = [_tensor(name, entry, file.path) for name, entry in fields.items()]
     _check_coverage(placed, file, data_start)
     placed.sort(key=lambda p: (p.begin, p.info.name))
-    return _Header(tuple(placed), metadata, data_start, hashlib.sha256(data).hexdigest())
+    return _Header(tuple(placed), metadata, data_start, digest.hexdigest())
 
 
 def _check_header_length(file: RegularFile, length: int, start: bytes) -> None:
