@@ -41,7 +41,7 @@ MAX_KEY_BYTES = 65_535  # the format's own
 MAX_NAME_BYTES = 1024  # of a tensor; QBLK-012
 MAX_TEXT_BYTES = 16 << 20  # of all string values together
 MAX_ARRAY_VALUES = 2_000_000  # of all arrays together
-MAX_ARRAY_STRING = 65_535  # bytes
+MAX_ARRAY_STRING = 1 << 20  # bytes
 
 _CHUNK = 1 << 20
 _ALIGNMENT_KEY = "general.alignment"
@@ -515,7 +515,7 @@ class _Header:
         """Refuse a string above its limit; one that the file does not hold is another fault."""
         if found > most and self._position + found <= self._file.size:
             raise self._broken(
-                f"{what} too long",
+                f"{what} is too long",
                 "GGUF-STRING",
                 found=f"{found:,} bytes",
                 wanted=f"at most {most:,}",

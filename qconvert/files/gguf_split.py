@@ -1,13 +1,15 @@
 """GGUF in several files, as llama.cpp loads them: ``name-00001-of-00003.gguf`` and so on.
 
 The first file has all keys, each has its own part of the tensors. llama.cpp is given the first and
-finds the others by their names. That they belong together is said by a key that each of them has:
-the digest of all that was written.
+finds the others by their names. That they belong together is said by the provenance that each of
+them has: its first member is the digest of all that was written.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +25,8 @@ from qconvert.files.gguf_writer import (
     string_key_bytes,
 )
 
-SET = "qconvert.split.set"  # the same in all files of a model, another in those of another
+PROVENANCE = "qconvert.provenance"  # a JSON object
+_SET = '{"set": "'  # how it begins in a file of several; then comes the digest
 _UNKNOWN = "0" * 64  # stands for the digest until all is written
 MAX_SHARDS = 65_535  # split.count is a uint16; the names have five digits
 
@@ -61,6 +64,14 @@ def shard_path(path: Path, number: int, count: int) -> Path:
     return path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}.gguf")
 
 
+def set_of(provenance: str | None) -> str | None:
+    """Which set a file belongs to, as its provenance says: the same in all files of a model, and
+    another in those of another model. None for files of other programs.
+    """
+    match = re.match(f'{re.escape(_SET)}([0-9a-f]{{64}})"', provenance or "")
+    return match[1] if match else None
+
+
 class SplitGgufWriter:
     """Writes one model into several files; used as `GgufWriter` is, with one index for all tensors.
 
@@ -68,7 +79,7 @@ class SplitGgufWriter:
 
     Args:
         paths: where each file is written; what llama.cpp has to find them by is `shard_path`.
-        metadata: as of `GgufWriter`; goes into the first file.
+        metadata: as of `GgufWriter`; goes into the first file. A provenance is a JSON object.
         tensors: of all files, in order.
         counts: how many of them go into each file.
 
@@ -134,7 +145,8 @@ class SplitGgufWriter:
         architecture = self._metadata[ARCHITECTURE]
         text = architecture.value if isinstance(architecture, GgufValue) else architecture
         assert isinstance(text, str)
-        return FIXED_BYTES + string_key_bytes(ARCHITECTURE, text) + string_key_bytes(SET, "")
+        before = string_key_bytes(ARCHITECTURE, text) + string_key_bytes(PROVENANCE, _SET)
+        return FIXED_BYTES + before
 
     def _finish_file(self) -> None:
         """Close the current file; its keys are part of the digest too."""
@@ -143,7 +155,12 @@ class SplitGgufWriter:
             self._digest.update(file.read(self._writer.header_size))
 
     def _open(self) -> GgufWriter:
-        keys = self._metadata if not self._shard else {ARCHITECTURE: self._metadata[ARCHITECTURE]}
+        mark: dict[str, object] = {"set": _UNKNOWN}
+        keys = {ARCHITECTURE: self._metadata[ARCHITECTURE]}
+        if not self._shard:
+            keys = dict(self._metadata)
+            mark |= json.loads(str(keys.pop(PROVENANCE, "{}")))
+        first: dict[str, MetadataValue] = {PROVENANCE: json.dumps(mark, ensure_ascii=False)}
         split: dict[str, MetadataValue] = {
             "split.no": GgufValue("UINT16", self._shard),
             "split.count": GgufValue("UINT16", len(self._counts)),
@@ -151,5 +168,4 @@ class SplitGgufWriter:
         }
         end = self._first + self._counts[self._shard]
         path = self._paths[self._shard]
-        mark: dict[str, MetadataValue] = {SET: _UNKNOWN}
-        return GgufWriter(path, mark | keys | split, self._tensors[self._first : end])
+        return GgufWriter(path, first | keys | split, self._tensors[self._first : end])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qconvert.errors import FormatError, InputError
 from qconvert.files.gguf import GgufModel, open_gguf
-from qconvert.files.gguf_split import SET
+from qconvert.files.gguf_split import PROVENANCE, set_of
 from qconvert.model import Companion, SourceFile, TensorInfo
 
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -40,7 +40,7 @@ class SplitGgufModel:
         first = parts[0]
         self.path = first.path
         self.metadata = {
-            k: v for k, v in first.metadata.items() if k not in (NUMBER, COUNT, TENSORS, SET)
+            k: v for k, v in first.metadata.items() if k not in (NUMBER, COUNT, TENSORS)
         }
         self.tensors = tuple(t for part in parts for t in part.tensors)
         self.sources: tuple[SourceFile, ...] = tuple(s for part in parts for s in part.sources)
@@ -153,14 +153,14 @@ def _check_together(parts: Sequence[GgufModel]) -> None:
                 code="GGUF-SPLIT-KEYS",
             )
     for part in parts[1:]:
-        sets = [p.metadata.get(SET) for p in (part, parts[0])]
+        sets = [set_of(p.metadata.get(PROVENANCE)) for p in (part, parts[0])]
         if sets[0] != sets[1]:  # a file of another program has none
             raise FormatError(
                 f"is not of the same set as '{parts[0].path.name}': one was replaced without the "
                 "other",
                 path=part.path,
-                found=f"'{SET}' {sets[0] or 'missing'}",
-                wanted=sets[1] or "none",
+                found=f"set {sets[0]}",
+                wanted=f"{sets[1]}",
                 hint="convert the model again",
                 code="GGUF-SPLIT-SET",
             )

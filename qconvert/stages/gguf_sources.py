@@ -7,7 +7,7 @@ from typing import Any
 
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.files.gguf import ARCHITECTURE, RAW
-from qconvert.files.gguf_split import SET
+from qconvert.files.gguf_split import PROVENANCE
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
 from qconvert.mixes import ModelFacts
@@ -15,14 +15,12 @@ from qconvert.model import Model
 
 TOKENIZER = "tokenizer.ggml.model"
 PRE_TOKENIZER = "tokenizer.ggml.pre"
-PROVENANCE = "qconvert.provenance"
 # Of the file they are read from: its layout, and what was done to its tensors.
 _NOT_CARRIED = (
     "general.alignment",
     "general.file_type",
     "general.quantization_version",
     PROVENANCE,
-    SET,
 )
 _NOT_CARRIED_BELOW = ("split.", "quantize.imatrix.")
 

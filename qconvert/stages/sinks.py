@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from qconvert.encoding import AffineEncoding, Encoding, RawEncoding
 from qconvert.files.atomic import AtomicOutput, machine_errors
 from qconvert.files.calibration import MAX_OBSERVER
-from qconvert.files.gguf_split import SplitGgufWriter
+from qconvert.files.gguf_split import PROVENANCE, SplitGgufWriter
 from qconvert.files.gguf_writer import GgufTensor, GgufWriter, MetadataValue
 from qconvert.files.qblk_header import SLASH
 from qconvert.files.qblk_writer import (
@@ -22,7 +22,6 @@ from qconvert.files.qblk_writer import (
 from qconvert.model import Companion, Model, TensorInfo
 from qconvert.quantizers.affine import SCALE_NUMPY, EncodedRows, Parameters, stored_zero_points
 from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme
-from qconvert.stages.gguf_sources import PROVENANCE
 from qconvert.stages.plan import PlannedTensor, encoding_of
 
 # The longest notes that a tensor can carry, to bound the header; numbers are widened by
