@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -54,14 +55,15 @@ def tell(text: str) -> None:
     print(printable(text, LINE), file=sys.stderr, flush=True)
 
 
-def write_stdout(text: str) -> bool:
-    """Write to stdout; False when its reader has gone (Typer would take the error for its own).
+def write_stdout(text: str | Iterable[str]) -> bool:
+    """Write a text, or its parts, to stdout; False when its reader has gone (Typer would take the
+    error for its own).
 
     Raises:
         MachineError: it cannot be written to.
     """
     try:
-        sys.stdout.write(text)
+        sys.stdout.writelines((text,) if isinstance(text, str) else text)
         sys.stdout.flush()
     except BrokenPipeError:
         abandon_stdout()

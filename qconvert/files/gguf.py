@@ -39,7 +39,7 @@ MAX_TENSORS = 400_000
 MAX_KEYS = 100_000
 MAX_KEY_BYTES = 65_535  # the format's own
 MAX_NAME_BYTES = 1024  # of a tensor; QBLK-012
-MAX_TEXT_BYTES = 16 << 20  # of all string values together
+MAX_TEXT_BYTES = 16 << 20  # of all keys and their values together, but for arrays
 MAX_ARRAY_VALUES = 2_000_000  # of all arrays together
 MAX_ARRAY_STRING = 1 << 20  # bytes
 
@@ -302,6 +302,7 @@ class _Header:
         )
 
     def _read_key(self) -> None:
+        start = self._position
         key = self._string("key", MAX_KEY_BYTES)
         if not key:
             raise self._broken("a key is empty", "GGUF-KEY")
@@ -312,23 +313,29 @@ class _Header:
         self._places[key] = kind, self._position
         if kind == _STRING:
             self.metadata[key] = self._string(f"value of '{key}'", MAX_TEXT_BYTES)
-            self._text_bytes += self._position - self._places[key][1]
-            if self._text_bytes > MAX_TEXT_BYTES:
-                raise self._broken(
-                    "the string values together are too long",
-                    "GGUF-STRING",
-                    found=f"{self._text_bytes:,} bytes",
-                    wanted=f"at most {MAX_TEXT_BYTES:,}",
-                )
+            self._count_text(self._position - start)
         elif kind == _ARRAY:
+            self._count_text(self._position - start)
             self.metadata[key] = f"[{self._skip_array(key)} values]"
         elif kind in _SCALARS:
             self.metadata[key] = self._scalar(key, kind)
+            self._count_text(self._position - start)
         else:
             raise self._broken(f"key '{key}' has an unknown type", "GGUF-VALUE-TYPE", found=kind)
         if key == _ALIGNMENT_KEY:
             self._set_alignment(kind)
         self._reading = None
+
+    def _count_text(self, size: int) -> None:
+        """Bound what keys and their values, but for arrays, take in memory."""
+        self._text_bytes += size
+        if self._text_bytes > MAX_TEXT_BYTES:
+            raise self._broken(
+                "keys and their values are too long together",
+                "GGUF-STRING",
+                found=f"{self._text_bytes:,} bytes",
+                wanted=f"at most {MAX_TEXT_BYTES:,}",
+            )
 
     def _scalar(self, key: str, kind: int) -> str:
         layout, text = _SCALARS[kind]
