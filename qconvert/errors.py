@@ -20,7 +20,8 @@ here, in one place, from facts: where, what was found, what was wanted, and what
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 LINE = 480  # characters of a line at most, so that with what is put before it no line has over 500
 QUOTED = 200  # of a name, path or value within one
@@ -39,6 +40,8 @@ def printable(text: str, most: int = QUOTED) -> str:
     drive a terminal, and `shortened`, so that it cannot flood one.
     """
     length = len(text)
+    if length <= most and text.isprintable():
+        return text
     if length > 2 * most:  # only the ends will be seen
         text = text[:most] + text[-most:]
     if not text.isprintable():
@@ -135,6 +138,17 @@ class MachineError(QconvertError):
 
 class OutputExistsError(MachineError):
     """The output exists and nobody asked to replace it."""
+
+
+@contextmanager
+def about(path: object) -> Iterator[None]:
+    """What is refused in the block, where no other file is named, is refused of this one."""
+    try:
+        yield
+    except QconvertError as e:
+        if e.path is None and (isinstance(e, InputError) or e.tensor is not None):
+            e.path = str(path)
+        raise
 
 
 class Terminated(BaseException):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import shlex
@@ -34,11 +35,13 @@ from qconvert.errors import (
 
 WRITING = ("quantize", "calibrate")  # commands whose work is a file
 HELP = {"-h", "--help"}
+GARBAGE = 200_000  # new objects before Python looks for cycles among them; by default 700
 
 
 def run_process(arguments: list[str]) -> NoReturn:
     """Run a command line as a process of its own, and end it."""
     prepare_streams()
+    gc.set_threshold(GARBAGE)  # among the many objects of a large header are hardly any cycles
     if not (sys.warnoptions or _debug(arguments)):
         # Those of libraries: what a person is to know is said in a warning of ours.
         warnings.simplefilter("ignore")

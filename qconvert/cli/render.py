@@ -117,7 +117,10 @@ def table_lines(
     headings = [heading for heading, _ in columns]
     full = [len(heading) for heading in headings]
     for item in items:
-        full = list(map(max, full, map(_width, _cells(row(item)))))
+        cells = _cells(row(item))
+        widths = map(len if _is_plain(cells) else _width, cells)
+        full = [max(pair) for pair in zip(full, widths, strict=True)]
+    wanted = list(full)
     terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
     room = terminal - sum(full) - COLUMN_GAP * len(full)
     for i, heading in reversed(list(enumerate(headings))):
@@ -126,14 +129,25 @@ def table_lines(
             room += full[i] - kept
             full[i] = kept
     right = [justify == "right" for _, justify in columns]
+    gap = " " * COLUMN_GAP
+    plain = gap.join(f"{{:{'>' if r else '<'}{n}}}" for r, n in zip(right, full, strict=True))
     yield _line(headings, full, right)
     yield "─" * (sum(full) + COLUMN_GAP * (len(full) - 1)) + "\n"
     for item in items:
-        yield _line(_cells(row(item)), full, right)
+        cells = _cells(row(item))
+        if full == wanted and _is_plain(cells):  # the same line, in one step
+            yield plain.format(*cells).rstrip() + "\n"
+        else:
+            yield _line(cells, full, right)
 
 
 def _cells(row: Sequence[str]) -> Sequence[str]:
     return [printable(cell, PIPE_WIDTH) for cell in row]
+
+
+def _is_plain(cells: Sequence[str]) -> bool:
+    """Whether each letter takes one column."""
+    return "".join(cells).isascii()
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
@@ -164,7 +178,7 @@ def decibels(value: float | None) -> str:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    return "x".join(str(n) for n in shape) if shape else "scalar"
+    return "x".join(map(str, shape)) if shape else "scalar"
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.errors import FormatError, InputError
-from qconvert.files.gguf import GgufModel, open_gguf
+from qconvert.files.gguf import MAX_TENSORS, GgufModel, open_gguf
 from qconvert.files.gguf_split import PROVENANCE, set_of
 from qconvert.model import Companion, SourceFile, TensorInfo
 
@@ -92,6 +92,15 @@ def open_gguf_model(path: Path) -> AnyGgufModel:
         for other in _others(first, count):
             parts.append(open_gguf(other))
             opened.callback(parts[-1].close)
+            tensors = sum(len(part.tensors) for part in parts)
+            if tensors > MAX_TENSORS:
+                raise FormatError(
+                    "too many tensors in the files of the split model",
+                    path=other,
+                    found=f"{tensors:,}",
+                    wanted=f"at most {MAX_TENSORS:,}",
+                    code="GGUF-COUNT",
+                )
         _check_together(parts)
         opened.pop_all()
         return SplitGgufModel(parts)

@@ -31,7 +31,7 @@ from qconvert.files.strict_json import MAX_JSON_MEMBERS, beyond_limits, no_colle
 from qconvert.model import DTYPES
 
 MAGIC = b"\x89QBLK\r\n\n"
-MAJOR, MINOR = 1, 0
+MAJOR = 1
 PREAMBLE = struct.Struct("<8sBBHIQQ32s")
 ALIGNMENT = 64
 SLASH = "%2F"  # in names of companion files, for the / of a path; SPEC.md section 5
@@ -44,7 +44,9 @@ MAX_FILE_NAME = 255
 MAX_DIMS = 16
 MAX_DIM = 1 << 48
 MAX_INTEGER = (1 << 53) - 1
-REQUIRED_FEATURES: frozenset[str] = frozenset()
+DTYPES_1_1 = "dtypes-1.1"  # the feature that these dtypes are under, SPEC.md section 3.1
+NEWER_DTYPES = frozenset(d.name for d in DTYPES.values() if d.kind in ("narrow", "complex"))
+REQUIRED_FEATURES = frozenset({DTYPES_1_1})
 HEADER_KEYS = {
     "files": list,
     "metadata": dict,
@@ -135,6 +137,7 @@ class _HeaderReader:
         self.path = file.path
         self.file = file
         self.tensor: str | None = None
+        self.dtypes = DTYPES.keys() - NEWER_DTYPES
 
     def refuse(
         self, rule: int, message: str, found: object = None, wanted: object = None
@@ -270,6 +273,8 @@ class _HeaderReader:
         for key, limit in (("tensors", MAX_TENSORS), ("files", MAX_FILES)):
             if len(header[key]) > limit:
                 self.refuse(10, f"number of {key}", len(header[key]), f"at most {limit:,}")
+        if DTYPES_1_1 in header["required_features"]:
+            self.dtypes |= NEWER_DTYPES
         for feature in header["required_features"]:
             if feature not in REQUIRED_FEATURES:
                 raise UnsupportedError(
@@ -317,6 +322,8 @@ class _HeaderReader:
         if isinstance(encoding, AffineEncoding):
             self._row_length(encoding, tuple(shape))
         activation = self._activation(entry["activation"]) if "activation" in entry else None
+        if isinstance(encoding, RawEncoding) and math.prod(shape) * DTYPES[dtype].bits % 8:
+            self.refuse(17, f"{math.prod(shape):,} values of {dtype} do not end on a byte")
         return StoredTensor(
             name=name,
             shape=tuple(shape),
@@ -331,8 +338,8 @@ class _HeaderReader:
 
     def _encoding(self, described: dict[str, Any], dtype: str) -> Encoding:
         kind = self._field(described, "kind", str)
-        if dtype not in DTYPES:
-            self.refuse(14, "unknown source_dtype", dtype, " ".join(DTYPES))
+        if dtype not in self.dtypes:
+            self.refuse(14, "unknown source_dtype", dtype, " ".join(sorted(self.dtypes)))
         if kind == "raw":
             return self._raw(described, dtype)
         if kind != "affine":

@@ -117,14 +117,14 @@ def _describe_all(
 
     def small(batch: Sequence[_Item]) -> Sequence[_Item]:
         for tensor, row, planned in batch:
-            if 0 < tensor.size <= SMALL_VALUES:
+            if 0 < tensor.size <= SMALL_VALUES and tensor.real:
                 _describe(model, tensor, row, planned, map)
         return batch
 
     with Workers(options.threads or available_threads()) as workers:
         for batch in workers.map(small, _batches(items)):
             for tensor, row, planned in batch:
-                if tensor.size > SMALL_VALUES:
+                if tensor.size > SMALL_VALUES and tensor.real:
                     _describe(model, tensor, row, planned, workers.map)
                 if options.tensors and tensor.size:
                     row.histogram = _histogram(model, tensor, row, options.bins, workers)

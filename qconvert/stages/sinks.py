@@ -17,6 +17,7 @@ from qconvert.files.qblk_writer import (
     QblkWriter,
     TensorWriter,
     header_bound,
+    required_features,
     tensor_bound,
 )
 from qconvert.model import Companion, Model, TensorInfo
@@ -91,8 +92,9 @@ class QblkSink:
         self.provenance = provenance
         files = [(_flat(c), c.size) for c in model.companions]
         calibrated = "calibration" in provenance
-        bounds = [_bound(p, calibrated) for p in plan]
-        bound = header_bound(bounds, files, model.metadata, provenance)
+        bounds = (_bound(p, calibrated) for p in plan)
+        features = required_features(p.tensor.dtype for p in plan)
+        bound = header_bound(bounds, files, model.metadata, provenance, features)
         self.writer = QblkWriter(out, bound)
 
     def begin(self, tensor: TensorInfo, encoding: Encoding | None) -> TensorTarget:
