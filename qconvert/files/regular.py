@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from qconvert.errors import FormatError, InputError, MachineError, QconvertError
@@ -41,12 +42,13 @@ class RegularFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._fd = -1
         try:
             # A FIFO would block the open itself without O_NONBLOCK.
             self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            status = os.fstat(self._fd)
         except OSError as error:
             raise os_refusal(path, error) from error
-        status = os.fstat(self._fd)
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise _not_regular(path, _FILE_TYPES.get(stat.S_IFMT(status.st_mode)))
@@ -90,7 +92,10 @@ class RegularFile:
         """
         if self._fd < 0:
             raise ValueError("check of a closed file")
-        status = os.fstat(self._fd)
+        try:
+            status = os.fstat(self._fd)
+        except OSError as error:
+            raise os_refusal(self.path, error) from error
         if (status.st_size, status.st_mtime_ns) != (self.size, self._mtime_ns):
             raise InputError(
                 "file changed while it was read",
@@ -102,9 +107,19 @@ class RegularFile:
             )
 
     def close(self) -> None:
+        """Close it; may be called again. Nothing was written, so that it cannot fail."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            with suppress(OSError):
+                os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def utf8_name(path: Path) -> str:
+    """The name of a file as text that can be stored; a name need not be UTF-8."""
+    return os.fsencode(path.name).decode("utf-8", "backslashreplace")
 
 
 def os_refusal(path: Path, error: OSError) -> QconvertError:
