@@ -70,19 +70,28 @@ class AtomicOutput:
         target: the final name.
         overwrite: whether an existing target may be replaced.
         inputs: files, or model directories, that must not be written over, by any spelling or link.
+        interim: no output of the run, but something that it will remove.
 
     Raises:
         OutputExistsError: the target exists and ``overwrite`` is False.
         MachineError: the target is an input or not a regular file, or the directory refuses.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        target: Path,
+        *,
+        overwrite: bool,
+        inputs: Sequence[Path] = (),
+        interim: bool = False,
+    ) -> None:
         self.target = target
         self.overwrite = overwrite
+        self.interim = interim
         with machine_errors(target):
             _check_name(target)
             beside.remove_leftovers(target)
-            _check_target(target, overwrite, inputs)
+            check_target(target, overwrite, inputs)
             self.path, self.fd = beside.temporary_file(target)
         self._open = True
 
@@ -106,7 +115,8 @@ class AtomicOutput:
         with held():
             with machine_errors(self.target):
                 _take_name(self.path, self.target, self.overwrite)
-            completed.append(self.target)
+            if not self.interim:
+                completed.append(self.target)
             with machine_errors(self.target, AFTER):
                 _flush(self.target.parent)
                 self._close()
@@ -162,7 +172,7 @@ class AtomicSet:
                 _check_name(target)
             beside.remove_leftovers(name)
             for target in targets:
-                _check_target(target, overwrite, inputs)
+                check_target(target, overwrite, inputs)
             self.directory, self._lock = beside.temporary_directory(name)
         self.paths = tuple(self.directory / target.name for target in targets)
         self._taken: list[Path] = []
@@ -254,8 +264,13 @@ def _check_name(target: Path) -> None:
         )
 
 
-def _check_target(target: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """Refuse a target that exists, unless it may be replaced and is nothing that is read."""
+def check_target(target: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """Refuse a target that exists, unless it may be replaced and is nothing that is read.
+
+    Raises:
+        MachineError: it is an input, or no regular file.
+        OutputExistsError: it may not be replaced.
+    """
     if not os.path.lexists(target):
         return
     if target.exists():

@@ -6,7 +6,6 @@ its counts and offsets unchecked, and dies with the process when the file shrink
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 from collections.abc import Callable
@@ -105,7 +104,7 @@ class GgufModel:
         self.metadata = header.metadata
         self.tensors = tuple(tensor for tensor, _ in header.tensors)
         self.sources: tuple[SourceFile, ...] = (
-            SourceFile(path.name, file.size, _sha256(file, header.data_start)),
+            SourceFile(path.name, file.size, file.sha256(header.data_start)),
         )
         self._file = file
         self._header = header
@@ -216,14 +215,6 @@ def open_gguf(path: Path) -> GgufModel:
     except BaseException:
         file.close()
         raise
-
-
-def _sha256(file: RegularFile, size: int) -> str:
-    """Digest of the first ``size`` bytes, in hex."""
-    digest = hashlib.sha256()
-    for offset in range(0, size, _CHUNK):
-        digest.update(file.read(offset, min(_CHUNK, size - offset)))
-    return digest.hexdigest()
 
 
 class _Header:

@@ -6,7 +6,6 @@ Both forms of the file, and what is refused: formats/imatrix.md. Read from llama
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +32,6 @@ MAX_NUMBER = (1 << 32) - 1  # of chunks and tokens, which are uint32
 MAX_BYTES = 2 << 30  # of a file: twice that of the largest mixture of experts
 MAX_ENTRIES = 100_000
 
-_CHUNK = 1 << 20
 _CHECKED_VALUES = 1 << 18  # at a time
 _I32 = struct.Struct("<i")
 _ENTRY_BYTES = 4 + 1 + 4 + 4 + 4  # of the older form, with one byte of name and one value
@@ -286,13 +284,6 @@ def _described(shape: tuple[int, ...]) -> str:
     return f"{matrices}{shape[-1]:,} channels"
 
 
-def _sha256(file: RegularFile) -> str:
-    digest = hashlib.sha256()
-    for offset in range(0, file.size, _CHUNK):
-        digest.update(file.read(offset, min(_CHUNK, file.size - offset)))
-    return digest.hexdigest()
-
-
 # --- the GGUF form --------------------------------------------------------------------------------
 
 
@@ -315,7 +306,7 @@ def _read_gguf(model: GgufModel, file: RegularFile) -> Imatrix:
     entries = {name: _entry(model, tensors, name) for name in names}
     return Imatrix(
         path=path,
-        sha256=_sha256(file),
+        sha256=file.sha256(),
         datasets=datasets,
         chunk_count=chunk_count,
         chunk_size=chunk_size,
@@ -452,7 +443,7 @@ def _read_older(file: RegularFile) -> Imatrix:
 
     return Imatrix(
         path=file.path,
-        sha256=_sha256(file),
+        sha256=file.sha256(),
         datasets=datasets,
         chunk_count=chunk_count,
         chunk_size=None,

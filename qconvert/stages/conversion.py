@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -22,6 +20,7 @@ from qconvert.files.atomic import AtomicOutput, AtomicSet, check_space
 from qconvert.files.calibration import Calibration
 from qconvert.files.gguf_writer import MetadataValue
 from qconvert.files.imatrix import Imatrix
+from qconvert.files.regular import file_sha256, utf8_name
 from qconvert.geometry import TILE_VALUES, Tile
 from qconvert.mapper import Mapper
 from qconvert.model import Model, SourceFile
@@ -220,8 +219,7 @@ class Job:
         }
         if o.hash_source:
             for note, path in zip(found["sources"], sources, strict=True):
-                with path.open("rb") as f:
-                    note["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
+                note["sha256"] = file_sha256(path)
         if self.gguf and self.gguf.imatrix:
             found["imatrix"] = {"sha256": self.gguf.imatrix.sha256}
         if self.calibration:
@@ -359,8 +357,7 @@ def _gguf_notes(o: GgufOptions) -> dict[str, Any]:
 
 
 def _source_note(s: SourceFile) -> dict[str, Any]:
-    name = os.fsencode(s.name).decode("utf-8", "backslashreplace")  # a name need not be UTF-8
-    return {"header_sha256": s.header_sha256, "name": name, "size": s.size}
+    return {"header_sha256": s.header_sha256, "name": utf8_name(Path(s.name)), "size": s.size}
 
 
 def _source_paths(model: Model) -> list[Path]:
