@@ -28,6 +28,7 @@ DATA = (
     "mapper",
     "encoding",
     "progress",
+    "interrupts",
 )
 # What each layer may import besides itself; `qconvert` alone is the version.
 BELOW: dict[str, tuple[str, ...]] = {}

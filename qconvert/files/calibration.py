@@ -26,14 +26,21 @@ from qconvert import fixed_point
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
 from qconvert.files.scratch import Scratch
+from qconvert.files.strict_json import strict_json
 from qconvert.model import Model
 
 ENTRY = "qconvert.calibration"
 SCHEMA = "qconvert.calibration/3"
+PARTIAL = "partial"  # an entry of the JSON that only the state of an interrupted run has
 CHANNELS = ("minimum", "maximum", "mean_square")
 WEIGHT = ".weight"
 MAX_OBSERVER = 32  # characters of an observer's name
 MAX_SAMPLES = (1 << 53) - 1  # what a qblk header can say
+MAX_FEATURES = (
+    1 << 20
+)  # values of a row: twenty times what is in use; statistics take 168 bytes each
+MAX_SCALE = 3.0e38
+MIN_SCALE = 2.0**-150  # exclusive: what rounds to a binary32 number above 0
 DIGEST_BYTES = 4096  # of each tensor
 NUMPY = {"F32": "<f4", "F64": "<f8", "U16": "<u2", "U32": "<u4", "I64": "<i8"}
 DTYPES = {np.dtype(code): name for name, code in NUMPY.items()}
@@ -114,6 +121,7 @@ class CalibrationDocument:
         model: `model_digest` of the model, None where activations came without one.
         run: of a run over text; None for recorded activations and merged files.
         unreached: layers of the model that no token came through.
+        partial: the state of an interrupted run.
     """
 
     observer: str
@@ -123,6 +131,12 @@ class CalibrationDocument:
     model: str | None = None
     run: TextRun | None = None
     unreached: list[str] = field(default_factory=list)
+    partial: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is of a run that came to its end."""
+        return not self.partial and (self.run is None or self.run.done == self.run.chunks)
 
 
 class Calibration:
@@ -144,15 +158,8 @@ class Calibration:
         with ExitStack() as closing:  # a refusal closes the file
             closing.callback(self._file.close)
             self.document = _document(self._file, path)
-            run = self.document.run
-            if run and run.done < run.chunks:
-                raise FormatError(
-                    "the state of an interrupted run, not a calibration",
-                    path=path,
-                    found=f"{run.done:,} of {run.chunks:,} pieces of text",
-                    hint="finish it: the same command with --resume",
-                    code="CALIBRATION-PARTIAL",
-                )
+            if not self.document.finished:
+                raise unfinished(path)
             closing.pop_all()
         self._tensors = {t.name: t for t in self._file.tensors}
 
@@ -276,6 +283,16 @@ class Calibration:
         return sorted(set(self.layers) - used)
 
 
+def unfinished(path: Path) -> FormatError:
+    """The refusal of a state where a calibration is wanted."""
+    return FormatError(
+        "the state of an interrupted run, not a calibration",
+        path=path,
+        hint="finish it: its command with --resume",
+        code="CALIBRATION-PARTIAL",
+    )
+
+
 def layer_name(name: str) -> str:
     """The layer of a weight or of an activation array: the name without ``.weight``."""
     return name.removesuffix(WEIGHT)
@@ -316,7 +333,10 @@ def calibration_parts(
     document: CalibrationDocument, arrays: Mapping[str, NDArray[Any]]
 ) -> Iterator[bytes]:
     """A calibration file, piece by piece; ``arrays`` are the tensors, named ``L/...``."""
-    text = json.dumps({"schema": SCHEMA, **asdict(document)}, sort_keys=True, ensure_ascii=False)
+    fields = {"schema": SCHEMA, **asdict(document)}
+    if not document.partial:
+        del fields[PARTIAL]
+    text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
     header: dict[str, Any] = {"__metadata__": {ENTRY: text}}
     names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # aligned
     at = 0
@@ -366,8 +386,8 @@ def _document(model: SafetensorsModel, path: Path) -> CalibrationDocument:
             "not a calibration file", path=path, hint="make one with: qconvert calibrate"
         )
     shapes = {t.name: t.shape for t in model.tensors}
+    described = strict_json(text.encode(), path)
     try:
-        described = json.loads(text)
         schema = described.pop("schema")
         if schema != SCHEMA:
             raise UnsupportedError("calibration", path=path, found=schema, wanted=SCHEMA)
@@ -380,7 +400,7 @@ def _document(model: SafetensorsModel, path: Path) -> CalibrationDocument:
             and all(shapes.get(f"{name}/{kind}") == (layer.features,) for kind in CHANNELS)
             for name, layer in layers.items()
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise FormatError("damaged calibration metadata", path=path) from e
     if not good:
         raise FormatError("impossible values in the calibration", path=path)
@@ -404,6 +424,7 @@ def _plausible_document(document: CalibrationDocument) -> bool:
             for entry in document.inputs
         )
         and (document.model is None or isinstance(document.model, str))
+        and isinstance(document.partial, bool)
         and isinstance(document.unreached, list)
         and all(isinstance(name, str) for name in document.unreached)
         and (run is None or _plausible_run(run))
@@ -426,7 +447,7 @@ def _plausible_run(run: TextRun) -> bool:
     numbers = (run.seqlen, run.seed, run.chunks, run.done, run.tokens, run.groups)
     return (
         all(_integer(n) and 0 <= n <= MAX_SAMPLES for n in numbers)
-        and (run.nsamples is None or _integer(run.nsamples))
+        and (run.nsamples is None or (_integer(run.nsamples) and 0 < run.nsamples <= MAX_SAMPLES))
         and run.done <= run.chunks
     )
 
@@ -440,7 +461,7 @@ def _plausible(layer: LayerCalibration) -> bool:
         _integer(layer.samples)
         and _integer(layer.features)
         and 0 < layer.samples <= MAX_SAMPLES
-        and layer.features > 0
+        and 0 < layer.features <= MAX_FEATURES
         and _plausible_range(layer)
         and (layer.output is None or _plausible_range(layer.output))
     )
@@ -453,7 +474,5 @@ def _plausible_range(r: LayerCalibration | StaticParameters) -> bool:
         and -128 <= r.zero_point <= 127
         and math.isfinite(r.low)
         and math.isfinite(r.high)
-        and bool(
-            0 < np.float32(r.scale) <= 3.0e38
-        )  # its shortest decimal may lie below the least one
+        and MIN_SCALE < r.scale <= MAX_SCALE
     )

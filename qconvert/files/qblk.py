@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.encoding import SCALE_SIZES, AffineEncoding, RawEncoding
+from qconvert.files.plain import plain_values
 from qconvert.files.qblk_header import SLASH, StoredFile, StoredTensor, read_header
 from qconvert.files.regular import RegularFile
 from qconvert.geometry import PACK_GROUP
-from qconvert.kernels import widen
-from qconvert.model import DTYPES, Companion, SourceFile, TensorInfo
+from qconvert.model import Companion, SourceFile, TensorInfo
 from qconvert.quantizers.affine import (
     Parameters,
     decode_groups,
@@ -87,8 +87,8 @@ class QblkModel:
         stored = self.stored[tensor.name]
         encoding = stored.encoding
         if isinstance(encoding, RawEncoding):
-            size = DTYPES[encoding.dtype].size
-            return widen(self.raw(tensor, start * size, (stop - start) * size), encoding.dtype)
+            read = partial(self.raw, tensor)
+            return plain_values(read, encoding.dtype, tensor.size, start, stop)
         if start == stop:
             return np.zeros(0, np.float32)
         columns = encoding.row_length

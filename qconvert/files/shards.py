@@ -38,6 +38,7 @@ COMPANIONS = frozenset(
 )
 MAX_JSON_BYTES = 100_000_000  # the limit that safetensors sets for its header
 MAX_COMPANION_BYTES = 64 << 20
+MAX_SHARDS = 10_000
 
 _SHARD_OF_SEVERAL = re.compile(r"-\d+-of-0*+(?!1\.)\d+\.safetensors")
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
@@ -72,31 +73,37 @@ def model_files(path: Path) -> ModelFiles:
     except OSError as error:
         raise os_refusal(path, error) from error
     weight_map = None
+    inside = _Inside(path)
     if INDEX in names:
-        _check_inside(path, INDEX)
+        inside.check(INDEX)
         weight_map = read_index(path / INDEX)
         shards = sorted(set(weight_map.values()))
         _check_present(path, shards)
     else:
         shards = [_only_weights(path, names)]
     for name in shards:
-        _check_inside(path, name)
+        inside.check(name)
     return ModelFiles(
         tuple(path / name for name in shards),
         weight_map,
-        tuple(_companion(path, name) for name in sorted(COMPANIONS) if os.path.isfile(path / name)),
+        tuple(
+            _companion(inside, name) for name in sorted(COMPANIONS) if os.path.isfile(path / name)
+        ),
     )
 
 
-def _companion(directory: Path, name: str) -> Companion:
+def _companion(inside: _Inside, name: str) -> Companion:
     """A small file in the directory of a model, or in one below it.
 
     Raises:
         InputError: it is a link that leads elsewhere, or too large.
     """
-    path = directory / name
-    _check_inside(directory, name)
-    size = path.stat().st_size
+    path = inside.directory / name
+    inside.check(name)
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise os_refusal(path, error) from error
     _check_small(path, size)
 
     def read() -> bytes:
@@ -149,8 +156,9 @@ def read_index(path: Path) -> dict[str, str]:
             found=reprlib.repr(weight_map),
             code="ST-INDEX",
         )
+    plain = {name: _is_plain(name) for name in weight_map.values() if isinstance(name, str)}
     for tensor, name in weight_map.items():
-        if not _is_plain(name):
+        if not (isinstance(name, str) and plain[name]):
             raise FormatError(
                 "shard name is not a plain file name",
                 path=path,
@@ -160,6 +168,14 @@ def read_index(path: Path) -> dict[str, str]:
                 hint="the shards must lie beside the index",
                 code="ST-SHARD-NAME",
             )
+    if len(plain) > MAX_SHARDS:
+        raise FormatError(
+            "index names too many shards",
+            path=path,
+            found=f"{len(plain):,}",
+            wanted=f"at most {MAX_SHARDS:,}",
+            code="ST-INDEX",
+        )
     return weight_map
 
 
@@ -188,12 +204,8 @@ def refuse_foreign(path: Path, start: bytes) -> None:
         raise FormatError("not safetensors", path=path, found=found, hint=hint, code="ST-FOREIGN")
 
 
-def _is_plain(name: object) -> bool:
-    return (
-        isinstance(name, str)
-        and name not in ("", ".", "..")
-        and not any(c in "/\\:" or ord(c) < 0x20 for c in name)
-    )
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and not any(c in "/\\:" or ord(c) < 0x20 for c in name)
 
 
 def _only_weights(directory: Path, names: list[str]) -> str:
@@ -246,28 +258,38 @@ def _check_present(directory: Path, shards: list[str]) -> None:
         )
 
 
-def _check_inside(directory: Path, name: str) -> None:
-    """Refuse a link out of the directory, unless into the same hub-cache repository's blobs.
+class _Inside:
+    """Where the files of a directory may lie, once all links are followed.
 
-    A downloaded directory could otherwise carry any file of this machine into the output.
+    A downloaded directory could otherwise carry any file of this machine into the output. Besides
+    the directory itself that is, for a snapshot in the cache of Hugging Face, the folder `blobs` of
+    the same repository, unless that folder is a link itself.
     """
-    home = Path(os.path.realpath(directory))
-    target = Path(os.path.realpath(directory / name))
-    allowed = [home]
-    for revision in (home, *home.parents):
-        snapshots = revision.parent
-        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
-            allowed.append(Path(os.path.realpath(snapshots.parent / "blobs")))
-            break
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise InputError(
-            "file is a link that leads out of the model's directory",
-            path=directory / name,
-            found=target,
-            wanted=f"a file in {home}",
-            hint="copy the file into the directory",
-            code="ST-OUTSIDE",
-        )
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.home = Path(os.path.realpath(directory))
+        self.allowed = [self.home]
+        for revision in (self.home, *self.home.parents):
+            snapshots = revision.parent
+            if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+                blobs = snapshots.parent / "blobs"
+                if os.path.realpath(blobs) == str(blobs):
+                    self.allowed.append(blobs)
+                break
+
+    def check(self, name: str) -> None:
+        """Refuse a file that lies elsewhere."""
+        target = Path(os.path.realpath(self.directory / name))
+        if not any(target.is_relative_to(place) for place in self.allowed):
+            raise InputError(
+                "file is a link that leads out of the model's directory",
+                path=self.directory / name,
+                found=target,
+                wanted=f"a file in {self.home}",
+                hint="copy the file into the directory",
+                code="ST-OUTSIDE",
+            )
 
 
 def _check_small(path: Path, size: int) -> None:

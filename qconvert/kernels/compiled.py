@@ -69,7 +69,7 @@ def _u8(x: NDArray[Any]) -> U8:
 # --- statistics -----------------------------------------------------------------------------------
 
 
-def widen(raw: bytes, dtype: str) -> NDArray[np.floating]:
+def widen(raw: bytes, dtype: str) -> NDArray[Any]:
     """`widening.widen`."""
     if dtype in ("BF16", "F16"):
         wide = np.empty(len(raw) // 2, np.float32)
@@ -77,7 +77,7 @@ def widen(raw: bytes, dtype: str) -> NDArray[np.floating]:
         return wide
     if dtype in ("F8_E4M3", "F8_E5M2"):
         wide = np.empty(len(raw), np.float32)
-        _native.widen_table(raw, _widening._f8_values(dtype), wide, len(wide))
+        _native.widen_table(raw, _widening.table(dtype), wide, len(wide))
         return wide
     return _widening.widen(raw, dtype)
 

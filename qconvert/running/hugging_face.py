@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from qconvert.errors import InputError, MachineError, QconvertError, UnsupportedError
-from qconvert.files.regular import RegularFile
 from qconvert.files.safetensors import open_safetensors
 from qconvert.files.shards import MAX_COMPANION_BYTES
-from qconvert.files.strict_json import strict_json
+from qconvert.files.strict_json import read_object
 from qconvert.running.streaming import stream_weights
 
 INSTALL = "pip install torch transformers, or '.[hf]' in a checkout of qconvert"
@@ -147,7 +146,7 @@ def checked_config(path: Path) -> dict[str, Any]:
                 code="HF-DIRECTORY",
             )
         raise InputError("no such file or directory", path=path, code="FILE-MISSING")
-    config = _fields(path / CONFIG)
+    config = read_object(path / CONFIG, MAX_COMPANION_BYTES)
     if not any((path / name).is_file() for name in TOKENIZERS):
         raise InputError(
             "no tokenizer in the directory",
@@ -159,7 +158,7 @@ def checked_config(path: Path) -> dict[str, Any]:
     companion = path / TOKENIZER_CONFIG
     for file, fields in (
         (path / CONFIG, config),
-        (companion, _fields(companion) if companion.exists() else {}),
+        (companion, read_object(companion, MAX_COMPANION_BYTES) if companion.exists() else {}),
     ):
         if fields.get("auto_map"):
             raise UnsupportedError(
@@ -171,19 +170,6 @@ def checked_config(path: Path) -> dict[str, Any]:
                 code="HF-CODE",
             )
     return config
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    file = RegularFile(path)
-    try:
-        if file.size > MAX_COMPANION_BYTES:
-            raise InputError("the file is too large", path=path, found=f"{file.size:,} bytes")
-        fields = strict_json(file.read(0, file.size), path)
-    finally:
-        file.close()
-    if not isinstance(fields, dict):
-        raise InputError("not an object of JSON", path=path, code="HF-CONFIG")
-    return fields
 
 
 def model_class(config: dict[str, Any], path: Path) -> tuple[str, Literal["causal", "encoder"]]:

@@ -309,6 +309,14 @@ class _Builder:
         """The float32 values of a tensor as torch has them, read once for all that share it."""
         import torch
 
+        if not tensor.real:
+            raise UnsupportedError(
+                "complex weights are not run",
+                path=self.model.path,
+                tensor=tensor.name,
+                found=tensor.dtype,
+                code="HF-WEIGHTS",
+            )
         if tensor.name not in self.values:
             out = np.empty(tensor.size, np.float32)
             for start in range(0, tensor.size, TILE_VALUES):

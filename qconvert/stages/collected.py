@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from qconvert.files.calibration import (
     layer_name,
     read_state,
 )
+from qconvert.files.regular import file_sha256, utf8_name
 from qconvert.files.scratch import Scratch
 from qconvert.model import Model
 from qconvert.observers.layer import LayerStatistics
@@ -58,6 +58,7 @@ class Collected:
         finished: of groups that are through; read from files.
         unreached: layers that no token came through.
         recorded: sampled rows of input a layer, (rows, features) float32.
+        partial: the state of a run that was interrupted.
         scratch: where Gram matrices of finished layers are; None keeps them in memory.
     """
 
@@ -69,14 +70,21 @@ class Collected:
     finished: dict[str, FinishedLayer] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
     recorded: Arrays = field(default_factory=dict)
+    partial: bool = False
     scratch: Scratch | None = None
 
-    def finish(self) -> None:
-        """Bring what was collected into the form of the file, and let go of the statistics."""
+    def finish(self, between: Callable[[Collected], None] = lambda _: None) -> None:
+        """Bring what was collected into the form of the file, and let go of the statistics.
+
+        Args:
+            between: called after each layer.
+        """
         for name in list(self.layers):
-            layer = self.layers.pop(name)
+            layer = self.layers[name]
             if layer.channels.samples:
                 self.finished[name] = self._kept(finished(layer))
+            del self.layers[name]
+            between(self)
 
     def _kept(self, layer: FinishedLayer) -> FinishedLayer:
         """The same, small in memory."""
@@ -95,6 +103,7 @@ class Collected:
             model=self.model,
             run=self.run,
             unreached=sorted(self.unreached),
+            partial=self.partial,
         )
 
     def write(self, out: AtomicOutput) -> None:
@@ -105,6 +114,7 @@ class Collected:
         """Write a file from which the run can go on; nothing is let go of."""
         collecting = {n: s for n, s in self.layers.items() if s.channels.samples}
         halfway = replace_finished(self, {n: unsettled(s) for n, s in collecting.items()})
+        halfway.partial = True
         arrays = halfway._arrays() | {f"{n}/recorded": a for n, a in self.recorded.items()}
         _write(out, calibration_parts(halfway.document(), arrays))
 
@@ -243,6 +253,7 @@ def read_collected(path: Path, scratch: Scratch | None = None) -> Collected:
         finished=layers,
         unreached=document.unreached,
         recorded=recorded,
+        partial=not document.finished,
         scratch=scratch,
     )
 
@@ -345,7 +356,7 @@ def _row(name: str, layer: FinishedLayer) -> CalibratedLayer:
     settled = layer.calibration
     low, high, _ = (layer.arrays[kind] for kind in CHANNELS)
     widest = np.maximum(-low, high)
-    middle = float(np.median(widest))
+    middle = float(np.median(widest.astype(np.float64)))  # whose two middle values may be large
     return CalibratedLayer(
         name=name,
         samples=settled.samples,
@@ -359,20 +370,32 @@ def _row(name: str, layer: FinishedLayer) -> CalibratedLayer:
     )
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def file_note(path: Path) -> dict[str, str]:
+    """Name and SHA-256 of a file that is read, for `Collected.inputs`.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return {"name": utf8_name(path), "sha256": file_sha256(path)}
 
 
-def model_warnings(model: Model, found: Mapping[str, LayerCalibration]) -> list[str]:
+def features_of(layers: Mapping[str, FinishedLayer]) -> dict[str, int]:
+    """Features of each layer."""
+    return {name: layer.calibration.features for name, layer in layers.items()}
+
+
+def model_warnings(model: Model, features: Mapping[str, int]) -> list[str]:
     """Hold the layers against the weights of the model they are for.
+
+    Args:
+        features: of each layer.
 
     Raises:
         UnsupportedError: no layer has a weight in the model, or one has another width.
     """
     weights = {layer_name(t.name): t for t in model.tensors if len(t.shape) >= 2}
-    strange = [name for name in found if name not in weights]
-    if len(strange) == len(found):
+    strange = [name for name in features if name not in weights]
+    if len(strange) == len(features):
         raise UnsupportedError(
             "no layer of the activations has a weight in the model",
             path=model.path,
@@ -383,16 +406,16 @@ def model_warnings(model: Model, found: Mapping[str, LayerCalibration]) -> list[
     warnings = []
     if strange:
         warnings.append(
-            f"{len(strange)} of {len(found)} layers have no weight in {model.path.name}, "
+            f"{len(strange)} of {len(features)} layers have no weight in {model.path.name}, "
             f"such as '{strange[0]}'"
         )
-    for name, layer in found.items():
-        if name not in strange and weights[name].shape[-1] != layer.features:
+    for name in (n for n in features if n in weights):
+        if weights[name].shape[-1] != features[name]:
             raise UnsupportedError(
                 "activations do not fit the model",
                 path=model.path,
                 tensor=weights[name].name,
-                found=f"{layer.features:,} features",
+                found=f"{features[name]:,} features",
                 wanted=f"{weights[name].shape[-1]:,}",
             )
     return warnings

@@ -23,6 +23,7 @@ def column_norms(model: Model, layer: str) -> F64 | None:
         WeightError: a weight is NaN or Inf, or too large to be squared.
     """
     found = [t for t in model.tensors if layer_name(t.name) == layer and len(t.shape) >= 2]
+    found = [t for t in found if t.real]
     if not found or not found[0].size:
         return None
     tensor, columns = found[0], found[0].shape[-1]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qconvert import kernels
-from qconvert.errors import UnsupportedError, UsageError
+from qconvert.errors import UnsupportedError, UsageError, about
 from qconvert.files import open_model
 from qconvert.files.calibration import Calibration
 from qconvert.files.dequantized import dequantized
@@ -64,7 +64,7 @@ def quantize(
         raise UsageError(
             "--no-weighting without a calibration", hint="weights come with --calibration FILE"
         )
-    with ExitStack() as files:
+    with ExitStack() as files, about(source):
         opened = open_model(source)
         files.callback(opened.close)
         model = _plain(opened, options)
@@ -112,7 +112,7 @@ def quantize(
             fill_totals(report, ErrorSums())
         else:
             job = Job(model, plan, options, calibration, target, report, progress)
-            job.write(outputs)
+            job.write(output, outputs)
     report.seconds = time.perf_counter() - started
     return report
 
