@@ -177,6 +177,7 @@ class InspectReport(Report):
     total_values: int
     total_bytes: int
     statistics: bool
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from qconvert.architectures.tokenizers import read_vocabulary
 from qconvert.errors import FormatError, InputError, UnsupportedError
 from qconvert.files.gguf import ARCHITECTURE
 from qconvert.files.gguf_writer import GgufTensor, GgufValue, MetadataValue, check_gguf
+from qconvert.files.prequantized import refusal, stated_method
 from qconvert.files.strict_json import strict_json
 from qconvert.model import Model
 
@@ -143,14 +144,8 @@ def read_config(fields: dict[str, Any], path: Path) -> tuple[Family, Config]:
     Raises:
         UnsupportedError: no such architecture, or weights that are quantized already.
     """
-    if fields.get("quantization_config") is not None:
-        raise UnsupportedError(
-            "checkpoint is quantized already",
-            path=path,
-            found="quantization_config",
-            hint="convert the checkpoint that it was made from",
-            code="ARCH-QUANTIZED",
-        )
+    if quantized := stated_method(fields):
+        raise refusal(quantized, path)
     family = family_of(Config(fields, path))
     # A model of text and images has the language model's fields in an object of their own.
     text = fields.get("text_config")

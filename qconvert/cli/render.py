@@ -184,7 +184,7 @@ def quantize_text(r: QuantizeReport) -> str:
     sizes = f"{size(r.source_bytes)} -> {about}{size(r.output_bytes)}"
     lines.append(f"size       {sizes} ({100 * ratio:.1f} %)\n")
     for i, note in enumerate(r.notes[:NOTES_SHOWN]):
-        lines.append(f"{'left out   ' if i == 0 else '           '}{printable(note)}\n")
+        lines.append(f"{'notes      ' if i == 0 else '           '}{printable(note)}\n")
     if len(r.notes) > NOTES_SHOWN:
         lines.append(f"           and {len(r.notes) - NOTES_SHOWN} more, see --json\n")
     if r.files > 1:
@@ -252,6 +252,7 @@ def inspect_text(r: InspectReport) -> str:
     parts.append(_statistics_table(r.tensors) if r.statistics else _header_table(r.tensors))
     parts.append(f"\n{len(r.tensors)} of {r.total_tensors} tensors shown; the file has ")
     parts.append(f"{r.total_values:,} values in {size(r.total_bytes)}\n")
+    parts += [f"notes      {printable(note)}\n" for note in r.notes]
     for t in r.tensors:
         if t.histogram:
             parts.append(f"\n{histogram_text(t, t.histogram)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from qconvert.errors import InputError, MachineError, QconvertError, UnsupportedError
+from qconvert.files.prequantized import refuse_prequantized
 from qconvert.files.regular import RegularFile
 from qconvert.files.safetensors import open_safetensors
 from qconvert.files.shards import MAX_COMPANION_BYTES
@@ -63,11 +64,12 @@ def open_checkpoint(
     Raises:
         InputError: a file is missing or damaged.
         UnsupportedError: the model needs code of its own, is of a kind that transformers does not
-            know or that text alone does not run, or weights are missing.
+            know or that text alone does not run, is quantized already, or weights are missing.
         MachineError: torch or transformers is not installed.
     """
     config = checked_config(path)
-    open_safetensors(path).close()  # headers are held against the files before anything maps them
+    with open_safetensors(path) as model:  # headers are held against the files before all else
+        refuse_prequantized(model)
     torch, transformers = require("torch", "transformers")
     if threads is not None:
         torch.set_num_threads(threads)

@@ -36,6 +36,7 @@ from qconvert.stages.collected import (
 )
 from qconvert.stages.column_norms import column_norms
 from qconvert.stages.importance import importance_bytes
+from qconvert.stages.sources import examined
 
 BATCH_ROWS = 32  # rows of one step of the moving average
 
@@ -84,6 +85,7 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
     with AtomicOutput(options.output, overwrite=options.force, inputs=read) as out:
         with ExitStack() as stack:
             model = stack.enter_context(open_safetensors(options.model)) if options.model else None
+            warnings = examined(model).warnings if model else []
             files = [stack.enter_context(open_safetensors(p)) for p in options.activations]
             scratch = stack.enter_context(Scratch(options.output)) if options.gram else None
             found = Collected(options.settings, scratch=scratch)
@@ -103,10 +105,9 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
             for file in files:
                 found.inputs.append({"name": file.path.name, "sha256": file.sha256()})
                 file.check_unchanged()
-            warnings = []
             if model:
                 layers = {name: layer.calibration for name, layer in found.finished.items()}
-                warnings = model_warnings(model, layers)
+                warnings += model_warnings(model, layers)
                 found.model = model_digest(model)
                 model.check_unchanged()
         found.write(out)

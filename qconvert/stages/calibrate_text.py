@@ -43,6 +43,7 @@ from qconvert.stages.collected import (
 )
 from qconvert.stages.importance import importance_bytes
 from qconvert.stages.parallel import available_threads
+from qconvert.stages.sources import examined
 
 DEFAULT_SEQLEN = 256
 SAVE_SECONDS = 10.0
@@ -112,7 +113,8 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
             model.check_unchanged()
             found = run.found
             layers = {name: layer.calibration for name, layer in found.finished.items()}
-            warnings = model_warnings(model, layers) if layers else []
+            warnings = examined(model).warnings
+            warnings += model_warnings(model, layers) if layers else []
             warnings += unreached_warnings(found.unreached)
             warnings += _unwatched_warnings(model, set(layers) | set(found.unreached))
         if not layers:

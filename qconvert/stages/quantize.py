@@ -40,6 +40,7 @@ from qconvert.stages.sinks import (
     gguf_tensors,
     model_name,
 )
+from qconvert.stages.sources import examined
 
 __all__ = ["GgufOptions", "QuantizeOptions", "quantize"]
 
@@ -67,6 +68,7 @@ def quantize(
     with ExitStack() as files:
         opened = open_model(source)
         files.callback(opened.close)
+        said = examined(opened)
         model = _plain(opened, options)
         calibration = None
         if options.calibration:
@@ -90,6 +92,8 @@ def quantize(
             calibration=options.calibration.name if options.calibration else None,
             companions=0,
         )
+        report.warnings += said.warnings
+        report.notes += said.notes
         if target:
             report.warnings += target.warnings
             report.notes += target.notes
@@ -132,6 +136,7 @@ def _plain(opened: Model, options: QuantizeOptions) -> Model:
     if quantized and not options.allow_requantize:
         raise UsageError(
             "the source is quantized already",
+            path=opened.path,
             tensor=quantized.name,
             found=quantized.dtype,
             hint="convert the original, or accept the loss with --allow-requantize",

@@ -43,6 +43,7 @@ from qconvert.stages.calibrate import check_activations, read_batches
 from qconvert.stages.gguf_sources import PRE_TOKENIZER, TOKENIZER, as_gguf
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.quality import QualityOptions, measure_quality
+from qconvert.stages.sources import examined
 from qconvert.stages.stored_rows import Rows, StaticParameters, quantized_rows, static_parameters
 
 HALF_STEP = 0.5 + 2.0**-9  # half a step, and the rounding of the scale and of binary32 arithmetic
@@ -159,6 +160,7 @@ def _source(path: Path, model: Model) -> Model:
     """The source under the names of the file that was made from it."""
     opened = open_model(path)
     try:
+        examined(opened)
         plain = dequantized(opened)
         raw = not isinstance(model, AnyGgufModel) or model.metadata.get(ARCHITECTURE) == RAW
         if raw or isinstance(opened, AnyGgufModel):
