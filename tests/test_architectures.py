@@ -28,6 +28,7 @@ from qconvert.architectures import (
 from qconvert.architectures.families import FAMILIES, hyper_parameters
 from qconvert.architectures.mapping import map_tensors
 from qconvert.architectures.source import read_config
+from qconvert.architectures.tying import output_head
 from qconvert.errors import FormatError, InputError, QconvertError, UnsupportedError
 from qconvert.files import open_model
 from qconvert.files.gguf_writer import GgufTensor, GgufValue, GgufWriter
@@ -176,7 +177,8 @@ def test_a_layer_has_the_place_that_the_conversion_gives_its_weight(
     sizes = family.sizes(config)
     _, rope = hyper_parameters(family, config, sizes)
     model = open_model(directory)
-    mapped, _ = map_tensors(model, family, config, sizes, rope.tensors)
+    head = output_head(model, family, config)
+    mapped, _ = map_tensors(model, family, config, sizes, rope.tensors, head)
     wanted = {
         source.name: Place(t.info.name, i if len(t.sources) > 1 else None)
         for t in mapped

@@ -16,6 +16,7 @@ from qconvert.architectures.model_card import card_keys
 from qconvert.architectures.special_tokens import chat_template_keys, special_token_keys
 from qconvert.architectures.tokenizer_json import TokenizerJson
 from qconvert.architectures.tokenizers import read_vocabulary
+from qconvert.architectures.tying import output_head
 from qconvert.errors import FormatError, InputError, UnsupportedError
 from qconvert.files.gguf import ARCHITECTURE
 from qconvert.files.gguf_writer import GgufTensor, GgufValue, MetadataValue, check_gguf
@@ -44,6 +45,7 @@ class GgufSource:
         family: name of the architecture, for people.
         dropped: tensors of the source that are left out.
         warnings: in which cases llama.cpp will not do what transformers does.
+        notes: what else was decided.
     """
 
     model: MappedModel
@@ -51,13 +53,15 @@ class GgufSource:
     family: str
     dropped: tuple[Dropped, ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufSource:
     """Map a Hugging Face model directory to GGUF.
 
     Args:
-        model: as ``open_model`` gives it; its tensors are not read.
+        model: as ``open_model`` gives it; of its tensors, token embedding and output matrix are
+            read if they may be the same.
         pre_tokenizer: llama.cpp's name for the pre-tokenizer, instead of the one found by its
             regular expressions.
 
@@ -83,7 +87,8 @@ def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufS
     family, config = read_config(fields, directory / CONFIG)
     sizes = family.sizes(config)
     keys, rope = hyper_parameters(family, config, sizes)
-    tensors, dropped = map_tensors(model, family, config, sizes, rope.tensors)
+    head = output_head(model, family, config)
+    tensors, dropped = map_tensors(model, family, config, sizes, rope.tensors, head)
     mapped = MappedModel(model, tensors)
     check_gguf([GgufTensor(t.name, t.shape, "F32") for t in mapped.tensors])
     tokenizer, warnings = _tokenizer(files, config, sizes.named["vocabulary"], pre_tokenizer)
@@ -105,7 +110,8 @@ def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufS
         metadata,
         family.name,
         tuple(dropped),
-        (*_window_warnings(config, family, sizes), *warnings),
+        (*head.warnings, *_window_warnings(config, family, sizes), *warnings),
+        head.notes,
     )
 
 
