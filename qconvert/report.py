@@ -298,6 +298,8 @@ class TokenQuality:
         kl_mean, kl_p99, kl_max: KL(source || quantized) of the next token's distribution, in nats,
             over the scored positions.
         same_top: share of positions where both find the same token the likeliest.
+        kl_blind: mean KL divergence of the source's distributions from their own mean: that of the
+            best guess that does not look at the text.
     """
 
     text: str
@@ -317,6 +319,7 @@ class TokenQuality:
     kl_p99: float
     kl_max: float
     same_top: float
+    kl_blind: float
 
 
 @dataclass
@@ -325,6 +328,7 @@ class EmbeddingQuality:
 
     Attributes:
         cosine_p1: the first percentile.
+        spread: mean squared distance of the source's embeddings, of length 1, from their mean.
     """
 
     text: str
@@ -334,6 +338,7 @@ class EmbeddingQuality:
     cosine_mean: float
     cosine_p1: float
     cosine_min: float
+    spread: float
 
 
 @dataclass

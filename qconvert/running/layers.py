@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,22 +24,27 @@ class Layer:
 
     Attributes:
         features: of its input.
-        module: the torch.nn.Linear that has it; None for a matrix, or a part of one, that another
+        module: the linear layer that has it; None for a matrix, or a part of one, that another
             module hands to torch's ``linear`` itself, as routers and fused experts do.
         address: where the matrix, or the one that it is a part of, lies in memory.
+        transposed: whether it is stored (in, out), as transformers' Conv1D has it.
     """
 
     features: int
     module: Any
     address: int
+    transposed: bool = False
 
 
-def linear_layers(checkpoint: Checkpoint, model: Model) -> dict[str, Layer]:
+def linear_layers(
+    checkpoint: Checkpoint, model: Model, others: Collection[str] = ()
+) -> dict[str, Layer]:
     """Every matrix of the files that the running model is seen to multiply with.
 
     Args:
         checkpoint: the running model.
         model: the same files, opened.
+        others: names of tensors that are no matrices of a product.
 
     Returns:
         Name of the weight without ``.weight`` -> layer, in order of the names. A weight that is
@@ -47,9 +52,16 @@ def linear_layers(checkpoint: Checkpoint, model: Model) -> dict[str, Layer]:
         at load, such as the experts of a layer, each is found again by its first row.
     """
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
-    matrices = {t.name: t for t in model.tensors if len(t.shape) == 2 and t.floating}
-    owners = {id(m.weight): m for m in checkpoint.model.modules() if isinstance(m, nn.Linear)}
+    matrices = {
+        t.name: t
+        for t in model.tensors
+        if len(t.shape) == 2 and t.floating and t.name not in others
+    }
+    owners = {
+        id(m.weight): m for m in checkpoint.model.modules() if isinstance(m, nn.Linear | Conv1D)
+    }
     tables = {id(m.weight) for m in checkpoint.model.modules() if isinstance(m, nn.Embedding)}
     tables -= set(owners)
     found: dict[str, Layer] = {}
@@ -58,8 +70,7 @@ def linear_layers(checkpoint: Checkpoint, model: Model) -> dict[str, Layer]:
         if name in matrices:
             strange.pop(id(parameter), None)
             if id(parameter) not in tables:
-                module = owners.get(id(parameter))
-                found[layer_name(name)] = Layer(parameter.shape[1], module, parameter.data_ptr())
+                found[layer_name(name)] = _whole(parameter, owners.get(id(parameter)))
             del matrices[name]
         elif parameter.ndim in (2, 3) and id(parameter) not in tables:
             strange[id(parameter)] = parameter
@@ -69,9 +80,23 @@ def linear_layers(checkpoint: Checkpoint, model: Model) -> dict[str, Layer]:
         rows = _first_rows(model, matrices)
         for key, parameter in strange.items():
             for part in parameter.unbind() if parameter.ndim == 3 else [parameter]:
-                for name in _parts(part, rows, matrices):
-                    found[layer_name(name)] = Layer(part.shape[1], owners.get(key), part.data_ptr())
+                module = owners.get(key)
+                names = _parts(part, rows, matrices)
+                if len(names) == 1:
+                    found[layer_name(names[0])] = _whole(part, module)
+                    continue
+                for name in names:
+                    found[layer_name(name)] = Layer(part.shape[1], module, part.data_ptr())
     return dict(sorted(found.items()))
+
+
+def _whole(parameter: Any, module: Any) -> Layer:
+    """The layer of a matrix that is one in the files too."""
+    from transformers.pytorch_utils import Conv1D
+
+    transposed = isinstance(module, Conv1D)
+    features = parameter.shape[0 if transposed else 1]
+    return Layer(features, module, parameter.data_ptr(), transposed)
 
 
 def _first_rows(model: Model, matrices: Mapping[str, TensorInfo]) -> dict[bytes, str]:
@@ -102,6 +127,17 @@ def _parts(
     return tuple(names) if at == height else ()
 
 
+def tables(checkpoint: Checkpoint) -> set[str]:
+    """Names of the parameters whose rows are looked up."""
+    from torch import nn
+
+    return {
+        f"{place}.weight"
+        for place, module in checkpoint.model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+
+
 def embeddings(checkpoint: Checkpoint) -> int:
     """How many token ids the model has an embedding for."""
     return int(checkpoint.model.get_input_embeddings().weight.shape[0])
@@ -109,12 +145,16 @@ def embeddings(checkpoint: Checkpoint) -> int:
 
 @contextmanager
 def watching(
-    layers: Mapping[str, Layer], on_input: Seen, on_output: Seen | None = None
+    layers: Mapping[str, Layer],
+    on_input: Seen,
+    on_output: Seen | None = None,
+    on_use: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
     """Call back with what enters, and what leaves, each layer while the model runs.
 
     Modules are watched with hooks; other matrices where they are handed to torch's ``linear``,
-    several of them joined there into one having the same input and no output of their own.
+    several of them joined there into one having the same input and no output of their own. What is
+    multiplied in any other way is only told to ``on_use``.
     Rows are (samples, features) float32 views of torch's memory: use them at once or copy them.
     """
     others: dict[int, list[str]] = {}
@@ -129,7 +169,7 @@ def watching(
                 after = layer.module.register_forward_hook(_after(name, on_output))
                 hooks.callback(after.remove)
         if others:
-            hooks.enter_context(_watching_products(others, on_input, on_output))
+            hooks.enter_context(_watching_products(others, on_input, on_output, on_use))
         yield
 
 
@@ -141,10 +181,23 @@ def _after(name: str, seen: Seen) -> Callable[[Any, Any, Any], None]:
     return lambda _, inputs, output: seen(name, _rows(output))
 
 
+# Names of torch's functions that multiply matrices.
+_PRODUCTS = frozenset(
+    {
+        *("matmul", "mm", "bmm", "mv", "__matmul__", "__rmatmul__", "addmm", "addmv", "addbmm"),
+        *("baddbmm", "einsum", "tensordot", "bilinear", "inner", "conv1d", "conv2d", "conv3d"),
+    }
+)
+
+
 def _watching_products(
-    matrices: Mapping[int, list[str]], on_input: Seen, on_output: Seen | None
+    matrices: Mapping[int, list[str]],
+    on_input: Seen,
+    on_output: Seen | None,
+    on_use: Callable[[str], None] | None,
 ) -> Any:
-    """A mode of torch that sees each call of ``linear``, with matrices by their address."""
+    """A mode of torch that sees each product, with matrices by their address."""
+    import torch
     from torch.nn import functional
     from torch.overrides import TorchFunctionMode
 
@@ -159,9 +212,20 @@ def _watching_products(
                     on_input(name, _rows(args[0]))
                 if len(names) == 1 and on_output is not None:
                     on_output(names[0], _rows(result))
+            elif on_use is not None and getattr(func, "__name__", "") in _PRODUCTS:
+                for tensor in _tensors(args):
+                    if isinstance(tensor, torch.Tensor):
+                        for name in matrices.get(tensor.data_ptr(), ()):
+                            on_use(name)
             return result
 
     return Products()
+
+
+def _tensors(args: Any) -> Iterator[Any]:
+    """Arguments of a function, those in a list among them."""
+    for arg in args:
+        yield from arg if isinstance(arg, list | tuple) else (arg,)
 
 
 def run_tokens(checkpoint: Checkpoint, tokens: NDArray[np.int64]) -> None:

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
+from qconvert.architectures import input_first
 from qconvert.errors import InputError, UnsupportedError, WeightError
 from qconvert.files.atomic import AtomicOutput
-from qconvert.files.calibration import check_digest, layer_name, model_digest
+from qconvert.files.calibration import WEIGHT, check_digest, layer_name, model_digest
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
 from qconvert.files.scratch import Scratch
 from qconvert.geometry import TILE_VALUES
@@ -87,6 +88,7 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
             model = stack.enter_context(open_safetensors(options.model)) if options.model else None
             warnings = examined(model).warnings if model else []
             files = [stack.enter_context(open_safetensors(p)) for p in options.activations]
+            transposed = input_first(model) if model else lambda name: False
             scratch = stack.enter_context(Scratch(options.output)) if options.gram else None
             found = Collected(options.settings, scratch=scratch)
             widths = _widths(files)
@@ -94,7 +96,11 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
             progress.begin("calibrate", sum(t.nbytes for f in files for t in f.tensors), "bytes")
             for group in passes(sizes, options.statistics_bytes):
                 for name in group:
-                    norms = weight_norms(options.settings, model, name, widths[name])
+                    if transposed(name + WEIGHT):
+                        found.transposed.add(name)
+                    norms = weight_norms(
+                        *(options.settings, model, name, widths[name], name in found.transposed)
+                    )
                     found.layers[name] = LayerStatistics(
                         widths[name], options.settings, norms, gram=options.gram
                     )
@@ -223,12 +229,20 @@ def _observe_file(file: SafetensorsModel, found: Collected, progress: Progress) 
 
 
 def weight_norms(
-    settings: ObserverSettings, model: Model | None, layer: str, features: int
+    settings: ObserverSettings,
+    model: Model | None,
+    layer: str,
+    features: int,
+    transposed: bool,
 ) -> NDArray[np.float64] | None:
-    """What the observer of a layer wants of its weight; None where that is nothing, or unknown."""
+    """What the observer of a layer wants of its weight; None where that is nothing, or unknown.
+
+    Args:
+        transposed: whether the weight is stored (in, out).
+    """
     if model is None or settings.name not in READ_WEIGHTS:
         return None
-    norms = column_norms(model, layer)
+    norms = column_norms(model, layer, transposed=transposed)
     return None if norms is None or len(norms) != features else norms  # refused later, by name
 
 

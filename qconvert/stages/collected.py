@@ -59,6 +59,7 @@ class Collected:
         unreached: layers that no token came through.
         recorded: sampled rows of input a layer, (rows, features) float32.
         scratch: where Gram matrices of finished layers are; None keeps them in memory.
+        transposed: layers whose weights are stored (in, out).
     """
 
     settings: ObserverSettings
@@ -70,13 +71,14 @@ class Collected:
     unreached: list[str] = field(default_factory=list)
     recorded: Arrays = field(default_factory=dict)
     scratch: Scratch | None = None
+    transposed: set[str] = field(default_factory=set)
 
     def finish(self) -> None:
         """Bring what was collected into the form of the file, and let go of the statistics."""
         for name in list(self.layers):
             layer = self.layers.pop(name)
             if layer.channels.samples:
-                self.finished[name] = self._kept(finished(layer))
+                self.finished[name] = self._kept(finished(layer, name in self.transposed))
 
     def _kept(self, layer: FinishedLayer) -> FinishedLayer:
         """The same, small in memory."""
@@ -104,7 +106,8 @@ class Collected:
     def write_state(self, out: AtomicOutput) -> None:
         """Write a file from which the run can go on; nothing is let go of."""
         collecting = {n: s for n, s in self.layers.items() if s.channels.samples}
-        halfway = replace_finished(self, {n: unsettled(s) for n, s in collecting.items()})
+        more = {n: unsettled(s, n in self.transposed) for n, s in collecting.items()}
+        halfway = replace_finished(self, more)
         arrays = halfway._arrays() | {f"{n}/recorded": a for n, a in self.recorded.items()}
         _write(out, calibration_parts(halfway.document(), arrays))
 
@@ -168,29 +171,33 @@ def replace_finished(c: Collected, more: Mapping[str, FinishedLayer]) -> Collect
     return replace(c, finished={**c.finished, **more}, layers={})
 
 
-def finished(layer: LayerStatistics) -> FinishedLayer:
+def finished(layer: LayerStatistics, transposed: bool) -> FinishedLayer:
     """Ranges settled, state packed."""
 
     def settle(observer: Observer) -> StaticParameters:
         found = layer.settings.settle(observer)
         return StaticParameters(found.low, found.high, found.scale, found.zero_point)
 
-    return _packed(layer, settle)
+    return _packed(layer, settle, transposed)
 
 
-def unsettled(layer: LayerStatistics) -> FinishedLayer:
+def unsettled(layer: LayerStatistics, transposed: bool) -> FinishedLayer:
     """State packed, without ranges: to search them may take longer than all the rest."""
-    return _packed(layer, lambda _: StaticParameters(0.0, 0.0, 1.0, 0))
+    return _packed(layer, lambda _: StaticParameters(0.0, 0.0, 1.0, 0), transposed)
 
 
 def _packed(
-    layer: LayerStatistics, settle: Callable[[Observer], StaticParameters]
+    layer: LayerStatistics, settle: Callable[[Observer], StaticParameters], transposed: bool
 ) -> FinishedLayer:
     output = None if layer.output is None else settle(layer.output)
     settled = asdict(settle(layer.input))
     return FinishedLayer(
         LayerCalibration(
-            samples=layer.channels.samples, features=layer.features, **settled, output=output
+            samples=layer.channels.samples,
+            features=layer.features,
+            **settled,
+            output=output,
+            transposed=transposed,
         ),
         layer.arrays(),
     )
@@ -314,7 +321,15 @@ def merged(parts: Iterable[tuple[Path, Collected]]) -> Collected:
                     wanted=f"{_described(before)}, as in {first_path.name}",
                     code="CALIBRATION-MERGE",
                 ) from e
-            whole.finished[name] = whole._kept(finished(statistics))
+            transposed = before.calibration.transposed
+            if layer.calibration.transposed != transposed:
+                raise UnsupportedError(
+                    "the layer's weight is stored otherwise in the calibrations",
+                    path=path,
+                    tensor=name,
+                    code="CALIBRATION-MERGE",
+                )
+            whole.finished[name] = whole._kept(finished(statistics, transposed))
         whole.inputs = whole.inputs + part.inputs
         whole.run = _joined(whole.run, part.run)
         whole.unreached = [*whole.unreached, *part.unreached]
@@ -387,12 +402,12 @@ def model_warnings(model: Model, found: Mapping[str, LayerCalibration]) -> list[
             f"such as '{strange[0]}'"
         )
     for name, layer in found.items():
-        if name not in strange and weights[name].shape[-1] != layer.features:
+        if name not in strange and not layer.fits(weights[name].shape):
             raise UnsupportedError(
                 "activations do not fit the model",
                 path=model.path,
                 tensor=weights[name].name,
                 found=f"{layer.features:,} features",
-                wanted=f"{weights[name].shape[-1]:,}",
+                wanted=f"{weights[name].shape[0 if layer.transposed else -1]:,}",
             )
     return warnings

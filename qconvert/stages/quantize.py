@@ -17,7 +17,6 @@ from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import MetadataValue, check_gguf
 from qconvert.files.imatrix import read_imatrix
 from qconvert.files.qblk_writer import check_qblk
-from qconvert.geometry import row_length
 from qconvert.mixes import MixOptions, parse_mix
 from qconvert.model import DTYPES, Model
 from qconvert.progress import Progress, Silent
@@ -263,7 +262,7 @@ def _check_plan(
             hint="calibrate with activations of this model",
         )
     for tensor in used:
-        calibration.check(tensor.name, row_length(tensor.shape))
+        calibration.check(tensor)
 
 
 def _range_text(options: QuantizeOptions) -> str:

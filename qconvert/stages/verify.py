@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from qconvert import kernels
+from qconvert.architectures import input_first
 from qconvert.encoding import RawEncoding
 from qconvert.errors import FormatError, UsageError, WeightError
 from qconvert.files import open_model
@@ -191,6 +192,8 @@ class _Job:
         self.total = ErrorSums()
         self.stored = model.stored if isinstance(model, QblkModel) else {}
         self.unused_samples = {(p, name) for p in options.samples for name in _names(p)}
+        # Rows of weights that are stored (in, out) meet no input of the layer.
+        self.transposed = input_first(source or model)
 
     def check(
         self,
@@ -331,7 +334,7 @@ class _Job:
         self, tensor: TensorInfo, original: TensorInfo | None, workers: Workers
     ) -> VerifiedTensor:
         columns = self._columns(tensor)
-        static = self._static(tensor)
+        static = None if self.transposed(tensor.name) else self._static(tensor)
         x = self._inputs(tensor, columns, static)
         a = (
             static_activations(x, static.scale, static.zero_point)
@@ -387,7 +390,7 @@ class _Job:
     ) -> NDArray[np.float32]:
         """Activation rows: recorded ones, or Gaussian ones that fit the static range."""
         name = tensor.name.removesuffix(".weight")
-        for path in self.options.samples:
+        for path in () if self.transposed(tensor.name) else self.options.samples:
             model = open_model(path)
             try:
                 for t in model.tensors:
