@@ -12,7 +12,6 @@ from qconvert.architectures.mapping import Dropped
 from qconvert.architectures.places import Place, layer_places
 from qconvert.architectures.restored import RestoredModel, restored
 from qconvert.architectures.source import GgufSource, open_gguf_source
-from qconvert.architectures.transposed import input_first
 
 
 def supported() -> tuple[str, ...]:
@@ -25,7 +24,6 @@ __all__ = [
     "GgufSource",
     "Place",
     "RestoredModel",
-    "input_first",
     "layer_places",
     "open_gguf_source",
     "restored",

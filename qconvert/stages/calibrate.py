@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
-from qconvert.architectures import input_first
 from qconvert.errors import InputError, UnsupportedError, WeightError
 from qconvert.files.atomic import AtomicOutput
 from qconvert.files.calibration import WEIGHT, check_digest, layer_name, model_digest
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
 from qconvert.files.scratch import Scratch
+from qconvert.files.transposed import input_first
 from qconvert.geometry import TILE_VALUES
 from qconvert.model import Model, TensorInfo
 from qconvert.observers.layer import LayerStatistics

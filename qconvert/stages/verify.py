@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from qconvert import kernels
-from qconvert.architectures import input_first
 from qconvert.encoding import RawEncoding
 from qconvert.errors import FormatError, UsageError, WeightError
 from qconvert.files import open_model
@@ -26,6 +25,7 @@ from qconvert.files.gguf import ARCHITECTURE, RAW
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_check import check_payload
+from qconvert.files.transposed import input_first
 from qconvert.geometry import TILE_VALUES, Tile, tiles
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.progress import Progress, Silent
