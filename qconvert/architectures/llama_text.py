@@ -58,6 +58,20 @@ PRE_TOKENIZERS: dict[str, tuple[tuple[str, ...], bool]] = {
 }
 
 
+# Other names of the same.
+_ALIASES = {
+    "gpt-2": ("mpt", "olmo", "phi-2"),
+    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "pixtral", "lfm2"),
+    "smaug-bpe": ("dbrx",),
+    "qwen2": ("deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan"),
+    "gpt-4o": ("llama4",),
+}
+PRE_TOKENIZERS |= {
+    alias: PRE_TOKENIZERS[name] for name, aliases in _ALIASES.items() for alias in aliases
+}
+
+
 def is_space(character: str) -> bool:
     """Whether llama.cpp takes it for white space."""
     return ord(character) in _SPACES

@@ -98,13 +98,24 @@ class LlamaTokenizer:
         else:
             self._pieces = _Pieces(self, key)
 
+    @property
+    def special_count(self) -> int:
+        """How many tokens are looked for in every text."""
+        return len(self._special)
+
+    @property
+    def around(self) -> tuple[list[int], list[int]]:
+        """What it puts before a text, and after it."""
+        before, after = ([] if i is None else [i] for i in (self._before, self._after))
+        return before, after
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with those that surround it; special ones in it taken as such.
+        """Token ids of a text by itself; special tokens in it are taken as such.
 
         Raises:
             CannotTokenizeError: llama.cpp would end the process.
         """
-        found = [] if self._before is None else [self._before]
+        found: list[int] = []
         after_special = True
         for part in self._fragments(text):
             if isinstance(part, int):
@@ -121,7 +132,7 @@ class LlamaTokenizer:
             else:
                 found += self._pieces.encode(part.encode())
             after_special = False
-        return found if self._after is None else [*found, self._after]
+        return found
 
     def _fragments(self, text: str) -> list[str | int]:
         """A text taken apart at its special tokens, the longest first."""

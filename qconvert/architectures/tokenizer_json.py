@@ -10,14 +10,21 @@ from typing import Any
 
 from qconvert.errors import FormatError, UnsupportedError
 
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """A token that is found in the text itself, before it is split."""
+    """A token that is found in the text itself, before it is split.
+
+    Attributes:
+        flags: which of ``single_word``, ``lstrip``, ``rstrip`` and ``normalized`` are set.
+    """
 
     id: int
     text: str
     special: bool
+    flags: tuple[str, ...] = ()
 
 
 class TokenizerJson:
@@ -29,6 +36,7 @@ class TokenizerJson:
         model: its vocabulary and merges.
         added: tokens beside the vocabulary, or in it and treated on their own.
         warnings: in which cases llama.cpp will give other tokens; whoever reads the file adds them.
+        notes: what else is to be said of the tokens.
 
     Raises:
         FormatError: the object has not these parts.
@@ -43,6 +51,7 @@ class TokenizerJson:
         self.model: dict[str, Any] = model
         self.added = tuple(self._added())
         self.warnings: list[str] = []
+        self.notes: list[str] = []
 
     def steps(self, part: str) -> list[dict[str, Any]]:
         """The steps of a normalizer, pre-tokenizer or post-processor, sequences laid flat."""
@@ -119,7 +128,8 @@ class TokenizerJson:
                 or not isinstance(token.get("content"), str)
             ):
                 raise self.broken("added token without id and content", token)
-            yield AddedToken(token["id"], token["content"], token.get("special") is True)
+            flags = tuple(name for name in FLAGS if token.get(name) is True)
+            yield AddedToken(token["id"], token["content"], token.get("special") is True, flags)
 
 
 def _flat(step: Any) -> Iterator[dict[str, Any]]:

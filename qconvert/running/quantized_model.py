@@ -21,7 +21,7 @@ from qconvert.files import open_model
 from qconvert.files.gguf import ARCHITECTURE, RAW
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_check import check_payload
-from qconvert.files.qblk_header import StoredTensor
+from qconvert.files.qblk_header import SLASH, StoredTensor
 from qconvert.geometry import TILE_VALUES
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.running.hugging_face import (
@@ -149,14 +149,22 @@ def _directory(model: Model, given: Path | None) -> Iterator[Path]:
         return
     assert isinstance(model, QblkModel)
     with TemporaryDirectory(prefix="qconvert-") as place:
-        for file in files:  # QBLK-025: base names
-            (Path(place) / file.name).write_bytes(model.companion(file))
+        for file in files:
+            path = Path(place, *_parts(file.name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(model.companion(file))
         try:
             yield Path(place)
         except QconvertError as e:
             if e.path and e.path.startswith(place):  # a name that tells nobody anything
                 e.path = str(model.path) + e.path.removeprefix(place).replace("/", ": ", 1)
             raise
+
+
+def _parts(name: str) -> list[str]:
+    """Where a file that is carried was in the model's directory: QBLK-025, and section 5."""
+    parts = name.replace(SLASH, "/").split("/")
+    return [name] if {"", ".", ".."} & set(parts) else parts
 
 
 class _Builder:

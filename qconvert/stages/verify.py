@@ -169,7 +169,9 @@ def _source(path: Path, model: Model) -> Model:
         # Other kinds of tokenizers have a pre-tokenizer in the file, but none that can be named.
         named = model.metadata.get(TOKENIZER) == "gpt2"
         pre_tokenizer = model.metadata.get(PRE_TOKENIZER) if named else None
-        return as_gguf(opened, plain, raw=False, name="", pre_tokenizer=pre_tokenizer).model
+        return as_gguf(
+            opened, plain, raw=False, name="", pre_tokenizer=pre_tokenizer, compare=False
+        ).model
     except BaseException:
         opened.close()
         raise
