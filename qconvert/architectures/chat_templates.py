@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Protocol
+from typing import Any
 
+from qconvert.architectures.small_files import SmallFiles
 from qconvert.errors import FormatError
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
 from qconvert.files.shards import TEMPLATES
@@ -15,19 +16,7 @@ OF_PROCESSOR = ("chat_template.json", "processor_config.json")
 _NAME = re.compile(r"[\w.-]{1,64}")
 
 
-class Files(Protocol):
-    """The small files of a model."""
-
-    home: Any
-
-    def names(self) -> list[str]: ...
-
-    def read(self, name: str) -> bytes | None: ...
-
-    def json(self, name: str) -> dict[str, Any] | None: ...
-
-
-def chat_templates(files: Files, settings: dict[str, Any]) -> dict[str, str]:
+def chat_templates(files: SmallFiles, settings: dict[str, Any]) -> dict[str, str]:
     """Templates by their names.
 
     Files of their own go before tokenizer_config.json, as in transformers: with them nothing is
@@ -80,7 +69,7 @@ def _named(value: Any) -> dict[str, str]:
     return {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, str)}
 
 
-def _text(files: Files, name: str) -> str | None:
+def _text(files: SmallFiles, name: str) -> str | None:
     data = files.read(name)
     try:
         return None if data is None else data.decode()

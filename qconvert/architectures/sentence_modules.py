@@ -8,8 +8,9 @@ else is refused by name.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+from qconvert.architectures.small_files import SmallFiles
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.shards import CONFIG, MODULES
 
@@ -25,16 +26,7 @@ _OLDER = {  # fields before version 5.4, one for each way
     "pooling_mode_lasttoken": "lasttoken",
 }
 _PROMPT_SHOWN = 40
-
-
-class Files(Protocol):
-    """The small files of a model."""
-
-    home: Any
-
-    def json(self, name: str) -> dict[str, Any] | None: ...
-
-    def list(self, name: str) -> list[Any] | None: ...
+_HARMLESS = ("Transformer", "Pooling", "Normalize", "Dropout")
 
 
 @dataclass(slots=True)
@@ -51,7 +43,7 @@ class SentenceModules:
     warnings: list[str] = field(default_factory=list)
 
 
-def sentence_modules(files: Files) -> SentenceModules:
+def sentence_modules(files: SmallFiles) -> SentenceModules:
     """Read the modules, wherever modules.json says that they are.
 
     Raises:
@@ -74,7 +66,15 @@ def sentence_modules(files: Files) -> SentenceModules:
     return found
 
 
-def _take(files: Files, i: int, module: Any, found: SentenceModules) -> None:
+def modules_beyond(files: SmallFiles) -> list[str]:
+    """Modules with an arithmetic of their own, whose weights no file of a transformer has."""
+    modules = files.list(MODULES) or []
+    kinds = [m.get("type") for m in modules if isinstance(m, dict)]
+    names = [k.rpartition(".")[2] for k in kinds if isinstance(k, str)]
+    return [n for n in names if n not in _HARMLESS]
+
+
+def _take(files: SmallFiles, i: int, module: Any, found: SentenceModules) -> None:
     kind, place = (module.get(k) if isinstance(module, dict) else None for k in ("type", "path"))
     if not isinstance(kind, str) or not isinstance(place, str):
         raise FormatError(
@@ -117,7 +117,7 @@ def _take(files: Files, i: int, module: Any, found: SentenceModules) -> None:
         )
 
 
-def _pooling(files: Files, config: str, fields: dict[str, Any], found: SentenceModules) -> int:
+def _pooling(files: SmallFiles, config: str, fields: dict[str, Any], found: SentenceModules) -> int:
     """llama.cpp's type of pooling; ``mean`` where nothing is said, as in sentence-transformers."""
     chosen = fields.get("pooling_mode")
     if chosen is None:
@@ -139,7 +139,7 @@ def _pooling(files: Files, config: str, fields: dict[str, Any], found: SentenceM
     return _POOLING_TYPES[ways[0]]
 
 
-def _prompts(files: Files, found: SentenceModules) -> None:
+def _prompts(files: SmallFiles, found: SentenceModules) -> None:
     """Texts that sentence-transformers puts before every text."""
     settings = files.json(SETTINGS) or {}
     prompts = settings.get("prompts")

@@ -15,16 +15,16 @@ from qconvert.architectures.mapped import MappedModel
 from qconvert.architectures.mapping import Dropped, map_tensors
 from qconvert.architectures.model_card import card_keys
 from qconvert.architectures.sentence_modules import sentence_modules
+from qconvert.architectures.small_files import SmallFiles
 from qconvert.architectures.special_tokens import special_token_keys
 from qconvert.architectures.token_check import compare_tokens
 from qconvert.architectures.tokenizer_json import TokenizerJson
 from qconvert.architectures.tokenizers import Vocabulary, read_vocabulary
 from qconvert.architectures.tying import output_head
-from qconvert.errors import FormatError, InputError
+from qconvert.errors import InputError
 from qconvert.files.gguf import ARCHITECTURE
 from qconvert.files.gguf_writer import GgufTensor, GgufValue, MetadataValue, check_gguf
 from qconvert.files.prequantized import refusal, stated_method
-from qconvert.files.strict_json import strict_json
 from qconvert.model import Model
 
 CONFIG = "config.json"
@@ -73,7 +73,7 @@ def open_gguf_source(
         FormatError: one of those files breaks a rule.
     """
     directory = model.path
-    files = _Files(model)
+    files = SmallFiles(model)
     fields = files.json(CONFIG)
     if fields is None:
         raise InputError(
@@ -133,41 +133,6 @@ def _name(path: Path) -> str:
     return path.name if path.is_dir() else path.stem
 
 
-class _Files:
-    """The small files of a model, in its directory or carried in a container."""
-
-    def __init__(self, model: Model) -> None:
-        self.home = model.path
-        self._companions = {c.name: c for c in model.companions}
-
-    def read(self, name: str) -> bytes | None:
-        """The bytes of a file; None when there is none."""
-        found = self._companions.get(name)
-        return None if found is None else found.read()
-
-    def names(self) -> list[str]:
-        """Of all of them."""
-        return sorted(self._companions)
-
-    def json(self, name: str) -> dict[str, Any] | None:
-        """The JSON object in a file; None when there is none."""
-        found = self._parsed(name)
-        if found is not None and not isinstance(found, dict):
-            raise FormatError("file holds no JSON object", path=self.home / name, code="ARCH-JSON")
-        return found
-
-    def list(self, name: str) -> list[Any] | None:
-        """The JSON list in a file; None when there is none."""
-        found = self._parsed(name)
-        if found is not None and not isinstance(found, list):
-            raise FormatError("file holds no JSON list", path=self.home / name, code="ARCH-JSON")
-        return found
-
-    def _parsed(self, name: str) -> Any:
-        data = self.read(name)
-        return None if data is None else strict_json(data, self.home / name)
-
-
 def read_config(fields: dict[str, Any], path: Path) -> tuple[Family, Config]:
     """The row of the table, and the language model's fields with the family's defaults.
 
@@ -193,7 +158,7 @@ class _Tokens:
     vocabulary: Vocabulary
 
 
-def _tokenizer(files: _Files, config: Config, size: int, pre_tokenizer: str | None) -> _Tokens:
+def _tokenizer(files: SmallFiles, config: Config, size: int, pre_tokenizer: str | None) -> _Tokens:
     fields = files.json(TOKENIZER)
     if fields is None:
         raise _no_tokenizer(files)
@@ -215,7 +180,7 @@ def _tokenizer(files: _Files, config: Config, size: int, pre_tokenizer: str | No
     return _Tokens(keys | chat_template_keys(templates), file, vocabulary)
 
 
-def _no_tokenizer(files: _Files) -> InputError:
+def _no_tokenizer(files: SmallFiles) -> InputError:
     found, hint = None, "download it as well, or write the tensors as they are with --raw"
     if files.read("tokenizer.model") is not None:
         found = "tokenizer.model alone"
@@ -237,7 +202,7 @@ def _size_label(model: MappedModel, experts: int) -> str:
     return str(gguf.size_label(total, total - stacked, each, experts))
 
 
-def _sampling(files: _Files) -> dict[str, MetadataValue]:
+def _sampling(files: SmallFiles) -> dict[str, MetadataValue]:
     """What the model's makers recommend for sampling, which llama.cpp takes as its defaults."""
     fields = files.json("generation_config.json") or {}
     keys: dict[str, MetadataValue] = {}

@@ -24,6 +24,8 @@ from qconvert.model import Model, TensorInfo
 MODELOPT = "hf_quant_config.json"
 COMFY_METADATA = "_quantization_metadata"
 
+# One of these is in a small file that states a quantization.
+_STATING = (b"quantization", b"compression_config")
 # Dtypes that codes are stored in. Those of 8 bits and floating are numbers of their own, too: only
 # with scales beside them are they codes.
 _CODES = frozenset({"F8_E4M3", "F8_E5M2", "I8", "U8", "I16", "I32", "U32"})
@@ -65,7 +67,10 @@ def recognised(model: Model) -> Prequantized | None:
     files = {c.name: c for c in model.companions if c.name in (CONFIG, MODELOPT)}
     stated = None
     for name, file in files.items():
-        fields = strict_json(file.read(), model.path / name)
+        data = file.read()
+        if not any(word in data for word in _STATING):
+            continue  # most are so, and need not be parsed for this
+        fields = strict_json(data, model.path / name)
         if isinstance(fields, dict):
             stated = stated or stated_method(fields, name)
     found = _by_tensors(model.tensors)
@@ -203,6 +208,8 @@ def _method(codes: TensorInfo, other: str, names: list[str]) -> str:
     there = {n[len(codes.name) - len(last) :] for n in _starting(codes.name[: -len(last)], names)}
     if last == "qweight" and codes.dtype == "I32":
         return "GPTQ" if "g_idx" in there else "AWQ or GPTQ"
+    if last == "_data":
+        return "quanto"
     if ".weight." in other or "absmax" in other:
         return "bitsandbytes"
     if beside == "SCB":
@@ -215,8 +222,6 @@ def _method(codes: TensorInfo, other: str, names: list[str]) -> str:
         return "compressed-tensors"
     if last == "W_q":
         return "HQQ"
-    if last == "_data":
-        return "quanto"
     if "qdata" in last:
         return "torchao"
     if beside in ("scale_weight", "scale_input"):

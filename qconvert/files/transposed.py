@@ -26,7 +26,10 @@ def input_first(model: Model) -> Callable[[str], bool]:
         FormatError: config.json is no JSON.
     """
     config = next((c for c in model.companions if c.name == CONFIG), None)
-    fields = None if config is None else strict_json(config.read(), model.path / CONFIG)
+    data = b"" if config is None else config.read()
+    if not any(name.encode() in data for name in _TYPES):
+        return lambda name: False
+    fields = strict_json(data, model.path / CONFIG)
     if not isinstance(fields, dict) or fields.get("model_type") not in _TYPES:
         return lambda name: False
     return lambda name: _NAMES.fullmatch(name) is not None

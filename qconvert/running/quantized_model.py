@@ -151,6 +151,8 @@ def _directory(model: Model, given: Path | None) -> Iterator[Path]:
     with TemporaryDirectory(prefix="qconvert-") as place:
         for file in files:
             path = Path(place, *_parts(file.name))
+            if path.exists() or any(p.is_file() for p in path.parents):
+                path = Path(place) / file.name  # two names that are one place
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(model.companion(file))
         try:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qconvert import kernels
-from qconvert.errors import UnsupportedError, UsageError
+from qconvert.errors import FormatError, UnsupportedError, UsageError
 from qconvert.files import open_model
 from qconvert.files.calibration import Calibration
 from qconvert.files.dequantized import dequantized
@@ -17,6 +17,7 @@ from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import MetadataValue, check_gguf
 from qconvert.files.imatrix import read_imatrix
 from qconvert.files.qblk_writer import check_qblk
+from qconvert.files.shards import MODULES
 from qconvert.mixes import MixOptions, parse_mix
 from qconvert.model import DTYPES, Model
 from qconvert.progress import Progress, Silent
@@ -93,6 +94,8 @@ def quantize(
         )
         report.warnings += said.warnings
         report.notes += said.notes
+        if container == "qblk":
+            report.warnings += _module_warnings(opened)
         if target:
             report.warnings += target.warnings
             report.notes += target.notes
@@ -211,6 +214,23 @@ def _plan(
             )
     metadata = source.metadata | keys
     return plan, GgufTarget(source.model, metadata, imatrix, tuple(warnings), tuple(notes))
+
+
+def _module_warnings(model: Model) -> list[str]:
+    """Modules of sentence-transformers that follow the transformer and are files of their own."""
+    if all(c.name != MODULES for c in model.companions):
+        return []
+    from qconvert.architectures import SmallFiles, modules_beyond  # 0.1 s to load
+
+    try:
+        modules = modules_beyond(SmallFiles(model))
+    except FormatError as error:  # which is carried along as it is
+        return [f"{MODULES} does not say what follows the transformer: {error.message}"]
+    return [
+        f"the file holds the transformer, not the module '{name}' of sentence-transformers that "
+        "follows it: embeddings from the file alone are other ones"
+        for name in modules
+    ]
 
 
 def _output(source: Path, options: QuantizeOptions) -> tuple[Path, str]:
