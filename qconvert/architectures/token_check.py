@@ -15,6 +15,7 @@ from qconvert.architectures.llama_tokenizer import CannotTokenizeError, LlamaTok
 from qconvert.architectures.pretokenizers import NAMES
 from qconvert.architectures.tokenizer_findings import LONG_WORD
 from qconvert.architectures.tokenizer_json import TokenizerJson
+from qconvert.architectures.tokenizers import SPACE
 from qconvert.errors import UnsupportedError
 from qconvert.files.gguf_writer import MetadataValue
 
@@ -136,10 +137,11 @@ def _around_added(tokenizer: TokenizerJson) -> Iterator[str]:
         if kind in seen or not 0 < len(token.text) <= LONG_WORD or len(seen) >= 8:
             continue
         seen.add(kind)
-        yield f"a{token.text}b"
+        text = token.text.replace(SPACE, " ")  # which is what it is looked for in
+        yield f"a{text}b"
         if "lstrip" not in token.flags and "rstrip" not in token.flags:  # told by a finding
-            yield f"to {token.text} go"
-        yield f"{token.text}start"
+            yield f"to {text} go"
+        yield f"{text}start"
 
 
 def _keeps_marks(tokenizer: TokenizerJson) -> bool:

@@ -81,6 +81,7 @@ def read_vocabulary(
         InputError: more tokens than embeddings.
     """
     kind = _kind(tokenizer)
+    _check_lengths(tokenizer)
     if kind == "bert":
         _as_rebuilt(tokenizer, settings or {})
     if pre_tokenizer is not None and kind != "gpt2":
@@ -107,6 +108,22 @@ def read_vocabulary(
         if step not in normalizers and step not in _HARMLESS
     )
     return Vocabulary(keys, _ids(tokenizer), size, beyond)
+
+
+def _check_lengths(tokenizer: TokenizerJson) -> None:
+    """Refuse tokens whose pairs or pieces would take for ever."""
+    vocab = tokenizer.model.get("vocab")
+    if isinstance(vocab, list):
+        vocab = [piece[0] for piece in vocab if isinstance(piece, list) and piece]
+    texts = [t for t in vocab if isinstance(t, str)] if isinstance(vocab, list | dict) else []
+    texts += [t.text for t in tokenizer.added]
+    longest, total = max(map(len, texts), default=0), sum(map(len, texts))
+    if longest > MAX_TOKEN or total > MAX_TOKEN_CHARACTERS:
+        raise tokenizer.broken(
+            f"tokens are too long: at most {MAX_TOKEN:,} characters each, and "
+            f"{MAX_TOKEN_CHARACTERS:,} together",
+            f"one of {longest:,}, together {total:,}",
+        )
 
 
 def _as_rebuilt(tokenizer: TokenizerJson, settings: Mapping[str, Any]) -> None:
@@ -378,14 +395,6 @@ class _Table:
     def __init__(
         self, tokenizer: TokenizerJson, ids: dict[str, int], size: int, kind: Callable[[str], int]
     ) -> None:
-        longest = max(map(len, ids), default=0)
-        total = sum(map(len, ids))
-        if longest > MAX_TOKEN or total > MAX_TOKEN_CHARACTERS:
-            raise tokenizer.broken(
-                f"tokens are too long: at most {MAX_TOKEN:,} characters each, and "
-                f"{MAX_TOKEN_CHARACTERS:,} together",
-                f"one of {longest:,}, together {total:,}",
-            )
         largest = max([*ids.values(), *(t.id for t in tokenizer.added)], default=-1)
         if largest >= size:
             raise InputError(
