@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from numpy.typing import NDArray
-from tiny_models import CONFIGS, TOKENIZERS, charsmap, weights, write_directory
+from tiny_models import CONFIGS, TOKENIZERS, added, charsmap, weights, write_directory
 
 from qconvert.architectures import open_gguf_source
 from qconvert.architectures.llama_tokenizer import LlamaTokenizer
@@ -184,12 +184,22 @@ def test_llama_cpp_tokenizes_as_the_tokenizers_library_does(kind: str, tmp_path:
                 assert tokenized(model, text) == wanted, text
 
 
-# Tokenizers besides `TOKENIZERS`: what differs in each, the name of the pre-tokenizer, general.name.
+# Tokenizers besides `TOKENIZERS`: what differs in each, the pre-tokenizer and general.name.
 VARIANTS: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
     "tekken": ("llama-bpe", {}, "tekken", "tiny"),
     "gpt-4o": ("qwen2", {}, "gpt-4o", "tiny"),
     "smaug-bpe": ("qwen2", {}, "smaug-bpe", "tiny"),
-    "a name with phi-3": ("sp-llama", {}, None, "Phi-3 tiny"),
+    "a name with phi-3": (
+        "sp-llama",
+        {
+            "added_tokens": [
+                *TOKENIZERS["sp-llama"]["added_tokens"],
+                *(added(600 + i, text) for i, text in enumerate(["<|endoftext|>", "<|user|>"])),
+            ]
+        },
+        None,
+        "Phi-3 tiny",
+    ),
     "cased": (
         "wordpiece",
         {"normalizer": {"type": "BertNormalizer", "lowercase": False, "strip_accents": False}},
@@ -220,6 +230,7 @@ TEXTS = (
     *(*ORDINARY, *AWKWARD, COMPOSED, HANGUL, "", "x" * 120, "quickly testing the foxes", "▁▁ a"),
     *("a<tool>b<|end|>c</s> d[SEP] e", "<s>  a", "[MASK] x<unk> y", "\x0b\x0c\x85 a\u2028b\u3000c"),
     *(
+        "<|user|> \n a</s> b<|endoftext|> c",
         "don'T 'S 'l 'll're",
         "abc abd",
         "İstanbul ß ŞşÉé éa Éa ΩΣ",
