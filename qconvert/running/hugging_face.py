@@ -15,7 +15,7 @@ from qconvert.files.regular import RegularFile
 from qconvert.files.safetensors import open_safetensors
 from qconvert.files.shards import MAX_COMPANION_BYTES
 from qconvert.files.strict_json import strict_json
-from qconvert.running.streaming import stream_weights
+from qconvert.running.streaming import stream_weights, widen_if_needed
 
 INSTALL = "pip install 'qconvert[hf]'"
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
@@ -101,6 +101,7 @@ def open_checkpoint(
     plain_experts(model)
     if streamed:
         stream_weights(model)
+        widen_if_needed(model)
     return Checkpoint(path, model, tokenizer, config, kind)
 
 

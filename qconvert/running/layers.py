@@ -28,12 +28,14 @@ class Layer:
             module hands to torch's ``linear`` itself, as routers and fused experts do.
         address: where the matrix, or the one that it is a part of, lies in memory.
         transposed: whether it is stored (in, out), as transformers' Conv1D has it.
+        partial: whether the module has a part of it only, so that its output is not the layer's.
     """
 
     features: int
     module: Any
     address: int
     transposed: bool = False
+    partial: bool = False
 
 
 def linear_layers(
@@ -48,8 +50,9 @@ def linear_layers(
 
     Returns:
         Name of the weight without ``.weight`` -> layer, in order of the names. A weight that is
-        shared (tied) has the name it is stored under. Where transformers renames or joins matrices
-        at load, such as the experts of a layer, each is found again by its first row.
+        shared (tied) has the name it is stored under. Where transformers renames, joins or parts
+        matrices at load, such as the experts of a layer or a fused one of queries, keys and values,
+        each is found again by its first rows.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -87,7 +90,37 @@ def linear_layers(
                     continue
                 for name in names:
                     found[layer_name(name)] = Layer(part.shape[1], module, part.data_ptr())
+        parts = {_row(p, 0): p for p in strange.values() if p.ndim == 2 and len(p)}
+        for name, tensor in matrices.items():
+            first = None if layer_name(name) in found else _first_part(model, tensor, parts)
+            if first is not None:
+                module = owners.get(id(first))
+                found[layer_name(name)] = Layer(
+                    tensor.shape[1], module, first.data_ptr(), partial=True
+                )
     return dict(sorted(found.items()))
+
+
+def _first_part(model: Model, tensor: TensorInfo, parts: Mapping[bytes, Any]) -> Any:
+    """The first of the running model's matrices that make up one of the files; None if there are
+    none. All have the same input.
+    """
+    rows, columns = tensor.shape
+    at, first = 0, None
+    while at < rows:
+        row = model.values(tensor, at * columns, (at + 1) * columns).astype(np.float32)
+        part = parts.get(row.tobytes())
+        if part is None or part.shape[1] != columns:
+            return None
+        first = part if first is None else first
+        at += part.shape[0]
+    return first if at == rows else None
+
+
+def _row(matrix: Any, at: int) -> bytes:
+    """A row as it is in float32."""
+    data: bytes = matrix[at].detach().float().contiguous().numpy().tobytes()
+    return data
 
 
 def _whole(parameter: Any, module: Any) -> Layer:
@@ -119,7 +152,7 @@ def _parts(
     names: list[str] = []
     at, height = 0, int(part.shape[0])
     while at < height:
-        name = rows.get(part[at].detach().float().contiguous().numpy().tobytes())
+        name = rows.get(_row(part, at))
         if name is None:
             return ()
         names.append(name)
@@ -153,23 +186,22 @@ def watching(
     """Call back with what enters, and what leaves, each layer while the model runs.
 
     Modules are watched with hooks; other matrices where they are handed to torch's ``linear``,
-    several of them joined there into one having the same input and no output of their own. What is
-    multiplied in any other way is only told to ``on_use``.
+    several of them joined there into one having the same input and no output of their own, or
+    multiplied with as they are. What is multiplied in any other way is only told to ``on_use``.
     Rows are (samples, features) float32 views of torch's memory: use them at once or copy them.
     """
-    others: dict[int, list[str]] = {}
+    by_address: dict[int, list[tuple[str, Layer]]] = {}
     with ExitStack() as hooks:
         for name, layer in layers.items():
+            by_address.setdefault(layer.address, []).append((name, layer))
             if layer.module is None:
-                others.setdefault(layer.address, []).append(name)
                 continue
             before = layer.module.register_forward_pre_hook(_before(name, on_input))
             hooks.callback(before.remove)
-            if on_output is not None:
+            if on_output is not None and not layer.partial:
                 after = layer.module.register_forward_hook(_after(name, on_output))
                 hooks.callback(after.remove)
-        if others:
-            hooks.enter_context(_watching_products(others, on_input, on_output, on_use))
+        hooks.enter_context(_watching_products(by_address, on_input, on_output, on_use))
         yield
 
 
@@ -191,12 +223,16 @@ _PRODUCTS = frozenset(
 
 
 def _watching_products(
-    matrices: Mapping[int, list[str]],
+    matrices: Mapping[int, list[tuple[str, Layer]]],
     on_input: Seen,
     on_output: Seen | None,
     on_use: Callable[[str], None] | None,
 ) -> Any:
-    """A mode of torch that sees each product, with matrices by their address."""
+    """A mode of torch that sees each product, with matrices by their address.
+
+    A layer that is a module tells its input itself; here it is seen when it is passed by and its
+    weight used directly.
+    """
     import torch
     from torch.nn import functional
     from torch.overrides import TorchFunctionMode
@@ -207,22 +243,43 @@ def _watching_products(
         ) -> Any:
             result = func(*args, **(kwargs or {}))
             if func is functional.linear and len(args) > 1:
-                names = matrices.get(args[1].data_ptr(), ())
-                for name in names:
+                alone = [n for n, k in matrices.get(args[1].data_ptr(), ()) if k.module is None]
+                for name in alone:
                     on_input(name, _rows(args[0]))
-                if len(names) == 1 and on_output is not None:
-                    on_output(names[0], _rows(result))
-            elif on_use is not None and getattr(func, "__name__", "") in _PRODUCTS:
-                for tensor in _tensors(args):
-                    if isinstance(tensor, torch.Tensor):
-                        for name in matrices.get(tensor.data_ptr(), ()):
+                if len(alone) == 1 and on_output is not None:
+                    on_output(alone[0], _rows(result))
+            elif getattr(func, "__name__", "") in _PRODUCTS:
+                tensors = [t for t in _flat(args) if isinstance(t, torch.Tensor)]
+                for tensor in tensors:
+                    for name, layer in matrices.get(tensor.data_ptr(), ()):
+                        rows = _entering(layer, tensor, tensors)
+                        if rows is not None:
+                            on_input(name, rows)
+                        elif on_use is not None and not layer.transposed:
                             on_use(name)
             return result
 
     return Products()
 
 
-def _tensors(args: Any) -> Iterator[Any]:
+def _entering(layer: Layer, weight: Any, factors: list[Any]) -> F32 | None:
+    """The rows that a product of two tensors puts into a layer; None if it is another product.
+
+    Either ``weight @ x``, with the inputs in columns, or ``x @ weight.T``.
+    """
+    if len(factors) != 2 or weight.dim() != 2 or layer.transposed:
+        return None
+    other = factors[0] if factors[1] is weight else factors[1]
+    if factors[0] is weight and weight.shape[1] == layer.features:
+        inputs = other.transpose(-1, -2) if other.dim() > 1 else other
+    elif factors[1] is weight and weight.shape[0] == layer.features and weight.stride(0) == 1:
+        inputs = other
+    else:
+        return None
+    return _rows(inputs) if inputs.shape[-1] == layer.features else None
+
+
+def _flat(args: Any) -> Iterator[Any]:
     """Arguments of a function, those in a list among them."""
     for arg in args:
         yield from arg if isinstance(arg, list | tuple) else (arg,)
