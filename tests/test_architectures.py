@@ -1211,6 +1211,42 @@ def test_nonsense_is_refused_with_both_lists_of_tokens(tmp_path: Path) -> None:
     assert "] instead of [" in str(refusal.value)
 
 
+def normalized(*steps: dict[str, Any]) -> dict[str, Any]:
+    return altered("llama-bpe", put("normalizer", {"type": "Sequence", "normalizers": [*steps]}))
+
+
+def looked_up(pattern: dict[str, str]) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (normalized({"type": "Nonsense" * 1000}), "does not take the file: "),
+        (
+            altered(
+                "llama-bpe",
+                put("post_processor", "single", [{"SpecialToken": {"id": "?", "type_id": 0}}]),
+            ),
+            "does not take the file",  # of which the library says that no entry was found for a key
+        ),
+        (normalized(looked_up({"Regex": "(t+)+h*(e*)*(.*)*$(a)"})), ""),
+    ],
+    ids=["an unknown step", "a panic", "an expression"],
+)
+def test_whatever_the_library_does_a_file_is_written_and_nothing_printed(
+    fields: dict[str, Any], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It takes no file for granted: another process ends instead of this one."""
+    pytest.importorskip("tokenizers", reason="comes with transformers")
+    monkeypatch.setattr("qconvert.architectures.library_tokens.MAX_SECONDS", 5)
+    source = source_of(tmp_path, fields, {})
+    assert any(said in note for note in (*source.notes, ""))
+    assert max(map(len, source.warnings)) < 300
+    assert capfd.readouterr() == ("", "")
+
+
 def test_an_end_token_that_nobody_states_is_llama_cpp_s_own(tmp_path: Path) -> None:
     """Token 11 of byte-level BPE, whatever that is."""
     directory = write_directory(tmp_path / "m", "llama", config={"eos_token_id": None})
@@ -1545,6 +1581,10 @@ CARDS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "an alias": ("tags: &a [x]\nlanguage: *a\n", {"tags": ["x"]}, "'language' of README.md"),
     "brackets": ("tags: " + "[" * 9000 + "\n", {}, "nested too deep"),
     "a very long text": ("license: " + "x" * 2000 + "\n", {}, "more than 1,000 characters"),
+    "half a character": (
+        'license: "\\ud800"\ntags: [a]\n', {"tags": ["a"]}, "'license' of README.md is left out"
+    ),
+    "the same field twice": ("license: mit\nlicense: other\n", {"license": "other"}, None),
     "a folded text": ("license: >\n  a\n  b\n", {"license": "a b"}, None),
 }  # fmt: skip
 
@@ -1580,6 +1620,13 @@ def test_a_card_of_a_megabyte_takes_no_time(matter: bytes, tmp_path: Path) -> No
     started = time.process_time()
     card_keys(b"---\n" + matter + b"---\n", Path("README.md"))
     assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("matter", [b"x: y\n" * 300_000, b"license: mit\n# A model\n"])
+def test_a_card_whose_fields_have_no_end_gives_nothing(matter: bytes) -> None:
+    keys, (warning,) = card_keys(b"---\n" + matter, Path("README.md"))
+    assert keys == {}
+    assert "no end in its first 1,048,576 bytes" in warning
 
 
 def test_the_trained_sample_is_mapped() -> None:

@@ -906,6 +906,15 @@ def test_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     assert "model-00001-of-00002.safetensors" in error.message
 
 
+def test_a_card_is_left_out_when_it_is_large(tmp_path: Path) -> None:
+    shard_pair(tmp_path)
+    (tmp_path / "README.md").touch()
+    os.truncate(tmp_path / "README.md", (64 << 20) + 1)
+    with open_safetensors(tmp_path) as model:
+        assert model.companions == ()
+        assert model.warnings == ("README.md of 67,108,865 bytes is left out",)
+
+
 def test_large_companion_is_refused(tmp_path: Path) -> None:
     shard_pair(tmp_path)
     (tmp_path / "tokenizer.json").touch()

@@ -30,6 +30,7 @@ _HUB = "https://huggingface.co/"
 _TEXTS = ("license", "license_name", "license_link", "model_name")
 _LISTS = ("base_model", "datasets", "tags", "language")
 _FIELD = re.compile(r"([A-Za-z_][\w-]*):(?:[ \t]|$)")
+_ENDLESS: list[str] = []  # known by its identity
 _NULL = ("", "~", "null", "Null", "NULL")
 
 
@@ -70,14 +71,18 @@ def _fields(readme: bytes, path: Path) -> tuple[dict[str, Any], list[str]]:
     lines = _front_matter(readme)
     if lines is None:
         return {}, []
+    if lines is _ENDLESS:
+        return {}, [
+            f"{path.name} begins with fields that have no end in its first {MAX_FRONT_MATTER:,} "
+            "bytes: nothing was taken from it"
+        ]
+    texts = dict(_split(lines))  # of two fields with one name the last, as in YAML
     found: dict[str, Any] = {}
     wrong: dict[str, str] = {}
-    some = False
-    for name, text in _split(lines):
-        some = True
-        if name not in (*_TEXTS, *_LISTS):
+    for name in (*_TEXTS, *_LISTS):
+        if name not in texts:
             continue
-        value, reason = _read(text)
+        value, reason = _read(texts[name])
         if reason is None and name in _TEXTS and value in _NULL:
             continue
         if reason is None and not isinstance(value, str) and name in _TEXTS:
@@ -86,7 +91,7 @@ def _fields(readme: bytes, path: Path) -> tuple[dict[str, Any], list[str]]:
             wrong[name] = reason
             continue
         found[name] = value
-    if not some and any(lines):
+    if not texts and any(lines):
         return {}, [
             f"{path.name} begins with a rule and not with fields: nothing was taken from it"
         ]
@@ -96,13 +101,13 @@ def _fields(readme: bytes, path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _front_matter(readme: bytes) -> list[str] | None:
-    """Lines between the first, ``---``, and the next of this kind; None without."""
+    """Lines between the first, ``---``, and the next of this kind; None without the first."""
     text = readme[:MAX_FRONT_MATTER].decode("utf-8", "replace").lstrip("\ufeff")
     lines = [line.rstrip() for line in text.splitlines()]
     if not lines or lines[0] != "---":
         return None
     end = next((i for i, line in enumerate(lines[1:], 1) if line == "---"), None)
-    return None if end is None else lines[1:end]
+    return _ENDLESS if end is None else lines[1:end]
 
 
 def _split(lines: list[str]) -> Iterator[tuple[str, str]]:
@@ -138,9 +143,21 @@ def _read(text: str) -> tuple[Any, str | None]:
     value = next(iter(fields.values()), None) if isinstance(fields, dict) else None
     if isinstance(value, str) and len(value) > MAX_TEXT:
         return None, f"is a text of more than {MAX_TEXT:,} characters"
+    if isinstance(value, str) and not _encodable(value):
+        return None, "is no Unicode"
     if isinstance(value, list):
-        value = [v for v in value if not isinstance(v, str) or len(v) <= MAX_TEXT]
+        texts = [v for v in value if isinstance(v, str)]
+        value = [v for v in texts if len(v) <= MAX_TEXT and _encodable(v)]
     return value, None
+
+
+def _encodable(text: str) -> bool:
+    """Whether a text has no half of a pair of UTF-16, which YAML lets one write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # neither gives anything but texts

@@ -6,13 +6,10 @@ installed: it comes with transformers. Without it the findings of `tokenizer_fin
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
+from qconvert.architectures.library_tokens import library_tokens
 from qconvert.architectures.llama_tokenizer import CannotTokenizeError, LlamaTokenizer
-from qconvert.architectures.pretokenizers import NAMES
 from qconvert.architectures.tokenizer_findings import LONG_WORD
 from qconvert.architectures.tokenizer_json import TokenizerJson
 from qconvert.architectures.tokenizers import SPACE
@@ -51,7 +48,6 @@ AWKWARD = (
 COMPOSED = "cafe\u0301"  # with an accent of its own
 HANGUL = "한국어"
 MAX_SPECIAL = 50_000  # tokens that are looked for in each text
-_PATTERN_QUANTIFIERS = 4  # of an expression that is not known: what it costs grows with them
 _NOTED = "llama.cpp, whatever a file says, gives other tokens than the tokenizer for"
 _SHOWN_IDS = 12
 
@@ -73,12 +69,10 @@ def compare_tokens(tokenizer: TokenizerJson, metadata: Mapping[str, MetadataValu
         return
     texts = [*ORDINARY, *AWKWARD, *_around_added(tokenizer)]
     found = {text: _encoded(ours, text, tokenizer) for text in (*texts, COMPOSED, HANGUL)}
-    theirs = _library(tokenizer)
-    if isinstance(theirs, str):
-        tokenizer.notes.append(f"tokens were not compared with the tokenizer's: {theirs}")
+    wanted = _library(tokenizer, ours, list(found))
+    if isinstance(wanted, str):
+        tokenizer.notes.append(f"tokens were not compared with the tokenizer's: {wanted}")
         return
-    wanted = {text: theirs.encode(text, add_special_tokens=False).ids for text in found}
-    _compare_around(ours, theirs, tokenizer)
     different = [text for text in texts if found[text] != wanted[text]]
     for text, expected in ((COMPOSED, _keeps_marks(tokenizer)), (HANGUL, _keeps_hangul(ours))):
         if found[text] != wanted[text]:
@@ -105,16 +99,25 @@ def compare_tokens(tokenizer: TokenizerJson, metadata: Mapping[str, MetadataValu
     tokenizer.warnings.append(f"{told} ({len(different)} of {len(found)} texts tried differ)")
 
 
-def _compare_around(ours: LlamaTokenizer, theirs: Any, tokenizer: TokenizerJson) -> None:
-    """Warn of other tokens before a text, or after it."""
-    inner = theirs.encode("a", add_special_tokens=False).ids
+def _library(
+    tokenizer: TokenizerJson, ours: LlamaTokenizer, texts: list[str]
+) -> dict[str, list[int]] | str:
+    """The tokens of the library that defines what the file means; a text: why there are none.
+
+    Warns of other tokens before a text, or after it.
+    """
+    asked = [*((text, False) for text in texts), ("a", False), ("a", True)]
+    found = library_tokens(tokenizer.fields, asked)
+    if isinstance(found, str):
+        return found
+    *each, inner, whole = found
     before, after = ours.around
-    whole = theirs.encode("a").ids
     if whole != [*before, *inner, *after]:
         tokenizer.warnings.append(
             f"llama.cpp puts {_ids(before)} before a text and {_ids(after)} after it, the "
             f"tokenizer makes {_ids(whole)} of {_ids(inner)}"
         )
+    return dict(zip(texts, each, strict=True))
 
 
 def _encoded(ours: LlamaTokenizer, text: str, tokenizer: TokenizerJson) -> list[int]:
@@ -157,39 +160,3 @@ def _keeps_hangul(ours: LlamaTokenizer) -> bool:
 def _ids(ids: list[int]) -> str:
     shown = ", ".join(map(str, ids[:_SHOWN_IDS]))
     return f"[{shown}{', ...' if len(ids) > _SHOWN_IDS else ''}]"
-
-
-def _library(tokenizer: TokenizerJson) -> Any:
-    """The tokenizer in the library that defines what the file means; a text: why there is none."""
-    if (strange := _strange_pattern(tokenizer)) is not None:
-        return f"an expression that might take for ever: {strange[:60]!r}"
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        return "the package tokenizers is not installed (it comes with transformers)"
-    fields = {**tokenizer.fields, "truncation": None, "padding": None}
-    fields["model"] = (
-        {**tokenizer.model, "dropout": None} if tokenizer.model.get("dropout") else tokenizer.model
-    )
-    try:
-        found = Tokenizer.from_str(json.dumps(fields))
-        found.encode(ORDINARY[0])
-    except Exception as error:
-        return f"the library does not read {tokenizer.path.name}: {str(error)[:80]}"
-    return found
-
-
-def _strange_pattern(tokenizer: TokenizerJson) -> str | None:
-    """A regular expression of the file that is not known to end in time; None where all do."""
-    known = {expression for expressions, _ in NAMES for expression in expressions} | {" {2,}"}
-    for part in ("normalizer", "pre_tokenizer"):
-        for step in tokenizer.steps(part):
-            pattern = step.get("pattern")
-            regex = pattern.get("Regex") if isinstance(pattern, dict) else None
-            if (
-                isinstance(regex, str)
-                and regex not in known
-                and len(re.findall(r"[*+?{]", regex)) > _PATTERN_QUANTIFIERS
-            ):
-                return regex
-    return None

@@ -33,6 +33,7 @@ _HARMLESS = frozenset({"NFC"})
 MAX_TOKEN = 1024  # characters; the longest in use have some 500
 MAX_TOKEN_CHARACTERS = 1 << 23  # of all tokens together; 260,000 of them have 2 million
 MAX_CHARSMAP = 1 << 22  # bytes; SentencePiece's largest has a quarter of a million
+MAX_STRANGE = 8  # kinds of normalizers that are named
 MAX_SCORE = 1e30  # of a piece: what binary32 holds without a thought
 # Tokens beyond the last row of the embedding that are left out: at most so many for each row.
 MAX_BEYOND = 0.01
@@ -101,11 +102,12 @@ def read_vocabulary(
     beyond = _leave_out_beyond(tokenizer, size)
     keys |= read(tokenizer, size)
     tokenizer.warnings += findings(tokenizer, kind)
+    steps = dict.fromkeys(tokenizer.step_types("normalizer"))
+    strange = [step for step in steps if step not in normalizers and step not in _HARMLESS]
     tokenizer.warnings += (
         f"llama.cpp does not apply the tokenizer's normalizer '{step}': "
         "text that it would change gets other tokens"
-        for step in tokenizer.step_types("normalizer")
-        if step not in normalizers and step not in _HARMLESS
+        for step in strange[:MAX_STRANGE]
     )
     return Vocabulary(keys, _ids(tokenizer), size, beyond)
 

@@ -20,12 +20,13 @@ from qconvert.model import Companion
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+CARD = "README.md"
 MODULES = "modules.json"  # of sentence-transformers: what follows the transformer, and where it is
 TEMPLATES = "additional_chat_templates"
 COMPANIONS = frozenset(
     {
         "1_Pooling/config.json",  # of sentence-transformers
-        "README.md",
+        CARD,
         "added_tokens.json",
         "chat_template.jinja",
         "chat_template.json",
@@ -109,11 +110,12 @@ def model_files(path: Path) -> ModelFiles:
         shards = [_only_weights(path, names)]
     for name in shards:
         _check_inside(path, name)
+    companions, left = _companions(path)
     return ModelFiles(
         tuple(path / name for name in shards),
         weight_map,
-        tuple(_companion(path, name) for name in _companion_names(path)),
-        *_said(names, shards, warnings),
+        companions,
+        *_said(names, shards, warnings + left),
     )
 
 
@@ -200,6 +202,16 @@ def _said(
     taken = shards[0] if len(shards) == 1 else f"{len(shards)} shards"
     shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
     return (f"weights were taken from {taken}; left: {shown}",), tuple(warnings)
+
+
+def _companions(directory: Path) -> tuple[tuple[Companion, ...], list[str]]:
+    """The small files that there are, and warnings of a card that is not taken."""
+    names = _companion_names(directory)
+    size = (directory / CARD).stat().st_size if CARD in names else 0
+    if size > MAX_COMPANION_BYTES:  # it describes the model and is no part of it
+        names.remove(CARD)
+    warnings = [f"{CARD} of {size:,} bytes is left out"] if size > MAX_COMPANION_BYTES else []
+    return tuple(_companion(directory, name) for name in names), warnings
 
 
 def _companion_names(directory: Path) -> list[str]:
