@@ -214,6 +214,7 @@ class InspectReport(Report):
     total_values: int
     total_bytes: int
     statistics: bool
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -339,6 +340,8 @@ class TokenQuality:
         kl_mean, kl_p99, kl_max: KL(source || quantized) of the next token's distribution, in nats,
             over the scored positions.
         same_top: share of positions where both find the same token the likeliest.
+        kl_blind: mean KL divergence of the source's distributions from their own mean: that of the
+            best guess that does not look at the text.
     """
 
     text: str
@@ -358,6 +361,7 @@ class TokenQuality:
     kl_p99: float
     kl_max: float
     same_top: float
+    kl_blind: float
 
 
 @dataclass
@@ -366,6 +370,7 @@ class EmbeddingQuality:
 
     Attributes:
         cosine_p1: the first percentile.
+        spread: mean squared distance of the source's embeddings, of length 1, from their mean.
     """
 
     text: str
@@ -375,6 +380,7 @@ class EmbeddingQuality:
     cosine_mean: float
     cosine_p1: float
     cosine_min: float
+    spread: float
 
 
 @dataclass

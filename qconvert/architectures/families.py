@@ -67,7 +67,8 @@ class Family:
         rope: rotary positions; None without.
         activations: what ``hidden_act`` or ``hidden_activation`` may be, the usual one first.
         norm_offset: whether transformers adds one to the weights of norms; llama.cpp does not.
-        tied: whether there is no output matrix: always (True), or as config.json says (None).
+        tied: what ``tie_word_embeddings`` is where config.json does not say; None: whatever the
+            tensors are.
         renames: beginnings of source names, and what stands for them in gguf-py's table.
         dropped: beginnings of source names that llama.cpp has no use for, and why.
         defaults: fields that transformers leaves out of config.json when they have these values.
@@ -433,7 +434,7 @@ FAMILIES = (
         "Gemma 2",
         ("Gemma2ForCausalLM",),
         "gemma2",
-        _WHOLE,
+        _WHOLE[:-1],  # its loader has no other output matrix than the token embedding
         (*_NORMS, *_POST_NORMS, *_attention(heads=False, bias=False), *_GATED),
         _gemma2_keys,
         _sizes,

@@ -214,7 +214,7 @@ def quantize_text(r: QuantizeReport) -> str:
     sizes = f"{size(r.source_bytes)} -> {about}{size(r.output_bytes)}"
     lines.append(f"size       {sizes} ({100 * ratio:.1f} %)\n")
     for i, note in enumerate(r.notes[:NOTES_SHOWN]):
-        lines.append(f"{'left out   ' if i == 0 else '           '}{printable(note)}\n")
+        lines.append(f"{'notes      ' if i == 0 else '           '}{printable(note)}\n")
     if len(r.notes) > NOTES_SHOWN:
         lines.append(f"           and {len(r.notes) - NOTES_SHOWN} more, see --json\n")
     if r.files > 1:
@@ -286,6 +286,8 @@ def inspect_text(r: InspectReport) -> Iterator[str]:
         yield from table_lines(columns, r.tensors, _header_row)
     yield f"\n{len(r.tensors)} of {r.total_tensors} tensors shown; the file has "
     yield f"{r.total_values:,} values in {size(r.total_bytes)}\n"
+    for note in r.notes:
+        yield f"notes      {printable(note)}\n"
     for t in r.tensors:
         if t.histogram:
             yield f"\n{histogram_text(t, t.histogram)}"

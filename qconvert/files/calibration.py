@@ -27,7 +27,8 @@ from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
 from qconvert.files.scratch import Scratch
 from qconvert.files.strict_json import strict_json
-from qconvert.model import Model
+from qconvert.geometry import row_length
+from qconvert.model import Model, TensorInfo
 
 ENTRY = "qconvert.calibration"
 SCHEMA = "qconvert.calibration/3"
@@ -66,6 +67,7 @@ class LayerCalibration:
         features: values of a row.
         low, high, scale, zero_point: of the input; see `StaticParameters`.
         output: of the output, where that was observed.
+        transposed: whether the weight is stored (in, out): features are its rows, not its columns.
     """
 
     samples: int
@@ -75,6 +77,11 @@ class LayerCalibration:
     scale: float
     zero_point: int
     output: StaticParameters | None = None
+    transposed: bool = False
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape takes as many features."""
+        return len(shape) > 1 and shape[0 if self.transposed else -1] == self.features
 
     def note(self, observer: str) -> dict[str, Any]:
         """The ``activation`` object of a qblk tensor."""
@@ -178,7 +185,9 @@ class Calibration:
     def mean_squares(self, tensor: str, columns: int) -> NDArray[np.float32] | None:
         """Mean squares of the input channels of a weight, (columns,), finite and not negative.
 
-        None where the file has not got its layer, or the layer was never active: all are 0.
+        None where the file has not got its layer, where the layer was never active (all are 0), and
+        where the weight is stored (in, out): all values of a row meet one channel then, and no
+        search within a row has anything to weigh.
 
         Raises:
             FormatError: another number of channels than ``columns``, another dtype than F32, or a
@@ -186,7 +195,8 @@ class Calibration:
         """
         name = f"{layer_name(tensor)}/mean_square"
         info = self._tensors.get(name)
-        if info is None:
+        layer = self.find(tensor)
+        if info is None or (layer is not None and layer.transposed):
             return None
         if (info.shape, info.dtype) != ((columns,), "F32"):
             raise self._impossible(name, f"{info.dtype} {list(info.shape)}", f"F32 [{columns}]")
@@ -260,14 +270,15 @@ class Calibration:
         """The calibration of the layer that a weight belongs to."""
         return self.layers.get(layer_name(tensor))
 
-    def check(self, tensor: str, columns: int) -> None:
-        """Refuse a layer whose number of features is not that of the weight's rows."""
-        found = self.layers[layer_name(tensor)]
-        if found.features != columns:
+    def check(self, tensor: TensorInfo) -> None:
+        """Refuse a layer whose number of features is not that of the weight's."""
+        found = self.layers[layer_name(tensor.name)]
+        columns = row_length(tensor.shape)
+        if found.features != columns and not found.fits(tensor.shape):
             raise UnsupportedError(
                 "the calibration does not fit the weight",
                 path=self.path,
-                tensor=tensor,
+                tensor=tensor.name,
                 found=f"{found.features:,} features",
                 wanted=f"{columns:,}",
                 hint="calibrate with activations of this model",
@@ -336,6 +347,9 @@ def calibration_parts(
     fields = {"schema": SCHEMA, **asdict(document)}
     if not document.partial:
         del fields[PARTIAL]
+    for layer in fields["layers"].values():
+        if not layer["transposed"]:  # so that files of most models are what they have always been
+            del layer["transposed"]
     text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
     header: dict[str, Any] = {"__metadata__": {ENTRY: text}}
     names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # aligned
@@ -345,14 +359,15 @@ def calibration_parts(
         place = [at, at + a.nbytes]
         header[name] = {"dtype": DTYPES[a.dtype], "shape": list(a.shape), "data_offsets": place}
         at = place[1]
-    described = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    described += b" " * (-len(described) % 8)
-    yield len(described).to_bytes(8, "little") + described
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
+    start = text.encode()
+    start += b" " * (-len(start) % 8)
+    yield len(start).to_bytes(8, "little") + start
     for name in names:
         flat = arrays[name].reshape(-1)
         step = PART_BYTES // flat.itemsize
-        for start in range(0, len(flat), step):
-            part = flat[start : start + step]
+        for first in range(0, len(flat), step):
+            part = flat[first : first + step]
             yield part.astype(part.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
@@ -462,6 +477,7 @@ def _plausible(layer: LayerCalibration) -> bool:
         and _integer(layer.features)
         and 0 < layer.samples <= MAX_SAMPLES
         and 0 < layer.features <= MAX_FEATURES
+        and isinstance(layer.transposed, bool)
         and _plausible_range(layer)
         and (layer.output is None or _plausible_range(layer.output))
     )

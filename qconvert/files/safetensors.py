@@ -64,6 +64,9 @@ class SafetensorsModel:
     """A `Model` in one or more safetensors files; a context manager.
 
     Use `open_safetensors` to make one.
+
+    Attributes:
+        notes, warnings: of a directory with several files of weights: which were taken.
     """
 
     kind = "safetensors"
@@ -71,6 +74,7 @@ class SafetensorsModel:
     def __init__(self, path: Path, files: ModelFiles) -> None:
         self.path = path
         self.companions = files.companions
+        self.notes, self.warnings = files.notes, files.warnings
         self.metadata: dict[str, str] = {}
         self._places: dict[str, tuple[RegularFile, int]] = {}
         self._files: list[RegularFile] = []

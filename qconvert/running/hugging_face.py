@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from qconvert.errors import InputError, MachineError, QconvertError, UnsupportedError
+from qconvert.files.prequantized import refuse_prequantized
 from qconvert.files.safetensors import open_safetensors
 from qconvert.files.shards import MAX_COMPANION_BYTES
 from qconvert.files.strict_json import read_object
-from qconvert.running.streaming import stream_weights
+from qconvert.running.streaming import stream_weights, widen_if_needed
 
 INSTALL = "pip install torch transformers, or '.[hf]' in a checkout of qconvert"
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
@@ -62,11 +63,12 @@ def open_checkpoint(
     Raises:
         InputError: a file is missing or damaged.
         UnsupportedError: the model needs code of its own, is of a kind that transformers does not
-            know or that text alone does not run, or weights are missing.
+            know or that text alone does not run, is quantized already, or weights are missing.
         MachineError: torch or transformers is not installed.
     """
     config = checked_config(path)
-    open_safetensors(path).close()  # headers are held against the files before anything maps them
+    with open_safetensors(path) as model:  # headers are held against the files before all else
+        refuse_prequantized(model)
     torch, transformers = require("torch", "transformers")
     if threads is not None:
         torch.set_num_threads(threads)
@@ -98,6 +100,7 @@ def open_checkpoint(
     plain_experts(model)
     if streamed:
         stream_weights(model)
+        widen_if_needed(model)
     return Checkpoint(path, model, tokenizer, config, kind)
 
 

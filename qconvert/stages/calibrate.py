@@ -18,6 +18,7 @@ from qconvert.errors import InputError, UnsupportedError, WeightError
 from qconvert.files.atomic import AtomicOutput
 from qconvert.files.calibration import (
     MAX_FEATURES,
+    WEIGHT,
     TextRun,
     check_digest,
     layer_name,
@@ -26,6 +27,7 @@ from qconvert.files.calibration import (
 )
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
 from qconvert.files.scratch import Scratch
+from qconvert.files.transposed import input_first
 from qconvert.geometry import TILE_VALUES
 from qconvert.model import Model, TensorInfo
 from qconvert.observers.layer import LayerStatistics
@@ -47,6 +49,7 @@ from qconvert.stages.collected import (
 from qconvert.stages.column_norms import column_norms
 from qconvert.stages.importance import importance_bytes
 from qconvert.stages.saved_state import SAVE_SECONDS, SavedState, check_same_run
+from qconvert.stages.sources import examined
 
 BATCH_ROWS = 32  # rows of one step of the moving average
 
@@ -106,7 +109,10 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
         files = [stack.enter_context(open_safetensors(p)) for p in options.activations]
         scratch = stack.enter_context(Scratch(options.output)) if options.gram else None
         run = _Run(options, model, files, scratch, state, progress)
-        warnings = model_warnings(model, run.features) if model else []
+        warnings = []
+        if model:
+            warnings += examined(model).warnings
+            warnings += model_warnings(model, run.features, run.found.transposed)
         with state.kept():
             run.go()
             for file in (*files, *((model,) if model else ())):
@@ -154,6 +160,9 @@ class _Run:
             run=TextRun(0, None, 0, sum(batches(t) for _, t in self.arrays), 0, 0, groups=0),
             scratch=scratch,
         )
+        if model:
+            turned = input_first(model)
+            self.found.transposed = {n for n in self.features if turned(n + WEIGHT)}
         if options.resume and state.path.exists():
             self._resume(read_collected(state.path, scratch))
 
@@ -200,7 +209,10 @@ class _Run:
         return self.found.run
 
     def _norms(self, name: str) -> NDArray[np.float64] | None:
-        return weight_norms(self.options.settings, self.model, name, self.features[name])
+        transposed = name in self.found.transposed
+        return weight_norms(
+            *(self.options.settings, self.model, name, self.features[name], transposed)
+        )
 
     def _resume(self, state: Collected) -> None:
         """Take over a state that this very run has left."""
@@ -239,7 +251,7 @@ def merge_calibrations(options: MergeOptions) -> CalibrateReport:
                 raise unfinished(path)
             parts.append((path, part))
         whole = merged(parts)
-        warnings = model_warnings(model, features_of(whole.finished))
+        warnings = model_warnings(model, features_of(whole.finished), whole.transposed)
         warnings += unreached_warnings(whole.unreached)
         whole.write(out)
         if other:
@@ -296,12 +308,20 @@ def _widths(files: Sequence[SafetensorsModel]) -> dict[str, int]:
 
 
 def weight_norms(
-    settings: ObserverSettings, model: Model | None, layer: str, features: int
+    settings: ObserverSettings,
+    model: Model | None,
+    layer: str,
+    features: int,
+    transposed: bool,
 ) -> NDArray[np.float64] | None:
-    """What the observer of a layer wants of its weight; None where that is nothing, or unknown."""
+    """What the observer of a layer wants of its weight; None where that is nothing, or unknown.
+
+    Args:
+        transposed: whether the weight is stored (in, out).
+    """
     if model is None or settings.name not in READ_WEIGHTS:
         return None
-    norms = column_norms(model, layer)
+    norms = column_norms(model, layer, transposed=transposed)
     return None if norms is None or len(norms) != features else norms  # refused later, by name
 
 

@@ -27,7 +27,7 @@ from qconvert.observers.ranges import ObserverSettings
 from qconvert.progress import Progress, Silent
 from qconvert.report import CalibrateReport
 from qconvert.running.hugging_face import Checkpoint, open_checkpoint
-from qconvert.running.layers import embeddings, linear_layers, run_tokens, watching
+from qconvert.running.layers import embeddings, linear_layers, run_tokens, tables, watching
 from qconvert.running.text import sentences, token_chunks
 from qconvert.stages.calibrate import unreached_warnings, weight_norms
 from qconvert.stages.collected import (
@@ -43,7 +43,9 @@ from qconvert.stages.collected import (
 )
 from qconvert.stages.importance import importance_bytes
 from qconvert.stages.parallel import available_threads
+from qconvert.stages.plan import no_matrix
 from qconvert.stages.saved_state import SAVE_SECONDS, SavedState, check_same_run, state_path
+from qconvert.stages.sources import examined
 
 DEFAULT_SEQLEN = 256
 RECORDED_ROWS = 64  # a layer
@@ -123,9 +125,11 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
             features = features_of(found.finished)
             if not features:
                 raise UnsupportedError("no linear layer was run", path=options.model)
-            warnings = model_warnings(model, features)
+            warnings = [*examined(model).warnings]
+            warnings += model_warnings(model, features, found.transposed)
             warnings += unreached_warnings(found.unreached)
-            warnings += _unwatched_warnings(model, set(features) | set(found.unreached))
+            watched = set(features) | set(found.unreached)
+            warnings += _unwatched_warnings(model, watched, tables(checkpoint))
             state.between(found)
             found.write(out)
             if imatrix:
@@ -172,7 +176,10 @@ class _Run:
         self.state = state
         self.progress = progress
         self.pieces = _pieces(options, checkpoint)
-        self.layers = linear_layers(checkpoint, model)
+        self.layers = linear_layers(
+            checkpoint, model, {t.name for t in model.tensors if no_matrix(t)}
+        )
+        self.used: set[str] = set()  # multiplied in a way that shows no input
         sizes = {
             name: LayerStatistics.size(layer.features, outputs=options.outputs, gram=options.gram)
             for name, layer in self.layers.items()
@@ -194,6 +201,7 @@ class _Run:
                 groups=0,
             ),
             scratch=scratch,
+            transposed={name for name, layer in self.layers.items() if layer.transposed},
         )
         self.resumed_at: int | None = None
         if options.resume:
@@ -219,14 +227,16 @@ class _Run:
                         gram=self.options.gram,
                     )
             watched = {name: self.layers[name] for name in group}
-            with watching(watched, self._input, self._output if self.options.outputs else None):
+            outputs = self._output if self.options.outputs else None
+            with watching(watched, self._input, outputs, self.used.add):
                 for chunk in range(self._text_run.done, run.chunks):
                     self.chunk = chunk
                     run_tokens(self.checkpoint, self.pieces[chunk])
                     self.found.run = replace(self._text_run, done=chunk + 1)
                     self.progress.advance(1, f"piece {chunk + 1}")
                     self.state.between(self.found)
-            unreached = [n for n, s in statistics.items() if not s.channels.samples]
+            silent = [n for n in group if not statistics[n].channels.samples]
+            unreached = [n for n in silent if n not in self.used]
             self.found.unreached = sorted({*self.found.unreached, *unreached})
             self.found.finish(self.state.between)
             last = k + 1 == len(self.groups)
@@ -234,8 +244,10 @@ class _Run:
         self.progress.end()
 
     def _norms(self, name: str) -> NDArray[np.float64] | None:
-        features = self.layers[name].features
-        return weight_norms(self.options.settings, self.model, name, features)
+        layer = self.layers[name]
+        return weight_norms(
+            self.options.settings, self.model, name, layer.features, layer.transposed
+        )
 
     @property
     def _text_run(self) -> TextRun:
@@ -332,12 +344,16 @@ def _pieces(options: TextOptions, checkpoint: Checkpoint) -> list[NDArray[np.int
     return pieces
 
 
-def _unwatched_warnings(model: Model, watched: set[str]) -> list[str]:
+def _unwatched_warnings(model: Model, watched: set[str], looked_up: set[str]) -> list[str]:
     """Matrices, embeddings aside, that no linear layer of the running model has as its weight."""
     others = [
         t.name
         for t in model.tensors
-        if t.floating and len(t.shape) >= 2 and t.name.removesuffix(".weight") not in watched
+        if t.floating
+        and len(t.shape) >= 2
+        and not no_matrix(t)
+        and t.name not in looked_up
+        and t.name.removesuffix(".weight") not in watched
     ]
     strange = [name for name in others if "embed" not in name]
     if not strange:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Collected:
         recorded: sampled rows of input a layer, (rows, features) float32.
         partial: the state of a run that was interrupted.
         scratch: where Gram matrices of finished layers are; None keeps them in memory.
+        transposed: layers whose weights are stored (in, out).
     """
 
     settings: ObserverSettings
@@ -72,6 +73,7 @@ class Collected:
     recorded: Arrays = field(default_factory=dict)
     partial: bool = False
     scratch: Scratch | None = None
+    transposed: set[str] = field(default_factory=set)
 
     def finish(self, between: Callable[[Collected], None] = lambda _: None) -> None:
         """Bring what was collected into the form of the file, and let go of the statistics.
@@ -82,7 +84,7 @@ class Collected:
         for name in list(self.layers):
             layer = self.layers[name]
             if layer.channels.samples:
-                self.finished[name] = self._kept(finished(layer))
+                self.finished[name] = self._kept(finished(layer, name in self.transposed))
             del self.layers[name]
             between(self)
 
@@ -113,7 +115,8 @@ class Collected:
     def write_state(self, out: AtomicOutput) -> None:
         """Write a file from which the run can go on; nothing is let go of."""
         collecting = {n: s for n, s in self.layers.items() if s.channels.samples}
-        halfway = replace_finished(self, {n: unsettled(s) for n, s in collecting.items()})
+        more = {n: unsettled(s, n in self.transposed) for n, s in collecting.items()}
+        halfway = replace_finished(self, more)
         halfway.partial = True
         arrays = halfway._arrays() | {f"{n}/recorded": a for n, a in self.recorded.items()}
         _write(out, calibration_parts(halfway.document(), arrays))
@@ -178,29 +181,33 @@ def replace_finished(c: Collected, more: Mapping[str, FinishedLayer]) -> Collect
     return replace(c, finished={**c.finished, **more}, layers={})
 
 
-def finished(layer: LayerStatistics) -> FinishedLayer:
+def finished(layer: LayerStatistics, transposed: bool) -> FinishedLayer:
     """Ranges settled, state packed."""
 
     def settle(observer: Observer) -> StaticParameters:
         found = layer.settings.settle(observer)
         return StaticParameters(found.low, found.high, found.scale, found.zero_point)
 
-    return _packed(layer, settle)
+    return _packed(layer, settle, transposed)
 
 
-def unsettled(layer: LayerStatistics) -> FinishedLayer:
+def unsettled(layer: LayerStatistics, transposed: bool) -> FinishedLayer:
     """State packed, without ranges: to search them may take longer than all the rest."""
-    return _packed(layer, lambda _: StaticParameters(0.0, 0.0, 1.0, 0))
+    return _packed(layer, lambda _: StaticParameters(0.0, 0.0, 1.0, 0), transposed)
 
 
 def _packed(
-    layer: LayerStatistics, settle: Callable[[Observer], StaticParameters]
+    layer: LayerStatistics, settle: Callable[[Observer], StaticParameters], transposed: bool
 ) -> FinishedLayer:
     output = None if layer.output is None else settle(layer.output)
     settled = asdict(settle(layer.input))
     return FinishedLayer(
         LayerCalibration(
-            samples=layer.channels.samples, features=layer.features, **settled, output=output
+            samples=layer.channels.samples,
+            features=layer.features,
+            **settled,
+            output=output,
+            transposed=transposed,
         ),
         layer.arrays(),
     )
@@ -300,6 +307,8 @@ def merged(parts: Iterable[tuple[Path, Collected]]) -> Collected:
                     code="CALIBRATION-MERGE",
                 )
         for name, layer in part.finished.items():
+            if layer.calibration.transposed:
+                whole.transposed.add(name)
             before = whole.finished.get(name)
             if before is None:
                 whole.finished[name] = layer
@@ -325,7 +334,15 @@ def merged(parts: Iterable[tuple[Path, Collected]]) -> Collected:
                     wanted=f"{_described(before)}, as in {first_path.name}",
                     code="CALIBRATION-MERGE",
                 ) from e
-            whole.finished[name] = whole._kept(finished(statistics))
+            transposed = before.calibration.transposed
+            if layer.calibration.transposed != transposed:
+                raise UnsupportedError(
+                    "the layer's weight is stored otherwise in the calibrations",
+                    path=path,
+                    tensor=name,
+                    code="CALIBRATION-MERGE",
+                )
+            whole.finished[name] = whole._kept(finished(statistics, transposed))
         whole.inputs = whole.inputs + part.inputs
         whole.run = _joined(whole.run, part.run)
         whole.unreached = [*whole.unreached, *part.unreached]
@@ -384,11 +401,12 @@ def features_of(layers: Mapping[str, FinishedLayer]) -> dict[str, int]:
     return {name: layer.calibration.features for name, layer in layers.items()}
 
 
-def model_warnings(model: Model, features: Mapping[str, int]) -> list[str]:
+def model_warnings(model: Model, features: Mapping[str, int], transposed: Set[str]) -> list[str]:
     """Hold the layers against the weights of the model they are for.
 
     Args:
         features: of each layer.
+        transposed: layers whose weights are stored (in, out).
 
     Raises:
         UnsupportedError: no layer has a weight in the model, or one has another width.
@@ -410,12 +428,13 @@ def model_warnings(model: Model, features: Mapping[str, int]) -> list[str]:
             f"such as '{strange[0]}'"
         )
     for name in (n for n in features if n in weights):
-        if weights[name].shape[-1] != features[name]:
+        width = weights[name].shape[0 if name in transposed else -1]
+        if width != features[name]:
             raise UnsupportedError(
                 "activations do not fit the model",
                 path=model.path,
                 tensor=weights[name].name,
                 found=f"{features[name]:,} features",
-                wanted=f"{weights[name].shape[-1]:,}",
+                wanted=f"{width:,}",
             )
     return warnings

@@ -20,8 +20,8 @@ from qconvert.files.atomic import AtomicOutput, AtomicSet, check_space
 from qconvert.files.calibration import Calibration
 from qconvert.files.gguf_writer import MetadataValue
 from qconvert.files.imatrix import Imatrix
-from qconvert.floors import judge
 from qconvert.files.regular import file_sha256, utf8_name
+from qconvert.floors import judge
 from qconvert.geometry import TILE_VALUES, Tile
 from qconvert.mapper import Mapper
 from qconvert.model import Model, SourceFile

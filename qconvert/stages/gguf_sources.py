@@ -45,7 +45,13 @@ class GgufModelSource:
 
 
 def as_gguf(
-    opened: Model, model: Model, *, raw: bool, name: str, pre_tokenizer: str | None
+    opened: Model,
+    model: Model,
+    *,
+    raw: bool,
+    name: str,
+    pre_tokenizer: str | None,
+    compare: bool = True,
 ) -> GgufModelSource:
     """The model as GGUF has it.
 
@@ -54,7 +60,7 @@ def as_gguf(
         model: the same, perhaps with its quantized tensors decoded.
         raw: keep the source's names and say nothing about an architecture.
         name: ``general.name`` of a raw file.
-        pre_tokenizer: see `open_gguf_source`.
+        pre_tokenizer, compare: see `open_gguf_source`.
 
     Raises:
         UsageError: a pre-tokenizer for a file that gets no tokenizer from us.
@@ -77,8 +83,8 @@ def as_gguf(
         return GgufModelSource(model, keys, None)
     from qconvert.architectures import open_gguf_source  # its tables take 0.1 s to build
 
-    found = open_gguf_source(model, pre_tokenizer=pre_tokenizer)
-    notes = tuple(f"tensor '{d.name}' is left out: {d.reason}" for d in found.dropped)
+    found = open_gguf_source(model, pre_tokenizer=pre_tokenizer, compare=compare)
+    notes = found.notes + tuple(f"tensor '{d.name}' is left out: {d.reason}" for d in found.dropped)
     return GgufModelSource(
         found.model, found.metadata, facts_of(found.metadata), found.warnings, notes
     )

@@ -26,6 +26,7 @@ from qconvert.stages.analyse import analyse, observe_tensor
 from qconvert.stages.decide import Decision
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import PlannedTensor, PlanOptions, encoding_of, make_plan
+from qconvert.stages.sources import described
 
 POOR_SQNR_DB = {
     2: 6.0,
@@ -66,12 +67,16 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
         )
     model = open_model(path)
     try:
+        said, quantized = described(model)
         chosen = _choose(model, options.tensors)
         rows = [TensorSummary(t.name, t.shape, t.dtype, t.nbytes) for t in chosen]
         if not options.headers_only:
             progress.begin("inspect", sum(t.nbytes for t in chosen), "bytes")
             _describe_all(model, chosen, rows, options, progress)
             progress.end()
+        if quantized:
+            for row in rows:
+                row.suggestion, row.suggestion_reason = "none", f"part of {quantized.method}"
         return InspectReport(
             kernels=kernels.describe(),
             path=str(path),
@@ -82,10 +87,14 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             total_values=sum(t.size for t in model.tensors),
             total_bytes=sum(t.nbytes for t in model.tensors),
             statistics=not options.headers_only,
+            notes=said.notes,
             warnings=[
-                f"tensor '{r.name}' has {r.nonfinite:,} NaN or Inf values"
-                for r in rows
-                if r.nonfinite
+                *said.warnings,
+                *(
+                    f"tensor '{r.name}' has {r.nonfinite:,} NaN or Inf values"
+                    for r in rows
+                    if r.nonfinite
+                ),
             ],
             seconds=time.perf_counter() - started,
         )
