@@ -17,6 +17,7 @@ from qconvert.encoding import SCALE_SIZES, AffineEncoding, RawEncoding
 from qconvert.files.plain import plain_values
 from qconvert.files.qblk_header import SLASH, StoredFile, StoredTensor, read_header
 from qconvert.files.regular import RegularFile
+from qconvert.files.shards import MAX_COMPANION_BYTES, companion_too_large
 from qconvert.geometry import PACK_GROUP
 from qconvert.model import Companion, SourceFile, TensorInfo
 from qconvert.quantizers.affine import (
@@ -164,6 +165,13 @@ class QblkModel:
         return scale, zero[skip : skip + count]
 
     def companion(self, file: StoredFile) -> bytes:
+        """The bytes of a companion file.
+
+        Raises:
+            UnsupportedError: it is too large to be had in memory.
+        """
+        if file.segment.size > MAX_COMPANION_BYTES:
+            raise companion_too_large(self.path, file.name, file.segment.size)
         return self.read_at(file.segment.offset, file.segment.size)
 
     def check_unchanged(self) -> None:

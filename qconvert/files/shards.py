@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qconvert.errors import FormatError, InputError
+from qconvert.errors import FormatError, InputError, UnsupportedError
 from qconvert.files.regular import RegularFile, os_refusal
 from qconvert.files.strict_json import strict_json
 from qconvert.model import Companion
@@ -467,6 +467,17 @@ class _Inside:
                 hint="copy the file into the directory",
                 code="ST-OUTSIDE",
             )
+
+
+def companion_too_large(path: Path, name: str, size: int) -> UnsupportedError:
+    """The refusal of a companion file in a container that is to be carried along or read."""
+    return UnsupportedError(
+        f"companion file '{name}' is too large to be carried along",
+        path=path,
+        found=f"{size:,} bytes",
+        wanted=f"at most {MAX_COMPANION_BYTES:,}",
+        code="ST-COMPANION",
+    )
 
 
 def _check_small(path: Path, size: int) -> None:

@@ -17,7 +17,7 @@ from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import MetadataValue, check_gguf
 from qconvert.files.imatrix import read_imatrix
 from qconvert.files.qblk_writer import check_qblk
-from qconvert.files.shards import MODULES
+from qconvert.files.shards import MAX_COMPANION_BYTES, MODULES, companion_too_large
 from qconvert.mixes import MixOptions, parse_mix
 from qconvert.model import DTYPES, Model
 from qconvert.progress import Progress, Silent
@@ -266,6 +266,9 @@ def _check_plan(
         check_gguf(gguf_tensors(plan))
     else:
         check_qblk(model.tensors, model.path)
+        for companion in model.companions:
+            if companion.size > MAX_COMPANION_BYTES:
+                raise companion_too_large(model.path, companion.name, companion.size)
     if calibration is None:
         return
     calibration.check_model(model)
