@@ -71,18 +71,18 @@ def map_tensors(
         UnsupportedError: a tensor has no place in the architecture, or a dtype that it cannot have.
     """
     tied = family.tied if family.tied is not None else _tied(config, model)
-    slots = dict(_slots(family, sizes, with_output=not tied))
+    slots = dict(_slots(family, config, sizes, with_output=not tied))
     found, dropped = _collect(model, family, sizes, slots, tied)
     mapped = []
     for name, slot in slots.items():
         if name in found:
             mapped.append(_made(model, name, slot, found[name], family, config, sizes))
-        elif not slot.optional:
+        else:
             raise InputError(
                 "tensor is missing that the architecture needs",
                 path=model.path,
                 tensor=name,
-                wanted=f"shape {list(sizes.shape(slot))}",
+                wanted=f"shape {list(sizes.shape(slot.shape))}",
                 hint="the checkpoint is not whole, or config.json is that of another model",
                 code="ARCH-TENSOR-MISSING",
             )
@@ -93,19 +93,22 @@ def map_tensors(
 
 def _tied(config: Config, model: Tensors) -> bool:
     """Whether the output matrix is the token embedding."""
-    if config.get("tie_word_embeddings") is not None:
-        return config.flag("tie_word_embeddings", False)
+    if config.stated("tie_word_embeddings") is not None:
+        return config.flag("tie_word_embeddings")
     return not any(t.name.endswith("lm_head.weight") for t in model.tensors)
 
 
-def _slots(family: Family, sizes: Sizes, with_output: bool) -> Iterator[tuple[str, Slot]]:
+def _slots(
+    family: Family, config: Config, sizes: Sizes, with_output: bool
+) -> Iterator[tuple[str, Slot]]:
     """All tensors by their whole names: those outside blocks first."""
     for slot in family.whole:
         if with_output or slot.name != OUTPUT:
             yield slot.name, slot
-    for block in range(sizes.blocks):
-        for slot in family.block:
-            yield f"blk.{block}.{slot.name}", slot
+    block = [s for s in family.block if s.flag is None or config.flag(s.flag)]
+    for i in range(sizes.blocks):
+        for slot in block:
+            yield f"blk.{i}.{slot.name}", slot
 
 
 def _collect(
@@ -123,7 +126,7 @@ def _collect(
         for source_name, expert, part in source_names(renamed(tensor.name, family)):
             name = names.get_name(source_name, try_suffixes=(".weight", ".bias"))
             if name not in slots:
-                raise _left_over(model, tensor, family, sizes)
+                raise _left_over(model, tensor, name, family, sizes)
             entry = found.setdefault(name, _Found())
             other = entry.sources.setdefault(expert or 0, tensor)
             if other is not tensor:
@@ -141,12 +144,15 @@ def _collect(
 
 
 def _left_over(
-    model: Tensors, tensor: TensorInfo, family: Family, sizes: Sizes
+    model: Tensors, tensor: TensorInfo, name: str | None, family: Family, sizes: Sizes
 ) -> UnsupportedError:
+    ending = (name or "").partition(".")[2].partition(".")[2]
+    flag = next((s.flag for s in family.block if s.name == ending and s.flag), None)
     return UnsupportedError(
         "tensor has no place in the architecture",
         path=model.path,
         tensor=tensor.name,
+        found=f"'{flag}' that is not true" if flag else None,
         wanted=f"tensors of {family.name} with {sizes.blocks} blocks",
         hint="llama.cpp would refuse the file; --raw writes the tensors under their own names",
         code="ARCH-TENSOR-LEFT",
@@ -205,7 +211,7 @@ def _made(
     sizes: Sizes,
 ) -> MappedTensor:
     """One tensor, its sources held to shape and dtype."""
-    shape = sizes.shape(slot)
+    shape = sizes.shape(slot.shape)
     wanted, count = shape, 1
     if found.per_expert:
         count, wanted = shape[0], shape[1:]

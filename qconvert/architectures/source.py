@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import gguf
 
 from qconvert.architectures.config import Config
-from qconvert.architectures.families import Family, Sizes, family_of, hyper_parameters
+from qconvert.architectures.config_warnings import config_warnings
+from qconvert.architectures.families import Family, family_of, hyper_parameters
+from qconvert.architectures.general_name import harmless_name
 from qconvert.architectures.mapped import MappedModel
 from qconvert.architectures.mapping import Dropped, map_tensors
 from qconvert.architectures.model_card import card_keys
@@ -25,6 +28,11 @@ from qconvert.model import Model
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+# Fields that send transformers to other files, and the values that do not.
+_OTHER_FILES: dict[str, tuple[object, ...]] = {
+    "transformers_weights": ("model.safetensors", "model.safetensors.index.json"),
+    "configuration_files": ([CONFIG],),
+}
 _DENSE_POOLING = {  # sentence-transformers' fields: llama.h's llama_pooling_type
     "pooling_mode_mean_tokens": 1,
     "pooling_mode_cls_token": 2,
@@ -43,6 +51,7 @@ class GgufSource:
         family: name of the architecture, for people.
         dropped: tensors of the source that are left out.
         warnings: in which cases llama.cpp will not do what transformers does.
+        notes: what else was decided.
     """
 
     model: MappedModel
@@ -50,6 +59,7 @@ class GgufSource:
     family: str
     dropped: tuple[Dropped, ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufSource:
@@ -93,6 +103,7 @@ def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufS
         "general.size_label": _size_label(mapped, sizes.named.get("experts", 0)),
     }
     metadata |= card_keys(files.read("README.md"), directory / "README.md")
+    notes = _renamed(metadata, files)
     metadata |= _sampling(files)
     metadata |= keys
     if family.arch == "bert":
@@ -104,7 +115,8 @@ def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufS
         metadata,
         family.name,
         tuple(dropped),
-        (*_window_warnings(config, family, sizes), *warnings),
+        (*config_warnings(fields, family, config, sizes, rope), *warnings),
+        notes,
     )
 
 
@@ -112,6 +124,19 @@ def _name(path: Path) -> str:
     """Of the model: its directory's, or that of a file with companions, without suffix."""
     path = path.resolve()
     return path.name if path.is_dir() else path.stem
+
+
+def _renamed(metadata: dict[str, MetadataValue], files: _Files) -> tuple[str, ...]:
+    """Give the model another name where llama.cpp would go by it; a note about that."""
+    name = str(metadata["general.name"])
+    metadata["general.name"] = other = harmless_name(name, lambda: files.json(TOKENIZER))
+    if other == name:
+        return ()
+    shown, instead = reprlib.repr(name), reprlib.repr(other)
+    return (
+        f"general.name is {instead}, not {shown}, which llama.cpp would take for a sign of tokens "
+        "that the model does not have",
+    )
 
 
 class _Files:
@@ -138,10 +163,12 @@ class _Files:
 
 
 def read_config(fields: dict[str, Any], path: Path) -> tuple[Family, Config]:
-    """The row of the table, and the language model's fields with the family's defaults.
+    """The row of the table, and the language model's fields with the defaults of their class.
 
     Raises:
-        UnsupportedError: no such architecture, or weights that are quantized already.
+        UnsupportedError: no such architecture, weights that are quantized already, or a field that
+            sends transformers to other files.
+        FormatError: a field is of another type than its class takes.
     """
     if fields.get("quantization_config") is not None:
         raise UnsupportedError(
@@ -151,12 +178,26 @@ def read_config(fields: dict[str, Any], path: Path) -> tuple[Family, Config]:
             hint="convert the checkpoint that it was made from",
             code="ARCH-QUANTIZED",
         )
-    family = family_of(Config(fields, path))
+    for name, wanted in _OTHER_FILES.items():
+        if fields.get(name) and fields[name] not in wanted:
+            raise UnsupportedError(
+                f"'{name}' says that other files are the model's",
+                path=path,
+                found=reprlib.repr(fields[name]),
+                hint="give these files the usual names, and leave the field out of config.json",
+                code="ARCH-CONFIG-VALUE",
+            )
+    family, known = family_of(fields, path)
+    if known.inner is None:
+        return family, Config(fields, path, known)
     # A model of text and images has the language model's fields in an object of their own.
-    text = fields.get("text_config")
-    if isinstance(text, dict):
-        fields = {**fields, **text}
-    return family, Config(fields, path, dict(family.defaults))
+    outer = Config(fields, path, known)
+    if outer.given("per_layer_config") and outer.get("per_layer_config") is not None:
+        raise outer.unlike("per_layer_config", "no such field outside the text model's")
+    name, inner = known.inner
+    section = outer.section(name) or outer.inner({}, name)
+    ids = {n: v for n, v in fields.items() if n.endswith("_token_id")}
+    return family, Config(ids | section.fields(), path, inner, f"{name}.")
 
 
 def _tokenizer(
@@ -232,18 +273,3 @@ def _pooling(files: _Files) -> int:
             code="ARCH-POOLING",
         )
     return _DENSE_POOLING[chosen[0]]
-
-
-def _window_warnings(config: Config, family: Family, sizes: Sizes) -> tuple[str, ...]:
-    """A sliding window that llama.cpp does not apply, so that long texts come out otherwise."""
-    window = config.optional_count("sliding_window")
-    if (
-        window is None
-        or window >= sizes.named["context"]
-        or family.arch in ("gemma2", "gemma3")
-        or config.get("use_sliding_window") is False
-    ):
-        return ()
-    return (
-        f"llama.cpp attends to all tokens, not to a window of {window} as the configuration says",
-    )

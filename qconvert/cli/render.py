@@ -184,7 +184,7 @@ def quantize_text(r: QuantizeReport) -> str:
     sizes = f"{size(r.source_bytes)} -> {about}{size(r.output_bytes)}"
     lines.append(f"size       {sizes} ({100 * ratio:.1f} %)\n")
     for i, note in enumerate(r.notes[:NOTES_SHOWN]):
-        lines.append(f"{'left out   ' if i == 0 else '           '}{printable(note)}\n")
+        lines.append(f"{'notes      ' if i == 0 else '           '}{printable(note)}\n")
     if len(r.notes) > NOTES_SHOWN:
         lines.append(f"           and {len(r.notes) - NOTES_SHOWN} more, see --json\n")
     if r.files > 1:

@@ -76,7 +76,7 @@ def as_gguf(
     from qconvert.architectures import open_gguf_source  # its tables take 0.1 s to build
 
     found = open_gguf_source(model, pre_tokenizer=pre_tokenizer)
-    notes = tuple(f"tensor '{d.name}' is left out: {d.reason}" for d in found.dropped)
+    notes = found.notes + tuple(f"tensor '{d.name}' is left out: {d.reason}" for d in found.dropped)
     return GgufModelSource(
         found.model, found.metadata, facts_of(found.metadata), found.warnings, notes
     )
