@@ -244,7 +244,7 @@ def test_layers_of_other_models_have_the_names_of_gguf_py(
     ("fields", "error", "code"),
     [
         ({"model_type": "none-such"}, UnsupportedError, "IMATRIX-ARCHITECTURE"),
-        ({"model_type": "llama"}, FormatError, "ARCH-CONFIG"),
+        ({"model_type": "llama", "num_hidden_layers": None}, FormatError, "ARCH-CONFIG"),
         ({"model_type": "llama", "num_hidden_layers": 1 << 20}, FormatError, "ARCH-CONFIG"),
     ],
 )
@@ -442,6 +442,7 @@ def test_the_language_model_inside_gemma_3_is_taken_out(tmp_path: Path) -> None:
     } | {"vision_tower.patch.weight": np.zeros((4, 4), np.float32)}
     config = {
         "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
         "text_config": {k: v for k, v in fields.items() if k not in ("architectures",)},
         "num_hidden_layers": 99,
     }
@@ -1340,7 +1341,6 @@ def refused(directory: Path, **options: Any) -> QconvertError:
     ("name", "code", "fields"),
     [
         ("llama", "ARCH-UNKNOWN", {"architectures": ["GPT2LMHeadModel"]}),
-        ("llama", "ARCH-UNKNOWN", {"architectures": None}),
         ("llama", "ARCH-UNKNOWN", {"architectures": [7]}),
         ("llama", "ARCH-QUANTIZED", {"quantization_config": {"quant_method": "gptq"}}),
         ("llama", "ARCH-CONFIG", {"hidden_size": None}),
@@ -1373,7 +1373,8 @@ def refused(directory: Path, **options: Any) -> QconvertError:
         ("qwen3-moe", "ARCH-CONFIG-VALUE", {"norm_topk_prob": False}),
         ("qwen3-moe", "ARCH-CONFIG-VALUE", {"mlp_only_layers": [0]}),
         ("gemma2", "ARCH-CONFIG-VALUE", {"query_pre_attn_scalar": 144}),
-        ("gemma3", "ARCH-CONFIG-VALUE", {"layer_types": ["full_attention"] * 7}),
+        ("gemma2", "ARCH-CONFIG-VALUE", {"layer_types": ["full_attention"] * 2}),
+        ("gemma3", "ARCH-CONFIG", {"layer_types": ["full_attention"] * 6}),
         ("phi3-longrope", "ARCH-CONFIG", {"rope_scaling": {"type": "longrope"}}),
         ("bert", "ARCH-CONFIG-VALUE", {"position_embedding_type": "relative_key"}),
     ],

@@ -147,11 +147,18 @@ def largest_error(found: NDArray[np.float32], golden: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_llama_cpp_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
-    # The name of the directory becomes general.name, at which llama.cpp looks for "phi3".
-    directory = write_directory(tmp_path / "tiny", name)
+    directory = write_directory(tmp_path / name, name)
     with loaded(write_gguf(directory, tmp_path / "m.gguf")) as model:
         found = outputs(model, GOLDEN[name]["ids"], encoder=name == "bert")
     assert largest_error(found, GOLDEN[name]) < TOLERANCE.get(name, 5e-5)
+
+
+@pytest.mark.parametrize("name", ["my-phi3-merge", "Phi-3.5", "modern-bert"])
+def test_llama_cpp_loads_a_model_whose_name_it_goes_by(name: str, tmp_path: Path) -> None:
+    directory = write_directory(tmp_path / name, "llama")
+    with loaded(write_gguf(directory, tmp_path / "m.gguf")) as model:
+        for text, wanted in GOLDEN["tokenizer llama-bpe"].items():
+            assert tokenized(model, text) == wanted, text
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3-moe", "bert"])

@@ -78,18 +78,18 @@ def map_tensors(
         InputError: a tensor is missing or of another shape than the configuration says.
         UnsupportedError: a tensor has no place in the architecture, or a dtype that it cannot have.
     """
-    slots = dict(_slots(family, sizes, with_output=not head.tied))
+    slots = dict(_slots(family, config, sizes, with_output=not head.tied))
     found, dropped = _collect(model, family, sizes, slots, head)
     mapped = []
     for name, slot in slots.items():
         if name in found:
             mapped.append(_made(model, name, slot, found[name], family, config, sizes))
-        elif not slot.optional:
+        else:
             raise InputError(
                 "tensor is missing that the architecture needs",
                 path=model.path,
                 tensor=name,
-                wanted=f"shape {list(sizes.shape(slot))}",
+                wanted=f"shape {list(sizes.shape(slot.shape))}",
                 hint="the checkpoint is not whole, or config.json is that of another model",
                 code="ARCH-TENSOR-MISSING",
             )
@@ -98,14 +98,17 @@ def map_tensors(
     return mapped, dropped
 
 
-def _slots(family: Family, sizes: Sizes, with_output: bool) -> Iterator[tuple[str, Slot]]:
+def _slots(
+    family: Family, config: Config, sizes: Sizes, with_output: bool
+) -> Iterator[tuple[str, Slot]]:
     """All tensors by their whole names: those outside blocks first."""
     for slot in family.whole:
         if with_output or slot.name != OUTPUT:
             yield slot.name, slot
-    for block in range(sizes.blocks):
-        for slot in family.block:
-            yield f"blk.{block}.{slot.name}", slot
+    block = [s for s in family.block if s.flag is None or config.flag(s.flag)]
+    for i in range(sizes.blocks):
+        for slot in block:
+            yield f"blk.{i}.{slot.name}", slot
 
 
 def _collect(
@@ -125,7 +128,7 @@ def _collect(
             if name == OUTPUT and head.stands_in:
                 name = TOKEN_EMBEDDING
             if name not in slots:
-                raise _left_over(model, tensor, family, sizes)
+                raise _left_over(model, tensor, name, family, sizes)
             entry = found.setdefault(name, _Found())
             other = entry.sources.setdefault(expert or 0, tensor)
             if other is not tensor:
@@ -143,12 +146,15 @@ def _collect(
 
 
 def _left_over(
-    model: Tensors, tensor: TensorInfo, family: Family, sizes: Sizes
+    model: Tensors, tensor: TensorInfo, name: str | None, family: Family, sizes: Sizes
 ) -> UnsupportedError:
+    ending = (name or "").partition(".")[2].partition(".")[2]
+    flag = next((s.flag for s in family.block if s.name == ending and s.flag), None)
     return UnsupportedError(
         "tensor has no place in the architecture",
         path=model.path,
         tensor=tensor.name,
+        found=f"'{flag}' that is not true" if flag else None,
         wanted=f"tensors of {family.name} with {sizes.blocks} blocks",
         hint="llama.cpp would refuse the file; --raw writes the tensors under their own names",
         code="ARCH-TENSOR-LEFT",
@@ -207,7 +213,7 @@ def _made(
     sizes: Sizes,
 ) -> MappedTensor:
     """One tensor, its sources held to shape and dtype."""
-    shape = sizes.shape(slot)
+    shape = sizes.shape(slot.shape)
     wanted, count = shape, 1
     if found.per_expert:
         count, wanted = shape[0], shape[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import gguf
 
 from qconvert.architectures.chat_templates import chat_template_keys, chat_templates
 from qconvert.architectures.config import Config
-from qconvert.architectures.families import Family, Sizes, family_of, hyper_parameters
+from qconvert.architectures.config_warnings import config_warnings
+from qconvert.architectures.families import Family, family_of, hyper_parameters
+from qconvert.architectures.general_name import harmless_name
 from qconvert.architectures.mapped import MappedModel
 from qconvert.architectures.mapping import Dropped, map_tensors
 from qconvert.architectures.model_card import card_keys
@@ -21,7 +24,7 @@ from qconvert.architectures.token_check import compare_tokens
 from qconvert.architectures.tokenizer_json import TokenizerJson
 from qconvert.architectures.tokenizers import Vocabulary, read_vocabulary
 from qconvert.architectures.tying import output_head
-from qconvert.errors import InputError
+from qconvert.errors import InputError, UnsupportedError
 from qconvert.files.gguf import ARCHITECTURE
 from qconvert.files.gguf_writer import GgufTensor, GgufValue, MetadataValue, check_gguf
 from qconvert.files.prequantized import refusal, stated_method
@@ -29,6 +32,8 @@ from qconvert.model import Model
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+# Fields that send transformers to other files, and the values that do not.
+_OTHER_FILES: dict[str, tuple[object, ...]] = {"configuration_files": ([CONFIG],)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,7 @@ def open_gguf_source(
     }
     card, card_warnings = card_keys(files.read("README.md"), directory / "README.md")
     metadata |= card
+    renamed = _renamed(metadata, files)
     metadata |= _sampling(files)
     metadata |= keys
     if family.arch == "bert" or modules.pooling is not None:
@@ -117,13 +123,13 @@ def open_gguf_source(
         family.name,
         tuple(dropped),
         (
+            *config_warnings(fields, family, config, sizes, rope),
             *head.warnings,
-            *_window_warnings(config, family, sizes),
             *tokens.file.warnings,
             *modules.warnings,
             *card_warnings,
         ),
-        (*head.notes, *tokens.file.notes, *modules.notes),
+        (*head.notes, *tokens.file.notes, *modules.notes, *renamed),
     )
 
 
@@ -133,20 +139,49 @@ def _name(path: Path) -> str:
     return path.name if path.is_dir() else path.stem
 
 
+def _renamed(metadata: dict[str, MetadataValue], files: SmallFiles) -> tuple[str, ...]:
+    """Give the model another name where llama.cpp would go by it; a note about that."""
+    name = str(metadata["general.name"])
+    metadata["general.name"] = other = harmless_name(name, lambda: files.json(TOKENIZER))
+    if other == name:
+        return ()
+    shown, instead = reprlib.repr(name), reprlib.repr(other)
+    return (
+        f"general.name is {instead}, not {shown}, which llama.cpp would take for a sign of tokens "
+        "that the model does not have",
+    )
+
+
 def read_config(fields: dict[str, Any], path: Path) -> tuple[Family, Config]:
-    """The row of the table, and the language model's fields with the family's defaults.
+    """The row of the table, and the language model's fields with the defaults of their class.
 
     Raises:
-        UnsupportedError: no such architecture, or weights that are quantized already.
+        UnsupportedError: no such architecture, weights that are quantized already, or a field that
+            sends transformers to other files.
+        FormatError: a field is of another type than its class takes.
     """
     if quantized := stated_method(fields):
         raise refusal(quantized, path)
-    family = family_of(Config(fields, path))
+    for name, wanted in _OTHER_FILES.items():
+        if fields.get(name) and fields[name] not in wanted:
+            raise UnsupportedError(
+                f"'{name}' says that other files are the model's",
+                path=path,
+                found=reprlib.repr(fields[name]),
+                hint="give these files the usual names, and leave the field out of config.json",
+                code="ARCH-CONFIG-VALUE",
+            )
+    family, known = family_of(fields, path)
+    if known.inner is None:
+        return family, Config(fields, path, known)
     # A model of text and images has the language model's fields in an object of their own.
-    text = fields.get("text_config")
-    if isinstance(text, dict):
-        fields = {**fields, **text}
-    return family, Config(fields, path, dict(family.defaults))
+    outer = Config(fields, path, known)
+    if outer.given("per_layer_config") and outer.get("per_layer_config") is not None:
+        raise outer.unlike("per_layer_config", "no such field outside the text model's")
+    name, inner = known.inner
+    section = outer.section(name) or outer.inner({}, name)
+    ids = {n: v for n, v in fields.items() if n.endswith("_token_id")}
+    return family, Config(ids | section.fields(), path, inner, f"{name}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,18 +247,3 @@ def _sampling(files: SmallFiles) -> dict[str, MetadataValue]:
         if type(fields.get(name)) in (int, float) and 0 <= fields[name] < 1e30:
             keys[f"general.sampling.{key}"] = GgufValue("FLOAT32", float(fields[name]))
     return keys
-
-
-def _window_warnings(config: Config, family: Family, sizes: Sizes) -> tuple[str, ...]:
-    """A sliding window that llama.cpp does not apply, so that long texts come out otherwise."""
-    window = config.optional_count("sliding_window")
-    if (
-        window is None
-        or window >= sizes.named["context"]
-        or family.arch in ("gemma2", "gemma3")
-        or config.get("use_sliding_window") is False
-    ):
-        return ()
-    return (
-        f"llama.cpp attends to all tokens, not to a window of {window} as the configuration says",
-    )
