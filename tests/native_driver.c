@@ -154,16 +154,7 @@ static void run_groups(const Kernels *k, size_t groups, size_t length, Scheme sc
         take(found, groups);
     }
 
-    float *sums = make(3 * groups * sizeof *sums), *plain = make(groups * sizeof *plain);
-    float *inverse = scales(groups, 0), *mask = make(n * sizeof *mask);
-    for (size_t i = 0; i < n; i++) {
-        mask[i] = (float)(draw() % 2);
-    }
-    k->code_sums(x, length, groups, inverse, high, 0, top, mask, sums, sums + groups,
-                 sums + 2 * groups);
-    k->column_sums(x, length, groups, plain);
-    take(sums, 3 * groups * sizeof *sums);
-    take(plain, groups * sizeof *plain);
+    float *inverse = scales(groups, 0);
     double *rows = make(3 * groups * sizeof *rows);
     k->long_sums(x, NULL, groups, length, 1, inverse, high, 0, top, rows);
     take(rows, 3 * groups * sizeof *rows);
@@ -254,7 +245,6 @@ static void run_groups(const Kernels *k, size_t groups, size_t length, Scheme sc
     free(low);
     free(high);
     free(inverse);
-    free(mask);
 }
 
 static void run_rows(const Kernels *k, size_t rows, size_t columns, Scheme scheme, size_t samples,
@@ -281,7 +271,7 @@ static void run_rows(const Kernels *k, size_t rows, size_t columns, Scheme schem
         wide[i] = (int16_t)((int)(draw() % 511) - 255);
     }
     int32_t *sums = make(samples * rows * sizeof *sums);
-    check(k->integer_product(wide, rows, inputs, samples, columns, sums));
+    check(k->integer_dots(wide, rows, inputs, samples, columns, sums));
     take(sums, samples * rows * sizeof *sums);
     free(wide);
     free(x);

@@ -19,24 +19,17 @@ import oracle
 import pytest
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import BITS, BLOCKS, AffineEncoding
 from qconvert.geometry import row_length
+from qconvert.kernels.arithmetic import cast_values, round_scale, to_groups
+from qconvert.kernels.records import Encoded, ErrorSums, Parameters
 from qconvert.quantizers.affine import (
-    EncodedRows,
-    ErrorSums,
-    Parameters,
     decode_groups,
-    encode_rows,
-    load_codes,
     load_scales,
     load_zero_points,
     pack_zero_points,
-    round_scale,
-    to_groups,
 )
-from qconvert.quantizers.casts import cast
-from qconvert.quantizers.fitting import fit
-from qconvert.quantizers.groups import observe_groups
 from qconvert.ranges import RangeMethod
 from qconvert.stages.decide import choose_scale_dtype
 
@@ -49,23 +42,28 @@ WIDTHS = pytest.mark.parametrize("bits", BITS)
 SMALL = 2.0**-149
 
 
-def encode_minmax(x: F32, encoding: AffineEncoding) -> EncodedRows:
+def encode_minmax(x: F32, encoding: AffineEncoding) -> Encoded:
     rows = x.reshape(1, -1) if encoding.granularity == "tensor" else x
-    groups, counts = to_groups(rows, encoding)
-    return encode_rows(x, encoding, fit(groups, encoding, MINMAX, counts))
+    groups, counts = to_groups(rows, encoding.block)
+    return kernels.encode_rows(x, encoding, kernels.fit(groups, encoding, MINMAX, counts))
 
 
-def decode_stored(e: EncodedRows, encoding: AffineEncoding, shape: tuple[int, int]) -> F32:
+def zeros(e: Encoded) -> NDArray[np.uint8]:
+    """Zero points as stored, a byte each."""
+    return np.frombuffer(e.segments.get("zero_points", b""), np.uint8)
+
+
+def decode_stored(e: Encoded, encoding: AffineEncoding, shape: tuple[int, int]) -> F32:
     """Values of the stored bytes, padding cut off."""
     rows, columns = shape
     groups = encoding.groups(shape)
-    codes = load_codes(e.codes, encoding).reshape(rows, -1)
+    codes = kernels.load_codes(e.segments["codes"], encoding).reshape(rows, -1)
     if encoding.block:
         codes = codes[:, : encoding.row_groups * encoding.block].reshape(groups, -1)
-    scale = load_scales(e.scales, encoding)
+    scale = load_scales(e.segments["scales"], encoding)
     zero = np.zeros(groups, np.int32)
     if not encoding.symmetric:
-        zero = load_zero_points(pack_zero_points(e.zero, encoding), encoding)[:groups]
+        zero = load_zero_points(pack_zero_points(zeros(e), encoding), encoding)[:groups]
     each = [np.broadcast_to(v, len(codes)) for v in (scale, zero)]
     values = decode_groups(codes, Parameters(*each), encoding)
     return values.reshape(rows, -1)[:, :columns]
@@ -100,9 +98,9 @@ def oracle_tensor(x: F32, encoding: AffineEncoding) -> tuple[bytes, bytes, bytes
 
 def assert_like_oracle(x: F32, encoding: AffineEncoding) -> None:
     e = encode_minmax(x, encoding)
-    zero = b"" if encoding.symmetric else pack_zero_points(e.zero, encoding)
+    zero = b"" if encoding.symmetric else pack_zero_points(zeros(e), encoding)
     codes, scales, packed, values = oracle_tensor(x, encoding)
-    assert (e.codes, e.scales, zero) == (codes, scales, packed)
+    assert (e.segments["codes"], e.segments["scales"], zero) == (codes, scales, packed)
     wanted = [("codes", len(codes)), ("scales", len(scales))]
     if not encoding.symmetric:
         wanted.append(("zero_points", len(packed)))
@@ -197,9 +195,9 @@ def test_padding_codes_are_zero_even_where_zero_has_another_code(bits: int, bloc
     encoding = AffineEncoding(bits, "block", block, False, "F32", block + 3)
     x = np.full((2, block + 3), -1.0, np.float32)
     x[:, ::2] = 1.0
-    codes = np.frombuffer(encode_minmax(x, encoding).codes, np.uint8)
+    codes = np.frombuffer(encode_minmax(x, encoding).segments["codes"], np.uint8)
     if bits < 8:
-        codes = load_codes(codes.tobytes(), encoding)
+        codes = kernels.load_codes(codes.tobytes(), encoding)
     assert len(codes) == 2 * encoding.row_codes
     assert not codes.reshape(2, -1)[:, block + 3 :].any()
     assert codes.any()
@@ -229,7 +227,9 @@ def test_quotients_beyond_binary32_are_clipped_without_a_warning() -> None:
     for symmetric in (True, False):
         encoding = AffineEncoding(4, "channel", 0, symmetric, "F32", 64)
         parameters = Parameters(np.array([1e-31], np.float32), np.zeros(1, np.int32))
-        assert encode_rows(x, encoding, parameters).error.clipped == (64 if symmetric else 1)
+        assert kernels.encode_rows(x, encoding, parameters).error.clipped == (
+            64 if symmetric else 1
+        )
 
 
 # --- worked examples ------------------------------------------------------------------------------
@@ -238,8 +238,17 @@ def test_quotients_beyond_binary32_are_clipped_without_a_warning() -> None:
 def test_eight_bit_absmax_example_of_the_specification() -> None:
     encoding = AffineEncoding(8, "tensor", 0, True, "F32", 8)
     e = encode_minmax(np.array([EXAMPLE], np.float32), encoding)
-    assert np.frombuffer(e.codes, np.int8).tolist() == [33, -14, -70, 35, -59, 10, 47, 127]
-    assert round(float(load_scales(e.scales, encoding)[0]), 8) == 0.04881890
+    assert np.frombuffer(e.segments["codes"], np.int8).tolist() == [
+        33,
+        -14,
+        -70,
+        35,
+        -59,
+        10,
+        47,
+        127,
+    ]
+    assert round(float(load_scales(e.segments["scales"], encoding)[0]), 8) == 0.04881890
     values = decode_stored(e, encoding, (1, 8))[0]
     wanted = [1.6110, -0.6835, -3.4173, 1.7087, -2.8803, 0.4882, 2.2945, 6.2]
     assert np.abs(values - wanted).max() < 5.1e-5
@@ -249,9 +258,18 @@ def test_eight_bit_absmax_example_of_the_specification() -> None:
 def test_four_bit_asymmetric_example_of_the_specification() -> None:
     encoding = AffineEncoding(4, "tensor", 0, False, "F32", 8)
     e = encode_minmax(np.array([EXAMPLE], np.float32), encoding)
-    assert load_scales(e.scales, encoding).tolist() == [float(np.float32(0.64))]
-    assert e.zero.tolist() == [21]
-    assert load_codes(e.codes, encoding)[:8].tolist() == [8, 4, 0, 8, 1, 6, 9, 15]
+    assert load_scales(e.segments["scales"], encoding).tolist() == [float(np.float32(0.64))]
+    assert zeros(e).tolist() == [21]
+    assert kernels.load_codes(e.segments["codes"], encoding)[:8].tolist() == [
+        8,
+        4,
+        0,
+        8,
+        1,
+        6,
+        9,
+        15,
+    ]
     values = decode_stored(e, encoding, (1, 8))[0]
     assert np.abs(values - [1.76, -0.8, -3.36, 1.76, -2.72, 0.48, 2.4, 6.24]).max() < 1e-6
 
@@ -280,17 +298,19 @@ def test_vector_is_met_bit_for_bit(scheme: str, case: dict[str, Any]) -> None:
         bits, "block" if block else unit, block, symmetric, case["scale_dtype"], x.shape[1]
     )
     e = encode_minmax(x, encoding)
-    assert e.scales[::-1].hex() == case["scale"]
-    assert e.codes.hex() == case["packed"]
-    stored = load_codes(e.codes, encoding)[: x.shape[1]].astype(int) - (128 if bits == 8 else 0)
+    assert e.segments["scales"][::-1].hex() == case["scale"]
+    assert e.segments["codes"].hex() == case["packed"]
+    stored = kernels.load_codes(e.segments["codes"], encoding)[: x.shape[1]].astype(int) - (
+        128 if bits == 8 else 0
+    )
     assert stored.tolist() == case["codes"]
     if symmetric:
         assert case["zero_point"] is case["zero_points_packed"] is None
-        assert len(e.zero) == 0
+        assert len(zeros(e)) == 0
     else:
-        zero = e.zero.view(np.int8) if bits == 8 else e.zero
+        zero = zeros(e).view(np.int8) if bits == 8 else zeros(e)
         assert zero.tolist() == [case["zero_point"]]
-        assert pack_zero_points(e.zero, encoding).hex() == case["zero_points_packed"]
+        assert pack_zero_points(zeros(e), encoding).hex() == case["zero_points_packed"]
     values = decode_stored(e, encoding, (1, x.shape[1]))[0]
     assert [f"{v:08x}" for v in values.view(np.uint32)] == case["values"]
 
@@ -306,7 +326,7 @@ def test_a_zero_stays_exactly_zero_on_asymmetric_grids(bits: int, method: str) -
     x[np.arange(200), rng.integers(0, 32, 200)] = 0
     x[:100, 3] = -0.0
     encoding = AffineEncoding(bits, "block", 32, False, "F16", 32)
-    e = encode_rows(x, encoding, fit(x, encoding, RangeMethod(method, 95)))
+    e = kernels.encode_rows(x, encoding, kernels.fit(x, encoding, RangeMethod(method, 95)))
     values = decode_stored(e, encoding, (200, 32))
     assert (values[x == 0] == 0).all()
 
@@ -315,7 +335,7 @@ def test_groups_without_a_zero_may_use_quarter_steps() -> None:
     x = np.array([[-1.3, 0.4, 2.0, 0.9], [-1.3, 0.4, 2.0, 0.0]], np.float32)
     for bits in BITS[:-1]:
         encoding = AffineEncoding(bits, "channel", 0, False, "F32", 4)
-        free, bound = encode_minmax(x, encoding).zero.tolist()
+        free, bound = zeros(encode_minmax(x, encoding)).tolist()
         exact = 4 * 1.3 / (3.3 / (2**bits - 1))
         assert abs(free - exact) <= 0.5
         assert bound % 4 == 0
@@ -328,7 +348,7 @@ def test_errors_of_values_in_range_are_at_most_half_a_step(bits: int, symmetric:
     x = np.random.default_rng(3).standard_normal((50, 64)).astype(np.float32)
     encoding = AffineEncoding(bits, "channel", 0, symmetric, "F32", 64)
     e = encode_minmax(x, encoding)
-    step = load_scales(e.scales, encoding).astype(np.float64)[:, None]
+    step = load_scales(e.segments["scales"], encoding).astype(np.float64)[:, None]
     error = np.abs(x.astype(np.float64) - decode_stored(e, encoding, (50, 64)))
     # Rounding the zero point may push an end of the range out by half of one of its steps.
     pushed = 0 if symmetric else (0.5 if bits == 8 else 0.125)
@@ -352,7 +372,7 @@ def test_codes_of_clipping_parameters_equal_the_oracle(bits: int, symmetric: boo
     if not symmetric:
         zero = rng.integers(0, (1 if bits == 8 else 4) * n + 1, 30).astype(np.int32)
     encoding = AffineEncoding(bits, "channel", 0, symmetric, "F32", 40)
-    e = encode_rows(x, encoding, Parameters(scale, zero))
+    e = kernels.encode_rows(x, encoding, Parameters(scale, zero))
     wanted, clipped = b"", 0
     values = []
     signed = 128 if bits == 8 and not symmetric else 0
@@ -364,7 +384,7 @@ def test_codes_of_clipping_parameters_equal_the_oracle(bits: int, symmetric: boo
         low, high = (-half + (bits == 8), half - 1) if symmetric else (0, n)
         quotients = [round(oracle.f32(oracle.f32(v / s) + place)) for v in row]
         clipped += sum(not low <= q <= high for q in quotients)
-    assert e.codes == wanted
+    assert e.segments["codes"] == wanted
     assert e.error.clipped == clipped > 60
     assert decode_stored(e, encoding, (30, 40)).ravel().tolist() == values
 
@@ -372,10 +392,10 @@ def test_codes_of_clipping_parameters_equal_the_oracle(bits: int, symmetric: boo
 def test_clipped_values_are_counted() -> None:
     x = np.array([[-9.0, -2.5, -2.4, 0, 1.4, 1.6, 7]], np.float32)
     encoding = AffineEncoding(2, "channel", 0, True, "F32", 7)
-    e = encode_rows(x, encoding, Parameters(np.ones(1, np.float32), np.zeros(1, np.int32)))
+    e = kernels.encode_rows(x, encoding, Parameters(np.ones(1, np.float32), np.zeros(1, np.int32)))
     # Codes reach from -2 to 1; -2.5 rounds to the even -2.
     assert e.error.clipped == 3
-    assert load_codes(e.codes, encoding)[:7].tolist() == [0, 0, 0, 2, 3, 3, 3]
+    assert kernels.load_codes(e.segments["codes"], encoding)[:7].tolist() == [0, 0, 0, 2, 3, 3, 3]
 
 
 def test_error_sums_add_up_and_give_decibels() -> None:
@@ -441,7 +461,7 @@ def test_a_scale_that_underflowed_is_the_smallest_number_and_that_of_zeros_is_ze
 def scale_dtype_of(rows: list[list[float]], bits: int, block: int = 16) -> str:
     x = np.array(rows, np.float32)
     encoding = AffineEncoding(bits, "block" if block else "channel", block, True, "F32", 16)
-    return choose_scale_dtype(observe_groups(x, encoding, False), encoding)
+    return choose_scale_dtype(kernels.observe_groups(x, encoding, False), encoding)
 
 
 def block_of(amax: float) -> list[float]:
@@ -484,9 +504,9 @@ def test_rounding_a_chosen_scale_moves_values_by_a_small_part_of_a_step(
         x = np.zeros((len(amax), 16), np.float32)
         x[:, 0] = amax  # one-sided: the last code is the farthest from zero
         exact = AffineEncoding(bits, "block", 16, symmetric, "F32", 16)
-        dtype = choose_scale_dtype(observe_groups(x, exact, False), exact)
-        before = fit(x, exact, MINMAX).scale.astype(np.float64)
-        after = fit(x, replace(exact, scale_dtype=dtype), MINMAX).scale.astype(np.float64)
+        dtype = choose_scale_dtype(kernels.observe_groups(x, exact, False), exact)
+        before = kernels.fit(x, exact, MINMAX).scale.astype(np.float64)
+        after = kernels.fit(x, replace(exact, scale_dtype=dtype), MINMAX).scale.astype(np.float64)
         reach = 2 ** (bits - 1) - (bits == 8) if symmetric else n
         bound = {"F16": 0.1251, "BF16": 0.2501, "F32": 0.0}[dtype]
         assert (reach * np.abs(after - before) / before).max() <= bound, (magnitude, dtype)
@@ -505,7 +525,7 @@ def test_casts_round_to_nearest_even(dtype: str) -> None:
     if dtype == "F16":
         x = x[x < 65504]
     x = np.concatenate([x, -x, np.array([0.0, -0.0], np.float32)])
-    stored, back = cast(x, dtype)
+    stored, back = cast_values(x, dtype)
     wanted = b"".join(
         struct.pack("<f", v) if dtype == "F32" else oracle.scale_bytes(v, dtype) for v in x.tolist()
     )
@@ -515,6 +535,10 @@ def test_casts_round_to_nearest_even(dtype: str) -> None:
 
 def test_casts_of_too_large_values_become_infinite_without_a_warning() -> None:
     x = np.array([65519.9, 65520.0, -1e38], np.float32)
-    assert cast(x, "F16")[1].tolist() == [65504.0, math.inf, -math.inf]
+    assert cast_values(x, "F16")[1].tolist() == [65504.0, math.inf, -math.inf]
     top = np.array([3.4e38], np.float32)
-    assert cast(top, "BF16")[1].tolist() == top.astype(ml_dtypes.bfloat16).tolist() == [math.inf]
+    assert (
+        cast_values(top, "BF16")[1].tolist()
+        == top.astype(ml_dtypes.bfloat16).tolist()
+        == [math.inf]
+    )

@@ -15,12 +15,12 @@ import oracle
 import pytest
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import BITS, AffineEncoding
 from qconvert.errors import WeightError
 from qconvert.files import open_model
+from qconvert.kernels.arithmetic import to_groups
 from qconvert.model import Model, SourceFile, TensorInfo
-from qconvert.quantizers.affine import encode_rows, to_groups
-from qconvert.quantizers.fitting import fit
 from qconvert.ranges import RangeMethod, default_method
 from qconvert.schemes import affine_scheme
 from qconvert.stages.analyse import Analysis, analyse
@@ -70,8 +70,10 @@ def analysed(
 
 def sqnr(x: F32, encoding: AffineEncoding, method: RangeMethod) -> float:
     """Of the whole tensor."""
-    groups, counts = to_groups(x, encoding)
-    found = encode_rows(x, encoding, fit(groups, encoding, method, counts)).error.sqnr_db
+    groups, counts = to_groups(x, encoding.block)
+    found = kernels.encode_rows(
+        x, encoding, kernels.fit(groups, encoding, method, counts)
+    ).error.sqnr_db
     assert found is not None
     return found
 
@@ -236,7 +238,7 @@ def test_groups_that_span_tiles_have_the_parameters_of_the_whole(
     x = oracle.draw("laplace", 5, *shape)
     a = analysed(x, 2, (unit, 0), False)
     assert a.shared is not None
-    whole = fit(x.reshape(1, -1), a.encoding, default_method(2))
+    whole = kernels.fit(x.reshape(1, -1), a.encoding, default_method(2))
     assert [float(p.scale[0]) for p in a.shared] == whole.scale.tolist()
     assert [int(p.zero[0]) for p in a.shared] == whole.zero.tolist()
 

@@ -14,10 +14,13 @@ import oracle
 import pytest
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import BITS, AffineEncoding
-from qconvert.kernels import reference as kernels
-from qconvert.quantizers.affine import Parameters, to_groups
-from qconvert.quantizers.fitting import fit, fit_stream
+from qconvert.kernels import reference
+from qconvert.kernels.arithmetic import to_groups
+from qconvert.kernels.records import Parameters
+from qconvert.kernels.reference import sums
+from qconvert.quantizers.fitting import fit_stream
 from qconvert.ranges import RANGE_METHODS, RangeMethod, default_method
 from qconvert.stages.parallel import Workers
 
@@ -39,8 +42,8 @@ def channel_encoding(bits: int, symmetric: bool, columns: int) -> AffineEncoding
 
 def noise(x: F32, encoding: AffineEncoding, p: Parameters) -> F64:
     """Σ(x - x')² of each group; the codes are tested against the oracle elsewhere."""
-    codes, _ = kernels.encode(x, p.scale, p.zero, encoding.bits, encoding.symmetric)
-    decoded = kernels.decode(codes, p.scale, p.zero, encoding.bits, encoding.symmetric)
+    codes, _ = reference.encode(x, p.scale, p.zero, encoding.bits, encoding.symmetric)
+    decoded = reference.decode(codes, p.scale, p.zero, encoding.bits, encoding.symmetric)
     error: F64 = x.astype(np.float64) - decoded
     return (error * error).sum(axis=1)
 
@@ -66,13 +69,13 @@ def test_minmax_equals_the_oracle(name: str, bits: int, symmetric: bool) -> None
     x[::2, 5] = 0
     for dtype in ("F16", "BF16", "F32"):
         encoding = block_encoding(bits, symmetric, 32, dtype)
-        rows, counts = to_groups(x, encoding)
+        rows, counts = to_groups(x, encoding.block)
         wanted = [
             oracle.minmax(part, bits, symmetric, dtype)
             for row in x.tolist()
             for part in (row[:32], row[32:])
         ]
-        assert stored(fit(rows, encoding, MINMAX, counts), encoding) == wanted
+        assert stored(kernels.fit(rows, encoding, MINMAX, counts), encoding) == wanted
 
 
 @SYMMETRIES
@@ -85,13 +88,13 @@ def test_percentiles_are_nearest_ranks(percent: str, bits: int, symmetric: bool)
         x[:10] = np.abs(x[:10])
         x[10:20] *= np.random.default_rng(columns).random((10, columns)) < 0.1  # mostly zeros
         encoding = block_encoding(bits, symmetric, 64)
-        groups, counts = to_groups(x, encoding)
+        groups, counts = to_groups(x, encoding.block)
         wanted = [
             oracle.percentile(row[i : i + 64], percent, bits, symmetric, "F32")
             for row in x.tolist()
             for i in range(0, columns, 64)
         ]
-        assert stored(fit(groups, encoding, method, counts), encoding) == wanted
+        assert stored(kernels.fit(groups, encoding, method, counts), encoding) == wanted
 
 
 @pytest.mark.parametrize("percent", [60.0, 99.0, 99.9, 99.99])
@@ -101,7 +104,7 @@ def test_percentiles_are_those_of_numpy(percent: float) -> None:
         np.percentile(a, percent, axis=1, method="inverted_cdf").astype(np.float32) for a in (-x, x)
     )
     encoding = channel_encoding(8, True, 1000)
-    found = fit(x, encoding, RangeMethod("percentile", percent)).scale
+    found = kernels.fit(x, encoding, RangeMethod("percentile", percent)).scale
     assert found.tolist() == (np.maximum(low, high) / np.float32(127)).tolist()
 
 
@@ -110,7 +113,7 @@ def test_percentile_of_mostly_zeros_falls_back_to_minmax() -> None:
     x[0, 7], x[0, 9] = 3.0, -1.0
     for symmetric in (True, False):
         encoding = channel_encoding(4, symmetric, 100)
-        found = stored(fit(x, encoding, RangeMethod("percentile", 90)), encoding)
+        found = stored(kernels.fit(x, encoding, RangeMethod("percentile", 90)), encoding)
         assert found == [oracle.minmax(x[0].tolist(), 4, symmetric, "F32")]
         assert found[0][0] > 0
 
@@ -133,7 +136,7 @@ def test_search_is_never_worse_than_minmax(name: str, bits: int, symmetric: bool
     for block, dtype in ((32, "F16"), (64, "F32"), (256, "BF16" if bits <= 6 else "F32")):
         x = oracle.draw(name, 1, 300, block)
         encoding = block_encoding(bits, symmetric, block, dtype)
-        searched, plain = (noise(x, encoding, fit(x, encoding, m)) for m in (MSE, MINMAX))
+        searched, plain = (noise(x, encoding, kernels.fit(x, encoding, m)) for m in (MSE, MINMAX))
         assert searched.sum() <= plain.sum() * (1 + 1e-9)
         assert decibels(searched, plain).max() < 4.0
 
@@ -150,7 +153,7 @@ def test_search_comes_close_to_brute_force(bits: int, symmetric: bool) -> None:
         for block in (32, 64):
             x = oracle.draw(name, 2, 40, block)
             encoding = block_encoding(bits, symmetric, block)
-            found = noise(x, encoding, fit(x, encoding, MSE))
+            found = noise(x, encoding, kernels.fit(x, encoding, MSE))
             best = brute_force(x, bits, symmetric)
             means.append(float(decibels(found, best).mean()))
     assert np.mean(means) < 0.15
@@ -185,7 +188,7 @@ def test_weights_on_a_symmetric_grid_are_restored_by_the_search_too(bits: int) -
     encoding = block_encoding(bits, True, 32)
     power = (x.astype(np.float64) ** 2).sum()
     for method in (MINMAX, MSE):
-        left = noise(x, encoding, fit(x, encoding, method)).sum()
+        left = noise(x, encoding, kernels.fit(x, encoding, method)).sum()
         assert left <= 1e-12 * power, f"{method.name}: {decibels(power, left):.1f} dB"
 
 
@@ -195,9 +198,9 @@ def test_search_takes_every_magnitude_of_weights(bits: int, symmetric: bool) -> 
     """A factor of a power of two changes the scale by that factor and nothing else."""
     x = oracle.draw("gaussian", 9, 50, 32)
     encoding = channel_encoding(bits, symmetric, 32)
-    plain = fit(x, encoding, MSE)
+    plain = kernels.fit(x, encoding, MSE)
     for power in (-90, -40, 40, 100):
-        scaled = fit(x * np.float32(2.0**power), encoding, MSE)
+        scaled = kernels.fit(x * np.float32(2.0**power), encoding, MSE)
         assert scaled.zero.tolist() == plain.zero.tolist()
         assert scaled.scale.tolist() == (plain.scale.astype(np.float64) * 2.0**power).tolist()
 
@@ -207,7 +210,7 @@ def test_search_takes_every_magnitude_of_weights(bits: int, symmetric: bool) -> 
 def test_search_survives_weights_near_the_end_of_binary32(bits: int, symmetric: bool) -> None:
     x = np.clip(oracle.draw("gaussian", 3, 20, 32) * 1e38, -1.5e38, 1.5e38).astype(np.float32)
     encoding = channel_encoding(bits, symmetric, 32)
-    found = fit(x, encoding, MSE)
+    found = kernels.fit(x, encoding, MSE)
     # Above 2^110 there is no search: its sums would overflow.
     assert stored(found, encoding) == [oracle.minmax(r, bits, symmetric, "F32") for r in x.tolist()]
 
@@ -218,7 +221,7 @@ def test_search_survives_denormal_weights(bits: int, symmetric: bool) -> None:
     x = np.zeros((4, 32), np.float32)
     x[0], x[1], x[2, :2], x[3, 0] = 2.0**-149, -(2.0**-140), (2.0**-148, -(2.0**-149)), 1e-38
     encoding = channel_encoding(bits, symmetric, 32)
-    found = stored(fit(x, encoding, MSE), encoding)
+    found = stored(kernels.fit(x, encoding, MSE), encoding)
     # Below 2^-100 there is no search.
     assert found == [oracle.minmax(row, bits, symmetric, "F32") for row in x.tolist()]
 
@@ -228,9 +231,9 @@ def test_search_survives_denormal_weights(bits: int, symmetric: bool) -> None:
 def test_search_of_a_padded_block_ignores_the_padding(bits: int, symmetric: bool) -> None:
     x = oracle.draw("far", 5, 20, 40)
     encoding = block_encoding(bits, symmetric, 64)
-    groups, counts = to_groups(x, encoding)
+    groups, counts = to_groups(x, encoding.block)
     assert groups.shape == (20, 64)
-    padded, whole = fit(groups, encoding, MSE, counts), fit(x, encoding, MSE)
+    padded, whole = kernels.fit(groups, encoding, MSE, counts), kernels.fit(x, encoding, MSE)
     assert stored(padded, encoding) == stored(whole, encoding)
 
 
@@ -258,7 +261,7 @@ def test_a_stream_has_the_parameters_of_the_whole_however_it_is_cut(
         x = oracle.draw(name, length, 1, length)
         x[0, ::7] *= 1e3
         encoding = channel_encoding(bits, symmetric, length)
-        wanted = stored(fit(x, encoding, how), encoding)
+        wanted = stored(kernels.fit(x, encoding, how), encoding)
         some = sorted(rng.choice(np.arange(1, length // 256 + 1), length // 512 + 1, False))
         for ends in ([], [256], [256 * int(k) for k in some]):
             pieces = loads(cuts(x[0], ends))
@@ -276,7 +279,7 @@ def test_a_stream_of_huge_values_has_the_minmax_range_on_any_thread(
     """What overflows on the way says nothing, neither here nor there."""
     x = np.float32(3e38) * np.sign(oracle.draw("gaussian", 1, 1, 1000))
     encoding = channel_encoding(bits, symmetric, 1000)
-    wanted = stored(fit(x, encoding, MINMAX), encoding)
+    wanted = stored(kernels.fit(x, encoding, MINMAX), encoding)
     with Workers(2) as workers:
         for mapper in (map, workers.map):
             found = fit_stream(loads(cuts(x[0], [256, 512])), encoding, MSE, None, mapper)
@@ -315,7 +318,7 @@ def test_a_denormal_in_a_stream_is_not_a_zero() -> None:
     x[0, 5] = 1e-42
     encoding = channel_encoding(4, False, 1000)
     for method in (MINMAX, MSE, RangeMethod("percentile", 99)):
-        whole = fit(x, encoding, method)
+        whole = kernels.fit(x, encoding, method)
         assert whole.zero % 4 != 0, "the case must show the difference"
         found = fit_stream(loads([x[0]]), encoding, method)
         assert stored(found, encoding) == stored(whole, encoding), method
@@ -325,11 +328,11 @@ def test_parameters_do_not_depend_on_how_many_groups_are_fitted_at_once() -> Non
     x = oracle.draw("gaussian", 8, 5000, 32)  # more than one batch
     for bits, symmetric in ((4, True), (4, False)):
         encoding = block_encoding(bits, symmetric, 32, "F16")
-        whole = stored(fit(x, encoding, MSE), encoding)
+        whole = stored(kernels.fit(x, encoding, MSE), encoding)
         parts = [
             p
             for i in range(0, 5000, 77)
-            for p in stored(fit(x[i : i + 77], encoding, MSE), encoding)
+            for p in stored(kernels.fit(x[i : i + 77], encoding, MSE), encoding)
         ]
         assert whole == parts
 
@@ -338,7 +341,7 @@ def test_sums_of_the_search_run_in_the_stated_order() -> None:
     """Σx·u of a group of 256 in binary32, lane by lane: section 6."""
     x = oracle.draw("gaussian", 6, 3, 200)
     inverse, offset = np.float32([3.0, 2.0, 1.5]), np.float32([7.5, 8.0, 6.25])
-    su, suu, sxu = kernels.code_sums(np.ascontiguousarray(x.T), inverse, offset, 0, 15, None)
+    su, suu, sxu = sums.code_sums(np.ascontiguousarray(x.T), inverse, offset, 0, 15, None)
     for g in range(3):
         codes, products = [], []
         for v in x[g].tolist():

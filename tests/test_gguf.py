@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.errors import FormatError, InputError, QconvertError, UnsupportedError
 from qconvert.files.gguf import MAX_HEADER, GgufModel, open_gguf
 from qconvert.files.gguf_split import SplitGgufWriter, plan_shards, shard_path
 from qconvert.files.gguf_writer import GgufTensor, GgufValue, GgufWriter, check_gguf
+from qconvert.kernels.reference.ggml import GGML_BLOCKS, GgmlBlock
 from qconvert.model import Model, TensorInfo
-from qconvert.quantizers.ggml import GGML_BLOCKS
 
 SEED = 20261122
 TYPES = tuple(GGML_BLOCKS)
@@ -35,6 +36,14 @@ SETTLED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0")
 
 
 # --- block types ----------------------------------------------------------------------------------
+
+
+def encode(kind: GgmlBlock, blocks: Any, importance: Any = None) -> NDArray[np.uint8]:
+    return kernels.ggml_encode(kind.name, blocks, importance)
+
+
+def decode(kind: GgmlBlock, data: Any) -> NDArray[np.float32]:
+    return kernels.ggml_decode(kind.name, data)
 
 
 def block_cases() -> dict[str, NDArray[np.float32]]:
@@ -90,7 +99,7 @@ def dequantized_by_gguf(ggml_type: str, data: NDArray[np.uint8]) -> NDArray[np.f
 def test_encoded_bytes_equal_those_of_gguf(ggml_type: str, case: str) -> None:
     kind = GGML_BLOCKS[ggml_type]
     blocks = case_of(case, ggml_type)
-    data = kind.encode(blocks)
+    data = encode(kind, blocks)
     assert data.dtype == np.uint8
     assert data.shape == (len(blocks), kind.nbytes)
     np.testing.assert_array_equal(data, quantized_by_gguf(ggml_type, blocks))
@@ -101,7 +110,7 @@ def test_zeros_of_both_signs_give_the_first_sign_as_in_ggml(ggml_type: str) -> N
     """gguf-py's minimum of -0 and 0 depends on the processor; ours does not."""
     rng = np.random.default_rng(SEED)
     blocks = rng.choice(np.array([-0.0, 0.0], np.float32), (500, GGML_BLOCKS[ggml_type].block))
-    data = GGML_BLOCKS[ggml_type].encode(blocks)
+    data = kernels.ggml_encode(ggml_type, blocks)
     expected = quantized_by_gguf(ggml_type, blocks)
     if ggml_type in FROM_MINIMUM:
         expected[:, :2] = 0
@@ -115,7 +124,7 @@ def test_decoded_bits_equal_those_of_gguf(ggml_type: str) -> None:
     kind = GGML_BLOCKS[ggml_type]
     # Random bytes: every code, and scales that are 0, negative, denormal, Inf and NaN.
     data = rng.integers(0, 256, (20_000, kind.nbytes), dtype=np.uint8)
-    values = kind.decode(data)
+    values = decode(kind, data)
     expected = dequantized_by_gguf(ggml_type, data)
     assert values.dtype == np.float32
     np.testing.assert_array_equal(np.isnan(values), np.isnan(expected))
@@ -127,8 +136,8 @@ def test_decoded_bits_equal_those_of_gguf(ggml_type: str) -> None:
 def test_parts_give_the_values(ggml_type: str) -> None:
     kind = GGML_BLOCKS[ggml_type]
     blocks = case_of("normal times 1", ggml_type)
-    data = kind.encode(blocks)
-    parts = kind.parts(data)
+    data = encode(kind, blocks)
+    parts = kind.splitter(data)
     assert parts.codes.dtype == np.int16
     assert parts.scale.dtype == np.float32
     assert parts.codes.shape == blocks.shape
@@ -149,17 +158,17 @@ def test_parts_give_the_values(ggml_type: str) -> None:
 def test_scales_beyond_their_type_are_reported(ggml_type: str) -> None:
     kind = GGML_BLOCKS[ggml_type]
     one_of_many = case_of("normal times 1", ggml_type)
-    assert kind.finite_scales(kind.encode(one_of_many))
-    assert not kind.finite_scales(kind.encode(case_of("normal times 1e+30", ggml_type)))
+    assert kind.finite_scales(encode(kind, one_of_many))
+    assert not kind.finite_scales(encode(kind, case_of("normal times 1e+30", ggml_type)))
     one_of_many[17, 3] = 1e30
-    assert not kind.finite_scales(kind.encode(one_of_many))
+    assert not kind.finite_scales(encode(kind, one_of_many))
 
 
 @pytest.mark.parametrize("ggml_type", FROM_MINIMUM)
 def test_a_minimum_beyond_float16_is_reported(ggml_type: str) -> None:
     blocks = np.full((1, 32), 1e6, np.float32)  # scale 0
     kind = GGML_BLOCKS[ggml_type]
-    assert not kind.finite_scales(kind.encode(blocks))
+    assert not kind.finite_scales(encode(kind, blocks))
 
 
 # --- writing --------------------------------------------------------------------------------------

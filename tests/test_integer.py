@@ -10,16 +10,12 @@ import oracle
 import pytest
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import BITS, AffineEncoding
-from qconvert.quantizers import integer
-from qconvert.quantizers.integer import (
-    Activations,
-    IntegerRows,
-    dynamic_activations,
-    integer_product,
-    integer_rows,
-    static_activations,
-)
+from qconvert.kernels import composed
+from qconvert.kernels.activations import dynamic_activations, static_activations
+from qconvert.kernels.arithmetic import integer_rows
+from qconvert.kernels.records import Activations, IntegerRows
 
 F32 = NDArray[np.float32]
 WIDTHS = pytest.mark.parametrize("bits", BITS)
@@ -71,7 +67,7 @@ def test_product_equals_fractions(
     codes, scale, zero = random_layer(encoding, 5, columns)
     x = oracle.draw("gaussian", bits, 3, columns)
     a = static_activations(x, 0.03, -17) if static else dynamic_activations(x)
-    product = integer_product(integer_rows(codes, scale, zero, encoding), a, check=True)
+    product = kernels.integer_product(integer_rows(codes, scale, zero, encoding), a, check=True)
     assert product.exact is True
     length = block or columns
     for m in range(3):
@@ -103,7 +99,7 @@ def test_outputs_are_rounded_in_the_stated_order(bits: int, symmetric: bool) -> 
     codes, scale, zero = random_layer(encoding, 4, 90)
     a = static_activations(oracle.draw("laplace", bits, 3, 90), 0.021, 33)
     units = 1 if symmetric or bits == 8 else 4
-    y = integer_product(integer_rows(codes, scale, zero, encoding), a).y
+    y = kernels.integer_product(integer_rows(codes, scale, zero, encoding), a).y
     for m in range(3):
         for r in range(4):
             total = 0.0
@@ -141,7 +137,7 @@ def test_extreme_codes_do_not_overflow_int32(columns: int, bits: int, symmetric:
             for value, zero_point in ((-128, 127), (127, -128), (-128, -128), (127, 127)):
                 inputs = np.full((1, columns), value, np.int8)
                 a = Activations(inputs, np.ones(1, np.float32), zero_point)
-                product = integer_product(rows, a, check=True)
+                product = kernels.integer_product(rows, a, check=True)
                 assert product.exact is True
                 units = 1 if symmetric or bits == 8 else 4
                 k = code - 2 ** (bits - 1) if symmetric else units * code - zero
@@ -173,21 +169,21 @@ def test_integer_rows_stay_within_a_signed_nine_bit_number(bits: int, symmetric:
 
 
 @pytest.mark.parametrize("wrong", [1, -1, 1 << 20])
-def test_the_check_notices_a_wrong_accumulator(wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = integer.kernels.integer_product
-
-    def off(codes: Any, activations: Any) -> Any:
-        acc = right(codes, activations)
-        acc[-1, -1] += wrong
-        return acc
+def test_the_check_notices_a_wrong_accumulator(wrong: int) -> None:
+    class Off:
+        @staticmethod
+        def integer_dots(codes: Any, activations: Any) -> Any:
+            acc = kernels.integer_dots(codes, activations)
+            acc[-1, -1] += wrong
+            return acc
 
     encoding = AffineEncoding(4, "block", 32, False, "F32", 96)
     rows = integer_rows(*random_layer(encoding, 4, 96), encoding)
     a = dynamic_activations(oracle.draw("gaussian", 1, 3, 96))
-    assert integer_product(rows, a, check=True).exact is True
-    monkeypatch.setattr(integer.kernels, "integer_product", off)
-    assert integer_product(rows, a, check=True).exact is False
-    assert integer_product(rows, a).exact is None
+    assert kernels.integer_product(rows, a, check=True).exact is True
+    off: Any = Off
+    assert composed.integer_product(off, rows, a, check=True).exact is False
+    assert composed.integer_product(off, rows, a).exact is None
 
 
 def test_the_check_notices_an_overflow() -> None:
@@ -200,7 +196,7 @@ def test_the_check_notices_an_overflow() -> None:
         group=SEGMENT,
     )
     a = Activations(np.full((1, SEGMENT), 127, np.int8), np.ones(1, np.float32), 0)
-    assert integer_product(rows, a, check=True).exact is False
+    assert kernels.integer_product(rows, a, check=True).exact is False
 
 
 # --- activations ----------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from qconvert.errors import (
 )
 from qconvert.files import shards, strict_json
 from qconvert.files.safetensors import open_safetensors
-from qconvert.kernels.widening import widen
+from qconvert.kernels.reference import widen
 from qconvert.model import DTYPES, Model, SourceFile, TensorInfo
 
 INDEX = "model.safetensors.index.json"

@@ -11,10 +11,11 @@ import oracle
 import pytest
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import BITS, AffineEncoding
-from qconvert.kernels import reference as kernels
+from qconvert.kernels.arithmetic import lane_sum
+from qconvert.kernels.reference import sums
 from qconvert.observers.statistics import TensorStatistics, bin_centres, merge, observe
-from qconvert.quantizers.groups import observe_groups
 
 NAMES = pytest.mark.parametrize("name", oracle.DISTRIBUTIONS)
 
@@ -183,7 +184,7 @@ def test_bin_centres_lie_in_their_bins() -> None:
 def test_lane_sum_adds_in_the_stated_order(length: int) -> None:
     values = oracle.draw("student", length, 1, length)[0].astype(np.float64) if length else []
     values = np.asarray(values, np.float64) ** 3
-    assert kernels.lane_sum(values) == oracle.lane_sum(values.tolist())
+    assert lane_sum(values) == oracle.lane_sum(values.tolist())
 
 
 def test_the_order_of_additions_can_be_told_from_others() -> None:
@@ -195,7 +196,7 @@ def test_the_order_of_additions_can_be_told_from_others() -> None:
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 200, 256])
 def test_column_sums_add_in_the_stated_order(length: int) -> None:
     columns = np.ascontiguousarray(oracle.draw("student", length, 7, length).T)
-    found = kernels.column_sums(columns).tolist()
+    found = sums.column_sums(columns).tolist()
     assert found == [oracle.lane_sum(c, oracle.f32) for c in columns.T.tolist()]
 
 
@@ -219,7 +220,7 @@ def test_error_sums_are_binary64_sums_in_the_stated_order() -> None:
 def test_group_steps_equal_a_loop(name: str, bits: int, search: bool) -> None:
     x = oracle.draw(name, bits, 6, 50)
     x[3, :32] = 0
-    found = observe_groups(x, AffineEncoding(bits, "block", 32, True, "F16", 50), search)
+    found = kernels.observe_groups(x, AffineEncoding(bits, "block", 32, True, "F16", 50), search)
     top, n = 2 ** (bits - 1) - 1, 2**bits - 1
     symmetric, asymmetric, magnitudes = [], [], []
     for row in x.tolist():
@@ -242,5 +243,5 @@ def test_group_steps_equal_a_loop(name: str, bits: int, search: bool) -> None:
 
 def test_groups_of_zeros_have_no_magnitude() -> None:
     encoding = AffineEncoding(4, "channel", 0, True, "F32", 8)
-    found = observe_groups(np.zeros((3, 8), np.float32), encoding, True)
+    found = kernels.observe_groups(np.zeros((3, 8), np.float32), encoding, True)
     assert (found.smallest, found.largest, found.step_ratio_db) == (math.inf, 0.0, 0.0)

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from conftest import Qblk, Run, gaussian, read_independently, save
 
+from qconvert import kernels
 from qconvert.errors import UnsupportedError, UsageError, WeightError
 from qconvert.files.gguf import open_gguf
-from qconvert.quantizers import integer
+from qconvert.kernels.records import Product
 from qconvert.ranges import RangeMethod
 from qconvert.report import VerifyReport
 from qconvert.schemes import parse_scheme
-from qconvert.stages import verify as stage
 from qconvert.stages.calibrate import CalibrateOptions, calibrate
 from qconvert.stages.quantize import GgufOptions, QuantizeOptions, quantize
 from qconvert.stages.verify import VerifyOptions, verify
@@ -287,13 +287,13 @@ def test_the_integer_check_fails_when_int32_and_int64_differ(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = convert(source, "q4_block32")
-    real = stage.integer_product
+    real = kernels.integer_product
 
     def wrong(*arguments: Any, **options: Any) -> Any:
         product = real(*arguments, **options)
-        return integer.Product(product.y, False)
+        return Product(product.y, False)
 
-    monkeypatch.setattr(stage, "integer_product", wrong)
+    monkeypatch.setattr(kernels, "integer_product", wrong, raising=False)
     assert failed(checked(path)) == {"integer-exact"}
 
 
@@ -301,13 +301,13 @@ def test_the_float_product_check_fails_when_the_integer_path_is_off(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = convert(source, "q4_block32")
-    real = stage.integer_product
+    real = kernels.integer_product
 
     def wrong(*arguments: Any, **options: Any) -> Any:
         product = real(*arguments, **options)
-        return integer.Product(product.y * (1 + 2.0**-12), product.exact)
+        return Product(product.y * (1 + 2.0**-12), product.exact)
 
-    monkeypatch.setattr(stage, "integer_product", wrong)
+    monkeypatch.setattr(kernels, "integer_product", wrong, raising=False)
     assert failed(checked(path)) == {"float-product"}
 
 

@@ -24,11 +24,10 @@ from qconvert.files.calibration import (
 )
 from qconvert.files.qblk import QblkModel
 from qconvert.kernels import reference
+from qconvert.kernels.records import Parameters, SourceRows
+from qconvert.kernels.reference import statistics, sums
 from qconvert.model import Model
-from qconvert.quantizers.affine import Parameters, encode_rows
-from qconvert.quantizers.blocks import quantize_rows
-from qconvert.quantizers.fitting import fit, fit_stream
-from qconvert.quantizers.rows import StoredRows
+from qconvert.quantizers.fitting import fit_stream
 from qconvert.quantizers.weighting import weighting
 from qconvert.ranges import RangeMethod
 from qconvert.report import QuantizeReport
@@ -90,10 +89,9 @@ def test_equal_weights_are_none(block: int, columns: int, symmetric: bool, bits:
         x[3, :40] = 0
         for value in (1.0, 0.3, 1e-30):
             w = weighting(np.full((1, columns), value, np.float32), encoding)
-            found = quantize_rows(StoredRows.of(x), encoding, MSE, (-1, 1), w).rows
-            plain = quantize_rows(StoredRows.of(x), encoding, MSE, (-1, 1)).rows
-            assert (found.codes, found.scales) == (plain.codes, plain.scales)
-            assert found.zero.tobytes() == plain.zero.tobytes()
+            found = kernels.quantize_rows(SourceRows.of(x), encoding, MSE, (-1, 1), w)
+            plain = kernels.quantize_rows(SourceRows.of(x), encoding, MSE, (-1, 1))
+            assert found.segments == plain.segments
             assert found.error.weighted_sqnr_db == pytest.approx(plain.error.sqnr_db, abs=1e-6)
 
 
@@ -135,8 +133,8 @@ def test_the_search_comes_close_to_the_weighted_optimum(bits: int, symmetric: bo
             x[:, 5] *= factor
             squares[:, 5] /= factor * factor
         w = weighting(squares, encoding)
-        found = noise(x, squares, encoding, fit(x, encoding, MSE, None, w))
-        plain = noise(x, squares, encoding, fit(x, encoding, MSE))
+        found = noise(x, squares, encoding, kernels.fit(x, encoding, MSE, None, w))
+        plain = noise(x, squares, encoding, kernels.fit(x, encoding, MSE))
         best = brute_force(x, squares, bits, symmetric)
         lost[name] = float(10 * np.log10(found.sum() / best.sum()))
         gained[name] = float(10 * np.log10(plain.sum() / found.sum()))
@@ -155,7 +153,9 @@ def test_weights_on_a_grid_are_restored_whatever_matters(bits: int) -> None:
     x = (codes * np.float32(0.37)).astype(np.float32)
     squares = np.exp2(rng.uniform(-8, 8, (1, 32))).astype(np.float32)
     encoding = encoding_of(bits, True, 32)
-    left = noise(x, squares, encoding, fit(x, encoding, MSE, None, weighting(squares, encoding)))
+    left = noise(
+        x, squares, encoding, kernels.fit(x, encoding, MSE, None, weighting(squares, encoding))
+    )
     assert left.sum() <= 1e-10 * (squares * x.astype(np.float64) ** 2).sum()
 
 
@@ -167,7 +167,7 @@ def test_a_stream_has_the_weighted_parameters_of_the_whole(bits: int, symmetric:
         x = oracle.draw("student", length, 1, length)
         encoding = encoding_of(bits, symmetric, length)
         w = weighting(rng.exponential(1, (1, length)).astype(np.float32), encoding)
-        whole = fit(x, encoding, MSE, None, w)
+        whole = kernels.fit(x, encoding, MSE, None, w)
         ends = [0, 256, length]
 
         pieces = [partial(x[0].__getitem__, slice(a, b)) for a, b in pairwise(ends)]
@@ -182,7 +182,7 @@ def test_weighted_sums_run_in_the_stated_order() -> None:
     x = oracle.draw("gaussian", 6, 1, 200)
     w = np.random.default_rng(1).random((1, 200)).astype(np.float32)
     inverse, offset = np.float32([3.0]), np.float32([7.5])
-    found = reference.weighted_code_sums(
+    found = sums.weighted_code_sums(
         *(np.ascontiguousarray(a.T) for a in (x, w)), inverse, offset, 0, 15
     )
     f32 = oracle.f32
@@ -205,7 +205,7 @@ def test_weighted_errors_are_those_of_fractions() -> None:
         for c in range(37):
             wanted[0] += int(w[r % 3, c]) * int(x[r, c]) ** 2
             wanted[1] += int(w[r % 3, c]) * int(x[r, c] - back[r, c]) ** 2
-    assert reference.weighted_error_sums(x, back, w) == tuple(wanted)
+    assert statistics.weighted_error_sums(x, back, w) == tuple(wanted)
 
 
 # --- the whole way --------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def test_a_row_longer_than_a_tile_has_its_weights(tmp_path: Path) -> None:
     report, _ = written(tmp_path, {"a.weight": x}, {"a": squares}, "q3_channel_sym")
     encoding = encoding_of(3, True, 300_000)
     w = weighting(squares[None, :], encoding)
-    wanted = encode_rows(x, encoding, fit(x, encoding, MSE, None, w), w.mean_square)
+    wanted = kernels.encode_rows(x, encoding, kernels.fit(x, encoding, MSE, None, w), w.mean_square)
     assert report.tensors[0].weighted_sqnr_db == pytest.approx(wanted.error.weighted_sqnr_db)
 
 

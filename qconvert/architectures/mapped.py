@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.kernels import widen
+from qconvert import kernels
 from qconvert.model import DTYPES, Model, SourceFile, TensorInfo
 
 Rows = NDArray[np.int64]
@@ -137,7 +137,7 @@ class MappedModel:
         made = self._made[tensor.name]
         if made.constant is not None:
             return made.constant[start:stop].copy()
-        found = widen(self._stored(made, start, stop), made.sources[0].dtype)
+        found = kernels.widen(self._stored(made, start, stop), made.sources[0].dtype)
         if made.added:
             return found.astype(np.float32) + np.float32(made.added)
         return found

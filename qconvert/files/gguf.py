@@ -18,11 +18,11 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.regular import RegularFile
-from qconvert.kernels import widen
+from qconvert.kernels.reference.ggml import GGML_BLOCKS
 from qconvert.model import DTYPES, Companion, SourceFile, TensorInfo
-from qconvert.quantizers.ggml import GGML_BLOCKS
 
 ARCHITECTURE = "general.architecture"
 RAW = "raw"  # the architecture of a file of ours that nobody is to run
@@ -124,7 +124,7 @@ class GgufModel:
         if tensor.dtype in DTYPES:
             size = DTYPES[tensor.dtype].size
             raw = self.raw(tensor, start * size, (stop - start) * size)
-            return widen(raw, tensor.dtype)
+            return kernels.widen(raw, tensor.dtype)
         if start == stop:  # gguf refuses to decode no blocks
             return np.empty(0, np.float32)
         storage = _STORAGE_BY_NAME[tensor.dtype]
@@ -183,7 +183,7 @@ class GgufModel:
     def _decoded(self, tensor: TensorInfo, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The values of whole blocks, flat."""
         if tensor.dtype in GGML_BLOCKS:
-            return GGML_BLOCKS[tensor.dtype].decode(blocks).reshape(-1)
+            return kernels.ggml_decode(tensor.dtype, blocks).reshape(-1)
         kind = gguf.GGMLQuantizationType[tensor.dtype]
         try:
             # One row: gguf works through rows in small groups, which is slow when a row is a block.

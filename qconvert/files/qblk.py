@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import SCALE_SIZES, AffineEncoding, RawEncoding
 from qconvert.files.plain import plain_values
 from qconvert.files.qblk_header import SLASH, StoredFile, StoredTensor, read_header
 from qconvert.files.regular import RegularFile
 from qconvert.files.shards import MAX_COMPANION_BYTES, companion_too_large
 from qconvert.geometry import PACK_GROUP
+from qconvert.kernels.records import Parameters
 from qconvert.model import Companion, SourceFile, TensorInfo
 from qconvert.quantizers.affine import (
-    Parameters,
     decode_groups,
-    load_codes,
     load_scales,
     load_zero_points,
 )
@@ -130,7 +130,7 @@ class QblkModel:
         packed = self.read_at(
             stored.segment("codes").offset + place, count * width * encoding.bits // 8
         )
-        codes = load_codes(packed, encoding).reshape(count, width)
+        codes = kernels.load_codes(packed, encoding).reshape(count, width)
         if block:
             groups = -(-(high - low) // block)
             codes = codes[:, : groups * block]  # without a half group that is all padding

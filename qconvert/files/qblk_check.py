@@ -17,7 +17,8 @@ from qconvert.errors import FormatError
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_header import StoredTensor, tensor_digest
 from qconvert.geometry import tiles
-from qconvert.quantizers.affine import SIGN, load_codes, load_scales, load_zero_points
+from qconvert.kernels.arithmetic import SIGN, zero_steps
+from qconvert.quantizers.affine import load_scales, load_zero_points
 
 CHUNK = 1 << 20
 
@@ -97,7 +98,7 @@ def _check_zero_points(model: QblkModel, tensor: StoredTensor, encoding: AffineE
     if encoding.symmetric or encoding.bits == 8:  # every signed byte is a zero point
         return
     segment = tensor.segment("zero_points")
-    top = encoding.levels * kernels.zero_steps(encoding.bits)
+    top = encoding.levels * zero_steps(encoding.bits)
     group = 4 * encoding.zero_point_bits
     left = encoding.groups(tensor.shape)
     for data in _chunks(model, segment.offset, segment.size, CHUNK // group * group):
@@ -118,7 +119,7 @@ def _check_codes(model: QblkModel, tensor: StoredTensor, encoding: AffineEncodin
     for tile in tiles(encoding.rows(tensor.shape), whole):
         bits = encoding.bits
         data = model.read_at(offset + tile.start * bits // 8, (tile.stop - tile.start) * bits // 8)
-        codes = load_codes(data, encoding).reshape(tile.rows, tile.columns)
+        codes = kernels.load_codes(data, encoding).reshape(tile.rows, tile.columns)
         real = encoding.row_length - tile.start % whole
         if bits == 8:
             codes = codes ^ SIGN  # back to the stored byte: padding is 0, -128 is 0x80

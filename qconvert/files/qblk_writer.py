@@ -157,21 +157,27 @@ class TensorWriter:
         self.zeros: list[NDArray[np.uint8]] = []  # not packed yet
 
     def append(self, kind: str, data: bytes | memoryview) -> None:
-        """The next bytes of a segment; small runs wait until together they are worth a write."""
+        """The next bytes of a segment; small runs wait until together they are worth a write.
+
+        Zero points come one byte each, and are packed across calls.
+        """
+        if kind == "zero_points":
+            self._append_zero_points(np.frombuffer(data, np.uint8))
+        else:
+            self._append(kind, data)
+
+    def _append(self, kind: str, data: bytes | memoryview) -> None:
         self.waiting[kind].append(data)
         if sum(map(len, self.waiting[kind])) >= WRITE_BYTES:
             self._write(kind)
 
-    def append_zero_points(self, zero: NDArray[np.uint8]) -> None:
-        """Zero points as stored, one byte each; they are packed across calls."""
+    def _append_zero_points(self, zero: NDArray[np.uint8]) -> None:
         assert isinstance(self.encoding, AffineEncoding)
-        if self.encoding.symmetric:
-            return
         self.zeros.append(zero)
         if sum(map(len, self.zeros)) >= WRITE_BYTES:
             waiting = np.concatenate(self.zeros)
             whole = len(waiting) // PACK_GROUP * PACK_GROUP
-            self.append("zero_points", pack_zero_points(waiting[:whole], self.encoding))
+            self._append("zero_points", pack_zero_points(waiting[:whole], self.encoding))
             self.zeros = [waiting[whole:]]
 
     def _write(self, kind: str) -> None:
@@ -193,7 +199,7 @@ class TensorWriter:
         if any(map(len, self.zeros)):
             assert isinstance(self.encoding, AffineEncoding)
             last = np.concatenate(self.zeros)
-            self.append("zero_points", pack_zero_points(last, self.encoding))
+            self._append("zero_points", pack_zero_points(last, self.encoding))
         for kind, segment in self.segments.items():
             self._write(kind)
             assert self.done[kind] == segment["size"], f"{self.name}: {kind} is incomplete"

@@ -1,10 +1,11 @@
-"""The kernels that run, chosen once: native code where it was built, else the NumPy reference.
+"""The kernels that run: native code where it was built, else the NumPy reference.
 
-Both give the same bits; `describe` says which it is, for every report. ``QCONVERT_KERNELS`` forces
-``reference``, ``native``, or one of native's variants by name (``portable``, ``avx2``, ...).
+Both have the functions of `reference.KERNELS` and give the same bits; `describe` says which it is,
+for every report. ``QCONVERT_KERNELS`` forces ``reference``, ``native``, or one of native's variants
+by name (``portable``, ``avx2``, ...).
 
-Callers write ``kernels.encode(...)``. Where native code does several steps in one pass, they ask
-for `fused` and take the steps one by one when it is None.
+Callers write ``kernels.encode(...)`` and never ask which runs; nobody imports a kernel by name,
+or it would not follow `running`.
 """
 
 from __future__ import annotations
@@ -14,19 +15,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qconvert.errors import MachineError, UsageError
 from qconvert.kernels import reference
-from qconvert.kernels.reference import (
-    HISTOGRAM_BINS,
-    Moments,
-    PowerSums,
-    lane_sum,
-    weighted_code_sums,
-    weighted_error_sums,
-    zero_steps,
-)
+
+if TYPE_CHECKING:
+    from qconvert.kernels.reference import *  # noqa: F403
 
 VARIABLE = "QCONVERT_KERNELS"
 
@@ -67,112 +62,51 @@ def _choose(wanted: str | None) -> ModuleType | None:
     return compiled
 
 
-fused = _choose(os.environ.get(VARIABLE) or None)
+_built = _choose(os.environ.get(VARIABLE) or None)
+_running: ModuleType = _built or reference  # the one switch
+
+
+def __getattr__(name: str) -> Any:
+    """A kernel of those that run."""
+    if name in reference.KERNELS:
+        return getattr(_running, name)
+    raise AttributeError(f"module 'qconvert.kernels' has no attribute '{name}'")
 
 
 def describe() -> str:
     """What runs."""
-    if fused is not None:
-        return f"native, {fused.variant()}"
-    if os.environ.get(VARIABLE):
+    if _built is not None and _running is _built:
+        return f"native, {_built.variant()}"
+    if _built is not None or os.environ.get(VARIABLE):
         return "reference"
     return "reference (native not built: install where there is a C compiler)"
 
 
-if TYPE_CHECKING or fused is None:
-    from qconvert.kernels.reference import (
-        all_finite,
-        code_sums,
-        column_sums,
-        decode,
-        encode,
-        error_sums,
-        extrema,
-        histogram,
-        integer_product,
-        moments,
-        pack,
-        power_sums,
-        unpack,
-        worst_step,
-    )
-    from qconvert.kernels.widening import widen
-else:
-    from qconvert.kernels.compiled import (
-        all_finite,
-        code_sums,
-        column_sums,
-        decode,
-        encode,
-        error_sums,
-        extrema,
-        histogram,
-        integer_product,
-        moments,
-        pack,
-        power_sums,
-        unpack,
-        widen,
-        worst_step,
-    )
-
-
 def available() -> tuple[str, ...]:
     """What `running` takes here, the fastest last; the reference alone where it was chosen."""
-    return ("reference", *(fused.variants() if fused is not None else ()))
+    return ("reference", *(_built.variants() if _built is not None else ()))
 
 
 @contextmanager
 def running(name: str) -> Iterator[None]:
-    """Run ``name``, one of `available`, inside the block, in all threads; for measurements.
-
-    ``widen`` stays: what reads files has bound it.
+    """Run ``name``, one of `available`, inside the block, in all threads; for measurements and
+    tests.
     """
-    chosen = fused
-    if chosen is not None and name != "reference":
-        before = chosen.variant()
-        chosen.select(name)
-        try:
-            yield
-        finally:
-            chosen.select(before)
-        return
-    own = globals()
-    switched = {"fused": None}
-    switched |= {k: v for k, v in vars(reference).items() if k in __all__}
-    before = {k: own[k] for k in switched}
-    own.update(switched)
+    global _running
+    before, variant = _running, None
+    if name == "reference":
+        _running = reference
+    else:
+        assert _built is not None
+        _running, variant = _built, _built.variant()
+        _built.select(name)
     try:
         yield
     finally:
-        own.update(before)
+        _running = before
+        if variant is not None and _built is not None:
+            _built.select(variant)
 
 
-__all__ = [
-    "HISTOGRAM_BINS",
-    "Moments",
-    "PowerSums",
-    "all_finite",
-    "available",
-    "code_sums",
-    "column_sums",
-    "decode",
-    "describe",
-    "encode",
-    "error_sums",
-    "extrema",
-    "fused",
-    "histogram",
-    "integer_product",
-    "lane_sum",
-    "moments",
-    "pack",
-    "power_sums",
-    "running",
-    "unpack",
-    "weighted_code_sums",
-    "weighted_error_sums",
-    "widen",
-    "worst_step",
-    "zero_steps",
-]
+__all__ = ["VARIABLE", "available", "describe", "running"]
+__all__ += reference.__all__

@@ -2,25 +2,36 @@ from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
-from qconvert.kernels.compiled import Figures
-
 Buffer: TypeAlias = NDArray[Any] | bytes | memoryview
+# The fields of `ErrorSums` but the count.
+Errors: TypeAlias = tuple[float, float, float, int, float, float]
+# Errors, values outside, the fields of `GroupStatistics`, extremes and power sums.
+Figures: TypeAlias = tuple[
+    Errors,
+    int,
+    tuple[float, float, float, float],
+    tuple[float, float, float, float, float, float],
+]
 
 def variants() -> tuple[str, ...]: ...
 def variant() -> str: ...
 def select(name: str, /) -> None: ...
-def widen_bf16(raw: Buffer, out: Buffer, n: int, /) -> None: ...
-def widen_f16(raw: Buffer, out: Buffer, n: int, /) -> None: ...
-def widen_table(raw: Buffer, table: Buffer, out: Buffer, n: int, /) -> None: ...
+def ggml_types() -> tuple[tuple[str, int, int], ...]: ...
+def signatures() -> dict[str, list[str]]: ...
+def widen_bf16(*, raw: Buffer, out: Buffer) -> None: ...
+def widen_f16(*, raw: Buffer, out: Buffer) -> None: ...
+def widen_table(*, raw: Buffer, table: Buffer, out: Buffer) -> None: ...
 def observe(
-    x: Buffer, n: int, wide: bool, /
+    *, x: Buffer, n: int, wide: bool
 ) -> tuple[int, int, int, int, float, float, float, float, float, float]: ...
-def histogram(x: Buffer, n: int, bins: Buffer, /) -> None: ...
+def histogram(*, x: Buffer, bins: Buffer) -> None: ...
 def extrema(
-    x: Buffer, groups: int, length: int, low: Buffer, high: Buffer, zeros: Buffer, /
+    *, x: Buffer, groups: int, length: int, low: Buffer, high: Buffer, zeros: Buffer
 ) -> None: ...
-def power_sums(x: Buffer, n: int, pivot: float, /) -> tuple[float, float, float, float]: ...
+def all_finite(*, x: Buffer) -> bool: ...
+def error_sums(*, x: Buffer, decoded: Buffer) -> tuple[float, float, float]: ...
 def worst_step(
+    *,
     weights: Buffer,
     values: Buffer,
     rows: int,
@@ -34,25 +45,10 @@ def worst_step(
     high: float,
     scale_rounding: Buffer | None,
     offset_rounding: Buffer | None,
-    /,
 ) -> tuple[float, bool]: ...
-def error_sums(x: Buffer, decoded: Buffer, n: int, /) -> tuple[float, float, float]: ...
-def column_sums(columns: Buffer, length: int, groups: int, sums: Buffer, /) -> None: ...
-def code_sums(
-    columns: Buffer,
-    length: int,
-    groups: int,
-    inverse: Buffer,
-    offset: Buffer,
-    low: int,
-    top: int,
-    mask: Buffer | None,
-    su: Buffer,
-    suu: Buffer,
-    sxu: Buffer,
-    /,
-) -> None: ...
+def power_sums(*, x: Buffer, pivot: float) -> tuple[float, float, float, float]: ...
 def long_sums(
+    *,
     x: Buffer,
     weights: Buffer | None,
     rows: int,
@@ -63,9 +59,9 @@ def long_sums(
     low: int,
     top: int,
     sums: Buffer,
-    /,
 ) -> None: ...
 def search(
+    *,
     x: Buffer,
     groups: int,
     length: int,
@@ -79,15 +75,13 @@ def search(
     bits: int,
     symmetric: bool,
     factors: Buffer,
-    factor_count: int,
     moves: Buffer,
-    move_count: int,
     scale: Buffer,
     zero: Buffer,
     found: Buffer,
-    /,
 ) -> None: ...
 def encode(
+    *,
     x: Buffer,
     groups: int,
     length: int,
@@ -96,9 +90,9 @@ def encode(
     bits: int,
     symmetric: bool,
     codes: Buffer,
-    /,
 ) -> int: ...
 def decode(
+    *,
     codes: Buffer,
     groups: int,
     length: int,
@@ -107,9 +101,9 @@ def decode(
     bits: int,
     symmetric: bool,
     x: Buffer,
-    /,
 ) -> None: ...
 def encode_rows(
+    *,
     x: Buffer,
     rows: int,
     columns: int,
@@ -122,20 +116,18 @@ def encode_rows(
     mean_square: Buffer | None,
     period: int,
     packed: Buffer,
-    /,
-) -> tuple[float, float, float, int, float, float]: ...
+) -> Errors: ...
 def quantize_blocks(
-    values: Buffer,
-    source_type: int,
+    *,
+    data: Buffer,
+    dtype: str,
     groups: int,
     block: int,
     bits: int,
     symmetric: bool,
-    scale_type: int,
+    scale_dtype: str,
     factors: Buffer,
-    factor_count: int,
     moves: Buffer,
-    move_count: int,
     low: float,
     high: float,
     pivot: float,
@@ -146,11 +138,11 @@ def quantize_blocks(
     codes: Buffer,
     scales: Buffer,
     zeros: Buffer,
-    /,
 ) -> Figures | None: ...
 def quantize_channels(
-    values: Buffer,
-    source_type: int,
+    *,
+    data: Buffer,
+    dtype: str,
     rows: int,
     columns: int,
     bits: int,
@@ -166,15 +158,17 @@ def quantize_channels(
     codes: Buffer,
     scales: Buffer,
     zeros: Buffer,
-    /,
 ) -> Figures | None: ...
-def all_finite(x: Buffer, n: int, /) -> bool: ...
-def pack(values: Buffer, groups: int, width: int, packed: Buffer, /) -> None: ...
-def unpack(packed: Buffer, groups: int, width: int, values: Buffer, /) -> None: ...
-def integer_product(
-    codes: Buffer, inputs: Buffer, rows: int, samples: int, length: int, sums: Buffer, /
+def pack(*, values: Buffer, groups: int, width: int, packed: Buffer) -> None: ...
+def unpack(*, values: Buffer, groups: int, width: int, packed: Buffer) -> None: ...
+def cast(
+    *, data: Buffer, dtype: str, count: int, to: str, out: Buffer
+) -> tuple[float, float, float] | None: ...
+def integer_dots(
+    *, codes: Buffer, inputs: Buffer, rows: int, samples: int, length: int, sums: Buffer
 ) -> None: ...
 def product(
+    *,
     packed: Buffer,
     rows: int,
     row_codes: int,
@@ -189,29 +183,11 @@ def product(
     samples: int,
     zero_point: int,
     y: Buffer,
-    /,
 ) -> None: ...
-def ggml_types() -> tuple[tuple[str, int, int], ...]: ...
 def ggml_encode(
-    kind: int,
-    blocks: Buffer,
-    importance: Buffer | None,
-    period: int,
-    count: int,
-    data: Buffer,
-    /,
+    *, ggml_type: str, x: Buffer, importance: Buffer | None, blocks: int, out: Buffer
 ) -> None: ...
 def ggml_quantize(
-    kind: int,
-    values: Buffer,
-    source_type: int,
-    importance: Buffer | None,
-    period: int,
-    count: int,
-    data: Buffer,
-    /,
+    *, ggml_type: str, data: Buffer, dtype: str, importance: Buffer | None, blocks: int, out: Buffer
 ) -> tuple[float, float, float] | None: ...
-def cast(
-    values: Buffer, source_type: int, count: int, type: int, out: Buffer, /
-) -> tuple[float, float, float] | None: ...
-def ggml_decode(kind: int, data: Buffer, count: int, blocks: Buffer, /) -> None: ...
+def ggml_decode(*, ggml_type: str, data: Buffer, blocks: int, x: Buffer) -> None: ...

@@ -1,42 +1,56 @@
-"""The native kernels: `reference`, `widening` and the arithmetic of `quantizers.ggml`, bit for bit.
+"""The native twins of `reference`: the same signatures and the same bits.
 
-Importing this module fails with ImportError where the extension was not built. What it adds to the
-reference are fused functions, which equal the compositions that their docstrings name. Arrays may
-have any strides; results are new arrays. Values are finite unless said otherwise.
+Importing this module fails with ImportError where the extension was not built. Arrays may have any
+strides; results are new arrays. Values are finite unless said otherwise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.encoding import SCALE_SIZES
+import qconvert.kernels.compiled as _compiled
+from qconvert.encoding import SCALE_SIZES, AffineEncoding
 from qconvert.geometry import PACK_GROUP
-from qconvert.kernels import _native
-from qconvert.kernels import widening as _widening
-from qconvert.kernels.reference import HISTOGRAM_BINS, Moments, PowerSums
-from qconvert.ranges import SearchGrid
+from qconvert.kernels import _native, composed
+from qconvert.kernels.arithmetic import (
+    HISTOGRAM_BINS,
+    PIECE,
+    SCALE_NUMPY,
+    narrow_bounds,
+    stored_zero_points,
+)
+from qconvert.kernels.records import (
+    F32,
+    F64,
+    I32,
+    U8,
+    Activations,
+    Bytes,
+    Encoded,
+    ErrorSums,
+    Extent,
+    GroupStatistics,
+    IntegerRows,
+    Moments,
+    Observed,
+    Parameters,
+    PowerSums,
+    Product,
+    SourceRows,
+    Weighting,
+)
+from qconvert.kernels.reference import widening
+from qconvert.kernels.scale_search import Found, best_scales, long_source
+from qconvert.ranges import RangeMethod, SearchGrid, search_grid
 
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
-I32 = NDArray[np.int32]
-U8 = NDArray[np.uint8]
-
-# Errors, values outside, `QuantizedGroups.groups`, extremes and powers.
-Figures = tuple[
-    tuple[float, float, float, int, float, float],
-    int,
-    tuple[float, float, float, float],
-    tuple[float, float, float, float, float, float],
-]
-# In the order of the native enumerations: dtypes that loops read as they lie in a file, of scales.
+# Dtypes that loops read as they lie in a file.
 SOURCE_DTYPES = ("F32", "BF16", "F16")
-_SCALE_DTYPES = ("F16", "BF16", "F32")
-# Number in the native table, values and bytes of a block, by name.
-_GGML = {name: (i, *sizes) for i, (name, *sizes) in enumerate(_native.ggml_types())}
+# Values and bytes of a block, by the name of the ggml type.
+_GGML = {name: sizes for name, *sizes in _native.ggml_types()}
 
 
 def variants() -> tuple[str, ...]:
@@ -54,8 +68,15 @@ def select(name: str) -> None:
     _native.select(name)
 
 
+# --- arguments ------------------------------------------------------------------------------------
+
+
 def _f32(x: NDArray[Any]) -> F32:
     return np.ascontiguousarray(x, np.float32)
+
+
+def _f32_or_none(x: F32 | None) -> F32 | None:
+    return None if x is None else _f32(x)
 
 
 def _i32(x: NDArray[Any]) -> I32:
@@ -66,244 +87,15 @@ def _u8(x: NDArray[Any]) -> U8:
     return np.ascontiguousarray(x, np.uint8)
 
 
-# --- statistics -----------------------------------------------------------------------------------
+def _readable(rows: SourceRows) -> tuple[bytes | F32, str]:
+    """Values as native loops can read them, and their dtype.
 
-
-def widen(raw: bytes, dtype: str) -> NDArray[Any]:
-    """`widening.widen`."""
-    if dtype in ("BF16", "F16"):
-        wide = np.empty(len(raw) // 2, np.float32)
-        (_native.widen_bf16 if dtype == "BF16" else _native.widen_f16)(raw, wide, len(wide))
-        return wide
-    if dtype in ("F8_E4M3", "F8_E5M2"):
-        wide = np.empty(len(raw), np.float32)
-        _native.widen_table(raw, _widening.table(dtype), wide, len(wide))
-        return wide
-    return _widening.widen(raw, dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """What two passes over a run of values tell.
-
-    Attributes:
-        size: all values.
-        nonfinite: NaN and Inf values.
-        first_nonfinite: index of the first of them, or None.
-        zeros: values equal to 0.
-        moments: of the finite values; None when there are none.
+    Raises:
+        FloatingPointError: see `values`, which this may come down to.
     """
-
-    size: int
-    nonfinite: int
-    first_nonfinite: int | None
-    zeros: int
-    moments: Moments | None
-
-
-def observe(x: NDArray[np.floating[Any]]) -> Observed:
-    """Everything but the histogram that `observers.statistics.observe` finds in a 1-d run, float32
-    or float64, with ``start`` 0. Values need not be finite.
-    """
-    wide = x.dtype == np.float64
-    values = np.ascontiguousarray(x, np.float64 if wide else np.float32)
-    nonfinite, first, zeros, count, *rest = _native.observe(values, len(values), wide)
-    return Observed(
-        size=len(values),
-        nonfinite=nonfinite,
-        first_nonfinite=first if nonfinite else None,
-        zeros=zeros,
-        moments=Moments(count, *rest) if count else None,
-    )
-
-
-def moments(x: NDArray[np.floating[Any]]) -> Moments:
-    """`reference.moments`."""
-    found = observe(x).moments
-    if found is None:
-        raise ValueError("moments of no values")
-    return found
-
-
-def all_finite(x: F32) -> bool:
-    """`reference.all_finite`."""
-    return _native.all_finite(_f32(x), x.size)
-
-
-def histogram(x: F32) -> NDArray[np.int64]:
-    """`reference.histogram`; values need not be finite."""
-    bins = np.zeros(HISTOGRAM_BINS, np.int64)
-    _native.histogram(_f32(x), len(x), bins)
-    return bins
-
-
-def extrema(x: F32) -> tuple[F32, F32, NDArray[np.bool_]]:
-    """`reference.extrema`; where 0 and -0 tie, either sign, as there."""
-    low, high, zeros = _extrema(x)
-    return low, high, zeros > 0
-
-
-def extent(x: F32, counts: I32 | None) -> tuple[F32, F32, NDArray[np.bool_]]:
-    """low, high and has_zero of `quantizers.fitting.extent`."""
-    low, high, zeros = _extrema(x)
-    padding = 0 if counts is None else x.shape[1] - counts
-    zero = np.float32(0)
-    return np.minimum(low, zero), np.maximum(high, zero), zeros > padding
-
-
-def _extrema(x: F32) -> tuple[F32, F32, NDArray[np.int64]]:
-    groups, length = x.shape
-    low, high = np.empty(groups, np.float32), np.empty(groups, np.float32)
-    zeros = np.empty(groups, np.int64)
-    _native.extrema(_f32(x), groups, length, low, high, zeros)
-    return low, high, zeros
-
-
-def worst_step(
-    weights: F32,
-    values: F32,
-    group: int,
-    scale: F32,
-    offset: F32 | None,
-    zero: I32,
-    code_step: int,
-    low: int,
-    high: int,
-    scale_rounding: F32 | None,
-    offset_rounding: F32 | None,
-) -> tuple[float, bool]:
-    """`reference.worst_step`."""
-    rows, columns = weights.shape
-    return _native.worst_step(
-        _f32(weights),
-        _f32(values),
-        rows,
-        columns,
-        group,
-        _f32(scale),
-        _f32_or_none(offset),
-        _i32(zero),
-        code_step,
-        low,
-        high,
-        _f32_or_none(scale_rounding),
-        _f32_or_none(offset_rounding),
-    )
-
-
-def error_sums(x: F32, decoded: F32) -> tuple[float, float, float]:
-    """`reference.error_sums`."""
-    return _native.error_sums(_f32(x), _f32(decoded), x.size)
-
-
-def power_sums(x: F32, pivot: float) -> PowerSums:
-    """`reference.power_sums`."""
-    return _native.power_sums(_f32(x), x.size, pivot)
-
-
-# --- searching a scale ----------------------------------------------------------------------------
-
-
-def column_sums(columns: F32) -> F32:
-    """`reference.column_sums`."""
-    length, groups = columns.shape
-    sums = np.empty(groups, np.float32)
-    _native.column_sums(_f32(columns), length, groups, sums)
-    return sums
-
-
-def code_sums(
-    columns: F32, inverse: F32, offset: F32, low: int, top: int, mask: F32 | None
-) -> tuple[F32, F32, F32]:
-    """`reference.code_sums`."""
-    length, groups = columns.shape
-    su, suu, sxu = (np.empty(groups, np.float32) for _ in range(3))
-    masks = None if mask is None else _f32(np.broadcast_to(mask, columns.shape))
-    inverse, offset = (_f32(np.broadcast_to(v, groups)) for v in (inverse, offset))
-    _native.code_sums(_f32(columns), length, groups, inverse, offset, low, top, masks, su, suu, sxu)
-    return su, suu, sxu
-
-
-def long_sums(
-    x: F32, inverse: F32, offset: F32, low: int, top: int, weights: F32 | None = None
-) -> F64:
-    """Σu, Σu² and Σxu, or with weights Σwu, Σwu² and Σwxu, of rows of any length for several
-    candidates, in one pass over the rows.
-
-    Equal to `reference.code_sums` (`reference.weighted_code_sums`) of pieces of 256 values, the
-    last one shorter, added in float64 in order: what `search_sums.group_sums` yields for rows
-    (R, c) and, for rows of 65,536 values, what `search_sums.stream_sums` adds batch by batch.
-
-    Args:
-        x: rows, (R, c).
-        inverse, offset: (K, R).
-        weights: of the values, (R, c).
-
-    Returns:
-        float64 (K, R, 3).
-    """
-    rows, length = x.shape
-    sums = np.empty((len(inverse), rows, 3))
-    _native.long_sums(
-        _f32(x),
-        _f32_or_none(weights),
-        rows,
-        length,
-        len(inverse),
-        _f32(inverse),
-        _f32(offset),
-        low,
-        top,
-        sums,
-    )
-    return sums
-
-
-def search(
-    x: F32,
-    counts: I32 | None,
-    low: F32,
-    high: F32,
-    has_zero: NDArray[np.bool_],
-    bits: int,
-    symmetric: bool,
-    grid: SearchGrid,
-    weights: tuple[F32, F32] | None = None,
-) -> tuple[F64, I32, NDArray[np.bool_]]:
-    """The mse search of groups (G, L), L <= 256, zeros behind ``counts`` values.
-
-    Equal to what `fitting._search` gives to ``_settle``: every candidate of ``grid`` in order, then
-    the winner once more.
-
-    Args:
-        low, high, has_zero: the extent of each group as `fitting.extent` gives it.
-        weights: weight and reach of `weighting.Weighting`.
-
-    Returns:
-        Scales before rounding, zero steps (all 0 when symmetric) and whether a candidate was found:
-        never for magnitudes below 2^-100 or above 2^110, where scale and zero are 0.
-    """
-    groups, length = x.shape
-    weight, reach = weights or (None, None)
-    factors, moves = _grid(grid)
-    scale, zero = np.empty(groups), np.empty(groups, np.int32)
-    found = np.empty(groups, np.bool_)
-    count = None if counts is None else _i32(counts)
-    zeros = np.ascontiguousarray(has_zero, np.bool_)
-    _native.search(
-        *(_f32(x), groups, length, count, _f32(low), _f32(high), zeros),
-        _f32_or_none(weight),
-        _f32_or_none(reach),
-        *(_period(groups, weight, reach), bits, symmetric, factors, len(factors)),
-        *(moves, len(moves), scale, zero, found),
-    )
-    return scale, zero, found
-
-
-def _count(data: bytes | F32, dtype: str) -> int:
-    """How many values of one of `SOURCE_DTYPES` there are."""
-    nbytes = len(data) if isinstance(data, bytes) else data.nbytes
-    return nbytes // (4 if dtype == "F32" else 2)
+    if rows.dtype in SOURCE_DTYPES:
+        return rows.data, rows.dtype
+    return values(rows), "F32"
 
 
 def _grid(grid: SearchGrid | None) -> tuple[F32, F32]:
@@ -325,8 +117,200 @@ def _period(users: int, *rows: F32 | None) -> int:
     return period
 
 
-def _f32_or_none(x: F32 | None) -> F32 | None:
-    return None if x is None else _f32(x)
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def widen(raw: bytes, dtype: str) -> NDArray[Any]:
+    """`reference.widen`."""
+    if dtype in ("BF16", "F16"):
+        wide = np.empty(len(raw) // 2, np.float32)
+        (_native.widen_bf16 if dtype == "BF16" else _native.widen_f16)(raw=raw, out=wide)
+        return wide
+    if dtype in widening.BYTES:
+        wide = np.empty(len(raw), np.float32)
+        _native.widen_table(raw=raw, table=widening.table(dtype), out=wide)
+        return wide
+    return widening.widen(raw, dtype)
+
+
+def observe(x: NDArray[np.floating[Any]]) -> Observed:
+    """`reference.observe`."""
+    wide = x.dtype == np.float64
+    run = np.ascontiguousarray(x, np.float64 if wide else np.float32)
+    nonfinite, first, zeros, count, *rest = _native.observe(x=run, n=len(run), wide=wide)
+    return Observed(
+        size=len(run),
+        nonfinite=nonfinite,
+        first_nonfinite=first if nonfinite else None,
+        zeros=zeros,
+        moments=Moments(count, *rest) if count else None,
+    )
+
+
+def moments(x: NDArray[np.floating[Any]]) -> Moments:
+    """`reference.moments`."""
+    found = observe(x).moments
+    if found is None:
+        raise ValueError("moments of no values")
+    return found
+
+
+def all_finite(x: F32) -> bool:
+    """`reference.all_finite`."""
+    return _native.all_finite(x=_f32(x))
+
+
+values = partial(composed.values, widen, all_finite)
+
+
+def histogram(x: F32) -> NDArray[np.int64]:
+    """`reference.histogram`; values need not be finite."""
+    bins = np.zeros(HISTOGRAM_BINS, np.int64)
+    _native.histogram(x=_f32(x), bins=bins)
+    return bins
+
+
+def extrema(x: F32) -> tuple[F32, F32, NDArray[np.bool_]]:
+    """`reference.extrema`; where 0 and -0 tie, either sign, as there."""
+    low, high, zeros = _extrema(x)
+    return low, high, zeros > 0
+
+
+def extent(x: F32, counts: I32 | None = None) -> Extent:
+    """`reference.extent`."""
+    low, high, zeros = _extrema(x)
+    padding = 0 if counts is None else x.shape[1] - counts
+    zero = np.float32(0)
+    return Extent(np.minimum(low, zero), np.maximum(high, zero), zeros > padding)
+
+
+def _extrema(x: F32) -> tuple[F32, F32, NDArray[np.int64]]:
+    groups, length = x.shape
+    low, high = np.empty(groups, np.float32), np.empty(groups, np.float32)
+    zeros = np.empty(groups, np.int64)
+    _native.extrema(x=_f32(x), groups=groups, length=length, low=low, high=high, zeros=zeros)
+    return low, high, zeros
+
+
+observe_groups = partial(composed.observe_groups, extrema)
+
+
+def worst_step(
+    weights: F32,
+    values: F32,
+    group: int,
+    scale: F32,
+    offset: F32 | None,
+    zero: I32,
+    code_step: int,
+    low: int,
+    high: int,
+    scale_rounding: F32 | None,
+    offset_rounding: F32 | None,
+) -> tuple[float, bool]:
+    """`reference.worst_step`."""
+    rows, columns = weights.shape
+    return _native.worst_step(
+        weights=_f32(weights),
+        values=_f32(values),
+        rows=rows,
+        columns=columns,
+        group=group,
+        scale=_f32(scale),
+        offset=_f32_or_none(offset),
+        zero=_i32(zero),
+        code_step=code_step,
+        low=low,
+        high=high,
+        scale_rounding=_f32_or_none(scale_rounding),
+        offset_rounding=_f32_or_none(offset_rounding),
+    )
+
+
+def error_sums(x: F32, decoded: F32) -> tuple[float, float, float]:
+    """`reference.error_sums`."""
+    return _native.error_sums(x=_f32(x), decoded=_f32(decoded))
+
+
+def power_sums(x: F32, pivot: float) -> PowerSums:
+    """`reference.power_sums`."""
+    return _native.power_sums(x=_f32(x), pivot=pivot)
+
+
+# --- searching a scale ----------------------------------------------------------------------------
+
+
+def long_sums(
+    x: F32, inverse: F32, offset: F32, low: int, top: int, weights: F32 | None = None
+) -> F64:
+    """`reference.long_sums`."""
+    rows, length = x.shape
+    sums = np.empty((len(inverse), rows, 3))
+    _native.long_sums(
+        x=_f32(x),
+        weights=_f32_or_none(weights),
+        rows=rows,
+        length=length,
+        candidates=len(inverse),
+        inverse=_f32(inverse),
+        offset=_f32(offset),
+        low=low,
+        top=top,
+        sums=sums,
+    )
+    return sums
+
+
+def search(
+    x: F32,
+    counts: I32 | None,
+    e: Extent,
+    encoding: AffineEncoding,
+    weights: Weighting | None = None,
+) -> Found:
+    """`reference.search`; groups of more than 256 values are searched by their `long_sums`."""
+    groups, length = x.shape
+    if length > PIECE:
+        if weights is None:
+            return best_scales(e, None, long_source(long_sums, x, encoding, None), encoding)
+        each, reaches = weights.groups(0, groups)
+        source = long_source(long_sums, x, encoding, each)
+        return best_scales(e, extent(x * reaches), source, encoding)
+    weight, reach = (None, None) if weights is None else (weights.weight, weights.reach)
+    factors, moves = _grid(search_grid(encoding.bits, encoding.symmetric))
+    scale, zero = np.empty(groups), np.empty(groups, np.int32)
+    found = np.empty(groups, np.bool_)
+    _native.search(
+        x=_f32(x),
+        groups=groups,
+        length=length,
+        counts=None if counts is None else _i32(counts),
+        low=_f32(e.low),
+        high=_f32(e.high),
+        has_zero=np.ascontiguousarray(e.has_zero, np.bool_),
+        weight=_f32_or_none(weight),
+        reach=_f32_or_none(reach),
+        period=_period(groups, weight, reach),
+        bits=encoding.bits,
+        symmetric=encoding.symmetric,
+        factors=factors,
+        moves=moves,
+        scale=scale,
+        zero=zero,
+        found=found,
+    )
+    return scale, zero, found
+
+
+def fit(
+    x: F32,
+    encoding: AffineEncoding,
+    method: RangeMethod,
+    counts: I32 | None = None,
+    weights: Weighting | None = None,
+) -> Parameters:
+    """`reference.fit`."""
+    return composed.fit(_compiled, x, encoding, method, counts, weights)
 
 
 # --- codes ----------------------------------------------------------------------------------------
@@ -336,8 +320,16 @@ def encode(x: F32, scale: F32, zero: I32, bits: int, symmetric: bool) -> tuple[U
     """`reference.encode`."""
     groups, length = x.shape
     codes = np.empty(x.shape, np.uint8)
-    scales, zeros = _f32(np.broadcast_to(scale, groups)), _i32(np.broadcast_to(zero, groups))
-    clipped = _native.encode(_f32(x), groups, length, scales, zeros, bits, symmetric, codes)
+    clipped = _native.encode(
+        x=_f32(x),
+        groups=groups,
+        length=length,
+        scale=_f32(np.broadcast_to(scale, groups)),
+        zero=_i32(np.broadcast_to(zero, groups)),
+        bits=bits,
+        symmetric=symmetric,
+        codes=codes,
+    )
     return codes, clipped
 
 
@@ -345,181 +337,176 @@ def decode(codes: U8, scale: F32, zero: I32, bits: int, symmetric: bool) -> F32:
     """`reference.decode`."""
     groups, length = codes.shape
     x = np.empty(codes.shape, np.float32)
-    scales, zeros = _f32(np.broadcast_to(scale, groups)), _i32(np.broadcast_to(zero, groups))
-    _native.decode(_u8(codes), groups, length, scales, zeros, bits, symmetric, x)
+    _native.decode(
+        codes=_u8(codes),
+        groups=groups,
+        length=length,
+        scale=_f32(np.broadcast_to(scale, groups)),
+        zero=_i32(np.broadcast_to(zero, groups)),
+        bits=bits,
+        symmetric=symmetric,
+        x=x,
+    )
     return x
 
 
 def encode_rows(
-    x: F32,
-    scale: F32,
-    zero: I32,
-    bits: int,
-    symmetric: bool,
-    block: int,
-    mean_square: F32 | None = None,
-) -> tuple[bytes, float, float, float, int, float, float]:
-    """Codes as in the file and the error of rows (R, c), as `quantizers.affine.encode_rows`.
-
-    Args:
-        scale, zero: one for each group, or a single one for all; stored scales, zero steps.
-        block: values of a group, or 0 when a row is one.
-        mean_square: weights of the error, (P, c), or None.
-
-    Returns:
-        ``EncodedRows.codes`` and the fields of ``EncodedRows.error`` but the count.
-    """
+    x: F32, encoding: AffineEncoding, parameters: Parameters, mean_square: F32 | None = None
+) -> Encoded:
+    """`reference.encode_rows`."""
     rows, columns = x.shape
-    unit = max(block, 1 if bits == 8 else PACK_GROUP)
-    packed = np.empty(rows * (-(-columns // unit) * unit * bits // 8), np.uint8)
+    packed = _codes_of(encoding, rows, columns)
     error = _native.encode_rows(
-        *(_f32(x), rows, columns, _f32(scale), _i32(zero), len(scale)),
-        *(bits, symmetric, block, _f32_or_none(mean_square), _period(rows, mean_square), packed),
+        x=_f32(x),
+        rows=rows,
+        columns=columns,
+        scale=_f32(parameters.scale),
+        zero=_i32(parameters.zero),
+        groups=len(parameters.scale),
+        bits=encoding.bits,
+        symmetric=encoding.symmetric,
+        block=encoding.block,
+        mean_square=_f32_or_none(mean_square),
+        period=_period(rows, mean_square),
+        packed=packed,
     )
-    return packed.tobytes(), *error
+    scales = parameters.scale.astype(SCALE_NUMPY[encoding.scale_dtype]).tobytes()
+    zeros = stored_zero_points(parameters.zero, encoding)
+    return Encoded(_segments(packed.data, scales, zeros.data), ErrorSums(x.size, *error))
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizedGroups:
-    """What `quantize_blocks` and `quantize_channels` find.
-
-    Attributes:
-        codes, scales, zeros: as stored; a byte for each zero point.
-        errors: the fields of ``ErrorSums`` but the count, with 0 for the signal.
-        groups: the fields of ``GroupStatistics``.
-        outside: values outside the bounds.
-        extremes: the smallest and the largest value.
-        powers: `reference.power_sums`.
-    """
-
-    codes: memoryview
-    scales: memoryview
-    zeros: U8
-    errors: tuple[float, float, float, int, float, float]
-    groups: tuple[float, float, float, float]
-    outside: int
-    extremes: tuple[float, float]
-    powers: PowerSums
+def _codes_of(encoding: AffineEncoding, rows: int, columns: int) -> U8:
+    """Room for the stored codes of rows, each padded to whole blocks and groups of 32."""
+    unit = max(encoding.block, 1 if encoding.bits == 8 else PACK_GROUP)
+    return np.empty(rows * (-(-columns // unit) * unit * encoding.bits // 8), np.uint8)
 
 
-def quantize_blocks(
-    data: bytes | F32,
-    dtype: str,
-    block: int,
-    bits: int,
-    symmetric: bool,
-    scale_dtype: str,
-    grid: SearchGrid | None,
+def _segments(codes: Bytes, scales: Bytes, zeros: Bytes) -> dict[str, Bytes]:
+    found = {"codes": codes, "scales": scales}
+    return {**found, "zero_points": zeros} if len(zeros) else found
+
+
+def quantize_rows(
+    rows: SourceRows,
+    encoding: AffineEncoding,
+    method: RangeMethod,
     bounds: tuple[float, float],
-    pivot: float,
-    weights: tuple[F32, F32, F32] | None = None,
-) -> QuantizedGroups:
-    """`quantizers.blocks.quantize_rows` of full blocks (G, L) by mse, or by minmax without a grid.
+    weights: Weighting | None = None,
+) -> Encoded:
+    """`reference.quantize_rows`, in one pass over full blocks and over channels."""
+    if not encoding.block:
+        return _quantize_channels(rows, encoding, method, bounds, weights)
+    full = rows.shape[1] % max(encoding.block, PACK_GROUP) == 0
+    if full and method.name != "percentile":
+        return _quantize_blocks(rows, encoding, method, bounds, weights)
+    return composed.quantize_rows(_compiled, rows, encoding, method, bounds, weights)
 
-    Args:
-        data: the blocks, a whole number of times 32 values below 8 bits.
-        dtype: of ``data``, one of `SOURCE_DTYPES`; F32 for an array.
-        block: L.
-        weights: weight, reach and mean square of the values of groups, (Q, L) each; Q divides G.
 
-    Raises:
-        FloatingPointError: NaN or Inf.
-    """
-    groups = _count(data, dtype) // block
-    weight, reach, mean_square = weights or (None, None, None)
-    factors, moves = _grid(grid)
-    codes = np.empty(groups * block // 8 * bits, np.uint8)
-    scales = np.empty(groups * SCALE_SIZES[scale_dtype], np.uint8)
+def _quantize_blocks(
+    rows: SourceRows,
+    encoding: AffineEncoding,
+    method: RangeMethod,
+    bounds: tuple[float, float],
+    weights: Weighting | None,
+) -> Encoded:
+    """Rows of full blocks, a whole number of times 32 values below 8 bits, by mse or minmax."""
+    bits, symmetric, block = encoding.bits, encoding.symmetric, encoding.block
+    data, dtype = _readable(rows)
+    groups = rows.size // block
+    weight = reach = mean_square = None
+    if weights is not None:
+        weight, reach = weights.weight, weights.reach
+        mean_square = weights.mean_square.reshape(-1, block)
+    factors, moves = _grid(search_grid(bits, symmetric) if method.name == "mse" else None)
+    low, high, pivot = narrow_bounds(bounds)
+    codes = np.empty(rows.size // 8 * bits, np.uint8)
+    scales = np.empty(groups * SCALE_SIZES[encoding.scale_dtype], np.uint8)
     zeros = np.empty(0 if symmetric else groups, np.uint8)
-    low, high = bounds
     found = _native.quantize_blocks(
-        data,
-        SOURCE_DTYPES.index(dtype),
-        groups,
-        block,
-        bits,
-        symmetric,
-        _SCALE_DTYPES.index(scale_dtype),
-        factors,
-        len(factors),
-        moves,
-        len(moves),
-        low,
-        high,
-        pivot,
-        *(_f32_or_none(weight), _f32_or_none(reach), _f32_or_none(mean_square)),
-        _period(groups, weight, reach, mean_square),
-        codes,
-        scales,
-        zeros,
+        data=data,
+        dtype=dtype,
+        groups=groups,
+        block=block,
+        bits=bits,
+        symmetric=symmetric,
+        scale_dtype=encoding.scale_dtype,
+        factors=factors,
+        moves=moves,
+        low=low,
+        high=high,
+        pivot=pivot,
+        weight=_f32_or_none(weight),
+        reach=_f32_or_none(reach),
+        mean_square=_f32_or_none(mean_square),
+        period=_period(groups, weight, reach, mean_square),
+        codes=codes,
+        scales=scales,
+        zeros=zeros,
     )
-    return _groups(found, codes, scales, zeros)
+    return _seen(found, rows.size, pivot, _segments(codes.data, scales.data, zeros.data))
 
 
-def quantize_channels(
-    data: bytes | F32,
-    dtype: str,
-    shape: tuple[int, int],
-    bits: int,
-    symmetric: bool,
-    either_side: bool,
+def _quantize_channels(
+    rows: SourceRows,
+    encoding: AffineEncoding,
+    method: RangeMethod,
     bounds: tuple[float, float],
-    pivot: float,
-    parameters: tuple[F32, I32] | None = None,
-    mean_square: F32 | None = None,
-) -> QuantizedGroups:
-    """`quantizers.blocks.quantize_rows` of rows (R, c) with a float32 scale each.
-
-    Args:
-        data, dtype: as in `quantize_blocks`.
-        either_side: whether the symmetric range may lie to either side, which its step counts on.
-        parameters: scales as stored and zero steps, (R,) each; None for the minmax range.
-        mean_square: weights of the error, (P, c), or None.
-
-    Raises:
-        FloatingPointError: NaN or Inf.
-    """
-    rows, columns = shape
-    unit = 1 if bits == 8 else PACK_GROUP
-    codes = np.empty(rows * (-(-columns // unit) * unit * bits // 8), np.uint8)
-    scales = np.empty(4 * rows, np.uint8)
-    zeros = np.empty(0 if symmetric else rows, np.uint8)
-    scale, zero = (None, None) if parameters is None else parameters
+    weights: Weighting | None,
+) -> Encoded:
+    """Rows with a float32 scale each, which is fitted first unless it is the minmax one."""
+    bits, symmetric = encoding.bits, encoding.symmetric
+    count, columns = rows.shape
+    scale = zero = mean_square = None
+    if method.name != "minmax":
+        parameters = fit(values(rows), encoding, method, None, weights)
+        scale, zero = _f32(parameters.scale), _i32(parameters.zero)
+    if weights is not None:
+        mean_square = _f32(weights.mean_square)
+    data, dtype = _readable(rows)
+    low, high, pivot = narrow_bounds(bounds)
+    codes = _codes_of(encoding, count, columns)
+    scales = np.empty(4 * count, np.uint8)
+    zeros = np.empty(0 if symmetric else count, np.uint8)
     found = _native.quantize_channels(
-        *(data, SOURCE_DTYPES.index(dtype), rows, columns, bits, symmetric, either_side),
-        *(bounds[0], bounds[1], pivot),
-        _f32_or_none(scale),
-        None if zero is None else _i32(zero),
-        _f32_or_none(mean_square),
-        _period(rows, mean_square),
-        codes,
-        scales,
-        zeros,
+        data=data,
+        dtype=dtype,
+        rows=count,
+        columns=columns,
+        bits=bits,
+        symmetric=symmetric,
+        either_side=method.name == "mse" and bits < 8,
+        low=low,
+        high=high,
+        pivot=pivot,
+        scale=scale,
+        zero=zero,
+        mean_square=mean_square,
+        period=_period(count, mean_square),
+        codes=codes,
+        scales=scales,
+        zeros=zeros,
     )
-    return _groups(found, codes, scales, zeros)
+    return _seen(found, rows.size, pivot, _segments(codes.data, scales.data, zeros.data))
 
 
-def _groups(found: Figures | None, codes: U8, scales: U8, zeros: U8) -> QuantizedGroups:
+def _seen(
+    found: _native.Figures | None, count: int, pivot: float, segments: dict[str, Bytes]
+) -> Encoded:
     if found is None:
         raise FloatingPointError("values that are not finite")
     errors, outside, ranges, (minimum, maximum, *powers) = found
-    return QuantizedGroups(
-        codes=codes.data,
-        scales=scales.data,
-        zeros=zeros,
-        errors=errors,
-        groups=ranges,
-        outside=outside,
-        extremes=(minimum, maximum),
-        powers=(powers[0], powers[1], powers[2], powers[3]),
+    done = Encoded(segments, ErrorSums(count, *errors))
+    moments = Moments.about(
+        count, (minimum, maximum), pivot, (powers[0], powers[1], powers[2], powers[3])
     )
+    return composed.seen(done, moments, GroupStatistics(*ranges), outside)
 
 
 def pack(values: U8, width: int) -> U8:
     """`reference.pack`."""
     groups = values.size // PACK_GROUP
     packed = np.empty(groups * 4 * width, np.uint8)
-    _native.pack(_u8(values), groups, width, packed)
+    _native.pack(values=_u8(values), groups=groups, width=width, packed=packed)
     return packed
 
 
@@ -527,118 +514,118 @@ def unpack(packed: U8, width: int) -> U8:
     """`reference.unpack`."""
     groups = packed.size // (4 * width)
     values = np.empty(groups * PACK_GROUP, np.uint8)
-    _native.unpack(_u8(packed), groups, width, values)
+    _native.unpack(values=values, groups=groups, width=width, packed=_u8(packed))
     return values
+
+
+def load_codes(packed: bytes, encoding: AffineEncoding) -> U8:
+    """`reference.load_codes`."""
+    return composed.load_codes(_compiled, packed, encoding)
 
 
 # --- integer matrix product -----------------------------------------------------------------------
 
 
-def integer_product(codes: NDArray[np.int16], activations: NDArray[np.int8]) -> I32:
-    """`reference.integer_product`, as long as the sums fit 32 bits."""
+def integer_dots(codes: NDArray[np.int16], activations: NDArray[np.int8]) -> I32:
+    """`reference.integer_dots`, as long as the sums fit 32 bits."""
     rows, length = codes.shape
     samples = len(activations)
     sums = np.empty((samples, rows), np.int32)
-    _native.integer_product(
-        np.ascontiguousarray(codes, np.int16),
-        np.ascontiguousarray(activations, np.int8),
-        *(rows, samples, length, sums),
+    _native.integer_dots(
+        codes=np.ascontiguousarray(codes, np.int16),
+        inputs=np.ascontiguousarray(activations, np.int8),
+        rows=rows,
+        samples=samples,
+        length=length,
+        sums=sums,
     )
     return sums
 
 
-def product(
-    packed: bytes,
-    row_codes: int,
-    columns: int,
-    scale: F32,
-    zero: I32 | None,
-    bits: int,
-    symmetric: bool,
-    block: int,
-    activations: NDArray[np.int8],
-    zero_point: int,
-) -> F32:
-    """y (M, R) of `quantizers.integer.integer_product` before ``a.scale`` multiplies it, straight
-    from the stored codes of R rows.
+def integer_product(rows: IntegerRows, a: Activations, *, check: bool = False) -> Product:
+    """`reference.integer_product`."""
+    return composed.integer_product(_compiled, rows, a, check=check)
 
-    Args:
-        packed: R rows of ``row_codes`` stored codes; their padding is not looked at.
-        scale, zero: (R, G) stored scales and zero steps; ``zero`` may be None when symmetric. A
-            scale per tensor is to be repeated.
-        activations: int8 (M, columns).
-    """
+
+def product(packed: bytes, scale: F32, zero: I32, encoding: AffineEncoding, a: Activations) -> F32:
+    """`reference.product`."""
     rows, groups = scale.shape
-    samples = len(activations)
-    y = np.empty((samples, rows), np.float32)
-    zeros = np.zeros(scale.shape, np.int32) if zero is None else _i32(zero)
-    _native.product(
-        *(packed, rows, row_codes, columns, _f32(scale), zeros, groups, bits, symmetric, block),
-        *(np.ascontiguousarray(activations, np.int8), samples, zero_point, y),
-    )
-    return y
+    y = np.empty((len(a.codes), rows), np.float32)
+    zero_points = a.zero_points[:, 0]
+    for zero_point in np.unique(zero_points):  # the loop takes one for all of its rows
+        same = zero_points == zero_point
+        part = np.empty((int(same.sum()), rows), np.float32)
+        _native.product(
+            packed=packed,
+            rows=rows,
+            row_codes=encoding.row_codes,
+            columns=encoding.row_length,
+            scale=_f32(scale),
+            zero=_i32(zero),
+            groups=groups,
+            bits=encoding.bits,
+            symmetric=encoding.symmetric,
+            block=encoding.block,
+            inputs=np.ascontiguousarray(a.codes[same], np.int8),
+            samples=len(part),
+            zero_point=int(zero_point),
+            y=part,
+        )
+        y[same] = part
+    return y * a.scale[:, None]
 
 
-# --- ggml -----------------------------------------------------------------------------------------
+# --- ggml and casts -------------------------------------------------------------------------------
 
 
 def ggml_encode(ggml_type: str, blocks: F32, importance: F32 | None = None) -> U8:
-    """``GGML_BLOCKS[ggml_type].encode``."""
-    kind, values, nbytes = _GGML[ggml_type]
+    """`reference.ggml_encode`."""
+    _, nbytes = _GGML[ggml_type]
     data = np.empty((len(blocks), nbytes), np.uint8)
-    _native.ggml_encode(kind, _f32(blocks), *_weights(importance, values), len(blocks), data)
+    _native.ggml_encode(
+        ggml_type=ggml_type,
+        x=_f32(blocks),
+        importance=_f32_or_none(importance),
+        blocks=len(blocks),
+        out=data,
+    )
     return data
 
 
-def ggml_quantize(
-    ggml_type: str, data: bytes | F32, dtype: str, importance: F32 | None
-) -> tuple[U8, tuple[float, float, float]]:
-    """`ggml_encode` of whole blocks, and `reference.error_sums` of what the bytes decode to.
+def ggml_quantize(ggml_type: str, rows: SourceRows, importance: F32 | None = None) -> Encoded:
+    """`reference.ggml_quantize`."""
+    block, nbytes = _GGML[ggml_type]
+    data, dtype = _readable(rows)
+    blocks = rows.size // block
+    out = np.empty(blocks * nbytes, np.uint8)
+    sums = _native.ggml_quantize(
+        ggml_type=ggml_type,
+        data=data,
+        dtype=dtype,
+        importance=_f32_or_none(importance),
+        blocks=blocks,
+        out=out,
+    )
+    return _measured(out, rows.size, sums)
 
-    Args:
-        data, dtype: as in `quantize_blocks`.
 
-    Raises:
-        FloatingPointError: NaN or Inf.
-    """
-    kind, values, nbytes = _GGML[ggml_type]
-    blocks = _count(data, dtype) // values
-    out = np.empty((blocks, nbytes), np.uint8)
-    weights = _weights(importance, values)
-    source = SOURCE_DTYPES.index(dtype)
-    error = _native.ggml_quantize(kind, data, source, *weights, blocks, out)
-    if error is None:
+def cast(rows: SourceRows, dtype: str) -> Encoded:
+    """`reference.cast`."""
+    data, source = _readable(rows)
+    out = np.empty(rows.size * (4 if dtype == "F32" else 2), np.uint8)
+    sums = _native.cast(data=data, dtype=source, count=rows.size, to=dtype, out=out)
+    return _measured(out, rows.size, sums)
+
+
+def _measured(out: U8, count: int, sums: tuple[float, float, float] | None) -> Encoded:
+    if sums is None:
         raise FloatingPointError("values that are not finite")
-    return out, error
-
-
-def cast(data: bytes | F32, dtype: str, to: str) -> tuple[U8, tuple[float, float, float]]:
-    """Values as bytes of another dtype, and `reference.error_sums` of what they read back as.
-
-    Args:
-        data, dtype: as in `quantize_blocks`.
-        to: one of `SOURCE_DTYPES`; too large values become Inf.
-
-    Raises:
-        FloatingPointError: NaN or Inf.
-    """
-    count = _count(data, dtype)
-    out = np.empty(count * (4 if to == "F32" else 2), np.uint8)
-    source, target = SOURCE_DTYPES.index(dtype), SOURCE_DTYPES.index(to)
-    error = _native.cast(data, source, count, target, out)
-    if error is None:
-        raise FloatingPointError("values that are not finite")
-    return out, error
-
-
-def _weights(importance: F32 | None, values: int) -> tuple[F32 | None, int]:
-    """Importance and the number of blocks that it is for."""
-    return (None, 0) if importance is None else (_f32(importance), importance.size // values)
+    return Encoded({"data": out.data}, ErrorSums(count, *sums))
 
 
 def ggml_decode(ggml_type: str, data: U8) -> F32:
-    """``GGML_BLOCKS[ggml_type].decode``; scales may be Inf or NaN."""
-    kind, values, _ = _GGML[ggml_type]
-    blocks = np.empty((len(data), values), np.float32)
-    _native.ggml_decode(kind, _u8(data), len(data), blocks)
+    """`reference.ggml_decode`."""
+    block, _ = _GGML[ggml_type]
+    blocks = np.empty((len(data), block), np.float32)
+    _native.ggml_decode(ggml_type=ggml_type, data=_u8(data), blocks=len(data), x=blocks)
     return blocks

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.errors import UsageError
+from qconvert.kernels.arithmetic import HISTOGRAM_BINS
 from qconvert.observers.exact import HEAVIEST, LIGHTEST, ExactSum, WeightedCounts
 from qconvert.observers.grid import StaticRange, best_ends, noise, static_range
 from qconvert.observers.statistics import bin_centres, bin_edges
@@ -145,7 +146,7 @@ class HistogramObserver:
     """
 
     def __init__(self) -> None:
-        self.counts = np.zeros(kernels.HISTOGRAM_BINS, np.int64)
+        self.counts = np.zeros(HISTOGRAM_BINS, np.int64)
         self.extremes = MinMaxObserver()
 
     def update(self, batch: F32) -> None:
@@ -327,7 +328,7 @@ class NmseObserver:
     def __init__(self, columns: F64 | None = None, *, symmetric: bool = False) -> None:
         self.symmetric = symmetric
         self.extremes = MinMaxObserver()
-        self.weighted = WeightedCounts(kernels.HISTOGRAM_BINS)
+        self.weighted = WeightedCounts(HISTOGRAM_BINS)
         self._used: NDArray[np.bool_] | None = None
         self._columns: F64 | None = None
         if columns is not None and columns.any():

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
-from qconvert.kernels import Moments
+from qconvert.kernels.arithmetic import HISTOGRAM_BINS
+from qconvert.kernels.records import Moments, merge_moments
 
 OUTLIER_SIGMAS = 4.0  # a Gaussian has 6.3e-5 of its values beyond
 FEW_VALUES = 1 << 14  # up to so many, their patterns are kept instead of 65,536 counts
@@ -103,7 +104,7 @@ class TensorStatistics:
 @functools.cache
 def bin_centres() -> NDArray[np.float64]:
     """The middle of each histogram bin, read-only; NaN for the patterns of Inf and NaN."""
-    keys = np.arange(kernels.HISTOGRAM_BINS, dtype=np.uint32)
+    keys = np.arange(HISTOGRAM_BINS, dtype=np.uint32)
     finite = keys & 0x7F80 != 0x7F80
     centres = np.full(len(keys), np.nan)
     centres[finite] = ((keys[finite] << 16) | 0x8000).view(np.float32)
@@ -113,7 +114,7 @@ def bin_centres() -> NDArray[np.float64]:
 
 def bin_edges() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Smallest and largest end of each histogram bin; NaN for the patterns of Inf and NaN."""
-    keys = np.arange(kernels.HISTOGRAM_BINS, dtype=np.uint32)
+    keys = np.arange(HISTOGRAM_BINS, dtype=np.uint32)
     finite = keys & 0x7F80 != 0x7F80
     near = np.full(len(keys), np.nan)
     near[finite] = (keys[finite] << 16).view(np.float32)
@@ -124,32 +125,9 @@ def bin_edges() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 def observe(x: NDArray[np.floating[Any]], start: int = 0) -> TensorStatistics:
     """Statistics of a 1-d run of values that begins at index ``start`` of its tensor."""
-    if kernels.fused is not None:
-        return _observe_fused(x, start)
-    finite = np.isfinite(x)
-    first = None
-    bad = int(len(x) - np.count_nonzero(finite))
-    if bad:
-        first = start + int(np.argmin(finite))
-        x = x[finite]
-    with np.errstate(over="ignore"):  # float64 beyond float32 lands in the bin of Inf
-        narrow = x.astype(np.float32)
-    return TensorStatistics(
-        size=len(finite),
-        nonfinite=bad,
-        first_nonfinite=first,
-        zeros=int(len(x) - np.count_nonzero(x)),
-        moments=kernels.moments(x) if len(x) else None,
-        **_patterns_or_counts(narrow),
-    )
-
-
-def _observe_fused(x: NDArray[np.floating[Any]], start: int) -> TensorStatistics:
-    """`observe` with native kernels."""
-    assert kernels.fused is not None
-    found = kernels.fused.observe(x)
+    found = kernels.observe(x)
     first = found.first_nonfinite
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # float64 beyond float32 lands in the bin of Inf
         narrow = x.astype(np.float32, copy=False)
     if found.nonfinite:
         narrow = narrow[np.isfinite(x)]
@@ -180,30 +158,4 @@ def merge(a: TensorStatistics, b: TensorStatistics) -> TensorStatistics:
         moments=merge_moments(a.moments, b.moments),
         patterns=None,
         counts=a.histogram + b.histogram,
-    )
-
-
-def merge_moments(a: Moments | None, b: Moments | None) -> Moments | None:
-    """Pairwise update of central moments: Pébay, SAND2008-6212, equations 2.1 and 3.1."""
-    if a is None or b is None:
-        return b if a is None else a
-    n = a.count + b.count
-    d = b.mean - a.mean
-    dn = d / n
-    ab = a.count * b.count
-    return Moments(
-        count=n,
-        minimum=min(a.minimum, b.minimum),
-        maximum=max(a.maximum, b.maximum),
-        mean=a.mean + b.count * dn,
-        m2=a.m2 + b.m2 + d * dn * ab,
-        m3=a.m3
-        + b.m3
-        + d * dn * dn * ab * (a.count - b.count)
-        + 3 * dn * (a.count * b.m2 - b.count * a.m2),
-        m4=a.m4
-        + b.m4
-        + d * dn * dn * dn * ab * (a.count * a.count - ab + b.count * b.count)
-        + 6 * dn * dn * (a.count * a.count * b.m2 + b.count * b.count * a.m2)
-        + 4 * dn * (a.count * b.m3 - b.count * a.m3),
     )

@@ -13,18 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import SCALE_SIZES, AffineEncoding
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_header import StoredTensor
 from qconvert.geometry import TILE_VALUES
-from qconvert.quantizers.affine import (
-    Parameters,
-    decode_groups,
-    load_codes,
-    load_scales,
-    load_zero_points,
-)
-from qconvert.quantizers.integer import dynamic_activations, static_activations, stored_product
+from qconvert.kernels.activations import dynamic_activations, static_activations
+from qconvert.kernels.records import Parameters
+from qconvert.quantizers.affine import decode_groups, load_scales, load_zero_points
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -77,7 +73,7 @@ class StoredMatrix:
     def values(self, first: int, last: int) -> F32:
         """Rows ``first..last`` dequantized, (last - first, c)."""
         encoding = self.encoding
-        codes = load_codes(self._packed(first, last), encoding).reshape(last - first, -1)
+        codes = kernels.load_codes(self._packed(first, last), encoding).reshape(last - first, -1)
         scale, zero = self._parameters(first, last)
         groups = codes[:, : scale.shape[1] * (encoding.block or encoding.row_length)]
         values = decode_groups(
@@ -108,7 +104,7 @@ class StoredMatrix:
         for first in range(0, self.rows, step):
             last = min(first + step, self.rows)
             scale, zero = self._parameters(first, last)
-            out[:, first:last] = stored_product(
+            out[:, first:last] = kernels.product(
                 self._packed(first, last), scale, zero, self.encoding, a
             )
         out[~finite] = np.nan

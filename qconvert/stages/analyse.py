@@ -13,17 +13,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import AffineEncoding
 from qconvert.errors import WeightError
 from qconvert.geometry import Tile, row_length, spans_tiles, tiles
+from qconvert.kernels.records import (
+    EMPTY_GROUPS,
+    GroupStatistics,
+    Parameters,
+    SourceRows,
+    Weighting,
+)
 from qconvert.mapper import Mapper
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.observers.statistics import TensorStatistics, merge, observe
-from qconvert.quantizers.affine import Parameters
 from qconvert.quantizers.fitting import fit_stream
-from qconvert.quantizers.groups import EMPTY_GROUPS, GroupStatistics, observe_groups
-from qconvert.quantizers.rows import StoredRows
-from qconvert.quantizers.weighting import Weighting, weighting
+from qconvert.quantizers.weighting import weighting
 from qconvert.ranges import RangeMethod
 from qconvert.stages.decide import Decision, Sample, decide, sample_rows, sample_weights
 
@@ -53,11 +58,11 @@ class Analysis:
         return self.shared[0] if self.encoding.granularity == "tensor" else self.shared[row]
 
 
-def stored_rows(model: Model, tensor: TensorInfo, tile: Tile) -> StoredRows:
+def source_rows(model: Model, tensor: TensorInfo, tile: Tile) -> SourceRows:
     """A tile as it lies in its file."""
     width = DTYPES[tensor.dtype].size
     data = model.raw(tensor, tile.start * width, tile.rows * tile.columns * width)
-    return StoredRows(data, tensor.dtype, (tile.rows, tile.columns))
+    return SourceRows(data, tensor.dtype, (tile.rows, tile.columns))
 
 
 @contextmanager
@@ -83,7 +88,7 @@ def rows_of(model: Model, tensor: TensorInfo, tile: Tile) -> NDArray[np.float32]
         WeightError: see `check_finite`.
     """
     with finite_weights(model, tensor):
-        return stored_rows(model, tensor, tile).values()
+        return kernels.values(source_rows(model, tensor, tile))
 
 
 def observe_tensor(
@@ -150,7 +155,7 @@ def analyse(
             return found, EMPTY_GROUPS
         with np.errstate(over="ignore"):  # float64 beyond float32 is refused below
             x = values.astype(np.float32, copy=False).reshape(tile.rows, tile.columns)
-        return found, observe_groups(x, encoding, method.name == "mse")
+        return found, kernels.observe_groups(x, encoding, method.name == "mse")
 
     statistics, groups = reduce(
         lambda a, b: (merge(a[0], b[0]), a[1] + b[1]), mapper(work, tiles(rows, columns))

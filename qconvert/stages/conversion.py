@@ -23,24 +23,21 @@ from qconvert.files.imatrix import Imatrix
 from qconvert.files.regular import file_sha256, utf8_name
 from qconvert.floors import judge
 from qconvert.geometry import TILE_VALUES, Tile
+from qconvert.kernels.records import Encoded, ErrorSums
 from qconvert.mapper import Mapper
 from qconvert.model import Model, SourceFile
 from qconvert.progress import Progress
-from qconvert.quantizers.affine import EncodedRows, ErrorSums
 from qconvert.ranges import default_method
 from qconvert.report import QuantizedTensor, QuantizeReport
 from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme
 from qconvert.stages.analyse import shares_parameters
 from qconvert.stages.encoders import (
-    NO_ZEROS,
     AffineEncoder,
     CastEncoder,
     Encoder,
     GgmlEncoder,
     KeptEncoder,
-    Piece,
     SharedEncoder,
-    add,
     affine_encoder,
 )
 from qconvert.stages.parallel import Workers, available_threads
@@ -58,7 +55,7 @@ from qconvert.stages.sinks import (
 )
 
 SMALL_TILES = 4  # tensors of at most so many tiles are analysed by one thread
-NOTHING = Piece(EncodedRows(b"", b"", NO_ZEROS, ErrorSums()))
+NOTHING = Encoded()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +114,7 @@ class _Task:
     last: bool
 
 
-def _run(task: _Task) -> tuple[_Task, Piece]:
+def _run(task: _Task) -> tuple[_Task, Encoded]:
     return task, task.encoder.encode(task.tile)
 
 
@@ -133,7 +130,7 @@ class Job:
     """
 
     target: TensorTarget
-    seen: Piece
+    seen: Encoded
 
     def __init__(
         self,
@@ -297,12 +294,12 @@ class Job:
 
     # --- on the main thread, behind the work: writing, in order ---
 
-    def _take(self, task: _Task, piece: Piece, sink: Sink, workers: Workers) -> None:
+    def _take(self, task: _Task, piece: Encoded, sink: Sink, workers: Workers) -> None:
         if task.first:
             self.target = sink.begin(task.planned.tensor, task.encoder.encoding)
             self.seen = NOTHING
-        self.target.append(piece.rows)
-        self.seen = add(self.seen, piece)
+        self.target.append(piece.segments)
+        self.seen += piece
         if not task.last:
             return
         encoder = task.encoder
@@ -319,8 +316,8 @@ class Job:
         self.target = sink.begin(encoder.tensor, encoder.encoding)
         self.seen = NOTHING
         for piece in workers.map(encoder.encode, encoder.tiles()):
-            self.target.append(piece.rows)
-            self.seen = add(self.seen, piece)
+            self.target.append(piece.segments)
+            self.seen += piece
 
     def _finish(self, p: PlannedTensor, encoder: Encoder) -> None:
         row = planned_row(p)
@@ -333,7 +330,7 @@ class Job:
                     f"kept tensor '{p.tensor.name}' has {self.seen.nonfinite:,} NaN or Inf values"
                 )
             return
-        error = self.seen.rows.error
+        error = self.seen.error
         if not np.isfinite(error.noise):
             raise WeightError(
                 "weights near the end of the range of binary32 would decode to infinity",
@@ -346,7 +343,7 @@ class Job:
             notes["error"]["sqnr_db"] = error.sqnr_db
         if isinstance(encoder, AffineEncoder | SharedEncoder):
             if isinstance(encoder, SharedEncoder):
-                self.target.append_shared(encoder.shared(), encoder.encoding)
+                self.target.append(encoder.shared())
             row.stored = encoder.encoding.scheme
             row.nbytes = stored_size(encoder.encoding, p.tensor.shape)
             row.decision = notes["decision"] = encoder.notes(self.seen)

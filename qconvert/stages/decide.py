@@ -21,11 +21,9 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.encoding import AffineEncoding
-from qconvert.kernels import Moments
+from qconvert.kernels.arithmetic import to_groups
+from qconvert.kernels.records import GroupStatistics, Moments
 from qconvert.model import Model, TensorInfo
-from qconvert.quantizers.affine import encode_rows, to_groups
-from qconvert.quantizers.fitting import fit
-from qconvert.quantizers.groups import GroupStatistics, observe_groups
 from qconvert.quantizers.weighting import weighting
 from qconvert.ranges import RangeMethod
 
@@ -121,7 +119,7 @@ class Sample:
 
     def guess(self, requested: bool | None) -> Decision:
         """The decision for the tensor, were the rest of it like the sample."""
-        groups = observe_groups(self.rows, self.encoding, self.method.name == "mse")
+        groups = kernels.observe_groups(self.rows, self.encoding, self.method.name == "mse")
         moments = kernels.moments(self.rows.ravel())
         return decide(moments, groups, requested, self)
 
@@ -200,9 +198,9 @@ def sample_sqnr(
     if mean_square is not None:
         mean_square = mean_square.reshape(shape)
         weights = weighting(mean_square, encoding)
-    groups, counts = to_groups(rows, encoding)
-    parameters = fit(groups, encoding, method, counts, weights)
-    error = encode_rows(rows, encoding, parameters, mean_square).error
+    groups, counts = to_groups(rows, encoding.block)
+    parameters = kernels.fit(groups, encoding, method, counts, weights)
+    error = kernels.encode_rows(rows, encoding, parameters, mean_square).error
     return Measured(error.sqnr_db, error.weighted_sqnr_db)
 
 

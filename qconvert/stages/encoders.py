@@ -19,16 +19,13 @@ from qconvert import kernels
 from qconvert.encoding import AffineEncoding, Encoding, RawEncoding
 from qconvert.errors import WeightError
 from qconvert.geometry import TILE_VALUES, Tile, row_length, tiles
-from qconvert.kernels import Moments
+from qconvert.kernels.arithmetic import SCALE_NUMPY, stored_zero_points
+from qconvert.kernels.records import Bytes, Encoded, Weighting
+from qconvert.kernels.reference.ggml import GGML_BLOCKS
 from qconvert.mapper import Mapper
 from qconvert.model import Model, TensorInfo
-from qconvert.observers.statistics import merge_moments, outlier_bounds
-from qconvert.quantizers.affine import EncodedRows, ErrorSums, Parameters, encode_rows
-from qconvert.quantizers.blocks import quantize_rows
-from qconvert.quantizers.casts import cast_rows
-from qconvert.quantizers.ggml import GGML_BLOCKS
-from qconvert.quantizers.groups import EMPTY_GROUPS, GroupStatistics
-from qconvert.quantizers.weighting import Weighting, weighting
+from qconvert.observers.statistics import outlier_bounds
+from qconvert.quantizers.weighting import weighting
 from qconvert.ranges import RangeMethod
 from qconvert.schemes import CastScheme, GgmlScheme
 from qconvert.stages.analyse import (
@@ -37,7 +34,7 @@ from qconvert.stages.analyse import (
     finite_weights,
     rows_of,
     shares_parameters,
-    stored_rows,
+    source_rows,
 )
 from qconvert.stages.decide import (
     Decision,
@@ -48,30 +45,10 @@ from qconvert.stages.decide import (
     sample_weights,
 )
 
-NO_ZEROS = np.zeros(0, np.uint8)
 KEPT_BYTES = 1 << 22  # of a kept tensor that are copied at once
 # Values encoded at once where tiles share nothing: with fewer, handing over between threads shows
 # (a third more time at 1 << 18), with more, nothing is gained.
 RUN_VALUES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A tile as stored, and what was seen on the way; pieces add up in order.
-
-    Attributes:
-        rows: the bytes (those of a sum are of no interest) and the error.
-        moments: of the values, where a decision rests on them.
-        groups: ranges of the groups, likewise.
-        outside: values outside the outlier bounds, likewise.
-        nonfinite: NaN and Inf values of a kept tensor.
-    """
-
-    rows: EncodedRows
-    moments: Moments | None = None
-    groups: GroupStatistics = EMPTY_GROUPS
-    outside: int = 0
-    nonfinite: int = 0
 
 
 class Encoder(Protocol):
@@ -82,7 +59,7 @@ class Encoder(Protocol):
 
     def tiles(self) -> Iterator[Tile]: ...
 
-    def encode(self, tile: Tile) -> Piece: ...
+    def encode(self, tile: Tile) -> Encoded: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +78,13 @@ class KeptEncoder:
         for start in range(0, max(size, 1), KEPT_BYTES):
             yield Tile(1, min(KEPT_BYTES, size - start), start, start + KEPT_BYTES >= size)
 
-    def encode(self, tile: Tile) -> Piece:
+    def encode(self, tile: Tile) -> Encoded:
         data = self.model.raw(self.tensor, tile.start, tile.columns)
         nonfinite = 0
         if self.tensor.floating:
             values = kernels.widen(data, self.tensor.dtype)
             nonfinite = int(len(values) - np.count_nonzero(np.isfinite(values)))
-        return Piece(EncodedRows(data, b"", NO_ZEROS, ErrorSums()), nonfinite=nonfinite)
+        return Encoded({"data": data}, nonfinite=nonfinite)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,23 +102,23 @@ class CastEncoder:
     def tiles(self) -> Iterator[Tile]:
         return _tiles(self.tensor, RUN_VALUES)
 
-    def encode(self, tile: Tile) -> Piece:
+    def encode(self, tile: Tile) -> Encoded:
         """
         Raises:
             WeightError: NaN or Inf, or a weight beyond the dtype.
         """
-        rows = stored_rows(self.model, self.tensor, tile)
+        rows = source_rows(self.model, self.tensor, tile)
         with finite_weights(self.model, self.tensor):
-            stored, error = cast_rows(rows, self.scheme.dtype)
-        if not math.isfinite(error.noise):
+            done = kernels.cast(rows, self.scheme.dtype)
+        if not math.isfinite(done.error.noise):
             raise WeightError(
                 f"a weight does not fit {self.scheme.dtype}",
                 path=self.model.path,
                 tensor=self.tensor.name,
-                found=f"{np.abs(rows.values()).max():g}",
+                found=f"{np.abs(kernels.values(rows)).max():g}",
                 hint=self._hint(),
             )
-        return Piece(EncodedRows(stored, b"", NO_ZEROS, error))
+        return done
 
     def _hint(self) -> str:
         kept = f"keep the tensor with --keep '{self.tensor.name}'"
@@ -170,30 +147,29 @@ class GgmlEncoder:
     def tiles(self) -> Iterator[Tile]:
         return _tiles(self.tensor, RUN_VALUES)
 
-    def encode(self, tile: Tile) -> Piece:
+    def encode(self, tile: Tile) -> Encoded:
         """
         Raises:
             WeightError: NaN or Inf, or a scale beyond float16.
         """
         kind = GGML_BLOCKS[self.scheme.ggml_type]
-        rows = stored_rows(self.model, self.tensor, tile)
+        rows = source_rows(self.model, self.tensor, tile)
         weights = self._importance(tile)
         if weights is not None:
             weights = weights.reshape(-1, kind.block)
         with finite_weights(self.model, self.tensor):
-            data, error = kind.quantize(rows, weights)
+            done = kernels.ggml_quantize(kind.name, rows, weights)
         # A scale that is not finite decodes to no number: only then need scales be looked at.
-        if not math.isfinite(error[1]) and not kind.finite_scales(data):
+        data = np.frombuffer(done.segments["data"], np.uint8).reshape(-1, kind.nbytes)
+        if not math.isfinite(done.error.noise) and not kind.finite_scales(data):
             raise WeightError(
                 "a block's scale does not fit its stored type",
                 path=self.model.path,
                 tensor=self.tensor.name,
-                found=f"weights up to {np.abs(rows.values()).max():g}",
+                found=f"weights up to {np.abs(kernels.values(rows)).max():g}",
                 hint=f"keep the tensor with --keep '{self.tensor.name}'",
             )
-        return Piece(
-            EncodedRows(data.reshape(-1).data, b"", NO_ZEROS, ErrorSums(rows.size, *error))
-        )
+        return done
 
     def _importance(self, tile: Tile) -> NDArray[np.float32] | None:
         """Of the tile's columns, one row for all of its rows or one for each."""
@@ -232,15 +208,14 @@ class AffineEncoder:
     def tiles(self) -> Iterator[Tile]:
         return _tiles(self.tensor, RUN_VALUES)
 
-    def encode(self, tile: Tile) -> Piece:
+    def encode(self, tile: Tile) -> Encoded:
         """
         Raises:
             WeightError: NaN or Inf.
         """
-        rows = stored_rows(self.model, self.tensor, tile)
+        rows, weights = source_rows(self.model, self.tensor, tile), self._weights(tile)
         with finite_weights(self.model, self.tensor):
-            done = quantize_rows(rows, self.encoding, self.method, self.bounds, self._weights(tile))
-        return Piece(done.rows, done.moments, done.groups, done.outside)
+            return kernels.quantize_rows(rows, self.encoding, self.method, self.bounds, weights)
 
     def _weights(self, tile: Tile) -> Weighting | None:
         """Of the tile's columns; only rows of blocks are cut into runs of columns."""
@@ -254,13 +229,13 @@ class AffineEncoder:
         """Whether mean squares of the input channels were known."""
         return self.weights is not None
 
-    def settled(self, seen: Piece) -> AffineEncoder:
+    def settled(self, seen: Encoded) -> AffineEncoder:
         """This encoder, or another one where the whole tensor says otherwise than the sample."""
         assert seen.moments is not None
         decision = decide(seen.moments, seen.groups, self.requested, self.sample)
         return replace(self, decision=decision, encoding=_settle(self.encoding, decision))
 
-    def notes(self, seen: Piece) -> dict[str, object]:
+    def notes(self, seen: Encoded) -> dict[str, object]:
         """The decision as reports have it."""
         assert seen.moments is not None
         share = seen.outside / seen.moments.count
@@ -288,7 +263,7 @@ class SharedEncoder:
     def tiles(self) -> Iterator[Tile]:
         return _tiles(self.tensor, TILE_VALUES)
 
-    def encode(self, tile: Tile) -> Piece:
+    def encode(self, tile: Tile) -> Encoded:
         parameters = self.analysis.parameters(tile)
         assert parameters is not None
         squares = None
@@ -296,20 +271,25 @@ class SharedEncoder:
             column = tile.start % self.encoding.row_length
             squares = self.mean_square[None, column : column + tile.columns]
         x = rows_of(self.model, self.tensor, tile)
-        done = encode_rows(x, self.encoding, parameters, squares)
-        return Piece(replace(done, scales=b"", zero=NO_ZEROS))
+        done = kernels.encode_rows(x, self.encoding, parameters, squares)
+        return replace(done, segments={"codes": done.segments["codes"]})
 
     @property
     def weighted(self) -> bool:
         """Whether mean squares of the input channels were known."""
         return self.mean_square is not None
 
-    def shared(self) -> tuple[Parameters, ...]:
-        """What is stored once."""
+    def shared(self) -> dict[str, Bytes]:
+        """What is stored once, by the kind of segment."""
         assert self.analysis.shared is not None
-        return self.analysis.shared
+        scales = np.concatenate([p.scale for p in self.analysis.shared])
+        zeros = np.concatenate([p.zero for p in self.analysis.shared])
+        stored = {"scales": scales.astype(SCALE_NUMPY["F32"]).tobytes()}
+        if self.encoding.symmetric:
+            return {**stored}
+        return {**stored, "zero_points": stored_zero_points(zeros, self.encoding).data}
 
-    def notes(self, seen: Piece) -> dict[str, object]:
+    def notes(self, seen: Encoded) -> dict[str, object]:
         """The decision as reports have it."""
         s = self.analysis.statistics
         assert s.moments is not None
@@ -347,17 +327,6 @@ def affine_encoder(
     settled = _settle(encoding, guess)
     weights = None if mean_square is None else weighting(mean_square[None, :], encoding)
     return AffineEncoder(model, tensor, settled, method, sample, guess, requested, bounds, weights)
-
-
-def add(a: Piece, b: Piece) -> Piece:
-    """What was seen in ``a`` and then in ``b``; the bytes are dropped."""
-    return Piece(
-        EncodedRows(b"", b"", NO_ZEROS, a.rows.error + b.rows.error),
-        merge_moments(a.moments, b.moments),
-        a.groups + b.groups,
-        a.outside + b.outside,
-        a.nonfinite + b.nonfinite,
-    )
 
 
 def _settle(encoding: AffineEncoding, decision: Decision) -> AffineEncoding:

@@ -18,10 +18,10 @@ from qconvert.files.gguf_writer import MetadataValue, check_gguf
 from qconvert.files.imatrix import read_imatrix
 from qconvert.files.qblk_writer import check_qblk
 from qconvert.files.shards import MAX_COMPANION_BYTES, MODULES, companion_too_large
+from qconvert.kernels.records import ErrorSums
 from qconvert.mixes import MixOptions, parse_mix
 from qconvert.model import DTYPES, Model
 from qconvert.progress import Progress, Silent
-from qconvert.quantizers.affine import ErrorSums
 from qconvert.ranges import default_method
 from qconvert.report import QuantizeReport
 from qconvert.schemes import AffineScheme, GgmlScheme, MixScheme

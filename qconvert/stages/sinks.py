@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from qconvert.encoding import AffineEncoding, Encoding, RawEncoding
+from qconvert.encoding import Encoding, RawEncoding
 from qconvert.files.atomic import AtomicOutput, machine_errors
 from qconvert.files.calibration import MAX_OBSERVER
 from qconvert.files.gguf_split import PROVENANCE, SplitGgufWriter
@@ -20,8 +20,8 @@ from qconvert.files.qblk_writer import (
     required_features,
     tensor_bound,
 )
+from qconvert.kernels.records import Bytes
 from qconvert.model import Companion, Model, TensorInfo
-from qconvert.quantizers.affine import SCALE_NUMPY, EncodedRows, Parameters, stored_zero_points
 from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme
 from qconvert.stages.plan import PlannedTensor, encoding_of
 
@@ -50,11 +50,9 @@ WIDEST_ACTIVATION = {"observer": "x" * MAX_OBSERVER, "samples": 0, "scale": 0, "
 class TensorTarget(Protocol):
     """One tensor being written; pieces arrive in order."""
 
-    def append(self, part: EncodedRows) -> None: ...
-
-    def append_shared(
-        self, parameters: tuple[Parameters, ...], encoding: AffineEncoding
-    ) -> None: ...
+    def append(self, segments: Mapping[str, Bytes]) -> None:
+        """Bytes that come next in each of some segments."""
+        ...
 
     def abandon(self) -> None:
         """Forget what was written of the tensor, which will begin again."""
@@ -133,18 +131,9 @@ class _QblkTarget:
     def __init__(self, tensor: TensorWriter) -> None:
         self.tensor = tensor
 
-    def append(self, part: EncodedRows) -> None:
-        if isinstance(self.tensor.encoding, RawEncoding):
-            self.tensor.append("data", part.codes)
-            return
-        self.tensor.append("codes", part.codes)
-        self.tensor.append("scales", part.scales)
-        self.tensor.append_zero_points(part.zero)
-
-    def append_shared(self, parameters: tuple[Parameters, ...], encoding: AffineEncoding) -> None:
-        for p in parameters:
-            self.tensor.append("scales", p.scale.astype(SCALE_NUMPY["F32"]).tobytes())
-            self.tensor.append_zero_points(stored_zero_points(p.zero, encoding))
+    def append(self, segments: Mapping[str, Bytes]) -> None:
+        for kind, data in segments.items():
+            self.tensor.append(kind, data)
 
     def abandon(self) -> None:
         self.tensor.abandon()
@@ -219,12 +208,9 @@ class _GgufTarget:
     def __init__(self, sink: GgufSink) -> None:
         self.sink = sink
 
-    def append(self, part: EncodedRows) -> None:
+    def append(self, segments: Mapping[str, Bytes]) -> None:
         with machine_errors(self.sink.target):
-            self.sink.writer.append(part.codes)
-
-    def append_shared(self, parameters: tuple[Parameters, ...], encoding: AffineEncoding) -> None:
-        raise AssertionError("GGUF has no affine encoding")
+            self.sink.writer.append(segments["data"])
 
     def abandon(self) -> None:
         raise AssertionError("GGUF has no encoding to be guessed")

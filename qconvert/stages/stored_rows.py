@@ -15,9 +15,10 @@ from qconvert.encoding import AffineEncoding
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_header import StoredTensor
 from qconvert.geometry import Tile
+from qconvert.kernels.arithmetic import integer_rows, zero_steps
+from qconvert.kernels.records import Activations, IntegerRows
+from qconvert.kernels.reference.ggml import GGML_BLOCKS
 from qconvert.model import Model, TensorInfo
-from qconvert.quantizers.ggml import GGML_BLOCKS
-from qconvert.quantizers.integer import Activations, IntegerRows, integer_rows
 
 F32 = NDArray[np.float32]
 
@@ -119,7 +120,7 @@ def _affine_rows(model: QblkModel, stored: StoredTensor, tile: Tile, first: int)
         encoding.bits,
         encoding.symmetric,
     )
-    steps = 1 if encoding.symmetric else kernels.zero_steps(encoding.bits)
+    steps = 1 if encoding.symmetric else zero_steps(encoding.bits)
     centre = (1 << (encoding.bits - 1)) if encoding.symmetric else 0
     return Rows(
         dtype=encoding.scheme,
@@ -140,7 +141,7 @@ def _ggml_rows(model: Model, tensor: TensorInfo, tile: Tile, first: int) -> Rows
     start, stop = (n // block.block * block.nbytes for n in (tile.start, tile.stop))
     data = np.frombuffer(model.raw(tensor, start, stop - start), np.uint8)
     data = data.reshape(-1, block.nbytes)
-    parts = block.parts(data)
+    parts = block.splitter(data)
     of_scale, of_offset = block.rounding(data)
     per_row = tile.columns // block.group
     scale = parts.scale.reshape(tile.rows, per_row)
@@ -153,7 +154,7 @@ def _ggml_rows(model: Model, tensor: TensorInfo, tile: Tile, first: int) -> Rows
         start=tile.start,
         stop=tile.stop,
         first_column=first,
-        values=block.decode(data).reshape(tile.rows, tile.columns),
+        values=kernels.ggml_decode(block.name, data).reshape(tile.rows, tile.columns),
         integer=IntegerRows(
             codes=parts.codes.reshape(tile.rows, tile.columns),
             zero=np.zeros((tile.rows, per_row), np.int32),

@@ -29,16 +29,11 @@ from qconvert.files.qblk_check import check_payload
 from qconvert.files.transposed import input_first
 from qconvert.floors import LOST_DB, judge
 from qconvert.geometry import TILE_VALUES, Tile, tiles
+from qconvert.kernels.activations import dynamic_activations, static_activations
+from qconvert.kernels.arithmetic import CAST_NUMPY, cast_values
+from qconvert.kernels.records import Activations, ErrorSums
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.progress import Progress, Silent
-from qconvert.quantizers.affine import ErrorSums
-from qconvert.quantizers.casts import CAST_NUMPY, cast
-from qconvert.quantizers.integer import (
-    Activations,
-    dynamic_activations,
-    integer_product,
-    static_activations,
-)
 from qconvert.report import Check, VerifiedTensor, VerifyReport
 from qconvert.running.hugging_face import require
 from qconvert.stages.analyse import F32_MAX
@@ -660,14 +655,14 @@ def _measure_rows(
         found.error = ErrorSums(weights.size, *sums)
         found.worst_step = rows.worst_step(weights)
         if rows.integer is None and rows.dtype in CAST_NUMPY:
-            promised = cast(weights, rows.dtype)[1]
+            promised = cast_values(weights, rows.dtype)[1]
             found.cast = bool((promised.view(np.uint32) == rows.values.view(np.uint32)).all())
     if rows.integer is None:
         return found
     span = slice(rows.first_column, rows.first_column + rows.values.shape[1])
     a = Activations(a.codes[:, span], a.scale, a.zero_point)
     found.integer = True
-    product = integer_product(rows.integer, a, check=True)
+    product = kernels.integer_product(rows.integer, a, check=True)
     found.exact = bool(product.exact)
     inputs = a.values
     wide = rows.values.astype(np.float64)

@@ -99,7 +99,7 @@ INLINE void fit_minmax(const Extents *e, Scheme scheme, enum scale_type type, fl
     }
 }
 
-/* Steps that the groups need, as observe_groups in quantizers/groups.py has them. */
+/* Steps that the groups need, as observe_groups in ../reference/statistics.py has them. */
 typedef struct {
     double symmetric[LANES], asymmetric[LANES];
     int32_t smallest, largest; /* magnitudes as integers */

@@ -47,3 +47,15 @@ const GgmlType ggml_types[GGML_TYPES] = {
     [GGML_Q5_K] = {"Q5_K", 256, 176},
     [GGML_Q6_K] = {"Q6_K", 256, 210},
 };
+
+const DType source_types[SOURCE_TYPES] = {
+    [SOURCE_F32] = {"F32", 4},
+    [SOURCE_BF16] = {"BF16", 2},
+    [SOURCE_F16] = {"F16", 2},
+};
+
+const DType scale_types[SCALE_TYPES] = {
+    [SCALE_F16] = {"F16", 2},
+    [SCALE_BF16] = {"BF16", 2},
+    [SCALE_F32] = {"F32", 4},
+};

@@ -1,5 +1,5 @@
 /* ggml's block types whose codes are places in a table, section 8: the bytes of
- * qconvert/quantizers/ggml/codebooks.py. */
+ * ../reference/ggml/codebooks.py. */
 #ifndef QCONVERT_GGML_CODEBOOKS_H
 #define QCONVERT_GGML_CODEBOOKS_H
 

@@ -1,4 +1,4 @@
-/* K-quants, super-blocks of 256 values, section 8: the bytes of quantizers/ggml/kquants.py. */
+/* K-quants, super-blocks of 256 values, section 8: the bytes of ../reference/ggml/kquants.py. */
 #ifndef QCONVERT_GGML_K_H
 #define QCONVERT_GGML_K_H
 

@@ -1,5 +1,5 @@
 /* The search for d, m, a and b of K-quants whose values are d a u - m b, section 8: the arithmetic of
- * quantizers/ggml/k_affine.py. */
+ * ../reference/ggml/k_affine.py. */
 #ifndef QCONVERT_GGML_K_AFFINE_H
 #define QCONVERT_GGML_K_AFFINE_H
 

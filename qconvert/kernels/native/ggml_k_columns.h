@@ -1,5 +1,5 @@
 /* What the searches for the scales of K-quants share, section 8: the arithmetic of
- * quantizers/ggml/k_columns.py.
+ * ../reference/ggml/k_columns.py.
  *
  * 16 sub-blocks lie side by side as columns: of one super-block, or of two where they are 8. */
 #ifndef QCONVERT_GGML_K_COLUMNS_H

@@ -1,5 +1,5 @@
 /* The search for d and a of K-quants whose values are d a u, section 8: the arithmetic of
- * quantizers/ggml/k_symmetric.py. Sub-blocks are of 16 values. */
+ * ../reference/ggml/k_symmetric.py. Sub-blocks are of 16 values. */
 #ifndef QCONVERT_GGML_K_SYMMETRIC_H
 #define QCONVERT_GGML_K_SYMMETRIC_H
 

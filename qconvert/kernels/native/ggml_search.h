@@ -1,4 +1,4 @@
-/* Scales of ggml blocks by search, section 8: qconvert/quantizers/ggml/search.py. Groups lie side
+/* Scales of ggml blocks by search, section 8: ../reference/ggml/search.py. Groups lie side
  * by side, 16 columns; a batch that is not full has columns of zeros. */
 #ifndef QCONVERT_GGML_SEARCH_H
 #define QCONVERT_GGML_SEARCH_H

@@ -1,4 +1,4 @@
-/* ggml's block types of 32 values, section 8: the bytes of qconvert/quantizers/ggml/small.py. */
+/* ggml's block types of 32 values, section 8: the bytes of ../reference/ggml/small.py. */
 #ifndef QCONVERT_GGML_SMALL_H
 #define QCONVERT_GGML_SMALL_H
 

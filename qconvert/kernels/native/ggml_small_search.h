@@ -1,5 +1,5 @@
 /* ggml's block types of 32 values under an importance, section 8: the bytes of
- * qconvert/quantizers/ggml/small_search.py. */
+ * ../reference/ggml/small_search.py. */
 #ifndef QCONVERT_GGML_SMALL_SEARCH_H
 #define QCONVERT_GGML_SMALL_SEARCH_H
 

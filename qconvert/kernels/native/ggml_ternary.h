@@ -1,5 +1,5 @@
 /* ggml's block types for weights of three values, section 8: the bytes of
- * qconvert/quantizers/ggml/ternary.py. */
+ * ../reference/ggml/ternary.py. */
 #ifndef QCONVERT_GGML_TERNARY_H
 #define QCONVERT_GGML_TERNARY_H
 

@@ -2,7 +2,7 @@
  *
  * Plain C: nothing here knows Python. Sizes are checked by the caller. Arrays do not overlap; they
  * are C-contiguous and aligned for their type, except `raw` bytes. The definitions are those of
- * ../reference.py, bit for bit; section numbers are those of formats/schemes/SPEC.md.
+ * ../reference, bit for bit; section numbers are those of formats/schemes/SPEC.md.
  */
 #ifndef QCONVERT_KERNELS_H
 #define QCONVERT_KERNELS_H
@@ -48,7 +48,7 @@ typedef struct {
     size_t factor_count, move_count;
 } Grid;
 
-/* What weighs the values of groups: group g has row g % period; quantizers/weighting.py. */
+/* What weighs the values of groups: group g has row g % period; `Weighting` in ../records.py. */
 typedef struct {
     size_t period;
     const float *weight, *reach; /* (period, length); of use to the search alone */
@@ -94,7 +94,7 @@ typedef struct {
     size_t period;
 } Channels;
 
-/* What became of them: the figures of quantizers/blocks.py. */
+/* What became of them: `Encoded` in ../records.py. */
 typedef struct {
     Errors errors; /* the signal follows from the powers, and is 0 here */
     size_t outside;
@@ -164,10 +164,6 @@ typedef struct {
     int (*worst_step)(const Decoded *task, double *worst);
     void (*power_sums)(const float *x, size_t n, double pivot, double sums[4]);
 
-    void (*column_sums)(const float *columns, size_t length, size_t groups, float *sums);
-    void (*code_sums)(const float *columns, size_t length, size_t groups, const float *inverse,
-                      const float *offset, float low, float top, const float *mask, float *su,
-                      float *suu, float *sxu);
     void (*long_sums)(const float *x, const float *weights, size_t rows, size_t length,
                       size_t candidates, const float *inverse, const float *offset, float low,
                       float top, double *sums);
@@ -191,8 +187,8 @@ typedef struct {
 
     /* From one type to another, and the error of that. */
     int (*cast)(Source source, size_t n, enum source_type type, uint8_t *out, Errors *found);
-    int (*integer_product)(const int16_t *codes, size_t rows, const int8_t *inputs, size_t samples,
-                           size_t length, int32_t *sums);
+    int (*integer_dots)(const int16_t *codes, size_t rows, const int8_t *inputs, size_t samples,
+                        size_t length, int32_t *sums);
     int (*product)(const Product *task);
 
     /* `importance`: weights of the values of `period` blocks, used in turn; NULL when period is 0. */
@@ -220,6 +216,14 @@ typedef struct {
 } GgmlType;
 
 extern const GgmlType ggml_types[GGML_TYPES];
+
+/* The names of dtypes in files, and their bytes. */
+typedef struct {
+    const char *name;
+    size_t bytes;
+} DType;
+
+extern const DType source_types[SOURCE_TYPES], scale_types[SCALE_TYPES];
 
 /* Codes stored per row of `columns` values, padding included. */
 static inline size_t stored_row(Scheme scheme, size_t columns) {

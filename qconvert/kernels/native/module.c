@@ -1,61 +1,222 @@
 /* qconvert.kernels._native: the loops for Python. Buffers in, buffers filled; every size is checked
- * here, dtypes in ../compiled.py. The GIL is released while a loop runs. */
+ * here. The GIL is released while a loop runs.
+ *
+ * Arguments go by name: each function has one list of them, from which its call is checked and that
+ * `signatures` tells, so that ../_native.pyi can be held against it. */
 #include <Python.h>
+#include <string.h>
 
 #include "kernels.h"
 
 static const Kernels *active; /* changed and read with the GIL held */
 
-/* --- buffers ----------------------------------------------------------------------------------*/
+/* --- arguments --------------------------------------------------------------------------------*/
 
-enum { MAX_BUFFERS = 14 };
+enum { MOST_ARGUMENTS = 20 };
 
-/* Buffers of one call. */
+/* One call: its arguments in the order of the list, and the buffers that are held. Once something
+ * is wrong `failed` is set, with an exception, and what is asked for further is 0 or NULL. */
 typedef struct {
-    Py_buffer view[MAX_BUFFERS];
-    int count;
-} Buffers;
+    const Kernels *kernels;
+    const char *const *names;
+    PyObject *value[MOST_ARGUMENTS]; /* borrowed */
+    Py_buffer view[MOST_ARGUMENTS];
+    int views, failed;
+} Call;
 
-static void release(Buffers *held) {
-    while (held->count) {
-        PyBuffer_Release(&held->view[--held->count]);
+#define AS_NAME(name) #name,
+#define AS_INDEX(name) ARG_##name,
+/* The beginning of a function whose list of arguments is LIST: its indices and the call. */
+#define BEGIN(function, LIST)                                                                    \
+    enum { LIST(AS_INDEX) arguments };                                                           \
+    (void)module;                                                                                \
+    Call call;                                                                                   \
+    _Static_assert(arguments <= MOST_ARGUMENTS, "too many arguments");                           \
+    if (!begin(&call, function##_arguments, arguments, positional, named)) {                     \
+        return NULL;                                                                             \
+    }
+
+static int begin(Call *call, const char *const *names, int count, PyObject *positional,
+                 PyObject *named) {
+    call->kernels = active;
+    call->names = names;
+    call->views = call->failed = 0;
+    if (PyTuple_Size(positional)) {
+        PyErr_SetString(PyExc_TypeError, "arguments go by name");
+        return 0;
+    }
+    for (int i = 0; i < count; i++) {
+        call->value[i] = named ? PyDict_GetItemString(named, names[i]) : NULL;
+        if (!call->value[i]) {
+            PyErr_Format(PyExc_TypeError, "argument '%s' is missing", names[i]);
+            return 0;
+        }
+    }
+    if (named && PyDict_Size(named) != count) {
+        PyErr_SetString(PyExc_TypeError, "there are arguments of other names");
+        return 0;
+    }
+    return 1;
+}
+
+static void release(Call *call) {
+    while (call->views) {
+        PyBuffer_Release(&call->view[--call->views]);
     }
 }
 
-/* Memory of a C-contiguous object of exactly count * size bytes; else NULL and an exception. */
-static void *memory(Buffers *held, PyObject *object, Py_ssize_t count, size_t size, int flags) {
-    Py_buffer *view = &held->view[held->count];
-    if (PyObject_GetBuffer(object, view, flags) < 0) {
+/* The end of a function; an argument that was wrong has left an exception. */
+#define RETURN(result)                                     \
+    do {                                                   \
+        release(&call);                                    \
+        return call.failed ? NULL : (result);              \
+    } while (0)
+
+static PyObject *none_or_no_memory(int status) {
+    return status == DONE ? Py_NewRef(Py_None) : PyErr_NoMemory();
+}
+
+static int require(Call *call, int condition, const char *what) {
+    if (!condition && !call->failed) {
+        PyErr_SetString(PyExc_ValueError, what);
+        call->failed = 1;
+    }
+    return !call->failed;
+}
+
+/* An exception that the interpreter has set, if it has. */
+static int sound(Call *call, int suspicious) {
+    call->failed |= suspicious && PyErr_Occurred();
+    return !call->failed;
+}
+
+/* Not negative. */
+static Py_ssize_t size_at(Call *call, int index) {
+    if (call->failed) {
+        return 0;
+    }
+    const Py_ssize_t found = PyLong_AsSsize_t(call->value[index]);
+    if (!sound(call, found == -1) || !require(call, found >= 0, "a size below 0")) {
+        return 0;
+    }
+    return found;
+}
+
+static int integer_at(Call *call, int index, int low, int high) {
+    if (call->failed) {
+        return low;
+    }
+    const long found = PyLong_AsLong(call->value[index]);
+    if (!sound(call, found == -1) || !require(call, found >= low && found <= high, "an integer out "
+                                              "of range")) {
+        return low;
+    }
+    return (int)found;
+}
+
+static double number_at(Call *call, int index) {
+    const double found = call->failed ? 0.0 : PyFloat_AsDouble(call->value[index]);
+    return sound(call, found == -1.0) ? found : 0.0;
+}
+
+static int flag_at(Call *call, int index) {
+    const int found = call->failed ? 0 : PyObject_IsTrue(call->value[index]);
+    return sound(call, found < 0) ? found : 0;
+}
+
+/* Whether a text is this one. */
+static int is_text(Call *call, int index, const char *text) {
+    PyObject *known = call->failed ? NULL : PyUnicode_FromString(text);
+    const int same = known ? PyObject_RichCompareBool(call->value[index], known, Py_EQ) : 0;
+    Py_XDECREF(known);
+    return sound(call, !known || same < 0) && same;
+}
+
+static int is_none(const Call *call, int index) {
+    return call->value[index] == Py_None;
+}
+
+static Py_ssize_t times(Py_ssize_t a, Py_ssize_t b) {
+    return a < 0 || b < 0 || (b && a > PY_SSIZE_T_MAX / b) ? -1 : a * b;
+}
+
+static const Py_buffer *view_at(Call *call, int index, int flags) {
+    Py_buffer *view = &call->view[call->views];
+    if (call->failed || PyObject_GetBuffer(call->value[index], view, flags) < 0) {
+        call->failed = 1;
         return NULL;
     }
-    held->count++;
+    call->views++;
+    return view;
+}
+
+/* Memory of a C-contiguous object of exactly count * size bytes. */
+static void *memory_at(Call *call, int index, Py_ssize_t count, size_t size, int flags) {
+    const Py_buffer *view = view_at(call, index, flags);
+    if (!view) {
+        return NULL;
+    }
     if (count < 0 || (size_t)count > PY_SSIZE_T_MAX / size
         || view->len != count * (Py_ssize_t)size) {
-        PyErr_Format(PyExc_ValueError, "a buffer of %zd bytes where %zd values of %zu bytes belong",
-                     view->len, count, size);
+        PyErr_Format(PyExc_ValueError, "'%s' has %zd bytes where %zd values of %zu bytes belong",
+                     call->names[index], view->len, count, size);
+        call->failed = 1;
         return NULL;
     }
     return view->buf;
 }
 
-#define INPUT(object, count, type) \
-    ((const type *)memory(&held, object, count, sizeof(type), PyBUF_SIMPLE))
-#define OUTPUT(object, count, type) \
-    ((type *)memory(&held, object, count, sizeof(type), PyBUF_WRITABLE))
-
-static PyObject *done(Buffers *held, PyObject *result) {
-    release(held);
-    return result;
+/* All of an array of binary32, and how many there are. */
+static const float *floats_at(Call *call, int index, size_t *count) {
+    const Py_buffer *view = view_at(call, index, PyBUF_SIMPLE);
+    *count = view ? (size_t)view->len / sizeof(float) : 0;
+    return require(call, !view || view->len % (Py_ssize_t)sizeof(float) == 0,
+                   "bytes that are no binary32")
+                   && view ? view->buf : NULL;
 }
 
-/* The end of a function whose loop may run out of memory. */
-static PyObject *done_or_no_memory(Buffers *held, int status) {
-    release(held);
-    if (status != DONE) {
-        return PyErr_NoMemory();
+#define INPUT(name, count, type) \
+    ((const type *)memory_at(&call, ARG_##name, count, sizeof(type), PyBUF_SIMPLE))
+#define OUTPUT(name, count, type) \
+    ((type *)memory_at(&call, ARG_##name, count, sizeof(type), PyBUF_WRITABLE))
+#define OPTIONAL(name, count, type) (is_none(&call, ARG_##name) ? NULL : INPUT(name, count, type))
+#define SIZE(name) size_at(&call, ARG_##name)
+#define NUMBER(name) number_at(&call, ARG_##name)
+#define FLAG(name) flag_at(&call, ARG_##name)
+
+/* Rows of floats that are used in turn, (period, length), or NULL for None. */
+#define IN_TURN(name, period, length)                                                           \
+    (is_none(&call, ARG_##name) || !require(&call, (period) > 0, "weights of nothing")          \
+         ? NULL                                                                                 \
+         : INPUT(name, times(period, length), float))
+
+static Scheme scheme_at(Call *call, int bits, int symmetric, int block) {
+    const Scheme found = {integer_at(call, bits, 2, 8), flag_at(call, symmetric),
+                          block < 0 ? 0 : (size_t)size_at(call, block)};
+    require(call, found.bits != 7, "bits must be 2..6 or 8");
+    require(call, found.block == 0 || found.block == 16 || found.block == 32 || found.block == 64
+                      || found.block == 128 || found.block == 256,
+            "block must be 0, 16, 32, 64, 128 or 256");
+    return found;
+}
+
+static enum source_type dtype_at(Call *call, int index) {
+    for (int type = 0; type < SOURCE_TYPES && !call->failed; type++) {
+        if (is_text(call, index, source_types[type].name)) {
+            return (enum source_type)type;
+        }
     }
-    Py_RETURN_NONE;
+    require(call, 0, "no dtype that is read as it lies in a file");
+    return SOURCE_F32;
 }
+
+/* Values in one of the types that loops read as they lie in a file. */
+static Source source_at(Call *call, int data, int dtype, Py_ssize_t count) {
+    const enum source_type type = dtype_at(call, dtype);
+    return (Source){type, memory_at(call, data, count, source_types[type].bytes, PyBUF_SIMPLE)};
+}
+
+/* --- results ----------------------------------------------------------------------------------*/
 
 /* Errors as numbers; None where the values were not finite. */
 static PyObject *errors_unless(int not_finite, const Errors *found) {
@@ -63,33 +224,32 @@ static PyObject *errors_unless(int not_finite, const Errors *found) {
                       : Py_BuildValue("ddd", found->signal, found->noise, found->worst);
 }
 
-static int require(int condition, const char *what) {
-    if (!condition) {
-        PyErr_SetString(PyExc_ValueError, what);
+static PyObject *errors_of(Errors found) {
+    return Py_BuildValue("dddndd", found.signal, found.noise, found.worst,
+                         (Py_ssize_t)found.clipped, found.weighted_signal, found.weighted_noise);
+}
+
+/* What a pass over groups found; None where a value is not finite. */
+static PyObject *figures_of(int status, const BlockFigures *found) {
+    if (status == NO_MEMORY) {
+        return PyErr_NoMemory();
     }
-    return condition;
+    if (status == NOT_FINITE) {
+        Py_RETURN_NONE;
+    }
+    return Py_BuildValue("Nn(dddd)(dddddd)", errors_of(found->errors), (Py_ssize_t)found->outside,
+                         found->symmetric_power, found->asymmetric_power, found->smallest,
+                         found->largest, found->minimum, found->maximum, found->powers[0],
+                         found->powers[1], found->powers[2], found->powers[3]);
 }
 
-static int valid_scheme(int bits, int symmetric, Py_ssize_t block, Scheme *scheme) {
-    *scheme = (Scheme){bits, symmetric, (size_t)block};
-    return require((bits >= 2 && bits <= 6) || bits == 8, "bits must be 2..6 or 8")
-           && require(block == 0 || block == 16 || block == 32 || block == 64 || block == 128
-                          || block == 256,
-                      "block must be 0, 16, 32, 64, 128 or 256");
-}
-
-/* Values in one of the types that loops read as they lie in a file. */
-static int valid_source(Buffers *held, PyObject *object, int type, Py_ssize_t count,
-                        Source *source) {
-    source->type = (enum source_type)type;
-    return require(type >= 0 && type < SOURCE_TYPES, "no such type of source")
-           && (source->raw = memory(held, object, count, type == SOURCE_F32 ? 4 : 2,
-                                    PyBUF_SIMPLE));
-}
-
-static Py_ssize_t times(Py_ssize_t a, Py_ssize_t b) {
-    return a < 0 || b < 0 || (b && a > PY_SSIZE_T_MAX / b) ? -1 : a * b;
-}
+/* Runs a loop without the GIL, unless an argument was wrong. */
+#define RUN(statement)                                                                          \
+    if (!call.failed) {                                                                         \
+        Py_BEGIN_ALLOW_THREADS                                                                  \
+        statement;                                                                              \
+        Py_END_ALLOW_THREADS                                                                    \
+    }
 
 /* --- variants ---------------------------------------------------------------------------------*/
 
@@ -132,265 +292,161 @@ static PyObject *select_variant(PyObject *module, PyObject *name) {
     return NULL;
 }
 
-/* --- statistics -------------------------------------------------------------------------------*/
+/* --- functions --------------------------------------------------------------------------------*/
 
-static PyObject *widen(PyObject *args, Py_ssize_t width,
-                       void (*loop)(const uint8_t *, size_t, float *)) {
-    Buffers held = {0};
-    PyObject *raw, *out;
-    Py_ssize_t n;
-    const uint8_t *from;
-    float *to;
-    if (!PyArg_ParseTuple(args, "OOn", &raw, &out, &n)
-        || !(from = INPUT(raw, times(n, width), uint8_t)) || !(to = OUTPUT(out, n, float))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    loop(from, (size_t)n, to);
-    Py_END_ALLOW_THREADS
-    return done(&held, Py_NewRef(Py_None));
+#define FUNCTION(name, LIST)                                                 \
+    static const char *const name##_arguments[] = {LIST(AS_NAME) NULL};      \
+    static PyObject *name(PyObject *module, PyObject *positional, PyObject *named)
+
+#define WIDEN(X) X(raw) X(out)
+FUNCTION(widen_bf16, WIDEN) {
+    BEGIN(widen_bf16, WIDEN)
+    const Py_buffer *raw = view_at(&call, ARG_raw, PyBUF_SIMPLE);
+    const Py_ssize_t n = raw ? raw->len / 2 : 0;
+    float *out = OUTPUT(out, n, float);
+    RUN(call.kernels->widen_bf16(raw->buf, (size_t)n, out))
+    RETURN(Py_NewRef(Py_None));
 }
 
-static PyObject *widen_bf16(PyObject *module, PyObject *args) {
-    (void)module;
-    return widen(args, 2, active->widen_bf16);
+FUNCTION(widen_f16, WIDEN) {
+    BEGIN(widen_f16, WIDEN)
+    const Py_buffer *raw = view_at(&call, ARG_raw, PyBUF_SIMPLE);
+    const Py_ssize_t n = raw ? raw->len / 2 : 0;
+    float *out = OUTPUT(out, n, float);
+    RUN(call.kernels->widen_f16(raw->buf, (size_t)n, out))
+    RETURN(Py_NewRef(Py_None));
 }
 
-static PyObject *widen_f16(PyObject *module, PyObject *args) {
-    (void)module;
-    return widen(args, 2, active->widen_f16);
+#define WIDEN_TABLE(X) X(raw) X(table) X(out)
+FUNCTION(widen_table, WIDEN_TABLE) {
+    BEGIN(widen_table, WIDEN_TABLE)
+    const Py_buffer *raw = view_at(&call, ARG_raw, PyBUF_SIMPLE);
+    const float *table = INPUT(table, 256, float);
+    float *out = OUTPUT(out, raw ? raw->len : 0, float);
+    RUN(call.kernels->widen_table(raw->buf, (size_t)raw->len, table, out))
+    RETURN(Py_NewRef(Py_None));
 }
 
-static PyObject *widen_table(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *raw, *table, *out;
-    Py_ssize_t n;
-    const uint8_t *from;
-    const float *values;
-    float *to;
-    if (!PyArg_ParseTuple(args, "OOOn", &raw, &table, &out, &n) || !(from = INPUT(raw, n, uint8_t))
-        || !(values = INPUT(table, 256, float)) || !(to = OUTPUT(out, n, float))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    kernels->widen_table(from, (size_t)n, values, to);
-    Py_END_ALLOW_THREADS
-    return done(&held, Py_NewRef(Py_None));
+#define OBSERVE(X) X(x) X(n) X(wide)
+FUNCTION(observe, OBSERVE) {
+    BEGIN(observe, OBSERVE)
+    const Py_ssize_t n = SIZE(n);
+    const int wide = FLAG(wide);
+    const void *x = memory_at(&call, ARG_x, n, wide ? sizeof(double) : sizeof(float), PyBUF_SIMPLE);
+    Statistics s = {0};
+    int status = DONE;
+    RUN(status = wide ? call.kernels->observe_f64(x, (size_t)n, &s)
+                      : call.kernels->observe_f32(x, (size_t)n, &s))
+    RETURN(status == DONE
+                             ? Py_BuildValue("nnnndddddd", (Py_ssize_t)s.nonfinite,
+                                             (Py_ssize_t)s.first_nonfinite, (Py_ssize_t)s.zeros,
+                                             (Py_ssize_t)s.count, s.minimum, s.maximum, s.mean,
+                                             s.m2, s.m3, s.m4)
+                             : PyErr_NoMemory());
 }
 
-static PyObject *statistics(Statistics s) {
-    return Py_BuildValue("nnnndddddd", (Py_ssize_t)s.nonfinite, (Py_ssize_t)s.first_nonfinite,
-                         (Py_ssize_t)s.zeros, (Py_ssize_t)s.count, s.minimum, s.maximum, s.mean,
-                         s.m2, s.m3, s.m4);
+#define HISTOGRAM(X) X(x) X(bins)
+FUNCTION(histogram, HISTOGRAM) {
+    BEGIN(histogram, HISTOGRAM)
+    size_t n;
+    const float *x = floats_at(&call, ARG_x, &n);
+    int64_t *bins = OUTPUT(bins, HISTOGRAM_BINS, int64_t);
+    RUN(call.kernels->histogram(x, n, bins))
+    RETURN(Py_NewRef(Py_None));
 }
 
-static PyObject *observe(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values;
-    Py_ssize_t n;
-    int wide, status;
-    const void *x;
-    Statistics found;
-    if (!PyArg_ParseTuple(args, "Onp", &values, &n, &wide)
-        || !(x = memory(&held, values, n, wide ? sizeof(double) : sizeof(float), PyBUF_SIMPLE))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    status = wide ? kernels->observe_f64(x, (size_t)n, &found)
-                  : kernels->observe_f32(x, (size_t)n, &found);
-    Py_END_ALLOW_THREADS
-    release(&held);
-    return status == DONE ? statistics(found) : PyErr_NoMemory();
+#define EXTREMA(X) X(x) X(groups) X(length) X(low) X(high) X(zeros)
+FUNCTION(extrema, EXTREMA) {
+    BEGIN(extrema, EXTREMA)
+    const Py_ssize_t groups = SIZE(groups), length = SIZE(length);
+    require(&call, length > 0, "groups must not be empty");
+    const float *x = INPUT(x, times(groups, length), float);
+    float *low = OUTPUT(low, groups, float), *high = OUTPUT(high, groups, float);
+    int64_t *zeros = OUTPUT(zeros, groups, int64_t);
+    RUN(call.kernels->extrema(x, (size_t)groups, (size_t)length, low, high, zeros))
+    RETURN(Py_NewRef(Py_None));
 }
 
-static PyObject *histogram(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values, *out;
-    Py_ssize_t n;
-    const float *x;
-    int64_t *bins;
-    if (!PyArg_ParseTuple(args, "OnO", &values, &n, &out) || !(x = INPUT(values, n, float))
-        || !(bins = OUTPUT(out, HISTOGRAM_BINS, int64_t))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    kernels->histogram(x, (size_t)n, bins);
-    Py_END_ALLOW_THREADS
-    return done(&held, Py_NewRef(Py_None));
+#define ALL_FINITE(X) X(x)
+FUNCTION(all_finite, ALL_FINITE) {
+    BEGIN(all_finite, ALL_FINITE)
+    size_t n;
+    const float *x = floats_at(&call, ARG_x, &n);
+    int finite = 0;
+    RUN(finite = call.kernels->all_finite(x, n))
+    RETURN(PyBool_FromLong(finite));
 }
 
-static PyObject *extrema(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values, *lows, *highs, *counts;
-    Py_ssize_t groups, length;
-    const float *x;
-    float *low, *high;
-    int64_t *zeros;
-    if (!PyArg_ParseTuple(args, "OnnOOO", &values, &groups, &length, &lows, &highs, &counts)
-        || !require(length > 0, "groups must not be empty")
-        || !(x = INPUT(values, times(groups, length), float))
-        || !(low = OUTPUT(lows, groups, float)) || !(high = OUTPUT(highs, groups, float))
-        || !(zeros = OUTPUT(counts, groups, int64_t))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    kernels->extrema(x, (size_t)groups, (size_t)length, low, high, zeros);
-    Py_END_ALLOW_THREADS
-    return done(&held, Py_NewRef(Py_None));
+#define ERROR_SUMS(X) X(x) X(decoded)
+FUNCTION(error_sums, ERROR_SUMS) {
+    BEGIN(error_sums, ERROR_SUMS)
+    size_t n;
+    const float *x = floats_at(&call, ARG_x, &n);
+    const float *decoded = INPUT(decoded, (Py_ssize_t)n, float);
+    Errors found = {0};
+    RUN(call.kernels->error_sums(x, decoded, n, &found))
+    RETURN(errors_unless(0, &found));
 }
 
-static PyObject *error_sums(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values, *others;
-    Py_ssize_t n;
-    const float *x, *decoded;
-    Errors found;
-    if (!PyArg_ParseTuple(args, "OOn", &values, &others, &n) || !(x = INPUT(values, n, float))
-        || !(decoded = INPUT(others, n, float))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    kernels->error_sums(x, decoded, (size_t)n, &found);
-    Py_END_ALLOW_THREADS
-    return done(&held, errors_unless(0, &found));
+#define WORST_STEP(X)                                                                         \
+    X(weights) X(values) X(rows) X(columns) X(group) X(scale) X(offset) X(zero) X(code_step)  \
+    X(low) X(high) X(scale_rounding) X(offset_rounding)
+FUNCTION(worst_step, WORST_STEP) {
+    BEGIN(worst_step, WORST_STEP)
+    const Py_ssize_t rows = SIZE(rows), columns = SIZE(columns), group = SIZE(group);
+    require(&call, group > 0, "no such groups");
+    const Py_ssize_t size = times(rows, columns);
+    const Py_ssize_t per_row = group ? columns / group + (columns % group != 0) : 0;
+    const Py_ssize_t groups = times(rows, per_row);
+    const Decoded task = {
+        .weights = INPUT(weights, size, float),
+        .values = INPUT(values, size, float),
+        .rows = (size_t)rows,
+        .columns = (size_t)columns,
+        .group = (size_t)group,
+        .scale = INPUT(scale, groups, float),
+        .offset = OPTIONAL(offset, groups, float),
+        .zero = INPUT(zero, groups, int32_t),
+        .code_step = NUMBER(code_step),
+        .low = NUMBER(low),
+        .high = NUMBER(high),
+        .scale_rounding = OPTIONAL(scale_rounding, groups, float),
+        .offset_rounding = OPTIONAL(offset_rounding, groups, float),
+    };
+    double worst = 0;
+    int unscaled = 0;
+    RUN(unscaled = call.kernels->worst_step(&task, &worst))
+    RETURN(Py_BuildValue("dO", worst, unscaled ? Py_True : Py_False));
 }
 
-static PyObject *worst_step(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *weights, *values, *scales, *offsets, *zeros, *roundings[2];
-    Py_ssize_t rows, columns, group;
-    Decoded task;
-    double worst;
-    int unscaled;
-    if (!PyArg_ParseTuple(args, "OOnnnOOOdddOO", &weights, &values, &rows, &columns, &group,
-                          &scales, &offsets, &zeros, &task.code_step, &task.low, &task.high,
-                          &roundings[0], &roundings[1])
-        || !require(rows >= 0 && columns >= 0 && group > 0, "no such groups")) {
-        return NULL;
-    }
-    const Py_ssize_t groups = times(rows, columns / group + (columns % group != 0));
-    task.offset = task.scale_rounding = task.offset_rounding = NULL;
-    if (!(task.weights = INPUT(weights, times(rows, columns), float))
-        || !(task.values = INPUT(values, times(rows, columns), float))
-        || !(task.scale = INPUT(scales, groups, float))
-        || (offsets != Py_None && !(task.offset = INPUT(offsets, groups, float)))
-        || !(task.zero = INPUT(zeros, groups, int32_t))
-        || (roundings[0] != Py_None && !(task.scale_rounding = INPUT(roundings[0], groups, float)))
-        || (roundings[1] != Py_None
-            && !(task.offset_rounding = INPUT(roundings[1], groups, float)))) {
-        return done(&held, NULL);
-    }
-    task.rows = (size_t)rows;
-    task.columns = (size_t)columns;
-    task.group = (size_t)group;
-    Py_BEGIN_ALLOW_THREADS
-    unscaled = kernels->worst_step(&task, &worst);
-    Py_END_ALLOW_THREADS
-    return done(&held, Py_BuildValue("dO", worst, unscaled ? Py_True : Py_False));
-}
-
-static PyObject *power_sums(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values;
-    Py_ssize_t n;
-    double pivot, sums[4];
-    const float *x;
-    if (!PyArg_ParseTuple(args, "Ond", &values, &n, &pivot) || !(x = INPUT(values, n, float))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    kernels->power_sums(x, (size_t)n, pivot, sums);
-    Py_END_ALLOW_THREADS
-    return done(&held, Py_BuildValue("dddd", sums[0], sums[1], sums[2], sums[3]));
+#define POWER_SUMS(X) X(x) X(pivot)
+FUNCTION(power_sums, POWER_SUMS) {
+    BEGIN(power_sums, POWER_SUMS)
+    size_t n;
+    const float *x = floats_at(&call, ARG_x, &n);
+    const double pivot = NUMBER(pivot);
+    double sums[4] = {0};
+    RUN(call.kernels->power_sums(x, n, pivot, sums))
+    RETURN(Py_BuildValue("dddd", sums[0], sums[1], sums[2], sums[3]));
 }
 
 /* --- searching a scale ------------------------------------------------------------------------*/
 
-static PyObject *column_sums(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values, *out;
-    Py_ssize_t length, groups;
-    const float *columns;
-    float *sums;
-    if (!PyArg_ParseTuple(args, "OnnO", &values, &length, &groups, &out)
-        || !require(length <= PIECE, "more than 256 values in a column")
-        || !(columns = INPUT(values, times(length, groups), float))
-        || !(sums = OUTPUT(out, groups, float))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    kernels->column_sums(columns, (size_t)length, (size_t)groups, sums);
-    Py_END_ALLOW_THREADS
-    return done(&held, Py_NewRef(Py_None));
-}
-
-static PyObject *code_sums(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values, *inverses, *offsets, *masks, *sums_u, *sums_uu, *sums_xu;
-    Py_ssize_t length, groups;
-    int low, top;
-    const float *columns, *inverse, *offset, *mask = NULL;
-    float *su, *suu, *sxu;
-    if (!PyArg_ParseTuple(args, "OnnOOiiOOOO", &values, &length, &groups, &inverses, &offsets, &low,
-                          &top, &masks, &sums_u, &sums_uu, &sums_xu)
-        || !require(length <= PIECE, "more than 256 values in a column")
-        || !require(0 <= low && low <= top && top <= 255, "codes must lie in 0..255")
-        || !(columns = INPUT(values, times(length, groups), float))
-        || !(inverse = INPUT(inverses, groups, float)) || !(offset = INPUT(offsets, groups, float))
-        || (masks != Py_None && !(mask = INPUT(masks, times(length, groups), float)))
-        || !(su = OUTPUT(sums_u, groups, float)) || !(suu = OUTPUT(sums_uu, groups, float))
-        || !(sxu = OUTPUT(sums_xu, groups, float))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    kernels->code_sums(columns, (size_t)length, (size_t)groups, inverse, offset, (float)low,
-                       (float)top, mask, su, suu, sxu);
-    Py_END_ALLOW_THREADS
-    return done(&held, Py_NewRef(Py_None));
-}
-
-static PyObject *long_sums(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values, *weights, *inverses, *offsets, *out;
-    Py_ssize_t rows, length, candidates;
-    int low, top;
-    const float *x, *weight = NULL, *inverse, *offset;
-    double *sums;
-    if (!PyArg_ParseTuple(args, "OOnnnOOiiO", &values, &weights, &rows, &length, &candidates,
-                          &inverses, &offsets, &low, &top, &out)
-        || !require(0 <= low && low <= top && top <= 255, "codes must lie in 0..255")
-        || !(x = INPUT(values, times(rows, length), float))
-        || (weights != Py_None && !(weight = INPUT(weights, times(rows, length), float)))
-        || !(inverse = INPUT(inverses, times(candidates, rows), float))
-        || !(offset = INPUT(offsets, times(candidates, rows), float))
-        || !(sums = OUTPUT(out, times(times(candidates, rows), 3), double))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    kernels->long_sums(x, weight, (size_t)rows, (size_t)length, (size_t)candidates, inverse,
-                       offset, (float)low, (float)top, sums);
-    Py_END_ALLOW_THREADS
-    return done(&held, Py_NewRef(Py_None));
+#define LONG_SUMS(X) \
+    X(x) X(weights) X(rows) X(length) X(candidates) X(inverse) X(offset) X(low) X(top) X(sums)
+FUNCTION(long_sums, LONG_SUMS) {
+    BEGIN(long_sums, LONG_SUMS)
+    const Py_ssize_t rows = SIZE(rows), length = SIZE(length), candidates = SIZE(candidates);
+    const int low = integer_at(&call, ARG_low, 0, 255);
+    const int top = integer_at(&call, ARG_top, low, 255);
+    const float *x = INPUT(x, times(rows, length), float);
+    const float *weights = OPTIONAL(weights, times(rows, length), float);
+    const float *inverse = INPUT(inverse, times(candidates, rows), float);
+    const float *offset = INPUT(offset, times(candidates, rows), float);
+    double *sums = OUTPUT(sums, times(times(candidates, rows), 3), double);
+    RUN(call.kernels->long_sums(x, weights, (size_t)rows, (size_t)length, (size_t)candidates,
+                                inverse, offset, (float)low, (float)top, sums))
+    RETURN(Py_NewRef(Py_None));
 }
 
 static int counts_fit(const int32_t *counts, Py_ssize_t groups, Py_ssize_t length) {
@@ -398,63 +454,36 @@ static int counts_fit(const int32_t *counts, Py_ssize_t groups, Py_ssize_t lengt
     for (Py_ssize_t g = 0; g < groups; g++) {
         fit &= counts[g] > 0 && counts[g] <= length;
     }
-    return require(fit, "a count outside 1..length");
+    return fit;
 }
 
-/* Rows of floats that are used in turn, (period, length), or NULL for None. */
-static int in_turn(Buffers *held, PyObject *object, Py_ssize_t period, Py_ssize_t length,
-                   const float **rows) {
-    *rows = NULL;
-    return object == Py_None
-           || (require(period > 0, "weights of nothing")
-               && (*rows = memory(held, object, times(period, length), sizeof(float),
-                                  PyBUF_SIMPLE)));
-}
-
-static PyObject *search(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values, *counts, *lows, *highs, *zeros, *factors, *moves, *scales, *points, *founds;
-    PyObject *weights, *reaches;
-    Py_ssize_t groups, length, factor_count, move_count, period;
-    int bits, symmetric, status;
-    Scheme scheme;
+#define SEARCH(X)                                                                         \
+    X(x) X(groups) X(length) X(counts) X(low) X(high) X(has_zero) X(weight) X(reach)      \
+    X(period) X(bits) X(symmetric) X(factors) X(moves) X(scale) X(zero) X(found)
+FUNCTION(search, SEARCH) {
+    BEGIN(search, SEARCH)
+    const Py_ssize_t groups = SIZE(groups), length = SIZE(length), period = SIZE(period);
+    const Scheme scheme = scheme_at(&call, ARG_bits, ARG_symmetric, -1);
+    require(&call, length > 0 && length <= PIECE, "groups must have 1..256 values");
+    const float *x = INPUT(x, times(groups, length), float);
+    const int32_t *counts = OPTIONAL(counts, groups, int32_t);
+    require(&call, !counts || counts_fit(counts, groups, length), "a count outside 1..length");
+    const float *low = INPUT(low, groups, float), *high = INPUT(high, groups, float);
+    const uint8_t *has_zero = INPUT(has_zero, groups, uint8_t);
+    const Weights weights = {(size_t)period, IN_TURN(weight, period, length),
+                             IN_TURN(reach, period, length)};
+    require(&call, !weights.weight == !weights.reach, "weights without reach");
     Grid grid;
-    Weights weighting;
-    const float *x, *low, *high;
-    const int32_t *count = NULL;
-    const uint8_t *has_zero;
-    double *scale;
-    int32_t *zero;
-    uint8_t *found;
-    if (!PyArg_ParseTuple(args, "OnnOOOOOOnipOnOnOOO", &values, &groups, &length, &counts, &lows,
-                          &highs, &zeros, &weights, &reaches, &period, &bits, &symmetric, &factors,
-                          &factor_count, &moves, &move_count, &scales, &points, &founds)
-        || !valid_scheme(bits, symmetric, 0, &scheme)
-        || !require(length > 0 && length <= PIECE, "groups must have 1..256 values")
-        || !(x = INPUT(values, times(groups, length), float))
-        || (counts != Py_None && !(count = INPUT(counts, groups, int32_t)))
-        || (count && !counts_fit(count, groups, length)) || !(low = INPUT(lows, groups, float))
-        || !(high = INPUT(highs, groups, float)) || !(has_zero = INPUT(zeros, groups, uint8_t))
-        || !in_turn(&held, weights, period, length, &weighting.weight)
-        || !in_turn(&held, reaches, period, length, &weighting.reach)
-        || !require(!weighting.weight == !weighting.reach, "weights without reach")
-        || !(grid.factors = INPUT(factors, factor_count, float))
-        || !(grid.moves = INPUT(moves, move_count, float))
-        || !(scale = OUTPUT(scales, groups, double)) || !(zero = OUTPUT(points, groups, int32_t))
-        || !(found = OUTPUT(founds, groups, uint8_t))) {
-        return done(&held, NULL);
-    }
-    grid.factor_count = (size_t)factor_count;
-    grid.move_count = (size_t)move_count;
-    weighting.period = (size_t)period;
-    Py_BEGIN_ALLOW_THREADS
-    status = kernels->search(x, (size_t)groups, (size_t)length, count, low, high, has_zero,
-                             weighting.weight ? &weighting : NULL, scheme, grid, scale, zero,
-                             found);
-    Py_END_ALLOW_THREADS
-    return done_or_no_memory(&held, status);
+    grid.factors = floats_at(&call, ARG_factors, &grid.factor_count);
+    grid.moves = floats_at(&call, ARG_moves, &grid.move_count);
+    double *scale = OUTPUT(scale, groups, double);
+    int32_t *zero = OUTPUT(zero, groups, int32_t);
+    uint8_t *found = OUTPUT(found, groups, uint8_t);
+    int status = DONE;
+    RUN(status = call.kernels->search(x, (size_t)groups, (size_t)length, counts, low, high,
+                                      has_zero, weights.weight ? &weights : NULL, scheme, grid,
+                                      scale, zero, found))
+    RETURN(none_or_no_memory(status));
 }
 
 /* --- codes ------------------------------------------------------------------------------------*/
@@ -467,259 +496,177 @@ static Py_ssize_t row_bytes(Scheme scheme, Py_ssize_t columns) {
     return (Py_ssize_t)packed_bytes(stored_row(scheme, (size_t)columns), scheme.bits);
 }
 
-static PyObject *encode(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values, *scales, *zeros, *out;
-    Py_ssize_t groups, length;
-    int bits, symmetric;
-    Scheme scheme;
-    const float *x, *scale;
-    const int32_t *zero;
-    uint8_t *codes;
-    size_t clipped;
-    if (!PyArg_ParseTuple(args, "OnnOOipO", &values, &groups, &length, &scales, &zeros, &bits,
-                          &symmetric, &out)
-        || !valid_scheme(bits, symmetric, 0, &scheme)
-        || !(x = INPUT(values, times(groups, length), float))
-        || !(scale = INPUT(scales, groups, float)) || !(zero = INPUT(zeros, groups, int32_t))
-        || !(codes = OUTPUT(out, times(groups, length), uint8_t))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    clipped = kernels->encode(x, (size_t)groups, (size_t)length, scale, zero, scheme, codes);
-    Py_END_ALLOW_THREADS
-    return done(&held, PyLong_FromSize_t(clipped));
+#define ENCODE(X) X(x) X(groups) X(length) X(scale) X(zero) X(bits) X(symmetric) X(codes)
+FUNCTION(encode, ENCODE) {
+    BEGIN(encode, ENCODE)
+    const Py_ssize_t groups = SIZE(groups), length = SIZE(length);
+    const Scheme scheme = scheme_at(&call, ARG_bits, ARG_symmetric, -1);
+    const float *x = INPUT(x, times(groups, length), float);
+    const float *scale = INPUT(scale, groups, float);
+    const int32_t *zero = INPUT(zero, groups, int32_t);
+    uint8_t *codes = OUTPUT(codes, times(groups, length), uint8_t);
+    size_t clipped = 0;
+    RUN(clipped = call.kernels->encode(x, (size_t)groups, (size_t)length, scale, zero, scheme,
+                                       codes))
+    RETURN(PyLong_FromSize_t(clipped));
 }
 
-static PyObject *decode(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *stored, *scales, *zeros, *out;
-    Py_ssize_t groups, length;
-    int bits, symmetric;
-    Scheme scheme;
-    const uint8_t *codes;
-    const float *scale;
-    const int32_t *zero;
-    float *x;
-    if (!PyArg_ParseTuple(args, "OnnOOipO", &stored, &groups, &length, &scales, &zeros, &bits,
-                          &symmetric, &out)
-        || !valid_scheme(bits, symmetric, 0, &scheme)
-        || !(codes = INPUT(stored, times(groups, length), uint8_t))
-        || !(scale = INPUT(scales, groups, float)) || !(zero = INPUT(zeros, groups, int32_t))
-        || !(x = OUTPUT(out, times(groups, length), float))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    kernels->decode(codes, (size_t)groups, (size_t)length, scale, zero, scheme, x);
-    Py_END_ALLOW_THREADS
-    return done(&held, Py_NewRef(Py_None));
+#define DECODE(X) X(codes) X(groups) X(length) X(scale) X(zero) X(bits) X(symmetric) X(x)
+FUNCTION(decode, DECODE) {
+    BEGIN(decode, DECODE)
+    const Py_ssize_t groups = SIZE(groups), length = SIZE(length);
+    const Scheme scheme = scheme_at(&call, ARG_bits, ARG_symmetric, -1);
+    const uint8_t *codes = INPUT(codes, times(groups, length), uint8_t);
+    const float *scale = INPUT(scale, groups, float);
+    const int32_t *zero = INPUT(zero, groups, int32_t);
+    float *x = OUTPUT(x, times(groups, length), float);
+    RUN(call.kernels->decode(codes, (size_t)groups, (size_t)length, scale, zero, scheme, x))
+    RETURN(Py_NewRef(Py_None));
 }
 
-static PyObject *errors_of(Errors found) {
-    return Py_BuildValue("dddndd", found.signal, found.noise, found.worst,
-                         (Py_ssize_t)found.clipped, found.weighted_signal, found.weighted_noise);
+#define ENCODE_ROWS(X)                                                                      \
+    X(x) X(rows) X(columns) X(scale) X(zero) X(groups) X(bits) X(symmetric) X(block)        \
+    X(mean_square) X(period) X(packed)
+FUNCTION(encode_rows, ENCODE_ROWS) {
+    BEGIN(encode_rows, ENCODE_ROWS)
+    const Py_ssize_t rows = SIZE(rows), columns = SIZE(columns), groups = SIZE(groups);
+    const Py_ssize_t period = SIZE(period);
+    const Scheme scheme = scheme_at(&call, ARG_bits, ARG_symmetric, ARG_block);
+    require(&call, columns > 0, "rows must not be empty");
+    require(&call, groups == 1 || groups == times(rows, groups_of(scheme, columns)),
+            "scales must be one, or one for each group");
+    const float *x = INPUT(x, times(rows, columns), float);
+    const float *scale = INPUT(scale, groups, float);
+    const int32_t *zero = INPUT(zero, groups, int32_t);
+    const float *mean_square = IN_TURN(mean_square, period, columns);
+    uint8_t *packed = OUTPUT(packed, times(rows, row_bytes(scheme, columns)), uint8_t);
+    Errors found = {0};
+    RUN(call.kernels->encode_rows(x, (size_t)rows, (size_t)columns, scale, zero, (size_t)groups,
+                                  scheme, mean_square, (size_t)period, packed, &found))
+    RETURN(errors_of(found));
 }
 
-static PyObject *encode_rows(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values, *scales, *zeros, *squares, *out;
-    Py_ssize_t rows, columns, block, groups, period;
-    int bits, symmetric;
-    Scheme scheme;
-    const float *x, *scale, *mean_square;
-    const int32_t *zero;
-    uint8_t *packed;
-    Errors found;
-    if (!PyArg_ParseTuple(args, "OnnOOnipnOnO", &values, &rows, &columns, &scales, &zeros,
-                          &groups, &bits, &symmetric, &block, &squares, &period, &out)
-        || !valid_scheme(bits, symmetric, block, &scheme)
-        || !(x = INPUT(values, times(rows, columns), float))
-        || !require(columns > 0, "rows must not be empty")
-        || !require(groups == 1 || groups == times(rows, groups_of(scheme, columns)),
-                    "scales must be one, or one for each group")
-        || !(scale = INPUT(scales, groups, float)) || !(zero = INPUT(zeros, groups, int32_t))
-        || !in_turn(&held, squares, period, columns, &mean_square)
-        || !(packed = OUTPUT(out, times(rows, row_bytes(scheme, columns)), uint8_t))) {
-        return done(&held, NULL);
+static enum scale_type scale_dtype_at(Call *call, int index) {
+    for (int type = 0; type < SCALE_TYPES && !call->failed; type++) {
+        if (is_text(call, index, scale_types[type].name)) {
+            return (enum scale_type)type;
+        }
     }
-    Py_BEGIN_ALLOW_THREADS
-    kernels->encode_rows(x, (size_t)rows, (size_t)columns, scale, zero, (size_t)groups, scheme,
-                         mean_square, (size_t)period, packed, &found);
-    Py_END_ALLOW_THREADS
-    return done(&held, errors_of(found));
+    require(call, 0, "no dtype of a scale");
+    return SCALE_F32;
 }
 
-static PyObject *packing(PyObject *args, int unpacks) {
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *source, *target;
-    Py_ssize_t groups;
-    int width;
-    const uint8_t *from;
-    uint8_t *to;
-    if (!PyArg_ParseTuple(args, "OniO", &source, &groups, &width, &target)
-        || !require(width >= 1 && width <= 8, "width must be 1..8")
-        || !(from = INPUT(source, times(groups, unpacks ? 4 * width : PACK_GROUP), uint8_t))
-        || !(to = OUTPUT(target, times(groups, unpacks ? PACK_GROUP : 4 * width), uint8_t))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    (unpacks ? kernels->unpack : kernels->pack)(from, (size_t)groups, width, to);
-    Py_END_ALLOW_THREADS
-    return done(&held, Py_NewRef(Py_None));
-}
-
-/* What a pass over groups found; None where a value is not finite. */
-static PyObject *figures_of(int status, const BlockFigures *found) {
-    if (status == NO_MEMORY) {
-        return PyErr_NoMemory();
-    }
-    if (status == NOT_FINITE) {
-        Py_RETURN_NONE;
-    }
-    return Py_BuildValue("Nn(dddd)(dddddd)", errors_of(found->errors), (Py_ssize_t)found->outside,
-                         found->symmetric_power, found->asymmetric_power, found->smallest,
-                         found->largest, found->minimum, found->maximum, found->powers[0],
-                         found->powers[1], found->powers[2], found->powers[3]);
-}
-
-static PyObject *quantize_blocks(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values, *factors, *moves, *weights, *reaches, *squares, *codes, *scales, *zeros;
-    Py_ssize_t groups, block, factor_count, move_count, period;
-    int source, bits, symmetric, type, status;
+#define QUANTIZE_BLOCKS(X)                                                                      \
+    X(data) X(dtype) X(groups) X(block) X(bits) X(symmetric) X(scale_dtype) X(factors) X(moves) \
+    X(low) X(high) X(pivot) X(weight) X(reach) X(mean_square) X(period) X(codes) X(scales)      \
+    X(zeros)
+FUNCTION(quantize_blocks, QUANTIZE_BLOCKS) {
+    BEGIN(quantize_blocks, QUANTIZE_BLOCKS)
+    const Py_ssize_t groups = SIZE(groups), block = SIZE(block), period = SIZE(period);
     Blocks task = {0};
-    BlockFigures found;
-    if (!PyArg_ParseTuple(args, "OinnipiOnOnffdOOOnOOO", &values, &source, &groups, &block, &bits,
-                          &symmetric, &type, &factors, &factor_count, &moves, &move_count,
-                          &task.low, &task.high, &task.pivot, &weights, &reaches, &squares, &period,
-                          &codes, &scales, &zeros)
-        || !valid_scheme(bits, symmetric, block, &task.scheme)
-        || !require(block > 0, "blocks must have a length")
-        || !require(type >= 0 && type < SCALE_TYPES, "no such type of scale")
-        || !require(bits == 8 || times(groups, block) % PACK_GROUP == 0,
-                    "values must fill groups of 32")
-        || !valid_source(&held, values, source, times(groups, block), &task.source)
-        || !(task.grid.factors = INPUT(factors, factor_count, float))
-        || !(task.grid.moves = INPUT(moves, move_count, float))
-        || !in_turn(&held, weights, period, block, &task.weights.weight)
-        || !in_turn(&held, reaches, period, block, &task.weights.reach)
-        || !in_turn(&held, squares, period, block, &task.mean_square)
-        || !require(!task.weights.weight == !task.weights.reach, "weights without reach")
-        || !(task.codes = OUTPUT(codes, times(groups, block) / 8 * bits, uint8_t))
-        || !(task.scales = OUTPUT(scales, times(groups, type == SCALE_F32 ? 4 : 2), uint8_t))
-        || !(task.zeros = OUTPUT(zeros, symmetric ? 0 : groups, uint8_t))) {
-        return done(&held, NULL);
-    }
-    task.scale_type = (enum scale_type)type;
+    BlockFigures found = {0};
+    task.scheme = scheme_at(&call, ARG_bits, ARG_symmetric, ARG_block);
+    task.scale_type = scale_dtype_at(&call, ARG_scale_dtype);
+    require(&call, block > 0, "blocks must have a length");
+    require(&call, task.scheme.bits == 8 || times(groups, block) % PACK_GROUP == 0,
+            "values must fill groups of 32");
+    task.source = source_at(&call, ARG_data, ARG_dtype, times(groups, block));
     task.groups = (size_t)groups;
+    task.grid.factors = floats_at(&call, ARG_factors, &task.grid.factor_count);
+    task.grid.moves = floats_at(&call, ARG_moves, &task.grid.move_count);
+    task.low = (float)NUMBER(low);
+    task.high = (float)NUMBER(high);
+    task.pivot = NUMBER(pivot);
     task.weights.period = (size_t)period;
-    task.grid.factor_count = (size_t)factor_count;
-    task.grid.move_count = (size_t)move_count;
-    Py_BEGIN_ALLOW_THREADS
-    status = kernels->quantize_blocks(&task, &found);
-    Py_END_ALLOW_THREADS
-    release(&held);
-    return figures_of(status, &found);
+    task.weights.weight = IN_TURN(weight, period, block);
+    task.weights.reach = IN_TURN(reach, period, block);
+    task.mean_square = IN_TURN(mean_square, period, block);
+    require(&call, !task.weights.weight == !task.weights.reach, "weights without reach");
+    task.codes = OUTPUT(codes, times(groups, block) / 8 * task.scheme.bits, uint8_t);
+    task.scales = OUTPUT(scales, times(groups, (Py_ssize_t)scale_types[task.scale_type].bytes),
+                         uint8_t);
+    task.zeros = OUTPUT(zeros, task.scheme.symmetric ? 0 : groups, uint8_t);
+    int status = DONE;
+    RUN(status = call.kernels->quantize_blocks(&task, &found))
+    RETURN(figures_of(status, &found));
 }
 
-static PyObject *quantize_channels(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values, *given_scales, *given_zeros, *squares, *codes, *scales, *zeros;
-    Py_ssize_t rows, columns, period;
-    int source, bits, symmetric, status;
+#define QUANTIZE_CHANNELS(X)                                                                   \
+    X(data) X(dtype) X(rows) X(columns) X(bits) X(symmetric) X(either_side) X(low) X(high)     \
+    X(pivot) X(scale) X(zero) X(mean_square) X(period) X(codes) X(scales) X(zeros)
+FUNCTION(quantize_channels, QUANTIZE_CHANNELS) {
+    BEGIN(quantize_channels, QUANTIZE_CHANNELS)
+    const Py_ssize_t rows = SIZE(rows), columns = SIZE(columns), period = SIZE(period);
     Channels task = {0};
-    BlockFigures found;
-    if (!PyArg_ParseTuple(args, "OinnippffdOOOnOOO", &values, &source, &rows, &columns, &bits,
-                          &symmetric, &task.either_side, &task.low, &task.high, &task.pivot,
-                          &given_scales, &given_zeros, &squares, &period, &codes, &scales, &zeros)
-        || !valid_scheme(bits, symmetric, 0, &task.scheme)
-        || !valid_source(&held, values, source, times(rows, columns), &task.source)
-        || !in_turn(&held, squares, period, columns, &task.mean_square)) {
-        return done(&held, NULL);
-    }
-    if (given_scales != Py_None
-        && (!(task.scale = INPUT(given_scales, rows, float))
-            || !(task.zero = INPUT(given_zeros, rows, int32_t)))) {
-        return done(&held, NULL);
-    }
-    const Py_ssize_t stored =
-        times(rows, (Py_ssize_t)packed_bytes(stored_row(task.scheme, (size_t)columns), bits));
-    if (!(task.codes = OUTPUT(codes, stored, uint8_t))
-        || !(task.scales = OUTPUT(scales, times(rows, 4), uint8_t))
-        || !(task.zeros = OUTPUT(zeros, symmetric ? 0 : rows, uint8_t))) {
-        return done(&held, NULL);
-    }
+    BlockFigures found = {0};
+    task.scheme = scheme_at(&call, ARG_bits, ARG_symmetric, -1);
+    task.source = source_at(&call, ARG_data, ARG_dtype, times(rows, columns));
     task.rows = (size_t)rows;
     task.columns = (size_t)columns;
+    task.low = (float)NUMBER(low);
+    task.high = (float)NUMBER(high);
+    task.pivot = NUMBER(pivot);
+    task.either_side = FLAG(either_side);
+    task.scale = OPTIONAL(scale, rows, float);
+    task.zero = OPTIONAL(zero, rows, int32_t);
+    require(&call, !task.scale == !task.zero, "scales without zero points");
     task.period = (size_t)period;
-    Py_BEGIN_ALLOW_THREADS
-    status = kernels->quantize_channels(&task, &found);
-    Py_END_ALLOW_THREADS
-    release(&held);
-    return figures_of(status, &found);
+    task.mean_square = IN_TURN(mean_square, period, columns);
+    task.codes = OUTPUT(codes, times(rows, row_bytes(task.scheme, columns)), uint8_t);
+    task.scales = OUTPUT(scales, times(rows, 4), uint8_t);
+    task.zeros = OUTPUT(zeros, task.scheme.symmetric ? 0 : rows, uint8_t);
+    int status = DONE;
+    RUN(status = call.kernels->quantize_channels(&task, &found))
+    RETURN(figures_of(status, &found));
 }
 
-static PyObject *all_finite(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values;
-    Py_ssize_t n;
-    const float *x;
-    int finite;
-    if (!PyArg_ParseTuple(args, "On", &values, &n) || !(x = INPUT(values, n, float))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    finite = kernels->all_finite(x, (size_t)n);
-    Py_END_ALLOW_THREADS
-    return done(&held, PyBool_FromLong(finite));
+#define PACK(X) X(values) X(groups) X(width) X(packed)
+FUNCTION(pack, PACK) {
+    BEGIN(pack, PACK)
+    const Py_ssize_t groups = SIZE(groups);
+    const int width = integer_at(&call, ARG_width, 1, 8);
+    const uint8_t *values = INPUT(values, times(groups, PACK_GROUP), uint8_t);
+    uint8_t *packed = OUTPUT(packed, times(groups, 4 * width), uint8_t);
+    RUN(call.kernels->pack(values, (size_t)groups, width, packed))
+    RETURN(Py_NewRef(Py_None));
 }
 
-static PyObject *pack(PyObject *module, PyObject *args) {
-    (void)module;
-    return packing(args, 0);
+FUNCTION(unpack, PACK) {
+    BEGIN(unpack, PACK)
+    const Py_ssize_t groups = SIZE(groups);
+    const int width = integer_at(&call, ARG_width, 1, 8);
+    const uint8_t *packed = INPUT(packed, times(groups, 4 * width), uint8_t);
+    uint8_t *values = OUTPUT(values, times(groups, PACK_GROUP), uint8_t);
+    RUN(call.kernels->unpack(packed, (size_t)groups, width, values))
+    RETURN(Py_NewRef(Py_None));
 }
 
-static PyObject *unpack(PyObject *module, PyObject *args) {
-    (void)module;
-    return packing(args, 1);
+#define CAST(X) X(data) X(dtype) X(count) X(to) X(out)
+FUNCTION(cast, CAST) {
+    BEGIN(cast, CAST)
+    const Py_ssize_t count = SIZE(count);
+    const Source source = source_at(&call, ARG_data, ARG_dtype, count);
+    const enum source_type to = dtype_at(&call, ARG_to);
+    uint8_t *out = OUTPUT(out, times(count, (Py_ssize_t)source_types[to].bytes), uint8_t);
+    Errors found = {0};
+    int status = DONE;
+    RUN(status = call.kernels->cast(source, (size_t)count, to, out, &found))
+    RETURN(errors_unless(status == NOT_FINITE, &found));
 }
 
 /* --- matrix products --------------------------------------------------------------------------*/
 
-static PyObject *integer_product(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *weights, *activations, *out;
-    Py_ssize_t rows, samples, length;
-    int status;
-    const int16_t *codes;
-    const int8_t *inputs;
-    int32_t *sums;
-    if (!PyArg_ParseTuple(args, "OOnnnO", &weights, &activations, &rows, &samples, &length, &out)
-        || !(codes = INPUT(weights, times(rows, length), int16_t))
-        || !(inputs = INPUT(activations, times(samples, length), int8_t))
-        || !(sums = OUTPUT(out, times(samples, rows), int32_t))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    status = kernels->integer_product(codes, (size_t)rows, inputs, (size_t)samples, (size_t)length,
-                                      sums);
-    Py_END_ALLOW_THREADS
-    return done_or_no_memory(&held, status);
+#define INTEGER_DOTS(X) X(codes) X(inputs) X(rows) X(samples) X(length) X(sums)
+FUNCTION(integer_dots, INTEGER_DOTS) {
+    BEGIN(integer_dots, INTEGER_DOTS)
+    const Py_ssize_t rows = SIZE(rows), samples = SIZE(samples), length = SIZE(length);
+    const int16_t *codes = INPUT(codes, times(rows, length), int16_t);
+    const int8_t *inputs = INPUT(inputs, times(samples, length), int8_t);
+    int32_t *sums = OUTPUT(sums, times(samples, rows), int32_t);
+    int status = DONE;
+    RUN(status = call.kernels->integer_dots(codes, (size_t)rows, inputs, (size_t)samples,
+                                            (size_t)length, sums))
+    RETURN(none_or_no_memory(status));
 }
 
 /* The bound of section 7, without which accumulators and bytes could overflow. */
@@ -732,52 +679,43 @@ static int zeros_fit(const Product *task) {
     return signs >= 0;
 }
 
-static PyObject *product(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *codes, *scales, *zeros, *activations, *out;
-    Py_ssize_t rows, row_codes, columns, groups, samples, block;
-    int bits, symmetric, zero_point, fit, status;
-    Product task;
-    if (!PyArg_ParseTuple(args, "OnnnOOnipnOniO", &codes, &rows, &row_codes, &columns, &scales,
-                          &zeros, &groups, &bits, &symmetric, &block, &activations, &samples,
-                          &zero_point, &out)
-        || !valid_scheme(bits, symmetric, block, &task.scheme)
-        || !require(columns > 0 && rows >= 0 && samples >= 0, "sizes must not be negative")
-        || !require((size_t)row_codes == stored_row(task.scheme, (size_t)columns),
-                    "row_codes does not belong to this row length")
-        || !require(groups == groups_of(task.scheme, columns),
-                    "scales must be one for each group")
-        || !require(zero_point >= -128 && zero_point <= 127, "zero_point must be a signed byte")
-        || !(task.packed = INPUT(codes, times(rows, row_bytes(task.scheme, columns)), uint8_t))
-        || !(task.scale = INPUT(scales, times(rows, groups), float))
-        || !(task.zero = INPUT(zeros, times(rows, groups), int32_t))
-        || !(task.inputs = INPUT(activations, times(samples, columns), int8_t))
-        || !(task.y = OUTPUT(out, times(samples, rows), float))) {
-        return done(&held, NULL);
-    }
-    task.rows = (size_t)rows;
-    task.row_codes = (size_t)row_codes;
-    task.columns = (size_t)columns;
-    task.groups = (size_t)groups;
-    task.samples = (size_t)samples;
-    task.zero_point = zero_point;
-    Py_BEGIN_ALLOW_THREADS
-    fit = symmetric || zeros_fit(&task);
-    status = fit ? kernels->product(&task) : DONE;
-    Py_END_ALLOW_THREADS
-    if (!require(fit, "a zero point out of range")) {
-        return done(&held, NULL);
-    }
-    return done_or_no_memory(&held, status);
+#define PRODUCT(X)                                                                             \
+    X(packed) X(rows) X(row_codes) X(columns) X(scale) X(zero) X(groups) X(bits) X(symmetric)   \
+    X(block) X(inputs) X(samples) X(zero_point) X(y)
+FUNCTION(product, PRODUCT) {
+    BEGIN(product, PRODUCT)
+    const Py_ssize_t rows = SIZE(rows), columns = SIZE(columns), groups = SIZE(groups);
+    const Py_ssize_t samples = SIZE(samples), row_codes = SIZE(row_codes);
+    const Scheme scheme = scheme_at(&call, ARG_bits, ARG_symmetric, ARG_block);
+    require(&call, columns > 0, "rows must not be empty");
+    require(&call, (size_t)row_codes == stored_row(scheme, (size_t)columns),
+            "row_codes does not belong to this row length");
+    require(&call, groups == groups_of(scheme, columns), "scales must be one for each group");
+    const Product task = {
+        .scheme = scheme,
+        .packed = INPUT(packed, times(rows, row_bytes(scheme, columns)), uint8_t),
+        .rows = (size_t)rows,
+        .row_codes = (size_t)row_codes,
+        .columns = (size_t)columns,
+        .scale = INPUT(scale, times(rows, groups), float),
+        .zero = INPUT(zero, times(rows, groups), int32_t),
+        .groups = (size_t)groups,
+        .inputs = INPUT(inputs, times(samples, columns), int8_t),
+        .samples = (size_t)samples,
+        .zero_point = integer_at(&call, ARG_zero_point, -128, 127),
+        .y = OUTPUT(y, times(samples, rows), float),
+    };
+    int fit = 1, status = DONE;
+    RUN(fit = scheme.symmetric || zeros_fit(&task); status = fit ? call.kernels->product(&task)
+                                                                 : DONE)
+    require(&call, fit, "a zero point out of range");
+    RETURN(none_or_no_memory(status));
 }
 
 /* --- ggml -------------------------------------------------------------------------------------*/
 
-static PyObject *list_ggml_types(PyObject *module, PyObject *args) {
-    (void)module;
-    (void)args;
+static PyObject *list_ggml_types(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
     PyObject *types = PyTuple_New(GGML_TYPES);
     for (int i = 0; types && i < GGML_TYPES; i++) {
         const GgmlType kind = ggml_types[i];
@@ -790,152 +728,116 @@ static PyObject *list_ggml_types(PyObject *module, PyObject *args) {
     return types;
 }
 
-/* Weights of `period` blocks of a type, or none; 1 unless refused. */
-static int ggml_weights(Buffers *held, PyObject *weights, Py_ssize_t *period, GgmlType kind,
-                        const float **importance) {
-    if (weights == Py_None) {
-        *period = 0;
-        *importance = NULL;
-        return 1;
+static enum ggml_type ggml_type_at(Call *call, int index) {
+    for (int type = 0; type < GGML_TYPES && !call->failed; type++) {
+        if (is_text(call, index, ggml_types[type].name)) {
+            return (enum ggml_type)type;
+        }
     }
-    return require(*period > 0, "importance of no block")
-           && (*importance = memory(held, weights, times(*period, (Py_ssize_t)kind.values),
-                                    sizeof **importance, PyBUF_SIMPLE));
+    require(call, 0, "no such block type");
+    return GGML_Q4_0;
 }
 
-static PyObject *ggml_encode(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values, *weights, *target;
-    Py_ssize_t period, blocks;
-    int type;
-    if (!PyArg_ParseTuple(args, "iOOnnO", &type, &values, &weights, &period, &blocks, &target)
-        || !require(type >= 0 && type < GGML_TYPES, "no such block type")) {
-        return NULL;
-    }
+/* Weights of as many blocks of a type as there are, or none. */
+static const float *importance_at(Call *call, int index, GgmlType kind, size_t *period) {
+    size_t count = 0;
+    const float *found = is_none(call, index) ? NULL : floats_at(call, index, &count);
+    *period = count / kind.values;
+    require(call, is_none(call, index) || (count && count % kind.values == 0),
+            "importance of no block");
+    return found;
+}
+
+#define GGML_ENCODE(X) X(ggml_type) X(x) X(importance) X(blocks) X(out)
+FUNCTION(ggml_encode, GGML_ENCODE) {
+    BEGIN(ggml_encode, GGML_ENCODE)
+    const enum ggml_type type = ggml_type_at(&call, ARG_ggml_type);
     const GgmlType kind = ggml_types[type];
-    const float *x, *importance;
-    uint8_t *out;
-    if (!(x = INPUT(values, times(blocks, (Py_ssize_t)kind.values), float))
-        || !ggml_weights(&held, weights, &period, kind, &importance)
-        || !(out = OUTPUT(target, times(blocks, (Py_ssize_t)kind.bytes), uint8_t))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    kernels->ggml_encode((enum ggml_type)type, x, importance, (size_t)period, (size_t)blocks, out);
-    Py_END_ALLOW_THREADS
-    return done(&held, Py_NewRef(Py_None));
+    const Py_ssize_t blocks = SIZE(blocks);
+    const float *x = INPUT(x, times(blocks, (Py_ssize_t)kind.values), float);
+    size_t period;
+    const float *importance = importance_at(&call, ARG_importance, kind, &period);
+    uint8_t *out = OUTPUT(out, times(blocks, (Py_ssize_t)kind.bytes), uint8_t);
+    RUN(call.kernels->ggml_encode(type, x, importance, period, (size_t)blocks, out))
+    RETURN(Py_NewRef(Py_None));
 }
 
-static PyObject *ggml_quantize(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values, *weights, *target;
-    Py_ssize_t period, blocks;
-    Errors found;
-    int type, source_type, status;
-    if (!PyArg_ParseTuple(args, "iOiOnnO", &type, &values, &source_type, &weights, &period, &blocks,
-                          &target)
-        || !require(type >= 0 && type < GGML_TYPES, "no such block type")) {
-        return NULL;
-    }
+#define GGML_QUANTIZE(X) X(ggml_type) X(data) X(dtype) X(importance) X(blocks) X(out)
+FUNCTION(ggml_quantize, GGML_QUANTIZE) {
+    BEGIN(ggml_quantize, GGML_QUANTIZE)
+    const enum ggml_type type = ggml_type_at(&call, ARG_ggml_type);
     const GgmlType kind = ggml_types[type];
-    Source source;
-    const float *importance;
-    uint8_t *out;
-    if (!valid_source(&held, values, source_type, times(blocks, (Py_ssize_t)kind.values), &source)
-        || !ggml_weights(&held, weights, &period, kind, &importance)
-        || !(out = OUTPUT(target, times(blocks, (Py_ssize_t)kind.bytes), uint8_t))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    status = kernels->ggml_quantize((enum ggml_type)type, source, importance, (size_t)period,
-                                    (size_t)blocks, out, &found);
-    Py_END_ALLOW_THREADS
-    return done(&held, errors_unless(status == NOT_FINITE, &found));
+    const Py_ssize_t blocks = SIZE(blocks);
+    const Source source =
+        source_at(&call, ARG_data, ARG_dtype, times(blocks, (Py_ssize_t)kind.values));
+    size_t period;
+    const float *importance = importance_at(&call, ARG_importance, kind, &period);
+    uint8_t *out = OUTPUT(out, times(blocks, (Py_ssize_t)kind.bytes), uint8_t);
+    Errors found = {0};
+    int status = DONE;
+    RUN(status = call.kernels->ggml_quantize(type, source, importance, period, (size_t)blocks, out,
+                                             &found))
+    RETURN(errors_unless(status == NOT_FINITE, &found));
 }
 
-static PyObject *cast(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *values, *target;
-    Py_ssize_t count;
-    Source source;
-    Errors found;
-    uint8_t *out;
-    int source_type, type, status;
-    if (!PyArg_ParseTuple(args, "OiniO", &values, &source_type, &count, &type, &target)
-        || !require(type >= 0 && type < SOURCE_TYPES, "no such type")
-        || !valid_source(&held, values, source_type, count, &source)
-        || !(out = OUTPUT(target, times(count, type == SOURCE_F32 ? 4 : 2), uint8_t))) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    status = kernels->cast(source, (size_t)count, (enum source_type)type, out, &found);
-    Py_END_ALLOW_THREADS
-    return done(&held, errors_unless(status == NOT_FINITE, &found));
-}
-
-static PyObject *ggml_decode(PyObject *module, PyObject *args) {
-    (void)module;
-    const Kernels *kernels = active;
-    Buffers held = {0};
-    PyObject *source, *target;
-    Py_ssize_t blocks;
-    int type;
-    if (!PyArg_ParseTuple(args, "iOnO", &type, &source, &blocks, &target)
-        || !require(type >= 0 && type < GGML_TYPES, "no such block type")) {
-        return NULL;
-    }
+#define GGML_DECODE(X) X(ggml_type) X(data) X(blocks) X(x)
+FUNCTION(ggml_decode, GGML_DECODE) {
+    BEGIN(ggml_decode, GGML_DECODE)
+    const enum ggml_type type = ggml_type_at(&call, ARG_ggml_type);
     const GgmlType kind = ggml_types[type];
-    const uint8_t *data = INPUT(source, times(blocks, (Py_ssize_t)kind.bytes), uint8_t);
-    float *x = data ? OUTPUT(target, times(blocks, (Py_ssize_t)kind.values), float) : NULL;
-    if (!x) {
-        return done(&held, NULL);
-    }
-    Py_BEGIN_ALLOW_THREADS
-    kernels->ggml_decode((enum ggml_type)type, data, (size_t)blocks, x);
-    Py_END_ALLOW_THREADS
-    return done(&held, Py_NewRef(Py_None));
+    const Py_ssize_t blocks = SIZE(blocks);
+    const uint8_t *data = INPUT(data, times(blocks, (Py_ssize_t)kind.bytes), uint8_t);
+    float *x = OUTPUT(x, times(blocks, (Py_ssize_t)kind.values), float);
+    RUN(call.kernels->ggml_decode(type, data, (size_t)blocks, x))
+    RETURN(Py_NewRef(Py_None));
 }
 
 /* --- module -----------------------------------------------------------------------------------*/
+
+#define EACH_FUNCTION(X)                                                                        \
+    X(widen_bf16) X(widen_f16) X(widen_table) X(observe) X(histogram) X(extrema) X(all_finite)  \
+    X(error_sums) X(worst_step) X(power_sums) X(long_sums) X(search) X(encode) X(decode)        \
+    X(encode_rows) X(quantize_blocks) X(quantize_channels) X(pack) X(unpack) X(cast)            \
+    X(integer_dots) X(product) X(ggml_encode) X(ggml_quantize) X(ggml_decode)
+
+/* Names of the arguments of each function, by its name. */
+static PyObject *signatures(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    static const struct {
+        const char *name;
+        const char *const *arguments;
+    } all[] = {
+#define ROW(name) {#name, name##_arguments},
+        EACH_FUNCTION(ROW)
+#undef ROW
+    };
+    PyObject *found = PyDict_New();
+    for (size_t i = 0; found && i < sizeof all / sizeof *all; i++) {
+        PyObject *names = PyList_New(0);
+        for (const char *const *argument = all[i].arguments; names && *argument; argument++) {
+            PyObject *name = PyUnicode_FromString(*argument);
+            if (!name || PyList_Append(names, name) < 0) {
+                Py_CLEAR(names);
+            }
+            Py_XDECREF(name);
+        }
+        if (!names || PyDict_SetItemString(found, all[i].name, names) < 0) {
+            Py_CLEAR(found);
+        }
+        Py_XDECREF(names);
+    }
+    return found;
+}
 
 static PyMethodDef methods[] = {
     {"variants", variants, METH_NOARGS, NULL},
     {"variant", active_name, METH_NOARGS, NULL},
     {"select", select_variant, METH_O, NULL},
-    {"widen_bf16", widen_bf16, METH_VARARGS, NULL},
-    {"widen_f16", widen_f16, METH_VARARGS, NULL},
-    {"widen_table", widen_table, METH_VARARGS, NULL},
-    {"observe", observe, METH_VARARGS, NULL},
-    {"histogram", histogram, METH_VARARGS, NULL},
-    {"extrema", extrema, METH_VARARGS, NULL},
-    {"error_sums", error_sums, METH_VARARGS, NULL},
-    {"worst_step", worst_step, METH_VARARGS, NULL},
-    {"power_sums", power_sums, METH_VARARGS, NULL},
-    {"column_sums", column_sums, METH_VARARGS, NULL},
-    {"code_sums", code_sums, METH_VARARGS, NULL},
-    {"long_sums", long_sums, METH_VARARGS, NULL},
-    {"search", search, METH_VARARGS, NULL},
-    {"encode", encode, METH_VARARGS, NULL},
-    {"decode", decode, METH_VARARGS, NULL},
-    {"encode_rows", encode_rows, METH_VARARGS, NULL},
-    {"quantize_blocks", quantize_blocks, METH_VARARGS, NULL},
-    {"quantize_channels", quantize_channels, METH_VARARGS, NULL},
-    {"cast", cast, METH_VARARGS, NULL},
-    {"all_finite", all_finite, METH_VARARGS, NULL},
-    {"pack", pack, METH_VARARGS, NULL},
-    {"unpack", unpack, METH_VARARGS, NULL},
-    {"integer_product", integer_product, METH_VARARGS, NULL},
-    {"product", product, METH_VARARGS, NULL},
     {"ggml_types", list_ggml_types, METH_NOARGS, NULL},
-    {"ggml_encode", ggml_encode, METH_VARARGS, NULL},
-    {"ggml_quantize", ggml_quantize, METH_VARARGS, NULL},
-    {"ggml_decode", ggml_decode, METH_VARARGS, NULL},
+    {"signatures", signatures, METH_NOARGS, NULL},
+#define ROW(name) {#name, (PyCFunction)(void (*)(void))name, METH_VARARGS | METH_KEYWORDS, NULL},
+    EACH_FUNCTION(ROW)
+#undef ROW
     {NULL, NULL, 0, NULL},
 };
 

@@ -71,8 +71,8 @@ INLINE int32_t dot(const int16_t *restrict a, const int16_t *restrict b, size_t 
 }
 
 /* Sums of codes * inputs, (samples, rows); exact while they fit 32 bits. */
-static int integer_product(const int16_t *codes, size_t rows, const int8_t *inputs, size_t samples,
-                           size_t length, int32_t *sums) {
+static int integer_dots(const int16_t *codes, size_t rows, const int8_t *inputs, size_t samples,
+                        size_t length, int32_t *sums) {
     int16_t *wide = malloc((length ? length : 1) * sizeof *wide);
     if (!wide) {
         return NO_MEMORY;

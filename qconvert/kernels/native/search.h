@@ -4,7 +4,7 @@
 
 #include "columns.h"
 
-/* As in quantizers/fitting.py: beyond these, reciprocals or sums of binary32 overflow. */
+/* As in ../scale_search.py: beyond these, reciprocals or sums of binary32 overflow. */
 #define TINY 0x1p-100
 #define HUGE_MAGNITUDE 0x1p110
 
@@ -24,10 +24,9 @@ INLINE void fold_columns(float lanes[LANES][BATCH]) {
 
 /* Sums over u = clamp(rint(x * inverse + offset), low, top) of 16 columns. Su and Suu are integers
  * below 2^24, exact in any order; Sxu goes by lanes. */
-INLINE void sum_codes(const float *restrict x, const float *restrict mask, size_t stride,
-                      size_t length, const float inverse[restrict BATCH],
-                      const float offset[restrict BATCH], float low, float top,
-                      ColumnSums *restrict out) {
+static void plain_sums(const float *restrict x, size_t stride, size_t length,
+                       const float inverse[restrict BATCH], const float offset[restrict BATCH],
+                       float low, float top, ColumnSums *restrict out) {
     float lanes[LANES][BATCH];
     float su[BATCH] = {0}, suu[BATCH] = {0};
     for (size_t lane = 0; lane < LANES; lane++) {
@@ -35,10 +34,7 @@ INLINE void sum_codes(const float *restrict x, const float *restrict mask, size_
         for (size_t row = lane; row < length; row += LANES) {
             const float *at = x + row * stride;
             for (int j = 0; j < BATCH; j++) {
-                float u = code_of(at[j] * inverse[j] + offset[j], low, top);
-                if (mask) {
-                    u *= mask[row * stride + (size_t)j];
-                }
+                const float u = code_of(at[j] * inverse[j] + offset[j], low, top);
                 su[j] += u;
                 suu[j] = ADD_SQUARE(suu[j], u);
                 sxu[j] += at[j] * u;
@@ -50,11 +46,6 @@ INLINE void sum_codes(const float *restrict x, const float *restrict mask, size_
     memcpy(out->su, su, sizeof su);
     memcpy(out->suu, suu, sizeof suu);
     memcpy(out->sxu, lanes[0], sizeof lanes[0]);
-}
-
-static void plain_sums(const float *x, size_t stride, size_t length, const float inverse[BATCH],
-                       const float offset[BATCH], float low, float top, ColumnSums *out) {
-    sum_codes(x, NULL, stride, length, inverse, offset, low, top, out);
 }
 
 /* The same with weights, where all three sums go by lanes: Swu, Swuu and Swxu; `wx` is w * x. */
@@ -102,48 +93,6 @@ static void sum_columns(const float *restrict x, size_t stride, size_t length,
     }
     fold_columns(lanes);
     memcpy(sums, lanes[0], sizeof lanes[0]);
-}
-
-/* Up to 16 columns of (length, groups) from `first` on, filled up with zeros. */
-static void copy_columns(const float *x, size_t length, size_t groups, size_t first,
-                         float columns[PIECE * BATCH]) {
-    size_t count = smaller(BATCH, groups - first);
-    memset(columns, 0, length * BATCH * sizeof *columns);
-    for (size_t row = 0; row < length; row++) {
-        memcpy(columns + row * BATCH, x + row * groups + first, count * sizeof *columns);
-    }
-}
-
-static void column_sums(const float *columns, size_t length, size_t groups, float *sums) {
-    for (size_t g = 0; g < groups; g += BATCH) {
-        float copied[PIECE * BATCH], found[BATCH];
-        copy_columns(columns, length, groups, g, copied);
-        sum_columns(copied, BATCH, length, found);
-        memcpy(sums + g, found, smaller(BATCH, groups - g) * sizeof *sums);
-    }
-}
-
-static void code_sums(const float *columns, size_t length, size_t groups, const float *inverse,
-                      const float *offset, float low, float top, const float *mask, float *su,
-                      float *suu, float *sxu) {
-    for (size_t g = 0; g < groups; g += BATCH) {
-        float copied[PIECE * BATCH], real[PIECE * BATCH];
-        float steps[BATCH] = {0}, shifts[BATCH] = {0};
-        ColumnSums sums;
-        const size_t bytes = smaller(BATCH, groups - g) * sizeof *su;
-        memcpy(steps, inverse + g, bytes);
-        memcpy(shifts, offset + g, bytes);
-        copy_columns(columns, length, groups, g, copied);
-        if (mask) {
-            copy_columns(mask, length, groups, g, real);
-            sum_codes(copied, real, BATCH, length, steps, shifts, low, top, &sums);
-        } else {
-            plain_sums(copied, BATCH, length, steps, shifts, low, top, &sums);
-        }
-        memcpy(su + g, sums.su, bytes);
-        memcpy(suu + g, sums.suu, bytes);
-        memcpy(sxu + g, sums.sxu, bytes);
-    }
 }
 
 /* Sums over one piece of a long row, with the lanes side by side; w may be NULL: no weights. */

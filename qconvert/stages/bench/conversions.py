@@ -18,11 +18,10 @@ import ml_dtypes
 
 from qconvert import kernels
 from qconvert.errors import UsageError
+from qconvert.kernels.records import Encoded, SourceRows
+from qconvert.kernels.reference.ggml import GGML_BLOCKS
 from qconvert.mapper import Mapper
-from qconvert.quantizers.affine import decode_groups, load_codes
-from qconvert.quantizers.blocks import QuantizedRows, quantize_rows
-from qconvert.quantizers.ggml import GGML_BLOCKS
-from qconvert.quantizers.rows import StoredRows
+from qconvert.quantizers.affine import decode_groups
 from qconvert.ranges import RangeMethod
 from qconvert.schemes import AffineScheme, GgmlScheme, Scheme
 from qconvert.stages.bench.lines import Line, Section
@@ -51,7 +50,7 @@ class _Conversion:
 
     name: str
     detail: str
-    convert: Callable[[StoredRows], object]
+    convert: Callable[[SourceRows], object]
     encode: Callable[[F32], Any]
     decode: Callable[[Any], object]
 
@@ -113,11 +112,11 @@ def _conversion(weights: Weights, scheme: Scheme, method: RangeMethod | None) ->
 
         def back(item: Any) -> F32:
             parameters, packed = item
-            codes = load_codes(packed, how.encoding).reshape(len(parameters.scale), -1)
+            codes = kernels.load_codes(packed, how.encoding).reshape(len(parameters.scale), -1)
             return decode_groups(codes, parameters, how.encoding)
 
-        def convert(rows: StoredRows) -> QuantizedRows:
-            return quantize_rows(rows, how.encoding, how.method, (-1.0, 1.0))
+        def convert(rows: SourceRows) -> Encoded:
+            return kernels.quantize_rows(rows, how.encoding, how.method, (-1.0, 1.0))
 
         detail = f" {how.method.describe()}"
         return _Conversion(scheme.name, detail, convert, how.encode, back)
@@ -129,15 +128,12 @@ def _conversion(weights: Weights, scheme: Scheme, method: RangeMethod | None) ->
     if weights.values.shape[1] % block.block:
         raise UsageError(f"{scheme.ggml_type} needs rows that divide into blocks of {block.block}")
 
-    def blocks(x: F32) -> F32:
-        return x.reshape(-1, block.block)
-
     return _Conversion(
         scheme.name,
         "",
-        block.quantize,
-        lambda x: block.encode(blocks(x)),
-        block.decode,
+        lambda rows: kernels.ggml_quantize(block.name, rows),
+        lambda x: kernels.ggml_encode(block.name, x.reshape(-1, block.block)),
+        lambda data: kernels.ggml_decode(block.name, data),
     )
 
 
@@ -147,7 +143,7 @@ def _kernel_lines(
     tiles = weights.tiles()
     tiles = tiles[: workers.threads * (REFERENCE_TILES if name == "reference" else NATIVE_TILES)]
     stored = [
-        StoredRows(x.astype(ml_dtypes.bfloat16).tobytes(), "BF16", (x.shape[0], x.shape[1]))
+        SourceRows(x.astype(ml_dtypes.bfloat16).tobytes(), "BF16", (x.shape[0], x.shape[1]))
         for x in tiles
     ]
     encoded = [conversion.encode(x) for x in tiles]

@@ -9,7 +9,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.quantizers.integer import Activations, dynamic_activations, stored_product
+from qconvert import kernels
+from qconvert.kernels.activations import dynamic_activations
+from qconvert.kernels.records import Activations
 from qconvert.ranges import RangeMethod
 from qconvert.schemes import AffineScheme
 from qconvert.stages.bench import onnx_runtime
@@ -23,7 +25,7 @@ REST = 0.05  # seconds; OpenBLAS and ONNX Runtime let their threads spin for a w
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """A run of stored rows with the parameters of their groups, as `stored_product` takes them."""
+    """A run of stored rows with the parameters of their groups, as `kernels.product` takes them."""
 
     packed: bytes
     scale: F32
@@ -111,7 +113,7 @@ def _works(
 
     def product(parts: list[_Rows], a: Activations) -> list[F32]:
         def one(part: _Rows) -> F32:
-            return stored_product(part.packed, part.scale, part.zero, how.encoding, a)
+            return kernels.product(part.packed, part.scale, part.zero, how.encoding, a)
 
         others = [workers.submit(one, part) for part in parts[1:]]
         return [one(parts[0]), *(future.result() for future in others)]

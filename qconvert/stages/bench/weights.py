@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.encoding import AffineEncoding
 from qconvert.errors import InputError, UsageError
 from qconvert.files import open_model
 from qconvert.geometry import TILE_VALUES, spans_tiles, tiles
+from qconvert.kernels.arithmetic import to_groups
+from qconvert.kernels.records import Bytes, Parameters
 from qconvert.model import TensorInfo
-from qconvert.quantizers.affine import Parameters, encode_rows, to_groups
-from qconvert.quantizers.fitting import fit
 from qconvert.ranges import RangeMethod, default_method
 from qconvert.schemes import AffineScheme
 from qconvert.stages.plan import encoding_of
@@ -72,11 +73,11 @@ class Affine:
     encoding: AffineEncoding
     method: RangeMethod
 
-    def encode(self, x: F32) -> tuple[Parameters, bytes | memoryview]:
+    def encode(self, x: F32) -> tuple[Parameters, Bytes]:
         """Parameters and stored codes of whole rows."""
-        groups, counts = to_groups(x, self.encoding)
-        parameters = fit(groups, self.encoding, self.method, counts)
-        return parameters, encode_rows(x, self.encoding, parameters).codes
+        groups, counts = to_groups(x, self.encoding.block)
+        parameters = kernels.fit(groups, self.encoding, self.method, counts)
+        return parameters, kernels.encode_rows(x, self.encoding, parameters).segments["codes"]
 
 
 def affine(weights: Weights, scheme: AffineScheme, method: RangeMethod | None) -> Affine:

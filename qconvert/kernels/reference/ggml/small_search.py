@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.quantizers.ggml import search
+from qconvert.kernels.reference.ggml import search
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]

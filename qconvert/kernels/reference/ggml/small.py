@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.quantizers.ggml import small_search
-from qconvert.quantizers.ggml.block import GgmlBlock, Parts
+from qconvert.kernels.records import Parts
+from qconvert.kernels.reference.ggml import small_search
+from qconvert.kernels.reference.ggml.block import GgmlBlock
 
 BLOCK = 32
 

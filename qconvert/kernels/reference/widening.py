@@ -34,6 +34,7 @@ _LOOKED_UP = {
     "F6_E3M2": "float6_e3m2fn",
     "F4": "float4_e2m1fn",
 }
+BYTES = tuple(dtype for dtype in _LOOKED_UP if dtype.startswith("F8"))  # a code is a byte
 
 
 def widen(raw: bytes, dtype: str) -> NDArray[Any]:

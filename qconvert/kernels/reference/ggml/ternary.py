@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.quantizers.ggml.block import GgmlBlock, Parts
+from qconvert.kernels.records import Parts
+from qconvert.kernels.reference.ggml.block import GgmlBlock
 
 BLOCK = 256
 

@@ -12,8 +12,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.quantizers.ggml import search
-from qconvert.quantizers.ggml.block import GgmlBlock, Parts
+from qconvert.kernels.records import Parts
+from qconvert.kernels.reference.ggml import search
+from qconvert.kernels.reference.ggml.block import GgmlBlock
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qconvert.quantizers.ggml.k_columns import (
+from qconvert.kernels.reference.ggml.k_columns import (
     F16,
     F32,
     SUPER,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.quantizers.ggml.k_columns import (
+from qconvert.kernels.reference.ggml.k_columns import (
     F32,
     SINGULAR,
     SUPER,

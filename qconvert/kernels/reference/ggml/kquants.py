@@ -13,10 +13,11 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.quantizers.ggml.block import GgmlBlock, Parts
-from qconvert.quantizers.ggml.k_affine import Affine, search_affine
-from qconvert.quantizers.ggml.k_columns import SUPER, Found
-from qconvert.quantizers.ggml.k_symmetric import Symmetric, search_symmetric
+from qconvert.kernels.records import Parts
+from qconvert.kernels.reference.ggml.block import GgmlBlock
+from qconvert.kernels.reference.ggml.k_affine import Affine, search_affine
+from qconvert.kernels.reference.ggml.k_columns import SUPER, Found
+from qconvert.kernels.reference.ggml.k_symmetric import Symmetric, search_symmetric
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]

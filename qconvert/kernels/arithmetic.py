@@ -1,0 +1,181 @@
+"""Arithmetic of scales, zero points and sums that either set of kernels does in NumPy.
+
+Section numbers are those of formats/schemes/SPEC.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.encoding import AffineEncoding
+from qconvert.kernels.records import (
+    F32,
+    F64,
+    I32,
+    U8,
+    Bools,
+    Extent,
+    IntegerRows,
+    Parameters,
+)
+
+LANES = 16  # partial sums, section 6
+PIECE = 256  # values whose binary32 sums are added before binary64 takes over, section 6
+HISTOGRAM_BINS = 1 << 16
+SIGN = np.uint8(0x80)  # flips a byte between offset 128 and two's complement
+
+SCALE_NUMPY: dict[str, np.dtype[np.generic]] = {
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype("<f4"),
+}
+# Smallest positive number of each dtype, a subnormal one.
+SMALLEST_SCALE = {"F16": 2.0**-24, "BF16": 2.0**-133, "F32": 2.0**-149}
+
+
+# --- sums -----------------------------------------------------------------------------------------
+
+
+def fold(lanes: NDArray[Any]) -> Any:
+    """Add 16 partial sums (16, ...) in pairs: i with i+8, i+4, i+2, i+1."""
+    for half in (8, 4, 2, 1):
+        lanes = lanes[:half] + lanes[half : 2 * half]
+    return lanes[0]
+
+
+def lane_sum(values: F64) -> float:
+    """Sum of a 1-d float64 array in the order of section 6: 16 partial sums, then added in
+    pairs.
+    """
+    whole = len(values) // LANES * LANES
+    lanes = np.add.reduce(values[:whole].reshape(-1, LANES), axis=0)
+    lanes[: len(values) - whole] += values[whole:]
+    return float(fold(lanes))
+
+
+# --- groups ---------------------------------------------------------------------------------------
+
+
+def to_groups(x: F32, block: int) -> tuple[F32, I32 | None]:
+    """Rows (R, c) as groups (G, L), the last block of each row padded with zeros.
+
+    Args:
+        block: values of a group, or 0 when a row is one.
+
+    Returns:
+        The groups, and the number of real values of each, or None when all are full.
+    """
+    rows, columns = x.shape
+    if not block:
+        return x, None
+    per_row = -(-columns // block)
+    if columns % block == 0:
+        return x.reshape(-1, block), None
+    padded = np.zeros((rows, per_row * block), np.float32)
+    padded[:, :columns] = x
+    counts = np.full((rows, per_row), block, np.int32)
+    counts[:, -1] = columns - (per_row - 1) * block
+    return padded.reshape(-1, block), counts.ravel()
+
+
+# --- scales and zero points -----------------------------------------------------------------------
+
+
+def zero_steps(bits: int) -> int:
+    """Zero steps to a code, section 3."""
+    return 1 if bits == 8 else 4
+
+
+def real_zero(zero: I32, bits: int) -> F32:
+    """Zero points in codes, of zero steps."""
+    return (zero / zero_steps(bits)).astype(np.float32)
+
+
+def nearest_zero_point(
+    real: NDArray[np.floating], has_zero: Bools, encoding: AffineEncoding
+) -> I32:
+    """Zero steps nearest to a real zero point; whole codes where a zero must stay zero."""
+    steps = zero_steps(encoding.bits)
+    fine = np.rint(real * steps)
+    whole = np.rint(real) * steps
+    top = encoding.levels * steps
+    found: I32 = np.clip(np.where(has_zero, whole, fine), 0, top).astype(np.int32)
+    return found
+
+
+def stored_zero_points(zero: I32, encoding: AffineEncoding) -> U8:
+    """Zero steps as stored, one byte each; none when symmetric."""
+    if encoding.symmetric:
+        return np.zeros(0, np.uint8)
+    stored = zero.astype(np.uint8)
+    return stored ^ SIGN if encoding.bits == 8 else stored
+
+
+def round_scale(scale: F32, dtype: str, magnitude: F32) -> F32:
+    """Scales as stored; that of a group whose ``magnitude`` is not 0 never becomes 0."""
+    stored = scale.astype(SCALE_NUMPY[dtype]).astype(np.float32)
+    smallest = np.float32(SMALLEST_SCALE[dtype])
+    lost = (stored == 0) & (magnitude > 0)
+    return np.where(lost, np.copysign(smallest, scale), stored)
+
+
+def minmax(e: Extent, encoding: AffineEncoding) -> Parameters:
+    """Parameters that cover the extent, section 5."""
+    if encoding.symmetric:
+        scale = e.magnitude / np.float32((1 << (encoding.bits - 1)) - 1)
+        stored = round_scale(scale, encoding.scale_dtype, e.magnitude)
+        return Parameters(stored, np.zeros(len(stored), np.int32))
+    n = np.float32(encoding.levels)
+    stored = round_scale(e.high / n - e.low / n, encoding.scale_dtype, e.magnitude)
+    divisor = np.where(stored == 0, np.float32(1), stored)
+    return Parameters(stored, nearest_zero_point(-e.low / divisor, e.has_zero, encoding))
+
+
+# --- bounds of outliers ---------------------------------------------------------------------------
+
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def narrow_bounds(bounds: tuple[float, float]) -> tuple[float, float, float]:
+    """Bounds in binary32, and their middle, about which moments are taken."""
+    low, high = (float(b) for b in np.clip(bounds, -LARGEST, LARGEST).astype(np.float32))
+    return low, high, float(np.float32(low / 2 + high / 2))
+
+
+# --- codes in integer units -----------------------------------------------------------------------
+
+
+def integer_rows(
+    codes: NDArray[np.uint8], scale: F32, zero: NDArray[np.int32], encoding: AffineEncoding
+) -> IntegerRows:
+    """Unsigned codes (R, c) with parameters (R, G) in integer units: k of section 7."""
+    symmetric = encoding.symmetric
+    steps = 1 if symmetric else zero_steps(encoding.bits)
+    centre = 1 << (encoding.bits - 1) if symmetric else 0
+    return IntegerRows(
+        codes=codes.astype(np.int16) * np.int16(steps) - np.int16(centre),
+        zero=zero,
+        scale=scale / np.float32(steps),
+        offset=None,
+        group=encoding.block or codes.shape[1],
+    )
+
+
+# --- casts ----------------------------------------------------------------------------------------
+
+CAST_NUMPY = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def cast_values(x: F32, dtype: str) -> tuple[bytes, F32]:
+    """Values in ``dtype`` as bytes, and what they read back as; too large values become Inf."""
+    with np.errstate(over="ignore"):
+        stored = x.astype(CAST_NUMPY[dtype])
+    return stored.tobytes(), stored.astype(np.float32)
