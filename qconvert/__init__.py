@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # as of `typing`, whose import would delay the handling of signals
 if TYPE_CHECKING:
     from pathlib import Path
 

@@ -25,7 +25,7 @@ class RawEncoding:
 
     def segments(self, shape: tuple[int, ...]) -> tuple[tuple[str, int], ...]:
         """Kind and size in bytes of each segment."""
-        return (("data", math.prod(shape) * DTYPES[self.dtype].size),)
+        return (("data", DTYPES[self.dtype].nbytes(math.prod(shape))),)
 
     def to_json(self) -> dict[str, object]:
         return {"dtype": self.dtype, "kind": "raw"}

@@ -18,7 +18,7 @@ from qconvert.files.qblk_header import StoredTensor
 from qconvert.geometry import TILE_VALUES
 from qconvert.model import DTYPES, Model, TensorInfo
 
-INTEGER_KINDS = {"int": "<i", "uint": "<u"}
+AS_STORED = {"int": "<i", "uint": "<u", "complex": "<c"}  # kinds that NumPy has
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +85,15 @@ class Tensor:
     def dequantize(self) -> NDArray[Any]:
         """The values in the tensor's shape.
 
-        float32 for codes and for floating types up to 32 bits (exact); F64, integers and bool keep
-        their dtype.
+        float32 for codes and for floating types up to 32 bits (exact); F64, C64, integers and bool
+        keep their dtype.
         """
         known = DTYPES.get(self.dtype)
-        if known and not known.floating:
+        if known and known.kind in (*AS_STORED, "bool"):
             raw = np.frombuffer(self._model.raw(self._info, 0, self.nbytes), np.uint8)
             if known.kind == "bool":
                 return np.not_equal(raw, 0).reshape(self.shape)
-            return raw.view(f"{INTEGER_KINDS[known.kind]}{known.size}").reshape(self.shape).copy()
+            return raw.view(f"{AS_STORED[known.kind]}{known.size}").reshape(self.shape).copy()
         out = np.empty(self._info.size, np.float64 if self.dtype == "F64" else np.float32)
         for start in range(0, len(out), TILE_VALUES):
             stop = min(start + TILE_VALUES, len(out))

@@ -19,37 +19,55 @@ class DType:
 
     Attributes:
         name: the name in the file header.
-        size: bytes per value.
-        kind: ``float``, ``int``, ``uint`` or ``bool``.
+        bits: of a value; below 8 they follow each other, the first in the lowest bits.
+        kind: ``float``, ``int``, ``uint``, ``bool``; ``narrow`` for floating types that are kept as
+            they are, for their values mean little without scales that lie elsewhere or have no
+            place in what we write; ``complex``, which has no order and no statistics.
     """
 
     name: str
-    size: int
+    bits: int
     kind: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of a value; of types of whole bytes."""
+        return self.bits // 8
 
     @property
     def floating(self) -> bool:
         return self.kind == "float"
 
+    def nbytes(self, values: int) -> int:
+        """Bytes of so many values, which end on a byte."""
+        return values * self.bits // 8
+
 
 DTYPES: dict[str, DType] = {
     d.name: d
     for d in (
-        DType("F64", 8, "float"),
-        DType("F32", 4, "float"),
-        DType("F16", 2, "float"),
-        DType("BF16", 2, "float"),
-        DType("F8_E4M3", 1, "float"),
-        DType("F8_E5M2", 1, "float"),
-        DType("I64", 8, "int"),
-        DType("I32", 4, "int"),
-        DType("I16", 2, "int"),
-        DType("I8", 1, "int"),
-        DType("U64", 8, "uint"),
-        DType("U32", 4, "uint"),
-        DType("U16", 2, "uint"),
-        DType("U8", 1, "uint"),
-        DType("BOOL", 1, "bool"),
+        DType("F64", 64, "float"),
+        DType("F32", 32, "float"),
+        DType("F16", 16, "float"),
+        DType("BF16", 16, "float"),
+        DType("F8_E4M3", 8, "float"),
+        DType("F8_E5M2", 8, "float"),
+        DType("I64", 64, "int"),
+        DType("I32", 32, "int"),
+        DType("I16", 16, "int"),
+        DType("I8", 8, "int"),
+        DType("U64", 64, "uint"),
+        DType("U32", 32, "uint"),
+        DType("U16", 16, "uint"),
+        DType("U8", 8, "uint"),
+        DType("BOOL", 8, "bool"),
+        DType("F8_E8M0", 8, "narrow"),
+        DType("F8_E4M3FNUZ", 8, "narrow"),
+        DType("F8_E5M2FNUZ", 8, "narrow"),
+        DType("F6_E2M3", 6, "narrow"),
+        DType("F6_E3M2", 6, "narrow"),
+        DType("F4", 4, "narrow"),
+        DType("C64", 64, "complex"),
     )
 }
 
@@ -79,6 +97,11 @@ class TensorInfo:
     def floating(self) -> bool:
         """Whether the stored values are plain floating numbers (not ints, not quantized)."""
         return self.dtype in DTYPES and DTYPES[self.dtype].floating
+
+    @property
+    def real(self) -> bool:
+        """Whether the values are real numbers."""
+        return self.dtype not in DTYPES or DTYPES[self.dtype].kind != "complex"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +145,8 @@ class Model(Protocol):
         """Values ``start..stop`` of the flattened tensor as numbers, shape (stop - start,).
 
         float32 for every floating or quantized type up to 32 bits and for small integers (exact);
-        float64 for F64 and for integers of 32 and 64 bits (the latter rounded).
+        float64 for F64 and for integers of 32 and 64 bits (the latter rounded); complex64 for a
+        tensor that is not `TensorInfo.real`.
         """
         ...
 

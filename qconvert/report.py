@@ -9,11 +9,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, ClassVar
 
 from qconvert import __version__
-from qconvert.errors import QconvertError
+from qconvert.errors import QconvertError, shortened
+
+PART_PIECES = 1 << 14  # words and signs of a document that are written at a time
+LONGEST_FACT = 4096  # characters of a path, name or hint in an error: as long as a path may be
 
 
 @dataclass
@@ -34,11 +39,16 @@ class Report:
     seconds: float = field(default=0.0, kw_only=True)
 
     def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads("".join(self.json_parts()))
+        return found
+
+    def json_parts(self) -> Iterator[str]:
+        """The document of ``--json`` in pieces: of a hundred thousand tensors it is long."""
         head = {"schema": self.SCHEMA, "qconvert": __version__, "status": self.status}
-        body = dataclasses.asdict(self)
+        body = _fields(self)
         for name in ("status", "seconds"):
             del body[name]
-        return {**head, **finite(body)}
+        return dump_parts({**head, **body})
 
 
 def finite(value: Any) -> Any:
@@ -52,9 +62,28 @@ def finite(value: Any) -> Any:
     return value
 
 
-def dump(value: dict[str, Any]) -> str:
+class _Encoder(json.JSONEncoder):
+    """Dataclasses as objects, one at a time."""
+
+    def default(self, o: Any) -> Any:
+        return _fields(o) if dataclasses.is_dataclass(o) else super().default(o)
+
+
+def _fields(o: Any) -> dict[str, Any]:
+    return {f.name: finite(getattr(o, f.name)) for f in dataclasses.fields(o)}
+
+
+def dump_parts(value: dict[str, Any]) -> Iterator[str]:
     """One JSON document in ASCII, so that no name in it can drive a terminal, and a line feed."""
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+    pieces = _Encoder(indent=2, allow_nan=False).iterencode(value)
+    while part := "".join(islice(pieces, PART_PIECES)):
+        yield part
+    yield "\n"
+
+
+def dump(value: dict[str, Any]) -> str:
+    """`dump_parts` in one."""
+    return "".join(dump_parts(value))
 
 
 def error_json(error: QconvertError, exit_code: int) -> dict[str, Any]:
@@ -63,9 +92,9 @@ def error_json(error: QconvertError, exit_code: int) -> dict[str, Any]:
         "code": error.code,
         "exit": exit_code,
         "message": str(error),
-        "hint": error.hint,
-        "path": error.path,
-        "tensor": error.tensor,
+        "hint": None if error.hint is None else shortened(error.hint, LONGEST_FACT),
+        "path": None if error.path is None else shortened(error.path, LONGEST_FACT),
+        "tensor": None if error.tensor is None else shortened(error.tensor, LONGEST_FACT),
     }
     return {
         "schema": "qconvert.error/1",
@@ -75,7 +104,7 @@ def error_json(error: QconvertError, exit_code: int) -> dict[str, Any]:
     }
 
 
-@dataclass
+@dataclass(slots=True)
 class QuantizedTensor:
     """One tensor of a written file.
 
@@ -141,7 +170,7 @@ class QuantizeReport(Report):
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(slots=True)
 class TensorSummary:
     """A row of ``inspect``; numbers are None where they make no sense."""
 
@@ -185,6 +214,7 @@ class InspectReport(Report):
     total_values: int
     total_bytes: int
     statistics: bool
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -243,7 +273,7 @@ class Check:
     tensor: str | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class VerifiedTensor:
     """Measured error of a tensor and of its integer matrix product.
 
@@ -310,6 +340,8 @@ class TokenQuality:
         kl_mean, kl_p99, kl_max: KL(source || quantized) of the next token's distribution, in nats,
             over the scored positions.
         same_top: share of positions where both find the same token the likeliest.
+        kl_blind: mean KL divergence of the source's distributions from their own mean: that of the
+            best guess that does not look at the text.
     """
 
     text: str
@@ -329,6 +361,7 @@ class TokenQuality:
     kl_p99: float
     kl_max: float
     same_top: float
+    kl_blind: float
 
 
 @dataclass
@@ -337,6 +370,7 @@ class EmbeddingQuality:
 
     Attributes:
         cosine_p1: the first percentile.
+        spread: mean squared distance of the source's embeddings, of length 1, from their mean.
     """
 
     text: str
@@ -346,6 +380,7 @@ class EmbeddingQuality:
     cosine_mean: float
     cosine_p1: float
     cosine_min: float
+    spread: float
 
 
 @dataclass

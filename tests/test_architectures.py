@@ -5,8 +5,12 @@ That llama.cpp computes the same with them is test_llama_cpp.py.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,16 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from numpy.typing import NDArray
-from tiny_models import CONFIGS, TOKENIZERS, Tensors, byte_level, weights, write_directory
+from tiny_models import (
+    BYTE_LEVEL_END,
+    CONFIGS,
+    TOKENIZERS,
+    Tensors,
+    added,
+    byte_level,
+    weights,
+    write_directory,
+)
 
 from qconvert.architectures import (
     GgufSource,
@@ -27,7 +40,9 @@ from qconvert.architectures import (
 )
 from qconvert.architectures.families import FAMILIES, hyper_parameters
 from qconvert.architectures.mapping import map_tensors
+from qconvert.architectures.model_card import card_keys
 from qconvert.architectures.source import read_config
+from qconvert.architectures.tying import output_head
 from qconvert.errors import FormatError, InputError, QconvertError, UnsupportedError
 from qconvert.files import open_model
 from qconvert.files.gguf_writer import GgufTensor, GgufValue, GgufWriter
@@ -176,7 +191,8 @@ def test_a_layer_has_the_place_that_the_conversion_gives_its_weight(
     sizes = family.sizes(config)
     _, rope = hyper_parameters(family, config, sizes)
     model = open_model(directory)
-    mapped, _ = map_tensors(model, family, config, sizes, rope.tensors)
+    head = output_head(model, family, config)
+    mapped, _ = map_tensors(model, family, config, sizes, rope.tensors, head)
     wanted = {
         source.name: Place(t.info.name, i if len(t.sources) > 1 else None)
         for t in mapped
@@ -228,7 +244,7 @@ def test_layers_of_other_models_have_the_names_of_gguf_py(
     ("fields", "error", "code"),
     [
         ({"model_type": "none-such"}, UnsupportedError, "IMATRIX-ARCHITECTURE"),
-        ({"model_type": "llama"}, FormatError, "ARCH-CONFIG"),
+        ({"model_type": "llama", "num_hidden_layers": None}, FormatError, "ARCH-CONFIG"),
         ({"model_type": "llama", "num_hidden_layers": 1 << 20}, FormatError, "ARCH-CONFIG"),
     ],
 )
@@ -426,6 +442,7 @@ def test_the_language_model_inside_gemma_3_is_taken_out(tmp_path: Path) -> None:
     } | {"vision_tower.patch.weight": np.zeros((4, 4), np.float32)}
     config = {
         "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
         "text_config": {k: v for k, v in fields.items() if k not in ("architectures",)},
         "num_hidden_layers": 99,
     }
@@ -681,7 +698,7 @@ def test_the_model_card_gives_licence_languages_tags_and_base(tmp_path: Path) ->
         "general.name": "Tiny",
         "general.size_label": "97K",
         "general.license": "apache-2.0",
-        "general.languages": ["en"],  # YAML 1.1 reads no as false
+        "general.languages": ["en", "no"],  # which YAML 1.1 reads as false
         "general.tags": ["text-generation", "small"],
         "general.base_model.count": 1,
         "general.base_model.0.name": "SmolLM2-135M",
@@ -718,6 +735,98 @@ def test_pooling_comes_from_sentence_transformers(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError) as refusal:
         opened(directory)
     assert refusal.value.code == "ARCH-POOLING"
+
+
+def sentence(directory: Path, *modules: tuple[str, str], **files: dict[str, Any]) -> GgufSource:
+    """The directory with modules as (place, kind), and settings by their place."""
+    listed = [
+        {"idx": i, "name": str(i), "path": place, "type": f"sentence_transformers.models.{kind}"}
+        for i, (place, kind) in enumerate(modules)
+    ]
+    (directory / "modules.json").write_text(json.dumps(listed))
+    for place, fields in files.items():
+        (directory / place).mkdir(exist_ok=True)
+        (directory / place / "config.json").write_text(json.dumps(fields))
+    return opened(directory)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"pooling_mode_mean_tokens": True}, 1),
+        ({"pooling_mode": "mean", "embedding_dimension": 64}, 1),
+        ({"pooling_mode": "cls"}, 2),
+        ({"pooling_mode": ["lasttoken"]}, 3),
+        ({"pooling_mode": "mean", "pooling_mode_cls_token": True}, 1),  # the new field counts
+        ({"word_embedding_dimension": 64}, 1),  # sentence-transformers takes the mean then
+    ],
+)
+def test_pooling_is_read_in_old_and_new_fields_wherever_its_module_is(
+    settings: dict[str, Any], wanted: int, tmp_path: Path
+) -> None:
+    directory = write_directory(tmp_path / "m", "bert")
+    source = sentence(directory, ("", "Transformer"), ("pool", "Pooling"), pool=settings)
+    assert plain(source)["bert.pooling_type"] == wanted
+
+
+def test_a_decoder_that_makes_embeddings_pools_too(tmp_path: Path) -> None:
+    directory = write_directory(tmp_path / "m", "qwen3")
+    assert "qwen3.pooling_type" not in opened(directory).metadata
+    last = {"pooling_mode_lasttoken": True}
+    source = sentence(directory, ("", "Transformer"), ("p", "Pooling"), ("n", "Normalize"), p=last)
+    assert plain(source)["qwen3.pooling_type"] == 3
+    assert any("scaled to length 1" in n for n in source.notes)
+
+
+@pytest.mark.parametrize(
+    ("modules", "code"),
+    [
+        ((("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense")), "ARCH-MODULE"),
+        ((("", "Transformer"), ("1_Pooling", "Pooling"), ("2", "LayerNorm")), "ARCH-MODULE"),
+        ((("", "WordEmbeddings"), ("1_Pooling", "Pooling")), "ARCH-MODULE"),
+        ((("", "Transformer"), ("1_Pooling", "Pooling"), ("1_Pooling", "Pooling")), "ARCH-MODULE"),
+        ((("", "Transformer"), ("absent", "Pooling")), "ARCH-POOLING"),
+    ],
+)
+def test_a_module_that_a_file_cannot_hold_is_refused_by_name(
+    modules: tuple[tuple[str, str], ...], code: str, tmp_path: Path
+) -> None:
+    directory = write_directory(tmp_path / "m", "bert")
+    with pytest.raises((UnsupportedError, FormatError)) as refusal:
+        sentence(directory, *modules, **{"1_Pooling": {"pooling_mode": "mean"}})
+    assert refusal.value.code == code
+    assert (
+        modules[-1][1] in str(refusal.value)
+        or code == "ARCH-POOLING"
+        or modules[0][1] in str(refusal.value)
+    )
+
+
+@pytest.mark.parametrize("mode", ["max", "weightedmean", ["mean", "max"], 7])
+def test_other_poolings_are_refused(mode: Any, tmp_path: Path) -> None:
+    directory = write_directory(tmp_path / "m", "bert")
+    with pytest.raises(UnsupportedError) as refusal:
+        sentence(directory, ("", "Transformer"), ("p", "Pooling"), p={"pooling_mode": mode})
+    assert refusal.value.code == "ARCH-POOLING"
+
+
+def test_what_sentence_transformers_does_to_the_text_is_said(tmp_path: Path) -> None:
+    directory = write_directory(tmp_path / "m", "bert")
+    settings = directory / "config_sentence_transformers.json"
+    settings.write_text("{}")
+    assert "without modules.json" in opened(directory).warnings[0]
+    parts = (("", "Transformer"), ("p", "Pooling"))
+    pooled = {"pooling_mode": "mean"}
+    settings.write_text('{"prompts": {"query": "find: ", "none": ""}}')
+    source = sentence(directory, *parts, p=pooled)
+    assert source.warnings == ()
+    assert any("(query)" in n for n in source.notes)
+    settings.write_text('{"prompts": {"query": "find: "}, "default_prompt_name": "query"}')
+    (directory / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    source = sentence(directory, *parts, p=pooled | {"include_prompt": False})
+    said = " ".join(source.warnings)
+    for text in ("lowers the case", "prompt out of the pooling", "'find: ' before every text"):
+        assert text in said
 
 
 # --- tokenizers -----------------------------------------------------------------------------------
@@ -799,8 +908,12 @@ def test_wordpiece_has_tokens_around_a_text_or_is_refused(tmp_path: Path) -> Non
     assert found["tokenizer.ggml.seperator_token_id"] == 3
     bare = {**TOKENIZERS["wordpiece"], "post_processor": None}
     (directory / "tokenizer.json").write_text(json.dumps(bare))
+    # transformers 5 puts a BertTokenizer's own around a text, whatever tokenizer.json says
+    assert plain(opened(directory))["tokenizer.ggml.seperator_token_id"] == 3
+    settings = directory / "tokenizer_config.json"
+    settings.write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     assert refused(directory).code == "ARCH-TOKENIZER"
-    (directory / "tokenizer_config.json").write_text('{"cls_token": "[CLS]", "sep_token": "[SEP]"}')
+    settings.write_text('{"cls_token": "[CLS]", "sep_token": "[SEP]"}')
     assert plain(opened(directory))["tokenizer.ggml.seperator_token_id"] == 3
 
 
@@ -835,6 +948,353 @@ def test_an_unknown_pre_tokenizer_can_be_named(tmp_path: Path) -> None:
     assert "--pre-tokenizer" in str(refusal.value.hint)
     found = tokenizer_keys(tmp_path, fields, pre_tokenizer="falcon")
     assert found["tokenizer.ggml.pre"] == "falcon"
+
+
+# --- the output matrix ----------------------------------------------------------------------------
+
+
+def with_head(kind: str, head: NDArray[Any]) -> Tensors:
+    return weights(CONFIGS[kind]) | {"lm_head.weight": head}
+
+
+def test_a_trained_head_is_kept_though_the_configuration_ties_it(tmp_path: Path) -> None:
+    """transformers 5 compares and does not tie what differs, be it in one value."""
+    embedding = weights(CONFIGS["smollm"])["model.embed_tokens.weight"]
+    head = embedding.copy()
+    head[-1, -1] += 1e-3
+    source = opened(write_directory(tmp_path / "m", "smollm", tensors=with_head("smollm", head)))
+    np.testing.assert_array_equal(whole(source, "output.weight"), head)
+    np.testing.assert_array_equal(whole(source, "token_embd.weight"), embedding)
+    assert "both are kept, as transformers does" in source.warnings[0]
+    assert "'lm_head.weight' is not left out" in source.notes[0]
+    assert source.dropped == ()
+
+
+def test_an_equal_head_is_left_out_and_said_to_be_equal(tmp_path: Path) -> None:
+    embedding = weights(CONFIGS["smollm"])["model.embed_tokens.weight"]
+    for head in (embedding.copy(), embedding.astype(np.float64)):
+        source = opened(
+            write_directory(tmp_path / "m", "smollm", tensors=with_head("smollm", head))
+        )
+        assert [(d.name, d.reason) for d in source.dropped] == [
+            ("lm_head.weight", "equals the token embedding, which it is tied to")
+        ]
+        assert "output.weight" not in {t.name for t in source.model.tensors}
+        assert not source.warnings
+
+
+def test_an_equal_head_that_is_not_tied_is_a_matrix_of_its_own(tmp_path: Path) -> None:
+    embedding = weights(CONFIGS["smollm"])["model.embed_tokens.weight"]
+    source = opened(
+        write_directory(
+            tmp_path / "m",
+            "smollm",
+            config={"tie_word_embeddings": False},
+            tensors=with_head("smollm", embedding.copy()),
+        )
+    )
+    assert "output.weight" in {t.name for t in source.model.tensors}
+    assert not source.warnings
+
+
+def test_a_head_alone_stands_in_for_the_embedding_it_is_tied_to(tmp_path: Path) -> None:
+    """transformers ties both ways: whichever of the two is there."""
+    tensors = weights(CONFIGS["smollm"])
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    source = opened(write_directory(tmp_path / "m", "smollm", tensors=tensors))
+    np.testing.assert_array_equal(whole(source, "token_embd.weight"), tensors["lm_head.weight"])
+    assert "output.weight" not in {t.name for t in source.model.tensors}
+
+
+def test_gemma_3_may_have_a_head_and_gemma_2_may_not(tmp_path: Path) -> None:
+    """llama.cpp's loader reads output.weight for one of them only."""
+    for kind in ("gemma3", "gemma2"):
+        embedding = weights(CONFIGS[kind])["model.embed_tokens.weight"]
+        directory = write_directory(
+            tmp_path / kind, kind, tensors=with_head(kind, embedding + np.float32(1))
+        )
+        if kind == "gemma3":
+            assert "output.weight" in {t.name for t in opened(directory).model.tensors}
+        else:
+            with pytest.raises(UnsupportedError) as refusal:
+                opened(directory)
+            assert (refusal.value.code, refusal.value.tensor) == ("ARCH-HEAD", "lm_head.weight")
+
+
+# --- tokens and rows ------------------------------------------------------------------------------
+
+
+def rows_and_tokens(tmp_path: Path, size: int, tokenizer: dict[str, Any]) -> Path:
+    config = {"vocab_size": size}
+    tensors = weights({**CONFIGS["llama"], **config})
+    return write_directory(
+        tmp_path / "m", "llama", config=config, tensors=tensors, tokenizer=tokenizer
+    )
+
+
+def test_an_added_token_without_a_row_is_left_out_with_a_note(tmp_path: Path) -> None:
+    """As of Gemma 3: 262,145 tokens, 262,144 rows."""
+    fields = json.loads(json.dumps(TOKENIZERS["llama-bpe"]))
+    size = BYTE_LEVEL_END + 2
+    fields["added_tokens"].append(added(size, "<image_soft_token>"))
+    source = opened(rows_and_tokens(tmp_path, size, fields))
+    tokens = plain(source)["tokenizer.ggml.tokens"]
+    assert len(tokens) == size
+    assert "<image_soft_token>" not in tokens
+    assert any("'<image_soft_token>'" in n and f"{size:,} rows" in n for n in source.notes)
+    assert not source.warnings
+    template = "{{ '<image_soft_token>' }}"
+    (tmp_path / "m" / "chat_template.jinja").write_text(template)
+    (warning,) = opened(tmp_path / "m").warnings
+    assert "chat template uses '<image_soft_token>'" in warning
+
+
+@pytest.mark.parametrize("change", ["vocabulary", "many", "far", "end token"])
+def test_a_tokenizer_of_another_model_is_still_refused(change: str, tmp_path: Path) -> None:
+    fields = json.loads(json.dumps(TOKENIZERS["llama-bpe"]))
+    size = BYTE_LEVEL_END + 2
+    if change == "vocabulary":  # ordinary tokens are beyond the rows
+        fields["model"]["vocab"] |= {f"word{i}": size + i for i in range(2)}
+    elif change == "many":
+        fields["added_tokens"] += [added(size + i, f"<extra{i}>") for i in range(9)]
+    elif change == "far":
+        fields["added_tokens"].append(added(size + 100, "<far>"))
+    else:
+        fields["added_tokens"].append(added(size, "<new>"))
+    directory = rows_and_tokens(tmp_path, size, fields)
+    if change == "end token":
+        (directory / "tokenizer_config.json").write_text('{"eos_token": {"content": "<new>"}}')
+    error = refused(directory)
+    assert error.code == "ARCH-VOCABULARY"
+
+
+# --- tokenizers that llama.cpp does not follow ----------------------------------------------------
+
+
+def altered(kind: str, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(json.dumps(TOKENIZERS[kind]))
+    change(fields)
+    return fields
+
+
+def put(*path: Any) -> Callable[[dict[str, Any]], None]:
+    """Sets the last of ``path`` at the place that those before it name."""
+
+    def change(fields: dict[str, Any]) -> None:
+        place: Any = fields
+        for key in path[:-2]:
+            place = place[key]
+        place[path[-2]] = path[-1]
+
+    return change
+
+
+WORDPIECE = {"tokenizer_class": "PreTrainedTokenizerFast"}  # takes tokenizer.json as it is
+FIRST = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+FOLLOWED_OTHERWISE: dict[str, tuple[dict[str, Any], str, str]] = {
+    # tokenizer, what is said of it, and a text that shows it
+    "prepend_scheme first": (
+        altered("sp-llama", lambda f: f.update(normalizer=None, pre_tokenizer=FIRST)),
+        "prepend_scheme 'first'",
+        "'<unk>a'",
+    ),
+    "handle_chinese_chars": (
+        altered("wordpiece", put("normalizer", "handle_chinese_chars", False)),
+        "handle_chinese_chars false",
+        "'漢字'",
+    ),
+    "clean_text": (
+        altered("wordpiece", put("normalizer", "clean_text", False)),
+        "clean_text false",
+        "a",
+    ),
+    "lowercase alone": (
+        altered("wordpiece", put("normalizer", {"type": "Lowercase"})),
+        "without a BertNormalizer",
+        "'漢字'",
+    ),
+    "short words": (
+        altered("wordpiece", put("model", "max_input_chars_per_word", 5)),
+        "max_input_chars_per_word",
+        "'aaaaaa'",
+    ),
+    "single_word": (
+        altered("llama-bpe", put("added_tokens", 2, "single_word", True)),
+        "single_word",
+        "'a<tool>a'",
+    ),
+    "lstrip": (altered("llama-bpe", put("added_tokens", 2, "lstrip", True)), "lstrip", "' <tool>'"),
+    "rstrip": (altered("llama-bpe", put("added_tokens", 2, "rstrip", True)), "rstrip", "'<tool> '"),
+    "dropout": (altered("llama-bpe", put("model", "dropout", 0.1)), "dropout 0.1", ""),
+    "NFKC": (altered("llama-bpe", put("normalizer", {"type": "NFKC"})), "'NFKC'", ""),
+    "two tokens before a text": (
+        altered(
+            "llama-bpe",
+            lambda f: f["post_processor"]["single"].insert(
+                0, {"SpecialToken": {"id": "<|begin|>", "type_id": 0}}
+            ),
+        ),
+        "puts 2 tokens before a text",
+        "",
+    ),
+}  # fmt: skip
+
+
+def source_of(tmp_path: Path, fields: dict[str, Any], settings: dict[str, Any]) -> GgufSource:
+    name = "bert" if fields["model"]["type"] == "WordPiece" else "llama"
+    config = {"vocab_size": 700}
+    tensors = weights({**CONFIGS[name], **config})
+    directory = write_directory(
+        tmp_path / "t", name, config=config, tensors=tensors, tokenizer=fields
+    )
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return opened(directory)
+
+
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("name", FOLLOWED_OTHERWISE)
+def test_what_llama_cpp_does_otherwise_is_a_warning_with_a_text(
+    name: str, library: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the tokenizers library and without it."""
+    if not library:
+        monkeypatch.setitem(sys.modules, "tokenizers", None)
+    fields, said, text = FOLLOWED_OTHERWISE[name]
+    source = source_of(tmp_path, fields, WORDPIECE)
+    assert any(said in w and text in w for w in source.warnings), source.warnings
+    told = [n for n in source.notes if "tokens were not compared" in n]
+    if library and importlib.util.find_spec("tokenizers"):
+        assert not told
+    else:
+        assert "tokenizers is not installed" in told[0]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_usual_tokenizers_are_followed_and_nothing_is_said(kind: str, tmp_path: Path) -> None:
+    source = source_of(tmp_path, TOKENIZERS[kind], {})
+    if kind == "unigram" and importlib.util.find_spec("tokenizers"):  # of spaces in a run
+        assert "for ' leading'" in source.warnings[0]
+        return
+    assert source.warnings == ()
+
+
+def test_words_cut_at_white_space_come_without_it(tmp_path: Path) -> None:
+    """paraphrase-multilingual-MiniLM: WhitespaceSplit, then Metaspace (llama.cpp#27277)."""
+    split = [{"type": "WhitespaceSplit"}, TOKENIZERS["unigram"]["pre_tokenizer"]]
+    fields = altered("unigram", put("pre_tokenizer", {"type": "Sequence", "pretokenizers": split}))
+    assert plain(source_of(tmp_path, fields, {}))["tokenizer.ggml.remove_extra_whitespaces"] is True
+
+
+def test_bert_s_normalizer_is_that_of_tokenizer_config_json(tmp_path: Path) -> None:
+    """transformers 5.24: BertTokenizer builds it anew; 'The' is [UNK] with do_lower_case false."""
+    source = source_of(tmp_path, TOKENIZERS["wordpiece"], {"do_lower_case": False})
+    assert plain(source)["tokenizer.ggml.normalizer.lowercase"] is False
+    assert plain(source)["tokenizer.ggml.normalizer.strip_accents"] is False
+    (warning,) = source.warnings
+    assert "do_lower_case false" in warning
+    source = source_of(tmp_path, TOKENIZERS["wordpiece"], {"do_lower_case": False} | WORDPIECE)
+    assert plain(source)["tokenizer.ggml.normalizer.lowercase"] is True
+    cased = altered("wordpiece", put("normalizer", "lowercase", False))
+    source = source_of(tmp_path, cased, {})  # whose default is true
+    assert plain(source)["tokenizer.ggml.normalizer.lowercase"] is True
+
+
+def test_nonsense_is_refused_with_both_lists_of_tokens(tmp_path: Path) -> None:
+    """The library's own words: a normalizer that turns every text round into other letters."""
+    pytest.importorskip("tokenizers", reason="comes with transformers")
+    swapped = {"type": "Replace", "pattern": {"String": "e"}, "content": "q"}
+    fields = altered("llama-bpe", put("normalizer", swapped))
+    with pytest.raises(UnsupportedError) as refusal:
+        source_of(tmp_path, fields, {})
+    assert refusal.value.code == "ARCH-TOKENS"
+    assert "the quick brown fox" in str(refusal.value)
+    assert "] instead of [" in str(refusal.value)
+
+
+def normalized(*steps: dict[str, Any]) -> dict[str, Any]:
+    return altered("llama-bpe", put("normalizer", {"type": "Sequence", "normalizers": [*steps]}))
+
+
+def looked_up(pattern: dict[str, str]) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (normalized({"type": "Nonsense" * 1000}), "does not take the file: "),
+        (
+            altered(
+                "llama-bpe",
+                put("post_processor", "single", [{"SpecialToken": {"id": "?", "type_id": 0}}]),
+            ),
+            "does not take the file",  # of which the library says that no entry was found for a key
+        ),
+        (normalized(looked_up({"Regex": "(t+)+h*(e*)*(.*)*$(a)"})), ""),
+    ],
+    ids=["an unknown step", "a panic", "an expression"],
+)
+def test_whatever_the_library_does_a_file_is_written_and_nothing_printed(
+    fields: dict[str, Any], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It takes no file for granted: another process ends instead of this one."""
+    pytest.importorskip("tokenizers", reason="comes with transformers")
+    monkeypatch.setattr("qconvert.architectures.library_tokens.MAX_SECONDS", 5)
+    source = source_of(tmp_path, fields, {})
+    assert any(said in note for note in (*source.notes, ""))
+    assert max(map(len, source.warnings)) < 300
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_end_token_that_nobody_states_is_llama_cpp_s_own(tmp_path: Path) -> None:
+    """Token 11 of byte-level BPE, whatever that is."""
+    directory = write_directory(tmp_path / "m", "llama", config={"eos_token_id": None})
+    (directory / "tokenizer_config.json").write_text("{}")
+    (warning,) = opened(directory).warnings
+    assert "no end token is stated" in warning
+    eleventh = {i: t for t, i in TOKENIZERS["llama-bpe"]["model"]["vocab"].items()}[11]
+    assert f"token 11, {eleventh!r}" in warning
+
+
+def test_roberta_s_post_processor_puts_tokens_around_a_text(tmp_path: Path) -> None:
+    end = BYTE_LEVEL_END
+    around = {"type": "RobertaProcessing", "cls": ["<|begin|>", end - 1], "sep": ["<|end|>", end]}
+    found = plain(source_of(tmp_path, altered("gpt-2", put("post_processor", around)), {}))
+    assert found["tokenizer.ggml.add_bos_token"] is True
+    assert found["tokenizer.ggml.add_eos_token"] is True
+    assert found["tokenizer.ggml.bos_token_id"] == end - 1
+    assert found["tokenizer.ggml.eos_token_id"] == end
+
+
+# --- chat templates -------------------------------------------------------------------------------
+
+
+def templates(directory: Path) -> dict[str, Any]:
+    found = plain(opened(directory))
+    return {k.removeprefix("tokenizer."): v for k, v in found.items() if "chat_template" in k}
+
+
+def test_every_place_of_a_chat_template_is_read_in_transformers_order(tmp_path: Path) -> None:
+    """tokenization_utils_base and processing_utils of transformers 5."""
+    directory = write_directory(tmp_path / "m", "llama")
+    assert templates(directory) == {}
+    (directory / "processor_config.json").write_text('{"chat_template": "P"}')
+    assert templates(directory) == {"chat_template": "P"}
+    (directory / "chat_template.json").write_text('{"chat_template": "J"}')
+    assert templates(directory) == {"chat_template": "J"}
+    settings = directory / "tokenizer_config.json"
+    before = json.loads(settings.read_text())
+    settings.write_text(json.dumps(before | {"chat_template": {"default": "D", "rag": "R"}}))
+    both = {"chat_template": "D", "chat_template.rag": "R", "chat_templates": ["rag"]}
+    assert templates(directory) == both
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("T")
+    alone = {"chat_template.tool_use": "T", "chat_templates": ["tool_use"]}
+    assert templates(directory) == alone
+    (directory / "chat_template.jinja").write_text("A")
+    assert templates(directory) == {"chat_template": "A"} | alone
 
 
 def test_chat_templates_are_carried(tmp_path: Path) -> None:
@@ -881,7 +1341,6 @@ def refused(directory: Path, **options: Any) -> QconvertError:
     ("name", "code", "fields"),
     [
         ("llama", "ARCH-UNKNOWN", {"architectures": ["GPT2LMHeadModel"]}),
-        ("llama", "ARCH-UNKNOWN", {"architectures": None}),
         ("llama", "ARCH-UNKNOWN", {"architectures": [7]}),
         ("llama", "ARCH-QUANTIZED", {"quantization_config": {"quant_method": "gptq"}}),
         ("llama", "ARCH-CONFIG", {"hidden_size": None}),
@@ -914,7 +1373,8 @@ def refused(directory: Path, **options: Any) -> QconvertError:
         ("qwen3-moe", "ARCH-CONFIG-VALUE", {"norm_topk_prob": False}),
         ("qwen3-moe", "ARCH-CONFIG-VALUE", {"mlp_only_layers": [0]}),
         ("gemma2", "ARCH-CONFIG-VALUE", {"query_pre_attn_scalar": 144}),
-        ("gemma3", "ARCH-CONFIG-VALUE", {"layer_types": ["full_attention"] * 7}),
+        ("gemma2", "ARCH-CONFIG-VALUE", {"layer_types": ["full_attention"] * 2}),
+        ("gemma3", "ARCH-CONFIG", {"layer_types": ["full_attention"] * 6}),
         ("phi3-longrope", "ARCH-CONFIG", {"rope_scaling": {"type": "longrope"}}),
         ("bert", "ARCH-CONFIG-VALUE", {"position_embedding_type": "relative_key"}),
     ],
@@ -1030,6 +1490,42 @@ def changed(kind: str, **model: Any) -> dict[str, Any]:
         ("ARCH-TOKENIZER", changed("llama-bpe", end_of_word_suffix="</w>")),
         ("ARCH-TOKENIZER", changed("sp-llama", merges=[["h", "e"]])),
         ("ARCH-TOKENIZER", changed("unigram", byte_fallback=True)),
+        ("ARCH-TOKENIZER", changed("unigram", unk_id=None)),
+        ("ARCH-TOKENIZER", changed("unigram", unk_id=99)),
+        ("ARCH-TOKENIZER", changed("wordpiece", unk_token="[NONE]")),
+        ("ARCH-TOKENIZER", changed("sp-llama", byte_fallback=False)),
+        # an escaped space shows SentencePiece, one byte has no token
+        (
+            "ARCH-TOKENIZER",
+            changed(
+                "sp-llama",
+                vocab={
+                    t.replace("<0x0A>", "<none>"): i
+                    for t, i in TOKENIZERS["sp-llama"]["model"]["vocab"].items()
+                },
+            ),
+        ),
+        ("ARCH-TOKENIZER-FILE", changed("llama-bpe", vocab={})),
+        ("ARCH-TOKENIZER-FILE", changed("unigram", vocab=[])),
+        ("ARCH-TOKENIZER-FILE", changed("unigram", vocab=[["<unk>", 10**400]])),
+        ("ARCH-TOKENIZER-FILE", changed("unigram", vocab=[["<unk>", 1e300]])),
+        ("ARCH-TOKENIZER-FILE", changed("sp-llama", vocab={"▁" * 200_000: 0})),
+        (
+            "ARCH-TOKENIZER",
+            changed(
+                "sp-llama",
+                vocab=TOKENIZERS["sp-llama"]["model"]["vocab"],
+                merges=[["h", "e"]],
+            ),
+        ),
+        *(
+            (
+                "ARCH-TOKENIZER-FILE",
+                TOKENIZERS["unigram"]
+                | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": text}},
+            )
+            for text in ("é", "AAAA", "/////w==", "AAAAAAAAAAA", "A" * 8_000_000)
+        ),
         ("ARCH-TOKENIZER-FILE", changed("unigram", vocab=[["a", "b"]])),
         ("ARCH-TOKENIZER", changed("wordpiece", continuing_subword_prefix="@@")),
         (
@@ -1056,11 +1552,82 @@ def test_a_pre_tokenizer_is_named_for_byte_level_bpe_only(tmp_path: Path) -> Non
     assert refused(directory, pre_tokenizer="gpt-2").code == "ARCH-PRE-TOKENIZER"
 
 
-@pytest.mark.parametrize("text", ["---\n: : :\n---\n", "---\n- a\n---\n"])
-def test_a_card_that_is_no_yaml_of_fields_is_refused(text: str, tmp_path: Path) -> None:
+CARDS: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    # front matter, what is taken of it, the warning
+    "a tab after a value": (
+        "license: mit\t\ntags:\t[a]\n", {"license": "mit", "tags": ["a"]}, None
+    ),
+    "two colons": (
+        "license: other\nlicense_name: ours: v2\nmodel_name: M\n",
+        {"license": "other", "name": "M"},
+        "field 'license_name' of README.md is left out: it is not YAML",
+    ),
+    "no fields": (": : :\n", {}, "begins with a rule"),
+    "a list": ("- a\n", {}, "begins with a rule"),
+    "text between rules": ("\n# A model\n\nTrained by us.\n", {}, "begins with a rule"),
+    "fields that are not asked for": (
+        "license: mit\nmodel-index:\n\t- x: [\n", {"license": "mit"}, None
+    ),
+    "Norwegian": ("language: no\n", {"languages": ["no"]}, None),
+    "values that look like others": (
+        "license: 1.0\ntags:\n- yes\n- 2024-01-01\n- 12:30:45\n- ~\n- 0x1F\n",
+        {"license": "1.0", "tags": ["yes", "2024-01-01", "12:30:45", "0x1F"]},
+        None,
+    ),
+    "nothing": ("license: null\nmodel_name:\ntags: []\n", {}, None),
+    "a list for a text": (
+        "license: [mit, gpl]\n", {}, "'license' of README.md is left out: it is no text"
+    ),
+    "an unknown tag": ("license: !!python/object:os.system x\n", {"license": "x"}, None),
+    "an alias": ("tags: &a [x]\nlanguage: *a\n", {"tags": ["x"]}, "'language' of README.md"),
+    "brackets": ("tags: " + "[" * 9000 + "\n", {}, "nested too deep"),
+    "a very long text": ("license: " + "x" * 2000 + "\n", {}, "more than 1,000 characters"),
+    "half a character": (
+        'license: "\\ud800"\ntags: [a]\n', {"tags": ["a"]}, "'license' of README.md is left out"
+    ),
+    "the same field twice": ("license: mit\nlicense: other\n", {"license": "other"}, None),
+    "a folded text": ("license: >\n  a\n  b\n", {"license": "a b"}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_card_never_stops_a_conversion(name: str, tmp_path: Path) -> None:
+    matter, wanted, said = CARDS[name]
     directory = write_directory(tmp_path / "m", "llama")
-    (directory / "README.md").write_text(text)
-    assert refused(directory).code == "ARCH-CARD"
+    (directory / "README.md").write_text(f"---\n{matter}---\n# Card\n")
+    source = opened(directory)
+    found = plain(source)
+    for key in ("license", "license.name", "name", "tags", "languages"):
+        assert found.get(f"general.{key}") == wanted.get(key, "m" if key == "name" else None), key
+    if said is None:
+        assert source.warnings == ()
+    else:
+        (warning,) = source.warnings
+        assert said in warning
+
+
+@pytest.mark.parametrize(
+    "matter",
+    [
+        b"language: " + b"1:" * 500_000 + b"1\n",  # a number to base 60 in YAML 1.1
+        b"tags: [" + b"a," * 500_000 + b"]\n",
+        b"tags:\n" + b"- a\n" * 250_000,
+        b"x: y\n" * 200_000,
+        b"\xff\xfe" * 500_000,
+    ],
+    ids=["sexagesimal", "flow", "block", "fields", "bytes"],
+)
+def test_a_card_of_a_megabyte_takes_no_time(matter: bytes, tmp_path: Path) -> None:
+    started = time.process_time()
+    card_keys(b"---\n" + matter + b"---\n", Path("README.md"))
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("matter", [b"x: y\n" * 300_000, b"license: mit\n# A model\n"])
+def test_a_card_whose_fields_have_no_end_gives_nothing(matter: bytes) -> None:
+    keys, (warning,) = card_keys(b"---\n" + matter, Path("README.md"))
+    assert keys == {}
+    assert "no end in its first 1,048,576 bytes" in warning
 
 
 def test_the_trained_sample_is_mapped() -> None:

@@ -26,7 +26,7 @@ from conftest import COMMAND, Finished, Run, environment, gaussian, listing, sav
 
 from qconvert.cli.main import main
 from qconvert.errors import InputError, MachineError, OutputExistsError
-from qconvert.files import atomic
+from qconvert.files import beside
 from qconvert.files.atomic import AtomicOutput, check_space
 from qconvert.schemes import parse_scheme
 from qconvert.stages import conversion
@@ -39,7 +39,7 @@ from qconvert.stages.verify import VerifyOptions, verify
 def nothing_under_construction() -> Iterator[None]:
     """What one test leaves must not fail the next."""
     yield
-    atomic._under_construction.clear()
+    beside._under_construction.clear()
 
 
 @pytest.fixture

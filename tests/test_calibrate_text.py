@@ -29,6 +29,7 @@ from qconvert.errors import (
 )
 from qconvert.files.calibration import Calibration, CalibrationDocument
 from qconvert.files.imatrix import read_imatrix
+from qconvert.files.safetensors import open_safetensors
 from qconvert.observers.ranges import OBSERVERS, ObserverSettings
 from qconvert.progress import Silent
 from qconvert.running.hugging_face import open_checkpoint
@@ -40,6 +41,7 @@ from qconvert.stages.calibrate import (
     merge_calibrations,
 )
 from qconvert.stages.calibrate_text import TextOptions, calibrate_text
+from qconvert.stages.column_norms import column_norms
 
 pytestmark = pytest.mark.filterwarnings("default")  # of torch and transformers, not ours
 MODEL = ROOT / "samples" / "tiny-llama"
@@ -413,6 +415,168 @@ def test_an_encoder_takes_lines(options: Callable[..., TextOptions], tmp_path: P
     layers = document(tmp_path / "c.safetensors").layers
     assert layers["bert.encoder.layer.1.output.dense"].features == 48
     assert {layer.samples for layer in layers.values()} == {sum(lengths)}
+
+
+# --- weights that are no linear layers of torch ---------------------------------------------------
+
+
+GPT2 = {"vocab_size": 2048, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its matrices are (in, out), and the one after attention is square."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(4)
+    path = tmp_path_factory.mktemp("gpt2")
+    model = GPT2LMHeadModel(GPT2Config(**GPT2))
+    with torch.no_grad():
+        for k, parameter in enumerate(model.parameters()):  # rows and columns of unlike norms
+            parameter.add_(0.02 * torch.randn(parameter.shape) * (1 + k % 3))
+    model.save_pretrained(path)
+    return tokenizer_into(path)
+
+
+def inputs_of(model_path: Path, cls: str, chosen: Callable[[str, Any], bool]) -> dict[str, Any]:
+    """What enters the chosen modules for the windows, by hooks of this test's own."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_path)
+    model = getattr(transformers, cls).from_pretrained(model_path, dtype=torch.float32).eval()
+    seen: dict[str, list[Any]] = {}
+
+    def hook(name: str) -> Any:
+        return lambda _, x: seen.setdefault(name, []).append(x[0].reshape(-1, x[0].shape[-1]))
+
+    for name, module in model.named_modules():
+        if chosen(name, module):
+            module.register_forward_pre_hook(hook(name))
+    for window in token_chunks(tokenizer, TEXT, LENGTH, WINDOWS, 0):
+        with torch.no_grad():
+            model(torch.from_numpy(window.copy())[None])
+    return {n: torch.cat(rows).numpy() for n, rows in seen.items()}
+
+
+def test_layers_of_gpt2_are_observed_along_their_inputs(
+    gpt2: Path, options: Callable[..., TextOptions], tmp_path: Path
+) -> None:
+    report = calibrate_text(options(model=gpt2))
+    wanted = inputs_of(gpt2, "GPT2LMHeadModel", lambda _, m: type(m).__name__ == "Conv1D")
+    assert len(wanted) == 8
+    assert report.unreached == []
+    assert report.warnings == []
+    layers, found = document(tmp_path / "c.safetensors").layers, load_file(report.output)
+    assert set(layers) == {*wanted, "transformer.wte"}
+    for name, x in wanted.items():
+        layer = layers[name]
+        assert (layer.samples, layer.features, layer.transposed) == (*x.shape, True)
+        assert found[f"{name}/minimum"].tolist() == x.min(axis=0).tolist()
+        wide = np.mean(x.astype(np.float64) ** 2, axis=0)
+        assert found[f"{name}/mean_square"] == pytest.approx(wide, rel=1e-6)
+    assert not layers["transformer.wte"].transposed
+
+
+def test_norms_of_an_input_first_weight_are_those_of_its_rows(gpt2: Path) -> None:
+    name = "transformer.h.1.attn.c_proj"
+    stored = load_file(gpt2 / "model.safetensors")[f"{name}.weight"].astype(np.float64)
+    assert stored.shape == (32, 32)
+    with open_safetensors(gpt2) as model:
+        rows = column_norms(model, name, transposed=True)
+        columns = column_norms(model, name)
+    assert rows == pytest.approx((stored**2).sum(axis=1))
+    assert columns == pytest.approx((stored**2).sum(axis=0))
+    assert rows != pytest.approx(columns, rel=1e-3)
+
+
+def test_recorded_inputs_of_gpt2_give_the_same_file_and_it_quantizes(
+    gpt2: Path, options: Callable[..., TextOptions], tmp_path: Path, run: Run
+) -> None:
+    """The orientation comes from config.json there, from the running modules here."""
+    calibrate_text(options(model=gpt2))
+    wanted = inputs_of(gpt2, "GPT2LMHeadModel", lambda _, m: type(m).__name__ == "Conv1D")
+    acts = save(tmp_path / "acts.safetensors", wanted)
+    other = tmp_path / "recorded.safetensors"
+    calibrate(CalibrateOptions((acts,), other, gpt2))
+    ours, theirs = load_file(tmp_path / "c.safetensors"), load_file(other)
+    assert theirs.keys() < ours.keys()
+    assert all(ours[n].tobytes() == theirs[n].tobytes() for n in theirs)
+    out = tmp_path / "m.qblk"
+    done = run(
+        *("quantize", gpt2, "--scheme", "q8_block32", "-o", out, "--json"),
+        *("--calibration", tmp_path / "c.safetensors"),
+    )
+    assert done.code == 0, done.err
+    # Every value of a row meets one channel: within it there is nothing to weigh.
+    weighted = {t["name"] for t in done.json["tensors"] if t["weighted"]}
+    assert weighted == {"transformer.wte.weight"}
+    # Rows of a square weight are no inputs of it either, though they are as long.
+    square = save(
+        tmp_path / "square.safetensors", {"transformer.h.0.attn.c_proj": np.ones((4, 32))}
+    )
+    checked = run("verify", out, "--against", gpt2, "--samples", square, "--json")
+    assert checked.code == 0
+    assert any("fit no quantized tensor" in w for w in checked.json["warnings"])
+
+
+def test_orientation_outlives_interruptions_and_merging(
+    gpt2: Path, options: Callable[..., TextOptions], tmp_path: Path
+) -> None:
+    calibrate_text(options(model=gpt2, output=tmp_path / "one"))
+    broken = {"model": gpt2, "save_seconds": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_text(options(**broken), Interrupt(3))
+    calibrate_text(options(resume=True, **broken))
+    assert (tmp_path / "c.safetensors").read_bytes() == (tmp_path / "one").read_bytes()
+    both = (tmp_path / "one", tmp_path / "c.safetensors")
+    merge_calibrations(MergeOptions(gpt2, both, tmp_path / "two"))
+    layers = document(tmp_path / "two").layers
+    assert layers["transformer.h.0.attn.c_proj"].transposed
+    assert not layers["transformer.wte"].transposed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_of_a_recurrence_are_no_layers_and_what_runs_is_seen(
+    dtype: Any, options: Callable[..., TextOptions], tmp_path: Path
+) -> None:
+    """Mamba multiplies with dt_proj's weight without calling dt_proj."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(6)
+    sizes = {"vocab_size": 2048, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 16}
+    path = tmp_path / "mamba"
+    MambaForCausalLM(MambaConfig(**sizes)).to(dtype).save_pretrained(path)
+    report = calibrate_text(options(model=tokenizer_into(path)))
+    assert report.unreached == []
+    assert report.warnings == []
+    layers = document(tmp_path / "c.safetensors").layers
+    assert len(layers) == 2 * 4 + 1  # in, x, dt and out; the head
+    time_step = layers["backbone.layers.0.mixer.dt_proj"]
+    x = inputs_of(path, "MambaForCausalLM", lambda n, _: n.endswith("0.mixer.x_proj"))
+    stored = load_file_any(path / "model.safetensors")["backbone.layers.0.mixer.x_proj.weight"]
+    (entering,) = x.values()
+    steps = (entering @ stored.T)[:, : time_step.features]  # dt comes first of dt, B and C
+    assert time_step.samples == len(steps) == WINDOWS * LENGTH
+    found = load_file(report.output)["backbone.layers.0.mixer.dt_proj/maximum"]
+    assert found == pytest.approx(steps.max(axis=0), rel=1e-3, abs=1e-4)
+
+
+def test_a_fused_matrix_that_transformers_takes_apart_is_observed(
+    options: Callable[..., TextOptions], tmp_path: Path
+) -> None:
+    from transformers import NomicBertConfig, NomicBertModel
+
+    sizes = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
+    path = tmp_path / "nomic"
+    NomicBertModel(NomicBertConfig(**sizes)).save_pretrained(path)
+    text = tmp_path / "lines.txt"
+    text.write_text("one line\nand another\n")
+    report = calibrate_text(options(model=tokenizer_into(path), texts=(text,), nsamples=None))
+    assert report.warnings == []
+    layers = document(tmp_path / "c.safetensors").layers
+    fused = [n for n in layers if n.endswith("Wqkv")]
+    assert len(fused) == 2
+    assert {layers[n].features for n in fused} == {32}
 
 
 # --- text -----------------------------------------------------------------------------------------

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from numpy.typing import NDArray
-from tiny_models import CONFIGS, TOKENIZERS, weights, write_directory
+from tiny_models import CONFIGS, TOKENIZERS, added, charsmap, weights, write_directory
 
 from qconvert.architectures import open_gguf_source
+from qconvert.architectures.llama_tokenizer import LlamaTokenizer
+from qconvert.architectures.token_check import AWKWARD, COMPOSED, HANGUL, ORDINARY
 from qconvert.files import open_model
 from qconvert.files.gguf_split import SplitGgufWriter, plan_shards, shard_path
 from qconvert.files.gguf_writer import GgufTensor, GgufWriter
@@ -48,13 +50,17 @@ llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
 
 
 def write_gguf(
-    directory: Path, path: Path, matrices: str = "F32", limit: int | None = None
+    directory: Path,
+    path: Path,
+    matrices: str = "F32",
+    limit: int | None = None,
+    pre_tokenizer: str | None = None,
 ) -> Path:
     """A directory as GGUF, matrices in one type and what llama.cpp wants so in F32.
 
     With a limit in several files; the first is returned.
     """
-    source = open_gguf_source(open_model(directory))
+    source = open_gguf_source(open_model(directory), pre_tokenizer=pre_tokenizer, compare=False)
     kept = ("norm.weight", "ffn_gate_inp.weight", "position_embd.weight", "token_types.weight")
     tensors = [
         GgufTensor(
@@ -141,11 +147,18 @@ def largest_error(found: NDArray[np.float32], golden: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_llama_cpp_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
-    # The name of the directory becomes general.name, at which llama.cpp looks for "phi3".
-    directory = write_directory(tmp_path / "tiny", name)
+    directory = write_directory(tmp_path / name, name)
     with loaded(write_gguf(directory, tmp_path / "m.gguf")) as model:
         found = outputs(model, GOLDEN[name]["ids"], encoder=name == "bert")
     assert largest_error(found, GOLDEN[name]) < TOLERANCE.get(name, 5e-5)
+
+
+@pytest.mark.parametrize("name", ["my-phi3-merge", "Phi-3.5", "modern-bert"])
+def test_llama_cpp_loads_a_model_whose_name_it_goes_by(name: str, tmp_path: Path) -> None:
+    directory = write_directory(tmp_path / name, "llama")
+    with loaded(write_gguf(directory, tmp_path / "m.gguf")) as model:
+        for text, wanted in GOLDEN["tokenizer llama-bpe"].items():
+            assert tokenized(model, text) == wanted, text
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3-moe", "bert"])
@@ -176,6 +189,94 @@ def test_llama_cpp_tokenizes_as_the_tokenizers_library_does(kind: str, tmp_path:
         for text, wanted in GOLDEN[f"tokenizer {kind}"].items():
             if text not in OTHERWISE.get(kind, ()):
                 assert tokenized(model, text) == wanted, text
+
+
+# Tokenizers besides `TOKENIZERS`: what differs in each, the pre-tokenizer and general.name.
+VARIANTS: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
+    "tekken": ("llama-bpe", {}, "tekken", "tiny"),
+    "gpt-4o": ("qwen2", {}, "gpt-4o", "tiny"),
+    "smaug-bpe": ("qwen2", {}, "smaug-bpe", "tiny"),
+    "a name with phi-3": (
+        "sp-llama",
+        {
+            "added_tokens": [
+                *TOKENIZERS["sp-llama"]["added_tokens"],
+                *(added(600 + i, text) for i, text in enumerate(["<|endoftext|>", "<|user|>"])),
+            ]
+        },
+        None,
+        "Phi-3 tiny",
+    ),
+    "cased": (
+        "wordpiece",
+        {"normalizer": {"type": "BertNormalizer", "lowercase": False, "strip_accents": False}},
+        None,
+        "tiny",
+    ),
+    "normalized": (
+        "unigram",
+        {
+            "normalizer": {
+                "type": "Precompiled",
+                "precompiled_charsmap": charsmap(
+                    {"ﬁ": "fi", "\t": " ", "\u00a0": " ", "É": "e", "é": "e", "ab": "b", "abc": "c"}
+                ),
+            }
+        },
+        None,
+        "tiny",
+    ),
+    "spaces merged": (
+        "unigram",
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}]}},
+        None,
+        "tiny",
+    ),
+}
+TEXTS = (
+    *(*ORDINARY, *AWKWARD, COMPOSED, HANGUL, "", "x" * 120, "quickly testing the foxes", "▁▁ a"),
+    *("a<tool>b<|end|>c</s> d[SEP] e", "<s>  a", "[MASK] x<unk> y", "\x0b\x0c\x85 a\u2028b\u3000c"),
+    *(
+        "<|user|> \n a</s> b<|endoftext|> c",
+        "don'T 'S 'l 'll're",
+        "abc abd",
+        "İstanbul ß ŞşÉé éa Éa ΩΣ",
+        "it is at  the\n\nand  ",
+        "12345 ½ Ⅷ",
+    ),
+)
+
+
+def compared(tmp_path: Path, kind: str, fields: dict[str, Any], pre: str | None, name: str) -> None:
+    """Our model of llama.cpp against llama.cpp, on every text."""
+    using = "bert" if kind == "wordpiece" else "llama"
+    size = {"vocab_size": 700}
+    directory = write_directory(
+        tmp_path / name,
+        using,
+        config=size,
+        tensors=weights({**CONFIGS[using], **size}),
+        tokenizer=TOKENIZERS[kind] | fields,
+    )
+    settings = directory / "tokenizer_config.json"
+    as_it_is = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | as_it_is))
+    source = open_gguf_source(open_model(directory), pre_tokenizer=pre, compare=False)
+    ours = LlamaTokenizer(source.metadata)
+    before, after = ours.around
+    with loaded(write_gguf(directory, tmp_path / "m.gguf", pre_tokenizer=pre)) as model:
+        for text in TEXTS:
+            assert [*before, *ours.encode(text), *after] == tokenized(model, text), text
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_our_model_of_llama_cpp_gives_its_tokens(kind: str, tmp_path: Path) -> None:
+    compared(tmp_path, kind, {}, None, "tiny")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_our_model_of_llama_cpp_knows_its_variants(variant: str, tmp_path: Path) -> None:
+    compared(tmp_path, *VARIANTS[variant])
 
 
 def test_the_trained_sample_goes_on_as_in_transformers(tmp_path: Path) -> None:

@@ -66,6 +66,53 @@ def test_a_matrix_takes_the_scheme() -> None:
 )
 def test_norms_and_biases_are_kept_by_name_whatever_their_shape(name: str) -> None:
     assert planned(tensor(name, 64, 64)) == (None, "norm or bias by name")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "why"),
+    [
+        # Mamba and Mamba 2, Jamba, gated delta nets
+        ("backbone.layers.0.mixer.A_log", (128, 16), "is exponentiated"),
+        ("model.layers.0.linear_attn.A_log", (64, 64), "is exponentiated"),
+        ("backbone.layers.0.mixer.D", (64, 64), "the recurrence"),
+        ("backbone.layers.0.mixer.dt_bias", (64, 64), "norm or bias"),
+        ("backbone.layers.0.mixer.conv1d.weight", (1024, 1, 4), "kernels of a convolution"),
+        ("model.layers.0.linear_attn.conv1d.weight", (1024, 1, 4), "kernels of a convolution"),
+        # RWKV, RecurrentGemma
+        ("rwkv.blocks.0.attention.time_decay", (64, 64), "is exponentiated"),
+        ("rwkv.blocks.0.attention.time_maa_x", (1, 1, 2048), "the recurrence"),
+        ("rwkv.blocks.0.attention.time_mix_key", (1, 1, 2048), "the recurrence"),
+        ("model.layers.0.temporal_block.rg_lru.recurrent_param", (64, 64), "is exponentiated"),
+        ("model.layers.0.temporal_block.rg_lru.input_gate_bias", (64, 64), "norm or bias"),
+        # gpt-oss, ConvBERT
+        ("model.layers.0.mlp.experts.gate_up_proj_bias", (32, 96), "norm or bias"),
+        ("model.layers.0.mlp.experts.down_proj_bias", (32, 96), "norm or bias"),
+        ("encoder.layer.0.attention.self.key_conv_attn_layer.bias", (1024, 1), "norm or bias"),
+    ],
+)
+def test_what_is_no_matrix_of_a_product_is_kept_with_the_reason(
+    name: str, shape: tuple[int, ...], why: str
+) -> None:
+    scheme, reason = planned(tensor(name, *shape))
+    assert scheme is None
+    assert why in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.0.mlp.experts.gate_up_proj", (4, 96, 64)),
+        ("model.layers.0.self_attn.D_proj.weight", (64, 64)),
+        ("features.0.weight", (64, 64, 3, 3)),
+        ("patch_embed.proj.weight", (64, 3, 14, 14)),
+        ("first.weight", (64, 1, 64)),
+        ("relative_attention_bias.weight", (64, 64)),
+    ],
+)
+def test_matrices_with_such_names_or_shapes_are_quantized(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    assert planned(tensor(name, *shape))[0] is not None
     assert planned(tensor(name, 4096))[0] is None
 
 

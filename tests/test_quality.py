@@ -12,6 +12,7 @@ import pytest
 from qconvert.errors import InputError, UsageError
 from qconvert.running import quality
 from qconvert.running.quality import (
+    BlindGuess,
     Scores,
     compare_logits,
     mean,
@@ -91,6 +92,31 @@ def test_the_error_of_an_increase_is_that_of_the_pairs() -> None:
     assert found.error == pytest.approx(0, abs=1e-12)
     spread = perplexity_increase(scores([1.0, 1.0], [1.0, 1.2]))
     assert spread.error == pytest.approx(math.exp(0.1) * 0.1)
+
+
+def test_the_blind_guess_is_the_mean_of_the_distributions() -> None:
+    """Two positions sure of different tokens: the mean is (1/2, 1/2), log 2 away from each."""
+    sure = np.asarray([[0.0, -math.inf], [-math.inf, 0.0]])
+    blind = BlindGuess()
+    compare_logits(sure, sure, np.asarray([0, 1]), blind)
+    assert blind.divergence == pytest.approx(math.log(2))
+    # p = (1/4, 3/4) and (3/4, 1/4): mean (1/2, 1/2)
+    skewed = np.log(np.asarray([[0.25, 0.75], [0.75, 0.25]]))
+    blind = BlindGuess()
+    for row in skewed:  # sums add up over calls
+        compare_logits(row[None], row[None], np.asarray([0]), blind)
+    kl = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    assert blind.divergence == pytest.approx(kl)
+    same = BlindGuess()
+    compare_logits(skewed[[0, 0]], skewed, np.asarray([0, 0]), same)
+    assert same.divergence == pytest.approx(0, abs=1e-12)
+
+
+def test_the_spread_of_directions_is_their_distance_from_their_mean() -> None:
+    blind = BlindGuess()
+    for direction in ([1.0, 0.0], [0.0, 1.0]):
+        blind.add_direction(np.asarray(direction))
+    assert blind.spread == pytest.approx(0.5)  # (1/2, 1/2) is sqrt(1/2) away from both
 
 
 # --- windows --------------------------------------------------------------------------------------

@@ -108,7 +108,10 @@ def test_quantized_rows_are_those_that_gguf_py_decodes(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "architecture llama.*wanted qwen2"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+            "architecture llama.*wanted qwen2",
+        ),
         ({"rope_scaling": None}, r"rope_freqs.weight.*1 tensors too many"),
         ({"vocab_size": 278}, r"token_embd.weight.*\[277, 64\].*wanted shape \[278, 64\]"),
         ({"num_hidden_layers": 1}, r"blk\.1\..*9 tensors too many"),

@@ -259,6 +259,133 @@ def test_a_directory_without_index(tmp_path: Path, names: list[str], chosen: str
         assert [t.name for t in model.tensors] == [chosen]
 
 
+# --- several files of weights -------------------------------------------------------------------
+
+
+def test_the_whole_file_is_taken_beside_an_index_as_transformers_takes_it(tmp_path: Path) -> None:
+    """``_get_resolved_checkpoint_files`` of transformers 5 looks for the whole file first."""
+    shard_pair(tmp_path)
+    write(tmp_path / "model.safetensors", {"whole": entry()}, b"ab")
+    with open_safetensors(tmp_path) as model:
+        assert [t.name for t in model.tensors] == ["whole"]
+        (warning,) = model.warnings
+        assert "model.safetensors.index.json and its 2 shards (2 of them there) are left" in warning
+        (note,) = model.notes
+        assert "model-00001-of-00002.safetensors, model-00002-of-00002.safetensors" in note
+    for shard in tmp_path.glob("model-*"):
+        shard.unlink()
+    with open_safetensors(tmp_path) as model:  # a stale index
+        assert [t.name for t in model.tensors] == ["whole"]
+        assert "(0 of them there)" in model.warnings[0]
+        assert model.notes == ()
+
+
+def test_an_index_of_the_whole_file_alone_is_that_file_s(tmp_path: Path) -> None:
+    write(tmp_path / "model.safetensors", {"a": entry()}, b"ab")
+    index = {"weight_map": {"a": "model.safetensors"}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with open_safetensors(tmp_path) as model:
+        assert (model.notes, model.warnings) == ((), ())
+    index = {"weight_map": {"a": "model.safetensors", "b": "model.safetensors"}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    refused(tmp_path, "ST-INDEX-ABSENT")
+
+
+def test_an_index_that_needs_the_whole_file_as_a_part_is_refused_with_both(tmp_path: Path) -> None:
+    write(tmp_path / "model.safetensors", {"a": entry()}, b"ab")
+    write(tmp_path / "other.safetensors", {"b": entry()}, b"cd")
+    index = {"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    error = refused(tmp_path, "ST-INDEX-WHOLE", InputError)
+    assert "other.safetensors" in str(error)
+    assert INDEX in str(error)
+
+
+def test_a_broken_index_beside_the_whole_file_is_left_and_said(tmp_path: Path) -> None:
+    write(tmp_path / "model.safetensors", {"a": entry()}, b"ab")
+    (tmp_path / INDEX).write_text("{}")
+    with open_safetensors(tmp_path) as model:
+        assert [t.name for t in model.tensors] == ["a"]
+        assert f"{INDEX} is left" in model.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "tf_model.h5"],
+)
+def test_other_weights_beside_the_whole_file_are_left_and_noted(tmp_path: Path, other: str) -> None:
+    write(tmp_path / "model.safetensors", {"a": entry()}, b"ab")
+    write(tmp_path / other, {"b": entry()}, b"cd")
+    (tmp_path / "training_args.bin").write_text("no weights")
+    with open_safetensors(tmp_path) as model:
+        assert [t.name for t in model.tensors] == ["a"]
+        assert model.notes == (f"weights were taken from model.safetensors; left: {other}",)
+        assert model.warnings == ()
+
+
+def test_an_adapter_is_no_model_and_is_not_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "adapter_model.safetensors", {"lora_A": entry()}, b"ab")
+    error = refused(tmp_path, "ST-ADAPTER", InputError)
+    assert "merge" in (error.hint or "")
+    write(tmp_path / "model.safetensors", {"a": entry()}, b"ab")
+    with open_safetensors(tmp_path) as model:
+        assert [t.name for t in model.tensors] == ["a"]
+        assert "adapter_model.safetensors" in model.warnings[0]
+
+
+def test_a_file_of_another_name_beside_pickled_weights_is_refused_with_both(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path / "lora.safetensors", {"a": entry()}, b"ab")
+    (tmp_path / "pytorch_model.bin").touch()
+    error = refused(tmp_path, "ST-CANDIDATES", InputError)
+    assert error.found == "lora.safetensors and pytorch_model.bin"
+
+
+def test_the_file_that_the_configuration_names_goes_first(tmp_path: Path) -> None:
+    write(tmp_path / "model.safetensors", {"a": entry()}, b"ab")
+    write(tmp_path / "mine.safetensors", {"b": entry()}, b"cd")
+    config = tmp_path / "config.json"
+    config.write_text('{"transformers_weights": "mine.safetensors"}')
+    with open_safetensors(tmp_path) as model:
+        assert [t.name for t in model.tensors] == ["b"]
+        assert model.notes == ("weights were taken from mine.safetensors; left: model.safetensors",)
+    for name in ('"gone.safetensors"', '"../model.safetensors"', '"config.json"', "7"):
+        config.write_text(f'{{"transformers_weights": {name}}}')
+        refused(tmp_path, "ST-NAMED", InputError)
+    config.write_text('{"transformers_weights": null}')
+    with open_safetensors(tmp_path) as model:
+        assert [t.name for t in model.tensors] == ["a"]
+
+
+def test_small_files_of_modules_and_templates_come_along(tmp_path: Path) -> None:
+    write(tmp_path / "model.safetensors", {"a": entry()}, b"ab")
+    for name in (
+        "2_Pooling/config.json",
+        "deep/er/config.json",
+        "elsewhere/config.json",
+        "additional_chat_templates/tool_use.jinja",
+        "additional_chat_templates/notes.txt",
+        "chat_template.json",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    places = ["", "2_Pooling", "deep/er", "../secret", "/etc", "absent"]
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": p} for p in places]))
+    with open_safetensors(tmp_path) as model:
+        assert [c.name for c in model.companions] == [
+            "2_Pooling/config.json",
+            "additional_chat_templates/tool_use.jinja",
+            "chat_template.json",
+            "deep/er/config.json",
+            "modules.json",
+        ]
+    for broken in ("", "7", "[7, {}]", "[" * 50):
+        (tmp_path / "modules.json").write_text(broken)
+        with open_safetensors(tmp_path) as model:
+            assert "modules.json" in [c.name for c in model.companions]
+
+
 def hub_cache(root: Path) -> Path:
     """A snapshot whose files are links into ``blobs``, as huggingface_hub lays it out."""
     repository = root / "models--x--y"
@@ -777,6 +904,15 @@ def test_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "model-00002-of-00002.safetensors", {"a": entry()}, b"ab")
     error = refused(tmp_path, "ST-TWO-SHARDS")
     assert "model-00001-of-00002.safetensors" in error.message
+
+
+def test_a_card_is_left_out_when_it_is_large(tmp_path: Path) -> None:
+    shard_pair(tmp_path)
+    (tmp_path / "README.md").touch()
+    os.truncate(tmp_path / "README.md", (64 << 20) + 1)
+    with open_safetensors(tmp_path) as model:
+        assert model.companions == ()
+        assert model.warnings == ("README.md of 67,108,865 bytes is left out",)
 
 
 def test_large_companion_is_refused(tmp_path: Path) -> None:

@@ -226,6 +226,165 @@ def encoder() -> Any:
     return transformers.BertConfig(**SIZES, **LAYERS, architectures=["BertModel"])
 
 
+FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+
+def renamed(name: str) -> Any:
+    """Models whose tensors transformers 5 renames, joins or takes apart while it loads them."""
+    wide = SIZES | LAYERS
+    return {
+        "Mixtral": lambda: transformers.MixtralConfig(
+            **wide, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2
+        ),
+        "Qwen3Moe": lambda: transformers.Qwen3MoeConfig(
+            **wide, **FEW, num_key_value_heads=1, num_experts=4, head_dim=32
+        ),
+        "DeepseekV3": lambda: transformers.DeepseekV3Config(
+            **wide, **FEW, num_key_value_heads=2, n_routed_experts=4, n_group=1, topk_group=1,
+            first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16,
+            qk_rope_head_dim=16, v_head_dim=16, n_shared_experts=1,
+        ),
+        "Qwen3Next": lambda: transformers.Qwen3NextConfig(
+            **wide, **FEW, num_key_value_heads=1, num_experts=4, head_dim=32,
+            shared_expert_intermediate_size=48, linear_num_value_heads=4, linear_num_key_heads=2,
+            linear_key_head_dim=16, linear_value_head_dim=16,
+            layer_types=["linear_attention", "full_attention"],
+        ),
+        "GPTNeoX": lambda: transformers.GPTNeoXConfig(**wide),
+        "Mamba": lambda: transformers.MambaConfig(
+            vocab_size=2048, hidden_size=64, num_hidden_layers=2
+        ),
+        "NomicBert": lambda: transformers.NomicBertConfig(**wide),
+    }[name]()  # fmt: skip
+
+
+def answers(model: Any, ids: Any) -> Any:
+    with torch.inference_mode():
+        out = model(input_ids=ids)
+    return out.logits if "logits" in out else out.last_hidden_state
+
+
+@pytest.mark.parametrize(
+    ("name", "joined"),
+    [
+        ("Mixtral", 24), ("Qwen3Moe", 24), ("DeepseekV3", 12), ("Qwen3Next", 24), ("GPTNeoX", 0),
+        ("Mamba", 0), ("NomicBert", 2),
+    ],
+)  # fmt: skip
+def test_tensors_that_transformers_renames_or_joins_are_loaded(
+    name: str, joined: int, ids: Any, tmp_path: Path, done: Run
+) -> None:
+    """As transformers itself loads the same values; ``joined`` tensors become part of others."""
+    import qconvert.torch
+    from qconvert.running.quantized_model import open_quantized
+
+    config = renamed(name)
+    cls = f"{name}Model" if name == "NomicBert" else f"{name}ForCausalLM"
+    config.architectures = [cls]
+    place, path = checkpoint(tmp_path / "m", config), tmp_path / "m.qblk"
+    done("quantize", place, "--scheme", "q8_block32", "-o", path)
+    with qconvert.load(path) as tensors:
+        values = {
+            n: torch.from_numpy(t.dequantize().astype(np.float32)) for n, t in tensors.items()
+        }
+    wanted = getattr(transformers, cls).from_pretrained(
+        None, config=config, state_dict=values, dtype=torch.float32
+    )
+    if getattr(wanted.config, "_experts_implementation", None):
+        wanted.set_experts_implementation("eager")
+    model = qconvert.torch.load_model(path, activations="none")
+    one, other = answers(model, ids), answers(wanted.eval(), ids)
+    assert torch.allclose(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
+    found = open_quantized(path, "dynamic")
+    assert len(found.dequantized) == joined
+    assert found.dynamic
+    lossy = answers(found.checkpoint.model, ids)
+    assert torch.isfinite(lossy).all()
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (4, 4), (2, 6, 4), (1, 5), (5, 1), ()])
+def test_a_stand_in_is_told_from_any_rearrangement_of_itself(shape: tuple[int, ...]) -> None:
+    from qconvert.running.state_dict import StandIns
+
+    stand_ins = StandIns()
+    one, other = (stand_ins.make(n, shape) for n in ("one", "other"))
+    assert tuple(one.shape) == shape
+    for tensor, name in ((one, "one"), (other, "other")):
+        assert stand_ins.name_of(torch.nn.Parameter(tensor[...], requires_grad=False)) == name
+        assert stand_ins.name_of(tensor.to("cpu", torch.float32)) == name
+    assert not torch.equal(one, other)
+    changed = [one.clone(), one + 0, torch.stack([one]), torch.stack([one])[0]]
+    if one.dim():
+        changed += [torch.cat([one, other]), one.flip(0)]
+        changed += [part for part in one.chunk(2) if part.shape != one.shape]
+        if one.shape[0] in (4, 6):
+            heads = one.reshape(2, -1, *one.shape[1:])
+            changed.append(heads.transpose(0, 1).reshape(one.shape))
+    if one.dim() > 1 and 1 not in one.shape:
+        changed.append(one.transpose(-1, -2))
+        changed.append(one.transpose(-1, -2).contiguous())
+        if one.shape[-1] % 2 == 0:
+            pairs = one.reshape(*one.shape[:-1], -1, 2)
+            changed.append(pairs.transpose(-1, -2).reshape(one.shape))
+    for k, tensor in enumerate(changed):
+        assert stand_ins.name_of(tensor) is None, k
+
+
+def test_a_trained_head_runs_though_the_configuration_ties_it(
+    short: Path, tmp_path: Path, done: Run, verify: Verify
+) -> None:
+    """In .qblk, in GGUF under llama.cpp's names and raw: perplexity is that of the source."""
+    place = checkpoint(tmp_path / "m", biased())
+    fields = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": True}))
+    for name, more in (("m.qblk", ()), ("m.gguf", ()), ("raw.gguf", ("--raw",))):
+        path = tmp_path / name
+        scheme = "q8_channel" if name == "m.qblk" else "q8_0"
+        done("quantize", place, "--scheme", scheme, *more, "-o", path)
+        options = ("--text", short, "--seqlen", 64, "--nsamples", 2, "--json")
+        found = verify(path, "--against", place, *options)
+        assert found.code == 0, found
+        assert found.json["token_quality"]["kl_mean"] < 0.01
+        (bar,) = (c for c in found.json["checks"] if c["id"] == "same-model")
+        assert bar["status"] == "pass"
+        assert bar["worst"] == found.json["token_quality"]["kl_mean"] < bar["limit"]
+
+
+def test_a_file_that_says_nothing_of_its_source_fails_without_any_limit(
+    short: Path, tmp_path: Path, done: Run, verify: Verify
+) -> None:
+    """Another model of the same configuration and shapes: every other check holds."""
+    for k, name in enumerate(("one", "other")):
+        torch.manual_seed(k)
+        place = tmp_path / name
+        model = transformers.LlamaForCausalLM(tied())
+        model.save_pretrained(place)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(LLAMA / file, place)
+    done("quantize", tmp_path / "one", "--scheme", "q8_channel", "-o", tmp_path / "m.qblk")
+    options = ("--text", short, "--seqlen", 64, "--nsamples", 2)
+    right = verify(tmp_path / "m.qblk", "--against", tmp_path / "one", *options)
+    assert right.code == 0, right
+    found = verify(tmp_path / "m.qblk", "--against", tmp_path / "other", *options, "--json")
+    assert found.code == 1
+    states = {c["id"]: c["status"] for c in found.json["checks"]}
+    assert states["same-model"] == "fail"
+    text = verify(tmp_path / "m.qblk", "--against", tmp_path / "other", *options).out
+    assert "FAIL  same-model" in text
+    encoders = [tmp_path / f"e{k}" for k in (0, 1)]
+    for k, place in enumerate(encoders):
+        torch.manual_seed(k)
+        transformers.BertModel(encoder()).save_pretrained(place)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(LLAMA / file, place)
+    done("quantize", encoders[0], "--scheme", "q8_channel", "-o", tmp_path / "e.qblk")
+    for place, code in zip(encoders, (0, 1), strict=True):
+        found = verify(tmp_path / "e.qblk", "--against", place, *options[:4], "--json")
+        assert found.code == code, found
+        (bar,) = (c for c in found.json["checks"] if c["id"] == "same-model")
+        assert bar["status"] == ("fail" if code else "pass")
+
+
 @pytest.mark.parametrize("config", [tied, biased, transposed])
 def test_models_of_other_shapes_are_those_of_the_dequantized_weights(
     config: Any, ids: Any, tmp_path: Path, done: Run

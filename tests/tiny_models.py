@@ -6,7 +6,9 @@ directories were given to transformers to record what it computes (golden/regene
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,27 @@ def unigram() -> dict[str, Any]:
         "decoder": None,
         "model": {"type": "Unigram", "unk_id": 0, "vocab": vocab},
     }
+
+
+def charsmap(replacements: dict[str, str]) -> str:
+    """SentencePiece's normalization map, base64: a double array as darts-clone lays it out, each
+    node's children in a block of 256 units of their own, and the replacements behind it.
+    """
+    texts, places = b"", {}
+    for key, text in replacements.items():
+        places[key.encode()] = len(texts)
+        texts += text.encode() + b"\0"
+    starts = sorted({k[:n] for k in places for n in range(len(k) + 1)}, key=len)
+    block = {start: 256 * (i + 1) for i, start in enumerate(starts)}
+    units = [0] * (256 * (len(starts) + 1))
+    for start in starts:
+        at = block[start[:-1]] + start[-1] if start else 0
+        label = start[-1] if start else 0
+        units[at] = (at ^ block[start]) << 10 | (start in places) << 8 | label
+        if start in places:
+            units[block[start]] = 1 << 31 | places[start]
+    array = struct.pack(f"<{len(units)}I", *units)
+    return base64.b64encode(struct.pack("<I", len(array)) + array + texts).decode()
 
 
 TOKENIZERS = {

@@ -184,16 +184,22 @@ def check_top(header: dict[str, Json]) -> None:
     tensors = need(header, "tensors", list, "header")
     if len(tensors) > MAX_TENSORS or len(files) > MAX_FILES:
         refuse(10, f"too many tensors ({len(tensors)}) or files ({len(files)})")
-    if features:
-        refuse(11, f"required feature is not known: {features[0][:200]!a}")
+    for feature in features:
+        if feature != NEWER:
+            refuse(11, f"required feature is not known: {feature[:200]!a}")
 
 
 # ---------------------------------------------------------------- 3. A tensor
 
-# Section 3.1
+# Section 3.1: bits of a value
 DTYPES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4,
-    "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I64": 64, "I32": 32,
+    "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+NEWER = "dtypes-1.1"  # the feature that has these besides
+NEWER_DTYPES = {
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    "C64": 64,
 }  # fmt: skip
 FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 CAST_TO = ("F32", "F16", "BF16")
@@ -237,7 +243,7 @@ class Affine:
         k = self.scales
         parts = [
             ("codes", self.rows * self.stored * self.bits // 8),
-            ("scales", k * DTYPES[self.scale_dtype]),
+            ("scales", k * DTYPES[self.scale_dtype] // 8),
         ]
         if not self.symmetric:
             packed = 4 * (self.bits + 2) * -(-k // 32)
@@ -274,7 +280,7 @@ def take_segments(entry: dict[str, Json], where: str, tensor: str | None) -> lis
     return segments
 
 
-def read_tensor(entry: Json, seen: set[str]) -> Tensor:
+def read_tensor(entry: Json, seen: set[str], dtypes: dict[str, int]) -> Tensor:
     """QBLK-010, 012, 013, 014, 015, 016, 017 of one tensor, in the order of section 6."""
     if type(entry) is not dict:
         refuse(10, "a tensor is not an object")
@@ -312,28 +318,34 @@ def read_tensor(entry: Json, seen: set[str]) -> Tensor:
         refuse(13, "product of the dimensions exceeds 2^53 - 1", t)
     count = math.prod(shape)
 
-    check_encoding(source, encoding, kind, t)
+    check_encoding(source, encoding, kind, dtypes, t)
     affine = None
     expected: list[tuple[str, int]]
+    bits = 0
     if kind == "raw":
-        expected = [("data", count * DTYPES[encoding["dtype"]])]
+        bits = count * dtypes[encoding["dtype"]]
+        expected = [("data", bits // 8)]
     else:
         affine = read_affine(encoding, shape, count, t)
         expected = affine.sizes()
     if activation is not None:
         check_activation(activation, t)
+    if bits % 8:
+        refuse(17, f"{count} values of {source} do not end on a byte", t)
     if [(s.kind, s.size) for s in segments] != expected:
         refuse(17, f"segments are not (kind, size) {expected}", t)
     return Tensor(name, shape, source, encoding, affine, segments, sha256)
 
 
-def check_encoding(source: str, encoding: dict[str, Json], kind: str, t: str | None) -> None:
+def check_encoding(
+    source: str, encoding: dict[str, Json], kind: str, dtypes: dict[str, int], t: str | None
+) -> None:
     """QBLK-014: section 3.2."""
-    if source not in DTYPES:
+    if source not in dtypes:
         refuse(14, f"source_dtype is not known: {source[:50]!a}", t)
     if kind == "raw":
         dtype = encoding["dtype"]
-        if dtype not in DTYPES:
+        if dtype not in dtypes:
             refuse(14, f"dtype is not known: {dtype[:50]!a}", t)
         if dtype != source and not (source in FLOATING and dtype in CAST_TO):
             refuse(14, f"{source} cannot be stored as {dtype}", t)
@@ -589,7 +601,8 @@ def check(file: memoryview, with_values: bool) -> dict[str, Json]:
     header = parse_header(raw)
     check_top(header)
     tensor_names: set[str] = set()
-    tensors = [read_tensor(entry, tensor_names) for entry in header["tensors"]]
+    dtypes = DTYPES | NEWER_DTYPES if NEWER in header["required_features"] else DTYPES
+    tensors = [read_tensor(entry, tensor_names, dtypes) for entry in header["tensors"]]
     file_names: set[str] = set()
     companions = [read_companion(entry, file_names) for entry in header["files"]]
     owned: list[tuple[Segment, str | None]] = [(s, t.name) for t in tensors for s in t.segments]

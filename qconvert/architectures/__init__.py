@@ -11,6 +11,8 @@ from qconvert.architectures.families import FAMILIES
 from qconvert.architectures.mapping import Dropped
 from qconvert.architectures.places import Place, layer_places
 from qconvert.architectures.restored import RestoredModel, restored
+from qconvert.architectures.sentence_modules import modules_beyond
+from qconvert.architectures.small_files import SmallFiles
 from qconvert.architectures.source import GgufSource, open_gguf_source
 
 
@@ -24,7 +26,9 @@ __all__ = [
     "GgufSource",
     "Place",
     "RestoredModel",
+    "SmallFiles",
     "layer_places",
+    "modules_beyond",
     "open_gguf_source",
     "restored",
     "supported",

@@ -6,20 +6,41 @@ its loader does not ask for, or one that it misses, makes it refuse the whole fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from qconvert.architectures.config import Config
-from qconvert.architectures.rope import LONG, PLAIN, Rope, read_rope
-from qconvert.errors import FormatError, UnsupportedError
+from qconvert.architectures.config_classes import CONFIG_CLASSES, ConfigClass
+from qconvert.architectures.family_keys import (
+    GELU,
+    MAX_BLOCKS,
+    SILU,
+    Keys,
+    Sizes,
+    bert_keys,
+    bert_sizes,
+    decoder_keys,
+    filled_sizes,
+    gemma2_keys,
+    gemma3_keys,
+    gemma3_rope,
+    mixtral_keys,
+    mixtral_sizes,
+    phi3_keys,
+    phi3_rope,
+    plain_sizes,
+    plain_window,
+    qwen3_moe_keys,
+    qwen3_moe_sizes,
+    rotary,
+    switched_window,
+)
+from qconvert.architectures.rope import BY_PAIR, PLAIN, Rope
+from qconvert.errors import UnsupportedError
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
-
-Keys = dict[str, MetadataValue]
-
-# Ten times what is in use: what is built from these numbers is built before the tensors are seen.
-MAX_BLOCKS = 10_000
-MAX_EXPERTS = 10_000
-MAX_HEAD = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,27 +50,14 @@ class Slot:
     Attributes:
         name: in GGUF; within a block without ``blk.N.``.
         shape: names of `Sizes`, outermost dimension first.
-        optional: whether a model may do without.
         heads: whether its rows are those of heads with rotated halves, to be interleaved.
+        flag: field of the configuration that says whether there is such a tensor; none: always.
     """
 
     name: str
     shape: str
-    optional: bool = False
     heads: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Dimensions of the tensors of one model, by the names that `Slot.shape` uses."""
-
-    blocks: int
-    head_dim: int
-    named: dict[str, int]
-
-    def shape(self, slot: Slot) -> tuple[int, ...]:
-        """The shape that the configuration gives the tensor."""
-        return tuple(self.named[name] for name in slot.shape.split())
+    flag: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +73,13 @@ class Family:
         keys: hyper-parameters, below ``<arch>.``; rotary ones come from ``rope``.
         sizes: dimensions.
         rope: rotary positions; None without.
-        activations: what ``hidden_act`` or ``hidden_activation`` may be, the usual one first.
+        activations: what ``hidden_act`` or ``hidden_activation`` may be.
+        window: the sliding window that the configuration asks for and llama.cpp does not apply.
         norm_offset: whether transformers adds one to the weights of norms; llama.cpp does not.
-        tied: whether there is no output matrix: always (True), or as config.json says (None).
+        tied: what ``tie_word_embeddings`` is where config.json does not say; None: whatever the
+            tensors are.
         renames: beginnings of source names, and what stands for them in gguf-py's table.
         dropped: beginnings of source names that llama.cpp has no use for, and why.
-        defaults: fields that transformers leaves out of config.json when they have these values.
     """
 
     name: str
@@ -82,11 +91,11 @@ class Family:
     sizes: Callable[[Config], Sizes]
     rope: Callable[[Config, Sizes], Rope] | None
     activations: tuple[str, ...]
+    window: Callable[[Config, Sizes], int | None] = lambda config, sizes: None
     norm_offset: bool = False
     tied: bool | None = None
     renames: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
-    defaults: tuple[tuple[str, object], ...] = ()
 
 
 # --- tensors ---
@@ -99,8 +108,11 @@ _WHOLE = (
 )
 
 
+_ATTENTION_BIAS, _MLP_BIAS = "attention_bias", "mlp_bias"
+
+
 def _attention(heads: bool, bias: bool | None) -> tuple[Slot, ...]:
-    """Query, key, value and output; biases are required, absent or (None) either."""
+    """Query, key, value and output; biases are required, absent or (None) as a field says."""
     q, k, v = (("attn_q", "query"), ("attn_k", "key"), ("attn_v", "key"))
     found = [
         Slot(f"{q[0]}.weight", f"{q[1]} width", heads=heads),
@@ -109,10 +121,11 @@ def _attention(heads: bool, bias: bool | None) -> tuple[Slot, ...]:
         Slot("attn_output.weight", "width query"),
     ]
     if bias is not False:
+        flag = _ATTENTION_BIAS if bias is None else None
         found += [
-            Slot(f"{q[0]}.bias", q[1], bias is None, heads),
-            Slot(f"{k[0]}.bias", k[1], bias is None, heads),
-            Slot(f"{v[0]}.bias", v[1], bias is None),
+            Slot(f"{q[0]}.bias", q[1], heads=heads, flag=flag),
+            Slot(f"{k[0]}.bias", k[1], heads=heads, flag=flag),
+            Slot(f"{v[0]}.bias", v[1], flag=flag),
         ]
     return tuple(found)
 
@@ -137,13 +150,13 @@ _EXPERTS = (
 _LLAMA = (
     *_NORMS,
     *_attention(heads=True, bias=None),
-    Slot("attn_output.bias", "width", optional=True),
+    Slot("attn_output.bias", "width", flag=_ATTENTION_BIAS),
 )
 _LLAMA_DENSE = (
     *_GATED,
-    Slot("ffn_gate.bias", "inner", optional=True),
-    Slot("ffn_up.bias", "inner", optional=True),
-    Slot("ffn_down.bias", "width", optional=True),
+    Slot("ffn_gate.bias", "inner", flag=_MLP_BIAS),
+    Slot("ffn_up.bias", "inner", flag=_MLP_BIAS),
+    Slot("ffn_down.bias", "width", flag=_MLP_BIAS),
 )
 _PHI3 = (
     *_NORMS,
@@ -172,198 +185,10 @@ _BERT = (
     Slot("layer_output_norm.bias", "width"),
 )
 
-# --- hyper-parameters ---
-
-
-def _sizes(config: Config, *, grouped: bool = True, **more: int) -> Sizes:
-    """Dimensions that every architecture has; ``grouped`` if queries may share keys.
-
-    Raises:
-        FormatError: they contradict each other.
-    """
-    width, heads = config.count("hidden_size"), config.count("num_attention_heads")
-    groups = config.count("num_key_value_heads", heads) if grouped else heads
-    head = config.optional_count("head_dim", MAX_HEAD) or width // heads
-    uneven = heads % groups or (config.get("head_dim") is None and width % heads)
-    if uneven or head % 2 or head > MAX_HEAD:
-        raise FormatError(
-            "heads do not divide as they should",
-            path=config.path,
-            found=f"{heads} heads, {groups} of keys, width {width}, head width {head}",
-            wanted="a multiple of the heads of keys, and an even head width",
-            code="ARCH-HEADS",
-        )
-    inner = config.count("intermediate_size")
-    return Sizes(
-        blocks=config.count("num_hidden_layers", most=MAX_BLOCKS),
-        head_dim=head,
-        named={
-            "vocabulary": config.count("vocab_size"),
-            "width": width,
-            "inner": inner,
-            "gate_up": 2 * inner,
-            "head": head,
-            "query": heads * head,
-            "key": groups * head,
-            "fused": (heads + 2 * groups) * head,
-            "context": config.count("max_position_embeddings"),
-            **more,
-        },
-    )
-
-
-def _common(config: Config, sizes: Sizes) -> Keys:
-    heads = config.count("num_attention_heads")
-    return {
-        "context_length": config.count("max_position_embeddings"),
-        "embedding_length": sizes.named["width"],
-        "block_count": sizes.blocks,
-        "feed_forward_length": sizes.named["inner"],
-        "attention.head_count": heads,
-        "attention.head_count_kv": sizes.named["key"] // sizes.head_dim,
-    }
-
-
-def _decoder(config: Config, sizes: Sizes) -> Keys:
-    return _common(config, sizes) | {
-        "attention.layer_norm_rms_epsilon": config.number("rms_norm_eps", 1e-6),
-        "attention.key_length": sizes.head_dim,
-        "attention.value_length": sizes.head_dim,
-        "vocab_size": sizes.named["vocabulary"],
-    }
-
-
-def _plain_rope(config: Config, sizes: Sizes) -> Rope:
-    _whole_heads(config)
-    return read_rope(config, sizes.head_dim, PLAIN)
-
-
-def _whole_heads(config: Config) -> None:
-    rope = config.section("rope_parameters") or config
-    rope.require("partial_rotary_factor", (1.0, 1), 1.0)
-
-
-def _expert_keys(config: Config, sizes: Sizes) -> Keys:
-    used = config.count("num_experts_per_tok")
-    if used > sizes.named["experts"]:
-        raise FormatError(
-            "more experts are used than there are",
-            path=config.path,
-            found=f"{used} of {sizes.named['experts']}",
-            code="ARCH-EXPERTS",
-        )
-    return {"expert_count": sizes.named["experts"], "expert_used_count": used}
-
-
-def _mixtral_sizes(config: Config) -> Sizes:
-    inner = config.count("intermediate_size")
-    return _sizes(
-        config, experts=config.count("num_local_experts", most=MAX_EXPERTS), expert_inner=inner
-    )
-
-
-def _mixtral_keys(config: Config, sizes: Sizes) -> Keys:
-    return _decoder(config, sizes) | _expert_keys(config, sizes)
-
-
-def _qwen3_moe_sizes(config: Config) -> Sizes:
-    # transformers 5 writes num_local_experts, earlier versions num_experts
-    experts = config.optional_count("num_experts", MAX_EXPERTS) or config.count(
-        "num_local_experts", most=MAX_EXPERTS
-    )
-    return _sizes(config, experts=experts, expert_inner=config.count("moe_intermediate_size"))
-
-
-def _qwen3_moe_keys(config: Config, sizes: Sizes) -> Keys:
-    # llama.cpp has experts in every block, and divides the chosen ones' weights by their sum.
-    config.require("decoder_sparse_step", (1,), 1)
-    config.require("mlp_only_layers", ([],), [])
-    config.require("norm_topk_prob", (True,), False)
-    return (
-        _decoder(config, sizes)
-        | _expert_keys(config, sizes)
-        | {"expert_feed_forward_length": sizes.named["expert_inner"]}
-    )
-
-
-def _gemma_keys(config: Config, sizes: Sizes, largest: int, pattern: int) -> Keys:
-    """Keys of Gemma 2 and 3.
-
-    llama.cpp derives two things from others: the scale of attention from the head width (from the
-    width of the model in the one with ``largest`` blocks), and which layers look at a window only.
-    """
-    heads = config.count("num_attention_heads")
-    scale = sizes.named["width"] // heads if sizes.blocks == largest else sizes.head_dim
-    config.require("query_pre_attn_scalar", (scale, float(scale)), scale)
-    kinds = ["full_attention" if not (i + 1) % pattern else "sliding_attention"
-             for i in range(sizes.blocks)]  # fmt: skip
-    config.require("layer_types", (kinds,), kinds)
-    config.require("use_bidirectional_attention", (False,), False)
-    found = _decoder(config, sizes) | {"attention.sliding_window": config.count("sliding_window")}
-    if config.get("final_logit_softcapping") is not None:
-        found["final_logit_softcapping"] = config.number("final_logit_softcapping")
-    return found
-
-
-def _gemma2_keys(config: Config, sizes: Sizes) -> Keys:
-    return _gemma_keys(config, sizes, largest=46, pattern=2) | {
-        "attn_logit_softcapping": config.number("attn_logit_softcapping")
-    }
-
-
-def _gemma3_keys(config: Config, sizes: Sizes) -> Keys:
-    config.require("sliding_window_pattern", (6,), 6)
-    config.require("attn_logit_softcapping", (None,), None)
-    return _gemma_keys(config, sizes, largest=62, pattern=6)
-
-
-def _gemma3_rope(config: Config, sizes: Sizes) -> Rope:
-    rope = read_rope(config, sizes.head_dim, ("default", "linear"), theta=1_000_000.0)
-    rope.keys.setdefault("freq_base_swa", 10_000.0)
-    return rope
-
-
-def _phi3_keys(config: Config, sizes: Sizes) -> Keys:
-    # A window of zero says that there is none.
-    return _decoder(config, sizes) | {
-        "attention.sliding_window": config.optional_count("sliding_window") or 0
-    }
-
-
-def _phi3_rope(config: Config, sizes: Sizes) -> Rope:
-    scaling = config.section("rope_parameters") or config
-    rotated = int(sizes.head_dim * scaling.number("partial_rotary_factor", 1.0))
-    if rotated % 2 or rotated > sizes.head_dim:
-        raise FormatError(
-            "field 'partial_rotary_factor' is not usable",
-            path=config.path,
-            found=f"{rotated} of {sizes.head_dim} dimensions",
-            wanted="an even number",
-            code="ARCH-CONFIG",
-        )
-    return read_rope(config, rotated, LONG)
-
-
-def _bert_sizes(config: Config) -> Sizes:
-    return _sizes(config, grouped=False, types=config.count("type_vocab_size", 2))
-
-
-def _bert_keys(config: Config, sizes: Sizes) -> Keys:
-    config.require("position_embedding_type", ("absolute",), "absolute")
-    config.require("is_decoder", (False,), False)
-    return _common(config, sizes) | {
-        "attention.layer_norm_epsilon": config.number("layer_norm_eps", 1e-12),
-        "attention.causal": False,
-        "vocab_size": sizes.named["vocabulary"],
-    }
-
-
 # --- rows ---
 
 _UNUSED_HEAD = "is a part that llama.cpp's encoders do not have"
 _VISION = "belongs to the vision part, which is a file of its own in llama.cpp"
-_SILU = ("silu", "swish")
-_GELU = ("gelu_pytorch_tanh", "gelu")
 # A family that transformers stores inside a model of text and images.
 _INSIDE = (
     ("language_model.model.", "model."),
@@ -378,10 +203,11 @@ FAMILIES = (
         "llama",
         _WHOLE,
         (*_LLAMA, *_LLAMA_DENSE),
-        _decoder,
-        _sizes,
-        _plain_rope,
-        _SILU,
+        decoder_keys,
+        plain_sizes,
+        rotary(BY_PAIR),
+        SILU,
+        plain_window,
     ),
     Family(
         "Mixtral",
@@ -389,11 +215,11 @@ FAMILIES = (
         "llama",
         _WHOLE,
         (*_LLAMA, *_EXPERTS),
-        _mixtral_keys,
-        _mixtral_sizes,
-        _plain_rope,
-        _SILU,
-        defaults=(("rope_theta", 1_000_000.0), ("rms_norm_eps", 1e-5)),
+        mixtral_keys,
+        mixtral_sizes,
+        rotary(BY_PAIR),
+        SILU,
+        plain_window,
     ),
     Family(
         "Qwen2",
@@ -401,10 +227,11 @@ FAMILIES = (
         "qwen2",
         _WHOLE,
         (*_NORMS, *_attention(heads=False, bias=True), *_GATED),
-        _decoder,
-        _sizes,
-        _plain_rope,
-        _SILU,
+        decoder_keys,
+        filled_sizes,
+        rotary(PLAIN),
+        SILU,
+        switched_window,
     ),
     Family(
         "Qwen3",
@@ -412,11 +239,11 @@ FAMILIES = (
         "qwen3",
         _WHOLE,
         (*_NORMS, *_attention(heads=False, bias=False), *_HEAD_NORMS, *_GATED),
-        _decoder,
-        _sizes,
-        _plain_rope,
-        _SILU,
-        defaults=(("head_dim", 128),),
+        decoder_keys,
+        plain_sizes,
+        rotary(PLAIN),
+        SILU,
+        switched_window,
     ),
     Family(
         "Qwen3 mixture of experts",
@@ -424,30 +251,24 @@ FAMILIES = (
         "qwen3moe",
         _WHOLE,
         (*_NORMS, *_attention(heads=False, bias=False), *_HEAD_NORMS, *_EXPERTS),
-        _qwen3_moe_keys,
-        _qwen3_moe_sizes,
-        _plain_rope,
-        _SILU,
+        qwen3_moe_keys,
+        qwen3_moe_sizes,
+        rotary(PLAIN),
+        SILU,
+        switched_window,
     ),
     Family(
         "Gemma 2",
         ("Gemma2ForCausalLM",),
         "gemma2",
-        _WHOLE,
+        _WHOLE[:-1],  # its loader has no other output matrix than the token embedding
         (*_NORMS, *_POST_NORMS, *_attention(heads=False, bias=False), *_GATED),
-        _gemma2_keys,
-        _sizes,
-        _plain_rope,
-        _GELU,
+        gemma2_keys,
+        plain_sizes,
+        rotary(PLAIN),
+        GELU,
         norm_offset=True,
         tied=True,
-        defaults=(
-            ("head_dim", 256),
-            ("query_pre_attn_scalar", 256),
-            ("sliding_window", 4096),
-            ("attn_logit_softcapping", 50.0),
-            ("final_logit_softcapping", 30.0),
-        ),
     ),
     Family(
         "Gemma 3 (text)",
@@ -455,10 +276,10 @@ FAMILIES = (
         "gemma3",
         _WHOLE,
         (*_NORMS, *_POST_NORMS, *_HEAD_NORMS, *_attention(heads=False, bias=False), *_GATED),
-        _gemma3_keys,
-        _sizes,
-        _gemma3_rope,
-        _GELU,
+        gemma3_keys,
+        plain_sizes,
+        gemma3_rope,
+        GELU,
         norm_offset=True,
         tied=True,
         renames=_INSIDE,
@@ -468,15 +289,6 @@ FAMILIES = (
             ("multi_modal_projector.", _VISION),
             ("model.multi_modal_projector.", _VISION),
         ),
-        defaults=(
-            ("vocab_size", 262_208),
-            ("num_attention_heads", 8),
-            ("num_key_value_heads", 4),
-            ("head_dim", 256),
-            ("query_pre_attn_scalar", 256),
-            ("sliding_window", 4096),
-            ("max_position_embeddings", 131_072),
-        ),
     ),
     Family(
         "Phi-3",
@@ -484,11 +296,11 @@ FAMILIES = (
         "phi3",
         _WHOLE,
         _PHI3,
-        _phi3_keys,
-        _sizes,
-        _phi3_rope,
-        _SILU,
-        defaults=(("rms_norm_eps", 1e-5),),
+        phi3_keys,
+        filled_sizes,
+        phi3_rope,
+        SILU,
+        plain_window,
     ),
     Family(
         "BERT (encoders such as all-MiniLM)",
@@ -496,10 +308,10 @@ FAMILIES = (
         "bert",
         _BERT_WHOLE,
         _BERT,
-        _bert_keys,
-        _bert_sizes,
+        bert_keys,
+        bert_sizes,
         None,
-        ("gelu",),
+        GELU,
         renames=(("bert.", ""),),
         dropped=(("pooler.", _UNUSED_HEAD), ("cls.", _UNUSED_HEAD)),
         tied=True,
@@ -507,32 +319,54 @@ FAMILIES = (
 )
 
 
-def known_family(config: Config) -> Family | None:
+def known_class(fields: Mapping[str, Any]) -> ConfigClass | None:
+    """The class of a configuration; None when no row of the tables has it.
+
+    transformers goes by ``model_type``; the class of model that ``architectures`` names must be one
+    that we take, unless there is none.
+    """
+    by_type = next((c for c in CONFIG_CLASSES if c.model_type == fields.get("model_type")), None)
+    if by_type and by_type.model_type == "mistral" and "layer_types" in fields:
+        return None  # transformers takes it for another, 'ministral'
+    named = _class_names(fields)
+    by_name = next((c for c in CONFIG_CLASSES if any(n in c.architectures for n in named)), None)
+    if fields.get("architectures") in (None, []):
+        return by_type
+    return by_name and (by_name if fields.get("model_type") is None else by_type)
+
+
+def known_family(fields: Mapping[str, Any]) -> Family | None:
     """The row for a configuration; None when no row has its class."""
-    names = _class_names(config)
-    return next((f for f in FAMILIES if any(n in f.classes for n in names)), None)
+    known = known_class(fields)
+    return next((f for f in FAMILIES if known and known.architectures[0] in f.classes), None)
 
 
-def family_of(config: Config) -> Family:
-    """The row for a configuration.
+def family_of(fields: Mapping[str, Any], path: Path) -> tuple[Family, ConfigClass]:
+    """The row for a configuration, and its class.
 
     Raises:
         UnsupportedError: no row has its class; the message names those that there are.
     """
-    if family := known_family(config):
-        return family
+    family, known = known_family(fields), known_class(fields)
+    if family and known:
+        return family, known
+    found = ", ".join(_class_names(fields)) or "no architectures"
+    if fields.get("model_type") is not None:
+        found += f", model_type {reprlib.repr(fields['model_type'])}"
+    if "layer_types" in fields:
+        found += " with layer_types"
     raise UnsupportedError(
         "architecture has no row in our table for GGUF",
-        path=config.path,
-        found=", ".join(_class_names(config))[:80] or "none named",
+        path=path,
+        found=reprlib.repr(found)[1:-1] if len(found) > 120 else found,
         wanted=", ".join(c for family in FAMILIES for c in family.classes),
         hint="--raw writes the tensors under their own names, for tools other than llama.cpp",
         code="ARCH-UNKNOWN",
     )
 
 
-def _class_names(config: Config) -> list[str]:
-    named = config.get("architectures")
+def _class_names(fields: Mapping[str, Any]) -> list[str]:
+    named = fields.get("architectures")
     return [n for n in named if isinstance(n, str)] if isinstance(named, list) else []
 
 
@@ -543,8 +377,10 @@ def hyper_parameters(family: Family, config: Config, sizes: Sizes) -> tuple[Keys
         FormatError: a field of the configuration is missing or unusable.
         UnsupportedError: a field asks for something llama.cpp does not do for this architecture.
     """
-    name = "hidden_activation" if config.get("hidden_activation") is not None else "hidden_act"
-    config.require(name, family.activations, family.activations[0])
+    gemma = config.known and "hidden_activation" in config.known.fields
+    config.require("hidden_activation" if gemma else "hidden_act", family.activations)
+    if config.stated("per_layer_config"):
+        raise config.unlike("per_layer_config", "the same for all layers")
     keys = family.keys(config, sizes)
     rope = family.rope(config, sizes) if family.rope else Rope()
     keys |= {f"rope.{key}": value for key, value in rope.keys.items()}
@@ -565,5 +401,6 @@ __all__ = [
     "Slot",
     "family_of",
     "hyper_parameters",
+    "known_class",
     "known_family",
 ]

@@ -69,7 +69,7 @@ def window(rows_of_source: int, start: int, stop: int) -> Locate:
 
 def described(name: str, shape: tuple[int, ...], dtype: str) -> TensorInfo:
     """A tensor of a plain dtype."""
-    return TensorInfo(name, shape, dtype, math.prod(shape) * DTYPES[dtype].size)
+    return TensorInfo(name, shape, dtype, DTYPES[dtype].nbytes(math.prod(shape)))
 
 
 def inverted(tensors: Sequence[MappedTensor]) -> list[MappedTensor]:

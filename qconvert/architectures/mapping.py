@@ -21,6 +21,7 @@ from qconvert.architectures.mapped import (
     interleaved,
     window,
 )
+from qconvert.architectures.tying import HEAD, Head
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.model import TensorInfo
 
@@ -28,6 +29,7 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d+)(\.\w+\.weight)")
 _STACKED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?")
 # What transformers computes instead of storing, as some older checkpoints have it.
 _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
+TOKEN_EMBEDDING = "token_embd.weight"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -63,26 +65,31 @@ def map_tensors(
     config: Config,
     sizes: Sizes,
     constants: Mapping[str, NDArray[np.float32]],
+    head: Head,
 ) -> tuple[list[MappedTensor], list[Dropped]]:
     """The tensors of the GGUF file in their order, and what is left out.
+
+    Args:
+        model, family, config, sizes: what is mapped.
+        constants: tensors that follow from the configuration.
+        head: whether the output matrix is one of its own.
 
     Raises:
         InputError: a tensor is missing or of another shape than the configuration says.
         UnsupportedError: a tensor has no place in the architecture, or a dtype that it cannot have.
     """
-    tied = family.tied if family.tied is not None else _tied(config, model)
-    slots = dict(_slots(family, sizes, with_output=not tied))
-    found, dropped = _collect(model, family, sizes, slots, tied)
+    slots = dict(_slots(family, config, sizes, with_output=not head.tied))
+    found, dropped = _collect(model, family, sizes, slots, head)
     mapped = []
     for name, slot in slots.items():
         if name in found:
             mapped.append(_made(model, name, slot, found[name], family, config, sizes))
-        elif not slot.optional:
+        else:
             raise InputError(
                 "tensor is missing that the architecture needs",
                 path=model.path,
                 tensor=name,
-                wanted=f"shape {list(sizes.shape(slot))}",
+                wanted=f"shape {list(sizes.shape(slot.shape))}",
                 hint="the checkpoint is not whole, or config.json is that of another model",
                 code="ARCH-TENSOR-MISSING",
             )
@@ -91,39 +98,37 @@ def map_tensors(
     return mapped, dropped
 
 
-def _tied(config: Config, model: Tensors) -> bool:
-    """Whether the output matrix is the token embedding."""
-    if config.get("tie_word_embeddings") is not None:
-        return config.flag("tie_word_embeddings", False)
-    return not any(t.name.endswith("lm_head.weight") for t in model.tensors)
-
-
-def _slots(family: Family, sizes: Sizes, with_output: bool) -> Iterator[tuple[str, Slot]]:
+def _slots(
+    family: Family, config: Config, sizes: Sizes, with_output: bool
+) -> Iterator[tuple[str, Slot]]:
     """All tensors by their whole names: those outside blocks first."""
     for slot in family.whole:
         if with_output or slot.name != OUTPUT:
             yield slot.name, slot
-    for block in range(sizes.blocks):
-        for slot in family.block:
-            yield f"blk.{block}.{slot.name}", slot
+    block = [s for s in family.block if s.flag is None or config.flag(s.flag)]
+    for i in range(sizes.blocks):
+        for slot in block:
+            yield f"blk.{i}.{slot.name}", slot
 
 
 def _collect(
-    model: Tensors, family: Family, sizes: Sizes, slots: dict[str, Slot], tied: bool
+    model: Tensors, family: Family, sizes: Sizes, slots: dict[str, Slot], head: Head
 ) -> tuple[dict[str, _Found], list[Dropped]]:
     """Which source tensors make up each GGUF tensor."""
     names = name_table(family.arch, sizes.blocks)
     found: dict[str, _Found] = {}
     dropped: list[Dropped] = []
     for tensor in model.tensors:
-        reason = drop_reason(tensor.name, family, tied)
+        reason = drop_reason(tensor.name, family, head.tied and not head.stands_in)
         if reason:
             dropped.append(Dropped(tensor.name, reason))
             continue
         for source_name, expert, part in source_names(renamed(tensor.name, family)):
             name = names.get_name(source_name, try_suffixes=(".weight", ".bias"))
+            if name == OUTPUT and head.stands_in:
+                name = TOKEN_EMBEDDING
             if name not in slots:
-                raise _left_over(model, tensor, family, sizes)
+                raise _left_over(model, tensor, name, family, sizes)
             entry = found.setdefault(name, _Found())
             other = entry.sources.setdefault(expert or 0, tensor)
             if other is not tensor:
@@ -141,12 +146,15 @@ def _collect(
 
 
 def _left_over(
-    model: Tensors, tensor: TensorInfo, family: Family, sizes: Sizes
+    model: Tensors, tensor: TensorInfo, name: str | None, family: Family, sizes: Sizes
 ) -> UnsupportedError:
+    ending = (name or "").partition(".")[2].partition(".")[2]
+    flag = next((s.flag for s in family.block if s.name == ending and s.flag), None)
     return UnsupportedError(
         "tensor has no place in the architecture",
         path=model.path,
         tensor=tensor.name,
+        found=f"'{flag}' that is not true" if flag else None,
         wanted=f"tensors of {family.name} with {sizes.blocks} blocks",
         hint="llama.cpp would refuse the file; --raw writes the tensors under their own names",
         code="ARCH-TENSOR-LEFT",
@@ -163,8 +171,8 @@ def drop_reason(name: str, family: Family, tied: bool) -> str | None:
     """Why GGUF does without a tensor of the checkpoint; None when it has it."""
     if name.endswith(_COMPUTED):
         return "is computed, not stored"
-    if tied and name.endswith("lm_head.weight"):
-        return "is the token embedding (tied)"
+    if tied and name.endswith(HEAD):
+        return "equals the token embedding, which it is tied to"
     plain = renamed(name, family)
     return next((why for start, why in family.dropped if plain.startswith(start)), None)
 
@@ -205,7 +213,7 @@ def _made(
     sizes: Sizes,
 ) -> MappedTensor:
     """One tensor, its sources held to shape and dtype."""
-    shape = sizes.shape(slot)
+    shape = sizes.shape(slot.shape)
     wanted, count = shape, 1
     if found.per_expert:
         count, wanted = shape[0], shape[1:]

@@ -56,7 +56,7 @@ def layer_places(fields: dict[str, Any], path: Path) -> Callable[[str], Place | 
     """
     family = None
     config = Config(fields, path)
-    if known_family(config):
+    if known_family(fields):
         family, config = read_config(fields, path)
     arch = family.arch if family else _arch_of_type(config)
     names = name_table(arch, config.count("num_hidden_layers", most=MAX_BLOCKS))

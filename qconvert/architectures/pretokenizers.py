@@ -33,6 +33,7 @@ O200K = (
 )
 TEKKEN = rf"{_CASED}|{_CASED_UPPER}|\p{{N}}|{_MARKS_SLASH}|{_SPACES}"
 DIGIT = "<each digit by itself>"
+_SHOWN = 200  # characters of an expression in a message
 
 # (expressions in order, whether whole words of the vocabulary skip the merges) -> name
 NAMES: dict[tuple[tuple[str, ...], bool], str] = {
@@ -110,7 +111,7 @@ def _unknown(tokenizer: TokenizerJson, found: list[str]) -> UnsupportedError:
     return UnsupportedError(
         "pre-tokenizer is none that we know in llama.cpp",
         path=tokenizer.path,
-        found=" then ".join(found),
+        found=" then ".join(e if len(e) <= _SHOWN else e[:_SHOWN] + "..." for e in found[:4]),
         wanted=", ".join(sorted(NAMES.values())),
         hint="if you know which of llama.cpp's it is, say --pre-tokenizer NAME",
         code="ARCH-PRE-TOKENIZER",

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qconvert.architectures.families import hyper_parameters
+from qconvert.architectures.families import OUTPUT, hyper_parameters
 from qconvert.architectures.mapped import MappedModel, described, inverted
 from qconvert.architectures.mapping import Dropped, map_tensors
 from qconvert.architectures.source import read_config
+from qconvert.architectures.tying import Head
 from qconvert.errors import UnsupportedError
 from qconvert.files.dequantized import DequantizedModel
 from qconvert.files.gguf import ARCHITECTURE
@@ -66,7 +67,8 @@ def restored(
     sizes = family.sizes(checked)
     _, rope = hyper_parameters(family, checked, sizes)
     asked = _Asked(config.parent, tuple(described(n, s, "F32") for n, s in shapes.items()))
-    mapped, dropped = map_tensors(asked, family, checked, sizes, rope.tensors)
+    head = Head(tied=all(t.name != OUTPUT for t in gguf.tensors))
+    mapped, dropped = map_tensors(asked, family, checked, sizes, rope.tensors, head)
     there = {t.name: t for t in gguf.tensors}
     for tensor in mapped:
         wanted = tensor.info

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
 
+from qconvert.architectures.chat_templates import chat_template_keys, chat_templates
 from qconvert.architectures.config import Config
-from qconvert.architectures.families import Family, Sizes, family_of, hyper_parameters
+from qconvert.architectures.config_warnings import config_warnings
+from qconvert.architectures.families import Family, family_of, hyper_parameters
+from qconvert.architectures.general_name import harmless_name
 from qconvert.architectures.mapped import MappedModel
 from qconvert.architectures.mapping import Dropped, map_tensors
 from qconvert.architectures.model_card import card_keys
-from qconvert.architectures.special_tokens import chat_template_keys, special_token_keys
+from qconvert.architectures.sentence_modules import sentence_modules
+from qconvert.architectures.small_files import SmallFiles
+from qconvert.architectures.special_tokens import special_token_keys
+from qconvert.architectures.token_check import compare_tokens
 from qconvert.architectures.tokenizer_json import TokenizerJson
-from qconvert.architectures.tokenizers import read_vocabulary
-from qconvert.errors import FormatError, InputError, UnsupportedError
+from qconvert.architectures.tokenizers import Vocabulary, read_vocabulary
+from qconvert.architectures.tying import output_head
+from qconvert.errors import InputError, UnsupportedError
 from qconvert.files.gguf import ARCHITECTURE
 from qconvert.files.gguf_writer import GgufTensor, GgufValue, MetadataValue, check_gguf
-from qconvert.files.strict_json import strict_json
+from qconvert.files.prequantized import refusal, stated_method
 from qconvert.model import Model
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
-CHAT_TEMPLATE = "chat_template.jinja"
-_DENSE_POOLING = {  # sentence-transformers' fields: llama.h's llama_pooling_type
-    "pooling_mode_mean_tokens": 1,
-    "pooling_mode_cls_token": 2,
-    "pooling_mode_lasttoken": 3,
-}
+# Fields that send transformers to other files, and the values that do not.
+_OTHER_FILES: dict[str, tuple[object, ...]] = {"configuration_files": ([CONFIG],)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ class GgufSource:
         family: name of the architecture, for people.
         dropped: tensors of the source that are left out.
         warnings: in which cases llama.cpp will not do what transformers does.
+        notes: what else was decided.
     """
 
     model: MappedModel
@@ -50,15 +55,20 @@ class GgufSource:
     family: str
     dropped: tuple[Dropped, ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
-def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufSource:
+def open_gguf_source(
+    model: Model, *, pre_tokenizer: str | None = None, compare: bool = True
+) -> GgufSource:
     """Map a Hugging Face model directory to GGUF.
 
     Args:
-        model: as ``open_model`` gives it; its tensors are not read.
+        model: as ``open_model`` gives it; of its tensors, token embedding and output matrix are
+            read if they may be the same.
         pre_tokenizer: llama.cpp's name for the pre-tokenizer, instead of the one found by its
             regular expressions.
+        compare: whether to hold llama.cpp's tokens against those of the model's tokenizer.
 
     Raises:
         UnsupportedError: an architecture, tokenizer or option that llama.cpp does not have; a
@@ -68,7 +78,7 @@ def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufS
         FormatError: one of those files breaks a rule.
     """
     directory = model.path
-    files = _Files(model)
+    files = SmallFiles(model)
     fields = files.json(CONFIG)
     if fields is None:
         raise InputError(
@@ -82,29 +92,44 @@ def open_gguf_source(model: Model, *, pre_tokenizer: str | None = None) -> GgufS
     family, config = read_config(fields, directory / CONFIG)
     sizes = family.sizes(config)
     keys, rope = hyper_parameters(family, config, sizes)
-    tensors, dropped = map_tensors(model, family, config, sizes, rope.tensors)
+    head = output_head(model, family, config)
+    tensors, dropped = map_tensors(model, family, config, sizes, rope.tensors, head)
     mapped = MappedModel(model, tensors)
     check_gguf([GgufTensor(t.name, t.shape, "F32") for t in mapped.tensors])
-    tokenizer, warnings = _tokenizer(files, config, sizes.named["vocabulary"], pre_tokenizer)
+    tokens = _tokenizer(files, config, sizes.named["vocabulary"], pre_tokenizer)
+    modules = sentence_modules(files)
     metadata: dict[str, MetadataValue] = {
         ARCHITECTURE: family.arch,
         "general.type": "model",
         "general.name": _name(directory),
         "general.size_label": _size_label(mapped, sizes.named.get("experts", 0)),
     }
-    metadata |= card_keys(files.read("README.md"), directory / "README.md")
+    card, card_warnings = card_keys(files.read("README.md"), directory / "README.md")
+    metadata |= card
+    renamed = _renamed(metadata, files)
     metadata |= _sampling(files)
     metadata |= keys
+    if family.arch == "bert" or modules.pooling is not None:
+        pooling = GgufValue("UINT32", modules.pooling or 0)
+        metadata[f"{family.arch}.pooling_type"] = pooling
     if family.arch == "bert":
-        metadata["bert.pooling_type"] = GgufValue("UINT32", _pooling(files))
         metadata["tokenizer.ggml.token_type_count"] = GgufValue("UINT32", sizes.named["types"])
-    metadata |= tokenizer
+    metadata |= tokens.keys
+    if compare:
+        compare_tokens(tokens.file, metadata)
     return GgufSource(
         mapped,
         metadata,
         family.name,
         tuple(dropped),
-        (*_window_warnings(config, family, sizes), *warnings),
+        (
+            *config_warnings(fields, family, config, sizes, rope),
+            *head.warnings,
+            *tokens.file.warnings,
+            *modules.warnings,
+            *card_warnings,
+        ),
+        (*head.notes, *tokens.file.notes, *modules.notes, *renamed),
     )
 
 
@@ -114,76 +139,83 @@ def _name(path: Path) -> str:
     return path.name if path.is_dir() else path.stem
 
 
-class _Files:
-    """The small files of a model, in its directory or carried in a container."""
-
-    def __init__(self, model: Model) -> None:
-        self.home = model.path
-        self._companions = {c.name: c for c in model.companions}
-
-    def read(self, name: str) -> bytes | None:
-        """The bytes of a file; None when there is none."""
-        found = self._companions.get(name)
-        return None if found is None else found.read()
-
-    def json(self, name: str) -> dict[str, Any] | None:
-        """The JSON object in a file; None when there is none."""
-        data = self.read(name)
-        if data is None:
-            return None
-        fields = strict_json(data, self.home / name)
-        if not isinstance(fields, dict):
-            raise FormatError("file holds no JSON object", path=self.home / name, code="ARCH-JSON")
-        return fields
+def _renamed(metadata: dict[str, MetadataValue], files: SmallFiles) -> tuple[str, ...]:
+    """Give the model another name where llama.cpp would go by it; a note about that."""
+    name = str(metadata["general.name"])
+    metadata["general.name"] = other = harmless_name(name, lambda: files.json(TOKENIZER))
+    if other == name:
+        return ()
+    shown, instead = reprlib.repr(name), reprlib.repr(other)
+    return (
+        f"general.name is {instead}, not {shown}, which llama.cpp would take for a sign of tokens "
+        "that the model does not have",
+    )
 
 
 def read_config(fields: dict[str, Any], path: Path) -> tuple[Family, Config]:
-    """The row of the table, and the language model's fields with the family's defaults.
+    """The row of the table, and the language model's fields with the defaults of their class.
 
     Raises:
-        UnsupportedError: no such architecture, or weights that are quantized already.
+        UnsupportedError: no such architecture, weights that are quantized already, or a field that
+            sends transformers to other files.
+        FormatError: a field is of another type than its class takes.
     """
-    if fields.get("quantization_config") is not None:
-        raise UnsupportedError(
-            "checkpoint is quantized already",
-            path=path,
-            found="quantization_config",
-            hint="convert the checkpoint that it was made from",
-            code="ARCH-QUANTIZED",
-        )
-    family = family_of(Config(fields, path))
+    if quantized := stated_method(fields):
+        raise refusal(quantized, path)
+    for name, wanted in _OTHER_FILES.items():
+        if fields.get(name) and fields[name] not in wanted:
+            raise UnsupportedError(
+                f"'{name}' says that other files are the model's",
+                path=path,
+                found=reprlib.repr(fields[name]),
+                hint="give these files the usual names, and leave the field out of config.json",
+                code="ARCH-CONFIG-VALUE",
+            )
+    family, known = family_of(fields, path)
+    if known.inner is None:
+        return family, Config(fields, path, known)
     # A model of text and images has the language model's fields in an object of their own.
-    text = fields.get("text_config")
-    if isinstance(text, dict):
-        fields = {**fields, **text}
-    return family, Config(fields, path, dict(family.defaults))
+    outer = Config(fields, path, known)
+    if outer.given("per_layer_config") and outer.get("per_layer_config") is not None:
+        raise outer.unlike("per_layer_config", "no such field outside the text model's")
+    name, inner = known.inner
+    section = outer.section(name) or outer.inner({}, name)
+    ids = {n: v for n, v in fields.items() if n.endswith("_token_id")}
+    return family, Config(ids | section.fields(), path, inner, f"{name}.")
 
 
-def _tokenizer(
-    files: _Files, config: Config, size: int, pre_tokenizer: str | None
-) -> tuple[dict[str, MetadataValue], tuple[str, ...]]:
-    """The keys of the tokenizer, and warnings."""
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """What a file says about tokens, and what is to be said of that."""
+
+    keys: dict[str, MetadataValue]
+    file: TokenizerJson
+    vocabulary: Vocabulary
+
+
+def _tokenizer(files: SmallFiles, config: Config, size: int, pre_tokenizer: str | None) -> _Tokens:
     fields = files.json(TOKENIZER)
     if fields is None:
         raise _no_tokenizer(files)
     settings = {
         **(files.json("special_tokens_map.json") or {}),
-        **{k: v for k, v in (files.json("tokenizer_config.json") or {}).items() if v},
+        **{
+            k: v
+            for k, v in (files.json("tokenizer_config.json") or {}).items()
+            if v not in (None, "")
+        },
     }
-    template = files.read(CHAT_TEMPLATE)
-    try:
-        text = None if template is None else template.decode()
-    except UnicodeDecodeError as error:
-        raise FormatError(
-            "chat template is not UTF-8", path=files.home / CHAT_TEMPLATE, code="ARCH-TEMPLATE"
-        ) from error
     file = TokenizerJson(fields, files.home / TOKENIZER)
-    vocabulary = read_vocabulary(file, size, pre_tokenizer)
+    vocabulary = read_vocabulary(file, size, pre_tokenizer, settings)
     keys = vocabulary.keys | special_token_keys(file, vocabulary, settings, config)
-    return keys | chat_template_keys(settings, text), tuple(file.warnings)
+    templates = chat_templates(files, settings)
+    used = [t for t in vocabulary.beyond if any(t in text for text in templates.values())]
+    if used:
+        file.warnings.append(f"the chat template uses {used[0]!r}, a token that is left out")
+    return _Tokens(keys | chat_template_keys(templates), file, vocabulary)
 
 
-def _no_tokenizer(files: _Files) -> InputError:
+def _no_tokenizer(files: SmallFiles) -> InputError:
     found, hint = None, "download it as well, or write the tensors as they are with --raw"
     if files.read("tokenizer.model") is not None:
         found = "tokenizer.model alone"
@@ -205,7 +237,7 @@ def _size_label(model: MappedModel, experts: int) -> str:
     return str(gguf.size_label(total, total - stacked, each, experts))
 
 
-def _sampling(files: _Files) -> dict[str, MetadataValue]:
+def _sampling(files: SmallFiles) -> dict[str, MetadataValue]:
     """What the model's makers recommend for sampling, which llama.cpp takes as its defaults."""
     fields = files.json("generation_config.json") or {}
     keys: dict[str, MetadataValue] = {}
@@ -215,35 +247,3 @@ def _sampling(files: _Files) -> dict[str, MetadataValue]:
         if type(fields.get(name)) in (int, float) and 0 <= fields[name] < 1e30:
             keys[f"general.sampling.{key}"] = GgufValue("FLOAT32", float(fields[name]))
     return keys
-
-
-def _pooling(files: _Files) -> int:
-    """How an encoder makes one vector of many: sentence-transformers' module, else none."""
-    fields = files.json("1_Pooling/config.json") or {}
-    chosen = [n for n, on in fields.items() if n.startswith("pooling_mode_") and on is True]
-    if not chosen:
-        return 0
-    if len(chosen) > 1 or chosen[0] not in _DENSE_POOLING:
-        raise UnsupportedError(
-            "llama.cpp does not have this pooling",
-            path=files.home / "1_Pooling/config.json",
-            found=", ".join(chosen),
-            wanted=", ".join(_DENSE_POOLING),
-            code="ARCH-POOLING",
-        )
-    return _DENSE_POOLING[chosen[0]]
-
-
-def _window_warnings(config: Config, family: Family, sizes: Sizes) -> tuple[str, ...]:
-    """A sliding window that llama.cpp does not apply, so that long texts come out otherwise."""
-    window = config.optional_count("sliding_window")
-    if (
-        window is None
-        or window >= sizes.named["context"]
-        or family.arch in ("gemma2", "gemma3")
-        or config.get("use_sliding_window") is False
-    ):
-        return ()
-    return (
-        f"llama.cpp attends to all tokens, not to a window of {window} as the configuration says",
-    )

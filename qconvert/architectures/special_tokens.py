@@ -1,12 +1,14 @@
-"""Which tokens are special, which of them surround a text, and the chat template."""
+"""Which tokens are special, and which of them surround a text."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.tokenizer_json import TokenizerJson
 from qconvert.architectures.tokenizers import Vocabulary
+from qconvert.errors import InputError
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
 
 Keys = dict[str, MetadataValue]
@@ -35,9 +37,21 @@ def special_token_keys(
         config: config.json, for ids that nothing else states.
 
     Raises:
+        InputError: one of them has no row in the embedding.
         UnsupportedError: WordPiece without the two tokens that llama.cpp puts around every text.
     """
     known = vocabulary.ids
+    for name in KEYS:
+        text = _text(settings.get(f"{name}_token"))
+        if text in vocabulary.beyond:
+            raise InputError(
+                "a special token of the tokenizer has no row in the model's embedding",
+                path=tokenizer.path,
+                found=f"{name}_token {text!r}",
+                wanted=f"a token below {vocabulary.size:,}, config.json's vocab_size",
+                hint="the embeddings were not resized, or the tokenizer is that of another model",
+                code="ARCH-VOCABULARY",
+            )
     ids = {name: _id(settings.get(f"{name}_token"), known) for name in KEYS}
     for name in KEYS:
         if ids[name] is None:
@@ -46,25 +60,25 @@ def special_token_keys(
     if unknown is None:
         unknown = _stated(tokenizer.model.get("unk_id"), vocabulary.size)
     ids["unk"] = known.get(unknown, ids["unk"]) if isinstance(unknown, str) else unknown
-    template = _template(tokenizer)
+    around = _around(tokenizer, known)
     if vocabulary.keys["tokenizer.ggml.model"] == "bert":
-        pieces = template or [None, None]
-        for piece, role, name in ((pieces[0], "bos", "cls"), (pieces[-1], "sep", "sep")):
-            around = _special(piece, known)
-            ids[role] = ids[name] if around is None else around
+        for part, role, name in (("before", "bos", "cls"), ("after", "sep", "sep")):
+            found = None if around is None else getattr(around, part)
+            ids[role] = ids[name] if found is None else found
             if ids[role] is None:  # llama.cpp would end the process at the first text
-                raise tokenizer.unlike("WordPiece without tokens around a text", template)
+                raise tokenizer.unlike("WordPiece without tokens around a text", around)
         ids["eos"] = ids["sep"]
         add_bos = add_eos = True
-    elif template is None:
-        add_bos = settings.get("add_bos_token") is True
-        add_eos = settings.get("add_eos_token") is True
+    elif around is None:
+        add_bos = settings.get("add_bos_token") is True and ids["bos"] is not None
+        add_eos = settings.get("add_eos_token") is True and ids["eos"] is not None
     else:
-        first, last = _special(template[0], known), _special(template[-1], known)
-        add_bos, add_eos = first is not None, last is not None
+        add_bos, add_eos = around.before is not None, around.after is not None
         # What surrounds a text is what llama.cpp has to put there, whatever it is called.
-        ids["bos"] = first if add_bos else ids["bos"]
-        ids["eos"] = last if add_eos else ids["eos"]
+        ids["bos"] = around.before if add_bos else ids["bos"]
+        ids["eos"] = around.after if add_eos else ids["eos"]
+    if ids["eos"] is None:
+        _warn_of_default_end(tokenizer, vocabulary)
     keys: Keys = {
         f"tokenizer.ggml.{KEYS[name]}": GgufValue("UINT32", i)
         for name, i in ids.items()
@@ -73,33 +87,15 @@ def special_token_keys(
     return keys | {"tokenizer.ggml.add_bos_token": add_bos, "tokenizer.ggml.add_eos_token": add_eos}
 
 
-def chat_template_keys(settings: dict[str, Any], separate: str | None) -> Keys:
-    """Templates: the text of chat_template.jinja, or what tokenizer_config.json has."""
-    template = settings.get("chat_template") if separate is None else separate
-    if isinstance(template, str):
-        return {"tokenizer.chat_template": template}
-    keys: Keys = {}
-    names = []
-    for entry in template if isinstance(template, list) else ():
-        name, text = (
-            entry.get(k) if isinstance(entry, dict) else None for k in ("name", "template")
-        )
-        if not isinstance(name, str) or not isinstance(text, str):
-            continue
-        if name == "default":
-            keys["tokenizer.chat_template"] = text
-        else:
-            names.append(name)
-            keys[f"tokenizer.chat_template.{name}"] = text
-    if names:
-        keys["tokenizer.chat_templates"] = GgufValue("STRING", names)
-    return keys
-
-
 def _id(token: Any, known: dict[str, int]) -> int | None:
     """The id of a token that is named by its text, or by an object with it."""
+    text = _text(token)
+    return None if text is None else known.get(text)
+
+
+def _text(token: Any) -> str | None:
     text = token.get("content") if isinstance(token, dict) else token
-    return known.get(text) if isinstance(text, str) else None
+    return text if isinstance(text, str) else None
 
 
 def _stated(value: Any, size: int) -> int | None:
@@ -108,19 +104,68 @@ def _stated(value: Any, size: int) -> int | None:
     return value if type(value) is int and 0 <= value < size else None
 
 
-def _template(tokenizer: TokenizerJson) -> list[Any] | None:
-    """What a post-processor makes of one text: special tokens and the text, in order."""
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """The token before and the token after a text; None where there is none."""
+
+    before: int | None
+    after: int | None
+
+
+def _around(tokenizer: TokenizerJson, known: dict[str, int]) -> _Around | None:
+    """What a post-processor puts around one text; None where none puts anything.
+
+    llama.cpp puts one token before a text and one after it. Of more, the outermost are taken, with
+    a warning.
+    """
     for step in tokenizer.steps("post_processor"):
-        single = step.get("single")
-        if step.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
-            return single
-        if step.get("type") == "BertProcessing":
+        kind, single = step.get("type"), step.get("single")
+        if kind == "TemplateProcessing" and isinstance(single, list) and single:
+            middle = next((i for i, p in enumerate(single) if _is_text(p)), len(single))
+            tokens = step.get("special_tokens")
+            before, after = (
+                [_special(p, tokens, known) for p in part]
+                for part in (single[:middle], single[middle + 1 :])
+            )
+            if middle == len(single) or len(before) > 1 or len(after) > 1:
+                tokenizer.warnings.append(
+                    f"the post-processor puts {len(before)} tokens before a text and {len(after)} "
+                    "after it, llama.cpp at most one each"
+                )
+            return _Around(before[0] if before else None, after[-1] if after else None)
+        if kind in ("BertProcessing", "RobertaProcessing"):
             cls, sep = step.get("cls"), step.get("sep")
             if isinstance(cls, list) and isinstance(sep, list) and cls and sep:
-                return [{"SpecialToken": {"id": cls[0]}}, {}, {"SpecialToken": {"id": sep[0]}}]
+                return _Around(_id(cls[0], known), _id(sep[0], known))
     return None
 
 
-def _special(piece: Any, known: dict[str, int]) -> int | None:
+def _is_text(piece: Any) -> bool:
+    return isinstance(piece, dict) and "Sequence" in piece
+
+
+def _special(piece: Any, tokens: Any, known: dict[str, int]) -> int | None:
+    """The id of a special token of a template, which the template may state itself."""
     token = piece.get("SpecialToken") if isinstance(piece, dict) else None
-    return _id(token.get("id"), known) if isinstance(token, dict) else None
+    name = token.get("id") if isinstance(token, dict) else None
+    if not isinstance(name, str):
+        return None
+    entry = tokens.get(name) if isinstance(tokens, dict) else None
+    ids = entry.get("ids") if isinstance(entry, dict) else None
+    if isinstance(ids, list) and len(ids) == 1 and ids[0] in known.values():
+        return int(ids[0])
+    return known.get(name)
+
+
+# What llama.cpp takes for the end of a text where a file does not say.
+_DEFAULT_ENDS = {"gpt2": 11, "llama": 2, "t5": 1}
+
+
+def _warn_of_default_end(tokenizer: TokenizerJson, vocabulary: Vocabulary) -> None:
+    end = _DEFAULT_ENDS[str(vocabulary.keys["tokenizer.ggml.model"])]
+    text = next((t for t, i in vocabulary.ids.items() if i == end), None)
+    if text is not None:
+        tokenizer.warnings.append(
+            f"no end token is stated, and llama.cpp takes token {end}, {text[:40]!r}, for it: "
+            "state eos_token in tokenizer_config.json"
+        )

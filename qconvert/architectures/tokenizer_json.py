@@ -10,14 +10,23 @@ from typing import Any
 
 from qconvert.errors import FormatError, UnsupportedError
 
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+_SHOWN = 40  # characters of the name of a kind of step
+
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """A token that is found in the text itself, before it is split."""
+    """A token that is found in the text itself, before it is split.
+
+    Attributes:
+        flags: which of ``single_word``, ``lstrip``, ``rstrip`` and ``normalized`` are set.
+    """
 
     id: int
     text: str
     special: bool
+    flags: tuple[str, ...] = ()
 
 
 class TokenizerJson:
@@ -29,6 +38,7 @@ class TokenizerJson:
         model: its vocabulary and merges.
         added: tokens beside the vocabulary, or in it and treated on their own.
         warnings: in which cases llama.cpp will give other tokens; whoever reads the file adds them.
+        notes: what else is to be said of the tokens.
 
     Raises:
         FormatError: the object has not these parts.
@@ -41,8 +51,12 @@ class TokenizerJson:
         if not isinstance(model, dict):
             raise self.broken("no 'model', an object", model)
         self.model: dict[str, Any] = model
+        for part in PARTS:
+            if not _typed(fields.get(part)):
+                raise self.broken(f"{part} is no object with a type", fields[part])
         self.added = tuple(self._added())
         self.warnings: list[str] = []
+        self.notes: list[str] = []
 
     def steps(self, part: str) -> list[dict[str, Any]]:
         """The steps of a normalizer, pre-tokenizer or post-processor, sequences laid flat."""
@@ -50,7 +64,7 @@ class TokenizerJson:
 
     def step_types(self, part: str) -> list[str]:
         """What kinds of steps those are."""
-        return [str(step.get("type")) for step in self.steps(part)]
+        return [str(step.get("type"))[:_SHOWN] for step in self.steps(part)]
 
     def vocabulary(self) -> dict[str, int]:
         """Ids by token, of a model that has an object of them.
@@ -119,7 +133,13 @@ class TokenizerJson:
                 or not isinstance(token.get("content"), str)
             ):
                 raise self.broken("added token without id and content", token)
-            yield AddedToken(token["id"], token["content"], token.get("special") is True)
+            flags = tuple(name for name in FLAGS if token.get(name) is True)
+            yield AddedToken(token["id"], token["content"], token.get("special") is True, flags)
+
+
+def _typed(part: Any) -> bool:
+    """Whether a part is one that a reader can tell the kind of, or absent."""
+    return part is None or (isinstance(part, dict) and isinstance(part.get("type"), str))
 
 
 def _flat(step: Any) -> Iterator[dict[str, Any]]:

@@ -7,14 +7,13 @@ Four of llama.cpp's tokenizers are served: byte-level BPE (``gpt2``), SentencePi
 from __future__ import annotations
 
 import base64
-import binascii
-import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qconvert.architectures.pretokenizers import named_warning, pre_tokenizer_name
+from qconvert.architectures.tokenizer_findings import findings
 from qconvert.architectures.tokenizer_json import TokenizerJson
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
@@ -31,6 +30,19 @@ MAX_UNLISTED = 0.01  # pairs for each token
 _UNREACHABLE = -10000.0  # score of a token that fills up the vocabulary
 # llama.cpp composes no characters; usual text is composed already.
 _HARMLESS = frozenset({"NFC"})
+MAX_TOKEN = 1024  # characters; the longest in use have some 500
+MAX_TOKEN_CHARACTERS = 1 << 23  # of all tokens together; 260,000 of them have 2 million
+MAX_CHARSMAP = 1 << 22  # bytes; SentencePiece's largest has a quarter of a million
+MAX_STRANGE = 8  # kinds of normalizers that are named
+MAX_SCORE = 1e30  # of a piece: what binary32 holds without a thought
+# Tokens beyond the last row of the embedding that are left out: at most so many for each row.
+MAX_BEYOND = 0.01
+# Tokenizers that transformers 5 builds from tokenizer_config.json, whatever normalizer
+# tokenizer.json has; also where no class is named.
+_REBUILT = re.compile(
+    r"(Bert|DistilBert|MPNet|Electra|MobileBert|LayoutLM|Lxmert|Funnel|SqueezeBert|ConvBert)"
+    r"Tokenizer(Fast)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +53,20 @@ class Vocabulary:
         keys: what the file says about them.
         ids: of all tokens, by the text that tokenizer.json gives them.
         size: number of tokens, those that fill it up included.
+        beyond: texts of tokens that are left out: the embedding has no rows for them.
     """
 
     keys: Keys
     ids: dict[str, int]
     size: int
+    beyond: tuple[str, ...] = ()
 
 
 def read_vocabulary(
-    tokenizer: TokenizerJson, size: int, pre_tokenizer: str | None = None
+    tokenizer: TokenizerJson,
+    size: int,
+    pre_tokenizer: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Vocabulary:
     """The tokens of a model; what llama.cpp does otherwise is added to the file's warnings.
 
@@ -57,6 +74,7 @@ def read_vocabulary(
         tokenizer: the file.
         size: rows of the token embedding; the tokens are filled up to it.
         pre_tokenizer: llama.cpp's name for a byte-level BPE tokenizer, instead of looking it up.
+        settings: tokenizer_config.json.
 
     Raises:
         FormatError: the file breaks a rule.
@@ -64,6 +82,9 @@ def read_vocabulary(
         InputError: more tokens than embeddings.
     """
     kind = _kind(tokenizer)
+    _check_lengths(tokenizer)
+    if kind == "bert":
+        _as_rebuilt(tokenizer, settings or {})
     if pre_tokenizer is not None and kind != "gpt2":
         raise UnsupportedError(
             "only byte-level BPE has a pre-tokenizer to be named",
@@ -78,14 +99,96 @@ def read_vocabulary(
         keys["tokenizer.ggml.pre"] = pre_tokenizer or pre_tokenizer_name(tokenizer)
         if pre_tokenizer and (warning := named_warning(pre_tokenizer)):
             tokenizer.warnings.append(warning)
+    beyond = _leave_out_beyond(tokenizer, size)
     keys |= read(tokenizer, size)
+    tokenizer.warnings += findings(tokenizer, kind)
+    steps = dict.fromkeys(tokenizer.step_types("normalizer"))
+    strange = [step for step in steps if step not in normalizers and step not in _HARMLESS]
     tokenizer.warnings += (
         f"llama.cpp does not apply the tokenizer's normalizer '{step}': "
         "text that it would change gets other tokens"
-        for step in tokenizer.step_types("normalizer")
-        if step not in normalizers and step not in _HARMLESS
+        for step in strange[:MAX_STRANGE]
     )
-    return Vocabulary(keys, _ids(tokenizer), size)
+    return Vocabulary(keys, _ids(tokenizer), size, beyond)
+
+
+def _check_lengths(tokenizer: TokenizerJson) -> None:
+    """Refuse tokens whose pairs or pieces would take for ever."""
+    vocab = tokenizer.model.get("vocab")
+    if isinstance(vocab, list):
+        vocab = [piece[0] for piece in vocab if isinstance(piece, list) and piece]
+    texts = [t for t in vocab if isinstance(t, str)] if isinstance(vocab, list | dict) else []
+    texts += [t.text for t in tokenizer.added]
+    longest, total = max(map(len, texts), default=0), sum(map(len, texts))
+    if longest > MAX_TOKEN or total > MAX_TOKEN_CHARACTERS:
+        raise tokenizer.broken(
+            f"tokens are too long: at most {MAX_TOKEN:,} characters each, and "
+            f"{MAX_TOKEN_CHARACTERS:,} together",
+            f"one of {longest:,}, together {total:,}",
+        )
+
+
+def _as_rebuilt(tokenizer: TokenizerJson, settings: Mapping[str, Any]) -> None:
+    """Put in what transformers 5 gives a tokenizer of BERT's kind: a normalizer, and tokens around
+    a text.
+
+    It goes by tokenizer_config.json alone, with its own defaults, not by tokenizer.json.
+    """
+    named = settings.get("tokenizer_class")
+    if named is not None and not (isinstance(named, str) and _REBUILT.fullmatch(named)):
+        return
+    rebuilt = {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": settings.get("tokenize_chinese_chars", True) is True,
+        "strip_accents": settings.get("strip_accents"),
+        "lowercase": settings.get("do_lower_case", True) is True,
+    }
+    cls, sep = (settings.get(f"{name}_token", f"[{name.upper()}]") for name in ("cls", "sep"))
+    if not tokenizer.steps("post_processor") and isinstance(cls, str) and isinstance(sep, str):
+        ids = {**tokenizer.vocabulary(), **{t.text: t.id for t in tokenizer.added}}
+        if cls in ids and sep in ids:
+            tokenizer.fields["post_processor"] = {
+                "type": "BertProcessing",
+                "cls": [cls, ids[cls]],
+                "sep": [sep, ids[sep]],
+            }
+    found = tokenizer.steps("normalizer")
+    if len(found) == 1 and {k: found[0].get(k) for k in rebuilt} == rebuilt:
+        return
+    tokenizer.warnings.append(
+        f"the normalizer in {tokenizer.path.name} is not used: transformers builds it from "
+        f"tokenizer_config.json (do_lower_case {str(rebuilt['lowercase']).lower()}), and so does "
+        "this file"
+    )
+    tokenizer.fields["normalizer"] = rebuilt
+
+
+def _leave_out_beyond(tokenizer: TokenizerJson, size: int) -> tuple[str, ...]:
+    """Take out added tokens that the embedding has no rows for, such as Gemma 3's for images.
+
+    Nothing can be computed with them. They follow the last row at once and are few, and none is of
+    the vocabulary itself: else the tokenizer is that of another model, or the embeddings were not
+    resized, which `_Table` refuses.
+    """
+    beyond = [t for t in tokenizer.added if t.id >= size]
+    vocab = tokenizer.model.get("vocab")
+    own = vocab if isinstance(vocab, dict) else {}
+    last = size + max(1, int(MAX_BEYOND * size)) - 1
+    if not beyond or any(t.id > last or own.get(t.text, t.id) != t.id for t in beyond):
+        return ()
+    texts = tuple(t.text for t in beyond)
+    if any(i >= size and text not in texts for text, i in own.items()):
+        return ()
+    for text in texts:
+        own.pop(text, None)
+    tokenizer.added = tuple(t for t in tokenizer.added if t.id < size)
+    shown = ", ".join(repr(t[:40]) for t in texts[:3]) + (" ..." if len(texts) > 3 else "")
+    tokenizer.notes.append(
+        f"tokens beyond the {size:,} rows of the embedding are left out: {len(texts)} of them, "
+        f"{shown}"
+    )
+    return texts
 
 
 def _kind(tokenizer: TokenizerJson) -> str:
@@ -127,6 +230,13 @@ def _sentencepiece(tokenizer: TokenizerJson, size: int) -> Keys:
             return UNKNOWN
         return BYTE if fallback and _BYTE_TOKEN.fullmatch(token) else NORMAL
 
+    missing = next((b for b in range(256) if f"<0x{b:02X}>" not in tokenizer.vocabulary()), None)
+    if missing is not None or not fallback:
+        raise tokenizer.unlike(
+            "SentencePiece BPE without a token for every byte, which llama.cpp falls back on",
+            f"byte_fallback {fallback}" if missing is None else f"no token '<0x{missing:02X}>'",
+            "byte_fallback true, and 256 tokens <0x00> to <0xFF>",
+        )
     table = _Table(tokenizer, tokenizer.vocabulary(), size, kind)
     return table.keys(_merge_scores(tokenizer, table)) | {
         "tokenizer.ggml.add_space_prefix": _adds_space(tokenizer)
@@ -179,7 +289,7 @@ def _unlisted(listed: set[tuple[str, str]], table: _Table) -> list[tuple[str, st
 
 def _unigram(tokenizer: TokenizerJson, size: int) -> Keys:
     pieces = tokenizer.model.get("vocab")
-    if not isinstance(pieces, list) or not all(map(_is_piece, pieces)):
+    if not isinstance(pieces, list) or not pieces or not all(map(_is_piece, pieces)):
         raise tokenizer.broken("vocab is no list of pieces and scores", pieces)
     if tokenizer.model.get("byte_fallback") is True:
         # llama.cpp would make the unknown token of every line feed.
@@ -188,19 +298,22 @@ def _unigram(tokenizer: TokenizerJson, size: int) -> Keys:
     if len(ids) < len(pieces):
         raise tokenizer.broken("the same piece twice", f"{len(pieces) - len(ids)} times")
     unknown = tokenizer.model.get("unk_id")
+    if type(unknown) is not int or not 0 <= unknown < len(pieces):
+        raise tokenizer.unlike(
+            "Unigram without an unknown token", unknown, "unk_id, the id of a piece"
+        )
     table = _Table(tokenizer, ids, size, lambda t: UNKNOWN if ids[t] == unknown else NORMAL)
     scores = [float(score) for _, score in pieces] + [_UNREACHABLE] * (size - len(pieces))
     steps = tokenizer.steps("normalizer")
     keys = table.keys(scores) | {
         "tokenizer.ggml.add_space_prefix": _adds_space(tokenizer),
-        "tokenizer.ggml.remove_extra_whitespaces": any(map(_merges_spaces, steps)),
+        # Words that were cut at white space come without it.
+        "tokenizer.ggml.remove_extra_whitespaces": any(map(_merges_spaces, steps))
+        or "WhitespaceSplit" in tokenizer.step_types("pre_tokenizer"),
     }
     for step in steps:
         if step.get("type") == "Precompiled" and step.get("precompiled_charsmap"):
-            try:
-                charsmap = base64.b64decode(str(step["precompiled_charsmap"]), validate=True)
-            except binascii.Error as error:
-                raise tokenizer.broken("precompiled_charsmap is not base64", step) from error
+            charsmap = _charsmap(tokenizer, str(step["precompiled_charsmap"]))
             keys["tokenizer.ggml.precompiled_charsmap"] = GgufValue("UINT8", list(charsmap))
     return keys
 
@@ -211,8 +324,27 @@ def _is_piece(value: object) -> bool:
         and len(value) == 2
         and isinstance(value[0], str)
         and type(value[1]) in (int, float)
-        and math.isfinite(value[1])
+        and -MAX_SCORE < value[1] < MAX_SCORE  # an integer may be beyond any float
     )
+
+
+def _charsmap(tokenizer: TokenizerJson, text: str) -> bytes:
+    """SentencePiece's normalization: the size of a double array, that array, replacements."""
+    if len(text) > MAX_CHARSMAP * 4 // 3 + 4:
+        raise tokenizer.broken(
+            "precompiled_charsmap is too large", f"{len(text):,} characters of base64"
+        )
+    try:
+        charsmap = base64.b64decode(text, validate=True)
+    except ValueError as error:  # not base64, or not even ASCII
+        raise tokenizer.broken("precompiled_charsmap is not base64", text) from error
+    size = int.from_bytes(charsmap[:4], "little")
+    if len(charsmap) < 8 or not 4 <= size < len(charsmap) - 4:  # llama.cpp would not load it
+        raise tokenizer.broken(
+            "precompiled_charsmap does not hold the array that it announces",
+            f"an array of {size:,} bytes in {len(charsmap):,}",
+        )
+    return charsmap
 
 
 def _wordpiece(tokenizer: TokenizerJson, size: int) -> Keys:
@@ -224,6 +356,8 @@ def _wordpiece(tokenizer: TokenizerJson, size: int) -> Keys:
             "pre_tokenizer", tokenizer.fields.get("pre_tokenizer"), "BertPreTokenizer"
         )
     unknown = tokenizer.model.get("unk_token")
+    if unknown not in tokenizer.vocabulary():
+        raise tokenizer.unlike("WordPiece without an unknown token", unknown, "unk_token, a token")
     table = _Table(
         tokenizer, tokenizer.vocabulary(), size, lambda t: UNKNOWN if t == unknown else NORMAL
     )
@@ -263,7 +397,7 @@ class _Table:
     def __init__(
         self, tokenizer: TokenizerJson, ids: dict[str, int], size: int, kind: Callable[[str], int]
     ) -> None:
-        largest = max([*ids.values(), *(t.id for t in tokenizer.added)])
+        largest = max([*ids.values(), *(t.id for t in tokenizer.added)], default=-1)
         if largest >= size:
             raise InputError(
                 "tokenizer has more tokens than the model has embeddings",

@@ -218,6 +218,9 @@ def calibrate(
     Either run the model over text (needs torch and transformers: pip install '.[hf]'; MODEL
     is a directory with config and tokenizer), or take recorded activations, or merge calibrations.
 
+    What is done is kept beside the output every few seconds and on Ctrl-C (at the next piece of
+    text; a second one stops at once); the same command with --resume goes on from there.
+
     \b
     Examples:
       qconvert calibrate model-directory --text corpus.txt --nsamples 128 -o calibration.safetensors
@@ -245,13 +248,14 @@ def calibrate(
             "--nsamples": nsamples,
             "--seed": seed,
             "--outputs": outputs or None,
-            "--resume": resume or None,
             "--record": record,
             "--threads": threads,
         },
     )
     if imatrix and activations:
         raise UsageError("--imatrix goes with --text or --merge")
+    if resume and merge:
+        raise UsageError("--resume goes with --text or --activations")
     files = [path for paths in sources.values() for path in paths or []]
     with render.Emitter(json, report, force, quiet, strict, [model, *files]) as emitter:
         progress = emitter.progress
@@ -296,6 +300,7 @@ def calibrate(
                     model=model,
                     settings=_observer(observer, percentile, momentum, symmetric),
                     gram=gram,
+                    resume=resume,
                     force=force,
                 ),
                 progress,

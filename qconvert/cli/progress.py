@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from qconvert.cli.streams import tell
 from qconvert.errors import printable
 from qconvert.progress import Progress, Silent
 
@@ -46,6 +47,16 @@ def size(nbytes: int) -> str:
     )
 
 
+# Bars that are shown: until they end, the terminal has no cursor.
+_bars: set[BarProgress] = set()
+
+
+def end_bars() -> None:
+    """Give the terminal back, whatever else is going on."""
+    while _bars:
+        _bars.pop().end()
+
+
 class LineProgress:
     """One line when a stage begins, and one every 30 seconds: logs show life and stay short."""
 
@@ -53,10 +64,7 @@ class LineProgress:
         self.title, self.total, self.unit = title, total, unit
         self.done = 0
         self.last = time.monotonic()
-        print(
-            f"{printable(title)}: {amount(total, unit)} {'' if unit == 'bytes' else unit}".rstrip(),
-            file=sys.stderr,
-        )
+        tell(f"{title}: {amount(total, unit)} {'' if unit == 'bytes' else unit}".rstrip())
 
     def advance(self, amount_done: int, item: str = "") -> None:
         self.done += amount_done
@@ -64,7 +72,7 @@ class LineProgress:
         if now - self.last >= LINE_SECONDS:
             self.last = now
             text = f"{amount(self.done, self.unit)} of {amount(self.total, self.unit)}"
-            print(f"{printable(self.title)}: {text}", file=sys.stderr, flush=True)
+            tell(f"{self.title}: {text}")
 
     def end(self) -> None:
         pass
@@ -89,6 +97,7 @@ class BarProgress:
         )
 
         self.end()
+        _bars.add(self)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -109,3 +118,4 @@ class BarProgress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+            _bars.discard(self)

@@ -1,22 +1,20 @@
-"""Reports to text for people or JSON for machines. rich only lays out tables; in a pipe the text
-is plain.
-"""
+"""Reports to text for people or JSON for machines."""
 
 from __future__ import annotations
 
-import io
 import math
-import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, TypeVar
+from typing import TypeVar
+from unicodedata import combining, east_asian_width
 
 from qconvert.cli.exits import ExitCode
 from qconvert.cli.progress import make_progress, size
+from qconvert.cli.streams import tell, write_stdout
 from qconvert.errors import printable
 from qconvert.files.atomic import AtomicOutput
 from qconvert.report import (
@@ -33,10 +31,10 @@ from qconvert.report import (
     TokenQuality,
     VerifiedTensor,
     VerifyReport,
-    dump,
 )
 
 R = TypeVar("R", bound=Report)
+T = TypeVar("T")
 NOTES_SHOWN = 3
 WORST_SHOWN = 5
 FAILING_SHOWN = 20
@@ -67,23 +65,26 @@ class Emitter:
         self.progress = make_progress(quiet)
         self.file = AtomicOutput(report, overwrite=force, inputs=inputs) if report else None
 
-    def emit(self, report: R, text: Callable[[R], str]) -> int:
+    def emit(self, report: R, text: Callable[[R], str | Iterable[str]]) -> int:
         if self.strict and report.warnings and report.status == "pass":
             report.status = "fail"
-        document = dump(report.to_json())
         if self.file:
-            self.file.write_at(0, document.encode())
+            at = 0
+            for part in report.json_parts():
+                self.file.write_at(at, part.encode())
+                at += len(part)
             self.file.commit()
         if not self.quiet:
             for warning in report.warnings:
-                print(f"warning: {printable(warning)}", file=sys.stderr)
+                tell(f"warning: {warning}")
         if self.strict and report.warnings:
             # Quiet or not: an exit code of 1 without a word would leave a script in the dark.
-            told = f": {printable(report.warnings[0])}" if self.quiet else ""
+            told = f": {report.warnings[0]}" if self.quiet else ""
             count = len(report.warnings)
             which = "a warning is a failure" if count == 1 else f"{count} warnings are a failure"
-            print(f"failed: under --strict {which}{told}", file=sys.stderr)
-        if not write_stdout(document if self.json else text(report)):
+            tell(f"failed: under --strict {which}{told}")
+        parts = report.json_parts() if self.json else text(report)
+        if not write_stdout(parts):
             return ExitCode.READER_GONE
         return ExitCode.DONE if report.status == "pass" else ExitCode.NO
 
@@ -101,56 +102,78 @@ class Emitter:
             self.file.__exit__(kind, error, tb)
 
 
-def write_stdout(text: str) -> bool:
-    """Write to stdout; False when its reader has gone (Typer would take the error for its own)."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        abandon_stdout()
-        return False
-    return True
-
-
-def abandon_stdout() -> None:
-    """Let stdout end in nothing: the interpreter flushes it at exit and would complain again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 # --- pieces ---------------------------------------------------------------------------------------
 
 
-def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> str:
-    """A table as text; ``columns`` are (heading, "left" or "right").
+def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> str:
+    """A table as text; see `table_lines`."""
+    return "".join(table_lines(columns, rows, lambda row: row))
+
+
+def table_lines(
+    columns: Sequence[tuple[str, str]], items: Sequence[T], row: Callable[[T], Sequence[str]]
+) -> Iterator[str]:
+    """A table line by line; ``columns`` are (heading, "left" or "right").
 
     On a narrow terminal the first column and the one headed "why" are cut; figures never are.
-    """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    cells = [[printable(cell) for cell in row] for row in rows]
-    full = [max([len(h), *(len(row[i]) for row in cells)]) for i, (h, _) in enumerate(columns)]
+    Args:
+        items: what the rows are of; there may be hundreds of thousands.
+        row: the cells of one of them; asked for twice, so that not all have to be kept.
+    """
+    headings = [heading for heading, _ in columns]
+    full = [len(heading) for heading in headings]
+    for item in items:
+        cells = _cells(row(item))
+        widths = map(len if _is_plain(cells) else _width, cells)
+        full = [max(pair) for pair in zip(full, widths, strict=True)]
+    wanted = list(full)
     terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
     room = terminal - sum(full) - COLUMN_GAP * len(full)
-    for i, (heading, _) in reversed(list(enumerate(columns))):
+    for i, heading in reversed(list(enumerate(headings))):
         if i == 0 or heading == "why":
             kept = min(full[i], max(FLEXIBLE_WIDTH, full[i] + min(room, 0)))
             room += full[i] - kept
             full[i] = kept
-    grid = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
-    for (heading, justify), width in zip(columns, full, strict=True):
-        side: Literal["left", "right"] = "right" if justify == "right" else "left"
-        grid.add_column(Text(heading), justify=side, no_wrap=True, width=width)
-    for name, *rest in cells:
-        # The end of a tensor's name tells more than its beginning.
-        short = name if len(name) <= full[0] else "…" + name[1 - full[0] :]
-        grid.add_row(Text(short), *(Text(cell) for cell in rest))
-    out = io.StringIO()
-    width = sum(full) + COLUMN_GAP * len(full)
-    Console(file=out, width=width, no_color=True, highlight=False).print(grid)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+    right = [justify == "right" for _, justify in columns]
+    gap = " " * COLUMN_GAP
+    plain = gap.join(f"{{:{'>' if r else '<'}{n}}}" for r, n in zip(right, full, strict=True))
+    yield _line(headings, full, right)
+    yield "─" * (sum(full) + COLUMN_GAP * (len(full) - 1)) + "\n"
+    for item in items:
+        cells = _cells(row(item))
+        if full == wanted and _is_plain(cells):  # the same line, in one step
+            yield plain.format(*cells).rstrip() + "\n"
+        else:
+            yield _line(cells, full, right)
+
+
+def _cells(row: Sequence[str]) -> Sequence[str]:
+    return [printable(cell, PIPE_WIDTH) for cell in row]
+
+
+def _is_plain(cells: Sequence[str]) -> bool:
+    """Whether each letter takes one column."""
+    return "".join(cells).isascii()
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
+    parts = []
+    for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+        spare = width - _width(cell)
+        if spare < 0:
+            # The end of a tensor's name tells more than its beginning.
+            cell = "…" + cell[1 - width :] if i == 0 else cell[: width - 1] + "…"
+            spare = width - _width(cell)
+        parts.append(" " * spare + cell if right[i] else cell + " " * spare)
+    return (" " * COLUMN_GAP).join(parts).rstrip() + "\n"
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal that the text takes."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -162,7 +185,7 @@ def decibels(value: float | None) -> str:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    return "x".join(str(n) for n in shape) if shape else "scalar"
+    return "x".join(map(str, shape)) if shape else "scalar"
 
 
 def duration(seconds: float) -> str:
@@ -191,7 +214,7 @@ def quantize_text(r: QuantizeReport) -> str:
     sizes = f"{size(r.source_bytes)} -> {about}{size(r.output_bytes)}"
     lines.append(f"size       {sizes} ({100 * ratio:.1f} %)\n")
     for i, note in enumerate(r.notes[:NOTES_SHOWN]):
-        lines.append(f"{'left out   ' if i == 0 else '           '}{printable(note)}\n")
+        lines.append(f"{'notes      ' if i == 0 else '           '}{printable(note)}\n")
     if len(r.notes) > NOTES_SHOWN:
         lines.append(f"           and {len(r.notes) - NOTES_SHOWN} more, see --json\n")
     if r.files > 1:
@@ -236,10 +259,10 @@ def _tally(words: Iterable[str]) -> str:
 
 
 def _plan_table(tensors: Sequence[QuantizedTensor]) -> str:
-    rows = [
-        (t.name, shape_text(t.shape), t.source_dtype, t.stored, number(t.bits_per_weight), t.reason)
-        for t in tensors
-    ]
+    def row(t: QuantizedTensor) -> Sequence[str]:
+        bits = number(t.bits_per_weight)
+        return t.name, shape_text(t.shape), t.source_dtype, t.stored, bits, t.reason
+
     columns = [
         ("tensor", "left"),
         ("shape", "right"),
@@ -248,61 +271,53 @@ def _plan_table(tensors: Sequence[QuantizedTensor]) -> str:
         ("bits", "right"),
         ("why", "left"),
     ]
-    return table(columns, rows) + "\n"
+    return "".join(table_lines(columns, tensors, row)) + "\n"
 
 
 # --- inspect --------------------------------------------------------------------------------------
 
 
-def inspect_text(r: InspectReport) -> str:
-    parts = [f"{printable(r.path)} ({r.kind})\n\n"]
-    parts.append(_statistics_table(r.tensors) if r.statistics else _header_table(r.tensors))
-    parts.append(f"\n{len(r.tensors)} of {r.total_tensors} tensors shown; the file has ")
-    parts.append(f"{r.total_values:,} values in {size(r.total_bytes)}\n")
+def inspect_text(r: InspectReport) -> Iterator[str]:
+    yield f"{printable(r.path)} ({r.kind})\n\n"
+    columns = [("tensor", "left"), ("shape", "right"), ("dtype", "left"), ("size", "right")]
+    if r.statistics:
+        yield from table_lines(columns + STATISTICS, r.tensors, _statistics_row)
+    else:
+        yield from table_lines(columns, r.tensors, _header_row)
+    yield f"\n{len(r.tensors)} of {r.total_tensors} tensors shown; the file has "
+    yield f"{r.total_values:,} values in {size(r.total_bytes)}\n"
+    for note in r.notes:
+        yield f"notes      {printable(note)}\n"
     for t in r.tensors:
         if t.histogram:
-            parts.append(f"\n{histogram_text(t, t.histogram)}")
-    parts.append(
-        f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n" if r.statistics else ""
+            yield f"\n{histogram_text(t, t.histogram)}"
+    if r.statistics:
+        yield f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
+
+
+def _header_row(t: TensorSummary) -> Sequence[str]:
+    return t.name, shape_text(t.shape), t.dtype, size(t.nbytes)
+
+
+def _statistics_row(t: TensorSummary) -> Sequence[str]:
+    figures = (t.minimum, t.maximum, t.mean, t.std, t.absmax, t.kurtosis)
+    return (
+        *_header_row(t),
+        *(number(v, 3) for v in figures),
+        "-" if t.outlier_share is None else f"{100 * t.outlier_share:.3g}%",
+        "-" if t.zeros is None else f"{t.zeros:,}",
+        "-" if t.nonfinite is None else f"{t.nonfinite:,}",
+        t.suggestion or "-",
+        t.suggestion_reason or "-",
     )
-    return "".join(parts)
 
 
-def _header_table(tensors: Sequence[TensorSummary]) -> str:
-    rows = [(t.name, shape_text(t.shape), t.dtype, size(t.nbytes)) for t in tensors]
-    return table(
-        [("tensor", "left"), ("shape", "right"), ("dtype", "left"), ("size", "right")], rows
-    )
-
-
-def _statistics_table(tensors: Sequence[TensorSummary]) -> str:
-    columns = [("tensor", "left"), ("shape", "right"), ("dtype", "left"), ("size", "right")]
-    columns += [
-        (name, "right")
-        for name in ("min", "max", "mean", "std", "absmax", "kurtosis", "outliers", "zeros", "bad")
-    ]
-    columns += [("suggested", "left"), ("why", "left")]
-    rows = []
-    for t in tensors:
-        share = "-" if t.outlier_share is None else f"{100 * t.outlier_share:.3g}%"
-        rows.append(
-            (
-                t.name,
-                shape_text(t.shape),
-                t.dtype,
-                size(t.nbytes),
-                *(
-                    number(v, 3)
-                    for v in (t.minimum, t.maximum, t.mean, t.std, t.absmax, t.kurtosis)
-                ),
-                share,
-                "-" if t.zeros is None else f"{t.zeros:,}",
-                "-" if t.nonfinite is None else f"{t.nonfinite:,}",
-                t.suggestion or "-",
-                t.suggestion_reason or "-",
-            )
-        )
-    return table(columns, rows)
+STATISTICS = [
+    *((name, "right") for name in ("min", "max", "mean", "std", "absmax", "kurtosis")),
+    *((name, "right") for name in ("outliers", "zeros", "bad")),
+    ("suggested", "left"),
+    ("why", "left"),
+]
 
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"

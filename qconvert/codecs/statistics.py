@@ -6,6 +6,7 @@ threads.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from qconvert.kernels.arithmetic import HISTOGRAM_BINS
 from qconvert.kernels.records import Moments, merge_moments
 
 OUTLIER_SIGMAS = 4.0  # a Gaussian has 6.3e-5 of its values beyond
+FEW_VALUES = 1 << 14  # up to so many, their patterns are kept instead of 65,536 counts
 
 
 def outlier_bounds(moments: Moments) -> tuple[float, float]:
@@ -35,7 +37,9 @@ class TensorStatistics:
         first_nonfinite: index of the first of them in the flattened tensor, or None.
         zeros: values equal to 0.
         moments: None when no value is finite.
-        histogram: counts by the upper 16 bits of the float32 pattern, (65536,) int64.
+        patterns: the upper 16 bits of the float32 pattern of each finite value, uint16, where they
+            are few; else None.
+        counts: of these patterns, (65536,) int64, where the values are many; else None.
     """
 
     size: int
@@ -43,7 +47,16 @@ class TensorStatistics:
     first_nonfinite: int | None
     zeros: int
     moments: Moments | None
-    histogram: NDArray[np.int64]
+    patterns: NDArray[np.uint16] | None
+    counts: NDArray[np.int64] | None
+
+    @property
+    def histogram(self) -> NDArray[np.int64]:
+        """Counts by the upper 16 bits of the float32 pattern, (65536,)."""
+        if self.counts is not None:
+            return self.counts
+        assert self.patterns is not None
+        return np.bincount(self.patterns, minlength=kernels.HISTOGRAM_BINS)
 
     @property
     def minimum(self) -> float | None:
@@ -81,17 +94,21 @@ class TensorStatistics:
         m, std = self.moments, self.std
         if m is None or not std:
             return None
-        centres = bin_centres()
-        beyond = np.abs(centres - m.mean) > OUTLIER_SIGMAS * std
+        if self.patterns is not None:
+            beyond = np.abs(bin_centres()[self.patterns] - m.mean) > OUTLIER_SIGMAS * std
+            return int(np.count_nonzero(beyond)) / m.count
+        beyond = np.abs(bin_centres() - m.mean) > OUTLIER_SIGMAS * std
         return int(self.histogram[beyond].sum()) / m.count
 
 
+@functools.cache
 def bin_centres() -> NDArray[np.float64]:
-    """The middle of each histogram bin; NaN for the patterns of Inf and NaN."""
+    """The middle of each histogram bin, read-only; NaN for the patterns of Inf and NaN."""
     keys = np.arange(HISTOGRAM_BINS, dtype=np.uint32)
     finite = keys & 0x7F80 != 0x7F80
     centres = np.full(len(keys), np.nan)
     centres[finite] = ((keys[finite] << 16) | 0x8000).view(np.float32)
+    centres.flags.writeable = False
     return centres
 
 
@@ -120,8 +137,15 @@ def observe(x: NDArray[np.floating[Any]], start: int = 0) -> TensorStatistics:
         first_nonfinite=None if first is None else start + first,
         zeros=found.zeros,
         moments=found.moments,
-        histogram=kernels.histogram(narrow),
+        **_patterns_or_counts(narrow),
     )
+
+
+def _patterns_or_counts(x: NDArray[np.float32]) -> dict[str, Any]:
+    """These fields of `TensorStatistics` for finite values."""
+    if len(x) > FEW_VALUES:
+        return {"patterns": None, "counts": kernels.histogram(x)}
+    return {"patterns": (x.view(np.uint32) >> 16).astype(np.uint16), "counts": None}
 
 
 def merge(a: TensorStatistics, b: TensorStatistics) -> TensorStatistics:
@@ -132,5 +156,6 @@ def merge(a: TensorStatistics, b: TensorStatistics) -> TensorStatistics:
         first_nonfinite=b.first_nonfinite if a.first_nonfinite is None else a.first_nonfinite,
         zeros=a.zeros + b.zeros,
         moments=merge_moments(a.moments, b.moments),
-        histogram=a.histogram + b.histogram,
+        patterns=None,
+        counts=a.histogram + b.histogram,
     )

@@ -26,14 +26,22 @@ from qconvert import fixed_point
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
 from qconvert.files.scratch import Scratch
-from qconvert.model import Model
+from qconvert.files.strict_json import strict_json
+from qconvert.geometry import row_length
+from qconvert.model import Model, TensorInfo
 
 ENTRY = "qconvert.calibration"
 SCHEMA = "qconvert.calibration/3"
+PARTIAL = "partial"  # an entry of the JSON that only the state of an interrupted run has
 CHANNELS = ("minimum", "maximum", "mean_square")
 WEIGHT = ".weight"
 MAX_OBSERVER = 32  # characters of an observer's name
 MAX_SAMPLES = (1 << 53) - 1  # what a qblk header can say
+MAX_FEATURES = (
+    1 << 20
+)  # values of a row: twenty times what is in use; statistics take 168 bytes each
+MAX_SCALE = 3.0e38
+MIN_SCALE = 2.0**-150  # exclusive: what rounds to a binary32 number above 0
 DIGEST_BYTES = 4096  # of each tensor
 NUMPY = {"F32": "<f4", "F64": "<f8", "U16": "<u2", "U32": "<u4", "I64": "<i8"}
 DTYPES = {np.dtype(code): name for name, code in NUMPY.items()}
@@ -59,6 +67,7 @@ class LayerCalibration:
         features: values of a row.
         low, high, scale, zero_point: of the input; see `StaticParameters`.
         output: of the output, where that was observed.
+        transposed: whether the weight is stored (in, out): features are its rows, not its columns.
     """
 
     samples: int
@@ -68,6 +77,11 @@ class LayerCalibration:
     scale: float
     zero_point: int
     output: StaticParameters | None = None
+    transposed: bool = False
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape takes as many features."""
+        return len(shape) > 1 and shape[0 if self.transposed else -1] == self.features
 
     def note(self, observer: str) -> dict[str, Any]:
         """The ``activation`` object of a qblk tensor."""
@@ -114,6 +128,7 @@ class CalibrationDocument:
         model: `model_digest` of the model, None where activations came without one.
         run: of a run over text; None for recorded activations and merged files.
         unreached: layers of the model that no token came through.
+        partial: the state of an interrupted run.
     """
 
     observer: str
@@ -123,6 +138,12 @@ class CalibrationDocument:
     model: str | None = None
     run: TextRun | None = None
     unreached: list[str] = field(default_factory=list)
+    partial: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is of a run that came to its end."""
+        return not self.partial and (self.run is None or self.run.done == self.run.chunks)
 
 
 class Calibration:
@@ -144,15 +165,8 @@ class Calibration:
         with ExitStack() as closing:  # a refusal closes the file
             closing.callback(self._file.close)
             self.document = _document(self._file, path)
-            run = self.document.run
-            if run and run.done < run.chunks:
-                raise FormatError(
-                    "the state of an interrupted run, not a calibration",
-                    path=path,
-                    found=f"{run.done:,} of {run.chunks:,} pieces of text",
-                    hint="finish it: the same command with --resume",
-                    code="CALIBRATION-PARTIAL",
-                )
+            if not self.document.finished:
+                raise unfinished(path)
             closing.pop_all()
         self._tensors = {t.name: t for t in self._file.tensors}
 
@@ -171,7 +185,9 @@ class Calibration:
     def mean_squares(self, tensor: str, columns: int) -> NDArray[np.float32] | None:
         """Mean squares of the input channels of a weight, (columns,), finite and not negative.
 
-        None where the file has not got its layer, or the layer was never active: all are 0.
+        None where the file has not got its layer, where the layer was never active (all are 0), and
+        where the weight is stored (in, out): all values of a row meet one channel then, and no
+        search within a row has anything to weigh.
 
         Raises:
             FormatError: another number of channels than ``columns``, another dtype than F32, or a
@@ -179,7 +195,8 @@ class Calibration:
         """
         name = f"{layer_name(tensor)}/mean_square"
         info = self._tensors.get(name)
-        if info is None:
+        layer = self.find(tensor)
+        if info is None or (layer is not None and layer.transposed):
             return None
         if (info.shape, info.dtype) != ((columns,), "F32"):
             raise self._impossible(name, f"{info.dtype} {list(info.shape)}", f"F32 [{columns}]")
@@ -253,14 +270,15 @@ class Calibration:
         """The calibration of the layer that a weight belongs to."""
         return self.layers.get(layer_name(tensor))
 
-    def check(self, tensor: str, columns: int) -> None:
-        """Refuse a layer whose number of features is not that of the weight's rows."""
-        found = self.layers[layer_name(tensor)]
-        if found.features != columns:
+    def check(self, tensor: TensorInfo) -> None:
+        """Refuse a layer whose number of features is not that of the weight's."""
+        found = self.layers[layer_name(tensor.name)]
+        columns = row_length(tensor.shape)
+        if found.features != columns and not found.fits(tensor.shape):
             raise UnsupportedError(
                 "the calibration does not fit the weight",
                 path=self.path,
-                tensor=tensor,
+                tensor=tensor.name,
                 found=f"{found.features:,} features",
                 wanted=f"{columns:,}",
                 hint="calibrate with activations of this model",
@@ -274,6 +292,16 @@ class Calibration:
         """Layers that belong to none of these tensors."""
         used = {layer_name(t) for t in tensors}
         return sorted(set(self.layers) - used)
+
+
+def unfinished(path: Path) -> FormatError:
+    """The refusal of a state where a calibration is wanted."""
+    return FormatError(
+        "the state of an interrupted run, not a calibration",
+        path=path,
+        hint="finish it: its command with --resume",
+        code="CALIBRATION-PARTIAL",
+    )
 
 
 def layer_name(name: str) -> str:
@@ -316,7 +344,13 @@ def calibration_parts(
     document: CalibrationDocument, arrays: Mapping[str, NDArray[Any]]
 ) -> Iterator[bytes]:
     """A calibration file, piece by piece; ``arrays`` are the tensors, named ``L/...``."""
-    text = json.dumps({"schema": SCHEMA, **asdict(document)}, sort_keys=True, ensure_ascii=False)
+    fields = {"schema": SCHEMA, **asdict(document)}
+    if not document.partial:
+        del fields[PARTIAL]
+    for layer in fields["layers"].values():
+        if not layer["transposed"]:  # so that files of most models are what they have always been
+            del layer["transposed"]
+    text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
     header: dict[str, Any] = {"__metadata__": {ENTRY: text}}
     names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # aligned
     at = 0
@@ -325,14 +359,15 @@ def calibration_parts(
         place = [at, at + a.nbytes]
         header[name] = {"dtype": DTYPES[a.dtype], "shape": list(a.shape), "data_offsets": place}
         at = place[1]
-    described = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    described += b" " * (-len(described) % 8)
-    yield len(described).to_bytes(8, "little") + described
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
+    start = text.encode()
+    start += b" " * (-len(start) % 8)
+    yield len(start).to_bytes(8, "little") + start
     for name in names:
         flat = arrays[name].reshape(-1)
         step = PART_BYTES // flat.itemsize
-        for start in range(0, len(flat), step):
-            part = flat[start : start + step]
+        for first in range(0, len(flat), step):
+            part = flat[first : first + step]
             yield part.astype(part.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
@@ -366,8 +401,8 @@ def _document(model: SafetensorsModel, path: Path) -> CalibrationDocument:
             "not a calibration file", path=path, hint="make one with: qconvert calibrate"
         )
     shapes = {t.name: t.shape for t in model.tensors}
+    described = strict_json(text.encode(), path)
     try:
-        described = json.loads(text)
         schema = described.pop("schema")
         if schema != SCHEMA:
             raise UnsupportedError("calibration", path=path, found=schema, wanted=SCHEMA)
@@ -380,7 +415,7 @@ def _document(model: SafetensorsModel, path: Path) -> CalibrationDocument:
             and all(shapes.get(f"{name}/{kind}") == (layer.features,) for kind in CHANNELS)
             for name, layer in layers.items()
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise FormatError("damaged calibration metadata", path=path) from e
     if not good:
         raise FormatError("impossible values in the calibration", path=path)
@@ -404,6 +439,7 @@ def _plausible_document(document: CalibrationDocument) -> bool:
             for entry in document.inputs
         )
         and (document.model is None or isinstance(document.model, str))
+        and isinstance(document.partial, bool)
         and isinstance(document.unreached, list)
         and all(isinstance(name, str) for name in document.unreached)
         and (run is None or _plausible_run(run))
@@ -426,7 +462,7 @@ def _plausible_run(run: TextRun) -> bool:
     numbers = (run.seqlen, run.seed, run.chunks, run.done, run.tokens, run.groups)
     return (
         all(_integer(n) and 0 <= n <= MAX_SAMPLES for n in numbers)
-        and (run.nsamples is None or _integer(run.nsamples))
+        and (run.nsamples is None or (_integer(run.nsamples) and 0 < run.nsamples <= MAX_SAMPLES))
         and run.done <= run.chunks
     )
 
@@ -440,7 +476,8 @@ def _plausible(layer: LayerCalibration) -> bool:
         _integer(layer.samples)
         and _integer(layer.features)
         and 0 < layer.samples <= MAX_SAMPLES
-        and layer.features > 0
+        and 0 < layer.features <= MAX_FEATURES
+        and isinstance(layer.transposed, bool)
         and _plausible_range(layer)
         and (layer.output is None or _plausible_range(layer.output))
     )
@@ -453,7 +490,5 @@ def _plausible_range(r: LayerCalibration | StaticParameters) -> bool:
         and -128 <= r.zero_point <= 127
         and math.isfinite(r.low)
         and math.isfinite(r.high)
-        and bool(
-            0 < np.float32(r.scale) <= 3.0e38
-        )  # its shortest decimal may lie below the least one
+        and MIN_SCALE < r.scale <= MAX_SCALE
     )

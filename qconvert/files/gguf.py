@@ -6,7 +6,6 @@ its counts and offsets unchecked, and dies with the process when the file shrink
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 from collections.abc import Callable
@@ -33,10 +32,15 @@ DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 65536
 MAX_DIMS = 4
 MAX_VALUES = (1 << 63) - 1
-# Ten times what is in use; they bound the memory that a hostile header can ask for.
-MAX_HEADER = 128 << 20
-MAX_TENSORS = 1_000_000
+# Several times what is in use; they bound the time and memory that a hostile header can ask for.
+MAX_HEADER = 64 << 20
+MAX_TENSORS = 400_000
 MAX_KEYS = 100_000
+MAX_KEY_BYTES = 65_535  # the format's own
+MAX_NAME_BYTES = 1024  # of a tensor; QBLK-012
+MAX_TEXT_BYTES = 16 << 20  # of all keys and their values together, but for arrays
+MAX_ARRAY_VALUES = 2_000_000  # of all arrays together
+MAX_ARRAY_STRING = 1 << 20  # bytes
 
 _CHUNK = 1 << 20
 _ALIGNMENT_KEY = "general.alignment"
@@ -100,7 +104,7 @@ class GgufModel:
         self.metadata = header.metadata
         self.tensors = tuple(tensor for tensor, _ in header.tensors)
         self.sources: tuple[SourceFile, ...] = (
-            SourceFile(path.name, file.size, _sha256(file, header.data_start)),
+            SourceFile(path.name, file.size, file.sha256(header.data_start)),
         )
         self._file = file
         self._header = header
@@ -213,14 +217,6 @@ def open_gguf(path: Path) -> GgufModel:
         raise
 
 
-def _sha256(file: RegularFile, size: int) -> str:
-    """Digest of the first ``size`` bytes, in hex."""
-    digest = hashlib.sha256()
-    for offset in range(0, size, _CHUNK):
-        digest.update(file.read(offset, min(_CHUNK, size - offset)))
-    return digest.hexdigest()
-
-
 class _Header:
     """Everything before the tensor data, read from front to back and checked.
 
@@ -235,6 +231,8 @@ class _Header:
         self._position = 0
         self._buffer = b""
         self._buffer_start = 0
+        self._reading: str | None = None  # the key or tensor under way, for messages
+        self._text_bytes = self._array_values = 0
         self._check_version()
         tensor_count = self._count("tensors", _INFO_BYTES, MAX_TENSORS)
         key_count = self._count("keys", _KEY_BYTES, MAX_KEYS)
@@ -259,15 +257,18 @@ class _Header:
         if kind == _ARRAY:
             kind, count = self._u32(), self._u64()
 
-        def one() -> Any:
-            if kind == _STRING:
-                return self._string(f"string in '{key}'")
-            layout = _SCALARS[kind][0]
-            (value,) = layout.unpack(self._take(layout.size))
-            return bool(value) if kind == _BOOL else value
-
         name = gguf.GGUFValueType(kind).name
-        return name, one() if count is None else [one() for _ in range(count)]
+        if kind == _STRING:
+            what = f"string in '{key}'"
+            if count is None:
+                return name, self._string(what, MAX_TEXT_BYTES)
+            return name, [self._string(what, MAX_ARRAY_STRING) for _ in range(count)]
+        layout = _SCALARS[kind][0]
+        data = self._take(layout.size * (1 if count is None else count))
+        values = np.frombuffer(data, layout.format).tolist()
+        if kind == _BOOL:
+            values = [bool(v) for v in values]
+        return name, values[0] if count is None else values
 
     def _check_version(self) -> None:
         magic = self._take(4)
@@ -292,23 +293,40 @@ class _Header:
         )
 
     def _read_key(self) -> None:
-        key = self._string("key")
+        start = self._position
+        key = self._string("key", MAX_KEY_BYTES)
         if not key:
             raise self._broken("a key is empty", "GGUF-KEY")
+        self._reading = f"key '{key}'"
         if key in self.metadata:
             raise self._broken(f"key '{key}' appears twice", "GGUF-DUPLICATE-KEY")
         kind = self._u32()
         self._places[key] = kind, self._position
         if kind == _STRING:
-            self.metadata[key] = self._string(f"value of '{key}'")
+            self.metadata[key] = self._string(f"value of '{key}'", MAX_TEXT_BYTES)
+            self._count_text(self._position - start)
         elif kind == _ARRAY:
+            self._count_text(self._position - start)
             self.metadata[key] = f"[{self._skip_array(key)} values]"
         elif kind in _SCALARS:
             self.metadata[key] = self._scalar(key, kind)
+            self._count_text(self._position - start)
         else:
             raise self._broken(f"key '{key}' has an unknown type", "GGUF-VALUE-TYPE", found=kind)
         if key == _ALIGNMENT_KEY:
             self._set_alignment(kind)
+        self._reading = None
+
+    def _count_text(self, size: int) -> None:
+        """Bound what keys and their values, but for arrays, take in memory."""
+        self._text_bytes += size
+        if self._text_bytes > MAX_TEXT_BYTES:
+            raise self._broken(
+                "keys and their values are too long together",
+                "GGUF-STRING",
+                found=f"{self._text_bytes:,} bytes",
+                wanted=f"at most {MAX_TEXT_BYTES:,}",
+            )
 
     def _scalar(self, key: str, kind: int) -> str:
         layout, text = _SCALARS[kind]
@@ -325,9 +343,8 @@ class _Header:
         if kind == _ARRAY:
             raise self._broken(f"key '{key}' is an array of arrays", "GGUF-NESTED-ARRAY")
         if kind == _STRING:
-            count = self._count(f"strings in '{key}'", _U64.size)
-            for _ in range(count):
-                self._skip(self._u64())
+            count = self._count(f"strings in '{key}'", _U64.size, MAX_ARRAY_VALUES)
+            self._skip_strings(count)
         elif kind in _SCALARS:
             size = _SCALARS[kind][0].size
             count = self._count(f"values in '{key}'", size)
@@ -336,7 +353,27 @@ class _Header:
             raise self._broken(
                 f"key '{key}' is an array of an unknown type", "GGUF-VALUE-TYPE", found=kind
             )
+        self._array_values += count
+        if self._array_values > MAX_ARRAY_VALUES:
+            raise self._broken(
+                "too many values in arrays",
+                "GGUF-COUNT",
+                found=f"{self._array_values:,}",
+                wanted=f"at most {MAX_ARRAY_VALUES:,} in all arrays together",
+            )
         return count
+
+    def _skip_strings(self, count: int) -> None:
+        """Pass over strings; tokenizers have hundreds of thousands."""
+        for _ in range(count):
+            at = self._position - self._buffer_start
+            if at + _U64.size > len(self._buffer):
+                size = self._u64()
+            else:
+                (size,) = _U64.unpack_from(self._buffer, at)
+                self._position += _U64.size
+            self._check_length("a string", size, MAX_ARRAY_STRING)
+            self._skip(size)
 
     def _set_alignment(self, kind: int) -> None:
         text = self.metadata[_ALIGNMENT_KEY]
@@ -353,7 +390,8 @@ class _Header:
     def _read_tensors(self, count: int) -> None:
         names: set[str] = set()
         for _ in range(count):
-            name = self._string("tensor name")
+            self._reading = f"tensor {len(self.tensors) + 1:,} of {count:,}"
+            name = self._string("tensor name", MAX_NAME_BYTES)
             if name in names:
                 raise self._broken("the name appears twice", "GGUF-DUPLICATE-TENSOR", tensor=name)
             names.add(name)
@@ -370,6 +408,7 @@ class _Header:
                     wanted=f"a multiple of {self._alignment}",
                 )
             self.tensors.append((TensorInfo(name, shape, storage.name, nbytes), offset))
+        self._reading = None
 
     def _shape(self, name: str) -> tuple[int, ...]:
         """The shape, outermost dimension first; GGUF begins with the innermost."""
@@ -443,9 +482,11 @@ class _Header:
             )
         return count
 
-    def _string(self, what: str) -> str:
+    def _string(self, what: str, most: int) -> str:
+        size = self._u64()
+        self._check_length(f"a {what}", size, most)
         try:
-            return self._take(self._u64()).decode()
+            return self._take(size).decode()
         except UnicodeDecodeError:
             raise self._broken(f"a {what} is not UTF-8", "GGUF-UTF8") from None
 
@@ -468,11 +509,22 @@ class _Header:
             self._buffer_start, start = position, 0
         return self._buffer[start : start + size]
 
+    def _check_length(self, what: str, found: int, most: int) -> None:
+        """Refuse a string above its limit; one that the file does not hold is another fault."""
+        if found > most and self._position + found <= self._file.size:
+            raise self._broken(
+                f"{what} is too long",
+                "GGUF-STRING",
+                found=f"{found:,} bytes",
+                wanted=f"at most {most:,}",
+            )
+
     def _skip(self, size: int) -> None:
         end = self._position + size
         if end > self._file.size:
             raise self._broken(
-                "the file ends inside its header",
+                "the file ends inside its header"
+                + (f", in {self._reading}" if self._reading else ""),
                 "GGUF-TRUNCATED",
                 found=f"{self._file.size} bytes",
                 wanted=f"at least {end}",

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.errors import FormatError, InputError
-from qconvert.files.gguf import GgufModel, open_gguf
+from qconvert.files.gguf import MAX_TENSORS, GgufModel, open_gguf
+from qconvert.files.gguf_split import PROVENANCE, set_of
 from qconvert.model import Companion, SourceFile, TensorInfo
 
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -91,6 +92,15 @@ def open_gguf_model(path: Path) -> AnyGgufModel:
         for other in _others(first, count):
             parts.append(open_gguf(other))
             opened.callback(parts[-1].close)
+            tensors = sum(len(part.tensors) for part in parts)
+            if tensors > MAX_TENSORS:
+                raise FormatError(
+                    "too many tensors in the files of the split model",
+                    path=other,
+                    found=f"{tensors:,}",
+                    wanted=f"at most {MAX_TENSORS:,}",
+                    code="GGUF-COUNT",
+                )
         _check_together(parts)
         opened.pop_all()
         return SplitGgufModel(parts)
@@ -150,6 +160,18 @@ def _check_together(parts: Sequence[GgufModel]) -> None:
                 wanted=wanted,
                 hint="one of the files is of another model, or has another's name",
                 code="GGUF-SPLIT-KEYS",
+            )
+    for part in parts[1:]:
+        sets = [set_of(p.metadata.get(PROVENANCE)) for p in (part, parts[0])]
+        if sets[0] != sets[1]:  # a file of another program has none
+            raise FormatError(
+                f"is not of the same set as '{parts[0].path.name}': one was replaced without the "
+                "other",
+                path=part.path,
+                found=f"set {sets[0]}",
+                wanted=f"{sets[1]}",
+                hint="convert the model again",
+                code="GGUF-SPLIT-SET",
             )
     for part in parts:
         for tensor in part.tensors:

@@ -20,6 +20,7 @@ from qconvert.errors import UnsupportedError
 from qconvert.files.gguf import ARCHITECTURE, MAX_DIMS
 
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME, less the terminating zero
+FIXED_BYTES = 4 + 4 + 8 + 8  # magic, version, numbers of tensors and of keys
 
 MetadataScalar = str | int | float | bool
 
@@ -64,6 +65,11 @@ class GgufTensor:
         return math.prod(self.shape) // int(block) * int(size)
 
 
+def string_key_bytes(key: str, value: str) -> int:
+    """What a key and its string take in a file."""
+    return 8 + len(key.encode()) + 4 + 8 + len(value.encode())
+
+
 def check_gguf(tensors: Sequence[GgufTensor]) -> None:
     """Refuse tensors that a GGUF file cannot hold, before a byte is written.
 
@@ -101,6 +107,9 @@ class GgufWriter:
     Raises:
         UnsupportedError: a tensor, key or value that GGUF cannot hold; nothing was written.
         OSError: the file could not be written.
+
+    Attributes:
+        header_size: bytes before the first tensor.
     """
 
     def __init__(
@@ -172,6 +181,7 @@ class GgufWriter:
             self._writer.write_ti_data_to_file()
             self._out = self._writer.fout[0]
             self._pad()
+            self.header_size = self._out.tell()
         except BaseException:
             self.close()
             raise

@@ -6,10 +6,9 @@ Both forms of the file, and what is refused: formats/imatrix.md. Read from llama
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.errors import FormatError, UnsupportedError
-from qconvert.files.gguf import DEFAULT_ALIGNMENT, MAGIC, GgufModel, open_gguf
+from qconvert.files.gguf import DEFAULT_ALIGNMENT, MAGIC, GgufModel
 from qconvert.files.regular import RegularFile
 from qconvert.model import TensorInfo
 
@@ -28,8 +27,12 @@ DATASETS, CHUNK_COUNT, CHUNK_SIZE = (
     "imatrix.chunk_size",
 )
 MAX_NAME_BYTES = 63  # of a tensor in GGUF, suffix included
+MAX_NUMBER = (1 << 32) - 1  # of chunks and tokens, which are uint32
 
-_CHUNK = 1 << 20
+MAX_BYTES = 2 << 30  # of a file: twice that of the largest mixture of experts
+MAX_ENTRIES = 100_000
+
+_CHECKED_VALUES = 1 << 18  # at a time
 _I32 = struct.Struct("<i")
 _ENTRY_BYTES = 4 + 1 + 4 + 4 + 4  # of the older form, with one byte of name and one value
 _MAX_NAME = 4096
@@ -62,6 +65,7 @@ class Imatrix:
         weights: GGUF name of a weight -> mean square of each input channel, float32, finite, not
             negative; shape (channels,), or (matrices, channels) for experts. The older form does
             not tell one from the other: it is always flat. A matrix that saw no token has ones.
+            Checked when the file is opened, and read when asked for.
     """
 
     path: Path
@@ -69,7 +73,7 @@ class Imatrix:
     datasets: tuple[str, ...]
     chunk_count: int | None
     chunk_size: int | None
-    weights: dict[str, NDArray[np.float32]]
+    weights: Mapping[str, NDArray[np.float32]]
 
     def find(self, tensor: TensorInfo) -> NDArray[np.float32] | None:
         """The importance of the tensor's input channels; None without an entry.
@@ -80,21 +84,29 @@ class Imatrix:
         Raises:
             UnsupportedError: the entry has another number of channels or matrices.
         """
-        found = self.weights.get(tensor.name)
-        if found is None:
+        if not self._fits(tensor):
             return None
         shape = (math.prod(tensor.shape[:-2]), tensor.shape[-1])
-        if found.size != math.prod(shape) or (found.ndim == 2 and found.shape != shape):
+        return self.weights[tensor.name].reshape(shape if len(tensor.shape) > 2 else -1)
+
+    def _fits(self, tensor: TensorInfo) -> bool:
+        """Whether there is an entry for the tensor; raises as `find` does."""
+        if tensor.name not in self.weights:
+            return False
+        stored = self.weights.shapes if isinstance(self.weights, StoredWeights) else None
+        found = stored[tensor.name] if stored else self.weights[tensor.name].shape
+        shape = (math.prod(tensor.shape[:-2]), tensor.shape[-1])
+        if math.prod(found) != math.prod(shape) or (len(found) == 2 and found != shape):
             raise UnsupportedError(
                 "the importance matrix does not fit the weight",
                 path=self.path,
                 tensor=tensor.name,
-                found=_described(found.shape),
+                found=_described(found),
                 wanted=_described(shape),
                 hint="compute it with llama-imatrix from a GGUF file of this model",
                 code="IMATRIX-SHAPE",
             )
-        return found.reshape(shape if len(tensor.shape) > 2 else -1)
+        return True
 
     def check(self, tensors: Sequence[TensorInfo]) -> ImatrixFit:
         """Hold it against the tensors that are to be quantized, before the long work.
@@ -102,7 +114,7 @@ class Imatrix:
         Raises:
             UnsupportedError: an entry does not fit its tensor, or no entry belongs to any.
         """
-        found = {t.name for t in tensors if self.find(t) is not None}
+        found = {t.name for t in tensors if self._fits(t)}
         if tensors and not found:
             raise UnsupportedError(
                 "the importance matrix is of another model",
@@ -130,6 +142,35 @@ class Imatrix:
         return noted
 
 
+class StoredWeights(Mapping[str, NDArray[np.float32]]):
+    """The entries of a file, each read when it is asked for.
+
+    Args:
+        shapes: of all entries, by name.
+        read: gives one of them.
+    """
+
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], NDArray[np.float32]]
+    ) -> None:
+        self.shapes = shapes
+        self._read = read
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
 @dataclass(frozen=True, slots=True)
 class ChannelSums:
     """What an importance matrix holds of one weight.
@@ -151,17 +192,21 @@ def read_imatrix(path: Path) -> Imatrix:
         FormatError: not an importance matrix, or a damaged one.
         MachineError: the operating system cannot read it.
     """
-    file = RegularFile(path)
-    try:
-        digest = _sha256(file)
-        if file.read(0, min(len(MAGIC), file.size)) == MAGIC:
-            imatrix = _read_gguf(path, digest)
-        else:
-            imatrix = _read_older(file, digest)
-        file.check_unchanged()
-        return imatrix
-    finally:
-        file.close()
+    file = RegularFile(path)  # open for as long as entries may be read
+    if file.size > MAX_BYTES:
+        raise FormatError(
+            "the file is too large for an importance matrix",
+            path=path,
+            found=f"{file.size:,} bytes",
+            wanted=f"at most {MAX_BYTES:,}",
+            code="IMATRIX-FORMAT",
+        )
+    if file.read(0, min(len(MAGIC), file.size)) == MAGIC:
+        imatrix = _read_gguf(GgufModel(path, file), file)
+    else:
+        imatrix = _read_older(file)
+    file.check_unchanged()
+    return imatrix
 
 
 def imatrix_bytes(
@@ -180,8 +225,16 @@ def imatrix_bytes(
         chunk_size: tokens of a chunk.
 
     Raises:
-        UnsupportedError: a name too long for GGUF.
+        UnsupportedError: a name too long for GGUF, or a number too large.
     """
+    for what, number in (("chunks", chunk_count), ("tokens of a chunk", chunk_size)):
+        if number > MAX_NUMBER:
+            raise UnsupportedError(
+                f"too many {what} for an importance matrix",
+                found=f"{number:,}",
+                wanted=f"at most {MAX_NUMBER:,}",
+                code="GGUF-VALUE",
+            )
     arrays: list[tuple[bytes, NDArray[np.float32]]] = []
     for name in sorted(weights, key=str.encode):
         sums = weights[name]
@@ -231,43 +284,48 @@ def _described(shape: tuple[int, ...]) -> str:
     return f"{matrices}{shape[-1]:,} channels"
 
 
-def _sha256(file: RegularFile) -> str:
-    digest = hashlib.sha256()
-    for offset in range(0, file.size, _CHUNK):
-        digest.update(file.read(offset, min(_CHUNK, file.size - offset)))
-    return digest.hexdigest()
-
-
 # --- the GGUF form --------------------------------------------------------------------------------
 
 
-def _read_gguf(path: Path, digest: str) -> Imatrix:
-    model = open_gguf(path)
-    try:
-        tensors = {t.name: t for t in model.tensors}
-        names = sorted(
-            {n.removesuffix(s) for n in tensors for s in (SUMS, COUNTS) if n.endswith(s)}
-        )
-        if not names:
-            raise FormatError(
-                "a GGUF file, but not an importance matrix",
-                path=path,
-                hint="llama-imatrix makes one",
-                code="IMATRIX-FORMAT",
-            )
-        datasets = model.strings(DATASETS)
-        if datasets is None:
-            raise _lacks(path, DATASETS, "an array of strings")
-        return Imatrix(
+def _read_gguf(model: GgufModel, file: RegularFile) -> Imatrix:
+    path = model.path
+    tensors = {t.name: t for t in model.tensors}
+    names = sorted({n.removesuffix(s) for n in tensors for s in (SUMS, COUNTS) if n.endswith(s)})
+    if not names:
+        raise FormatError(
+            "a GGUF file, but not an importance matrix",
             path=path,
-            sha256=digest,
-            datasets=datasets,
-            chunk_count=_number(model, CHUNK_COUNT),
-            chunk_size=_number(model, CHUNK_SIZE),
-            weights={name: _mean_squares(model, tensors, name) for name in names},
+            hint="llama-imatrix makes one",
+            code="IMATRIX-FORMAT",
         )
-    finally:
-        model.close()
+    _check_entries(len(names), path)
+    datasets = model.strings(DATASETS)
+    if datasets is None:
+        raise _lacks(path, DATASETS, "an array of strings")
+    chunk_count, chunk_size = _number(model, CHUNK_COUNT), _number(model, CHUNK_SIZE)
+    entries = {name: _entry(model, tensors, name) for name in names}
+    return Imatrix(
+        path=path,
+        sha256=file.sha256(),
+        datasets=datasets,
+        chunk_count=chunk_count,
+        chunk_size=chunk_size,
+        weights=StoredWeights(
+            {name: entry.shape for name, entry in entries.items()},
+            lambda name: entries[name].mean_squares(model),
+        ),
+    )
+
+
+def _check_entries(found: int, path: Path) -> None:
+    if found > MAX_ENTRIES:
+        raise FormatError(
+            "too many entries for an importance matrix",
+            path=path,
+            found=f"{found:,}",
+            wanted=f"at most {MAX_ENTRIES:,}",
+            code="IMATRIX-FORMAT",
+        )
 
 
 def _lacks(path: Path, key: str, wanted: str) -> FormatError:
@@ -280,17 +338,35 @@ def _lacks(path: Path, key: str, wanted: str) -> FormatError:
 
 
 def _number(model: GgufModel, key: str) -> int:
-    text = model.metadata.get(key, "")
-    if not (text.isascii() and text.isdigit()):
-        raise _lacks(model.path, key, "a whole number")
-    return int(text)
+    value = model.value(key)[1] if key in model.metadata else None
+    if type(value) is not int or not 0 <= value <= MAX_NUMBER:
+        raise _lacks(model.path, key, f"a whole number up to {MAX_NUMBER:,}")
+    return value
 
 
-def _mean_squares(
-    model: GgufModel, tensors: Mapping[str, TensorInfo], name: str
-) -> NDArray[np.float32]:
-    """in_sum2 / counts: (channels,), or (matrices, channels) where there are several counts."""
-    arrays = []
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """The sums of a weight and their counts, float32 (matrices,), both checked."""
+
+    sums: TensorInfo
+    counts: NDArray[np.float32]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        channels = self.sums.size // self.counts.size
+        return (channels,) if self.counts.size == 1 else (self.counts.size, channels)
+
+    def mean_squares(self, model: GgufModel) -> NDArray[np.float32]:
+        """in_sum2 / counts, of `shape`."""
+        sums = model.values(self.sums, 0, self.sums.size).astype(np.float32, copy=False)
+        table = sums.reshape(self.counts.size, -1)
+        counts = self.counts[:, None]
+        means = np.where(counts > 0, table / np.maximum(counts, 1), np.float32(1))
+        return means.reshape(self.shape)
+
+
+def _entry(model: GgufModel, tensors: Mapping[str, TensorInfo], name: str) -> _Entry:
+    found = []
     for suffix in (SUMS, COUNTS):
         tensor = tensors.get(name + suffix)
         if tensor is None or tensor.dtype != "F32" or not tensor.size:
@@ -302,54 +378,84 @@ def _mean_squares(
                 wanted="F32",
                 code="IMATRIX-VALUES",
             )
-        values = model.values(tensor, 0, tensor.size).astype(np.float32, copy=False)
-        arrays.append(_checked(values, model.path, name))
-    sums, counts = arrays
-    if (counts % 1).any() or sums.size % counts.size:
-        raise FormatError(
-            "the counts do not belong to the sums",
-            path=model.path,
-            tensor=name,
-            found=f"{counts.size} counts for {sums.size} sums",
-            wanted="a whole number of tokens for each matrix",
-            code="IMATRIX-COUNTS",
-        )
-    table = sums.reshape(counts.size, -1)
-    seen = counts[:, None] > 0
-    means = np.where(seen, table / np.maximum(counts, 1)[:, None], np.float32(1))
-    return means.reshape(-1) if counts.size == 1 else means
+        found.append(tensor)
+    sums, counts = found
+    if sums.size % counts.size:
+        raise _uncounted(model.path, name, sums, counts)
+    for tensor in found:
+        for start in range(0, tensor.size, _CHECKED_VALUES):
+            stop = min(start + _CHECKED_VALUES, tensor.size)
+            values = model.values(tensor, start, stop).astype(np.float32, copy=False)
+            _check(values, model.path, name, start)
+            if tensor is counts and (values % 1).any():
+                raise _uncounted(model.path, name, sums, counts)
+    numbers = model.values(counts, 0, counts.size).astype(np.float32, copy=False)
+    return _Entry(sums, numbers)
 
 
-def _checked(values: NDArray[np.float32], path: Path, name: str) -> NDArray[np.float32]:
-    """``values``, all finite and none below zero."""
-    bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
-    if bad.size:
+def _uncounted(path: Path, name: str, sums: TensorInfo, counts: TensorInfo) -> FormatError:
+    return FormatError(
+        "the counts do not belong to the sums",
+        path=path,
+        tensor=name,
+        found=f"{counts.size} counts for {sums.size} sums",
+        wanted="a whole number of tokens for each matrix",
+        code="IMATRIX-COUNTS",
+    )
+
+
+def _check(values: NDArray[np.float32], path: Path, name: str, start: int) -> None:
+    """Refuse values that are not finite or below zero; ``start`` is the place of the first."""
+    good = np.isfinite(values) & (values >= 0)
+    if not good.all():
+        bad = int(np.argmin(good))
         raise FormatError(
-            f"value {bad[0]} of the importance matrix is impossible",
+            f"value {start + bad} of the importance matrix is impossible",
             path=path,
             tensor=name,
-            found=values[bad[0]],
+            found=values[bad],
             wanted="a finite number, 0 or more",
             code="IMATRIX-VALUES",
         )
-    return values
 
 
 # --- the older form -------------------------------------------------------------------------------
 
 
-def _read_older(file: RegularFile, digest: str) -> Imatrix:
+@dataclass(frozen=True, slots=True)
+class _OlderEntry:
+    """Where the values of a weight lie, and what they are divided by."""
+
+    offset: int
+    size: int
+    calls: int
+
+
+def _read_older(file: RegularFile) -> Imatrix:
     reader = _OlderReader(file)
-    weights = reader.weights()
+    entries = reader.entries()
     chunk_count, datasets = reader.provenance()
+
+    def read(name: str) -> NDArray[np.float32]:
+        entry = entries[name]
+        values = _older_values(file, entry, 0, entry.size)
+        return values / np.float32(entry.calls) if entry.calls else values
+
     return Imatrix(
         path=file.path,
-        sha256=digest,
+        sha256=file.sha256(),
         datasets=datasets,
         chunk_count=chunk_count,
         chunk_size=None,
-        weights=weights,
+        weights=StoredWeights({name: (entry.size,) for name, entry in entries.items()}, read),
     )
+
+
+def _older_values(
+    file: RegularFile, entry: _OlderEntry, start: int, stop: int
+) -> NDArray[np.float32]:
+    data = file.read(entry.offset + 4 * start, 4 * (stop - start))
+    return np.frombuffer(data, "<f4").astype(np.float32)
 
 
 class _OlderReader:
@@ -359,19 +465,24 @@ class _OlderReader:
         self._file = file
         self._position = 0
 
-    def weights(self) -> dict[str, NDArray[np.float32]]:
+    def entries(self) -> dict[str, _OlderEntry]:
+        """Every entry, with values that have been looked at."""
         count = self._int("entries", 1, (self._file.size - _I32.size) // _ENTRY_BYTES)
-        weights: dict[str, NDArray[np.float32]] = {}
+        _check_entries(count, self._file.path)
+        entries: dict[str, _OlderEntry] = {}
         for _ in range(count):
             name = self._string("a name", _MAX_NAME)
-            if name in weights or not name:
+            if name in entries or not name:
                 raise self._broken("an entry without a name of its own", found=repr(name))
             calls = self._int(f"calls of '{name}'", 0, (1 << 31) - 1)
-            values = self._int(f"values of '{name}'", 1, self._left // 4 - 1)
-            sums = np.frombuffer(self._take(4 * values), "<f4").astype(np.float32)
-            sums = _checked(sums, self._file.path, name)
-            weights[name] = sums / np.float32(calls) if calls else sums
-        return weights
+            size = self._int(f"values of '{name}'", 1, self._left // 4 - 1)
+            entries[name] = entry = _OlderEntry(self._position, size, calls)
+            self._position += 4 * size
+            for start in range(0, size, _CHECKED_VALUES):
+                stop = min(start + _CHECKED_VALUES, size)
+                values = _older_values(self._file, entry, start, stop)
+                _check(values, self._file.path, name, start)
+        return entries
 
     def provenance(self) -> tuple[int | None, tuple[str, ...]]:
         """Chunks and datasets, which early files lack."""

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.encoding import SCALE_SIZES, AffineEncoding, RawEncoding
+from qconvert.files.plain import plain_values
 from qconvert.files.qblk_header import SLASH, StoredFile, StoredTensor, read_header
 from qconvert.files.regular import RegularFile
+from qconvert.files.shards import MAX_COMPANION_BYTES, companion_too_large
 from qconvert.geometry import PACK_GROUP
 from qconvert.kernels.records import Parameters
-from qconvert.model import DTYPES, Companion, SourceFile, TensorInfo
+from qconvert.model import Companion, SourceFile, TensorInfo
 from qconvert.quantizers.affine import (
     decode_groups,
     load_scales,
@@ -86,10 +88,8 @@ class QblkModel:
         stored = self.stored[tensor.name]
         encoding = stored.encoding
         if isinstance(encoding, RawEncoding):
-            size = DTYPES[encoding.dtype].size
-            return kernels.widen(
-                self.raw(tensor, start * size, (stop - start) * size), encoding.dtype
-            )
+            read = partial(self.raw, tensor)
+            return plain_values(read, encoding.dtype, tensor.size, start, stop)
         if start == stop:
             return np.zeros(0, np.float32)
         columns = encoding.row_length
@@ -165,6 +165,13 @@ class QblkModel:
         return scale, zero[skip : skip + count]
 
     def companion(self, file: StoredFile) -> bytes:
+        """The bytes of a companion file.
+
+        Raises:
+            UnsupportedError: it is too large to be had in memory.
+        """
+        if file.segment.size > MAX_COMPANION_BYTES:
+            raise companion_too_large(self.path, file.name, file.segment.size)
         return self.read_at(file.segment.offset, file.segment.size)
 
     def check_unchanged(self) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,12 +25,13 @@ from qconvert.encoding import (
     RawEncoding,
 )
 from qconvert.errors import FormatError, UnsupportedError
+from qconvert.files.json_size import json_size, lone_surrogate
 from qconvert.files.regular import RegularFile
-from qconvert.files.strict_json import nesting, outside_strings
+from qconvert.files.strict_json import MAX_JSON_MEMBERS, beyond_limits, no_collection, repeated
 from qconvert.model import DTYPES
 
 MAGIC = b"\x89QBLK\r\n\n"
-MAJOR, MINOR = 1, 0
+MAJOR = 1
 PREAMBLE = struct.Struct("<8sBBHIQQ32s")
 ALIGNMENT = 64
 SLASH = "%2F"  # in names of companion files, for the / of a path; SPEC.md section 5
@@ -42,7 +44,9 @@ MAX_FILE_NAME = 255
 MAX_DIMS = 16
 MAX_DIM = 1 << 48
 MAX_INTEGER = (1 << 53) - 1
-REQUIRED_FEATURES: frozenset[str] = frozenset()
+DTYPES_1_1 = "dtypes-1.1"  # the feature that these dtypes are under, SPEC.md section 3.1
+NEWER_DTYPES = frozenset(d.name for d in DTYPES.values() if d.kind in ("narrow", "complex"))
+REQUIRED_FEATURES = frozenset({DTYPES_1_1})
 HEADER_KEYS = {
     "files": list,
     "metadata": dict,
@@ -133,6 +137,7 @@ class _HeaderReader:
         self.path = file.path
         self.file = file
         self.tensor: str | None = None
+        self.dtypes = DTYPES.keys() - NEWER_DTYPES
 
     def refuse(
         self, rule: int, message: str, found: object = None, wanted: object = None
@@ -193,15 +198,16 @@ class _HeaderReader:
     # --- section 2 ---
 
     def _parse(self, text: bytes) -> dict[str, Any]:
-        repeated: list[str] = []
+        twice: list[str] = []
 
         def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-            keys = [k for k, _ in items]
-            if keys != sorted(keys):
+            if len(items) > MAX_JSON_MEMBERS:
+                self._beyond("an object of too many members", len(items), MAX_JSON_MEMBERS)
+            if any(a > b for (a, _), (b, _) in pairwise(items)):
                 raise ValueError("keys are not sorted")
             result = dict(items)
-            if len(result) != len(keys):
-                repeated.append(next(k for k in keys if keys.count(k) > 1))
+            if len(result) != len(items):
+                twice.append(repeated(items))
             return result
 
         def integer(digits: str) -> int:
@@ -212,27 +218,41 @@ class _HeaderReader:
         def constant(name: str) -> NoReturn:
             raise ValueError(f"{name} is not JSON")
 
+        size = json_size(text)
         try:
             decoded = text.decode("utf-8")
-            outside = outside_strings(decoded)
-            if nesting(outside) > MAX_DEPTH:
+            if size.depth > MAX_DEPTH:
                 raise ValueError(f"nested more than {MAX_DEPTH} deep")
-            if any(c in outside for c in " \t\r\n"):
+            if size.spaces:
                 raise ValueError("white space outside strings")
-            header = json.loads(
-                decoded,
-                object_pairs_hook=pairs,
-                parse_int=integer,
-                parse_constant=constant,
-            )
+            if beyond := beyond_limits(size):
+                self._beyond(*beyond)
+            with no_collection():
+                header = json.loads(
+                    decoded,
+                    object_pairs_hook=pairs,
+                    parse_int=integer if size.digits >= len(str(MAX_INTEGER)) else int,
+                    parse_constant=constant,
+                )
             if not isinstance(header, dict):
                 raise ValueError("not an object")
-            json.dumps(header, ensure_ascii=False).encode()  # lone surrogates
+            if lone_surrogate(text) is not None:
+                raise ValueError("lone surrogate")
         except ValueError as e:
             self.refuse(8, f"header is not canonical JSON: {e}")
-        if repeated:
-            self.refuse(9, f"header has the key '{repeated[0]}' twice")
+        if twice:
+            self.refuse(9, f"header has the key '{twice[0]}' twice")
         return header
+
+    def _beyond(self, what: str, found: int, most: int) -> NoReturn:
+        """Refuse what SPEC.md section 2.2 lets a reader refuse."""
+        raise UnsupportedError(
+            f"header is {what}",
+            path=self.path,
+            found=f"{found:,}",
+            wanted=f"at most {most:,}",
+            code="QBLK-LIMIT",
+        )
 
     def _field(self, entry: Any, key: str, kind: type) -> Any:
         """A required key of the right type; bool is not a number."""
@@ -253,6 +273,8 @@ class _HeaderReader:
         for key, limit in (("tensors", MAX_TENSORS), ("files", MAX_FILES)):
             if len(header[key]) > limit:
                 self.refuse(10, f"number of {key}", len(header[key]), f"at most {limit:,}")
+        if DTYPES_1_1 in header["required_features"]:
+            self.dtypes |= NEWER_DTYPES
         for feature in header["required_features"]:
             if feature not in REQUIRED_FEATURES:
                 raise UnsupportedError(
@@ -284,7 +306,7 @@ class _HeaderReader:
             if key in entry:
                 self._field(entry, key, dict)
         if any(not isinstance(n, int) or isinstance(n, bool) for n in shape):
-            self.refuse(10, "a dimension is not an integer", shape)
+            self.refuse(10, "a dimension is not an integer", shape[: MAX_DIMS + 1])
         if not 1 <= len(name.encode()) <= MAX_NAME or "\0" in name:
             self.refuse(12, "impossible tensor name")
         if name in seen:
@@ -295,11 +317,13 @@ class _HeaderReader:
             or any(not 0 <= n <= MAX_DIM for n in shape)
             or math.prod(n or 1 for n in shape) > MAX_INTEGER
         ):
-            self.refuse(13, "impossible shape", shape)
+            self.refuse(13, f"impossible shape of {len(shape):,}", shape[: MAX_DIMS + 1])
         encoding = self._encoding(described, dtype)
         if isinstance(encoding, AffineEncoding):
             self._row_length(encoding, tuple(shape))
         activation = self._activation(entry["activation"]) if "activation" in entry else None
+        if isinstance(encoding, RawEncoding) and math.prod(shape) * DTYPES[dtype].bits % 8:
+            self.refuse(17, f"{math.prod(shape):,} values of {dtype} do not end on a byte")
         return StoredTensor(
             name=name,
             shape=tuple(shape),
@@ -314,8 +338,8 @@ class _HeaderReader:
 
     def _encoding(self, described: dict[str, Any], dtype: str) -> Encoding:
         kind = self._field(described, "kind", str)
-        if dtype not in DTYPES:
-            self.refuse(14, "unknown source_dtype", dtype, " ".join(DTYPES))
+        if dtype not in self.dtypes:
+            self.refuse(14, "unknown source_dtype", dtype, " ".join(sorted(self.dtypes)))
         if kind == "raw":
             return self._raw(described, dtype)
         if kind != "affine":
@@ -381,7 +405,7 @@ class _HeaderReader:
             )
         sizes = tuple((s.kind, s.size) for s in found)
         if sizes != wanted or any(s.size < 0 for s in found):
-            self.refuse(17, "segments", sizes, wanted)
+            self.refuse(17, f"{len(sizes):,} segments", sizes[: len(wanted) + 1], wanted)
         return tuple(Segment(s.kind, s.offset + payload, s.size) for s in found)
 
     # --- section 5 ---

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qconvert.encoding import AffineEncoding, Encoding
 from qconvert.errors import UnsupportedError
 from qconvert.files.atomic import AtomicOutput
 from qconvert.files.qblk_header import (
+    DTYPES_1_1,
     MAGIC,
     MAJOR,
     MAX_DIM,
@@ -26,7 +28,7 @@ from qconvert.files.qblk_header import (
     MAX_INTEGER,
     MAX_NAME,
     MAX_TENSORS,
-    MINOR,
+    NEWER_DTYPES,
     PREAMBLE,
     align,
     canonical,
@@ -115,10 +117,12 @@ class QblkWriter:
         Returns:
             Length of the file in bytes.
         """
-        header = canonical(_header(self.tensors, self.files, metadata, provenance))
+        features = required_features(t["source_dtype"] for t in self.tensors)
+        header = canonical(_header(self.tensors, self.files, metadata, provenance, features))
         assert PREAMBLE.size + len(header) <= self.payload, "header outgrew its bound"
         total = self.payload + self.end
-        start = PREAMBLE.pack(MAGIC, MAJOR, MINOR, 0, len(header), self.payload, total, bytes(32))[
+        minor = 1 if features else 0  # the first that has what the file needs
+        start = PREAMBLE.pack(MAGIC, MAJOR, minor, 0, len(header), self.payload, total, bytes(32))[
             :32
         ]
         digest = hashlib.sha256(start + header).digest()
@@ -239,14 +243,20 @@ def _header(
     files: list[dict[str, Any]],
     metadata: dict[str, str],
     provenance: dict[str, Any],
+    features: list[str],
 ) -> dict[str, Any]:
     return {
         "files": files,
         "metadata": metadata,
         "provenance": provenance,
-        "required_features": [],
+        "required_features": features,
         "tensors": tensors,
     }
+
+
+def required_features(dtypes: Iterable[str]) -> list[str]:
+    """What a reader has to know for tensors of these dtypes."""
+    return [DTYPES_1_1] if any(dtype in NEWER_DTYPES for dtype in dtypes) else []
 
 
 def check_qblk(tensors: Sequence[TensorInfo], path: Path) -> None:
@@ -296,10 +306,11 @@ def tensor_bound(
 
 
 def header_bound(
-    tensor_bounds: list[int],
+    tensor_bounds: Iterable[int],
     files: list[tuple[str, int]],
     metadata: dict[str, str],
     provenance: dict[str, Any],
+    features: list[str],
 ) -> int:
     """Upper bound in bytes of a header.
 
@@ -314,11 +325,14 @@ def header_bound(
         }
         for name, size in files
     ]
-    bound = len(canonical(_header([], entries, metadata, provenance))) + sum(tensor_bounds)
-    if bound > MAX_HEADER:
-        raise UnsupportedError(
-            "too many tensors or too much metadata for one qblk file",
-            found=f"up to {bound:,} bytes of header",
-            wanted=f"at most {MAX_HEADER:,}",
-        )
+    bound = len(canonical(_header([], entries, metadata, provenance, features)))
+    for size in chain((0,), tensor_bounds):
+        bound += size
+        if bound > MAX_HEADER:
+            raise UnsupportedError(
+                "too many tensors or too much metadata for one qblk file",
+                found=f"more than {MAX_HEADER:,} bytes of header",
+                wanted=f"at most {MAX_HEADER:,}",
+                hint="write a .gguf file",
+            )
     return bound

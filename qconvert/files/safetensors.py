@@ -11,15 +11,17 @@ import math
 import reprlib
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert import kernels
 from qconvert.errors import FormatError, UnsupportedError
+from qconvert.files.plain import plain_values
 from qconvert.files.regular import RegularFile
 from qconvert.files.shards import INDEX, MAX_JSON_BYTES, ModelFiles, model_files, refuse_foreign
 from qconvert.files.strict_json import strict_json
@@ -29,20 +31,23 @@ LENGTH_BYTES = 8  # the header's length, u64 little-endian, comes before it
 METADATA = "__metadata__"
 MAX_NAME_BYTES = 1024  # QBLK-012: a model that can be read can be written
 MAX_DIMS = 64
+MAX_TENSORS = 400_000  # several times what is in use; `strict_json` has room for their header
+MAX_HEADERS = 200_000_000  # bytes of all files of a model
+MAX_DIGITS = 4300  # of an integer in the header: all that Python reads
 HASHED_BYTES = 1 << 20  # at a time
 MAX_DIM = (1 << 64) - 1  # what safetensors itself can hold
 
+_INTEGER = frozenset({int})
+_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """A tensor and the offset of its first byte, counted from the end of the header."""
 
-    info: TensorInfo
+class _Placed(NamedTuple):
+    """A tensor and where its bytes begin and end, counted from the end of the header."""
+
     begin: int
-
-    @property
-    def end(self) -> int:
-        return self.begin + self.info.nbytes
+    end: int
+    name: str
+    info: TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,9 @@ class SafetensorsModel:
     """A `Model` in one or more safetensors files; a context manager.
 
     Use `open_safetensors` to make one.
+
+    Attributes:
+        notes, warnings: of a directory with several files of weights: which were taken.
     """
 
     kind = "safetensors"
@@ -66,11 +74,13 @@ class SafetensorsModel:
     def __init__(self, path: Path, files: ModelFiles) -> None:
         self.path = path
         self.companions = files.companions
+        self.notes, self.warnings = files.notes, files.warnings
         self.metadata: dict[str, str] = {}
         self._places: dict[str, tuple[RegularFile, int]] = {}
         self._files: list[RegularFile] = []
         tensors: list[TensorInfo] = []
         sources: list[SourceFile] = []
+        header_bytes = 0
         with ExitStack() as closing:  # a refusal closes the files opened so far
             for shard in files.shards:
                 file = RegularFile(shard)
@@ -79,6 +89,8 @@ class SafetensorsModel:
                 self._files.append(file)
                 self._place(file, header)
                 tensors += (p.info for p in header.placed)
+                header_bytes += header.data_start
+                _check_total(len(tensors), header_bytes, file)
                 sources.append(SourceFile(shard.name, file.size, header.sha256))
                 for key, value in header.metadata.items():
                     self.metadata.setdefault(key, value)
@@ -95,8 +107,7 @@ class SafetensorsModel:
             FormatError: the file has become shorter since it was opened.
             MachineError: the operating system cannot read it.
         """
-        size = DTYPES[tensor.dtype].size
-        return kernels.widen(self.raw(tensor, start * size, (stop - start) * size), tensor.dtype)
+        return plain_values(partial(self.raw, tensor), tensor.dtype, tensor.size, start, stop)
 
     def raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
         """Stored bytes ``offset..offset+size`` of the tensor; raises as `values` does."""
@@ -140,7 +151,7 @@ class SafetensorsModel:
 
     def _place(self, file: RegularFile, header: _Header) -> None:
         for placed in header.placed:
-            name = placed.info.name
+            name = placed.name
             if name in self._places:
                 raise FormatError(
                     f"tensor is in {self._places[name][0].path.name} as well",
@@ -194,14 +205,34 @@ def _read_header(file: RegularFile) -> _Header:
         )
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     _check_header_length(file, length, start)
-    data = file.read(0, LENGTH_BYTES + length)
-    fields = strict_json(data[LENGTH_BYTES:], file.path)  # an object: it starts with a brace
-    metadata = _metadata(fields.pop(METADATA, {}), file.path)
+    data = file.read(LENGTH_BYTES, length)
+    digest = hashlib.sha256(start[:LENGTH_BYTES])
+    digest.update(data)
+    fields = strict_json(data, file.path, digits=MAX_DIGITS, of_tensors=True)
+    del data
+    metadata = _metadata(fields.pop(METADATA, {}), file.path)  # an object: it starts with a brace
+    _check_total(len(fields), length, file)
     data_start = LENGTH_BYTES + length
     placed = [_tensor(name, entry, file.path) for name, entry in fields.items()]
     _check_coverage(placed, file, data_start)
-    placed.sort(key=lambda p: (p.begin, p.info.name))
-    return _Header(tuple(placed), metadata, data_start, hashlib.sha256(data).hexdigest())
+    placed.sort(key=itemgetter(0, 2))  # begin and name
+    return _Header(tuple(placed), metadata, data_start, digest.hexdigest())
+
+
+def _check_total(tensors: int, header_bytes: int, file: RegularFile) -> None:
+    """Bound what the headers of all files up to this one take in memory."""
+    for what, found, most in (
+        ("tensors", tensors, MAX_TENSORS),
+        ("bytes of header", header_bytes, MAX_HEADERS),
+    ):
+        if found > most:
+            raise FormatError(
+                f"too many {what}",
+                path=file.path,
+                found=f"{found:,}",
+                wanted=f"at most {most:,} in all files of a model",
+                code="ST-COUNT",
+            )
 
 
 def _check_header_length(file: RegularFile, length: int, start: bytes) -> None:
@@ -245,67 +276,80 @@ def _metadata(value: Any, path: Path) -> dict[str, str]:
 
 def _tensor(name: str, entry: Any, path: Path) -> _Placed:
     """One entry of the header, checked in itself."""
-
-    def refuse(message: str, code: str, found: object, wanted: str) -> NoReturn:
-        raise FormatError(
-            message,
-            path=path,
-            tensor=name[:80],
-            found=reprlib.repr(found),  # it may be megabytes
-            wanted=wanted,
-            hint="the file is damaged or was written wrongly: download or save it again",
-            code=code,
-        )
-
-    if not 1 <= len(name.encode()) <= MAX_NAME_BYTES or "\0" in name:
+    length = len(name) if name.isascii() else len(name.encode())
+    if not 1 <= length <= MAX_NAME_BYTES or "\0" in name:
         wanted = f"1 to {MAX_NAME_BYTES} bytes without U+0000"
-        refuse("tensor name is empty, too long or has a NUL", "ST-NAME", name, wanted)
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        message = "tensor name is empty, too long or has a NUL"
+        raise _refusal(name, path, message, "ST-NAME", name, wanted)
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
         wanted = "an object with dtype, shape and data_offsets"
-        refuse("entry has not the keys of a tensor", "ST-ENTRY", entry, wanted)
+        message = "entry has not the keys of a tensor"
+        raise _refusal(name, path, message, "ST-ENTRY", entry, wanted)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
-        refuse("dtype is not a string", "ST-ENTRY", dtype, "a string")
-    if dtype not in DTYPES:
+        raise _refusal(name, path, "dtype is not a string", "ST-ENTRY", dtype, "a string")
+    kind = DTYPES.get(dtype)
+    if kind is None:
         raise UnsupportedError(
             "dtype is not one that we read",
             path=path,
-            tensor=name[:80],
+            tensor=name,
             found=reprlib.repr(dtype),
             wanted=" ".join(DTYPES),
             hint="save the tensor in one of these",
             code="ST-DTYPE",
         )
-    if not _counts(shape) or len(shape) > MAX_DIMS or any(d > MAX_DIM for d in shape):
+    if not _counts(shape) or len(shape) > MAX_DIMS or max(shape, default=0) > MAX_DIM:
         wanted = f"at most {MAX_DIMS} integers from 0 to 2^64 - 1"
-        refuse("shape is not a list of sizes", "ST-SHAPE", shape, wanted)
+        raise _refusal(name, path, "shape is not a list of sizes", "ST-SHAPE", shape, wanted)
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         wanted = "two integers, begin and end, with 0 <= begin <= end"
-        refuse("data_offsets are not a begin and an end", "ST-OFFSETS", offsets, wanted)
+        message = "data_offsets are not a begin and an end"
+        raise _refusal(name, path, message, "ST-OFFSETS", offsets, wanted)
     begin, end = offsets
-    nbytes = math.prod(shape) * DTYPES[dtype].size
-    if end - begin != nbytes:
-        wanted = f"{reprlib.repr(nbytes)} bytes for {reprlib.repr(shape)} of {dtype}"
-        refuse("data_offsets do not fit shape and dtype", "ST-SIZE", end - begin, wanted)
-    return _Placed(TensorInfo(name, tuple(shape), dtype, nbytes), begin)
+    bits = math.prod(shape) * kind.bits
+    if 8 * (end - begin) != bits:
+        size = reprlib.repr(bits // 8) + (" and a part of one" if bits % 8 else "")
+        wanted = f"{size} bytes for {reprlib.repr(shape)} of {dtype}"
+        message = "data_offsets do not fit shape and dtype"
+        raise _refusal(name, path, message, "ST-SIZE", end - begin, wanted)
+    return _Placed(begin, end, name, TensorInfo(name, tuple(shape), dtype, end - begin))
+
+
+def _refusal(
+    name: str, path: Path, message: str, code: str, found: object, wanted: str
+) -> FormatError:
+    return FormatError(
+        message,
+        path=path,
+        tensor=name,
+        found=reprlib.repr(found),  # it may be megabytes
+        wanted=wanted,
+        hint="the file is damaged or was written wrongly: download or save it again",
+        code=code,
+    )
 
 
 def _counts(value: Any) -> bool:
     # type() rather than isinstance(): true is no size.
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+    return (
+        isinstance(value, list)
+        and _INTEGER.issuperset(map(type, value))
+        and min(value, default=0) >= 0
+    )
 
 
 def _check_coverage(placed: list[_Placed], file: RegularFile, data_start: int) -> None:
     """Refuse data that is not covered exactly once, from the header to the end of the file."""
     data_size = file.size - data_start
     cursor = 0
-    for p in sorted(placed, key=lambda p: (p.begin, p.end, p.info.name)):
+    for p in sorted(placed):
         if p.begin != cursor:
             overlap = p.begin < cursor
             raise FormatError(
                 "data overlaps another tensor's" if overlap else "unused bytes before the data",
                 path=file.path,
-                tensor=p.info.name,
+                tensor=p.name,
                 found=f"begin {reprlib.repr(p.begin)}",
                 wanted=f"begin {cursor}",
                 hint="the file was written wrongly: save it again",
@@ -315,7 +359,7 @@ def _check_coverage(placed: list[_Placed], file: RegularFile, data_start: int) -
             raise FormatError(
                 "data reaches beyond the file",
                 path=file.path,
-                tensor=p.info.name,
+                tensor=p.name,
                 found=f"{file.size} bytes",
                 wanted=f"at least {reprlib.repr(data_start + p.end)}",
                 hint="the file is cut off: download it again",

@@ -2,106 +2,209 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import re
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qconvert.errors import FormatError
+from qconvert.errors import FormatError, InputError
+from qconvert.files.json_size import JsonSize, json_size, lone_surrogate
+from qconvert.files.regular import RegularFile
 
 MAX_JSON_DEPTH = 16
-MAX_JSON_CONTAINERS = 4_000_000  # a tensor needs three; an empty list of 2 bytes costs 64 in memory
+# What a header of 400,000 tensors needs, or a tokenizer of 500,000 tokens and as many merges. A
+# text at these limits takes up to 480 MiB: a member of an object 140 bytes, an object 200.
+MAX_JSON_CONTAINERS = 1_250_000
+MAX_JSON_KEYS = 2_750_000
+MAX_JSON_VALUES = 4_000_000
+MAX_JSON_MEMBERS = 1_000_000  # of one object
+MAX_JSON_TEXT = 160 << 20  # bytes of memory, see `JsonSize.text_bytes`
+MAX_DIGITS = 308  # of an integer: any such becomes a finite float
 
-# One match for each bracket outside strings, and one for the end. It matches everywhere (hence the
-# end, and the closing quote that may be missing) and never backtracks: linear time for any text.
-_BRACKET = re.compile(r'(?:[^\[\]{}"]++|"(?:[^"\\]++|\\.)*+"?)*+([\[\]{}]|\Z)', re.DOTALL)
-
-
-# A string, closed or not: an unclosed one must not be tried again from each quote inside it.
-_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-
-
-def outside_strings(text: str) -> str:
-    """A JSON text without its strings."""
-    return _STRING.sub("", text)
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def nesting(outside: str) -> int:
-    """The deepest nesting of a text without strings; nothing recurses."""
-    depth = deepest = 0
-    for bracket in re.finditer(r"[\[\]{}]", outside):
-        depth += 1 if bracket[0] in "[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def strict_json(data: bytes, path: Path) -> Any:
+def strict_json(
+    data: bytes, path: Path, *, digits: int = MAX_DIGITS, of_tensors: bool = False
+) -> Any:
     """``data`` as JSON, read in the one way in which all readers agree.
 
+    Args:
+        digits: of an integer at most.
+        of_tensors: its members are tensors: a fault within one names it.
+
     Raises:
-        FormatError: not UTF-8, not JSON, the same key twice in an object, NaN or Infinity, a lone
-            surrogate, or beyond the limits of depth and number of containers.
+        FormatError: not UTF-8, not JSON, the same key twice in an object, NaN or Infinity, a number
+            beyond binary64, a lone surrogate, or beyond the limits of depth and number.
     """
 
+    tensor: str | None = None
+
     def refusal(message: str, code: str, found: object = None) -> FormatError:
-        return FormatError(message, path=path, found=found, code=code)
+        return FormatError(message, path=path, tensor=tensor, found=found, code=code)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in fields:
-                raise refusal("the same key twice in the JSON", "ST-DUPLICATE", reprlib.repr(key))
-            for text in (key, value):
-                if isinstance(text, str) and not _encodable(text):
-                    raise refusal("lone surrogate in the JSON", "ST-UTF8", reprlib.repr(text))
-            fields[key] = value
+        if len(pairs) > MAX_JSON_MEMBERS:
+            raise refusal("an object of the JSON has too many members", "ST-NESTING", len(pairs))
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            raise refusal(
+                "the same key twice in the JSON", "ST-DUPLICATE", reprlib.repr(repeated(pairs))
+            )
         return fields
+
+    def integer(text: str) -> int:
+        if len(text) > digits and len(text.lstrip("-")) > digits:
+            raise refusal("integer with too many digits in the JSON", "ST-JSON", f"{len(text)}")
+        return int(text)
+
+    def floating(text: str) -> float:
+        number = float(text)
+        if math.isinf(number):
+            raise refusal("number beyond binary64 in the JSON", "ST-NAN", reprlib.repr(text))
+        return number
 
     def constant(name: str) -> float:
         raise refusal("number that JSON does not have", "ST-NAN", name)
 
+    size = _checked_size(data, path)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise refusal(
             "JSON is not UTF-8", "ST-UTF8", f"byte {data[error.start]:#04x} at {error.start}"
         ) from error
-    _check_nesting(text, path)
+    lone = lone_surrogate(data)
+    long = size.digits > MAX_DIGITS
+    decoder = json.JSONDecoder(
+        object_pairs_hook=unique,
+        parse_int=integer if long else int,
+        parse_float=floating if long or size.exponents else float,
+        parse_constant=constant,
+    )
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
-    except json.JSONDecodeError as error:
-        raise refusal(
-            "not JSON", "ST-JSON", f"{error.msg.lower()}: character {error.pos}"
-        ) from error
-    except ValueError as error:  # Python refuses to convert thousands of digits
-        raise refusal("integer with too many digits in the JSON", "ST-JSON") from error
+        with no_collection():
+            fields = decoder.decode(text)
+    except (FormatError, json.JSONDecodeError) as error:
+        tensor = _member(text, decoder) if of_tensors else None
+        if isinstance(error, FormatError):
+            error.tensor = tensor
+            raise
+        found = f"{error.msg.lower()}: character {error.pos}"
+        raise refusal("not JSON", "ST-JSON", found) from error
+    if lone is not None:
+        tensor = _member(text, decoder, len(data[:lone].decode())) if of_tensors else None
+        raise refusal("lone surrogate in the JSON", "ST-UTF8", f"{data[lone : lone + 6]!r}")
+    return fields
 
 
-def _check_nesting(text: str, path: Path) -> None:
-    """Bound depth and number of containers before a parser that recurses sees the text."""
-    depth = count = 0
-    for match in _BRACKET.finditer(text):
-        if match[1] in ("]", "}"):
-            depth -= 1
-        elif match[1]:
-            depth += 1
-            count += 1
-        if depth <= 0:
-            return  # the value is complete: a parser stops here as well
-        if depth > MAX_JSON_DEPTH or count > MAX_JSON_CONTAINERS:
-            raise FormatError(
-                "JSON is nested too deep or has too many objects and arrays",
+def read_object(path: Path, most: int) -> dict[str, Any]:
+    """The JSON object in a regular file of at most ``most`` bytes.
+
+    Raises:
+        InputError: the file cannot be opened, is too large, or holds something else.
+        FormatError: see `strict_json`.
+    """
+    file = RegularFile(path)
+    try:
+        if file.size > most:
+            raise InputError(
+                "the file is too large",
                 path=path,
-                found=f"depth {depth}, number {count}",
-                wanted=f"depth at most {MAX_JSON_DEPTH}, number at most {MAX_JSON_CONTAINERS}",
-                code="ST-NESTING",
+                found=f"{file.size:,} bytes",
+                wanted=f"at most {most:,}",
+                code="FILE-SIZE",
             )
+        data = file.read(0, file.size)
+    finally:
+        file.close()
+    fields = strict_json(data, path)
+    if not isinstance(fields, dict):
+        raise FormatError("not an object of JSON", path=path, code="ST-JSON")
+    return fields
 
 
-def _encodable(text: str) -> bool:
+def repeated(pairs: list[tuple[str, Any]]) -> str:
+    """The first key that is there twice; in linear time."""
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            return key
+        seen.add(key)
+    raise ValueError("no key twice")
+
+
+def _member(text: str, decoder: json.JSONDecoder, place: int | None = None) -> str | None:
+    """The key of the outermost object whose value holds the character at ``place``, or else the
+    first fault; None where that is outside of all values.
+    """
+
+    def after(at: int) -> int:
+        """The place of the next character that is no space."""
+        match = _SPACE.match(text, at)
+        assert match
+        return match.end()
+
+    at = after(after(0) + 1)
+    while True:
+        try:
+            found = json.decoder.scanstring(text, at + 1)  # type: ignore[attr-defined]
+        except ValueError:
+            return None
+        key, at = str(found[0]), after(after(found[1]) + 1)
+        try:
+            _, at = decoder.raw_decode(text, at)
+        except (ValueError, FormatError):
+            return key
+        if place is not None and at > place:
+            return key
+        at = after(at)
+        if text[at : at + 1] != ",":
+            return None
+        at = after(at + 1)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep the collector from going through millions of new objects again and again, among which
+    there can be no cycle.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def beyond_limits(size: JsonSize) -> tuple[str, int, int] | None:
+    """What a parser must not see: what there is too much of, how much there is, and the most."""
+    limits = (
+        ("nested too deep", size.depth, MAX_JSON_DEPTH),
+        ("of too many objects and arrays", size.containers, MAX_JSON_CONTAINERS),
+        ("of too many keys", size.keys, MAX_JSON_KEYS),
+        ("of too many values", size.values, MAX_JSON_VALUES),
+        ("too long in memory, with its widest letter", size.text_bytes, MAX_JSON_TEXT),
+    )
+    return next((limit for limit in limits if limit[1] > limit[2]), None)
+
+
+def _checked_size(data: bytes, path: Path) -> JsonSize:
+    size = json_size(data)
+    beyond = beyond_limits(size)
+    if beyond:
+        what, found, most = beyond
+        raise FormatError(
+            f"JSON is {what}",
+            path=path,
+            found=f"{found:,}",
+            wanted=f"at most {most:,}",
+            code="ST-NESTING",
+        )
+    return size

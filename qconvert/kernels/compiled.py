@@ -120,13 +120,13 @@ def _period(users: int, *rows: F32 | None) -> int:
 # --- statistics -----------------------------------------------------------------------------------
 
 
-def widen(raw: bytes, dtype: str) -> NDArray[np.floating]:
+def widen(raw: bytes, dtype: str) -> NDArray[Any]:
     """`reference.widen`."""
     if dtype in ("BF16", "F16"):
         wide = np.empty(len(raw) // 2, np.float32)
         (_native.widen_bf16 if dtype == "BF16" else _native.widen_f16)(raw=raw, out=wide)
         return wide
-    if dtype in widening.TABLES:
+    if dtype in widening.BYTES:
         wide = np.empty(len(raw), np.float32)
         _native.widen_table(raw=raw, table=widening.table(dtype), out=wide)
         return wide

@@ -37,6 +37,7 @@ LINEAR_BINS = 2048  # of the entropy observer, between the extremes
 BLOCK_VALUES = 1 << 18  # of the nmse observer, at a time
 COLUMN_OCTAVES = 24  # no column counts less than 2^-24 of the heaviest
 ROW_OCTAVES = 8  # of the weights of rows that are added together
+MOST_VALUE = float(np.finfo(np.float32).max)  # of what an observer sees
 MOST_VALUES = 2.0**62  # in a histogram from a file: two fit together
 SILENT = 1 << 20  # no group: rows of zeros
 FLOOR = 1e-6  # share of the mass of the codes' histogram that is spread evenly: no log of 0
@@ -71,7 +72,7 @@ def _check_kind(a: object, b: object) -> None:
 
 def _extremes(state: Mapping[str, NDArray[Any]]) -> tuple[float, float]:
     low, high = state["extremes"].tolist()
-    if not (np.isfinite([low, high]).all() and low <= high):
+    if not -MOST_VALUE <= low <= high <= MOST_VALUE:
         raise ValueError(f"extremes {low}, {high}")
     return float(low), float(high)
 
@@ -465,4 +466,6 @@ class ChannelStatistics:
 
     @property
     def mean_square(self) -> F32:
-        return (self.squares.values() / max(self.samples, 1)).astype(np.float32)
+        """Of each channel; the largest binary32 number where it is beyond that."""
+        mean = self.squares.values() / max(self.samples, 1)
+        return np.minimum(mean, np.finfo(np.float32).max).astype(np.float32)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from qconvert.errors import InputError, MachineError, QconvertError, UnsupportedError
-from qconvert.files.regular import RegularFile
+from qconvert.files.prequantized import refuse_prequantized
 from qconvert.files.safetensors import open_safetensors
 from qconvert.files.shards import MAX_COMPANION_BYTES
-from qconvert.files.strict_json import strict_json
-from qconvert.running.streaming import stream_weights
+from qconvert.files.strict_json import read_object
+from qconvert.running.streaming import stream_weights, widen_if_needed
 
 INSTALL = "pip install torch transformers, or '.[hf]' in a checkout of qconvert"
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
@@ -63,11 +63,12 @@ def open_checkpoint(
     Raises:
         InputError: a file is missing or damaged.
         UnsupportedError: the model needs code of its own, is of a kind that transformers does not
-            know or that text alone does not run, or weights are missing.
+            know or that text alone does not run, is quantized already, or weights are missing.
         MachineError: torch or transformers is not installed.
     """
     config = checked_config(path)
-    open_safetensors(path).close()  # headers are held against the files before anything maps them
+    with open_safetensors(path) as model:  # headers are held against the files before all else
+        refuse_prequantized(model)
     torch, transformers = require("torch", "transformers")
     if threads is not None:
         torch.set_num_threads(threads)
@@ -99,6 +100,7 @@ def open_checkpoint(
     plain_experts(model)
     if streamed:
         stream_weights(model)
+        widen_if_needed(model)
     return Checkpoint(path, model, tokenizer, config, kind)
 
 
@@ -147,7 +149,7 @@ def checked_config(path: Path) -> dict[str, Any]:
                 code="HF-DIRECTORY",
             )
         raise InputError("no such file or directory", path=path, code="FILE-MISSING")
-    config = _fields(path / CONFIG)
+    config = read_object(path / CONFIG, MAX_COMPANION_BYTES)
     if not any((path / name).is_file() for name in TOKENIZERS):
         raise InputError(
             "no tokenizer in the directory",
@@ -159,7 +161,7 @@ def checked_config(path: Path) -> dict[str, Any]:
     companion = path / TOKENIZER_CONFIG
     for file, fields in (
         (path / CONFIG, config),
-        (companion, _fields(companion) if companion.exists() else {}),
+        (companion, read_object(companion, MAX_COMPANION_BYTES) if companion.exists() else {}),
     ):
         if fields.get("auto_map"):
             raise UnsupportedError(
@@ -171,19 +173,6 @@ def checked_config(path: Path) -> dict[str, Any]:
                 code="HF-CODE",
             )
     return config
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    file = RegularFile(path)
-    try:
-        if file.size > MAX_COMPANION_BYTES:
-            raise InputError("the file is too large", path=path, found=f"{file.size:,} bytes")
-        fields = strict_json(file.read(0, file.size), path)
-    finally:
-        file.close()
-    if not isinstance(fields, dict):
-        raise InputError("not an object of JSON", path=path, code="HF-CONFIG")
-    return fields
 
 
 def model_class(config: dict[str, Any], path: Path) -> tuple[str, Literal["causal", "encoder"]]:

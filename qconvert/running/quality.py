@@ -95,14 +95,62 @@ class Scores:
     same_top: NDArray[np.bool_]
 
 
+class BlindGuess:
+    """The best guess at a source's answers that does not look at the text: their mean.
+
+    A quantized model that is farther from its source than this tells nothing of it any more: it is
+    another model, or none. Only sums are kept.
+
+    Attributes:
+        answers: how many were added.
+    """
+
+    def __init__(self) -> None:
+        self.answers = 0
+        self._sum: F64 | float = 0.0
+        self._entropy = 0.0
+
+    def add_distributions(self, p: F64, log_p: F64) -> None:
+        """Next-token distributions of the source and their logarithms, (T, vocabulary)."""
+        self.answers += len(p)
+        self._sum = self._sum + p.sum(axis=0)
+        with np.errstate(invalid="ignore"):  # 0 · -inf
+            self._entropy -= float(np.where(p > 0, p * log_p, 0.0).sum())
+
+    def add_direction(self, embedding: F64) -> None:
+        """An embedding of length 1, (width,)."""
+        self.answers += 1
+        self._sum = self._sum + embedding
+
+    @property
+    def divergence(self) -> float:
+        """Mean of KL(source || mean of the source's distributions), in nats: the entropy of the
+        mean less the mean of the entropies.
+        """
+        middle = np.asarray(self._sum) / self.answers
+        with np.errstate(divide="ignore", invalid="ignore"):
+            entropy = -np.where(middle > 0, middle * np.log(middle), 0.0).sum()
+        return max(0.0, float(entropy) - self._entropy / self.answers)
+
+    @property
+    def spread(self) -> float:
+        """Mean squared distance of the directions from their mean: 1 - |mean|²."""
+        middle = np.asarray(self._sum) / self.answers
+        return max(0.0, 1.0 - float(middle @ middle))
+
+
 def compare_logits(
-    source: NDArray[np.floating], quantized: NDArray[np.floating], targets: I64
+    source: NDArray[np.floating],
+    quantized: NDArray[np.floating],
+    targets: I64,
+    blind: BlindGuess | None = None,
 ) -> Scores:
     """Scores of some positions.
 
     Args:
         source, quantized: logits, (T, vocabulary).
         targets: (T,).
+        blind: takes the distributions of the source.
     """
     parts = []
     step = max(1, TILE_LOGITS // source.shape[1])
@@ -113,6 +161,8 @@ def compare_logits(
         p = np.exp(lp)
         with np.errstate(invalid="ignore"):  # 0 · (-inf - -inf): an impossible token adds nothing
             divergence = np.where(p > 0, p * (lp - lq), 0.0).sum(axis=1)
+        if blind is not None:
+            blind.add_distributions(p, lp)
         same = source[tile].argmax(axis=1) == quantized[tile].argmax(axis=1)
         parts.append(Scores(-lp[place], -lq[place], divergence, same))
     return join(parts)
@@ -136,9 +186,13 @@ def join(parts: list[Scores]) -> Scores:
 
 
 def compare_models(
-    source: Checkpoint, quantized: Checkpoint, chunks: Windows, advance: Callable[[int], None]
+    source: Checkpoint,
+    quantized: Checkpoint,
+    chunks: Windows,
+    blind: BlindGuess,
+    advance: Callable[[int], None],
 ) -> Scores:
-    """Run both models over all windows.
+    """Run both models over all windows; ``blind`` takes the distributions of the source.
 
     Raises:
         UnsupportedError: they have vocabularies of different sizes.
@@ -165,7 +219,7 @@ def compare_models(
                     wanted=f"{one.shape[1]:,}",
                 )
             targets = chunks.targets[start : start + batch].ravel()
-            parts.append(compare_logits(one, other, targets))
+            parts.append(compare_logits(one, other, targets, blind))
             advance(ids.numel())
     return join(parts)
 
@@ -208,12 +262,14 @@ def sentence_cosines(
     source: Checkpoint,
     quantized: Checkpoint,
     sentences: list[I64],
+    blind: BlindGuess,
     advance: Callable[[int], None],
 ) -> F64:
     """Cosine of both models' embeddings of each sentence, (sentences,).
 
     An embedding is the mean of the last hidden states over all tokens, special ones included (mean
-    pooling of sentence-transformers). Sentences run one by one, without padding.
+    pooling of sentence-transformers). Sentences run one by one, without padding. ``blind`` takes
+    the directions of the source's.
     """
     import torch
 
@@ -232,5 +288,6 @@ def sentence_cosines(
             )
             with np.errstate(invalid="ignore"):
                 cosines[i] = a @ b / np.sqrt((a @ a) * (b @ b))
+                blind.add_direction(a / np.sqrt(a @ a))
             advance(len(tokens))
     return cosines

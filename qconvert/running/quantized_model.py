@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qconvert.encoding import AffineEncoding
 from qconvert.errors import QconvertError, UnsupportedError, UsageError
@@ -20,7 +21,7 @@ from qconvert.files import open_model
 from qconvert.files.gguf import ARCHITECTURE, RAW
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_check import check_payload
-from qconvert.files.qblk_header import StoredTensor
+from qconvert.files.qblk_header import SLASH, StoredTensor
 from qconvert.geometry import TILE_VALUES
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.running.hugging_face import (
@@ -33,7 +34,11 @@ from qconvert.running.hugging_face import (
     require,
 )
 from qconvert.running.integer_path import DynamicInput, StaticInput, StoredMatrix, read_matrix
+from qconvert.running.state_dict import Loaded, StandIns, load_state, quiet
 
+OUTPUT = "output.weight"  # in a GGUF file
+# What older checkpoints store and transformers computes.
+_COMPUTED = re.compile(r"position_ids$|rotary_emb\.inv_freq$")
 ACTIVATIONS = ("none", "dynamic", "dynamic_asym", "static", "auto")
 
 
@@ -120,7 +125,7 @@ def open_tokenizer(path: Path, *, directory: Path | None = None) -> Any:
 def _tokenizer(directory: Path, path: Path) -> Any:
     (transformers,) = require("transformers")
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             return transformers.AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
@@ -144,14 +149,24 @@ def _directory(model: Model, given: Path | None) -> Iterator[Path]:
         return
     assert isinstance(model, QblkModel)
     with TemporaryDirectory(prefix="qconvert-") as place:
-        for file in files:  # QBLK-025: base names
-            (Path(place) / file.name).write_bytes(model.companion(file))
+        for file in files:
+            path = Path(place, *_parts(file.name))
+            if path.exists() or any(p.is_file() for p in path.parents):
+                path = Path(place) / file.name  # two names that are one place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(model.companion(file))
         try:
             yield Path(place)
         except QconvertError as e:
             if e.path and e.path.startswith(place):  # a name that tells nobody anything
                 e.path = str(model.path) + e.path.removeprefix(place).replace("/", ": ", 1)
             raise
+
+
+def _parts(name: str) -> list[str]:
+    """Where a file that is carried was in the model's directory: QBLK-025, and section 5."""
+    parts = name.replace(SLASH, "/").split("/")
+    return [name] if {"", ".", ".."} & set(parts) else parts
 
 
 class _Builder:
@@ -162,7 +177,7 @@ class _Builder:
         self.stored = model.stored if isinstance(model, QblkModel) else {}
         self.matrices: dict[str, StoredMatrix] = {}
         self.values: dict[str, Any] = {}  # torch tensors
-        self.buffers: set[str] = set()
+        self.dropped: set[str] = set()  # parameters that no file of the kind has
         self.static: list[str] = []
         self.dynamic: list[str] = []
         self.quantized: list[str] = []
@@ -175,22 +190,20 @@ class _Builder:
             torch.set_num_threads(threads)
         tokenizer = _tokenizer(directory, self.model.path)
         name, kind = model_class(config, directory)
+        cls = getattr(transformers, name)
         try:
             described = transformers.AutoConfig.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
-            with _quiet(transformers), _parameters_on_meta(torch):
-                built = getattr(transformers, name)(described)
-            built.tie_weights()
+            if self.model.kind == "gguf" and self.model.metadata.get(ARCHITECTURE) != RAW:
+                self._restore(cls, described, config, directory / CONFIG)
+            built = self._load(cls, described)
             if (directory / "generation_config.json").is_file() and built.can_generate():
                 built.generation_config = transformers.GenerationConfig.from_pretrained(
                     directory, local_files_only=True
                 )
         except Exception as e:  # whatever transformers makes of files that it does not like
             refuse_loading(e, self.model.path)
-        if self.model.kind == "gguf" and self.model.metadata.get(ARCHITECTURE) != RAW:
-            self._restore(built, config, directory / CONFIG)
-        self._fill(built)
         plain_experts(built)
         if self.activations != "none" and not (self.static or self.dynamic):
             raise UnsupportedError(
@@ -209,64 +222,109 @@ class _Builder:
             tuple(self.dequantized),
         )
 
-    def _restore(self, built: Any, config: dict[str, Any], path: Path) -> None:
-        """Give the tensors of a file with llama.cpp's names those of the modules.
+    def _restore(self, cls: Any, described: Any, config: dict[str, Any], path: Path) -> None:
+        """Give the tensors of a file with llama.cpp's names those of the modules."""
+        import torch
 
-        A module that no such file has tensors for, such as a pooler, is taken out.
-        """
         from qconvert.architectures import restored  # its tables take 0.1 s to build
 
+        if OUTPUT in self.tensors:  # the file has an output matrix of its own
+            described.tie_word_embeddings = False
+            described.get_text_config().tie_word_embeddings = False
+        with torch.device("meta"):  # for its names and shapes alone
+            skeleton = cls(described)
+        skeleton.tie_weights()
         self.dequantized = [t.name for t in self.model.tensors if t.dtype not in DTYPES]
-        shapes = {name: tuple(p.shape) for name, p in built.named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
         found = restored(self.model, config, path, shapes)
         self.model = found.model
         self.tensors = {t.name: t for t in self.model.tensors}
-        dropped = {d.name for d in found.dropped}
-        for place, module in list(built.named_modules()):
+        self.dropped = {d.name for d in found.dropped}
+
+    def _load(self, cls: Any, described: Any) -> Any:
+        """The model with every tensor of the file where transformers puts it.
+
+        Stand-ins go first. Those that are parameters afterwards are exchanged for the tensor's
+        codes or values; tensors that went into something new are loaded once more with values.
+        """
+        stand_ins = StandIns()
+        state = {n: stand_ins.make(n, t.shape) for n, t in self.tensors.items()}
+        loaded = self._complete(load_state(cls, described, state, self.model.path))
+        direct = {stand_ins.name_of(p) for p in _tensors_of(loaded.model)}
+        others = self.tensors.keys() - direct - set(loaded.unexpected)
+        if others:
+            state |= {n: self._torch(self.tensors[n]) for n in others}
+            loaded = self._complete(load_state(cls, described, state, self.model.path))
+        self._without_dropped(loaded)
+        self._exchange(loaded.model, stand_ins)
+        return loaded.model
+
+    def _complete(self, loaded: Loaded) -> Loaded:
+        """Refuse tensors too many or too few, or of another shape."""
+        missing = [name for name in loaded.missing if name not in self.dropped]
+        if missing:
+            raise self._another_model(missing[0], f"{len(missing)} tensors missing")
+        if loaded.mismatched:
+            name, found, wanted = loaded.mismatched[0]
+            raise UnsupportedError(
+                "the file is not of the model that its config describes",
+                path=self.model.path,
+                tensor=name,
+                found=f"shape {list(found)}",
+                wanted=f"{list(wanted)}",
+                code="HF-WEIGHTS",
+            )
+        left = [name for name in loaded.unexpected if not _COMPUTED.search(name)]
+        if left:
+            raise self._another_model(left[0], f"{len(left)} tensors that no layer takes")
+        return loaded
+
+    def _without_dropped(self, loaded: Loaded) -> None:
+        """Take out modules that no such file has tensors for, such as a pooler."""
+        dropped = set(self.dropped)
+        for place, module in list(loaded.model.named_modules()):
             below = {f"{place}.{name}" for name, _ in module.named_parameters()}
             if below and below <= dropped:
-                _replace(built, place, None)
+                _replace(loaded.model, place, None)
                 dropped -= below
 
-    def _fill(self, built: Any) -> None:
-        """Give every module its tensors."""
+    def _exchange(self, built: Any, stand_ins: StandIns) -> None:
+        """Put codes or values where stand-ins are."""
         import torch
 
         from qconvert.running.integer_layers import QuantizedEmbedding, QuantizedLinear
 
-        names = _Names(built, self.tensors)
-        self._buffers(built, names)
-        modules = list(built.named_modules())
-        missing = []
-        for place, module in modules:
-            own = [p for p, parameter in module._parameters.items() if parameter is not None]
-            found = {p: names.find(place, p) for p in own}
-            missing += [f"{place}.{p}" for p, tensor in found.items() if tensor is None]
-            taken = {p: tensor for p, tensor in found.items() if tensor is not None}
-            weight = taken.get("weight")
-            if missing or not taken:
+        for place, module in list(built.named_modules()):
+            for kind, held in (("parameters", module._parameters), ("buffers", module._buffers)):
+                for name, tensor in list(held.items()):
+                    source = None if tensor is None else stand_ins.name_of(tensor)
+                    if source is None or self._takes_codes(module, name, source):
+                        continue
+                    values = self._torch(self.tensors[source])
+                    if kind == "parameters":
+                        values = torch.nn.Parameter(values, requires_grad=False)
+                    held[name] = values
+            weight = module._parameters.get("weight")
+            source = None if weight is None else stand_ins.name_of(weight)
+            if source is None:
                 continue
-            for p, tensor in taken.items():
-                self._check_shape(tensor, module._parameters[p])
-            if weight and type(module) is torch.nn.Linear and self._has_codes(weight):
-                matrix = self._matrix(weight)
-                bias = self._float(taken["bias"]) if "bias" in taken else None
-                how = self._activations(place, self.stored[weight.name])
-                _replace(built, place, QuantizedLinear(matrix, bias, how))
-                self.quantized.append(place)
-            elif weight and type(module) is torch.nn.Embedding and self._has_codes(weight):
-                _replace(built, place, QuantizedEmbedding(self._matrix(weight), module.padding_idx))
-                self.quantized.append(place)
+            matrix = self._matrix(self.tensors[source])
+            if type(module) is torch.nn.Linear:
+                how = self._activations(place, self.stored[source])
+                _replace(built, place, QuantizedLinear(matrix, module.bias, how))
             else:
-                for p, tensor in taken.items():
-                    values = self._float(tensor)
-                    module._parameters[p] = torch.nn.Parameter(values, requires_grad=False)
-        if missing:
-            raise self._another_model(missing[0], f"{len(missing)} tensors missing")
-        self._no_others(built)
+                _replace(built, place, QuantizedEmbedding(matrix, module.padding_idx))
+            self.quantized.append(place)
 
-    def _has_codes(self, tensor: TensorInfo) -> bool:
-        stored = self.stored.get(tensor.name)
+    def _takes_codes(self, module: Any, name: str, source: str) -> bool:
+        """Whether a parameter stays codes: a linear layer's or an embedding's weight."""
+        import torch
+
+        plain = type(module) in (torch.nn.Linear, torch.nn.Embedding)
+        return plain and name == "weight" and self._has_codes(source)
+
+    def _has_codes(self, name: str) -> bool:
+        stored = self.stored.get(name)
         return stored is not None and isinstance(stored.encoding, AffineEncoding)
 
     def _matrix(self, tensor: TensorInfo) -> StoredMatrix:
@@ -294,59 +352,38 @@ class _Builder:
         self.dynamic.append(place)
         return DynamicInput(symmetric=self.activations != "dynamic_asym")
 
-    def _check_shape(self, tensor: TensorInfo, parameter: Any) -> None:
-        if tensor.shape != tuple(parameter.shape):
+    def _torch(self, tensor: TensorInfo) -> Any:
+        """The values of a tensor as torch has them, read once for all that share it.
+
+        float32 for codes and floating numbers; integers and bool keep their dtype.
+        """
+        import torch
+
+        if not tensor.real:
             raise UnsupportedError(
-                "the file is not of the model that its config describes",
+                "complex weights are not run",
                 path=self.model.path,
                 tensor=tensor.name,
-                found=f"shape {list(tensor.shape)}",
-                wanted=f"{list(parameter.shape)}",
+                found=tensor.dtype,
                 code="HF-WEIGHTS",
             )
-
-    def _float(self, tensor: TensorInfo) -> Any:
-        """The float32 values of a tensor as torch has them, read once for all that share it."""
-        import torch
-
         if tensor.name not in self.values:
-            out = np.empty(tensor.size, np.float32)
-            for start in range(0, tensor.size, TILE_VALUES):
-                stop = min(start + TILE_VALUES, tensor.size)
-                out[start:stop] = self.model.values(tensor, start, stop)
-            self.values[tensor.name] = torch.from_numpy(out.reshape(tensor.shape))
-            if not tensor.floating:
-                self.dequantized.append(tensor.name)
+            self.values[tensor.name] = torch.from_numpy(self._values(tensor))
         return self.values[tensor.name]
 
-    def _buffers(self, built: Any, names: _Names) -> None:
-        """Buffers that the file has, such as running means; the others are the module's own."""
-        import torch
-
-        for place, buffer in built.named_buffers():
-            module, _, name = place.rpartition(".")
-            tensor = names.find(module, name)
-            if tensor is not None:
-                self._check_shape(tensor, buffer)
-                values = self.model.values(tensor, 0, tensor.size).reshape(tensor.shape)
-                buffer.copy_(torch.from_numpy(np.array(values)))
-                self.buffers.add(tensor.name)
-
-    def _no_others(self, built: Any) -> None:
-        """Refuse tensors that no module took, but for those that the class says to ignore."""
-        ignored = [*(getattr(built, "_keys_to_ignore_on_load_unexpected", None) or ())]
-        ignored += [r"position_ids$", r"rotary_emb\.inv_freq$"]  # of older checkpoints
-        tied = [*(getattr(built, "_tied_weights_keys", None) or ())]  # stored twice
-        used = self.matrices.keys() | self.values.keys() | self.buffers
-        left = [
-            name
-            for name in self.tensors
-            if name not in used
-            and not any(re.search(pattern, name) for pattern in ignored)
-            and not any(re.search(key, name) for key in tied)
-        ]
-        if left:
-            raise self._another_model(left[0], f"{len(left)} tensors that no layer takes")
+    def _values(self, tensor: TensorInfo) -> NDArray[Any]:
+        known = DTYPES.get(tensor.dtype)
+        if known and not known.floating:
+            kind = "?" if known.kind == "bool" else f"<{known.kind[0]}{known.size}"
+            raw = np.frombuffer(self.model.raw(tensor, 0, tensor.nbytes), np.uint8)
+            return (raw != 0 if kind == "?" else raw.view(kind)).reshape(tensor.shape).copy()
+        out = np.empty(tensor.size, np.float32)
+        for start in range(0, tensor.size, TILE_VALUES):
+            stop = min(start + TILE_VALUES, tensor.size)
+            out[start:stop] = self.model.values(tensor, start, stop)
+        if not tensor.floating:
+            self.dequantized.append(tensor.name)
+        return out.reshape(tensor.shape)
 
     def _another_model(self, tensor: str, found: str) -> UnsupportedError:
         return UnsupportedError(
@@ -358,62 +395,12 @@ class _Builder:
         )
 
 
-class _Names:
-    """Parameters to tensors of the file: by name, with or without the prefix of the base model, and
-    for a tied parameter by any of its names.
-    """
-
-    def __init__(self, built: Any, tensors: dict[str, TensorInfo]) -> None:
-        self.tensors = tensors
-        self.prefix = f"{built.base_model_prefix}." if built.base_model_prefix else ""
-        self.parameters = dict(built.named_parameters(remove_duplicate=False))
-        self.aliases: dict[int, list[str]] = {}
-        for name, parameter in self.parameters.items():
-            self.aliases.setdefault(id(parameter), []).append(name)
-
-    def find(self, module: str, name: str) -> TensorInfo | None:
-        full = f"{module}.{name}" if module else name
-        parameter = self.parameters.get(full)
-        for alias in self.aliases.get(id(parameter), [full]):
-            for spelled in (alias, alias.removeprefix(self.prefix), self.prefix + alias):
-                if spelled in self.tensors:
-                    return self.tensors[spelled]
-        return None
+def _tensors_of(built: Any) -> Iterator[Any]:
+    """Parameters and buffers."""
+    yield from built.parameters()
+    yield from built.buffers()
 
 
 def _replace(built: Any, place: str, new: Any) -> None:
     parent, _, name = place.rpartition(".")
     setattr(built.get_submodule(parent), name, new)
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Errors of transformers only; its setting belongs to the program that we are part of."""
-    logging = transformers.utils.logging
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-@contextmanager
-def _parameters_on_meta(torch: Any) -> Iterator[None]:
-    """Modules made inside have parameters without memory; buffers, which are computed, are real.
-
-    A whole ``torch.device("meta")`` would lose the buffers that no file has.
-    """
-    module = torch.nn.Module
-    register = module.register_parameter
-
-    def on_meta(self: Any, name: str, parameter: Any) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(self, name, parameter)
-
-    module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        module.register_parameter = register

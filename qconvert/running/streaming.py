@@ -33,6 +33,26 @@ def stream_weights(model: Any) -> None:
             buffer.data = buffer.data.float()
 
 
+def widen_if_needed(model: Any) -> None:
+    """Widen every weight of a model from `stream_weights` that does not run: some models multiply
+    with the weight of a layer without calling the layer, as Mamba does.
+
+    Two tokens are run to see.
+    """
+    import torch
+
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros((1, 2), dtype=torch.int64))
+    except Exception:  # of two dtypes in one product; any other comes back with the text
+        for module in model.modules():
+            if "forward" in vars(module):
+                del module.forward
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+
+
 def _widened(module: Any) -> Any:
     """The forward of a linear layer or an embedding with its weight in float32."""
     from torch import nn

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,18 @@ from numpy.typing import NDArray
 from qconvert import kernels
 from qconvert.errors import InputError, UnsupportedError, WeightError
 from qconvert.files.atomic import AtomicOutput
-from qconvert.files.calibration import check_digest, layer_name, model_digest
+from qconvert.files.calibration import (
+    MAX_FEATURES,
+    WEIGHT,
+    TextRun,
+    check_digest,
+    layer_name,
+    model_digest,
+    unfinished,
+)
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
 from qconvert.files.scratch import Scratch
+from qconvert.files.transposed import input_first
 from qconvert.geometry import TILE_VALUES
 from qconvert.model import Model, TensorInfo
 from qconvert.observers.layer import LayerStatistics
@@ -28,14 +37,19 @@ from qconvert.report import CalibrateReport
 from qconvert.stages.collected import (
     STATISTICS_BYTES,
     Collected,
+    features_of,
+    file_note,
     merged,
     model_warnings,
     observe,
     passes,
     read_collected,
+    restored,
 )
 from qconvert.stages.column_norms import column_norms
 from qconvert.stages.importance import importance_bytes
+from qconvert.stages.saved_state import SAVE_SECONDS, SavedState, check_same_run
+from qconvert.stages.sources import examined
 
 BATCH_ROWS = 32  # rows of one step of the moving average
 
@@ -47,6 +61,7 @@ class CalibrateOptions:
     Attributes:
         statistics_bytes: what the statistics of one pass over the files may take; layers beyond
             wait for another pass.
+        save_seconds: at least so long between two saves of the state.
     """
 
     activations: tuple[Path, ...]
@@ -54,8 +69,10 @@ class CalibrateOptions:
     model: Path | None = None
     settings: ObserverSettings = field(default_factory=ObserverSettings)
     gram: bool = False
+    resume: bool = False
     force: bool = False
     statistics_bytes: int = STATISTICS_BYTES
+    save_seconds: float = SAVE_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,53 +90,141 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
     """Observe recorded activations, file after file in the order given.
 
     Raises:
-        InputError: an array is not (samples, features) of finite floats, or files disagree on a
-        layer's features.
+        InputError: an array is not (samples, features) of finite floats, files disagree on a
+        layer's features, or a state to go on from is of another run.
         UsageError: no such observer.
+        Stopped: a signal arrived; what was done so far is kept.
     """
     started = time.perf_counter()
     progress = progress or Silent()
     options.settings.make()  # a wrong name costs no time
     read = (*options.activations, *((options.model,) if options.model else ()))
-    with AtomicOutput(options.output, overwrite=options.force, inputs=read) as out:
-        with ExitStack() as stack:
-            model = stack.enter_context(open_safetensors(options.model)) if options.model else None
-            files = [stack.enter_context(open_safetensors(p)) for p in options.activations]
-            scratch = stack.enter_context(Scratch(options.output)) if options.gram else None
-            found = Collected(options.settings, scratch=scratch)
-            widths = _widths(files)
-            sizes = {n: LayerStatistics.size(w, gram=options.gram) for n, w in widths.items()}
-            progress.begin("calibrate", sum(t.nbytes for f in files for t in f.tensors), "bytes")
-            for group in passes(sizes, options.statistics_bytes):
-                for name in group:
-                    norms = weight_norms(options.settings, model, name, widths[name])
-                    found.layers[name] = LayerStatistics(
-                        widths[name], options.settings, norms, gram=options.gram
-                    )
-                for file in files:
-                    _observe_file(file, found, progress)
-                found.finish()
-            progress.end()
-            for file in files:
-                found.inputs.append({"name": file.path.name, "sha256": file.sha256()})
+    state = SavedState(options.output, read, "batches", options.save_seconds)
+    state.check(resume=options.resume, force=options.force)
+    with ExitStack() as stack:
+        out = stack.enter_context(
+            AtomicOutput(options.output, overwrite=options.force, inputs=read)
+        )
+        model = stack.enter_context(open_safetensors(options.model)) if options.model else None
+        files = [stack.enter_context(open_safetensors(p)) for p in options.activations]
+        scratch = stack.enter_context(Scratch(options.output)) if options.gram else None
+        run = _Run(options, model, files, scratch, state, progress)
+        warnings = []
+        if model:
+            warnings += examined(model).warnings
+            warnings += model_warnings(model, run.features, run.found.transposed)
+        with state.kept():
+            run.go()
+            for file in (*files, *((model,) if model else ())):
                 file.check_unchanged()
-            warnings = []
-            if model:
-                layers = {name: layer.calibration for name, layer in found.finished.items()}
-                warnings = model_warnings(model, layers)
-                found.model = model_digest(model)
-                model.check_unchanged()
-        found.write(out)
-        out.commit()
+            state.between(run.found)
+            run.found.run = None  # as of a file that says nothing of a text
+            run.found.write(out)
+            out.commit()
+            state.remove()
     return CalibrateReport(
         kernels=kernels.describe(),
         inputs=[str(p) for p in options.activations],
         output=str(options.output),
         observer=options.settings.name,
-        layers=found.rows(),
+        layers=run.found.rows(),
         warnings=warnings,
         seconds=time.perf_counter() - started,
     )
+
+
+class _Run:
+    """Groups of layers, each over all batches of all files."""
+
+    def __init__(
+        self,
+        options: CalibrateOptions,
+        model: SafetensorsModel | None,
+        files: Sequence[SafetensorsModel],
+        scratch: Scratch | None,
+        state: SavedState,
+        progress: Progress,
+    ) -> None:
+        self.options = options
+        self.model = model
+        self.state = state
+        self.progress = progress
+        self.features = _widths(files)
+        self.arrays = [(file, tensor) for file in files for tensor in file.tensors]
+        sizes = {n: LayerStatistics.size(w, gram=options.gram) for n, w in self.features.items()}
+        self.groups = passes(sizes, options.statistics_bytes)
+        self.found = Collected(
+            options.settings,
+            inputs=[file_note(file.path) for file in files],
+            model=model_digest(model) if model else None,
+            run=TextRun(0, None, 0, sum(batches(t) for _, t in self.arrays), 0, 0, groups=0),
+            scratch=scratch,
+        )
+        if model:
+            turned = input_first(model)
+            self.found.transposed = {n for n in self.features if turned(n + WEIGHT)}
+        if options.resume and state.path.exists():
+            self._resume(read_collected(state.path, scratch))
+
+    def go(self) -> None:
+        """Observe whatever has not been observed yet."""
+        total = sum(tensor.nbytes for _, tensor in self.arrays)
+        self.progress.begin("calibrate", total, "bytes")
+        for k in range(self._progress.groups, len(self.groups)):
+            for name in self.groups[k]:
+                if name not in self.found.layers and name not in self.found.finished:
+                    self.found.layers[name] = LayerStatistics(
+                        self.features[name],
+                        self.options.settings,
+                        self._norms(name),
+                        gram=self.options.gram,
+                    )
+            self._pass()
+            self.found.finish(self.state.between)
+            last = k + 1 == len(self.groups)
+            done = self._progress.chunks if last else 0
+            self.found.run = replace(self._progress, groups=k + 1, done=done)
+        self.progress.end()
+
+    def _pass(self) -> None:
+        """Feed what the files have of the layers of this pass to their statistics."""
+        at = 0  # batches before the array
+        for file, tensor in self.arrays:
+            name = layer_name(tensor.name)
+            size = batches(tensor)
+            first = min(max(self._progress.done - at, 0), size)
+            if name in self.found.layers:
+                found = read_batches(file, tensor, file.path, first)
+                for i, batch in enumerate(found, at + first + 1):
+                    observe(self.found.layers[name], batch, tensor.name, file.path)
+                    self.found.run = replace(self._progress, done=i)
+                    self.state.between(self.found)
+                self.progress.advance(tensor.nbytes, tensor.name)
+            at += size
+            self.found.run = replace(self._progress, done=max(self._progress.done, at))
+
+    @property
+    def _progress(self) -> TextRun:
+        assert self.found.run
+        return self.found.run
+
+    def _norms(self, name: str) -> NDArray[np.float64] | None:
+        transposed = name in self.found.transposed
+        return weight_norms(
+            *(self.options.settings, self.model, name, self.features[name], transposed)
+        )
+
+    def _resume(self, state: Collected) -> None:
+        """Take over a state that this very run has left."""
+        gram = any(f.has_gram for f in state.finished.values()), self.options.gram
+        theirs = check_same_run(self.state.path, state, self.found, {"--gram": gram})
+        done = {name for group in self.groups[: theirs.groups] for name in group}
+        for name, layer in state.finished.items():
+            if name in done:
+                self.found.finished[name] = layer
+            else:
+                self.found.layers[name] = restored(layer, self.options.settings, self._norms(name))
+        self.found.run = theirs
 
 
 def merge_calibrations(options: MergeOptions) -> CalibrateReport:
@@ -130,37 +235,28 @@ def merge_calibrations(options: MergeOptions) -> CalibrateReport:
         UsageError: moving averages.
     """
     started = time.perf_counter()
-    with (
-        open_safetensors(options.model) as model,
-        AtomicOutput(
-            options.output,
-            overwrite=options.force,
-            inputs=(options.model, *options.calibrations),
-        ) as out,
-        Scratch(options.output) as scratch,
-    ):
+    read = (options.model, *options.calibrations)
+    with ExitStack() as stack:
+        model = stack.enter_context(open_safetensors(options.model))
+        force, other = options.force, None
+        out = stack.enter_context(AtomicOutput(options.output, overwrite=force, inputs=read))
+        if options.imatrix:
+            other = stack.enter_context(AtomicOutput(options.imatrix, overwrite=force, inputs=read))
+        scratch = stack.enter_context(Scratch(options.output))
         parts = []
         for path in options.calibrations:
             part = read_collected(path, scratch)
             check_digest(part.model, model, path)
-            if part.run and part.run.done < part.run.chunks:
-                raise InputError(
-                    "the state of an interrupted run, not a calibration",
-                    path=path,
-                    hint="finish it first: its command with --resume",
-                    code="CALIBRATION-PARTIAL",
-                )
+            if part.partial:
+                raise unfinished(path)
             parts.append((path, part))
         whole = merged(parts)
-        layers = {name: layer.calibration for name, layer in whole.finished.items()}
-        warnings = model_warnings(model, layers) + unreached_warnings(whole.unreached)
+        warnings = model_warnings(model, features_of(whole.finished), whole.transposed)
+        warnings += unreached_warnings(whole.unreached)
         whole.write(out)
-        if options.imatrix:
-            with AtomicOutput(
-                options.imatrix, overwrite=options.force, inputs=(options.model,)
-            ) as other:
-                other.write_at(0, importance_bytes(whole, options.model))
-                other.commit()
+        if other:
+            other.write_at(0, importance_bytes(whole, options.model))
+            other.commit()
         out.commit()
     return CalibrateReport(
         kernels=kernels.describe(),
@@ -211,28 +307,34 @@ def _widths(files: Sequence[SafetensorsModel]) -> dict[str, int]:
     return widths
 
 
-def _observe_file(file: SafetensorsModel, found: Collected, progress: Progress) -> None:
-    """Feed what a file has of the layers of this pass to their statistics."""
-    for tensor in file.tensors:
-        name = layer_name(tensor.name)
-        if name in found.layers:
-            for batch in read_batches(file, tensor, file.path):
-                observe(found.layers[name], batch, tensor.name, file.path)
-            progress.advance(tensor.nbytes, tensor.name)
-
-
 def weight_norms(
-    settings: ObserverSettings, model: Model | None, layer: str, features: int
+    settings: ObserverSettings,
+    model: Model | None,
+    layer: str,
+    features: int,
+    transposed: bool,
 ) -> NDArray[np.float64] | None:
-    """What the observer of a layer wants of its weight; None where that is nothing, or unknown."""
+    """What the observer of a layer wants of its weight; None where that is nothing, or unknown.
+
+    Args:
+        transposed: whether the weight is stored (in, out).
+    """
     if model is None or settings.name not in READ_WEIGHTS:
         return None
-    norms = column_norms(model, layer)
+    norms = column_norms(model, layer, transposed=transposed)
     return None if norms is None or len(norms) != features else norms  # refused later, by name
 
 
 def check_activations(tensor: TensorInfo, path: Path) -> None:
     """Refuse an array that is not (samples, features) of floats, or has no sample."""
+    if len(tensor.shape) == 2 and tensor.shape[1] > MAX_FEATURES:
+        raise UnsupportedError(
+            "too many features",
+            path=path,
+            tensor=tensor.name,
+            found=f"{tensor.shape[1]:,}",
+            wanted=f"at most {MAX_FEATURES:,} values of a row",
+        )
     if len(tensor.shape) != 2 or not tensor.size or not tensor.floating:
         raise UnsupportedError(
             "activations",
@@ -243,15 +345,29 @@ def check_activations(tensor: TensorInfo, path: Path) -> None:
         )
 
 
-def read_batches(model: Model, tensor: TensorInfo, path: Path) -> Iterator[NDArray[np.float32]]:
+def batches(tensor: TensorInfo) -> int:
+    """How many `read_batches` gives."""
+    return -(-tensor.shape[0] // _batch_rows(tensor))
+
+
+def _batch_rows(tensor: TensorInfo) -> int:
+    return max(1, min(BATCH_ROWS, TILE_VALUES // tensor.shape[1]))
+
+
+def read_batches(
+    model: Model, tensor: TensorInfo, path: Path, first: int = 0
+) -> Iterator[NDArray[np.float32]]:
     """The rows of an activation array, 32 at a time or fewer when they are long.
+
+    Args:
+        first: number of the batch to begin with.
 
     Raises:
         WeightError: a value is NaN or Inf, named by its sample.
     """
     samples, features = tensor.shape
-    step = max(1, min(BATCH_ROWS, TILE_VALUES // features))
-    for row in range(0, samples, step):
+    step = _batch_rows(tensor)
+    for row in range(first * step, samples, step):
         stop = min(row + step, samples)
         with np.errstate(over="ignore"):
             batch = model.values(tensor, row * features, stop * features).astype(np.float32)

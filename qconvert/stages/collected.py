@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from qconvert.files.calibration import (
     layer_name,
     read_state,
 )
+from qconvert.files.regular import file_sha256, utf8_name
 from qconvert.files.scratch import Scratch
 from qconvert.model import Model
 from qconvert.observers.layer import LayerStatistics
@@ -58,7 +58,9 @@ class Collected:
         finished: of groups that are through; read from files.
         unreached: layers that no token came through.
         recorded: sampled rows of input a layer, (rows, features) float32.
+        partial: the state of a run that was interrupted.
         scratch: where Gram matrices of finished layers are; None keeps them in memory.
+        transposed: layers whose weights are stored (in, out).
     """
 
     settings: ObserverSettings
@@ -69,14 +71,22 @@ class Collected:
     finished: dict[str, FinishedLayer] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
     recorded: Arrays = field(default_factory=dict)
+    partial: bool = False
     scratch: Scratch | None = None
+    transposed: set[str] = field(default_factory=set)
 
-    def finish(self) -> None:
-        """Bring what was collected into the form of the file, and let go of the statistics."""
+    def finish(self, between: Callable[[Collected], None] = lambda _: None) -> None:
+        """Bring what was collected into the form of the file, and let go of the statistics.
+
+        Args:
+            between: called after each layer.
+        """
         for name in list(self.layers):
-            layer = self.layers.pop(name)
+            layer = self.layers[name]
             if layer.channels.samples:
-                self.finished[name] = self._kept(finished(layer))
+                self.finished[name] = self._kept(finished(layer, name in self.transposed))
+            del self.layers[name]
+            between(self)
 
     def _kept(self, layer: FinishedLayer) -> FinishedLayer:
         """The same, small in memory."""
@@ -95,6 +105,7 @@ class Collected:
             model=self.model,
             run=self.run,
             unreached=sorted(self.unreached),
+            partial=self.partial,
         )
 
     def write(self, out: AtomicOutput) -> None:
@@ -104,7 +115,9 @@ class Collected:
     def write_state(self, out: AtomicOutput) -> None:
         """Write a file from which the run can go on; nothing is let go of."""
         collecting = {n: s for n, s in self.layers.items() if s.channels.samples}
-        halfway = replace_finished(self, {n: unsettled(s) for n, s in collecting.items()})
+        more = {n: unsettled(s, n in self.transposed) for n, s in collecting.items()}
+        halfway = replace_finished(self, more)
+        halfway.partial = True
         arrays = halfway._arrays() | {f"{n}/recorded": a for n, a in self.recorded.items()}
         _write(out, calibration_parts(halfway.document(), arrays))
 
@@ -168,29 +181,33 @@ def replace_finished(c: Collected, more: Mapping[str, FinishedLayer]) -> Collect
     return replace(c, finished={**c.finished, **more}, layers={})
 
 
-def finished(layer: LayerStatistics) -> FinishedLayer:
+def finished(layer: LayerStatistics, transposed: bool) -> FinishedLayer:
     """Ranges settled, state packed."""
 
     def settle(observer: Observer) -> StaticParameters:
         found = layer.settings.settle(observer)
         return StaticParameters(found.low, found.high, found.scale, found.zero_point)
 
-    return _packed(layer, settle)
+    return _packed(layer, settle, transposed)
 
 
-def unsettled(layer: LayerStatistics) -> FinishedLayer:
+def unsettled(layer: LayerStatistics, transposed: bool) -> FinishedLayer:
     """State packed, without ranges: to search them may take longer than all the rest."""
-    return _packed(layer, lambda _: StaticParameters(0.0, 0.0, 1.0, 0))
+    return _packed(layer, lambda _: StaticParameters(0.0, 0.0, 1.0, 0), transposed)
 
 
 def _packed(
-    layer: LayerStatistics, settle: Callable[[Observer], StaticParameters]
+    layer: LayerStatistics, settle: Callable[[Observer], StaticParameters], transposed: bool
 ) -> FinishedLayer:
     output = None if layer.output is None else settle(layer.output)
     settled = asdict(settle(layer.input))
     return FinishedLayer(
         LayerCalibration(
-            samples=layer.channels.samples, features=layer.features, **settled, output=output
+            samples=layer.channels.samples,
+            features=layer.features,
+            **settled,
+            output=output,
+            transposed=transposed,
         ),
         layer.arrays(),
     )
@@ -243,6 +260,7 @@ def read_collected(path: Path, scratch: Scratch | None = None) -> Collected:
         finished=layers,
         unreached=document.unreached,
         recorded=recorded,
+        partial=not document.finished,
         scratch=scratch,
     )
 
@@ -289,6 +307,8 @@ def merged(parts: Iterable[tuple[Path, Collected]]) -> Collected:
                     code="CALIBRATION-MERGE",
                 )
         for name, layer in part.finished.items():
+            if layer.calibration.transposed:
+                whole.transposed.add(name)
             before = whole.finished.get(name)
             if before is None:
                 whole.finished[name] = layer
@@ -314,7 +334,15 @@ def merged(parts: Iterable[tuple[Path, Collected]]) -> Collected:
                     wanted=f"{_described(before)}, as in {first_path.name}",
                     code="CALIBRATION-MERGE",
                 ) from e
-            whole.finished[name] = whole._kept(finished(statistics))
+            transposed = before.calibration.transposed
+            if layer.calibration.transposed != transposed:
+                raise UnsupportedError(
+                    "the layer's weight is stored otherwise in the calibrations",
+                    path=path,
+                    tensor=name,
+                    code="CALIBRATION-MERGE",
+                )
+            whole.finished[name] = whole._kept(finished(statistics, transposed))
         whole.inputs = whole.inputs + part.inputs
         whole.run = _joined(whole.run, part.run)
         whole.unreached = [*whole.unreached, *part.unreached]
@@ -345,7 +373,7 @@ def _row(name: str, layer: FinishedLayer) -> CalibratedLayer:
     settled = layer.calibration
     low, high, _ = (layer.arrays[kind] for kind in CHANNELS)
     widest = np.maximum(-low, high)
-    middle = float(np.median(widest))
+    middle = float(np.median(widest.astype(np.float64)))  # whose two middle values may be large
     return CalibratedLayer(
         name=name,
         samples=settled.samples,
@@ -359,20 +387,33 @@ def _row(name: str, layer: FinishedLayer) -> CalibratedLayer:
     )
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def file_note(path: Path) -> dict[str, str]:
+    """Name and SHA-256 of a file that is read, for `Collected.inputs`.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return {"name": utf8_name(path), "sha256": file_sha256(path)}
 
 
-def model_warnings(model: Model, found: Mapping[str, LayerCalibration]) -> list[str]:
+def features_of(layers: Mapping[str, FinishedLayer]) -> dict[str, int]:
+    """Features of each layer."""
+    return {name: layer.calibration.features for name, layer in layers.items()}
+
+
+def model_warnings(model: Model, features: Mapping[str, int], transposed: Set[str]) -> list[str]:
     """Hold the layers against the weights of the model they are for.
+
+    Args:
+        features: of each layer.
+        transposed: layers whose weights are stored (in, out).
 
     Raises:
         UnsupportedError: no layer has a weight in the model, or one has another width.
     """
     weights = {layer_name(t.name): t for t in model.tensors if len(t.shape) >= 2}
-    strange = [name for name in found if name not in weights]
-    if len(strange) == len(found):
+    strange = [name for name in features if name not in weights]
+    if len(strange) == len(features):
         raise UnsupportedError(
             "no layer of the activations has a weight in the model",
             path=model.path,
@@ -383,16 +424,17 @@ def model_warnings(model: Model, found: Mapping[str, LayerCalibration]) -> list[
     warnings = []
     if strange:
         warnings.append(
-            f"{len(strange)} of {len(found)} layers have no weight in {model.path.name}, "
+            f"{len(strange)} of {len(features)} layers have no weight in {model.path.name}, "
             f"such as '{strange[0]}'"
         )
-    for name, layer in found.items():
-        if name not in strange and weights[name].shape[-1] != layer.features:
+    for name in (n for n in features if n in weights):
+        width = weights[name].shape[0 if name in transposed else -1]
+        if width != features[name]:
             raise UnsupportedError(
                 "activations do not fit the model",
                 path=model.path,
                 tensor=weights[name].name,
-                found=f"{layer.features:,} features",
-                wanted=f"{weights[name].shape[-1]:,}",
+                found=f"{features[name]:,} features",
+                wanted=f"{width:,}",
             )
     return warnings

@@ -1,4 +1,6 @@
-"""How much each input channel of a layer reaches its output: the norms of the weight's columns."""
+"""How much each input channel of a layer reaches its output: the norms of the weight's columns,
+or of its rows where they are the inputs.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ F64 = NDArray[np.float64]
 LARGEST = 1e100  # of a weight: no sum of its squares overflows
 
 
-def column_norms(model: Model, layer: str) -> F64 | None:
-    """Σ_r W[r,c]² of the weight of a layer, (columns,), read a tile at a time.
+def column_norms(model: Model, layer: str, *, transposed: bool = False) -> F64 | None:
+    """Σ_r W[r,c]² of the weight of a layer, (columns,), read a tile at a time; Σ_c, (rows,), of one
+    that is stored ``transposed``, (in, out).
 
     None where the model has no weight of that name with at least two dimensions.
 
@@ -23,10 +26,11 @@ def column_norms(model: Model, layer: str) -> F64 | None:
         WeightError: a weight is NaN or Inf, or too large to be squared.
     """
     found = [t for t in model.tensors if layer_name(t.name) == layer and len(t.shape) >= 2]
+    found = [t for t in found if t.real]
     if not found or not found[0].size:
         return None
     tensor, columns = found[0], found[0].shape[-1]
-    sums = np.zeros(columns)
+    sums = np.zeros(tensor.size // columns if transposed else columns)
     step = max(1, TILE_VALUES // columns) * columns
     for start in range(0, tensor.size, step):
         tile = model.values(tensor, start, min(start + step, tensor.size)).astype(np.float64)
@@ -41,5 +45,10 @@ def column_norms(model: Model, layer: str) -> F64 | None:
                 hint="repair the model first; qconvert inspect says where",
             )
         tile *= tile
-        sums += tile.reshape(-1, columns).sum(axis=0)
+        squares = tile.reshape(-1, columns)
+        if transposed:
+            first = start // columns
+            sums[first : first + len(squares)] = squares.sum(axis=1)
+        else:
+            sums += squares.sum(axis=0)
     return sums

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -18,10 +16,11 @@ import numpy as np
 from qconvert import __version__
 from qconvert.encoding import RawEncoding, stored_size
 from qconvert.errors import WeightError
-from qconvert.files.atomic import AtomicOutput, check_space
+from qconvert.files.atomic import AtomicOutput, AtomicSet, check_space
 from qconvert.files.calibration import Calibration
 from qconvert.files.gguf_writer import MetadataValue
 from qconvert.files.imatrix import Imatrix
+from qconvert.files.regular import file_sha256, utf8_name
 from qconvert.floors import judge
 from qconvert.geometry import TILE_VALUES, Tile
 from qconvert.kernels.records import Encoded, ErrorSums
@@ -152,24 +151,36 @@ class Job:
         self.progress = progress
         self.total = ErrorSums()
 
-    def write(self, outputs: list[tuple[Path, int]]) -> None:
+    def write(self, name: Path, outputs: list[tuple[Path, int]]) -> None:
+        """Convert.
+
+        Args:
+            name: of the output, whole or in several files.
+            outputs: these files, and how many tensors go into each.
+        """
         sources = _source_paths(self.model)
         inputs = [self.model.path, *sources]
         inputs += [p for p in (self.options.calibration, self.options.gguf.imatrix) if p]
         paths = [path for path, _ in outputs]
         counts = [count for _, count in outputs]
+        force = self.options.force
         with ExitStack() as stack:
-            outs = [
-                stack.enter_context(AtomicOutput(p, overwrite=self.options.force, inputs=inputs))
-                for p in paths
-            ]
+            out: AtomicOutput | AtomicSet
+            if len(paths) == 1:
+                out = stack.enter_context(AtomicOutput(paths[0], overwrite=force, inputs=inputs))
+            else:
+                out = stack.enter_context(AtomicSet(name, paths, overwrite=force, inputs=inputs))
             check_space(paths[0], sum(planned_row(p).nbytes for p in self.plan))
             provenance = self._provenance(sources)
             sink: Sink
             if self.gguf:
-                sink = GgufSink(outs, counts, self.gguf.metadata, self.plan, provenance)
+                places = (out.path,) if isinstance(out, AtomicOutput) else out.paths
+                sink = GgufSink(
+                    *(paths[0], places, counts, self.gguf.metadata, self.plan, provenance)
+                )
             else:
-                sink = QblkSink(outs[0], self.model, self.plan, provenance)
+                assert isinstance(out, AtomicOutput)
+                sink = QblkSink(out, self.model, self.plan, provenance)
             threads = self.options.threads or available_threads()
             self.progress.begin("quantize", self.report.source_bytes, "bytes")
             with closing(sink), Workers(threads) as workers:
@@ -184,8 +195,7 @@ class Job:
                 self.report.status = "fail"
                 return  # and the outputs are gone
             self.report.written = True
-            for out in reversed(outs):  # the first, which names the others, comes last
-                out.commit()
+            out.commit()
             self.progress.end()
         fill_totals(self.report, self.total)
 
@@ -227,8 +237,7 @@ class Job:
         }
         if o.hash_source:
             for note, path in zip(found["sources"], sources, strict=True):
-                with path.open("rb") as f:
-                    note["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
+                note["sha256"] = file_sha256(path)
         if self.gguf and self.gguf.imatrix:
             found["imatrix"] = {"sha256": self.gguf.imatrix.sha256}
         if self.calibration:
@@ -366,8 +375,7 @@ def _gguf_notes(o: GgufOptions) -> dict[str, Any]:
 
 
 def _source_note(s: SourceFile) -> dict[str, Any]:
-    name = os.fsencode(s.name).decode("utf-8", "backslashreplace")  # a name need not be UTF-8
-    return {"header_sha256": s.header_sha256, "name": name, "size": s.size}
+    return {"header_sha256": s.header_sha256, "name": utf8_name(Path(s.name)), "size": s.size}
 
 
 def _source_paths(model: Model) -> list[Path]:

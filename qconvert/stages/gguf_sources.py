@@ -7,14 +7,14 @@ from typing import Any
 
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.files.gguf import ARCHITECTURE, RAW
+from qconvert.files.gguf_split import PROVENANCE
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
 from qconvert.mixes import ModelFacts
-from qconvert.model import Model
+from qconvert.model import DTYPES, Model
 
 TOKENIZER = "tokenizer.ggml.model"
 PRE_TOKENIZER = "tokenizer.ggml.pre"
-PROVENANCE = "qconvert.provenance"
 # Of the file they are read from: its layout, and what was done to its tensors.
 _NOT_CARRIED = (
     "general.alignment",
@@ -45,7 +45,13 @@ class GgufModelSource:
 
 
 def as_gguf(
-    opened: Model, model: Model, *, raw: bool, name: str, pre_tokenizer: str | None
+    opened: Model,
+    model: Model,
+    *,
+    raw: bool,
+    name: str,
+    pre_tokenizer: str | None,
+    compare: bool = True,
 ) -> GgufModelSource:
     """The model as GGUF has it.
 
@@ -54,12 +60,14 @@ def as_gguf(
         model: the same, perhaps with its quantized tensors decoded.
         raw: keep the source's names and say nothing about an architecture.
         name: ``general.name`` of a raw file.
-        pre_tokenizer: see `open_gguf_source`.
+        pre_tokenizer, compare: see `open_gguf_source`.
 
     Raises:
         UsageError: a pre-tokenizer for a file that gets no tokenizer from us.
+        UnsupportedError: a dtype that GGUF has nothing for.
         InputError, UnsupportedError: see `open_gguf_source`.
     """
+    _check_dtypes(model)
     if pre_tokenizer is not None and (raw or isinstance(opened, AnyGgufModel)):
         raise UsageError(
             "--pre-tokenizer goes with a model directory, whose tokenizer is converted",
@@ -75,11 +83,28 @@ def as_gguf(
         return GgufModelSource(model, keys, None)
     from qconvert.architectures import open_gguf_source  # its tables take 0.1 s to build
 
-    found = open_gguf_source(model, pre_tokenizer=pre_tokenizer)
-    notes = tuple(f"tensor '{d.name}' is left out: {d.reason}" for d in found.dropped)
+    found = open_gguf_source(model, pre_tokenizer=pre_tokenizer, compare=compare)
+    notes = found.notes + tuple(f"tensor '{d.name}' is left out: {d.reason}" for d in found.dropped)
     return GgufModelSource(
         found.model, found.metadata, facts_of(found.metadata), found.warnings, notes
     )
+
+
+def _check_dtypes(model: Model) -> None:
+    """Refuse dtypes that GGUF has nothing for, before their tensors are mapped.
+
+    Raises:
+        UnsupportedError: names the first such tensor.
+    """
+    for tensor in model.tensors:
+        if tensor.dtype in DTYPES and DTYPES[tensor.dtype].kind in ("narrow", "complex"):
+            raise UnsupportedError(
+                f"GGUF has no type {tensor.dtype}",
+                path=model.path,
+                tensor=tensor.name,
+                hint="write a .qblk file, which keeps every type",
+                code="GGUF-DTYPE",
+            )
 
 
 def _carried(model: AnyGgufModel) -> tuple[dict[str, MetadataValue], list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,8 @@ import numpy as np
 from qconvert.architectures import layer_places
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.files.imatrix import ChannelSums, imatrix_bytes
+from qconvert.files.shards import MAX_COMPANION_BYTES
+from qconvert.files.strict_json import read_object
 from qconvert.observers.exact import ExactSum
 from qconvert.stages.collected import Collected
 
@@ -30,7 +31,7 @@ def importance_bytes(collected: Collected, model: Path) -> bytes:
             "--imatrix needs a run over text", hint="calibrate with --text, then merge if need be"
         )
     config = model / "config.json"
-    place_of = layer_places(json.loads(config.read_text()), config)
+    place_of = layer_places(read_object(config, MAX_COMPANION_BYTES), config)
     sums: dict[str, ChannelSums] = {}
     experts: dict[str, dict[int, str]] = {}
     for layer in collected.finished:
@@ -47,7 +48,9 @@ def importance_bytes(collected: Collected, model: Path) -> bytes:
             experts.setdefault(place.name, {}).setdefault(place.expert, "")
     for name, layers in experts.items():
         if sorted(layers) != list(range(len(layers))):
-            raise UnsupportedError("experts are missing in the calibration", tensor=name)
+            raise UnsupportedError(
+                "experts are missing in the calibration", path=model, tensor=name
+            )
         if any(layers.values()):
             sums[name] = _sums(collected, [layers[k] for k in range(len(layers))])
     if not sums:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from qconvert import kernels
 from qconvert.errors import UsageError, WeightError
 from qconvert.files import open_model
-from qconvert.geometry import row_length, tiles
+from qconvert.geometry import TILE_VALUES, row_length, tiles
+from qconvert.mapper import Mapper
 from qconvert.model import Model, TensorInfo
 from qconvert.observers.statistics import TensorStatistics
 from qconvert.progress import Progress, Silent
@@ -24,6 +26,7 @@ from qconvert.stages.analyse import analyse, observe_tensor
 from qconvert.stages.decide import Decision
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import PlannedTensor, PlanOptions, encoding_of, make_plan
+from qconvert.stages.sources import described
 
 POOR_SQNR_DB = {
     2: 6.0,
@@ -31,6 +34,10 @@ POOR_SQNR_DB = {
     4: 18.0,
 }  # 3 dB below a Gaussian: heavier tails than the width can take
 SAFER_BITS = {2: 4, 3: 4, 4: 6}
+SMALL_VALUES = 4 * TILE_VALUES  # of a tensor that one thread describes
+BATCH_TENSORS = 64  # that a thread takes at once
+
+_Item = tuple[TensorInfo, TensorSummary, PlannedTensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +67,16 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
         )
     model = open_model(path)
     try:
+        said, quantized = described(model)
         chosen = _choose(model, options.tensors)
         rows = [TensorSummary(t.name, t.shape, t.dtype, t.nbytes) for t in chosen]
         if not options.headers_only:
-            plan = {
-                p.tensor.name: p
-                for p in make_plan(model.tensors, PlanOptions(options.scheme), "qblk")
-            }
             progress.begin("inspect", sum(t.nbytes for t in chosen), "bytes")
-            with Workers(options.threads or available_threads()) as workers:
-                for tensor, row in zip(chosen, rows, strict=True):
-                    if tensor.size:
-                        _describe(model, tensor, row, plan[tensor.name], workers)
-                        if options.tensors:
-                            row.histogram = _histogram(model, tensor, row, options.bins, workers)
-                    progress.advance(tensor.nbytes, tensor.name)
+            _describe_all(model, chosen, rows, options, progress)
             progress.end()
+        if quantized:
+            for row in rows:
+                row.suggestion, row.suggestion_reason = "none", f"part of {quantized.method}"
         return InspectReport(
             kernels=kernels.describe(),
             path=str(path),
@@ -86,10 +87,14 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             total_values=sum(t.size for t in model.tensors),
             total_bytes=sum(t.nbytes for t in model.tensors),
             statistics=not options.headers_only,
+            notes=said.notes,
             warnings=[
-                f"tensor '{r.name}' has {r.nonfinite:,} NaN or Inf values"
-                for r in rows
-                if r.nonfinite
+                *said.warnings,
+                *(
+                    f"tensor '{r.name}' has {r.nonfinite:,} NaN or Inf values"
+                    for r in rows
+                    if r.nonfinite
+                ),
             ],
             seconds=time.perf_counter() - started,
         )
@@ -108,13 +113,51 @@ def _choose(model: Model, globs: tuple[str, ...]) -> list[TensorInfo]:
     ]
 
 
+def _describe_all(
+    model: Model,
+    tensors: Sequence[TensorInfo],
+    rows: Sequence[TensorSummary],
+    options: InspectOptions,
+    progress: Progress,
+) -> None:
+    """Fill in the rows: each small tensor by one thread, a large one by all of them together."""
+    plan = make_plan(tensors, PlanOptions(options.scheme), "qblk")
+    items = list(zip(tensors, rows, plan, strict=True))
+
+    def small(batch: Sequence[_Item]) -> Sequence[_Item]:
+        for tensor, row, planned in batch:
+            if 0 < tensor.size <= SMALL_VALUES and tensor.real:
+                _describe(model, tensor, row, planned, map)
+        return batch
+
+    with Workers(options.threads or available_threads()) as workers:
+        for batch in workers.map(small, _batches(items)):
+            for tensor, row, planned in batch:
+                if tensor.size > SMALL_VALUES and tensor.real:
+                    _describe(model, tensor, row, planned, workers.map)
+                if options.tensors and tensor.size:
+                    row.histogram = _histogram(model, tensor, row, options.bins, workers)
+                progress.advance(tensor.nbytes, tensor.name)
+
+
+def _batches(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
+    """Runs of tensors that are worth handing to a thread."""
+    start = values = 0
+    for i, (tensor, _, _) in enumerate(items):
+        values += tensor.size
+        if values >= TILE_VALUES or i + 1 - start == BATCH_TENSORS:
+            yield items[start : i + 1]
+            start, values = i + 1, 0
+    yield items[start:]
+
+
 def _describe(
-    model: Model, tensor: TensorInfo, row: TensorSummary, planned: PlannedTensor, workers: Workers
+    model: Model, tensor: TensorInfo, row: TensorSummary, planned: PlannedTensor, mapper: Mapper
 ) -> None:
     scheme = planned.scheme
     columns = row_length(tensor.shape)
     if not isinstance(scheme, AffineScheme):
-        _fill(row, observe_tensor(model, tensor, columns, workers.map))
+        _fill(row, observe_tensor(model, tensor, columns, mapper))
         if row.nonfinite and tensor.floating:
             row.suggestion, row.suggestion_reason = "mend", "has NaN or Inf values"
         elif model.kind == "safetensors":
@@ -127,10 +170,10 @@ def _describe(
             encoding_of(scheme, tensor),
             scheme.symmetric,
             default_method(scheme.bits),
-            workers.map,
+            mapper,
         )
     except WeightError:
-        _fill(row, observe_tensor(model, tensor, columns, workers.map))
+        _fill(row, observe_tensor(model, tensor, columns, mapper))
         row.suggestion, row.suggestion_reason = "mend", "has NaN, Inf or too large values"
         return
     _fill(row, found.statistics)

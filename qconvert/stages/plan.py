@@ -9,14 +9,23 @@ from fnmatch import fnmatchcase, translate
 
 from qconvert.encoding import AffineEncoding, stored_size
 from qconvert.errors import UsageError
-from qconvert.geometry import row_length
+from qconvert.geometry import CONVOLUTION_DIM, row_length
 from qconvert.mix_rules import assign_types
 from qconvert.mixes import MixOptions, ModelFacts, TensorTypeRule, parse_ggml_type
 from qconvert.model import DTYPES, TensorInfo
 from qconvert.schemes import SCHEMES, AffineScheme, CastScheme, GgmlScheme, MixScheme, Scheme
 
 MIN_VALUES = 1024  # smaller tensors: the bytes saved do not matter, the error may
-KEPT_NAMES = ("*.bias", "*norm.weight", "*Norm.weight", "*norm.bias", "*Norm.bias")
+_NORM = "norm or bias by name"
+_EXPONENT = "is exponentiated: its error would grow into a factor of every step"
+_RECURRENT = "a parameter of the recurrence, met once by every token, and no matrix of a product"
+# Ends of names of tensors that are no matrices of a product, whatever their shape, and why.
+KEPT_NAMES = (
+    (("bias", "norm.weight", "Norm.weight"), _NORM),
+    (("A_log", "A_logs", "time_decay", "recurrent_param"), _EXPONENT),
+    ((".D", ".Ds", ".time_first", ".time_faaaa"), _RECURRENT),
+)
+_MIXED = re.compile(r".*\.time_(maa|mix)_[^.]*")  # of RWKV: what is mixed with the token before
 # Token embeddings and output head take the scheme like other matrices, but never fewer bits than
 # this: every token passes through both. The sample model's perplexity rises by 2.8 % at q3_block64
 # and 10.1 % at q2_block64 with this rule, by 5.0 % and 25.9 % without.
@@ -165,8 +174,8 @@ def _plan_one(tensor: TensorInfo, options: PlanOptions) -> PlannedTensor:
         return _if_fitting(tensor, scheme, f"--scheme {scheme.name}")
     if len(tensor.shape) < 2:
         return keep("fewer than two dimensions (norm, bias, scalar)")
-    if any(fnmatchcase(tensor.name, glob) for glob in KEPT_NAMES):
-        return keep("norm or bias by name")
+    if (reason := no_matrix(tensor)) is not None:
+        return keep(reason)
     if tensor.size < options.min_values:
         return keep(f"fewer than {options.min_values:,} values")
     if (
@@ -181,6 +190,17 @@ def _plan_one(tensor: TensorInfo, options: PlanOptions) -> PlannedTensor:
             f"token embeddings and output head take at least {TOKEN_TABLE_BITS} bits",
         )
     return _if_fitting(tensor, scheme, f"--scheme {scheme.name}")
+
+
+def no_matrix(tensor: TensorInfo) -> str | None:
+    """Why a tensor of two or more dimensions is no matrix of a product; None where it may be."""
+    shape = tensor.shape
+    reason = next((why for ends, why in KEPT_NAMES if tensor.name.endswith(ends)), None)
+    if reason is None and _MIXED.fullmatch(tensor.name):
+        reason = _RECURRENT
+    if reason is None and len(shape) > 2 and shape[1] == 1 and shape[-1] < CONVOLUTION_DIM:
+        return "kernels of a convolution for each channel by itself"
+    return reason
 
 
 def _if_fitting(tensor: TensorInfo, scheme: TensorScheme, reason: str) -> PlannedTensor:

@@ -13,6 +13,7 @@ from qconvert.report import Check, EmbeddingQuality, Execution, TokenQuality
 from qconvert.running.hugging_face import Checkpoint, open_checkpoint
 from qconvert.running.quality import (
     SCORINGS,
+    BlindGuess,
     compare_models,
     mean,
     perplexity,
@@ -24,6 +25,7 @@ from qconvert.running.quantized_model import ACTIVATIONS, QuantizedCheckpoint, o
 from qconvert.running.text import read_text, sentences
 
 DEFAULT_SEQLEN = 256  # as of calibrate
+ALIKE = 1e-3  # nats, or squared distance of directions
 TOKENIZED = 1 << 16  # characters of the text that both tokenizers have to agree on
 
 
@@ -88,7 +90,8 @@ def _tokens(
         source.tokenizer, options.text, seqlen, options.scoring, options.nsamples, options.seed
     )
     progress.begin("compare next tokens", chunks.inputs.size, "tokens")
-    scores = compare_models(source, quantized.checkpoint, chunks, progress.advance)
+    blind = BlindGuess()
+    scores = compare_models(source, quantized.checkpoint, chunks, blind, progress.advance)
     progress.end()
     before, after = perplexity(scores.source_nll), perplexity(scores.nll)
     increase, divergence = perplexity_increase(scores), mean(scores.divergence)
@@ -110,13 +113,21 @@ def _tokens(
         kl_p99=float(np.percentile(scores.divergence, 99)),
         kl_max=float(scores.divergence.max()),
         same_top=float(scores.same_top.mean()),
+        kl_blind=blind.divergence,
     )
     checks = [
         _check(
             "finite-quality",
             np.isfinite(scores.nll).all() and np.isfinite(scores.divergence).all(),
             f"next-token distributions of {found.tokens:,} tokens",
-        )
+        ),
+        _same_model(
+            "mean KL divergence from the source, in nats, below that of the best guess that does "
+            "not look at the text",
+            found.kl_mean,
+            found.kl_blind,
+            found.tokens,
+        ),
     ]
     if options.max_kl is not None:
         checks.append(
@@ -157,7 +168,8 @@ def _embeddings(
     found = sentences(source.tokenizer, options.text, seqlen, options.nsamples, options.seed)
     tokens = sum(map(len, found))
     progress.begin("compare embeddings", tokens, "tokens")
-    cosines = sentence_cosines(source, quantized.checkpoint, found, progress.advance)
+    blind = BlindGuess()
+    cosines = sentence_cosines(source, quantized.checkpoint, found, blind, progress.advance)
     progress.end()
     quality = EmbeddingQuality(
         text=str(options.text),
@@ -167,13 +179,21 @@ def _embeddings(
         cosine_mean=float(cosines.mean()),
         cosine_p1=float(np.percentile(cosines, 1)),
         cosine_min=float(cosines.min()),
+        spread=blind.spread,
     )
     checks = [
         _check(
             "finite-quality",
             np.isfinite(cosines).all(),
             f"embeddings of {len(found):,} sentences",
-        )
+        ),
+        _same_model(
+            "mean squared distance of the directions of embeddings from the source's, below that "
+            "of the best guess that does not look at the text",
+            2 * (1 - quality.cosine_mean),
+            quality.spread,
+            len(found),
+        ),
     ]
     if options.min_cosine is not None:
         checks.append(
@@ -186,6 +206,17 @@ def _embeddings(
             )
         )
     return Quality(None, quality, checks)
+
+
+def _same_model(detail: str, found: float, blind: float, answers: int) -> Check:
+    """Whether the file tells of its source what only the text can tell.
+
+    Below `ALIKE` the two say the same on this text, however little the text matters to them.
+    """
+    if answers < 2:
+        return Check("same-model", "skip", "one answer alone cannot be told from a blind guess")
+    limit = max(blind, ALIKE)
+    return _check("same-model", found < limit, detail, found, limit)
 
 
 def _check(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qconvert import kernels
-from qconvert.errors import UnsupportedError, UsageError
+from qconvert.errors import FormatError, UnsupportedError, UsageError, about
 from qconvert.files import open_model
 from qconvert.files.calibration import Calibration
 from qconvert.files.dequantized import dequantized
@@ -17,7 +17,7 @@ from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import MetadataValue, check_gguf
 from qconvert.files.imatrix import read_imatrix
 from qconvert.files.qblk_writer import check_qblk
-from qconvert.geometry import row_length
+from qconvert.files.shards import MAX_COMPANION_BYTES, MODULES, companion_too_large
 from qconvert.kernels.records import ErrorSums
 from qconvert.mixes import MixOptions, parse_mix
 from qconvert.model import DTYPES, Model
@@ -40,6 +40,7 @@ from qconvert.stages.sinks import (
     gguf_tensors,
     model_name,
 )
+from qconvert.stages.sources import examined
 
 __all__ = ["GgufOptions", "QuantizeOptions", "quantize"]
 
@@ -64,9 +65,10 @@ def quantize(
         raise UsageError(
             "--no-weighting without a calibration", hint="weights come with --calibration FILE"
         )
-    with ExitStack() as files:
+    with ExitStack() as files, about(source):
         opened = open_model(source)
         files.callback(opened.close)
+        said = examined(opened)
         model = _plain(opened, options)
         calibration = None
         if options.calibration:
@@ -90,6 +92,10 @@ def quantize(
             calibration=options.calibration.name if options.calibration else None,
             companions=0,
         )
+        report.warnings += said.warnings
+        report.notes += said.notes
+        if container == "qblk":
+            report.warnings += _module_warnings(opened)
         if target:
             report.warnings += target.warnings
             report.notes += target.notes
@@ -112,7 +118,7 @@ def quantize(
             fill_totals(report, ErrorSums())
         else:
             job = Job(model, plan, options, calibration, target, report, progress)
-            job.write(outputs)
+            job.write(output, outputs)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -127,6 +133,7 @@ def _plain(opened: Model, options: QuantizeOptions) -> Model:
     if quantized and not options.allow_requantize:
         raise UsageError(
             "the source is quantized already",
+            path=opened.path,
             tensor=quantized.name,
             found=quantized.dtype,
             hint="convert the original, or accept the loss with --allow-requantize",
@@ -204,6 +211,23 @@ def _plan(
     return plan, GgufTarget(source.model, metadata, imatrix, tuple(warnings), tuple(notes))
 
 
+def _module_warnings(model: Model) -> list[str]:
+    """Modules of sentence-transformers that follow the transformer and are files of their own."""
+    if all(c.name != MODULES for c in model.companions):
+        return []
+    from qconvert.architectures import SmallFiles, modules_beyond  # 0.1 s to load
+
+    try:
+        modules = modules_beyond(SmallFiles(model))
+    except FormatError as error:  # which is carried along as it is
+        return [f"{MODULES} does not say what follows the transformer: {error.message}"]
+    return [
+        f"the file holds the transformer, not the module '{name}' of sentence-transformers that "
+        "follows it: embeddings from the file alone are other ones"
+        for name in modules
+    ]
+
+
 def _output(source: Path, options: QuantizeOptions) -> tuple[Path, str]:
     """Where the result goes and in which container: by the suffix, unless said otherwise."""
     default = "gguf" if isinstance(options.scheme, GgmlScheme | MixScheme) else "qblk"
@@ -242,6 +266,9 @@ def _check_plan(
         check_gguf(gguf_tensors(plan))
     else:
         check_qblk(model.tensors, model.path)
+        for companion in model.companions:
+            if companion.size > MAX_COMPANION_BYTES:
+                raise companion_too_large(model.path, companion.name, companion.size)
     if calibration is None:
         return
     calibration.check_model(model)
@@ -253,7 +280,7 @@ def _check_plan(
             hint="calibrate with activations of this model",
         )
     for tensor in used:
-        calibration.check(tensor.name, row_length(tensor.shape))
+        calibration.check(tensor)
 
 
 def _unused(calibration: Calibration, plan: tuple[PlannedTensor, ...]) -> list[str]:

@@ -10,19 +10,19 @@ from typing import Any, Protocol
 from qconvert.encoding import Encoding, RawEncoding
 from qconvert.files.atomic import AtomicOutput, machine_errors
 from qconvert.files.calibration import MAX_OBSERVER
-from qconvert.files.gguf_split import SplitGgufWriter
+from qconvert.files.gguf_split import PROVENANCE, SplitGgufWriter
 from qconvert.files.gguf_writer import GgufTensor, GgufWriter, MetadataValue
 from qconvert.files.qblk_header import SLASH
 from qconvert.files.qblk_writer import (
     QblkWriter,
     TensorWriter,
     header_bound,
+    required_features,
     tensor_bound,
 )
 from qconvert.kernels.records import Bytes
 from qconvert.model import Companion, Model, TensorInfo
 from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme
-from qconvert.stages.gguf_sources import PROVENANCE
 from qconvert.stages.plan import PlannedTensor, encoding_of
 
 # The longest notes that a tensor can carry, to bound the header; numbers are widened by
@@ -90,8 +90,9 @@ class QblkSink:
         self.provenance = provenance
         files = [(_flat(c), c.size) for c in model.companions]
         calibrated = "calibration" in provenance
-        bounds = [_bound(p, calibrated) for p in plan]
-        bound = header_bound(bounds, files, model.metadata, provenance)
+        bounds = (_bound(p, calibrated) for p in plan)
+        features = required_features(p.tensor.dtype for p in plan)
+        bound = header_bound(bounds, files, model.metadata, provenance, features)
         self.writer = QblkWriter(out, bound)
 
     def begin(self, tensor: TensorInfo, encoding: Encoding | None) -> TensorTarget:
@@ -145,41 +146,45 @@ class GgufSink:
     """Writes GGUF, in one file or in several.
 
     Args:
-        outs: the files, one for each count.
+        target: the output, for messages.
+        paths: where the files are written, one for each count.
         counts: how many tensors go into each file.
     """
 
     def __init__(
         self,
-        outs: Sequence[AtomicOutput],
+        target: Path,
+        paths: Sequence[Path],
         counts: Sequence[int],
         metadata: Mapping[str, MetadataValue],
         plan: tuple[PlannedTensor, ...],
         provenance: dict[str, Any],
     ) -> None:
-        self.outs = outs
+        self.target = target
+        self.paths = paths
         tensors = gguf_tensors(plan)
         self.index = {t.name: i for i, t in enumerate(tensors)}
         noted = json.dumps(provenance, sort_keys=True, ensure_ascii=False)
         keys = {**metadata, PROVENANCE: noted}
-        with machine_errors(outs[0].target):
+        with machine_errors(target):
             self.writer: GgufWriter | SplitGgufWriter
-            if len(outs) == 1:
-                self.writer = GgufWriter(outs[0].path, keys, tensors)
+            if len(paths) == 1:
+                self.writer = GgufWriter(paths[0], keys, tensors)
             else:
-                self.writer = SplitGgufWriter([o.path for o in outs], keys, tensors, counts)
+                self.writer = SplitGgufWriter(paths, keys, tensors, counts)
 
     def begin(self, tensor: TensorInfo, encoding: Encoding | None) -> TensorTarget:
         self.writer.begin(self.index[tensor.name])
         return _GgufTarget(self)
 
     def finish(self) -> int:
-        with machine_errors(self.outs[0].target):
+        with machine_errors(self.target):
             self.writer.finish()
-            return sum(out.path.stat().st_size for out in self.outs)
+            return sum(path.stat().st_size for path in self.paths)
 
     def close(self) -> None:
-        self.writer.close()
+        with machine_errors(self.target):
+            self.writer.close()
 
 
 def gguf_tensors(plan: tuple[PlannedTensor, ...]) -> list[GgufTensor]:
@@ -204,7 +209,7 @@ class _GgufTarget:
         self.sink = sink
 
     def append(self, segments: Mapping[str, Bytes]) -> None:
-        with machine_errors(self.sink.outs[0].target):
+        with machine_errors(self.sink.target):
             self.sink.writer.append(segments["data"])
 
     def abandon(self) -> None:

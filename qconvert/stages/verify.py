@@ -26,6 +26,7 @@ from qconvert.files.gguf import ARCHITECTURE, RAW
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_check import check_payload
+from qconvert.files.transposed import input_first
 from qconvert.floors import LOST_DB, judge
 from qconvert.geometry import TILE_VALUES, Tile, tiles
 from qconvert.kernels.activations import dynamic_activations, static_activations
@@ -40,6 +41,7 @@ from qconvert.stages.calibrate import check_activations, read_batches
 from qconvert.stages.gguf_sources import PRE_TOKENIZER, TOKENIZER, as_gguf
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.quality import QualityOptions, measure_quality
+from qconvert.stages.sources import examined
 from qconvert.stages.stored_rows import Rows, StaticParameters, quantized_rows, static_parameters
 
 HALF_STEP = 0.5 + 2.0**-9  # half a step, and the rounding of the scale and of binary32 arithmetic
@@ -165,6 +167,7 @@ def _source(path: Path, model: Model) -> Model:
     """The source under the names of the file that was made from it."""
     opened = open_model(path)
     try:
+        examined(opened)
         plain = dequantized(opened)
         raw = not isinstance(model, AnyGgufModel) or model.metadata.get(ARCHITECTURE) == RAW
         if raw or isinstance(opened, AnyGgufModel):
@@ -172,7 +175,9 @@ def _source(path: Path, model: Model) -> Model:
         # Other kinds of tokenizers have a pre-tokenizer in the file, but none that can be named.
         named = model.metadata.get(TOKENIZER) == "gpt2"
         pre_tokenizer = model.metadata.get(PRE_TOKENIZER) if named else None
-        return as_gguf(opened, plain, raw=False, name="", pre_tokenizer=pre_tokenizer).model
+        return as_gguf(
+            opened, plain, raw=False, name="", pre_tokenizer=pre_tokenizer, compare=False
+        ).model
     except BaseException:
         opened.close()
         raise
@@ -196,6 +201,8 @@ class _Job:
         self.stored = model.stored if isinstance(model, QblkModel) else {}
         self.samples: dict[str, list[_Recorded]] = {}
         self.unused_samples: set[tuple[Path, str]] = set()
+        # Rows of weights that are stored (in, out) meet no input of the layer.
+        self.transposed = input_first(source or model)
 
     def check(
         self,
@@ -353,8 +360,9 @@ class _Job:
         self, tensor: TensorInfo, original: TensorInfo | None, workers: Workers
     ) -> VerifiedTensor:
         columns = self._columns(tensor)
-        static = self._static(tensor)
-        recorded = self._recorded_inputs(tensor, columns)
+        turned = self.transposed(tensor.name)
+        static = None if turned else self._static(tensor)
+        recorded = None if turned else self._recorded_inputs(tensor, columns)
         x = self._gaussian(tensor, columns, static) if recorded is None else recorded
         a = (
             static_activations(x, static.scale, static.zero_point)

@@ -423,6 +423,30 @@ def valid_files() -> None:
     ]
     valid("raw-dtypes-float", "one kept tensor of every floating dtype, NaNs bit for bit", kept[:6])
     valid("raw-dtypes-other", "one kept tensor of every other dtype", kept[6:])
+    newer = [
+        raw("F8_E8M0", [3], "F8_E8M0", hexa("00 7f ff")),
+        raw("F8_E4M3FNUZ", [3], "F8_E4M3FNUZ", hexa("40 7f 80")),
+        raw("F8_E5M2FNUZ", [3], "F8_E5M2FNUZ", hexa("40 7f 80")),
+        raw("F6_E2M3", [2, 2], "F6_E2M3", hexa("08 f8 ff")),
+        raw("F6_E3M2", [8], "F6_E3M2", hexa("0c f3 ff 00 00 00")),
+        raw("F4", [3, 2], "F4", hexa("21 f7 80")),
+        raw("C64", [1], "C64", hexa("00 00 80 3f 00 00 c0 ff")),
+        raw("F4.empty", [0, 3], "F4", b""),
+        raw("U8", [1], "U8", hexa("07")),
+    ]
+    valid(
+        "raw-dtypes-1.1",
+        "one kept tensor of every dtype of version 1.1, of 8, 6, 4 and 64 bits; an empty one; a U8",
+        newer,
+        features=["dtypes-1.1"],
+        fields={"minor": 1},
+    )
+    valid(
+        "feature-unused",
+        "the feature dtypes-1.1 is required and no tensor needs it, minor version 0",
+        [small()],
+        features=["dtypes-1.1"],
+    )
     valid(
         "raw-shapes",
         "0-d, 1 element in 16 dimensions, 6-d, and empty tensors first, between and last",
@@ -920,8 +944,28 @@ def invalid_tensors() -> None:
         ("cast-to-integer", "I32", "F32", bytes(4), "a cast to an integer dtype"),
         ("cast-to-f64", "F64", "F32", bytes(8), "a cast to F64"),
         ("cast-to-f8", "F8_E4M3", "F32", bytes(1), "a cast to F8_E4M3"),
+        ("without-feature", "C64", "C64", bytes(8), "a dtype of 1.1 without its feature"),
     ):
         invalid(14, case, why, make([raw("t", [1], dtype, data, source)]))
+    newer = ["dtypes-1.1"]
+    for case, tensor, why in (
+        ("cast-from-newer", raw("t", [1], "F32", bytes(4), "F8_E8M0"), "a cast from F8_E8M0"),
+        ("cast-to-newer", raw("t", [2], "F4", bytes(1), "F32"), "a cast to F4"),
+        (
+            "affine-newer",
+            affine("w", [2], 2, 8, "tensor", "00 00", "00*4", source="F8_E4M3FNUZ"),
+            "an affine tensor from F8_E4M3FNUZ",
+        ),
+    ):
+        invalid(14, case, why, make([tensor], features=newer, fields={"minor": 1}))
+    for case, tensor, why in (
+        ("half-a-byte", raw("t", [3], "F4", hexa("21 03")), "3 values of 4 bits in 2 bytes"),
+        ("half-a-byte-cut", raw("t", [3], "F4", hexa("21")), "3 values of 4 bits in 1 byte"),
+        ("packed-apart", raw("t", [4], "F6_E2M3", hexa("00*4")), "4 values of 6 bits in 4 bytes"),
+    ):
+        invalid(17, case, why, make([tensor], features=newer, fields={"minor": 1}))
+    both = ["dtypes-1.1", "sparse"]
+    invalid(11, "feature-second", "a known and an unknown feature", make([small()], features=both))
     for case, tensor, why in (
         ("bits-7", affine("w", [32], 32, 7, "tensor", "00*28", "00*4"), "7 bits"),
         ("bits-1", affine("w", [32], 32, 1, "tensor", "00*4", "00*4"), "1 bit"),

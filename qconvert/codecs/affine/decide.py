@@ -35,6 +35,9 @@ CLEAR_MARGIN_DB = 3.0
 # Values of a sample, and columns taken of a row (a multiple of every block). Blocks are many in any
 # part of a tensor; a channel wants whole rows, a tensor scale as much of the tensor as is cheap.
 SAMPLES = {"block": (1 << 16, 1 << 10), "channel": (1 << 16, 1 << 14), "tensor": (1 << 18, 1 << 14)}
+READ_WHOLE = (
+    1 << 16
+)  # values of a tensor that is read at once: each part would be a read of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,10 +223,11 @@ def sample_places(tensor: TensorInfo, encoding: Affine) -> tuple[list[int], int]
 def sample_rows(model: Model, tensor: TensorInfo, encoding: Affine) -> F32:
     """Parts of evenly spaced rows, (R, c) float32."""
     starts, width = sample_places(tensor, encoding)
-    parts = []
-    for start in starts:
-        with np.errstate(over="ignore"):  # float64 beyond float32: refused when all of it is read
-            parts.append(model.values(tensor, start, start + width).astype(np.float32))
+    with np.errstate(over="ignore"):  # float64 beyond float32: refused when all of it is read
+        if tensor.size <= READ_WHOLE:
+            whole = model.values(tensor, 0, tensor.size).astype(np.float32, copy=False)
+            return whole[np.array(starts)[:, None] + np.arange(width)]
+        parts = [model.values(tensor, s, s + width).astype(np.float32) for s in starts]
     return np.stack(parts)
 
 

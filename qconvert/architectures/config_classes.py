@@ -1,0 +1,461 @@
+"""What transformers' configuration classes know: names, types and defaults of fields, as data.
+
+Facts are those of transformers 5.24, ``models/*/configuration_*.py``; where transformers is
+installed, tests/test_config_classes.py compares every class with its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+# Types, for people. A number with a point is no integer: transformers refuses 1 where it wants 1.0.
+INT, FLOAT, BOOL, TEXT = (
+    "an integer",
+    "a number with a point (30.0, not 30)",
+    "true or false",
+    "text",
+)
+INT_OR_NULL, FLOAT_OR_NULL, BOOL_OR_NULL = (
+    f"{INT}, or null",
+    f"{FLOAT}, or null",
+    f"{BOOL}, or null",
+)
+INTS_OR_NULL, TEXTS_OR_NULL = "a list of integers, or null", "a list of texts, or null"
+OBJECT_OR_NULL = "an object, or null"
+
+Fields = Mapping[str, tuple[str, object]]
+ANY = None  # in `ConfigClass.harmless`: whatever the value
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigClass:
+    """A configuration class of transformers.
+
+    Attributes:
+        name: the class.
+        model_type: what config.json calls it.
+        architectures: classes of models with it that we take. The first is what transformers
+            makes of a ``model_type`` alone.
+        fields: those that what the model computes depends on, with type and default.
+        unused: those that it does not depend on: training, generation, ids of tokens.
+        beside: names that are read where a file has them, though the class has no such field.
+        aliases: second names, and the fields that they stand for.
+        harmless: names in published files that the class does not know, and the values that ask
+            for nothing (`ANY`: none does).
+        theta: base of rotary positions when the file states none.
+        divides: whether ``hidden_size`` has to be a multiple of the number of heads, whatever their
+            width.
+        inner: the object inside that holds the language model's fields, and its class.
+    """
+
+    name: str
+    model_type: str
+    architectures: tuple[str, ...]
+    fields: Fields
+    unused: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    harmless: Mapping[str, tuple[object, ...] | None] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    theta: float = 10_000.0
+    divides: bool = False
+    inner: tuple[str, ConfigClass] | None = None
+
+    def default(self, name: str) -> object:
+        """What the class has for a field that the file does not state; None for no field.
+
+        None for ``tie_word_embeddings`` too: whether two matrices are one is found by comparing
+        them, and the flag counts where it is stated.
+        """
+        known = name in self.fields and name != "tie_word_embeddings"
+        return self.fields[name][1] if known else None
+
+    def takes(self, name: str, value: object) -> bool:
+        """Whether a value is of the type of the field; a name without one takes any."""
+        kind = self.fields[name][0] if name in self.fields else None
+        if kind is None or (value is None and kind.endswith("null")):
+            return True
+        of_list = {INTS_OR_NULL: int, TEXTS_OR_NULL: str}.get(kind)
+        if of_list:
+            return isinstance(value, list) and all(type(v) is of_list for v in value)
+        plain = {INT: int, FLOAT: float, BOOL: bool, TEXT: str, "an object": dict}
+        return type(value) is plain[kind.removesuffix(", or null")]
+
+    def reads(self, name: str) -> bool:
+        """Whether a conversion has use for a field of this name: ids of tokens are among them."""
+        return (
+            name in self.fields
+            or name in self.beside
+            or name in self.aliases
+            or name.endswith("_token_id")
+            or (self.inner is not None and name == self.inner[0])
+        )
+
+    def knows(self, name: str) -> bool:
+        """Whether the class, or its base, does something with a field of this name, or nothing."""
+        return self.reads(name) or name in self.unused or name in BASE or name in BOOKKEEPING
+
+
+# Fields of the base class; those in `BOOKKEEPING` it removes, or keeps without reading them.
+BASE = frozenset(
+    {
+        "model_type", "transformers_version", "architectures", "output_hidden_states",
+        "return_dict", "dtype", "chunk_size_feed_forward", "is_encoder_decoder", "id2label",
+        "label2id", "problem_type",
+    }
+)  # fmt: skip
+BOOKKEEPING = frozenset(
+    {
+        # who made the file, and how a model is to be loaded
+        "_name_or_path", "name_or_path", "_commit_hash", "torch_dtype", "auto_map",
+        "custom_pipelines", "attn_implementation", "_attn_implementation",
+        "_attn_implementation_autoset", "_attn_implementation_internal", "attn_impl",
+        "experts_implementation", "_experts_implementation_internal", "_flash_attn_2_enabled",
+        "ignore_keys_at_rope_validation", "quantization_config", "transformers_weights",
+        "configuration_files", "transformers.js_config", "unsloth_version", "unsloth_fixed",
+        # of base classes before transformers 5
+        "torchscript", "use_bfloat16", "tf_legacy_loss", "pruned_heads", "finetuning_task",
+        "task_specific_params", "tokenizer_class", "prefix", "sep_token_id", "is_decoder",
+        "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder",
+        "num_labels", "output_attentions", "gradient_checkpointing", "use_cache",
+        "tie_last_hidden_states", "output_past", "neftune_noise_alpha",
+        # ids of tokens, which are the tokenizer's matter
+        "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "cls_token_id",
+        "mask_token_id", "decoder_start_token_id",
+        # generation
+        "_from_model_config", "assistant_confidence_threshold", "assistant_early_exit",
+        "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens", "cache_config",
+        "cache_implementation", "compile_config", "constraints", "disable_compile",
+        "diversity_penalty", "do_sample", "dola_layers", "early_stopping",
+        "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "epsilon_cutoff",
+        "eta_cutoff", "exponential_decay_length_penalty", "force_words_ids",
+        "forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "is_assistant",
+        "length_penalty", "low_memory", "max_length", "max_matching_ngram_size",
+        "max_new_tokens", "max_time", "min_length", "min_new_tokens", "min_p",
+        "no_repeat_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule",
+        "num_beam_groups", "num_beams", "num_return_sequences", "output_logits",
+        "output_scores", "penalty_alpha", "prompt_lookup_num_tokens", "remove_invalid_values",
+        "renormalize_logits", "repetition_penalty", "return_dict_in_generate", "sequence_bias",
+        "stop_strings", "suppress_tokens", "target_lookbehind", "temperature", "token_healing",
+        "top_k", "top_p", "typical_p", "watermarking_config",
+    }
+)  # fmt: skip
+
+# Read by every decoder, field or not: rotary positions, and what changes a model as a whole.
+_ROTARY = (
+    "rope_scaling",
+    "rope_theta",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
+# The last three are no fields of some classes, but its cache goes by them.
+_DECODER = (
+    *_ROTARY, "is_causal", "per_layer_config", "sliding_window", "layer_types",
+    "attention_chunk_size",
+)  # fmt: skip
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+_TRAINING = ("initializer_range", "use_cache", "attention_dropout", *_TOKENS)
+
+
+def _decoder(
+    sizes: tuple[int, int, int, int, int],
+    groups: tuple[str, int | None],
+    context: int,
+    eps: float = 1e-6,
+    *,
+    tied: bool = False,
+    activation: tuple[str, str] = ("hidden_act", "silu"),
+    **more: tuple[str, object],
+) -> Fields:
+    """Fields of every decoder; sizes are of vocabulary, width, inner width, layers and heads."""
+    vocabulary, width, inner, layers, heads = sizes
+    return MappingProxyType(
+        {
+            "vocab_size": (INT, vocabulary),
+            "hidden_size": (INT, width),
+            "intermediate_size": (INT, inner),
+            "num_hidden_layers": (INT, layers),
+            "num_attention_heads": (INT, heads),
+            "num_key_value_heads": groups,
+            activation[0]: (TEXT, activation[1]),
+            "max_position_embeddings": (INT, context),
+            "rms_norm_eps": (FLOAT, eps),
+            "tie_word_embeddings": (BOOL, tied),
+            "rope_parameters": (OBJECT_OR_NULL, None),
+            **more,
+        }
+    )
+
+
+def _with_windows(fields: Fields) -> Fields:
+    """The same with sliding windows as Qwen2 and 3 have them."""
+    return MappingProxyType(
+        {
+            **fields,
+            "use_sliding_window": (BOOL, False),
+            "sliding_window": (INT_OR_NULL, 4096),
+            "max_window_layers": (INT, 28),
+            "layer_types": (TEXTS_OR_NULL, None),
+        }
+    )
+
+
+_GEMMA3_TEXT = ConfigClass(
+    "Gemma3TextConfig",
+    "gemma3_text",
+    ("Gemma3ForCausalLM",),
+    _decoder(
+        (262_208, 2304, 9216, 26, 8),
+        (INT, 4),
+        131_072,
+        tied=True,
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+        head_dim=(INT, 256),
+        attention_bias=(BOOL, False),
+        query_pre_attn_scalar=(INT, 256),
+        sliding_window=(INT_OR_NULL, 4096),
+        layer_types=(TEXTS_OR_NULL, None),
+        final_logit_softcapping=(FLOAT_OR_NULL, None),
+        attn_logit_softcapping=(FLOAT_OR_NULL, None),
+        use_bidirectional_attention=(BOOL_OR_NULL, False),
+    ),
+    _TRAINING,
+    (*_DECODER, "sliding_window_pattern", "rope_local_base_freq"),
+    # The class stores the pattern under its own name, and never reads it back.
+    harmless=MappingProxyType({"_sliding_window_pattern": ANY, "hidden_act": ANY}),
+    theta=1_000_000.0,
+    divides=True,
+)
+
+# Inside a model of text and images transformers does not cap the logits, whatever the field says.
+_CAP = "final_logit_softcapping"
+_GEMMA3_INSIDE = replace(
+    _GEMMA3_TEXT,
+    fields=MappingProxyType({n: f for n, f in _GEMMA3_TEXT.fields.items() if n != _CAP}),
+    unused=(*_TRAINING, _CAP),
+)
+
+CONFIG_CLASSES = (
+    ConfigClass(
+        "LlamaConfig",
+        "llama",
+        ("LlamaForCausalLM",),
+        _decoder(
+            (32_000, 4096, 11_008, 32, 32),
+            (INT_OR_NULL, None),
+            2048,
+            attention_bias=(BOOL, False),
+            mlp_bias=(BOOL, False),
+            head_dim=(INT_OR_NULL, None),
+        ),
+        (*_TRAINING, "pretraining_tp"),
+        _DECODER,
+        harmless=MappingProxyType(
+            {
+                "rope_interleaved": (False,),
+                "is_llama_config": ANY,
+                "max_sequence_length": ANY,
+                "use_sliding_window": (False,),
+            }
+        ),
+        divides=True,
+    ),
+    ConfigClass(
+        "MistralConfig",
+        "mistral",
+        ("MistralForCausalLM",),
+        _decoder(
+            (32_000, 4096, 14_336, 32, 32),
+            (INT, 8),
+            131_072,
+            head_dim=(INT_OR_NULL, None),
+            sliding_window=(INT_OR_NULL, 4096),
+        ),
+        _TRAINING,
+        _DECODER,
+        harmless=MappingProxyType({"attention_bias": (False,), "mlp_bias": (False,)}),
+    ),
+    ConfigClass(
+        "MixtralConfig",
+        "mixtral",
+        ("MixtralForCausalLM",),
+        _decoder(
+            (32_000, 4096, 14_336, 32, 32),
+            (INT, 8),
+            131_072,
+            1e-5,
+            head_dim=(INT_OR_NULL, None),
+            sliding_window=(INT_OR_NULL, None),
+            num_experts_per_tok=(INT, 2),
+            num_local_experts=(INT, 8),
+        ),
+        (*_TRAINING, "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
+        _DECODER,
+        MappingProxyType({"num_experts": "num_local_experts"}),
+        harmless=MappingProxyType({"attention_bias": (False,)}),
+        theta=1_000_000.0,
+    ),
+    ConfigClass(
+        "Qwen2Config",
+        "qwen2",
+        ("Qwen2ForCausalLM",),
+        _with_windows(_decoder((151_936, 4096, 22_016, 32, 32), (INT_OR_NULL, 32), 32_768)),
+        _TRAINING,
+        (*_DECODER, "head_dim"),
+        harmless=MappingProxyType({"use_mrope": (False,)}),
+    ),
+    ConfigClass(
+        "Qwen3Config",
+        "qwen3",
+        ("Qwen3ForCausalLM",),
+        _with_windows(
+            _decoder(
+                (151_936, 4096, 22_016, 32, 32),
+                (INT_OR_NULL, 32),
+                32_768,
+                head_dim=(INT, 128),
+                attention_bias=(BOOL, False),
+            )
+        ),
+        _TRAINING,
+        _DECODER,
+    ),
+    ConfigClass(
+        "Qwen3MoeConfig",
+        "qwen3_moe",
+        ("Qwen3MoeForCausalLM",),
+        _decoder(
+            (151_936, 2048, 6144, 24, 32),
+            (INT, 4),
+            32_768,
+            attention_bias=(BOOL, False),
+            use_sliding_window=(BOOL, False),
+            sliding_window=(INT_OR_NULL, 4096),
+            decoder_sparse_step=(INT, 1),
+            moe_intermediate_size=(INT, 768),
+            num_experts_per_tok=(INT, 8),
+            num_experts=(INT, 128),
+            norm_topk_prob=(BOOL, False),
+            mlp_only_layers=(INTS_OR_NULL, None),
+        ),
+        (*_TRAINING, "output_router_logits", "router_aux_loss_coef"),
+        (*_DECODER, "head_dim"),
+        MappingProxyType({"num_local_experts": "num_experts"}),
+        harmless=MappingProxyType(
+            {
+                "max_window_layers": ANY,
+                "qkv_bias": (False,),
+                "shared_expert_intermediate_size": (0,),
+                "use_qk_norm": (True,),
+            }
+        ),
+    ),
+    ConfigClass(
+        "Gemma2Config",
+        "gemma2",
+        ("Gemma2ForCausalLM",),
+        _decoder(
+            (256_000, 2304, 9216, 26, 8),
+            (INT, 4),
+            8192,
+            tied=True,
+            activation=("hidden_activation", "gelu_pytorch_tanh"),
+            head_dim=(INT, 256),
+            attention_bias=(BOOL, False),
+            query_pre_attn_scalar=(INT, 256),
+            sliding_window=(INT_OR_NULL, 4096),
+            layer_types=(TEXTS_OR_NULL, None),
+            final_logit_softcapping=(FLOAT_OR_NULL, 30.0),
+            attn_logit_softcapping=(FLOAT_OR_NULL, 50.0),
+            use_bidirectional_attention=(BOOL_OR_NULL, None),
+        ),
+        _TRAINING,
+        _DECODER,
+        harmless=MappingProxyType({"hidden_act": ANY}),
+        divides=True,
+    ),
+    _GEMMA3_TEXT,
+    ConfigClass(
+        "Gemma3Config",
+        "gemma3",
+        ("Gemma3ForConditionalGeneration",),
+        MappingProxyType({}),
+        (
+            "text_config", "vision_config", "mm_tokens_per_image", "boi_token_index",
+            "eoi_token_index", "image_token_index", "initializer_range", "tie_word_embeddings",
+        ),
+        ("per_layer_config",),
+        aliases=MappingProxyType(
+            {
+                "image_token_id": "image_token_index",
+                "boi_token_id": "boi_token_index",
+                "eoi_token_id": "eoi_token_index",
+            }
+        ),
+        inner=("text_config", _GEMMA3_INSIDE),
+    ),
+    ConfigClass(
+        "Phi3Config",
+        "phi3",
+        ("Phi3ForCausalLM",),
+        _decoder(
+            (32_064, 3072, 8192, 32, 32),
+            (INT_OR_NULL, None),
+            4096,
+            1e-5,
+            original_max_position_embeddings=(INT, 4096),
+            sliding_window=(INT_OR_NULL, None),
+        ),
+        (*_TRAINING, "resid_pdrop", "embd_pdrop"),
+        (*_DECODER, "head_dim"),
+        harmless=MappingProxyType(
+            {
+                "attention_bias": (False,),
+                "mlp_bias": (False,),
+                "lm_head_bias": (False,),
+                "full_attn_mod": (1,),
+                "interpolate_factor": (1,),
+            }
+        ),
+    ),
+    ConfigClass(
+        "BertConfig",
+        "bert",
+        ("BertModel", "BertForMaskedLM"),
+        MappingProxyType(
+            {
+                "vocab_size": (INT, 30_522),
+                "hidden_size": (INT, 768),
+                "intermediate_size": (INT, 3072),
+                "num_hidden_layers": (INT, 12),
+                "num_attention_heads": (INT, 12),
+                "hidden_act": (TEXT, "gelu"),
+                "max_position_embeddings": (INT, 512),
+                "type_vocab_size": (INT, 2),
+                "layer_norm_eps": (FLOAT, 1e-12),
+                "is_decoder": (BOOL, False),
+                "add_cross_attention": (BOOL, False),
+                "tie_word_embeddings": (BOOL, True),
+            }
+        ),
+        (
+            "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range",
+            "use_cache", "classifier_dropout", *_TOKENS,
+        ),
+        ("position_embedding_type", "per_layer_config"),
+        harmless=MappingProxyType(
+            {
+                "directionality": ANY,
+                "pooler_fc_size": ANY,
+                "pooler_num_attention_heads": ANY,
+                "pooler_num_fc_layers": ANY,
+                "pooler_size_per_head": ANY,
+                "pooler_type": ANY,
+            }
+        ),
+        divides=True,
+    ),
+)  # fmt: skip

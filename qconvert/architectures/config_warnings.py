@@ -1,0 +1,86 @@
+"""What of a configuration nobody reads, and what llama.cpp does otherwise whatever it says."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from qconvert.architectures.config import Config
+from qconvert.architectures.config_classes import ConfigClass
+from qconvert.architectures.families import Family, Sizes, known_class
+from qconvert.architectures.rope import Rope
+
+_MOST_NAMED = 20
+_CUT = reprlib.Repr()
+_CUT.maxstring = 60
+
+
+def config_warnings(
+    fields: Mapping[str, Any], family: Family, config: Config, sizes: Sizes, rope: Rope
+) -> tuple[str, ...]:
+    """Warnings about a configuration that is taken.
+
+    Args:
+        fields: all of the file.
+        family: row of the table.
+        config: the language model's fields.
+        sizes: of the model.
+        rope: its rotary positions.
+    """
+    found = []
+    known = known_class(fields)
+    assert known is not None  # or there were no row
+    named = fields.get("architectures")
+    if isinstance(named, list) and named and not set(known.architectures) & set(map(str, named)):
+        found.append(
+            f"config.json has model_type '{known.model_type}', by which transformers goes, and "
+            f"architectures {reprlib.repr(named)}: taken for {known.architectures[0]}"
+        )
+    unknown: list[tuple[str, ConfigClass | None]]
+    unknown = [(name, known) for name in _unknown(fields, known)]
+    if known.inner and isinstance(inside := fields.get(known.inner[0]), dict):
+        where, inner = known.inner
+        unknown += [(f"{where}.{name}", inner) for name in _unknown(inside, inner)]
+    unknown += [(name, None) for name in rope.unread]
+    if unknown:
+        shown = ", ".join(_shown(*one) for one in unknown[:_MOST_NAMED])
+        found.append(
+            f"config.json has fields without effect, in transformers' {known.name} as here: {shown}"
+            + (f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else "")
+        )
+    if window := family.window(config, sizes):
+        found.append(
+            f"llama.cpp attends to all tokens, not to a window of {window} as the configuration "
+            f"says: texts of more than {window} tokens come out otherwise"
+        )
+    if rope.longer:
+        found.append(
+            f"llama.cpp takes the rotary factors for long texts when its context is longer than "
+            f"{rope.longer} tokens, transformers when the text is: run it with a context of at "
+            f"most {rope.longer} for texts that short"
+        )
+    return tuple(found)
+
+
+def _unknown(fields: Mapping[str, Any], known: ConfigClass) -> list[str]:
+    """Names that ask for something, and that the class does not know; null asks for nothing."""
+    names = []
+    for name, value in fields.items():
+        if value is None or known.knows(name):
+            continue
+        if name in known.harmless:
+            harmless = known.harmless[name]
+            if harmless is None or any(value == h and type(value) is type(h) for h in harmless):
+                continue
+        names.append(name)
+    return names
+
+
+def _shown(name: str, known: ConfigClass | None) -> str:
+    """A name, cut, and a field that it may have been meant for."""
+    last = name.rpartition(".")[2][:80]
+    fields = [*known.fields, *known.beside] if known else ()
+    near = difflib.get_close_matches(last, fields, 1, 0.85)
+    return _CUT.repr(name) + (f" (for '{near[0]}'?)" if near else "")

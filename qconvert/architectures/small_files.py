@@ -1,0 +1,44 @@
+"""The small files of a model: its configuration, tokenizer, templates and modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qconvert.errors import FormatError
+from qconvert.files.strict_json import strict_json
+from qconvert.model import Model
+
+
+class SmallFiles:
+    """The small files of a model, in its directory or carried in a container."""
+
+    def __init__(self, model: Model) -> None:
+        self.home = model.path
+        self._companions = {c.name: c for c in model.companions}
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a file; None when there is none."""
+        found = self._companions.get(name)
+        return None if found is None else found.read()
+
+    def names(self) -> list[str]:
+        """Of all of them."""
+        return sorted(self._companions)
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in a file; None when there is none."""
+        found = self._parsed(name)
+        if found is not None and not isinstance(found, dict):
+            raise FormatError("file holds no JSON object", path=self.home / name, code="ARCH-JSON")
+        return found
+
+    def list(self, name: str) -> list[Any] | None:
+        """The JSON list in a file; None when there is none."""
+        found = self._parsed(name)
+        if found is not None and not isinstance(found, list):
+            raise FormatError("file holds no JSON list", path=self.home / name, code="ARCH-JSON")
+        return found
+
+    def _parsed(self, name: str) -> Any:
+        data = self.read(name)
+        return None if data is None else strict_json(data, self.home / name)
