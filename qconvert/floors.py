@@ -14,20 +14,31 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qconvert.model import DTYPES
-from qconvert.schemes import SCHEMES, AffineScheme, CastScheme, GgmlScheme
-
 LOST_DB = 6.0
 
 # By the bits of a code.
 _EXPECTED = ((16, 45.0), (8, 30.0), (6, 26.0), (5, 20.0), (4, 15.0), (3, 10.0))
 
 
-def expected_db(stored: str) -> float:
-    """The SQNR in dB that a tensor stored as this scheme, ggml type or dtype should at least have;
-    `LOST_DB` for what is none of them.
+def expected_db(bits: float) -> float:
+    """The SQNR in dB that a tensor should at least have whose codes have so many bits."""
+    return next((floor for least, floor in _EXPECTED if bits >= least), LOST_DB)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a tensor has lost.
+
+    Attributes:
+        stored: what it is stored as, for people.
+        bits: of a code; of a block type with all that the block stores.
+        sqnr_db: in dB; None for no loss.
     """
-    return next((floor for bits, floor in _EXPECTED if width >= bits), LOST_DB)
+
+    name: str
+    stored: str
+    bits: float
+    sqnr_db: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +56,19 @@ class Judged:
     warning: str | None
 
 
-def judge(tensors: Iterable[tuple[str, str, float | None]]) -> Judged:
-    """Hold tensors against the floors: name, what it is stored as, and SQNR in dB, None for no
-    loss.
-    """
-    found = sorted((db, name, stored) for name, stored, db in tensors if db is not None)
-    poor = [f for f in found if LOST_DB <= f[0] < expected_db(f[2])]
+def judge(tensors: Iterable[Measured]) -> Judged:
+    """Hold tensors against the floors."""
+    lossy = [(t.sqnr_db, t) for t in tensors if t.sqnr_db is not None]
+    found = sorted(lossy, key=lambda f: (f[0], f[1].name))
+    poor = [(db, t) for db, t in found if LOST_DB <= db < expected_db(t.bits)]
     warning = None
     if poor:
-        db, name, stored = poor[0]
+        db, worst = poor[0]
         which = "1 tensor is" if len(poor) == 1 else f"{len(poor)} tensors are"
         warning = (
-            f"{which} poorer than so many bits should be: '{name}' has {db:.1f} dB as {stored}, "
-            f"where {expected_db(stored):.0f} dB are expected; try smaller blocks or more bits, "
-            f"--tensor-scheme '{name}=NAME'"
+            f"{which} poorer than so many bits should be: '{worst.name}' has {db:.1f} dB as "
+            f"{worst.stored}, where {expected_db(worst.bits):.0f} dB are expected; try smaller "
+            f"blocks or more bits, --tensor-scheme '{worst.name}=NAME'"
         )
-    lost = [name for db, name, _ in found if db < LOST_DB]
-    return Judged([(db, name) for db, name, _ in found], lost, warning)
+    lost = [t.name for db, t in found if db < LOST_DB]
+    return Judged([(db, t.name) for db, t in found], lost, warning)

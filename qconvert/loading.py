@@ -3,64 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.encoding import AffineEncoding
+from qconvert.codecs.codes import Codes
 from qconvert.errors import UnsupportedError
-from qconvert.files import open_model
-from qconvert.files.qblk import QblkModel
-from qconvert.files.qblk_header import StoredTensor
+from qconvert.files import OpenModel, open_model
 from qconvert.geometry import TILE_VALUES
-from qconvert.model import DTYPES, Model, TensorInfo
+from qconvert.model import DTYPES, TensorInfo
 
 AS_STORED = {"int": "<i", "uint": "<u", "complex": "<c"}  # kinds that NumPy has
-
-
-@dataclass(frozen=True, slots=True)
-class Codes:
-    """A quantized tensor as it is stored: value = (codes - zero_point) * scale, in float32.
-
-    Attributes:
-        codes: uint8 (R, c), one row of the tensor after the other, 0..2^bits - 1 (symmetric 8-bit
-            codes and zero points are those of the file plus 128).
-        scales: float32 (R, G), one for each group of a row.
-        zero_points: float32 (R, G); quarters below 8 bits, 2^(bits - 1) when symmetric.
-        block: columns of a group; c when a row has one scale. The last group may be shorter.
-        bits: of a code.
-    """
-
-    codes: NDArray[np.uint8]
-    scales: NDArray[np.float32]
-    zero_points: NDArray[np.float32]
-    block: int
-    bits: int
-
-    @property
-    def scale(self) -> NDArray[np.float32]:
-        """Of every code, float32 (R, c)."""
-        return self._of_codes(self.scales)
-
-    @property
-    def zero_point(self) -> NDArray[np.float32]:
-        """Of every code, float32 (R, c)."""
-        return self._of_codes(self.zero_points)
-
-    def _of_codes(self, of_groups: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.repeat(of_groups, self.block, axis=1)[:, : self.codes.shape[1]]
-
-    def dequantize(self) -> NDArray[np.float32]:
-        """The values, (R, c); the same bits as `Tensor.dequantize`."""
-        values: NDArray[np.float32] = (self.codes - self.zero_point) * self.scale
-        return values
-
-    def __repr__(self) -> str:
-        rows, columns = self.codes.shape
-        return f"<Codes {rows} x {columns}, {self.bits} bits, groups of {self.block}>"
 
 
 class Tensor:
@@ -73,7 +28,7 @@ class Tensor:
         nbytes: in the file.
     """
 
-    def __init__(self, model: Model, info: TensorInfo) -> None:
+    def __init__(self, model: OpenModel, info: TensorInfo) -> None:
         self._model = model
         self._info = info
         self.name, self.shape = info.name, info.shape
@@ -112,45 +67,26 @@ class Tensor:
         Raises:
             UnsupportedError: the tensor has none, or is of a ggml type.
         """
-        model, stored = self._model, self._entry()
-        if (
-            not isinstance(model, QblkModel)
-            or stored is None
-            or not isinstance(stored.encoding, AffineEncoding)
-        ):
+        stored = self._model.stored(self._info)
+        codes = stored.encoding.codes(stored)
+        if codes is None:
             raise UnsupportedError(
                 "no codes with scales and zero points",
-                path=model.path,
+                path=self._model.path,
                 tensor=self.name,
                 found=self.dtype,
                 wanted="a quantized tensor of a .qblk file",
                 hint="dequantize() gives the values of every tensor",
             )
-        encoding = stored.encoding
-        columns = encoding.row_length
-        part = model.rows(stored, 0, encoding.rows(self.shape), 0, columns)
-        if encoding.symmetric:
-            zero = np.full(part.scale.shape, 1 << (encoding.bits - 1), np.float32)
-        else:
-            zero = part.zero.astype(np.float32) / np.float32(1 if encoding.bits == 8 else 4)
-        return Codes(
-            np.ascontiguousarray(part.codes[:, :columns]),
-            np.ascontiguousarray(part.scale),
-            zero,
-            encoding.block or columns,
-            encoding.bits,
-        )
+        return codes
 
     @property
     def activation(self) -> dict[str, Any] | None:
         """The static activation parameters of the layer, ``scale`` and ``zero_point`` among them;
         None without a calibration.
         """
-        stored = self._entry()
-        return dict(stored.activation) if stored and stored.activation else None
-
-    def _entry(self) -> StoredTensor | None:
-        return self._model.stored[self.name] if isinstance(self._model, QblkModel) else None
+        found = self._model.stored(self._info).activation
+        return dict(found) if found else None
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -164,7 +100,7 @@ class Tensors(Mapping[str, Tensor]):
         metadata: of the file.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: OpenModel) -> None:
         self._model = model
         self._tensors = {t.name: Tensor(model, t) for t in model.tensors}
         self.path, self.kind, self.metadata = model.path, model.kind, model.metadata

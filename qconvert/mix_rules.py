@@ -237,7 +237,9 @@ class _Chooser:
             return Assigned("F32", why, quantizable=False)
         if self._mix.base in CASTS:  # as the converter that writes a whole file in this type
             return Assigned(self._mix.base, self._base_reason, quantizable=False)
-        return Assigned(tensor.dtype if tensor.dtype in TENSOR_TYPES else "F32", why, quantizable=False)
+        return Assigned(
+            tensor.dtype if tensor.dtype in TENSOR_TYPES else "F32", why, quantizable=False
+        )
 
     def _wanted(self, tensor: TensorInfo) -> tuple[str, str]:
         """The type before its blocks are held against the shape."""

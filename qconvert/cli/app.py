@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qconvert import __version__
+from qconvert.containers import WRITTEN
 from qconvert.errors import UsageError
 from qconvert.mixes import parse_ggml_type, parse_tensor_type
 from qconvert.schemes import SCHEME_GRAMMAR, MixScheme, parse_scheme
@@ -15,7 +16,7 @@ from qconvert.schemes import SCHEME_GRAMMAR, MixScheme, parse_scheme
 if TYPE_CHECKING:
     from qconvert.observers.ranges import ObserverSettings
     from qconvert.ranges import RangeMethod
-    from qconvert.stages.plan import TensorScheme
+    from qconvert.schemes import TensorScheme
 
 app = typer.Typer(
     name="qconvert",
@@ -772,9 +773,10 @@ def _goes_with(given: str, wanted: str, options: dict[str, object]) -> None:
 
 
 def _container(text: str | None) -> str | None:
-    if text is None or text.lower() in ("qblk", "gguf"):
+    names = [c.name for c in WRITTEN]
+    if text is None or text.lower() in names:
         return text and text.lower()
-    raise UsageError("--format", found=text, wanted="qblk or gguf")
+    raise UsageError("--format", found=text, wanted=" or ".join(names))
 
 
 def _range(name: str | None, percentile: float | None) -> RangeMethod | None:

@@ -8,6 +8,7 @@ conversion, verification, loading, running and every container ask these and nev
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
+from qconvert.codecs.codes import Codes
+from qconvert.codecs.statistics import TensorStatistics
 from qconvert.errors import FormatError
 from qconvert.geometry import TILE_VALUES, Tile
 from qconvert.kernels.records import (
@@ -65,8 +68,9 @@ class Stored:
         encoding: how it lies there.
         read: bytes ``offset..offset + size`` of a segment of some kind.
         path: of the file, for messages.
+        source_dtype: that it had where it came from, if the container says.
         activation: static activation parameters of the layer, as the container noted them.
-        notes: what else it noted: ``decision`` and ``error``.
+        error: that the container noted.
     """
 
     name: str
@@ -74,8 +78,13 @@ class Stored:
     encoding: Encoding
     read: Callable[[str, int, int], bytes]
     path: Path
+    source_dtype: str | None = None
     activation: Mapping[str, Any] | None = None
-    notes: Mapping[str, Any] | None = None
+    error: Mapping[str, Any] | None = None
+
+    def values(self, start: int, stop: int) -> NDArray[Any]:
+        """See `Model.values`."""
+        return self.encoding.values(self, start, stop)
 
     def refuse(self, rule: int, message: str) -> NoReturn:
         """Say that a rule of formats/qblk/SPEC.md is broken."""
@@ -173,7 +182,14 @@ class Encoding(ABC):
         multiple of 256.
         """
 
-    def values(self, stored: Stored, start: int, stop: int) -> NDArray[np.floating]:
+    def codes(self, stored: Stored) -> Codes | None:
+        """All of a tensor as codes; None where it is not made of any, or of ggml's.
+
+        Symmetric 8-bit codes are given plus 128.
+        """
+        return None
+
+    def values(self, stored: Stored, start: int, stop: int) -> NDArray[Any]:
         """Values ``start..stop`` of the flattened tensor, float32 unless it is kept in more."""
         if start == stop:
             return np.zeros(0, np.float32)
@@ -194,11 +210,12 @@ class Encoding(ABC):
         raise NotImplementedError
 
     def check(self, stored: Stored) -> None:
-        """Hold the payload against the rules of its encoding.
+        """Hold the payload against the rules of its encoding, if there are any.
 
         Raises:
             FormatError: a rule is broken; the code names it.
         """
+        return
 
 
 # --- a tensor on its way into a file --------------------------------------------------------------
@@ -267,14 +284,30 @@ class Outcome:
     Attributes:
         error: None where it was kept bit for bit.
         decision: as reports and headers have it, where there was one.
+        clipped: weights beyond the ends of the grid, where it has ends that were chosen.
         weighted: whether a calibration's mean squares weighed the error.
         warning: what is wrong with it, though it was kept.
     """
 
     error: ErrorSums | None
     decision: dict[str, Any] | None = None
+    clipped: int | None = None
     weighted: bool = False
     warning: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a look at a tensor found.
+
+    Attributes:
+        scheme: the name of the one that suits it.
+        reason: in words.
+    """
+
+    statistics: TensorStatistics
+    scheme: str
+    reason: str
 
 
 S = TypeVar("S", bound="TensorScheme")
@@ -287,12 +320,14 @@ class Codec(Generic[S]):
     Attributes:
         family: its key in `qconvert.schemes.FAMILIES`, and ``kind`` in a header.
         planned: the encoding that a tensor takes under a scheme; while something is undecided, the
-            largest.
+            one of most bytes and the longest description.
         refuses: why a tensor cannot take a scheme, or would not be smaller; None where it can.
         encoder: for a tensor that takes the scheme; may look at a sample of it, and where tiles
             share something at all of it.
         parse: the encoding that a header describes; None for a family that no qblk file has.
         passes: whether `encoder` reads the whole tensor for what tiles share.
+        look: what statistics of a tensor suggest; None for a family that has nothing to choose.
+            Raises a WeightError.
     """
 
     family: str
@@ -301,43 +336,55 @@ class Codec(Generic[S]):
     encoder: Callable[[Model, TensorInfo, S, Facts], Encoder]
     parse: Callable[[HeaderFields], Encoding] | None = None
     passes: Callable[[S, TensorInfo], bool] = lambda scheme, tensor: False
+    look: Callable[[Model, TensorInfo, S, Mapper], Look] | None = None
 
 
-class HeaderFields(ABC):
-    """What a codec sees of the header of a qblk file: an encoding's fields, and the refusals of the
-    reader.
+@dataclass(frozen=True, slots=True)
+class HeaderFields:
+    """How the header of a qblk file describes an encoding, as its codec sees it.
 
     Attributes:
+        described: the JSON object.
         source_dtype: of the tensor, a name of `qconvert.model.DTYPES`.
         shape: of the tensor.
+        field: gives a member of ``described`` of a type, or refuses the file (QBLK-010).
+        refuse: refuses the file by a rule of SPEC.md: its number, a message, found, wanted.
     """
 
+    described: dict[str, Any]
     source_dtype: str
     shape: tuple[int, ...]
+    field: Callable[[Any, str, type], Any]
+    refuse: Callable[..., NoReturn]
 
-    @abstractmethod
     def has(self, name: str) -> bool:
         """Whether there is such a field."""
+        return name in self.described
 
-    @abstractmethod
     def integer(self, name: str) -> int:
-        """A field that is an integer, or refused."""
+        """A field that is an integer."""
+        found: int = self.field(self.described, name, int)
+        return found
 
-    @abstractmethod
     def text(self, name: str) -> str:
-        """A field that is a string, or refused."""
+        """A field that is a string."""
+        found: str = self.field(self.described, name, str)
+        return found
 
-    @abstractmethod
     def flag(self, name: str) -> bool:
-        """A field that is a truth value, or refused."""
+        """A field that is a truth value."""
+        found: bool = self.field(self.described, name, bool)
+        return found
 
-    @abstractmethod
     def impossible(self, what: str) -> NoReturn:
-        """Refuse fields that do not go together (QBLK-014)."""
+        """Refuse fields that do not go together."""
+        self.refuse(14, f"impossible {what}", json.dumps(self.described))
 
-    @abstractmethod
     def check_row_length(self, columns: int) -> None:
-        """Refuse a row length that is none of the shape's (QBLK-015)."""
+        """Refuse a row length that is none of the shape's."""
+        products = {math.prod(self.shape[i:]) for i in range(len(self.shape))} or {1}
+        if 0 in self.shape or columns not in products:
+            self.refuse(15, "row length", columns, f"a product of trailing {self.shape}")
 
 
 def smaller(encoding: Encoding, tensor: TensorInfo, scheme: str) -> str | None:

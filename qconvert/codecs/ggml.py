@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import gguf
 import numpy as np
+from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.codecs.codec import (
@@ -21,6 +22,7 @@ from qconvert.codecs.codec import (
     Stored,
     smaller,
 )
+from qconvert.codecs.raw import RawEncoding
 from qconvert.codecs.source import (
     RUN_VALUES,
     finite_weights,
@@ -33,7 +35,7 @@ from qconvert.geometry import Tile
 from qconvert.ggml_types import GGML_TYPES, GgmlType
 from qconvert.kernels.records import F32, U8, Encoded, IntegerRows
 from qconvert.kernels.reference.ggml import GGML_BLOCKS
-from qconvert.model import Model, TensorInfo
+from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.schemes import GgmlScheme
 
 
@@ -57,21 +59,23 @@ class GgmlEncoding(Encoding):
     def to_json(self) -> dict[str, object]:
         raise AssertionError("no qblk file has ggml's types")
 
-    def coded(self, stored: Stored, tile: Tile) -> Coded:
+    def values(self, stored: Stored, start: int, stop: int) -> NDArray[Any]:
         t = self.type
-        first, last = tile.start // t.block, -(-tile.stop // t.block)
-        raw = stored.read("data", first * t.nbytes, (last - first) * t.nbytes)
-        data = np.frombuffer(raw, np.uint8).reshape(-1, t.nbytes)
-        skipped = tile.start - first * t.block
-        shape = (tile.rows, tile.columns)
-        values = self._decoded(data, stored).ravel()[skipped : skipped + tile.rows * tile.columns]
+        if start == stop:
+            return np.empty(0, np.float32)
+        first, last = start // t.block, -(-stop // t.block)
+        values = self._decoded(self._blocks(stored, first, last), stored).ravel()
+        skipped = first * t.block
+        return values[start - skipped : stop - skipped]
+
+    def coded(self, stored: Stored, tile: Tile) -> Coded:
+        t, shape = self.type, (tile.rows, tile.columns)
         kind = GGML_BLOCKS.get(t.name)
-        whole = tile.start % t.block == 0 and tile.columns % t.block == 0
-        if kind is None or not whole:  # part of a block: for values alone
-            return Coded(values.reshape(shape))
+        if kind is None or tile.start % t.block or tile.columns % t.block:
+            return Coded(self.values(stored, tile.start, tile.stop).reshape(shape))
+        data = self._blocks(stored, tile.start // t.block, tile.stop // t.block)
         parts = kind.splitter(data)
-        per_row = tile.columns // kind.group
-        scale = parts.scale.reshape(tile.rows, per_row)
+        scale = parts.scale.reshape(tile.rows, -1)
 
         def by_group(of_blocks: F32 | None) -> F32 | None:
             if of_blocks is None:
@@ -95,11 +99,19 @@ class GgmlEncoding(Encoding):
             scale_rounding=by_group(of_scale),
             offset_rounding=by_group(of_offset),
         )
-        return Coded(values.reshape(shape), integers, grid)
+        return Coded(self._decoded(data, stored).reshape(shape), integers, grid)
+
+    def _blocks(self, stored: Stored, first: int, last: int) -> U8:
+        """Blocks ``first..last``, one a row."""
+        nbytes = self.type.nbytes
+        raw = stored.read("data", first * nbytes, (last - first) * nbytes)
+        return np.frombuffer(raw, np.uint8).reshape(-1, nbytes)
 
     def _decoded(self, blocks: U8, stored: Stored) -> F32:
         if self.type.name in GGML_BLOCKS:
             return kernels.ggml_decode(self.type.name, blocks)
+        import gguf  # 0.1 s, for types that nothing here writes
+
         kind = gguf.GGMLQuantizationType[self.type.name]
         try:
             # One row: gguf works through rows in small groups, which is slow when a row is a block.
@@ -182,6 +194,13 @@ def _refuses(scheme: GgmlScheme, tensor: TensorInfo) -> str | None:
 
 def _encoder(model: Model, tensor: TensorInfo, scheme: GgmlScheme, facts: Facts) -> Encoder:
     return GgmlEncoder(model, tensor, GGML_TYPES[scheme.ggml_type], facts.importance)
+
+
+def encoding_of(ggml_type: str) -> Encoding:
+    """How a tensor of this type lies in a GGUF file: plain numbers are no blocks."""
+    if ggml_type in DTYPES:
+        return RawEncoding(ggml_type)
+    return GgmlEncoding(GGML_TYPES[ggml_type])
 
 
 CODEC: Codec[GgmlScheme] = Codec("ggml", _planned, _refuses, _encoder)

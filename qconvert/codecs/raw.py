@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,7 @@ from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.schemes import CastScheme
 
 KEPT_BYTES = 1 << 22  # of a kept tensor that are copied at once
+UNIT = 4  # values of less than 8 bits that begin and end on a byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,10 @@ class RawEncoding(Encoding):
 
     @property
     def bits(self) -> float:
-        return 8 * DTYPES[self.dtype].size
+        return DTYPES[self.dtype].bits
 
     def segments(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
-        return (Segment("data", math.prod(shape) * DTYPES[self.dtype].size),)
+        return (Segment("data", DTYPES[self.dtype].nbytes(math.prod(shape))),)
 
     def to_json(self) -> dict[str, object]:
         return {"dtype": self.dtype, "kind": "raw"}
@@ -62,21 +64,30 @@ class RawEncoding(Encoding):
         with np.errstate(over="ignore"):  # float64 beyond float32
             return Coded(values.astype(np.float32).reshape(tile.rows, tile.columns))
 
-    def values(self, stored: Stored, start: int, stop: int) -> NDArray[np.floating]:
-        size = DTYPES[self.dtype].size
-        return kernels.widen(stored.read("data", start * size, (stop - start) * size), self.dtype)
+    def values(self, stored: Stored, start: int, stop: int) -> NDArray[Any]:
+        dtype = DTYPES[self.dtype]
+        unit = 1 if dtype.bits >= 8 else UNIT
+        first, last = start // unit * unit, min(-(-stop // unit) * unit, math.prod(stored.shape))
+        offset = dtype.nbytes(first)
+        raw = stored.read("data", offset, dtype.nbytes(last) - offset)
+        return kernels.widen(raw, self.dtype)[start - first : stop - first]
 
 
 @dataclass(frozen=True, slots=True)
 class KeptEncoder(Encoder):
-    """Bytes as they are; a tile is a run of them."""
+    """Bytes as they are; a tile is a run of them.
+
+    Attributes:
+        as_it_is: what they mean.
+    """
 
     model: Model
     tensor: TensorInfo
+    as_it_is: Encoding
 
     @property
     def encoding(self) -> Encoding:
-        return RawEncoding(self.tensor.dtype)
+        return self.as_it_is
 
     def tiles(self) -> Iterator[Tile]:
         size = self.tensor.nbytes

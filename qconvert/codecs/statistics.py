@@ -6,7 +6,6 @@ threads.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.kernels.arithmetic import HISTOGRAM_BINS
+from qconvert.kernels.bins import bin_centres
 from qconvert.kernels.records import Moments, merge_moments
 
 OUTLIER_SIGMAS = 4.0  # a Gaussian has 6.3e-5 of its values beyond
@@ -56,7 +56,7 @@ class TensorStatistics:
         if self.counts is not None:
             return self.counts
         assert self.patterns is not None
-        return np.bincount(self.patterns, minlength=kernels.HISTOGRAM_BINS)
+        return np.bincount(self.patterns, minlength=HISTOGRAM_BINS)
 
     @property
     def minimum(self) -> float | None:
@@ -99,28 +99,6 @@ class TensorStatistics:
             return int(np.count_nonzero(beyond)) / m.count
         beyond = np.abs(bin_centres() - m.mean) > OUTLIER_SIGMAS * std
         return int(self.histogram[beyond].sum()) / m.count
-
-
-@functools.cache
-def bin_centres() -> NDArray[np.float64]:
-    """The middle of each histogram bin, read-only; NaN for the patterns of Inf and NaN."""
-    keys = np.arange(HISTOGRAM_BINS, dtype=np.uint32)
-    finite = keys & 0x7F80 != 0x7F80
-    centres = np.full(len(keys), np.nan)
-    centres[finite] = ((keys[finite] << 16) | 0x8000).view(np.float32)
-    centres.flags.writeable = False
-    return centres
-
-
-def bin_edges() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Smallest and largest end of each histogram bin; NaN for the patterns of Inf and NaN."""
-    keys = np.arange(HISTOGRAM_BINS, dtype=np.uint32)
-    finite = keys & 0x7F80 != 0x7F80
-    near = np.full(len(keys), np.nan)
-    near[finite] = (keys[finite] << 16).view(np.float32)
-    width = np.abs(bin_centres() - near) * 2
-    negative = keys >= len(keys) // 2
-    return np.where(negative, near - width, near), np.where(negative, near, near + width)
 
 
 def observe(x: NDArray[np.floating[Any]], start: int = 0) -> TensorStatistics:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert import kernels
+from qconvert.codecs.codec import Stored
+from qconvert.codecs.ggml import encoding_of
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.regular import RegularFile
-from qconvert.kernels.reference.ggml import GGML_BLOCKS
-from qconvert.model import DTYPES, Companion, SourceFile, TensorInfo
+from qconvert.ggml_types import GGML_TYPES, GgmlType
+from qconvert.model import Companion, SourceFile, TensorInfo
 
 ARCHITECTURE = "general.architecture"
 RAW = "raw"  # the architecture of a file of ours that nobody is to run
@@ -73,20 +73,7 @@ _SCALARS: dict[int, tuple[struct.Struct, Callable[..., str]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    """A ggml type as it lies in a file: ``block`` values in ``nbytes`` bytes."""
-
-    name: str
-    block: int
-    nbytes: int
-
-
-_STORAGE: dict[int, _Storage] = {
-    int(kind): _Storage(kind.name, block, nbytes)
-    for kind, (block, nbytes) in gguf.GGML_QUANT_SIZES.items()
-}
-_STORAGE_BY_NAME = {s.name: s for s in _STORAGE.values()}
+_BY_NUMBER = {t.number: t for t in GGML_TYPES.values()}
 
 
 class GgufModel:
@@ -112,7 +99,7 @@ class GgufModel:
             tensor.name: header.data_start + offset for tensor, offset in header.tensors
         }
 
-    def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[np.floating]:
+    def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[Any]:
         """Values ``start..stop`` of the flattened tensor, see `qconvert.model.Model.values`.
 
         Raises:
@@ -121,18 +108,19 @@ class GgufModel:
         """
         if not 0 <= start <= stop <= tensor.size:
             raise ValueError(f"values {start}..{stop} of a tensor of {tensor.size}")
-        if tensor.dtype in DTYPES:
-            size = DTYPES[tensor.dtype].size
-            raw = self.raw(tensor, start * size, (stop - start) * size)
-            return kernels.widen(raw, tensor.dtype)
-        if start == stop:  # gguf refuses to decode no blocks
-            return np.empty(0, np.float32)
-        storage = _STORAGE_BY_NAME[tensor.dtype]
-        first, last = start // storage.block, -(-stop // storage.block)
-        raw = self.raw(tensor, first * storage.nbytes, (last - first) * storage.nbytes)
-        blocks = np.frombuffer(raw, np.uint8).reshape(-1, storage.nbytes)
-        skipped = first * storage.block
-        return self._decoded(tensor, blocks)[start - skipped : stop - skipped]
+        return self.stored(tensor).values(start, stop)
+
+    def stored(self, tensor: TensorInfo) -> Stored:
+        """How a tensor lies in the file."""
+
+        def read(kind: str, offset: int, size: int) -> bytes:
+            return self.raw(tensor, offset, size)
+
+        return Stored(tensor.name, tensor.shape, encoding_of(tensor.dtype), read, self.path)
+
+    def check_payload(self, advance: Callable[[int], None]) -> str:
+        """See `OpenModel.check_payload`."""
+        return "structure; GGUF has no digests"
 
     def value(self, key: str) -> tuple[str, Any]:
         """The type and value of a key in the metadata, read again from the file.
@@ -179,25 +167,6 @@ class GgufModel:
     def close(self) -> None:
         """Close the file; may be called again."""
         self._file.close()
-
-    def _decoded(self, tensor: TensorInfo, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """The values of whole blocks, flat."""
-        if tensor.dtype in GGML_BLOCKS:
-            return kernels.ggml_decode(tensor.dtype, blocks).reshape(-1)
-        kind = gguf.GGMLQuantizationType[tensor.dtype]
-        try:
-            # One row: gguf works through rows in small groups, which is slow when a row is a block.
-            with np.errstate(over="ignore", invalid="ignore"):  # Inf and NaN scales are the file's
-                decoded = gguf.quants.dequantize(blocks.reshape(1, -1), kind)
-        except NotImplementedError:
-            raise UnsupportedError(
-                f"type {tensor.dtype} cannot be decoded",
-                path=self.path,
-                tensor=tensor.name,
-                code="GGUF-DECODE",
-            ) from None
-        flat: NDArray[np.float32] = decoded.reshape(-1)
-        return flat
 
 
 def open_gguf(path: Path) -> GgufModel:
@@ -427,15 +396,15 @@ class _Header:
             raise self._broken("the shape overflows", "GGUF-SHAPE", tensor=name, found=shape)
         return shape
 
-    def _storage(self, name: str, shape: tuple[int, ...]) -> _Storage:
+    def _storage(self, name: str, shape: tuple[int, ...]) -> GgmlType:
         number = self._u32()
-        storage = _STORAGE.get(number)
+        storage = _BY_NUMBER.get(number)
         if storage is None:
             raise UnsupportedError(
                 f"tensor type {number} is not known",
                 path=self._file.path,
                 tensor=name,
-                hint="a newer gguf package may know it",
+                hint="a newer qconvert may know it",
                 code="GGUF-TYPE",
             )
         row = shape[-1] if shape else 1

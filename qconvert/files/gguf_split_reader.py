@@ -7,14 +7,14 @@ each other is held together before any of them is used.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
+from qconvert.codecs.codec import Stored
 from qconvert.errors import FormatError, InputError
 from qconvert.files.gguf import MAX_TENSORS, GgufModel, open_gguf
 from qconvert.files.gguf_split import PROVENANCE, set_of
@@ -47,9 +47,17 @@ class SplitGgufModel:
         self._parts = tuple(parts)
         self._part_of = {t.name: part for part in parts for t in part.tensors}
 
-    def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[np.floating]:
+    def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[Any]:
         """Values ``start..stop`` of the flattened tensor; see `GgufModel.values`."""
         return self._part_of[tensor.name].values(tensor, start, stop)
+
+    def stored(self, tensor: TensorInfo) -> Stored:
+        """How a tensor lies in its file."""
+        return self._part_of[tensor.name].stored(tensor)
+
+    def check_payload(self, advance: Callable[[int], None]) -> str:
+        """See `OpenModel.check_payload`."""
+        return self._parts[0].check_payload(advance)
 
     def raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
         """Stored bytes ``offset..offset+size`` of the tensor; see `GgufModel.raw`."""

@@ -1,4 +1,4 @@
-"""Reading qblk: values and codes on demand.
+"""Reading qblk: what is stored, on demand.
 
 formats/qblk/SPEC.md; `qblk_header` has the rules of the header, `qblk_check` those of the payload.
 """
@@ -6,46 +6,23 @@ formats/qblk/SPEC.md; `qblk_header` has the rules of the header, `qblk_check` th
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from qconvert import kernels
-from qconvert.encoding import SCALE_SIZES, AffineEncoding, RawEncoding
-from qconvert.files.plain import plain_values
+from qconvert.codecs.codec import Stored
+from qconvert.files.qblk_check import check_payload
 from qconvert.files.qblk_header import SLASH, StoredFile, StoredTensor, read_header
 from qconvert.files.regular import RegularFile
 from qconvert.files.shards import MAX_COMPANION_BYTES, companion_too_large
-from qconvert.geometry import PACK_GROUP
-from qconvert.kernels.records import Parameters
 from qconvert.model import Companion, SourceFile, TensorInfo
-from qconvert.quantizers.affine import (
-    decode_groups,
-    load_scales,
-    load_zero_points,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredRows:
-    """Codes of some rows with the parameters of their groups.
-
-    Attributes:
-        codes: unsigned, (R, C): whole groups, the last one maybe with padding.
-        scale: float32 (R, G).
-        zero: int32 (R, G), zero steps; zeros when symmetric.
-    """
-
-    codes: NDArray[np.uint8]
-    scale: NDArray[np.float32]
-    zero: NDArray[np.int32]
 
 
 class QblkModel:
-    """An opened qblk file: the `Model` protocol, and the codes of its quantized tensors."""
+    """An opened qblk file: an `OpenModel`."""
 
     kind = "qblk"
 
@@ -58,11 +35,11 @@ class QblkModel:
         except BaseException:
             self._file.close()
             raise
-        self.stored = {t.name: t for t in self.header.tensors}
+        self._entries = {t.name: t for t in self.header.tensors}
         self.tensors = tuple(_info(t) for t in self.header.tensors)
         self.metadata = self.header.metadata
         self.companions = tuple(
-            Companion(f.name.replace(SLASH, "/"), f.segment.size, partial(self.companion, f))
+            Companion(f.name.replace(SLASH, "/"), f.segment.size, partial(self._companion, f))
             for f in self.header.files
         )
         digest = hashlib.sha256(head).hexdigest()
@@ -74,97 +51,43 @@ class QblkModel:
         """Bytes of the file; all of them, or an error."""
         return self._file.read(offset, size)
 
+    def stored(self, tensor: TensorInfo) -> Stored:
+        """How a tensor lies in the file."""
+        entry = self._entries[tensor.name]
+        return Stored(
+            name=entry.name,
+            shape=entry.shape,
+            encoding=entry.encoding,
+            read=partial(self._read, entry),
+            path=self.path,
+            source_dtype=entry.source_dtype,
+            activation=entry.activation,
+            error=entry.error,
+        )
+
+    def _read(self, entry: StoredTensor, kind: str, offset: int, size: int) -> bytes:
+        return self.read_at(entry.segment(kind).offset + offset, size)
+
     def raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
         """Stored bytes, the segments one after the other without the padding between them."""
         out = b""
-        for segment in self.stored[tensor.name].segments:
+        for segment in self._entries[tensor.name].segments:
             take = max(0, min(size - len(out), segment.size - offset))
             if take:
                 out += self.read_at(segment.offset + offset, take)
             offset = max(0, offset - segment.size)
         return out
 
-    def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[np.floating]:
-        stored = self.stored[tensor.name]
-        encoding = stored.encoding
-        if isinstance(encoding, RawEncoding):
-            read = partial(self.raw, tensor)
-            return plain_values(read, encoding.dtype, tensor.size, start, stop)
-        if start == stop:
-            return np.zeros(0, np.float32)
-        columns = encoding.row_length
-        first, last = start // columns, (stop - 1) // columns
-        if first == last:
-            unit = max(encoding.block, PACK_GROUP)
-            low = (start - first * columns) // unit * unit
-            high = stop - first * columns
-            row = self._decode(stored, first, first + 1, low, high)
-            return row.ravel()[start - first * columns - low :]
-        rows = self._decode(stored, first, last + 1, 0, columns)
-        return rows.ravel()[start - first * columns : stop - first * columns]
+    def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[Any]:
+        """See `Model.values`."""
+        return self.stored(tensor).values(start, stop)
 
-    def _decode(
-        self, stored: StoredTensor, first: int, last: int, low: int, high: int
-    ) -> NDArray[np.float32]:
-        encoding = stored.encoding
-        assert isinstance(encoding, AffineEncoding)
-        part = self.rows(stored, first, last, low, high)
-        groups = part.codes.reshape(part.scale.size, -1)
-        parameters = Parameters(part.scale.ravel(), part.zero.ravel())
-        values = decode_groups(groups, parameters, encoding)
-        return values.reshape(last - first, -1)[:, : high - low]
+    def check_payload(self, advance: Callable[[int], None]) -> str:
+        """See `OpenModel.check_payload`."""
+        check_payload(self, advance)
+        return f"every rule of qblk 1.0 and the digests of {len(self.tensors)} tensors"
 
-    def rows(self, stored: StoredTensor, first: int, last: int, low: int, high: int) -> StoredRows:
-        """Codes of rows ``first..last`` and columns ``low..high``.
-
-        ``low`` is a multiple of 32 and of the block; a part of the columns is only taken of one
-        row.
-        """
-        encoding = stored.encoding
-        assert isinstance(encoding, AffineEncoding)
-        count = last - first
-        block = encoding.block
-        unit = max(block, PACK_GROUP) if encoding.bits < 8 else (block or 1)
-        width = min(-(-(high - low) // unit) * unit, encoding.row_codes - low)
-        place = (first * encoding.row_codes + low) * encoding.bits // 8
-        packed = self.read_at(
-            stored.segment("codes").offset + place, count * width * encoding.bits // 8
-        )
-        codes = kernels.load_codes(packed, encoding).reshape(count, width)
-        if block:
-            groups = -(-(high - low) // block)
-            codes = codes[:, : groups * block]  # without a half group that is all padding
-            begin = first * encoding.row_groups + low // block
-        else:
-            groups = 1
-            codes = codes[:, : high - low]
-            begin = 0 if encoding.granularity == "tensor" else first
-        wanted = 1 if encoding.granularity == "tensor" else count * groups
-        scale, zero = self._parameters(stored, encoding, begin, wanted)
-        shape = (count, groups)
-        if wanted == 1:
-            return StoredRows(codes, np.broadcast_to(scale, shape), np.broadcast_to(zero, shape))
-        return StoredRows(codes, scale.reshape(shape), zero.reshape(shape))
-
-    def _parameters(
-        self, stored: StoredTensor, encoding: AffineEncoding, begin: int, count: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        size = SCALE_SIZES[encoding.scale_dtype]
-        raw = self.read_at(stored.segment("scales").offset + begin * size, count * size)
-        scale = load_scales(raw, encoding)
-        if encoding.symmetric:
-            return scale, np.zeros(count, np.int32)
-        segment = stored.segment("zero_points")
-        if encoding.bits == 8:
-            return scale, load_zero_points(self.read_at(segment.offset + begin, count), encoding)
-        group = 4 * encoding.zero_point_bits
-        low, high = begin // PACK_GROUP, -(-(begin + count) // PACK_GROUP)
-        packed = self.read_at(segment.offset + low * group, (high - low) * group)
-        zero = load_zero_points(packed, encoding)
-        skip = begin - low * PACK_GROUP
-        return scale, zero[skip : skip + count]
-
-    def companion(self, file: StoredFile) -> bytes:
+    def _companion(self, file: StoredFile) -> bytes:
         """The bytes of a companion file.
 
         Raises:
@@ -181,10 +104,9 @@ class QblkModel:
         self._file.close()
 
 
-def _info(stored: StoredTensor) -> TensorInfo:
-    encoding = stored.encoding
-    dtype = encoding.dtype if isinstance(encoding, RawEncoding) else encoding.scheme
-    return TensorInfo(stored.name, stored.shape, dtype, sum(s.size for s in stored.segments))
+def _info(entry: StoredTensor) -> TensorInfo:
+    size = sum(s.size for s in entry.segments)
+    return TensorInfo(entry.name, entry.shape, entry.encoding.name, size)
 
 
 def open_qblk(path: Path) -> QblkModel:

@@ -15,20 +15,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from qconvert.encoding import (
-    BITS,
-    BLOCKS,
-    GRANULARITIES,
-    SCALE_SIZES,
-    AffineEncoding,
-    Encoding,
-    RawEncoding,
-)
+from qconvert.codecs import codec_named
+from qconvert.codecs.codec import Encoding, HeaderFields
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.json_size import json_size, lone_surrogate
 from qconvert.files.regular import RegularFile
 from qconvert.files.strict_json import MAX_JSON_MEMBERS, beyond_limits, no_collection, repeated
 from qconvert.model import DTYPES
+from qconvert.schemes import FAMILIES
 
 MAGIC = b"\x89QBLK\r\n\n"
 MAJOR = 1
@@ -82,7 +76,7 @@ def tensor_digest(
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class Place:
     """A run of bytes of the payload; ``offset`` counts from the start of the file."""
 
     kind: str
@@ -98,13 +92,13 @@ class StoredTensor:
     shape: tuple[int, ...]
     source_dtype: str
     encoding: Encoding
-    segments: tuple[Segment, ...]
+    segments: tuple[Place, ...]
     sha256: str
     decision: dict[str, Any]
     error: dict[str, Any]
     activation: dict[str, Any] | None
 
-    def segment(self, kind: str) -> Segment:
+    def segment(self, kind: str) -> Place:
         return next(s for s in self.segments if s.kind == kind)
 
 
@@ -113,7 +107,7 @@ class StoredFile:
     """A companion file entry of the header."""
 
     name: str
-    segment: Segment
+    segment: Place
     sha256: str
 
 
@@ -318,63 +312,31 @@ class _HeaderReader:
             or math.prod(n or 1 for n in shape) > MAX_INTEGER
         ):
             self.refuse(13, f"impossible shape of {len(shape):,}", shape[: MAX_DIMS + 1])
-        encoding = self._encoding(described, dtype)
-        if isinstance(encoding, AffineEncoding):
-            self._row_length(encoding, tuple(shape))
+        encoding = self._encoding(described, dtype, tuple(shape))
         activation = self._activation(entry["activation"]) if "activation" in entry else None
-        if isinstance(encoding, RawEncoding) and math.prod(shape) * DTYPES[dtype].bits % 8:
+        if math.prod(shape) * DTYPES[dtype].bits % 8:
             self.refuse(17, f"{math.prod(shape):,} values of {dtype} do not end on a byte")
         return StoredTensor(
             name=name,
             shape=tuple(shape),
             source_dtype=dtype,
             encoding=encoding,
-            segments=self._segments(entry, encoding.segments(tuple(shape)), payload),
+            segments=self._segments(entry, _wanted(encoding, tuple(shape)), payload),
             sha256=sha256,
             decision=entry.get("decision", {}),
             error=entry.get("error", {}),
             activation=activation,
         )
 
-    def _encoding(self, described: dict[str, Any], dtype: str) -> Encoding:
+    def _encoding(self, described: dict[str, Any], dtype: str, shape: tuple[int, ...]) -> Encoding:
         kind = self._field(described, "kind", str)
         if dtype not in self.dtypes:
             self.refuse(14, "unknown source_dtype", dtype, " ".join(sorted(self.dtypes)))
-        if kind == "raw":
-            return self._raw(described, dtype)
-        if kind != "affine":
-            self.refuse(14, "unknown encoding", kind, "raw or affine")
-        encoding = AffineEncoding(
-            bits=self._field(described, "bits", int),
-            granularity=self._field(described, "granularity", str),
-            block=self._field(described, "block", int) if "block" in described else 0,
-            symmetric=self._field(described, "symmetric", bool),
-            scale_dtype=self._field(described, "scale_dtype", str),
-            row_length=self._field(described, "row_length", int),
-        )
-        blocks = encoding.granularity == "block"
-        if (
-            encoding.bits not in BITS
-            or encoding.granularity not in GRANULARITIES
-            or blocks != ("block" in described)
-            or (blocks and encoding.block not in BLOCKS)
-            or encoding.scale_dtype not in (SCALE_SIZES if blocks else ("F32",))
-            or not DTYPES[dtype].floating
-        ):
-            self.refuse(14, "impossible affine encoding", json.dumps(described))
-        return encoding
-
-    def _raw(self, described: dict[str, Any], dtype: str) -> RawEncoding:
-        stored = self._field(described, "dtype", str)
-        cast = DTYPES[dtype].floating and stored in ("F32", "F16", "BF16")
-        if not (stored == dtype or cast):
-            self.refuse(14, "impossible raw encoding", json.dumps(described))
-        return RawEncoding(stored)
-
-    def _row_length(self, encoding: AffineEncoding, shape: tuple[int, ...]) -> None:
-        products = {math.prod(shape[i:]) for i in range(len(shape))} or {1}
-        if 0 in shape or encoding.row_length not in products:
-            self.refuse(15, "row length", encoding.row_length, f"a product of trailing {shape}")
+        parse = codec_named(kind).parse if kind in FAMILIES else None
+        if parse is None:
+            known = [family for family in FAMILIES if codec_named(family).parse]
+            self.refuse(14, "unknown encoding", kind, " or ".join(known))
+        return parse(HeaderFields(described, dtype, shape, self._field, self.refuse))
 
     def _activation(self, entry: dict[str, Any]) -> dict[str, Any]:
         self._field(entry, "observer", str)
@@ -393,11 +355,11 @@ class _HeaderReader:
 
     def _segments(
         self, entry: dict[str, Any], wanted: tuple[tuple[str, int], ...], payload: int
-    ) -> tuple[Segment, ...]:
+    ) -> tuple[Place, ...]:
         found = []
         for item in entry["segments"]:
             found.append(
-                Segment(
+                Place(
                     self._field(item, "kind", str),
                     self._field(item, "offset", int),
                     self._field(item, "size", int),
@@ -406,7 +368,7 @@ class _HeaderReader:
         sizes = tuple((s.kind, s.size) for s in found)
         if sizes != wanted or any(s.size < 0 for s in found):
             self.refuse(17, f"{len(sizes):,} segments", sizes[: len(wanted) + 1], wanted)
-        return tuple(Segment(s.kind, s.offset + payload, s.size) for s in found)
+        return tuple(Place(s.kind, s.offset + payload, s.size) for s in found)
 
     # --- section 5 ---
 
@@ -457,6 +419,11 @@ class _HeaderReader:
                 end = segment.offset + segment.size
         if end != total:
             self.refuse(18, "end of the last segment", end, total)
+
+
+def _wanted(encoding: Encoding, shape: tuple[int, ...]) -> tuple[tuple[str, int], ...]:
+    """Kind and size of the segments that a tensor should have."""
+    return tuple((s.kind, s.size) for s in encoding.segments(shape))
 
 
 def read_header(file: RegularFile) -> Header:

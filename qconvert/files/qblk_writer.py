@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qconvert.encoding import AffineEncoding, Encoding
+from qconvert import kernels
+from qconvert.codecs.codec import Encoding, Segment
 from qconvert.errors import UnsupportedError
 from qconvert.files.atomic import AtomicOutput
 from qconvert.files.qblk_header import (
@@ -35,8 +35,8 @@ from qconvert.files.qblk_header import (
     tensor_digest,
 )
 from qconvert.geometry import PACK_GROUP
+from qconvert.kernels.records import U8, Bytes
 from qconvert.model import TensorInfo
-from qconvert.quantizers.affine import pack_zero_points
 
 SIGNIFICANT_DIGITS = 6
 LONGEST_NUMBER = -1.23456789012e-300  # wider than what `rounded`, binary32 and 2^53 leave
@@ -85,10 +85,10 @@ class QblkWriter:
         """Lay out the next tensor; it must be finished before another one begins."""
         start = self.end
         segments = []
-        for kind, size in encoding.segments(shape):
+        for segment in encoding.segments(shape):
             offset = self._pad()
-            segments.append({"kind": kind, "offset": offset, "size": size})
-            self.end = offset + size
+            segments.append(_SegmentWriter(self, segment, offset))
+            self.end = offset + segment.size
         return TensorWriter(self, name, shape, source_dtype, encoding, segments, start)
 
     def _pad(self) -> int:
@@ -131,6 +131,62 @@ class QblkWriter:
         return total
 
 
+class _SegmentWriter:
+    """Takes the bytes of one segment in order; small runs wait until together they are worth a
+    write.
+    """
+
+    def __init__(self, writer: QblkWriter, segment: Segment, offset: int) -> None:
+        self.writer = writer
+        self.segment = segment
+        self.offset = offset
+        self.done = 0
+        self.hash = hashlib.sha256()
+        self.waiting: list[Bytes] = []
+        self.loose: list[U8] = []  # not packed yet
+
+    def append(self, data: Bytes) -> None:
+        if not self.segment.width:
+            self._append(data)
+            return
+        self.loose.append(np.frombuffer(data, np.uint8))
+        if sum(map(len, self.loose)) >= WRITE_BYTES:
+            waiting = np.concatenate(self.loose)
+            whole = len(waiting) // PACK_GROUP * PACK_GROUP
+            self._append(_packed(waiting[:whole], self.segment.width))
+            self.loose = [waiting[whole:]]
+
+    def finish(self) -> bytes:
+        """Write what is left; the digest of all of it."""
+        if any(map(len, self.loose)):
+            self._append(_packed(np.concatenate(self.loose), self.segment.width))
+        self._write()
+        assert self.done == self.segment.size, f"{self.segment.kind} is incomplete"
+        return self.hash.digest()
+
+    def entry(self) -> dict[str, Any]:
+        return {"kind": self.segment.kind, "offset": self.offset, "size": self.segment.size}
+
+    def _append(self, data: Bytes) -> None:
+        self.waiting.append(data)
+        if sum(map(len, self.waiting)) >= WRITE_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        data = self.waiting[0] if len(self.waiting) == 1 else b"".join(self.waiting)
+        self.hash.update(data)
+        self.writer.out.write_at(self.writer.payload + self.offset + self.done, data)
+        self.done += len(data)
+        self.waiting = []
+
+
+def _packed(values: U8, width: int) -> bytes:
+    """Values of so many bits, 32 at a time; the last 32 are filled up with zeros."""
+    padded = np.zeros(-(-len(values) // PACK_GROUP) * PACK_GROUP, np.uint8)
+    padded[: len(values)] = values
+    return kernels.pack(padded, width).tobytes()
+
+
 class TensorWriter:
     """Takes the bytes of one tensor, segment by segment in any interleaving, each in order."""
 
@@ -141,7 +197,7 @@ class TensorWriter:
         shape: tuple[int, ...],
         source_dtype: str,
         encoding: Encoding,
-        segments: list[dict[str, Any]],
+        segments: Sequence[_SegmentWriter],
         start: int,
     ) -> None:
         self.writer = writer
@@ -150,45 +206,12 @@ class TensorWriter:
         self.shape = shape
         self.source_dtype = source_dtype
         self.encoding = encoding
-        self.segments = {s["kind"]: s for s in segments}
-        self.done = dict.fromkeys(self.segments, 0)
-        self.hashes = {kind: hashlib.sha256() for kind in self.segments}
-        self.waiting: dict[str, list[bytes | memoryview]] = {kind: [] for kind in self.segments}
-        self.zeros: list[NDArray[np.uint8]] = []  # not packed yet
+        self.segments = {s.segment.kind: s for s in segments}
 
-    def append(self, kind: str, data: bytes | memoryview) -> None:
-        """The next bytes of a segment; small runs wait until together they are worth a write.
-
-        Zero points come one byte each, and are packed across calls.
-        """
-        if kind == "zero_points":
-            self._append_zero_points(np.frombuffer(data, np.uint8))
-        else:
-            self._append(kind, data)
-
-    def _append(self, kind: str, data: bytes | memoryview) -> None:
-        self.waiting[kind].append(data)
-        if sum(map(len, self.waiting[kind])) >= WRITE_BYTES:
-            self._write(kind)
-
-    def _append_zero_points(self, zero: NDArray[np.uint8]) -> None:
-        assert isinstance(self.encoding, AffineEncoding)
-        self.zeros.append(zero)
-        if sum(map(len, self.zeros)) >= WRITE_BYTES:
-            waiting = np.concatenate(self.zeros)
-            whole = len(waiting) // PACK_GROUP * PACK_GROUP
-            self._append("zero_points", pack_zero_points(waiting[:whole], self.encoding))
-            self.zeros = [waiting[whole:]]
-
-    def _write(self, kind: str) -> None:
-        """Hash and write what waits."""
-        waiting = self.waiting[kind]
-        data = waiting[0] if len(waiting) == 1 else b"".join(waiting)
-        self.hashes[kind].update(data)
-        place = self.writer.payload + self.segments[kind]["offset"] + self.done[kind]
-        self.writer.out.write_at(place, data)
-        self.done[kind] += len(data)
-        self.waiting[kind] = []
+    def append(self, segments: Mapping[str, Bytes]) -> None:
+        """Bytes that come next in each of some segments, by their kind."""
+        for kind, data in segments.items():
+            self.segments[kind].append(data)
 
     def abandon(self) -> None:
         """Give the place back, as if the tensor had not begun."""
@@ -196,14 +219,7 @@ class TensorWriter:
 
     def finish(self, notes: dict[str, Any]) -> None:
         """Close the tensor; ``notes`` are its ``decision``, ``error`` and ``activation``."""
-        if any(map(len, self.zeros)):
-            assert isinstance(self.encoding, AffineEncoding)
-            last = np.concatenate(self.zeros)
-            self._append("zero_points", pack_zero_points(last, self.encoding))
-        for kind, segment in self.segments.items():
-            self._write(kind)
-            assert self.done[kind] == segment["size"], f"{self.name}: {kind} is incomplete"
-        digests = [h.digest() for h in self.hashes.values()]
+        digests = [segment.finish() for segment in self.segments.values()]
         sha256 = tensor_digest(self.name, self.shape, self.source_dtype, self.encoding, digests)
         self.writer.tensors.append(
             _tensor_entry(
@@ -211,7 +227,7 @@ class TensorWriter:
                 self.shape,
                 self.source_dtype,
                 self.encoding,
-                list(self.segments.values()),
+                [segment.entry() for segment in self.segments.values()],
                 sha256,
                 {k: rounded(v) if k != "activation" else v for k, v in notes.items()},
             )
@@ -290,8 +306,7 @@ def tensor_bound(
 ) -> int:
     """Upper bound in bytes of a tensor's header entry; ``notes`` has its longest texts."""
     segments = [
-        {"kind": kind, "offset": MAX_INTEGER, "size": size}
-        for kind, size in encoding.segments(shape)
+        {"kind": s.kind, "offset": MAX_INTEGER, "size": s.size} for s in encoding.segments(shape)
     ]
     entry = _tensor_entry(
         name,

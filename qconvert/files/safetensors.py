@@ -9,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import math
 import reprlib
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 
+from qconvert.codecs.codec import Stored
+from qconvert.codecs.raw import RawEncoding
 from qconvert.errors import FormatError, UnsupportedError
-from qconvert.files.plain import plain_values
 from qconvert.files.regular import RegularFile
 from qconvert.files.shards import INDEX, MAX_JSON_BYTES, ModelFiles, model_files, refuse_foreign
 from qconvert.files.strict_json import strict_json
@@ -100,14 +100,27 @@ class SafetensorsModel:
         self.tensors = tuple(tensors)
         self.sources = tuple(sources)
 
-    def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[np.floating]:
+    def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[Any]:
         """Values ``start..stop`` of the flattened tensor as numbers; see `Model.values`.
 
         Raises:
             FormatError: the file has become shorter since it was opened.
             MachineError: the operating system cannot read it.
         """
-        return plain_values(partial(self.raw, tensor), tensor.dtype, tensor.size, start, stop)
+        return self.stored(tensor).values(start, stop)
+
+    def stored(self, tensor: TensorInfo) -> Stored:
+        """How a tensor lies in its file."""
+
+        def read(kind: str, offset: int, size: int) -> bytes:
+            return self.raw(tensor, offset, size)
+
+        path = self._places[tensor.name][0].path
+        return Stored(tensor.name, tensor.shape, RawEncoding(tensor.dtype), read, path)
+
+    def check_payload(self, advance: Callable[[int], None]) -> str:
+        """See `OpenModel.check_payload`."""
+        return "structure; safetensors has no digests"
 
     def raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
         """Stored bytes ``offset..offset+size`` of the tensor; raises as `values` does."""

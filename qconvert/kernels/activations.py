@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from qconvert.kernels.records import F32, Activations
+
+
+@dataclass(frozen=True, slots=True)
+class StaticInput:
+    """Scale and zero point of a layer's input, known beforehand; symmetric with zero point 0.
+
+    Attributes:
+        scale: above 0.
+        zero_point: -128..127.
+    """
+
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicInput:
+    """A scale for each row of a layer's input, from the row itself.
+
+    Attributes:
+        symmetric: whether without a zero point.
+    """
+
+    symmetric: bool = True
+
+
+def as_bytes(x: F32, how: StaticInput | DynamicInput) -> Activations:
+    """Inputs (M, c), which are finite, as signed bytes."""
+    if isinstance(how, StaticInput):
+        return static_activations(x, how.scale, how.zero_point)
+    return dynamic_activations(x, symmetric=how.symmetric)
 
 
 def dynamic_activations(x: F32, *, symmetric: bool = True) -> Activations:

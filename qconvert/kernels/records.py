@@ -434,6 +434,16 @@ class IntegerRows:
             for start in range(0, columns, step)
         ]
 
+    def offset_magnitude(self, a: Activations) -> F64 | float:
+        """Σ|offset · input| per output (M, R): its rounding adds to that of the products."""
+        if self.offset is None:
+            return 0.0
+        total = np.zeros((len(a.codes), len(self.codes)))
+        for group, span in self.spans():
+            inputs = np.abs(a.values[:, span]).sum(axis=1)[:, None]
+            total += inputs * np.abs(self.offset[:, group])
+        return total
+
 
 @dataclass(frozen=True, slots=True)
 class Product:

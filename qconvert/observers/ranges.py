@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from qconvert import kernels
 from qconvert.errors import UsageError
 from qconvert.kernels.arithmetic import HISTOGRAM_BINS
+from qconvert.kernels.bins import bin_centres, bin_edges
 from qconvert.observers.exact import HEAVIEST, LIGHTEST, ExactSum, WeightedCounts
 from qconvert.observers.grid import StaticRange, best_ends, noise, static_range
-from qconvert.observers.statistics import bin_centres, bin_edges
 from qconvert.ranges import DEFAULT_PERCENTILE
 
 F32 = NDArray[np.float32]

@@ -32,7 +32,7 @@ class QuantizedLinear(torch.nn.Module):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.matrix = matrix
-        self.in_features, self.out_features = matrix.encoding.row_length, matrix.rows
+        self.in_features, self.out_features = matrix.columns, matrix.rows
         self.activations = activations
         self.register_buffer("bias", bias)
 
@@ -52,7 +52,7 @@ class QuantizedLinear(torch.nn.Module):  # type: ignore[misc]
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, weight={self.matrix.encoding.scheme}, "
+            f"bias={self.bias is not None}, weight={self.matrix.scheme}, "
             f"activations={self.activations}"
         )
 
@@ -67,7 +67,7 @@ class QuantizedEmbedding(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, matrix: StoredMatrix, padding_idx: int | None = None) -> None:
         super().__init__()
         self.matrix = matrix
-        self.num_embeddings, self.embedding_dim = matrix.rows, matrix.encoding.row_length
+        self.num_embeddings, self.embedding_dim = matrix.rows, matrix.columns
         self.padding_idx = padding_idx
 
     @property
@@ -82,4 +82,4 @@ class QuantizedEmbedding(torch.nn.Module):  # type: ignore[misc]
         return found[place]
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self.matrix.encoding.scheme}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.matrix.scheme}"

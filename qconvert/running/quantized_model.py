@@ -15,13 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.encoding import AffineEncoding
+from qconvert.codecs.codec import Stored
 from qconvert.errors import QconvertError, UnsupportedError, UsageError
-from qconvert.files import open_model
+from qconvert.files import OpenModel, open_model
 from qconvert.files.gguf import ARCHITECTURE, RAW
-from qconvert.files.qblk import QblkModel
-from qconvert.files.qblk_check import check_payload
-from qconvert.files.qblk_header import SLASH, StoredTensor
+from qconvert.files.qblk_header import SLASH
 from qconvert.geometry import TILE_VALUES
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.running.hugging_face import (
@@ -103,8 +101,8 @@ def open_quantized(
                 hint="llama.cpp has its own; a .qblk file has ours",
                 code="HF-INTEGERS",
             )
-        if check and isinstance(model, QblkModel):
-            check_payload(model, lambda _: None)
+        if check:
+            model.check_payload(lambda _: None)
         with _directory(model, directory) as place:
             return _Builder(model, activations).build(place, threads)
     finally:
@@ -136,8 +134,7 @@ def _tokenizer(directory: Path, path: Path) -> Any:
 @contextmanager
 def _directory(model: Model, given: Path | None) -> Iterator[Path]:
     """Config and tokenizer as transformers wants them: in a directory."""
-    files = model.header.files if isinstance(model, QblkModel) else ()
-    if not any(f.name == CONFIG for f in files):
+    if all(c.name != CONFIG for c in model.companions):
         if given is None:
             raise UnsupportedError(
                 "the file carries no config and tokenizer",
@@ -147,14 +144,13 @@ def _directory(model: Model, given: Path | None) -> Iterator[Path]:
             )
         yield given
         return
-    assert isinstance(model, QblkModel)
     with TemporaryDirectory(prefix="qconvert-") as place:
-        for file in files:
-            path = Path(place, *_parts(file.name))
+        for companion in model.companions:
+            path = Path(place, *_parts(companion.name))
             if path.exists() or any(p.is_file() for p in path.parents):
-                path = Path(place) / file.name  # two names that are one place
+                path = Path(place) / companion.name.replace("/", SLASH)  # two names, one place
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(model.companion(file))
+            path.write_bytes(companion.read())
         try:
             yield Path(place)
         except QconvertError as e:
@@ -165,16 +161,17 @@ def _directory(model: Model, given: Path | None) -> Iterator[Path]:
 
 def _parts(name: str) -> list[str]:
     """Where a file that is carried was in the model's directory: QBLK-025, and section 5."""
-    parts = name.replace(SLASH, "/").split("/")
-    return [name] if {"", ".", ".."} & set(parts) else parts
+    parts = name.split("/")
+    return [name.replace("/", SLASH)] if {"", ".", ".."} & set(parts) else parts
 
 
 class _Builder:
-    def __init__(self, model: Model, activations: str) -> None:
-        self.model = model
+    def __init__(self, model: OpenModel, activations: str) -> None:
+        self.model: Model = model
         self.activations = activations
         self.tensors = {t.name: t for t in model.tensors}
-        self.stored = model.stored if isinstance(model, QblkModel) else {}
+        stored = {t.name: model.stored(t) for t in model.tensors}
+        self.codes = {n: s for n, s in stored.items() if s.encoding.multiplies}
         self.matrices: dict[str, StoredMatrix] = {}
         self.values: dict[str, Any] = {}  # torch tensors
         self.dropped: set[str] = set()  # parameters that no file of the kind has
@@ -310,7 +307,7 @@ class _Builder:
                 continue
             matrix = self._matrix(self.tensors[source])
             if type(module) is torch.nn.Linear:
-                how = self._activations(place, self.stored[source])
+                how = self._activations(place, self.codes[source])
                 _replace(built, place, QuantizedLinear(matrix, module.bias, how))
             else:
                 _replace(built, place, QuantizedEmbedding(matrix, module.padding_idx))
@@ -321,20 +318,15 @@ class _Builder:
         import torch
 
         plain = type(module) in (torch.nn.Linear, torch.nn.Embedding)
-        return plain and name == "weight" and self._has_codes(source)
-
-    def _has_codes(self, name: str) -> bool:
-        stored = self.stored.get(name)
-        return stored is not None and isinstance(stored.encoding, AffineEncoding)
+        return plain and name == "weight" and source in self.codes
 
     def _matrix(self, tensor: TensorInfo) -> StoredMatrix:
         """The codes of a tensor, read once for all layers that share it."""
         if tensor.name not in self.matrices:
-            assert isinstance(self.model, QblkModel)
-            self.matrices[tensor.name] = read_matrix(self.model, self.stored[tensor.name])
+            self.matrices[tensor.name] = read_matrix(self.codes[tensor.name])
         return self.matrices[tensor.name]
 
-    def _activations(self, place: str, stored: StoredTensor) -> StaticInput | DynamicInput | None:
+    def _activations(self, place: str, stored: Stored) -> StaticInput | DynamicInput | None:
         """How the layer's input becomes bytes."""
         if self.activations == "none":
             return None

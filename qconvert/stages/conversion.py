@@ -14,71 +14,33 @@ from typing import Any
 import numpy as np
 
 from qconvert import __version__
-from qconvert.encoding import RawEncoding, stored_size
+from qconvert.codecs import codec_of
+from qconvert.codecs.codec import Encoder, Facts
+from qconvert.codecs.raw import KeptEncoder
 from qconvert.errors import WeightError
 from qconvert.files.atomic import AtomicOutput, AtomicSet, check_space
 from qconvert.files.calibration import Calibration
-from qconvert.files.gguf_writer import MetadataValue
-from qconvert.files.imatrix import Imatrix
 from qconvert.files.regular import file_sha256, utf8_name
-from qconvert.floors import judge
+from qconvert.floors import Measured, judge
 from qconvert.geometry import TILE_VALUES, Tile
 from qconvert.kernels.records import Encoded, ErrorSums
 from qconvert.mapper import Mapper
 from qconvert.model import Model, SourceFile
 from qconvert.progress import Progress
-from qconvert.ranges import default_method
 from qconvert.report import QuantizedTensor, QuantizeReport
-from qconvert.schemes import AffineScheme, CastScheme, GgmlScheme
-from qconvert.stages.analyse import shares_parameters
-from qconvert.stages.encoders import (
-    AffineEncoder,
-    CastEncoder,
-    Encoder,
-    GgmlEncoder,
-    KeptEncoder,
-    SharedEncoder,
-    affine_encoder,
-)
 from qconvert.stages.parallel import Workers, available_threads
-from qconvert.stages.plan import (
-    MIN_VALUES,
-    PlannedTensor,
-    encoding_of,
-)
-from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
-from qconvert.stages.sinks import (
-    GgufSink,
-    QblkSink,
-    Sink,
-    TensorTarget,
-)
+from qconvert.stages.plan import MIN_VALUES, PlannedTensor
+from qconvert.stages.quantize_options import QuantizeOptions
+from qconvert.stages.target import Prepared, Sink, TensorTarget
 
 SMALL_TILES = 4  # tensors of at most so many tiles are analysed by one thread
 NOTHING = Encoded()
 
 
-@dataclass(frozen=True, slots=True)
-class GgufTarget:
-    """What goes into a GGUF file besides the tensors of the plan."""
-
-    model: Model
-    metadata: dict[str, MetadataValue]
-    imatrix: Imatrix | None
-    warnings: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
 def planned_row(p: PlannedTensor) -> QuantizedTensor:
+    """What the report says of a tensor before it is converted."""
     tensor = p.tensor
-    if isinstance(p.scheme, AffineScheme):
-        nbytes = stored_size(encoding_of(p.scheme, tensor), tensor.shape)
-    elif isinstance(p.scheme, GgmlScheme):
-        nbytes = tensor.size // p.scheme.block * p.scheme.nbytes
-    elif isinstance(p.scheme, CastScheme):
-        nbytes = stored_size(RawEncoding(p.scheme.dtype), tensor.shape)
-    else:
-        nbytes = tensor.nbytes
+    nbytes = p.encoding.size(tensor.shape)
     return QuantizedTensor(
         name=tensor.name,
         shape=tensor.shape,
@@ -134,53 +96,39 @@ class Job:
 
     def __init__(
         self,
-        model: Model,
-        plan: tuple[PlannedTensor, ...],
+        prepared: Prepared,
         options: QuantizeOptions,
         calibration: Calibration | None,
-        gguf: GgufTarget | None,
         report: QuantizeReport,
         progress: Progress,
     ) -> None:
-        self.model = model
-        self.plan = plan
+        self.prepared = prepared
+        self.model = prepared.model
         self.options = options
         self.calibration = calibration
-        self.gguf = gguf
         self.report = report
         self.progress = progress
         self.total = ErrorSums()
+        self.measured: list[Measured] = []
 
-    def write(self, name: Path, outputs: list[tuple[Path, int]]) -> None:
+    def write(self, name: Path) -> None:
         """Convert.
 
         Args:
             name: of the output, whole or in several files.
-            outputs: these files, and how many tensors go into each.
         """
         sources = _source_paths(self.model)
         inputs = [self.model.path, *sources]
         inputs += [p for p in (self.options.calibration, self.options.gguf.imatrix) if p]
-        paths = [path for path, _ in outputs]
-        counts = [count for _, count in outputs]
-        force = self.options.force
+        paths, force = self.prepared.outputs, self.options.force
         with ExitStack() as stack:
             out: AtomicOutput | AtomicSet
             if len(paths) == 1:
                 out = stack.enter_context(AtomicOutput(paths[0], overwrite=force, inputs=inputs))
             else:
                 out = stack.enter_context(AtomicSet(name, paths, overwrite=force, inputs=inputs))
-            check_space(paths[0], sum(planned_row(p).nbytes for p in self.plan))
-            provenance = self._provenance(sources)
-            sink: Sink
-            if self.gguf:
-                places = (out.path,) if isinstance(out, AtomicOutput) else out.paths
-                sink = GgufSink(
-                    *(paths[0], places, counts, self.gguf.metadata, self.plan, provenance)
-                )
-            else:
-                assert isinstance(out, AtomicOutput)
-                sink = QblkSink(out, self.model, self.plan, provenance)
+            check_space(paths[0], sum(planned_row(p).nbytes for p in self.prepared.plan))
+            sink = self.prepared.sink(out, self._provenance(sources))
             threads = self.options.threads or available_threads()
             self.progress.begin("quantize", self.report.source_bytes, "bytes")
             with closing(sink), Workers(threads) as workers:
@@ -201,7 +149,7 @@ class Job:
 
     def _judge(self) -> None:
         """Warn of weights that are lost or poorer than they should be."""
-        judged = judge([(t.name, t.stored, t.sqnr_db) for t in self.report.tensors if t.quantized])
+        judged = judge(self.measured)
         if judged.lost:
             worst, name = judged.figures[0]
             count = len(judged.lost)
@@ -217,8 +165,9 @@ class Job:
     def _provenance(self, sources: list[Path]) -> dict[str, Any]:
         o = self.options
         used: dict[str, Any] = {"scheme": o.scheme.name}
-        if self.options.range and any(isinstance(p.scheme, AffineScheme) for p in self.plan):
-            used["range"] = self.options.range.describe()
+        ranged = any(p.scheme and p.scheme.default_range for p in self.prepared.plan)
+        if o.range and ranged:
+            used["range"] = o.range.describe()
         if not o.weighting:
             used["no_weighting"] = True
         if o.keep:
@@ -229,7 +178,7 @@ class Job:
             used["min_values"] = o.min_values
         if o.allow_requantize:
             used["allow_requantize"] = True
-        used |= _gguf_notes(o.gguf)
+        used |= self.prepared.options
         found: dict[str, Any] = {
             "options": used,
             "sources": [_source_note(s) for s in self.model.sources],
@@ -238,8 +187,7 @@ class Job:
         if o.hash_source:
             for note, path in zip(found["sources"], sources, strict=True):
                 note["sha256"] = file_sha256(path)
-        if self.gguf and self.gguf.imatrix:
-            found["imatrix"] = {"sha256": self.gguf.imatrix.sha256}
+        found |= self.prepared.provenance
         if self.calibration:
             found["calibration"] = {
                 "observer": self.calibration.observer,
@@ -258,7 +206,7 @@ class Job:
     def _encoders(self, workers: Workers) -> Iterator[tuple[PlannedTensor, Encoder]]:
         """Encoders of all tensors; those of the next few are prepared by the workers."""
         waiting: deque[tuple[PlannedTensor, Callable[[], Encoder]]] = deque()
-        for p in self.plan:
+        for p in self.prepared.plan:
             waiting.append((p, self._prepared(p, workers)))
             if len(waiting) > workers.threads:
                 first, encoder = waiting.popleft()
@@ -267,30 +215,22 @@ class Job:
             yield p, encoder()
 
     def _prepared(self, p: PlannedTensor, workers: Workers) -> Callable[[], Encoder]:
-        if isinstance(p.scheme, AffineScheme):
-            encoding = encoding_of(p.scheme, p.tensor)
-            large = p.tensor.size > SMALL_TILES * TILE_VALUES
-            if shares_parameters(encoding) and large:  # several passes, for all threads together
-                return partial(self._encoder, p, workers.map)
+        large = p.tensor.size > SMALL_TILES * TILE_VALUES
+        if p.scheme and large and codec_of(p.scheme).passes(p.scheme, p.tensor):
+            return partial(self._encoder, p, workers.map)  # for all threads together
         return workers.submit(self._encoder, p).result
 
     def _encoder(self, p: PlannedTensor, mapper: Mapper = map) -> Encoder:
-        if isinstance(p.scheme, AffineScheme):
-            encoding = encoding_of(p.scheme, p.tensor)
-            method = self.options.range or default_method(p.scheme.bits)
-            squares = None
-            if self.calibration and self.options.weighting:
-                squares = self.calibration.mean_squares(p.tensor.name, encoding.row_length)
-            return affine_encoder(
-                *(self.model, p.tensor, encoding, p.scheme.symmetric, method, mapper, squares)
-            )
-        if isinstance(p.scheme, CastScheme):
-            return CastEncoder(self.model, p.tensor, p.scheme)
-        if isinstance(p.scheme, GgmlScheme):
-            imatrix = self.gguf.imatrix if self.gguf else None
-            importance = imatrix.find(p.tensor) if imatrix else None
-            return GgmlEncoder(self.model, p.tensor, p.scheme, importance)
-        return KeptEncoder(self.model, p.tensor)
+        if p.scheme is None:
+            return KeptEncoder(self.model, p.tensor, p.encoding)
+        calibration = self.calibration if self.options.weighting else None
+        facts = Facts(
+            self.options.range,
+            partial(calibration.mean_squares, p.tensor.name) if calibration else lambda _: None,
+            self.prepared.importance(p.tensor),
+            mapper,
+        )
+        return codec_of(p.scheme).encoder(self.model, p.tensor, p.scheme, facts)
 
     # --- on the main thread, behind the work: writing, in order ---
 
@@ -302,17 +242,13 @@ class Job:
         self.seen += piece
         if not task.last:
             return
-        encoder = task.encoder
-        if isinstance(encoder, AffineEncoder):
-            settled = encoder.settled(self.seen)
-            if settled.encoding != encoder.encoding:
-                self._again(settled, sink, workers)
-            encoder = settled
+        encoder = task.encoder.settled(self.seen)
+        if encoder.encoding != task.encoder.encoding:
+            self._again(encoder, sink, workers)
         self._finish(task.planned, encoder)
 
-    def _again(self, encoder: AffineEncoder, sink: Sink, workers: Workers) -> None:
+    def _again(self, encoder: Encoder, sink: Sink, workers: Workers) -> None:
         """Encode a tensor once more whose sample had suggested another encoding."""
-        self.target.abandon()
         self.target = sink.begin(encoder.tensor, encoder.encoding)
         self.seen = NOTHING
         for piece in workers.map(encoder.encode, encoder.tiles()):
@@ -323,14 +259,14 @@ class Job:
         row = planned_row(p)
         self.report.tensors.append(row)
         self.progress.advance(p.tensor.nbytes, p.tensor.name)
-        if isinstance(encoder, KeptEncoder):
+        self.target.append(encoder.shared())
+        outcome, encoding = encoder.outcome(self.seen), encoder.encoding
+        if outcome.warning:
+            self.report.warnings.append(outcome.warning)
+        error = outcome.error
+        if error is None:
             self.target.finish({"decision": {"rule": "kept", "reason": p.reason}})
-            if self.seen.nonfinite:
-                self.report.warnings.append(
-                    f"kept tensor '{p.tensor.name}' has {self.seen.nonfinite:,} NaN or Inf values"
-                )
             return
-        error = self.seen.error
         if not np.isfinite(error.noise):
             raise WeightError(
                 "weights near the end of the range of binary32 would decode to infinity",
@@ -338,40 +274,37 @@ class Job:
                 tensor=p.tensor.name,
                 hint=f"keep the tensor with --keep '{p.tensor.name}'",
             )
-        notes: dict[str, Any] = {"error": {"max": error.worst, "nmse": error.nmse}}
-        if error.sqnr_db is not None:
-            notes["error"]["sqnr_db"] = error.sqnr_db
-        if isinstance(encoder, AffineEncoder | SharedEncoder):
-            if isinstance(encoder, SharedEncoder):
-                self.target.append(encoder.shared())
-            row.stored = encoder.encoding.scheme
-            row.nbytes = stored_size(encoder.encoding, p.tensor.shape)
-            row.decision = notes["decision"] = encoder.notes(self.seen)
-            row.clipped = notes["error"]["clipped"] = error.clipped
-            row.weighted = encoder.weighted
-            row.weighted_sqnr_db = error.weighted_sqnr_db
-            if error.weighted_sqnr_db is not None and math.isfinite(error.weighted_sqnr_db):
-                notes["error"]["weighted_sqnr_db"] = error.weighted_sqnr_db
         self.total += error
-        row.sqnr_db, row.nmse, row.max_error = error.sqnr_db, error.nmse, error.worst
+        row.stored, row.nbytes = encoding.name.lower(), encoding.size(p.tensor.shape)
         row.bits_per_weight = 8 * row.nbytes / p.tensor.size
-        if self.calibration and (found := self.calibration.find(p.tensor.name)):
-            notes["activation"] = found.note(self.calibration.observer)
-        self.target.finish(notes)
+        row.sqnr_db, row.nmse, row.max_error = error.sqnr_db, error.nmse, error.worst
+        row.decision, row.clipped, row.weighted = (
+            outcome.decision,
+            outcome.clipped,
+            outcome.weighted,
+        )
+        if outcome.weighted:
+            row.weighted_sqnr_db = error.weighted_sqnr_db
+        self.measured.append(Measured(row.name, row.stored, encoding.bits, row.sqnr_db))
+        self.target.finish(self._notes(row))
 
-
-def _gguf_notes(o: GgufOptions) -> dict[str, Any]:
-    """The options that decide about the bytes of a GGUF file, where they were given."""
-    noted: dict[str, Any] = {
-        "raw": o.raw,
-        "pure": o.pure,
-        "pre_tokenizer": o.pre_tokenizer,
-        "output_tensor_type": o.output_type,
-        "token_embedding_type": o.token_embedding_type,
-        "tensor_type": [str(rule) for rule in o.tensor_types],
-        "shard_size": o.shard_size,
-    }
-    return {k: v for k, v in noted.items() if v}
+    def _notes(self, row: QuantizedTensor) -> dict[str, Any]:
+        """What the file says of a tensor, where it has a place for it."""
+        found = {
+            "max": row.max_error,
+            "nmse": row.nmse,
+            "sqnr_db": row.sqnr_db,
+            "weighted_sqnr_db": row.weighted_sqnr_db,
+            "clipped": row.clipped,
+        }
+        notes: dict[str, Any] = {
+            "error": {k: v for k, v in found.items() if v is not None and math.isfinite(v)}
+        }
+        if row.decision is not None:
+            notes["decision"] = row.decision
+        if self.calibration and (layer := self.calibration.find(row.name)):
+            notes["activation"] = layer.note(self.calibration.observer)
+        return notes
 
 
 def _source_note(s: SourceFile) -> dict[str, Any]:

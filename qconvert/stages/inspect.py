@@ -12,28 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
+from qconvert.codecs import codec_of
+from qconvert.codecs.source import observe_tensor
+from qconvert.codecs.statistics import TensorStatistics
 from qconvert.errors import UsageError, WeightError
 from qconvert.files import open_model
 from qconvert.geometry import TILE_VALUES, row_length, tiles
 from qconvert.mapper import Mapper
 from qconvert.model import Model, TensorInfo
-from qconvert.observers.statistics import TensorStatistics
 from qconvert.progress import Progress, Silent
-from qconvert.ranges import default_method
 from qconvert.report import Histogram, InspectReport, TensorSummary
-from qconvert.schemes import AffineScheme, Scheme
-from qconvert.stages.analyse import analyse, observe_tensor
-from qconvert.stages.decide import Decision
+from qconvert.schemes import MixScheme, Scheme
 from qconvert.stages.parallel import Workers, available_threads
-from qconvert.stages.plan import PlannedTensor, PlanOptions, encoding_of, make_plan
+from qconvert.stages.plan import PlannedTensor, PlanOptions, make_plan
 from qconvert.stages.sources import described
 
-POOR_SQNR_DB = {
-    2: 6.0,
-    3: 12.0,
-    4: 18.0,
-}  # 3 dB below a Gaussian: heavier tails than the width can take
-SAFER_BITS = {2: 4, 3: 4, 4: 6}
 SMALL_VALUES = 4 * TILE_VALUES  # of a tensor that one thread describes
 BATCH_TENSORS = 64  # that a thread takes at once
 
@@ -60,9 +53,10 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
     """
     started = time.perf_counter()
     progress = progress or Silent()
-    if not isinstance(options.scheme, AffineScheme):
+    scheme = options.scheme
+    if isinstance(scheme, MixScheme) or codec_of(scheme).look is None:
         raise UsageError(
-            f"inspect cannot suggest {options.scheme.name}",
+            f"inspect cannot suggest {scheme.name}",
             wanted="a scheme with scales, such as q4_block64",
         )
     model = open_model(path)
@@ -72,7 +66,8 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
         rows = [TensorSummary(t.name, t.shape, t.dtype, t.nbytes) for t in chosen]
         if not options.headers_only:
             progress.begin("inspect", sum(t.nbytes for t in chosen), "bytes")
-            _describe_all(model, chosen, rows, options, progress)
+            plan = make_plan(chosen, scheme, PlanOptions())
+            _describe_all(model, plan, rows, options, progress)
             progress.end()
         if quantized:
             for row in rows:
@@ -115,14 +110,13 @@ def _choose(model: Model, globs: tuple[str, ...]) -> list[TensorInfo]:
 
 def _describe_all(
     model: Model,
-    tensors: Sequence[TensorInfo],
+    plan: Sequence[PlannedTensor],
     rows: Sequence[TensorSummary],
     options: InspectOptions,
     progress: Progress,
 ) -> None:
     """Fill in the rows: each small tensor by one thread, a large one by all of them together."""
-    plan = make_plan(tensors, PlanOptions(options.scheme), "qblk")
-    items = list(zip(tensors, rows, plan, strict=True))
+    items = [(p.tensor, row, p) for p, row in zip(plan, rows, strict=True)]
 
     def small(batch: Sequence[_Item]) -> Sequence[_Item]:
         for tensor, row, planned in batch:
@@ -156,7 +150,8 @@ def _describe(
 ) -> None:
     scheme = planned.scheme
     columns = row_length(tensor.shape)
-    if not isinstance(scheme, AffineScheme):
+    look = codec_of(scheme).look if scheme else None
+    if scheme is None or look is None:
         _fill(row, observe_tensor(model, tensor, columns, mapper))
         if row.nonfinite and tensor.floating:
             row.suggestion, row.suggestion_reason = "mend", "has NaN or Inf values"
@@ -164,20 +159,13 @@ def _describe(
             row.suggestion, row.suggestion_reason = "keep", planned.reason
         return
     try:
-        found = analyse(
-            model,
-            tensor,
-            encoding_of(scheme, tensor),
-            scheme.symmetric,
-            default_method(scheme.bits),
-            mapper,
-        )
+        found = look(model, tensor, scheme, mapper)
     except WeightError:
         _fill(row, observe_tensor(model, tensor, columns, mapper))
         row.suggestion, row.suggestion_reason = "mend", "has NaN, Inf or too large values"
         return
     _fill(row, found.statistics)
-    row.suggestion, row.suggestion_reason = suggest(scheme, found.decision)
+    row.suggestion, row.suggestion_reason = found.scheme, found.reason
 
 
 def _fill(row: TensorSummary, s: TensorStatistics) -> None:
@@ -186,25 +174,6 @@ def _fill(row: TensorSummary, s: TensorStatistics) -> None:
     row.skewness, row.kurtosis = s.skewness, s.kurtosis
     row.outlier_share = s.outlier_share
     row.zeros, row.nonfinite = s.zeros, s.nonfinite
-
-
-def suggest(scheme: AffineScheme, decision: Decision) -> tuple[str, str]:
-    """Scheme and reason in words, from a decision under ``scheme``."""
-    chosen = decision.symmetric_db if decision.symmetric else decision.asymmetric_db
-    kind = "symmetric" if decision.symmetric else "asymmetric"
-    if chosen is None:
-        return scheme.resolved(decision.symmetric).name, "nothing is lost"
-    poor = POOR_SQNR_DB.get(scheme.bits)
-    if poor is not None and chosen < poor:
-        safer = scheme.resolved(decision.symmetric).with_bits(SAFER_BITS[scheme.bits])
-        return safer.name, f"only {chosen:.1f} dB at {scheme.bits} bits: heavy tails"
-    reason = f"{kind}, {chosen:.1f} dB"
-    if decision.symmetric_db is not None and decision.asymmetric_db is not None:
-        gain = decision.asymmetric_db - decision.symmetric_db
-        reason += (
-            f": zero points gain {gain:.2f} dB and cost {decision.cost_db:.2f} ({decision.rule})"
-        )
-    return scheme.resolved(decision.symmetric).name, reason
 
 
 def _histogram(

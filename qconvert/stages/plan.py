@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase, translate
 
-from qconvert.encoding import AffineEncoding, stored_size
+from qconvert.codecs import codec_of
+from qconvert.codecs.codec import Encoding
+from qconvert.codecs.ggml import encoding_of
+from qconvert.containers import Container, container_for
 from qconvert.errors import UsageError
-from qconvert.geometry import CONVOLUTION_DIM, row_length
+from qconvert.geometry import CONVOLUTION_DIM
 from qconvert.mix_rules import assign_types
 from qconvert.mixes import MixOptions, ModelFacts, TensorTypeRule, parse_ggml_type
 from qconvert.model import DTYPES, TensorInfo
-from qconvert.schemes import SCHEMES, AffineScheme, CastScheme, GgmlScheme, MixScheme, Scheme
+from qconvert.schemes import TENSOR_SCHEMES, Scheme, TensorScheme
 
 MIN_VALUES = 1024  # smaller tensors: the bytes saved do not matter, the error may
 _NORM = "norm or bias by name"
@@ -41,10 +44,6 @@ TOKEN_TABLES = (
     "*lm_head.weight",
     "output.weight",
 )
-CONTAINERS = {"qblk": (AffineScheme, CastScheme), "gguf": (GgmlScheme, CastScheme, MixScheme)}
-
-
-TensorScheme = AffineScheme | CastScheme | GgmlScheme  # what a single tensor can take
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +51,11 @@ class PlanOptions:
     """What the user asked for.
 
     Attributes:
-        scheme: for every tensor that nothing else is said about.
         keep: globs of tensors to keep as they are.
         tensor_schemes: (glob, scheme); the first that matches wins.
         min_values: smallest tensor that is quantized unasked.
     """
 
-    scheme: Scheme
     keep: tuple[str, ...] = ()
     tensor_schemes: tuple[tuple[str, TensorScheme], ...] = ()
     min_values: int = MIN_VALUES
@@ -72,32 +69,41 @@ class PlannedTensor:
     scheme: TensorScheme | None
     reason: str
 
+    @property
+    def encoding(self) -> Encoding:
+        """How it will lie in the file; while something is undecided, the largest."""
+        if self.scheme is None:
+            return encoding_of(self.tensor.dtype)
+        return codec_of(self.scheme).planned(self.scheme, self.tensor)
+
 
 def make_plan(
-    tensors: Sequence[TensorInfo], options: PlanOptions, container: str
+    tensors: Sequence[TensorInfo], scheme: TensorScheme, options: PlanOptions
 ) -> tuple[PlannedTensor, ...]:
     """Plan every tensor, in order.
 
+    Args:
+        scheme: for every tensor that nothing else is said about.
+
     Raises:
-        UsageError: a glob matches no tensor, or a scheme does not go into the container.
+        UsageError: a glob matches no tensor.
     """
-    check_container(options, container)
     _check_globs(tensors, options)
-    return tuple(_plan_one(t, options) for t in tensors)
+    return tuple(_plan_one(t, scheme, options) for t in tensors)
 
 
-def check_container(options: PlanOptions, container: str) -> None:
+def check_schemes(schemes: Iterable[Scheme], container: Container) -> None:
     """Refuse schemes that do not go into the container.
 
     Raises:
         UsageError: names the first one.
     """
-    for scheme in (options.scheme, *(s for _, s in options.tensor_schemes)):
-        if not isinstance(scheme, CONTAINERS[container]):
-            other = "gguf" if container == "qblk" else "qblk"
+    for scheme in schemes:
+        if scheme.family not in container.takes:
+            other = container_for(scheme.family).suffix
             raise UsageError(
-                f"scheme {scheme.name} does not go into a .{container} file",
-                hint=f"write a .{other} file with -o NAME.{other}, or choose another scheme",
+                f"scheme {scheme.name} does not go into a {container.suffix} file",
+                hint=f"write a {other} file with -o NAME{other}, or choose another scheme",
             )
 
 
@@ -113,7 +119,7 @@ def plan_mix(
         The plan, and how many tensors took another type because of their shape.
 
     Raises:
-        UsageError: a glob or expression matches no tensor, or a scheme is not one of GGUF's.
+        UsageError: a glob or expression matches no tensor.
         UnsupportedError: see `assign_types`.
     """
     _check_globs(tensors, options)
@@ -126,20 +132,17 @@ def plan_mix(
         if kept is not None:
             planned.append(PlannedTensor(tensor, None, f"--keep '{kept}'"))
             continue
-        scheme = SCHEMES.get(found.ggml_type.lower())
+        scheme = TENSOR_SCHEMES.get(found.ggml_type.lower())
         if scheme is None or found.ggml_type == tensor.dtype:
             plain = tensor.dtype in DTYPES
             reason = found.reason if plain else f"is {tensor.dtype} already"
             planned.append(PlannedTensor(tensor, None, reason))
             continue
-        assert isinstance(scheme, CastScheme | GgmlScheme)
         planned.append(PlannedTensor(tensor, scheme, found.reason))
     return tuple(planned), sum(a.fell_back for a in assigned)
 
 
 def _rule(glob: str, scheme: TensorScheme) -> TensorTypeRule:
-    if isinstance(scheme, AffineScheme):
-        raise UsageError(f"scheme {scheme.name} is no type of a GGUF tensor")
     pattern = re.compile(translate(glob))
     option = f"--tensor-scheme '{glob}={scheme.name}'"
     return TensorTypeRule(pattern, parse_ggml_type(scheme.name), option)
@@ -153,7 +156,7 @@ def _check_globs(tensors: Sequence[TensorInfo], options: PlanOptions) -> None:
             )
 
 
-def _plan_one(tensor: TensorInfo, options: PlanOptions) -> PlannedTensor:
+def _plan_one(tensor: TensorInfo, scheme: TensorScheme, options: PlanOptions) -> PlannedTensor:
     def keep(reason: str) -> PlannedTensor:
         return PlannedTensor(tensor, None, reason)
 
@@ -167,23 +170,15 @@ def _plan_one(tensor: TensorInfo, options: PlanOptions) -> PlannedTensor:
         return keep("empty")
     if asked:
         return _if_fitting(tensor, asked[1], f"--tensor-scheme '{asked[0]}={asked[1].name}'")
-    scheme = options.scheme
-    if isinstance(scheme, MixScheme):
-        raise AssertionError("a mix has a planner of its own")
-    if isinstance(scheme, CastScheme):
-        return _if_fitting(tensor, scheme, f"--scheme {scheme.name}")
-    if len(tensor.shape) < 2:
-        return keep("fewer than two dimensions (norm, bias, scalar)")
-    if (reason := no_matrix(tensor)) is not None:
-        return keep(reason)
-    if tensor.size < options.min_values:
-        return keep(f"fewer than {options.min_values:,} values")
-    if (
-        isinstance(scheme, AffineScheme)
-        and scheme.bits < TOKEN_TABLE_BITS
-        and any(fnmatchcase(tensor.name, glob) for glob in TOKEN_TABLES)
-    ):
-        raised = scheme.with_bits(TOKEN_TABLE_BITS)
+    if not scheme.for_vectors:
+        if len(tensor.shape) < 2:
+            return keep("fewer than two dimensions (norm, bias, scalar)")
+        if (reason := no_matrix(tensor)) is not None:
+            return keep(reason)
+        if tensor.size < options.min_values:
+            return keep(f"fewer than {options.min_values:,} values")
+    raised = scheme.at_least(TOKEN_TABLE_BITS)
+    if raised != scheme and any(fnmatchcase(tensor.name, glob) for glob in TOKEN_TABLES):
         return _if_fitting(
             tensor,
             raised,
@@ -205,36 +200,5 @@ def no_matrix(tensor: TensorInfo) -> str | None:
 
 def _if_fitting(tensor: TensorInfo, scheme: TensorScheme, reason: str) -> PlannedTensor:
     """Keep a tensor that the scheme cannot take or would not make smaller."""
-    if isinstance(scheme, GgmlScheme):
-        columns = tensor.shape[-1] if tensor.shape else 1
-        if columns % scheme.block:
-            return PlannedTensor(
-                tensor,
-                None,
-                f"rows of {columns:,} values do not divide into blocks of {scheme.block}",
-            )
-    if isinstance(scheme, CastScheme):
-        if scheme.dtype == tensor.dtype:
-            return PlannedTensor(tensor, None, f"is {tensor.dtype} already")
-        return PlannedTensor(tensor, scheme, reason)
-    if isinstance(scheme, AffineScheme):
-        size = stored_size(encoding_of(scheme, tensor), tensor.shape)
-    else:
-        size = tensor.size // scheme.block * scheme.nbytes
-    if size >= tensor.nbytes:
-        return PlannedTensor(tensor, None, f"{scheme.name} would not make it smaller")
-    return PlannedTensor(tensor, scheme, reason)
-
-
-def encoding_of(
-    scheme: AffineScheme, tensor: TensorInfo, scale_dtype: str | None = None
-) -> AffineEncoding:
-    """The encoding of a tensor; while undecided, asymmetric with F16 block scales."""
-    return AffineEncoding(
-        bits=scheme.bits,
-        granularity=scheme.granularity,
-        block=scheme.block,
-        symmetric=bool(scheme.symmetric),
-        scale_dtype=scale_dtype or ("F16" if scheme.block else "F32"),
-        row_length=row_length(tensor.shape),
-    )
+    refused = codec_of(scheme).refuses(scheme, tensor)
+    return PlannedTensor(tensor, scheme if refused is None else None, refused or reason)

@@ -7,11 +7,8 @@ from pathlib import Path
 
 from qconvert.mixes import TensorTypeRule
 from qconvert.ranges import RangeMethod
-from qconvert.schemes import Scheme
-from qconvert.stages.plan import (
-    MIN_VALUES,
-    TensorScheme,
-)
+from qconvert.schemes import Scheme, TensorScheme
+from qconvert.stages.plan import MIN_VALUES
 
 
 @dataclass(frozen=True, slots=True)

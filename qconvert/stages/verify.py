@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,31 +18,27 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from qconvert import kernels
-from qconvert.encoding import RawEncoding
+from qconvert.codecs.codec import Coded, Stored
+from qconvert.codecs.source import F32_MAX
+from qconvert.containers import CONTAINERS
 from qconvert.errors import FormatError, UsageError, WeightError
-from qconvert.files import open_model
+from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
-from qconvert.files.gguf import ARCHITECTURE, RAW
-from qconvert.files.gguf_split_reader import AnyGgufModel
-from qconvert.files.qblk import QblkModel
-from qconvert.files.qblk_check import check_payload
 from qconvert.files.transposed import input_first
-from qconvert.floors import LOST_DB, judge
+from qconvert.floors import LOST_DB, Measured, judge
 from qconvert.geometry import TILE_VALUES, Tile, tiles
-from qconvert.kernels.activations import dynamic_activations, static_activations
+from qconvert.kernels.activations import DynamicInput, StaticInput, as_bytes
 from qconvert.kernels.arithmetic import CAST_NUMPY, cast_values
 from qconvert.kernels.records import Activations, ErrorSums
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.progress import Progress, Silent
 from qconvert.report import Check, VerifiedTensor, VerifyReport
 from qconvert.running.hugging_face import require
-from qconvert.stages.analyse import F32_MAX
 from qconvert.stages.calibrate import check_activations, read_batches
-from qconvert.stages.gguf_sources import PRE_TOKENIZER, TOKENIZER, as_gguf
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.quality import QualityOptions, measure_quality
 from qconvert.stages.sources import examined
-from qconvert.stages.stored_rows import Rows, StaticParameters, quantized_rows, static_parameters
+from qconvert.stages.target import target_of
 
 HALF_STEP = 0.5 + 2.0**-9  # half a step, and the rounding of the scale and of binary32 arithmetic
 RECORDED = 1e-5  # relative; the header has six significant digits
@@ -86,7 +82,7 @@ class _Recorded:
 
 
 @dataclass
-class _Measured:
+class _Sums:
     """Sums over the tiles of one tensor."""
 
     error: ErrorSums = field(default_factory=ErrorSums)
@@ -99,7 +95,7 @@ class _Measured:
     signal: float = 0.0  # Σ of the squared float product
     noise: float = 0.0  # Σ of its squared difference from the integer path
 
-    def add(self, other: _Measured) -> None:
+    def add(self, other: _Sums) -> None:
         self.error += other.error
         self.finite &= other.finite
         self.worst_step = max(self.worst_step, other.worst_step)
@@ -145,10 +141,11 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
         return report
     source = None
     try:
-        if model.kind == "safetensors":
+        container = CONTAINERS[model.kind]
+        if not container.takes:
             raise UsageError(
                 "verify takes a quantized file",
-                found=f"{path}: safetensors",
+                found=f"{path}: {container.name}",
                 wanted="a .qblk or .gguf file",
                 hint="give the source with --against",
             )
@@ -163,21 +160,13 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
     return report
 
 
-def _source(path: Path, model: Model) -> Model:
+def _source(path: Path, model: OpenModel) -> Model:
     """The source under the names of the file that was made from it."""
     opened = open_model(path)
     try:
         examined(opened)
-        plain = dequantized(opened)
-        raw = not isinstance(model, AnyGgufModel) or model.metadata.get(ARCHITECTURE) == RAW
-        if raw or isinstance(opened, AnyGgufModel):
-            return plain
-        # Other kinds of tokenizers have a pre-tokenizer in the file, but none that can be named.
-        named = model.metadata.get(TOKENIZER) == "gpt2"
-        pre_tokenizer = model.metadata.get(PRE_TOKENIZER) if named else None
-        return as_gguf(
-            opened, plain, raw=False, name="", pre_tokenizer=pre_tokenizer, compare=False
-        ).model
+        target = target_of(CONTAINERS[model.kind])
+        return target.source_of(model, opened, dequantized(opened))
     except BaseException:
         opened.close()
         raise
@@ -186,7 +175,7 @@ def _source(path: Path, model: Model) -> Model:
 class _Job:
     def __init__(
         self,
-        model: Model,
+        model: OpenModel,
         source: Model | None,
         options: VerifyOptions,
         report: VerifyReport,
@@ -198,7 +187,7 @@ class _Job:
         self.report = report
         self.progress = progress
         self.total = ErrorSums()
-        self.stored = model.stored if isinstance(model, QblkModel) else {}
+        self.stored = {t.name: model.stored(t) for t in model.tensors}
         self.samples: dict[str, list[_Recorded]] = {}
         self.unused_samples: set[tuple[Path, str]] = set()
         # Rows of weights that are stored (in, out) meet no input of the layer.
@@ -258,19 +247,15 @@ class _Job:
     # --- what needs no arithmetic ---
 
     def _integrity(self) -> bool:
-        if not isinstance(self.model, QblkModel):
-            self.check("integrity", True, "structure; GGUF has no digests")
-            return True
-        self.progress.begin("check digests", self.model.header.file_length, "bytes")
+        self.progress.begin("check digests", sum(f.size for f in self.model.sources), "bytes")
         try:
-            check_payload(self.model, self.progress.advance)
+            held = self.model.check_payload(self.progress.advance)
         except FormatError as e:
             self.check("integrity", False, str(e), tensor=e.tensor)
             return False
         finally:
             self.progress.end()
-        count = len(self.model.tensors)
-        self.check("integrity", True, f"every rule of qblk 1.0 and the digests of {count} tensors")
+        self.check("integrity", True, held)
         return True
 
     def _pairs(self) -> dict[str, TensorInfo]:
@@ -293,7 +278,9 @@ class _Job:
         extra = sorted(set(found) - set(wanted))
         shapes = [n for n in wanted if n in found and wanted[n].shape != found[n].shape]
         dtypes = [
-            n for n in wanted if n in self.stored and self.stored[n].source_dtype != wanted[n].dtype
+            n
+            for n, t in wanted.items()
+            if n in found and self.stored[n].source_dtype not in (None, t.dtype)
         ]
         for what, names in (
             ("missing from the file", missing),
@@ -309,8 +296,8 @@ class _Job:
 
     def _is_copy(self, tensor: TensorInfo, pairs: dict[str, TensorInfo]) -> bool:
         """Whether the tensor claims to be the source's, bit for bit."""
-        if tensor.name in self.stored:
-            return self.stored[tensor.name].source_dtype == tensor.dtype
+        if (noted := self.stored[tensor.name].source_dtype) is not None:
+            return noted == tensor.dtype
         original = pairs.get(tensor.name)
         return tensor.dtype in DTYPES and (original is None or original.dtype == tensor.dtype)
 
@@ -359,25 +346,23 @@ class _Job:
     def _measure(
         self, tensor: TensorInfo, original: TensorInfo | None, workers: Workers
     ) -> VerifiedTensor:
-        columns = self._columns(tensor)
+        stored = self.stored[tensor.name]
+        columns = stored.encoding.columns(tensor.shape)
         turned = self.transposed(tensor.name)
         static = None if turned else self._static(tensor)
         recorded = None if turned else self._recorded_inputs(tensor, columns)
         x = self._gaussian(tensor, columns, static) if recorded is None else recorded
-        a = (
-            static_activations(x, static.scale, static.zero_point)
-            if static
-            else dynamic_activations(x, symmetric=self.options.activations != "dynamic_asym")
-        )
-        total = _Measured()
+        dynamic = DynamicInput(symmetric=self.options.activations != "dynamic_asym")
+        a = as_bytes(x, static or dynamic)
+        total = _Sums()
 
-        def work(tile: Tile) -> _Measured:
-            rows = quantized_rows(self.model, tensor, tile, columns)
+        def work(tile: Tile) -> _Sums:
+            coded = stored.encoding.coded(stored, tile)
             weights = None
             if self.source and original:
-                values = self.source.values(original, rows.start, rows.stop)
-                weights = _narrow(values, self.source, original).reshape(rows.values.shape)
-            return _measure_rows(rows, weights, x, a)
+                values = self.source.values(original, tile.start, tile.stop)
+                weights = _narrow(values, self.source, original).reshape(coded.values.shape)
+            return _measure_rows(coded, weights, x, a, tile, stored)
 
         for part in workers.map(work, tiles(tensor.size // columns, columns)):
             total.add(part)
@@ -390,23 +375,19 @@ class _Job:
             row.max_error, row.worst_step = total.error.worst, total.worst_step
         if total.integer:
             row.integer_exact, row.float_error = total.exact, total.float_error
-            dynamic = self.options.activations.replace("auto", "dynamic")
-            row.activations = "static" if static else dynamic
+            named = self.options.activations.replace("auto", "dynamic")
+            row.activations = "static" if static else named
             row.inputs = "Gaussian" if recorded is None else "recorded"
             if recorded is not None or not static:
                 row.output_sqnr_db = _db(total.signal, total.noise)
         return row
 
-    def _columns(self, tensor: TensorInfo) -> int:
-        stored = self.stored.get(tensor.name)
-        if stored and not isinstance(stored.encoding, RawEncoding):
-            return stored.encoding.row_length
-        return tensor.shape[-1] if tensor.shape else 1
-
-    def _static(self, tensor: TensorInfo) -> StaticParameters | None:
+    def _static(self, tensor: TensorInfo) -> StaticInput | None:
+        """Scale and zero point of the layer's input from the file, if they are to be used."""
         if self.options.activations.startswith("dynamic"):
             return None
-        found = static_parameters(self.stored.get(tensor.name))
+        noted = self.stored[tensor.name].activation
+        found = StaticInput(float(noted["scale"]), noted["zero_point"]) if noted else None
         if found is None and self.options.activations == "static":
             raise UsageError(
                 "static activations need a calibration in the file",
@@ -436,7 +417,7 @@ class _Job:
         return None
 
     def _gaussian(
-        self, tensor: TensorInfo, columns: int, static: StaticParameters | None
+        self, tensor: TensorInfo, columns: int, static: StaticInput | None
     ) -> NDArray[np.float32]:
         """Gaussian activation rows, as wide as a static range."""
         digest = hashlib.sha256(f"{self.options.seed} {tensor.name}".encode()).digest()
@@ -478,7 +459,9 @@ class _Job:
 
     def _quality_floors(self, rows: list[VerifiedTensor]) -> None:
         """Fail where weights are lost, warn where a width does worse than it should."""
-        judged = judge([(r.name, r.stored, r.sqnr_db) for r in rows])
+        judged = judge(
+            Measured(r.name, r.stored, self.stored[r.name].encoding.bits, r.sqnr_db) for r in rows
+        )
         detail = "lowest SQNR of a tensor, in dB"
         if judged.lost:
             detail = f"the weights of {len(judged.lost)} of {len(rows)} tensors are lost: {detail}"
@@ -525,8 +508,7 @@ class _Job:
 
     def _recorded(self, rows: list[VerifiedTensor]) -> None:
         """The errors that the header records are the ones measured."""
-        noted = {r.name: self.stored[r.name].error for r in rows if r.name in self.stored}
-        noted = {name: error for name, error in noted.items() if error}
+        noted = {r.name: error for r in rows if (error := self.stored[r.name].error)}
         if not noted:
             self.skip("recorded-error", "the file records no errors")
             return
@@ -590,7 +572,7 @@ def _refuse_unmeasured(rows: list[VerifiedTensor]) -> None:
         )
 
 
-def _agrees(row: VerifiedTensor, noted: dict[str, Any]) -> bool:
+def _agrees(row: VerifiedTensor, noted: Mapping[str, Any]) -> bool:
     """Whether measured errors are those noted, to the six digits of a note."""
     measured = {"sqnr_db": row.sqnr_db, "nmse": row.nmse, "max": row.max_error}
     return all(
@@ -643,33 +625,45 @@ def _db(signal: float, noise: float) -> float | None:
 
 @np.errstate(over="ignore", invalid="ignore")  # products of huge weights are infinite, rightly
 def _measure_rows(
-    rows: Rows, weights: NDArray[np.float32] | None, x: NDArray[np.float32], a: Activations
-) -> _Measured:
-    """Errors of some rows: of the weights, and of their product with activations ``x``, as bytes
+    rows: Coded,
+    weights: NDArray[np.float32] | None,
+    x: NDArray[np.float32],
+    a: Activations,
+    tile: Tile,
+    stored: Stored,
+) -> _Sums:
+    """Errors of a tile: of the weights, and of their product with activations ``x``, as bytes
     ``a``.
     """
-    found = _Measured()
+    found = _Sums()
     found.finite = bool(np.isfinite(rows.values).all())
+    dtype, columns = stored.encoding.name, stored.encoding.columns(stored.shape)
     if weights is not None:
         sums = kernels.error_sums(weights, rows.values)
         found.error = ErrorSums(weights.size, *sums)
         found.worst_step = rows.worst_step(weights)
-        if rows.integer is None and rows.dtype in CAST_NUMPY:
-            promised = cast_values(weights, rows.dtype)[1]
+        if rows.integers is None and dtype in CAST_NUMPY:
+            promised = cast_values(weights, dtype)[1]
             found.cast = bool((promised.view(np.uint32) == rows.values.view(np.uint32)).all())
-    if rows.integer is None:
+    if rows.integers is None:
         return found
-    span = slice(rows.first_column, rows.first_column + rows.values.shape[1])
+    first, column = divmod(tile.start, columns)
+    span = slice(column, column + tile.columns)
     a = Activations(a.codes[:, span], a.scale, a.zero_point)
     found.integer = True
-    product = kernels.integer_product(rows.integer, a, check=True)
+    product = kernels.integer_product(rows.integers, a, check=True)
     found.exact = bool(product.exact)
+    if stored.encoding.multiplies and tile.columns == columns:
+        # What runs is another kernel, on codes as they are packed: it has to give the same bits.
+        packed = stored.encoding.product(stored, first, first + tile.rows, a)
+        same = packed.view(np.uint32) == product.y.view(np.uint32)
+        found.exact &= bool((same | (np.isnan(packed) & np.isnan(product.y))).all())
     inputs = a.values
     wide = rows.values.astype(np.float64)
     expected = inputs @ wide.T
     # Each group adds two binary32 roundings, relative to the sum of magnitudes.
-    terms = 2 * len(rows.integer.spans()) + 4
-    magnitude = np.abs(inputs) @ np.abs(wide).T + rows.offset_magnitude(a)
+    terms = 2 * len(rows.integers.spans()) + 4
+    magnitude = np.abs(inputs) @ np.abs(wide).T + rows.integers.offset_magnitude(a)
     bound = magnitude * terms * 2.0**-24
     # Denormal scales and products round to multiples of 2^-149, not to 24 bits.
     bound += np.abs(a.scale)[:, None] * (1 + a.codes.shape[1]) * 255 * 128 * 2.0**-149 + 2.0**-149

@@ -7,6 +7,7 @@ from __future__ import annotations
 from qconvert.codecs.affine.encoder import encoder, planned
 from qconvert.codecs.affine.encoding import parse
 from qconvert.codecs.affine.shared import shares_parameters
+from qconvert.codecs.affine.suggestion import look
 from qconvert.codecs.codec import Codec, smaller
 from qconvert.model import TensorInfo
 from qconvert.schemes import AffineScheme
@@ -20,4 +21,4 @@ def _passes(scheme: AffineScheme, tensor: TensorInfo) -> bool:
     return shares_parameters(planned(scheme, tensor))
 
 
-CODEC: Codec[AffineScheme] = Codec("affine", planned, _refuses, encoder, parse, _passes)
+CODEC: Codec[AffineScheme] = Codec("affine", planned, _refuses, encoder, parse, _passes, look)

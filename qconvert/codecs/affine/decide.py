@@ -231,9 +231,7 @@ def sample_rows(model: Model, tensor: TensorInfo, encoding: Affine) -> F32:
     return np.stack(parts)
 
 
-def sample_weights(
-    mean_square: F32 | None, tensor: TensorInfo, encoding: Affine
-) -> F32 | None:
+def sample_weights(mean_square: F32 | None, tensor: TensorInfo, encoding: Affine) -> F32 | None:
     """Mean squares of the input channels of `sample_rows`, (R, c), from those of all (columns,)."""
     if mean_square is None:
         return None

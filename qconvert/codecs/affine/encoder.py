@@ -83,7 +83,8 @@ class BlockEncoder(Encoder):
         assert seen.moments is not None
         share = seen.outside / seen.moments.count
         notes = decision_notes(self.decision, seen.moments, share, self.method)
-        return Outcome(seen.error, notes, weighted=self.weights is not None)
+        clipped, weighted = seen.error.clipped, self.weights is not None
+        return Outcome(seen.error, notes, clipped=clipped, weighted=weighted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,8 @@ class SharedEncoder(Encoder):
         assert s.moments is not None
         share = s.outlier_share or 0.0
         notes = decision_notes(self.analysis.decision, s.moments, share, self.method)
-        return Outcome(seen.error, notes, weighted=self.mean_square is not None)
+        clipped, weighted = seen.error.clipped, self.mean_square is not None
+        return Outcome(seen.error, notes, clipped=clipped, weighted=weighted)
 
 
 def encoder(model: Model, tensor: TensorInfo, scheme: AffineScheme, facts: Facts) -> Encoder:
@@ -141,7 +143,7 @@ def encoder(model: Model, tensor: TensorInfo, scheme: AffineScheme, facts: Facts
     Raises:
         WeightError: NaN or Inf, where all of the tensor is looked at first.
     """
-    encoding = planned(scheme, tensor)
+    encoding = replace(planned(scheme, tensor), scale_dtype="F16" if scheme.block else "F32")
     method = facts.method or default_method(scheme.bits)
     mean_square = facts.mean_square(encoding.row_length)
     if shares_parameters(encoding):
@@ -163,12 +165,14 @@ def encoder(model: Model, tensor: TensorInfo, scheme: AffineScheme, facts: Facts
 
 
 def planned(scheme: AffineScheme, tensor: TensorInfo) -> Affine:
-    """The encoding of a tensor; while undecided, asymmetric with F16 block scales."""
+    """The encoding of a tensor; while undecided, asymmetric, and with the dtype of 16-bit scales
+    whose name is the longer one.
+    """
     return Affine(
         bits=scheme.bits,
         granularity=scheme.granularity,
         block=scheme.block,
         symmetric=bool(scheme.symmetric),
-        scale_dtype="F16" if scheme.block else "F32",
+        scale_dtype="BF16" if scheme.block else "F32",
         row_length=row_length(tensor.shape),
     )

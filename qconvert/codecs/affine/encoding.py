@@ -12,6 +12,7 @@ import numpy as np
 
 from qconvert import kernels
 from qconvert.codecs.codec import Coded, Encoding, Grid, HeaderFields, Segment, Stored
+from qconvert.codecs.codes import Codes
 from qconvert.encoding import BITS, BLOCKS, GRANULARITIES, SCALE_SIZES, AffineEncoding
 from qconvert.geometry import PACK_GROUP, Tile, tiles
 from qconvert.kernels.arithmetic import SCALE_NUMPY, SIGN, integer_rows, zero_steps
@@ -22,7 +23,7 @@ CHECKED_BYTES = 1 << 20  # of the payload that are looked at at once
 
 
 @dataclass(frozen=True, slots=True)
-class Codes:
+class _Groups:
     """Codes of some rows with the parameters of their groups.
 
     Attributes:
@@ -81,7 +82,21 @@ class Affine(AffineEncoding, Encoding):
 
     # --- reading ---
 
-    def codes(self, stored: Stored, tile: Tile) -> Codes:
+    def codes(self, stored: Stored) -> Codes:
+        part = self._groups(stored, Tile(self.rows(stored.shape), self.row_length, 0, True))
+        if self.symmetric:
+            zero = np.full(part.scale.shape, 1 << (self.bits - 1), np.float32)
+        else:
+            zero = part.zero.astype(np.float32) / np.float32(zero_steps(self.bits))
+        return Codes(
+            np.ascontiguousarray(part.codes[:, : self.row_length]),
+            np.ascontiguousarray(part.scale),
+            zero,
+            self.block or self.row_length,
+            self.bits,
+        )
+
+    def _groups(self, stored: Stored, tile: Tile) -> _Groups:
         """The codes of a tile; its first column is a multiple of 32 and of the block."""
         first, low = divmod(tile.start, self.row_length)
         count, high, block = tile.rows, low + tile.columns, self.block
@@ -99,7 +114,7 @@ class Affine(AffineEncoding, Encoding):
             codes = codes[:, : high - low]
             begin = first
         scale, zero = self.parameters(stored, begin, count * groups)
-        return Codes(codes, scale.reshape(count, groups), zero.reshape(count, groups))
+        return _Groups(codes, scale.reshape(count, groups), zero.reshape(count, groups))
 
     def parameters(self, stored: Stored, begin: int, count: int) -> tuple[F32, I32]:
         """Scales and zero steps of groups ``begin..begin + count``, (count,) each; a tensor scale
@@ -134,7 +149,7 @@ class Affine(AffineEncoding, Encoding):
         return kernels.unpack(raw, self.zero_point_bits).astype(np.int32)
 
     def coded(self, stored: Stored, tile: Tile) -> Coded:
-        part = self.codes(stored, tile)
+        part = self._groups(stored, tile)
         length = part.codes.shape[1] // part.scale.shape[1]
         values = kernels.decode(
             part.codes.reshape(-1, length),

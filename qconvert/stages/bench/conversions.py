@@ -21,7 +21,6 @@ from qconvert.errors import UsageError
 from qconvert.kernels.records import Encoded, SourceRows
 from qconvert.kernels.reference.ggml import GGML_BLOCKS
 from qconvert.mapper import Mapper
-from qconvert.quantizers.affine import decode_groups
 from qconvert.ranges import RangeMethod
 from qconvert.schemes import AffineScheme, GgmlScheme, Scheme
 from qconvert.stages.bench.lines import Line, Section
@@ -113,7 +112,8 @@ def _conversion(weights: Weights, scheme: Scheme, method: RangeMethod | None) ->
         def back(item: Any) -> F32:
             parameters, packed = item
             codes = kernels.load_codes(packed, how.encoding).reshape(len(parameters.scale), -1)
-            return decode_groups(codes, parameters, how.encoding)
+            e = how.encoding
+            return kernels.decode(codes, parameters.scale, parameters.zero, e.bits, e.symmetric)
 
         def convert(rows: SourceRows) -> Encoded:
             return kernels.quantize_rows(rows, how.encoding, how.method, (-1.0, 1.0))

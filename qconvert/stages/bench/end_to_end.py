@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
+from qconvert.containers import container_for
 from qconvert.errors import InputError, MachineError
 from qconvert.files import open_model
 from qconvert.files.atomic import AtomicOutput, check_space, machine_errors
-from qconvert.schemes import AffineScheme, GgmlScheme, Scheme
+from qconvert.schemes import Scheme
 from qconvert.stages.bench.conversions import nearest_ggml_type
 from qconvert.stages.bench.lines import Line, Section
 from qconvert.stages.bench.options import BenchOptions
@@ -117,12 +118,12 @@ def _copy(files: Iterable[Path], outputs: Path) -> None:
 def _conversion(
     path: Path, scheme: Scheme, outputs: Path, options: BenchOptions
 ) -> Callable[[], object]:
-    container = "gguf" if isinstance(scheme, GgmlScheme) else "qblk"
+    container = container_for(scheme.family)
     asked = QuantizeOptions(
         scheme=scheme,
-        output=outputs / f"ours.{container}",
-        range=options.range if isinstance(scheme, AffineScheme) else None,
+        output=outputs / f"ours{container.suffix}",
+        range=options.range if scheme.default_range else None,
         threads=options.threads,
-        gguf=GgufOptions(raw=container == "gguf"),  # as the peers: tensors alone
+        gguf=GgufOptions(raw="ggml" in container.takes),  # as the peers: tensors alone
     )
     return lambda: quantize(path, asked)

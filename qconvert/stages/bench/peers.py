@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import safe_open
 
 from qconvert.model import TensorInfo
-from qconvert.schemes import SCHEMES
+from qconvert.schemes import TENSOR_SCHEMES
 from qconvert.stages.plan import PlanOptions, make_plan
 
 PROGRAM = "llama-quantize"
@@ -46,7 +46,7 @@ class Source:
 
     def quantized(self, kind: str) -> set[str]:
         """Names of the tensors that we quantize to a ggml type."""
-        plan = make_plan(self.tensors, PlanOptions(SCHEMES[kind.lower()]), "gguf")
+        plan = make_plan(self.tensors, TENSOR_SCHEMES[kind.lower()], PlanOptions())
         return {p.tensor.name for p in plan if p.scheme}
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
+from qconvert.codecs.affine.encoder import planned
 from qconvert.encoding import AffineEncoding
 from qconvert.errors import InputError, UsageError
 from qconvert.files import open_model
@@ -18,7 +19,6 @@ from qconvert.kernels.records import Bytes, Parameters
 from qconvert.model import TensorInfo
 from qconvert.ranges import RangeMethod, default_method
 from qconvert.schemes import AffineScheme
-from qconvert.stages.plan import encoding_of
 
 F32 = NDArray[np.float32]
 MAX_VALUES = 1 << 24  # taken of a file's largest matrix
@@ -94,5 +94,8 @@ def affine(weights: Weights, scheme: AffineScheme, method: RangeMethod | None) -
             found=f"{scheme.name}, {shape[1]:,} columns",
         )
     resolved = scheme if scheme.symmetric is not None else scheme.resolved(False)
-    encoding = encoding_of(resolved, TensorInfo("", shape, "F32", weights.values.nbytes))
+    encoding = replace(
+        planned(resolved, TensorInfo("", shape, "F32", weights.values.nbytes)),
+        scale_dtype="F16" if scheme.block else "F32",
+    )
     return Affine(scheme.name, encoding, method or default_method(scheme.bits))

@@ -1,0 +1,45 @@
+"""What a look at a tensor suggests: symmetric or asymmetric, or more bits."""
+
+from __future__ import annotations
+
+from qconvert.codecs.affine.decide import Decision
+from qconvert.codecs.affine.encoder import planned
+from qconvert.codecs.affine.shared import analyse
+from qconvert.codecs.codec import Look
+from qconvert.mapper import Mapper
+from qconvert.model import Model, TensorInfo
+from qconvert.schemes import AffineScheme
+
+# 3 dB below a Gaussian: heavier tails than the width can take.
+POOR_SQNR_DB = {2: 6.0, 3: 12.0, 4: 18.0}
+SAFER_BITS = {2: 4, 3: 4, 4: 6}
+
+
+def look(model: Model, tensor: TensorInfo, scheme: AffineScheme, mapper: Mapper) -> Look:
+    """Statistics of a tensor, and what they suggest.
+
+    Raises:
+        WeightError: NaN, Inf, or beyond the range of binary32.
+    """
+    encoding, method = planned(scheme, tensor), scheme.default_range
+    found = analyse(model, tensor, encoding, scheme.symmetric, method, mapper)
+    return Look(found.statistics, *suggest(scheme, found.decision))
+
+
+def suggest(scheme: AffineScheme, decision: Decision) -> tuple[str, str]:
+    """Scheme and reason in words, from a decision under ``scheme``."""
+    chosen = decision.symmetric_db if decision.symmetric else decision.asymmetric_db
+    kind = "symmetric" if decision.symmetric else "asymmetric"
+    if chosen is None:
+        return scheme.resolved(decision.symmetric).name, "nothing is lost"
+    poor = POOR_SQNR_DB.get(scheme.bits)
+    if poor is not None and chosen < poor:
+        safer = scheme.resolved(decision.symmetric).with_bits(SAFER_BITS[scheme.bits])
+        return safer.name, f"only {chosen:.1f} dB at {scheme.bits} bits: heavy tails"
+    reason = f"{kind}, {chosen:.1f} dB"
+    if decision.symmetric_db is not None and decision.asymmetric_db is not None:
+        gain = decision.asymmetric_db - decision.symmetric_db
+        reason += (
+            f": zero points gain {gain:.2f} dB and cost {decision.cost_db:.2f} ({decision.rule})"
+        )
+    return scheme.resolved(decision.symmetric).name, reason

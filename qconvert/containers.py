@@ -1,0 +1,66 @@
+"""The table of containers: what a model may lie in, and what may be written, as data.
+
+A new container is a row of this table, a reader, and a target that plans and writes. Their modules
+are named here and imported when they are used, for some take a tenth of a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A kind of file.
+
+    Attributes:
+        name: as ``--format`` and reports have it, and `Model.kind`.
+        suffix: of a file that is written.
+        magic, at: what a file has at this place; empty for what is told by nothing else.
+        reader: ``module:function``, from a path to a `qconvert.files.OpenModel`.
+        takes: families of schemes (`qconvert.schemes.FAMILIES`, and ``mix``) that it is written
+            with; none: it is only read.
+        target: module of a `qconvert.stages.target.Target` named ``TARGET``, if it is written.
+    """
+
+    name: str
+    suffix: str
+    magic: bytes
+    at: int
+    reader: str
+    takes: tuple[str, ...] = ()
+    target: str = ""
+
+
+CONTAINERS = {
+    c.name: c
+    for c in (
+        Container(
+            *("qblk", ".qblk", b"QBLK", 1),
+            reader="qconvert.files.qblk:open_qblk",
+            takes=("affine", "raw"),
+            target="qconvert.stages.qblk_target",
+        ),
+        Container(
+            *("gguf", ".gguf", b"GGUF", 0),
+            reader="qconvert.files.gguf_split_reader:open_gguf_model",
+            takes=("ggml", "mix", "raw"),
+            target="qconvert.stages.gguf_target",
+        ),
+        Container(
+            *("safetensors", ".safetensors", b"", 0),
+            reader="qconvert.files.safetensors:open_safetensors",
+        ),
+    )
+}
+WRITTEN = tuple(c for c in CONTAINERS.values() if c.takes)
+
+
+def container_for(family: str) -> Container:
+    """The first container that schemes of a family go into."""
+    return next(c for c in WRITTEN if family in c.takes)
+
+
+def container_of(start: bytes) -> Container:
+    """The container of a file that starts like this."""
+    return next(c for c in CONTAINERS.values() if start[c.at :].startswith(c.magic))

@@ -1,1 +1,0 @@
-"""Arithmetic per family of encodings: affine, casts, ggml block types."""

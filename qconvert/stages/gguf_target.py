@@ -1,0 +1,260 @@
+"""Writing GGUF, in one file or in several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qconvert.codecs.codec import Encoding
+from qconvert.errors import UsageError
+from qconvert.files import OpenModel
+from qconvert.files.atomic import AtomicOutput, AtomicSet, machine_errors
+from qconvert.files.gguf import ARCHITECTURE, RAW
+from qconvert.files.gguf_split import PROVENANCE, SplitGgufWriter, plan_shards, shard_path
+from qconvert.files.gguf_split_reader import AnyGgufModel
+from qconvert.files.gguf_writer import GgufTensor, GgufWriter, MetadataValue, check_gguf
+from qconvert.files.imatrix import Imatrix, read_imatrix
+from qconvert.kernels.records import Bytes
+from qconvert.mixes import MixOptions, ModelFacts, parse_mix
+from qconvert.model import Model, TensorInfo
+from qconvert.schemes import MixScheme
+from qconvert.stages.gguf_sources import PRE_TOKENIZER, TOKENIZER, GgufModelSource, as_gguf
+from qconvert.stages.plan import MIN_VALUES, PlannedTensor, PlanOptions, make_plan, plan_mix
+from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
+from qconvert.stages.target import Prepared, Sink, Target, model_name
+
+
+class GgufTarget:
+    """See `Target`."""
+
+    def prepare(
+        self, opened: OpenModel, model: Model, options: QuantizeOptions, output: Path
+    ) -> Prepared:
+        o = options.gguf
+        if options.calibration:
+            raise UsageError("--calibration has no place in a GGUF file", hint="write a .qblk file")
+        source = as_gguf(
+            opened, model, raw=o.raw, name=model_name(model.path), pre_tokenizer=o.pre_tokenizer
+        )
+        imatrix = read_imatrix(o.imatrix) if o.imatrix else None
+        keys: dict[str, MetadataValue] = {"general.quantization_version": 2}
+        notes, warnings = [*source.notes], [*source.warnings]
+        if source.facts is None:
+            plan = _plain_plan(source, options)
+        else:
+            plan, file_type, more = _mixed_plan(
+                source, source.facts, opened, options, imatrix is not None
+            )
+            keys["general.file_type"] = file_type
+            warnings += more
+        if imatrix:
+            imatrix, said, more = _fitting(imatrix, plan, source.model)
+            notes += said
+            warnings += more
+        if imatrix:
+            keys |= imatrix.keys()
+        tensors = [_tensor(p) for p in plan]
+        check_gguf(tensors)
+        counts = plan_shards(tensors, o.shard_size) if o.shard_size is not None else []
+        outputs = tuple(shard_path(output, i, len(counts)) for i, _ in enumerate(counts, 1))
+        if len(counts) <= 1:
+            counts, outputs = [len(plan)], (output,)
+        return Prepared(
+            source.model,
+            plan,
+            outputs,
+            partial(_sink, outputs[0], counts, source.metadata | keys, tensors),
+            importance=imatrix.find if imatrix else lambda tensor: None,
+            options=_noted(o),
+            provenance={"imatrix": {"sha256": imatrix.sha256}} if imatrix else {},
+            warnings=warnings,
+            notes=notes,
+        )
+
+    def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
+        if made.metadata.get(ARCHITECTURE) == RAW or isinstance(opened, AnyGgufModel):
+            return model
+        # Other kinds of tokenizers have a pre-tokenizer in the file, but none that can be named.
+        named = made.metadata.get(TOKENIZER) == "gpt2"
+        pre_tokenizer = made.metadata.get(PRE_TOKENIZER) if named else None
+        return as_gguf(
+            opened, model, raw=False, name="", pre_tokenizer=pre_tokenizer, compare=False
+        ).model
+
+
+TARGET: Target = GgufTarget()
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def _plain_plan(source: GgufModelSource, options: QuantizeOptions) -> tuple[PlannedTensor, ...]:
+    """The plan of a raw file, which nobody is to run.
+
+    Raises:
+        UsageError: options or a scheme that need an architecture.
+    """
+    o = options.gguf
+    if replace(o, raw=False, shard_size=None, imatrix=None) != GgufOptions():
+        raise UsageError(
+            "a raw file has no architecture, to whose tensors the options of mixes apply",
+            hint="choose types with --scheme, --tensor-scheme and --keep",
+        )
+    if isinstance(options.scheme, MixScheme):
+        raise UsageError(
+            f"{options.scheme.name} is a mix, which a raw file does not have",
+            hint="choose a single type" + (", or leave out --raw" if o.raw else ""),
+        )
+    asked = PlanOptions(options.keep, options.tensor_schemes, options.min_values)
+    return make_plan(source.model.tensors, options.scheme, asked)
+
+
+def _mixed_plan(
+    source: GgufModelSource,
+    facts: ModelFacts,
+    opened: OpenModel,
+    options: QuantizeOptions,
+    has_imatrix: bool,
+) -> tuple[tuple[PlannedTensor, ...], int, list[str]]:
+    """The plan by the rules of a mix, ``general.file_type``, and warnings."""
+    o = options.gguf
+    mix = parse_mix(options.scheme.name)
+    wanted = MixOptions(
+        *(mix, o.pure, o.fallback, o.output_type, o.token_embedding_type, o.tensor_types),
+        has_imatrix=has_imatrix,
+    )
+    # What has its type already in a GGUF file stays bit for bit.
+    tensors = opened.tensors if isinstance(opened, AnyGgufModel) else source.model.tensors
+    asked = PlanOptions(options.keep, options.tensor_schemes)
+    plan, fell_back = plan_mix(tensors, asked, wanted, facts)
+    decoded = {t.name: t for t in source.model.tensors}
+    plan = tuple(replace(p, tensor=decoded[p.tensor.name]) if p.scheme else p for p in plan)
+    warnings = []
+    if options.min_values != MIN_VALUES:
+        warnings.append("--min-values has no effect: the mixes choose by name and shape")
+    if fell_back:
+        warnings.append(
+            f"{fell_back} tensors take another type than {mix.name} gives them: their rows do "
+            "not divide into its blocks"
+        )
+    return plan, mix.file_type, warnings
+
+
+def _fitting(
+    imatrix: Imatrix, plan: tuple[PlannedTensor, ...], model: Model
+) -> tuple[Imatrix | None, list[str], list[str]]:
+    """An importance matrix that has something to weigh, notes and warnings.
+
+    Raises:
+        UnsupportedError: it is of another model.
+    """
+    weighted = [p.tensor for p in plan if p.scheme and p.scheme.family == "ggml"]
+    if not weighted:
+        return None, [], ["--imatrix has no effect: no tensor is quantized"]
+    fit = imatrix.check(weighted)
+    notes = [f"no importance for '{name}': quantized unweighted" for name in fit.missing]
+    names = {p.tensor.name for p in plan}
+    foreign = [name for name in fit.unused if name not in names]
+    if not foreign:
+        return imatrix, notes, []
+    return (
+        imatrix,
+        notes,
+        [
+            f"the importance matrix has {len(foreign)} entries that no tensor has, "
+            f"such as '{foreign[0]}': it may be of another model"
+        ],
+    )
+
+
+def _noted(o: GgufOptions) -> dict[str, Any]:
+    """The options that decide about the bytes of a file, where they were given."""
+    noted: dict[str, Any] = {
+        "raw": o.raw,
+        "pure": o.pure,
+        "pre_tokenizer": o.pre_tokenizer,
+        "output_tensor_type": o.output_type,
+        "token_embedding_type": o.token_embedding_type,
+        "tensor_type": [str(rule) for rule in o.tensor_types],
+        "shard_size": o.shard_size,
+    }
+    return {k: v for k, v in noted.items() if v}
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+class _GgufSink:
+    """In one file or in several.
+
+    Args:
+        target: the output, for messages.
+        paths: where the files are written, one for each count.
+        counts: how many tensors go into each file.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        paths: Sequence[Path],
+        counts: Sequence[int],
+        keys: Mapping[str, MetadataValue],
+        tensors: Sequence[GgufTensor],
+    ) -> None:
+        self.target = target
+        self.paths = paths
+        self.index = {t.name: i for i, t in enumerate(tensors)}
+        with machine_errors(target):
+            self.writer: GgufWriter | SplitGgufWriter
+            if len(paths) == 1:
+                self.writer = GgufWriter(paths[0], keys, tensors)
+            else:
+                self.writer = SplitGgufWriter(paths, keys, tensors, counts)
+
+    def begin(self, tensor: TensorInfo, encoding: Encoding) -> _GgufTensorTarget:
+        self.writer.begin(self.index[tensor.name])
+        return _GgufTensorTarget(self)
+
+    def finish(self) -> int:
+        with machine_errors(self.target):
+            self.writer.finish()
+            return sum(path.stat().st_size for path in self.paths)
+
+    def close(self) -> None:
+        with machine_errors(self.target):
+            self.writer.close()
+
+
+class _GgufTensorTarget:
+    def __init__(self, sink: _GgufSink) -> None:
+        self.sink = sink
+
+    def append(self, segments: Mapping[str, Bytes]) -> None:
+        with machine_errors(self.sink.target):
+            for data in segments.values():
+                self.sink.writer.append(data)
+
+    def finish(self, notes: dict[str, Any]) -> None:
+        pass  # GGUF has no place for notes on a tensor; decision and error are in the report
+
+
+def _sink(
+    target: Path,
+    counts: Sequence[int],
+    metadata: Mapping[str, MetadataValue],
+    tensors: Sequence[GgufTensor],
+    out: AtomicOutput | AtomicSet,
+    provenance: dict[str, Any],
+) -> Sink:
+    paths = (out.path,) if isinstance(out, AtomicOutput) else out.paths
+    noted = json.dumps(provenance, sort_keys=True, ensure_ascii=False)
+    return _GgufSink(target, paths, counts, {**metadata, PROVENANCE: noted}, tensors)
+
+
+def _tensor(p: PlannedTensor) -> GgufTensor:
+    """A planned tensor as a GGUF file lists it."""
+    return GgufTensor(p.tensor.name, p.tensor.shape, p.encoding.name)

@@ -1,0 +1,154 @@
+"""Writing qblk, with the companion files of the model."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qconvert.codecs.codec import Encoding
+from qconvert.errors import FormatError, UsageError
+from qconvert.files import OpenModel
+from qconvert.files.atomic import AtomicOutput, AtomicSet
+from qconvert.files.calibration import MAX_OBSERVER
+from qconvert.files.qblk_header import SLASH
+from qconvert.files.qblk_writer import (
+    QblkWriter,
+    TensorWriter,
+    check_qblk,
+    header_bound,
+    required_features,
+    tensor_bound,
+)
+from qconvert.files.shards import MAX_COMPANION_BYTES, MODULES, companion_too_large
+from qconvert.model import Companion, Model, TensorInfo
+from qconvert.schemes import MixScheme
+from qconvert.stages.plan import PlannedTensor, PlanOptions, make_plan
+from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
+from qconvert.stages.target import Prepared, Sink, Target
+
+# The longest notes that a tensor can carry, to bound the header; numbers are widened by
+# `tensor_bound`.
+WIDEST_NOTES: dict[str, Any] = {
+    "decision": {
+        "rule": "weighted-sample",
+        "symmetric": False,
+        "range": "percentile " + "9" * 20,
+        "cost_db": 0,
+        "predicted_db": 0,
+        "sample": {
+            "symmetric_db": 0,
+            "asymmetric_db": 0,
+            "weighted_symmetric_db": 0,
+            "weighted_asymmetric_db": 0,
+        },
+        "statistics": {"asymmetry": 0, "skewness": 0, "kurtosis": 0, "outlier_share": 0},
+    },
+    "error": {"max": 0, "nmse": 0, "sqnr_db": 0, "weighted_sqnr_db": 0, "clipped": 0},
+}
+WIDEST_ACTIVATION = {"observer": "x" * MAX_OBSERVER, "samples": 0, "scale": 0, "zero_point": 0}
+
+
+class QblkTarget:
+    """See `Target`."""
+
+    def prepare(
+        self, opened: OpenModel, model: Model, options: QuantizeOptions, output: Path
+    ) -> Prepared:
+        if options.gguf != GgufOptions():
+            raise UsageError(
+                "options of GGUF files have no place in a .qblk file", hint="write a .gguf file"
+            )
+        assert not isinstance(options.scheme, MixScheme)  # which qblk does not take
+        asked = PlanOptions(options.keep, options.tensor_schemes, options.min_values)
+        plan = make_plan(model.tensors, options.scheme, asked)
+        check_qblk(model.tensors, model.path)
+        for companion in model.companions:
+            if companion.size > MAX_COMPANION_BYTES:
+                raise companion_too_large(model.path, companion.name, companion.size)
+        return Prepared(
+            model,
+            plan,
+            (output,),
+            partial(_sink, model, plan),
+            companions=len(model.companions),
+            companion_bytes=sum(c.size for c in model.companions),
+            warnings=_module_warnings(opened),
+        )
+
+    def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
+        return model
+
+
+TARGET: Target = QblkTarget()
+
+
+class _QblkSink:
+    def __init__(
+        self,
+        out: AtomicOutput,
+        model: Model,
+        plan: tuple[PlannedTensor, ...],
+        provenance: dict[str, Any],
+    ) -> None:
+        self.model = model
+        self.provenance = provenance
+        files = [(_flat(c), c.size) for c in model.companions]
+        calibrated = "calibration" in provenance
+        bounds = (_bound(p, calibrated) for p in plan)
+        features = required_features(p.tensor.dtype for p in plan)
+        bound = header_bound(bounds, files, model.metadata, provenance, features)
+        self.writer = QblkWriter(out, bound)
+
+    def begin(self, tensor: TensorInfo, encoding: Encoding) -> TensorWriter:
+        return self.writer.begin(tensor.name, tensor.shape, tensor.dtype, encoding)
+
+    def finish(self) -> int:
+        for companion in self.model.companions:
+            self.writer.add_file(_flat(companion), companion.read())
+        return self.writer.finish(self.model.metadata, self.provenance)
+
+    def close(self) -> None:
+        pass
+
+
+def _sink(
+    model: Model,
+    plan: tuple[PlannedTensor, ...],
+    out: AtomicOutput | AtomicSet,
+    provenance: dict[str, Any],
+) -> Sink:
+    assert isinstance(out, AtomicOutput)
+    return _QblkSink(out, model, plan, provenance)
+
+
+def _flat(companion: Companion) -> str:
+    return companion.name.replace("/", SLASH)
+
+
+def _bound(p: PlannedTensor, calibrated: bool) -> int:
+    """Upper bound in bytes of a tensor's entry in the header."""
+    tensor = p.tensor
+    notes: dict[str, Any] = {"decision": {"rule": "kept", "reason": p.reason}}
+    if p.scheme is not None:
+        notes = dict(WIDEST_NOTES)
+        if calibrated:
+            notes["activation"] = WIDEST_ACTIVATION
+    return tensor_bound(tensor.name, tensor.shape, tensor.dtype, p.encoding, notes)
+
+
+def _module_warnings(model: Model) -> list[str]:
+    """Modules of sentence-transformers that follow the transformer and are files of their own."""
+    if all(c.name != MODULES for c in model.companions):
+        return []
+    from qconvert.architectures import SmallFiles, modules_beyond  # 0.1 s to load
+
+    try:
+        modules = modules_beyond(SmallFiles(model))
+    except FormatError as error:  # which is carried along as it is
+        return [f"{MODULES} does not say what follows the transformer: {error.message}"]
+    return [
+        f"the file holds the transformer, not the module '{name}' of sentence-transformers that "
+        "follows it: embeddings from the file alone are other ones"
+        for name in modules
+    ]

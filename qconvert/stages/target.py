@@ -1,0 +1,119 @@
+"""What is written: one target a container, which plans and checks before the long work, and then
+takes the bytes of tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from qconvert.codecs.codec import Encoding
+from qconvert.containers import Container
+from qconvert.files import OpenModel
+from qconvert.files.atomic import AtomicOutput, AtomicSet
+from qconvert.kernels.records import F32, Bytes
+from qconvert.model import Model, TensorInfo
+from qconvert.stages.plan import PlannedTensor
+from qconvert.stages.quantize_options import QuantizeOptions
+
+
+class TensorTarget(Protocol):
+    """One tensor being written."""
+
+    def append(self, segments: Mapping[str, Bytes]) -> None:
+        """Bytes that come next in each of some segments, by their kind."""
+        ...
+
+    def finish(self, notes: dict[str, Any]) -> None:
+        """Close the tensor; ``notes`` are its ``decision``, ``error`` and ``activation``."""
+        ...
+
+
+class Sink(Protocol):
+    """An output being written; tensors arrive in the order of the plan."""
+
+    def begin(self, tensor: TensorInfo, encoding: Encoding) -> TensorTarget:
+        """Begin the next tensor, or the last one once more, whose bytes are then forgotten."""
+        ...
+
+    def finish(self) -> int:
+        """Complete the output; its length in bytes."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything, finished or not; the output itself belongs to the caller."""
+        ...
+
+
+@dataclass
+class Prepared:
+    """A conversion as it was decided and checked.
+
+    Attributes:
+        model: the source, with the names and shapes of the output.
+        plan: of its tensors, in the order of the output.
+        outputs: the files to be written.
+        sink: writes them; takes where they are made, and the provenance.
+        importance: of the input channels of a tensor, where it is known; see `Facts`.
+        options: of the container's own, as provenance has them.
+        provenance: what else there is to record.
+        companions: files that are carried along, and ``companion_bytes`` their size.
+        warnings, notes: for the report.
+    """
+
+    model: Model
+    plan: tuple[PlannedTensor, ...]
+    outputs: tuple[Path, ...]
+    sink: Callable[[AtomicOutput | AtomicSet, dict[str, Any]], Sink]
+    importance: Callable[[TensorInfo], F32 | None] = lambda tensor: None
+    options: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    companions: int = 0
+    companion_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Target(Protocol):
+    """A container, as what is written."""
+
+    def prepare(
+        self, opened: OpenModel, model: Model, options: QuantizeOptions, output: Path
+    ) -> Prepared:
+        """Decide what becomes of each tensor, and refuse what cannot be.
+
+        Args:
+            opened: the source as it was opened.
+            model: the same, with every tensor in a plain dtype.
+            output: the name that was asked for.
+
+        Raises:
+            UsageError: options that contradict each other, the model or the container.
+            UnsupportedError: a model that the container cannot hold.
+        """
+        ...
+
+    def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
+        """A source under the names of a file that was made from it.
+
+        Args:
+            made: the file.
+            opened: the source as it was opened.
+            model: the same, with every tensor in a plain dtype.
+        """
+        ...
+
+
+def target_of(container: Container) -> Target:
+    """The target of a container that is written."""
+    found: Target = importlib.import_module(container.target).TARGET
+    return found
+
+
+def model_name(path: Path) -> str:
+    """A model by the name of its directory, or of its file without suffix."""
+    resolved = path.resolve()
+    return resolved.name if resolved.is_dir() else resolved.stem
