@@ -131,14 +131,17 @@ def test_a_limit_of_processes_is_not_taken_for_an_interrupt(prepared: Path, tmp_
         os.setgid(65534)
         os.setuid(65534)
 
-    done = subprocess.run(
-        [*COMMAND, "inspect", prepared / "m.safetensors", "--threads", "1"],
-        env={k: v for k, v in environment().items() if not k.startswith("OPENBLAS")},
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [*COMMAND, "inspect", prepared / "m.safetensors", "--threads", "1"],
+            env={k: v for k, v in environment().items() if not k.startswith("OPENBLAS")},
+            preexec_fn=limit,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except PermissionError:
+        pytest.skip("another user cannot run this Python")
     if "ermission" in done.stderr or "No module" in done.stderr:
         pytest.skip("another user cannot read the checkout")
     assert done.returncode in (0, 4), done.stderr
@@ -184,9 +187,7 @@ CALLS = [("open", of_model), ("pread", of_open_model), ("fstat", of_open_model)]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize(
-    ("name", "when"), [("open", of_model), ("pread", always), ("fstat", always)]
-)
+@pytest.mark.parametrize(("name", "when"), CALLS)
 def test_a_call_on_the_source_that_fails_is_4_in_its_words(
     name: str,
     when: Callable[..., bool],
