@@ -56,7 +56,7 @@ class TensorStatistics:
         if self.counts is not None:
             return self.counts
         assert self.patterns is not None
-        return np.bincount(self.patterns, minlength=kernels.HISTOGRAM_BINS)
+        return np.bincount(self.patterns, minlength=HISTOGRAM_BINS)
 
     @property
     def minimum(self) -> float | None:
