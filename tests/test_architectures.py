@@ -18,7 +18,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Call
 from numpy.typing import NDArray
 from tiny_models import (
     BYTE_LEVEL_END,
@@ -31,6 +31,7 @@ from tiny_models import (
     write_directory,
 )
 
+import qconvert
 from qconvert.architectures import (
     GgufSource,
     Place,
@@ -776,6 +777,25 @@ def test_a_decoder_that_makes_embeddings_pools_too(tmp_path: Path) -> None:
     source = sentence(directory, ("", "Transformer"), ("p", "Pooling"), ("n", "Normalize"), p=last)
     assert plain(source)["qwen3.pooling_type"] == 3
     assert any("scaled to length 1" in n for n in source.notes)
+
+
+def test_a_qblk_file_carries_settings_of_modules_and_tells_what_it_does_not_hold(
+    tmp_path: Path, call: Call
+) -> None:
+    directory = write_directory(tmp_path / "m", "bert")
+    modules = (("", "Transformer"), ("pool", "Pooling"), ("2_Dense", "Dense"))
+    sentence(directory, *modules[:2], pool={"pooling_mode": "cls"})
+    output = tmp_path / "m.qblk"
+    assert call("quantize", directory, "--scheme", "f16", "-o", output).err.count("\n") == 1
+    with qconvert.load(output) as tensors:
+        assert json.loads(tensors.file("pool/config.json")) == {"pooling_mode": "cls"}
+    assert plain(opened(output))["bert.pooling_type"] == 2
+    entries = [{"idx": i, "name": str(i), "path": p, "type": f"sentence_transformers.models.{t}"}
+               for i, (p, t) in enumerate(modules)]  # fmt: skip
+    (directory / "modules.json").write_text(json.dumps(entries))
+    found = call("quantize", directory, "--scheme", "f16", "-o", output, "--force")
+    assert found.code == 0
+    assert "not the module 'Dense' of sentence-transformers" in found.err
 
 
 @pytest.mark.parametrize(

@@ -564,11 +564,12 @@ def test_parameters_of_a_recurrence_are_no_layers_and_what_runs_is_seen(
 def test_a_fused_matrix_that_transformers_takes_apart_is_observed(
     options: Callable[..., TextOptions], tmp_path: Path
 ) -> None:
-    from transformers import NomicBertConfig, NomicBertModel
-
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "NomicBertConfig"):
+        pytest.skip("this transformers has no NomicBert")
     sizes = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
     path = tmp_path / "nomic"
-    NomicBertModel(NomicBertConfig(**sizes)).save_pretrained(path)
+    transformers.NomicBertModel(transformers.NomicBertConfig(**sizes)).save_pretrained(path)
     text = tmp_path / "lines.txt"
     text.write_text("one line\nand another\n")
     report = calibrate_text(options(model=tokenizer_into(path), texts=(text,), nsamples=None))

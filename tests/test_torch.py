@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Finished, Run, environment, execute
+from conftest import Finished, Qblk, Run, environment, execute
 from tiny_models import CONFIGS, write_directory
 
 import qconvert
@@ -278,6 +278,8 @@ def test_tensors_that_transformers_renames_or_joins_are_loaded(
     import qconvert.torch
     from qconvert.running.quantized_model import open_quantized
 
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"this transformers has no {name}")
     config = renamed(name)
     cls = f"{name}Model" if name == "NomicBert" else f"{name}ForCausalLM"
     config.architectures = [cls]
@@ -399,6 +401,50 @@ def test_models_of_other_shapes_are_those_of_the_dequantized_weights(
     assert torch.allclose(found, wanted, rtol=0, atol=1e-5 * size)
     dynamic = logits(qconvert.torch.load_model(path, activations="dynamic"), ids)
     assert torch.allclose(dynamic, wanted, rtol=0, atol=0.1 * size)
+
+
+def test_plain_weights_are_not_quantized_while_they_are_loaded(
+    short: Path, tmp_path: Path, done: Run, verify: Verify
+) -> None:
+    """bitsandbytes does that, and stays in the configuration of models that were saved plain."""
+    place, path = checkpoint(tmp_path / "m", tied()), tmp_path / "m.qblk"
+    fields = json.loads((place / "config.json").read_text())
+    entry = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (place / "config.json").write_text(json.dumps(fields | {"quantization_config": entry}))
+    done("quantize", place, "--scheme", "q8_channel", "-o", path)
+    options = ("--text", short, "--seqlen", 64, "--nsamples", 2)
+    done("calibrate", place, *options, "-o", tmp_path / "m.cal")
+    found = verify(path, "--against", place, *options, "--json")
+    assert found.json["token_quality"]["kl_mean"] < 0.01
+
+
+def test_a_file_made_of_codes_is_not_loaded(tmp_path: Path, done: Run) -> None:
+    """Written when nothing looked at its configuration."""
+    import qconvert.torch
+
+    place, path = checkpoint(tmp_path / "m", tied()), tmp_path / "m.qblk"
+    done("quantize", place, "--scheme", "q8_channel", "-o", path)
+    file = Qblk(path)
+    fields = json.loads(file.data["config.json", "data"])
+    fields["quantization_config"] = {"quant_method": "fp8"}
+    file.data["config.json", "data"] = bytearray(json.dumps(fields).encode())
+    file.write(path)
+    with pytest.raises(UnsupportedError) as refusal:
+        qconvert.torch.load_model(path)
+    assert refusal.value.code == "ARCH-QUANTIZED"
+
+
+def test_templates_that_a_file_carries_are_found_again(tmp_path: Path, done: Run) -> None:
+    """In a folder of their own: names in a container have no slashes."""
+    import qconvert.torch
+
+    place, path = checkpoint(tmp_path / "m", tied()), tmp_path / "m.qblk"
+    (place / "chat_template.jinja").write_text("A")
+    (place / "additional_chat_templates").mkdir()
+    (place / "additional_chat_templates" / "tool_use.jinja").write_text("T")
+    done("quantize", place, "--scheme", "q8_channel", "-o", path)
+    tokenizer = qconvert.torch.load_tokenizer(path)
+    assert tokenizer.chat_template == {"default": "A", "tool_use": "T"}
 
 
 def test_tied_layers_share_their_codes(tmp_path: Path, done: Run) -> None:

@@ -12,7 +12,7 @@ from qconvert.architectures.config_classes import ConfigClass
 from qconvert.architectures.families import Family, Sizes, known_class
 from qconvert.architectures.rope import Rope
 
-_MOST_NAMED = 20
+_MOST_LISTED = 300  # characters
 _CUT = reprlib.Repr()
 _CUT.maxstring = 60
 
@@ -45,10 +45,9 @@ def config_warnings(
         unknown += [(f"{where}.{name}", inner) for name in _unknown(inside, inner)]
     unknown += [(name, None) for name in rope.unread]
     if unknown:
-        shown = ", ".join(_shown(*one) for one in unknown[:_MOST_NAMED])
         found.append(
-            f"config.json has fields without effect, in transformers' {known.name} as here: {shown}"
-            + (f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else "")
+            "config.json has fields without effect, in transformers' "
+            f"{known.name} as here: {_listed(unknown)}"
         )
     if window := family.window(config, sizes):
         found.append(
@@ -76,6 +75,17 @@ def _unknown(fields: Mapping[str, Any], known: ConfigClass) -> list[str]:
                 continue
         names.append(name)
     return names
+
+
+def _listed(unknown: list[tuple[str, ConfigClass | None]]) -> str:
+    """Names, as many as fit on a line."""
+    text = ""
+    for i, one in enumerate(unknown):
+        more = (", " if text else "") + _shown(*one)
+        if len(text) + len(more) > _MOST_LISTED:
+            return f"{text} and {len(unknown) - i} more"
+        text += more
+    return text
 
 
 def _shown(name: str, known: ConfigClass | None) -> str:

@@ -236,7 +236,10 @@ def _parameters(
     if _ORIGINAL in _FIELDS[kind]:
         # One that stands outside, or that the class has there, counts before one inside.
         outside = config.given(_ORIGINAL) or config.get(_ORIGINAL) is not None
-        original = config.count(_ORIGINAL) if outside else fields.count(_ORIGINAL, context)
+        owner = config if outside else fields
+        original = owner.count(_ORIGINAL, context)
+        if kind == "longrope" and original == 1:  # its logarithm is divided by
+            raise owner.wrong(_ORIGINAL, "more than 1")
         if fields.get(_ORIGINAL, original) != original:
             outdone += (fields.described(_ORIGINAL),)
     part = 1.0
@@ -380,8 +383,6 @@ def _longrope(rope: Rope, p: Parameters, pairs: int) -> None:
     attention = p.optional("attention_factor")
     if attention is None:
         stretch = p.optional("factor") or p.context / p.original
-        if stretch > 1 and p.original == 1:  # its logarithm is divided by
-            raise p.fields.wrong(_ORIGINAL, "more than 1")
         attention = math.sqrt(1 + math.log(stretch) / math.log(p.original)) if stretch > 1 else 1.0
     rope.keys |= {
         "scaling.type": "longrope",

@@ -25,6 +25,8 @@ _OLDER = {  # fields before version 5.4, one for each way
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+_NAMED = 80  # characters
+_MODULES = 8  # that are named
 _PROMPT_SHOWN = 40
 _HARMLESS = ("Transformer", "Pooling", "Normalize", "Dropout")
 
@@ -71,7 +73,7 @@ def modules_beyond(files: SmallFiles) -> list[str]:
     modules = files.list(MODULES) or []
     kinds = [m.get("type") for m in modules if isinstance(m, dict)]
     names = [k.rpartition(".")[2] for k in kinds if isinstance(k, str)]
-    return [n for n in names if n not in _HARMLESS]
+    return [n[:_NAMED] for n in names if n not in _HARMLESS][:_MODULES]
 
 
 def _take(files: SmallFiles, i: int, module: Any, found: SentenceModules) -> None:

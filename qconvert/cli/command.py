@@ -42,9 +42,8 @@ def run_process(arguments: list[str]) -> NoReturn:
     """Run a command line as a process of its own, and end it."""
     prepare_streams()
     gc.set_threshold(GARBAGE)  # among the many objects of a large header are hardly any cycles
-    if not (sys.warnoptions or _debug(arguments)):
-        # Those of libraries: what a person is to know is said in a warning of ours.
-        warnings.simplefilter("ignore")
+    if not (sys.warnoptions or _debug(arguments) or HELP & set(arguments)):
+        _silence_libraries()
     try:
         code = main(arguments)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -59,6 +58,14 @@ def run_process(arguments: list[str]) -> NoReturn:
         abandon_stdout()
         code = code or ExitCode.MACHINE
     sys.exit(code)
+
+
+def _silence_libraries() -> None:
+    """No warnings and logs of theirs: what a person is to know is said in a warning of ours."""
+    warnings.simplefilter("ignore")
+    import logging
+
+    logging.disable()
 
 
 def main(arguments: list[str]) -> int:

@@ -54,6 +54,8 @@ def as_refusal(e: Exception) -> QconvertError:
             found=str(e),
             hint="see whether the machine is out of memory or files (ulimit -n), or install again",
         )
+    if isinstance(e, SystemError):  # of an extension whose memory was refused
+        return MachineError(f"the interpreter failed: {e}", hint="see whether memory is left")
     if isinstance(e, RuntimeError) and str(e) == NO_THREAD:
         return MachineError(
             "no thread can be started: resource temporarily unavailable",

@@ -28,7 +28,7 @@ def run() -> NoReturn:
     try:
         from qconvert.cli.command import run_process
     except Exception as e:  # a machine that cannot read the program's files
-        _write(f"error: qconvert cannot be loaded: {e}\n")
+        _write(f"error: qconvert cannot be loaded, nothing was written: {e}\n")
         os._exit(CANNOT_START)
     run_process(sys.argv[1:])
 

@@ -34,7 +34,7 @@ MAX_DIMS = 4
 MAX_VALUES = (1 << 63) - 1
 # Several times what is in use; they bound the time and memory that a hostile header can ask for.
 MAX_HEADER = 64 << 20
-MAX_TENSORS = 400_000
+MAX_TENSORS = 250_000
 MAX_KEYS = 100_000
 MAX_KEY_BYTES = 65_535  # the format's own
 MAX_NAME_BYTES = 1024  # of a tensor; QBLK-012

@@ -17,7 +17,17 @@ import gguf
 import numpy as np
 
 from qconvert.errors import UnsupportedError
-from qconvert.files.gguf import ARCHITECTURE, MAX_DIMS
+from qconvert.files.gguf import (
+    ARCHITECTURE,
+    MAX_ARRAY_STRING,
+    MAX_ARRAY_VALUES,
+    MAX_DIMS,
+    MAX_HEADER,
+    MAX_KEY_BYTES,
+    MAX_KEYS,
+    MAX_TENSORS,
+    MAX_TEXT_BYTES,
+)
 
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME, less the terminating zero
 FIXED_BYTES = 4 + 4 + 8 + 8  # magic, version, numbers of tensors and of keys
@@ -76,6 +86,7 @@ def check_gguf(tensors: Sequence[GgufTensor]) -> None:
     Raises:
         UnsupportedError: names the first such tensor.
     """
+    _check_limit("tensors", len(tensors), MAX_TENSORS)
     names: set[str] = set()
     for tensor in tensors:
         _check_name(tensor)
@@ -119,7 +130,9 @@ class GgufWriter:
         tensors: Sequence[GgufTensor],
     ) -> None:
         check_gguf(tensors)
+        _check_limit("keys", len(metadata), MAX_KEYS)
         values = {key: _checked(key, value) for key, value in metadata.items()}
+        _check_sizes(values)
         stated = values.get(ARCHITECTURE)
         architecture = stated.value if stated else None
         if not isinstance(architecture, str) or not architecture:
@@ -182,6 +195,7 @@ class GgufWriter:
             self._out = self._writer.fout[0]
             self._pad()
             self.header_size = self._out.tell()
+            _check_limit("bytes of header", self.header_size, MAX_HEADER)
         except BaseException:
             self.close()
             raise
@@ -193,6 +207,34 @@ class GgufWriter:
     def _check_complete(self) -> None:
         if self._missing:
             raise RuntimeError(f"tensor {self._current} lacks {self._missing} bytes")
+
+
+def _check_sizes(values: Mapping[str, GgufValue]) -> None:
+    """Refuse metadata that our reader would refuse."""
+    text = array_values = longest = 0
+    for key, stated in values.items():
+        text += string_key_bytes(key, "")
+        longest = max(longest, len(key.encode()))
+        if _is_sequence(stated.value):
+            array_values += len(stated.value)
+            strings = (s for s in stated.value if isinstance(s, str))
+            most = max((len(s.encode()) for s in strings), default=0)
+            _check_limit(f"bytes of a string in '{key}'", most, MAX_ARRAY_STRING)
+        elif isinstance(stated.value, str):
+            text += len(stated.value.encode())
+    _check_limit("bytes of a key", longest, MAX_KEY_BYTES)
+    _check_limit("bytes of keys and their values", text, MAX_TEXT_BYTES)
+    _check_limit("values in arrays", array_values, MAX_ARRAY_VALUES)
+
+
+def _check_limit(what: str, found: int, most: int) -> None:
+    if found > most:
+        raise UnsupportedError(
+            f"too many {what} for a GGUF file",
+            found=f"{found:,}",
+            wanted=f"at most {most:,}",
+            code="GGUF-LIMIT",
+        )
 
 
 def _check_name(tensor: GgufTensor) -> None:

@@ -33,6 +33,7 @@ MAX_HEADER = 1 << 26
 MAX_DEPTH = 16
 MAX_TENSORS = 1_000_000
 MAX_FILES = 10_000
+MAX_KEYS = 2_750_000  # of all objects: what 64 MiB of entries of tensors hold
 MAX_NAME = 1_024
 MAX_FILE_NAME = 255
 MAX_DIMS = 16
@@ -131,6 +132,7 @@ class _HeaderReader:
         self.path = file.path
         self.file = file
         self.tensor: str | None = None
+        self.lone_surrogate = False
         self.dtypes = DTYPES.keys() - NEWER_DTYPES
 
     def refuse(
@@ -174,7 +176,9 @@ class _HeaderReader:
         text = self.file.read(PREAMBLE.size, length)
         if hashlib.sha256(head[:32] + text).digest() != digest:
             self.refuse(6, "the header does not match its digest: the file is damaged")
-        header = self._parse(text)
+        decoded = self._text(text)
+        del text  # of up to 64 MiB, while as many pairs as it may have are made
+        header = self._parse(decoded)
         self._top_level(header)
         tensors = self._tensors(header["tensors"], payload)
         files = self._files(header["files"], payload)
@@ -191,7 +195,23 @@ class _HeaderReader:
 
     # --- section 2 ---
 
-    def _parse(self, text: bytes) -> dict[str, Any]:
+    def _text(self, data: bytes) -> str:
+        """The header as text, measured: nothing that recurses has seen it."""
+        size = json_size(data)
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as e:
+            self.refuse(8, f"header is not canonical JSON: {e}")
+        if size.depth > MAX_DEPTH:
+            self.refuse(8, f"header is not canonical JSON: nested more than {MAX_DEPTH} deep")
+        if size.spaces:
+            self.refuse(8, "header is not canonical JSON: white space outside strings")
+        if beyond := beyond_limits(size, MAX_KEYS):
+            self._beyond(*beyond)
+        self.lone_surrogate = lone_surrogate(data) is not None
+        return text
+
+    def _parse(self, text: str) -> dict[str, Any]:
         twice: list[str] = []
 
         def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -212,25 +232,14 @@ class _HeaderReader:
         def constant(name: str) -> NoReturn:
             raise ValueError(f"{name} is not JSON")
 
-        size = json_size(text)
         try:
-            decoded = text.decode("utf-8")
-            if size.depth > MAX_DEPTH:
-                raise ValueError(f"nested more than {MAX_DEPTH} deep")
-            if size.spaces:
-                raise ValueError("white space outside strings")
-            if beyond := beyond_limits(size):
-                self._beyond(*beyond)
             with no_collection():
                 header = json.loads(
-                    decoded,
-                    object_pairs_hook=pairs,
-                    parse_int=integer if size.digits >= len(str(MAX_INTEGER)) else int,
-                    parse_constant=constant,
+                    text, object_pairs_hook=pairs, parse_int=integer, parse_constant=constant
                 )
             if not isinstance(header, dict):
                 raise ValueError("not an object")
-            if lone_surrogate(text) is not None:
+            if self.lone_surrogate:
                 raise ValueError("lone surrogate")
         except ValueError as e:
             self.refuse(8, f"header is not canonical JSON: {e}")

@@ -17,15 +17,17 @@ from qconvert.files.json_size import JsonSize, json_size, lone_surrogate
 from qconvert.files.regular import RegularFile
 
 MAX_JSON_DEPTH = 16
-# What a header of 400,000 tensors needs, or a tokenizer of 500,000 tokens and as many merges. A
-# text at these limits takes up to 480 MiB: a member of an object 140 bytes, an object 200.
+# What a header of 250,000 tensors needs, an index of as many, or a tokenizer of 500,000 tokens and
+# as many merges. A text at these limits takes up to 450 MiB: a member of an object 140 bytes, an
+# object 200, and the text once more where it is one string.
 MAX_JSON_CONTAINERS = 1_250_000
-MAX_JSON_KEYS = 2_750_000
+MAX_JSON_KEYS = 1_250_000
 MAX_JSON_VALUES = 4_000_000
 MAX_JSON_MEMBERS = 1_000_000  # of one object
-MAX_JSON_TEXT = 160 << 20  # bytes of memory, see `JsonSize.text_bytes`
+MAX_JSON_TEXT = 140 << 20  # bytes of memory, see `JsonSize.text_bytes`
 MAX_DIGITS = 308  # of an integer: any such becomes a finite float
 
+_LOCATED_TEXT = 1 << 24  # of a longer text no tensor is named: that would parse it again
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -91,6 +93,7 @@ def strict_json(
         with no_collection():
             fields = decoder.decode(text)
     except (FormatError, json.JSONDecodeError) as error:
+        error.__traceback__ = None  # it holds what was parsed so far
         tensor = _member(text, decoder) if of_tensors else None
         if isinstance(error, FormatError):
             error.tensor = tensor
@@ -150,6 +153,8 @@ def _member(text: str, decoder: json.JSONDecoder, place: int | None = None) -> s
         assert match
         return match.end()
 
+    if len(text) > _LOCATED_TEXT:
+        return None
     at = after(after(0) + 1)
     while True:
         try:
@@ -183,12 +188,16 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def beyond_limits(size: JsonSize) -> tuple[str, int, int] | None:
-    """What a parser must not see: what there is too much of, how much there is, and the most."""
+def beyond_limits(size: JsonSize, keys: int = MAX_JSON_KEYS) -> tuple[str, int, int] | None:
+    """What a parser must not see: what there is too much of, how much there is, and the most.
+
+    Args:
+        keys: at most.
+    """
     limits = (
         ("nested too deep", size.depth, MAX_JSON_DEPTH),
         ("of too many objects and arrays", size.containers, MAX_JSON_CONTAINERS),
-        ("of too many keys", size.keys, MAX_JSON_KEYS),
+        ("of too many keys", size.keys, keys),
         ("of too many values", size.values, MAX_JSON_VALUES),
         ("too long in memory, with its widest letter", size.text_bytes, MAX_JSON_TEXT),
     )

@@ -78,16 +78,21 @@ def open_checkpoint(
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-        model, loaded = getattr(transformers, name).from_pretrained(
+        cls = getattr(transformers, name)
+        described = cls.config_class.from_pretrained(path, local_files_only=True)
+        model, loaded = cls.from_pretrained(
             path,
+            config=described if without_quantizer(described) else None,
             dtype="auto" if streamed else torch.float32,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
             local_files_only=True,
         )
     except Exception as e:  # whatever transformers makes of files that it does not like
         refuse_loading(e, path)
-    lacking = sorted(loaded["missing_keys"]) + sorted(str(k) for k in loaded["mismatched_keys"])
+    other_shapes = sorted(str(k[0]) for k in loaded["mismatched_keys"])
+    lacking = other_shapes + sorted(set(loaded["missing_keys"]) - set(other_shapes))
     if lacking:
         raise UnsupportedError(
             "the weights do not make up the model, torch would invent them",
@@ -102,6 +107,18 @@ def open_checkpoint(
         stream_weights(model)
         widen_if_needed(model)
     return Checkpoint(path, model, tokenizer, config, kind)
+
+
+def without_quantizer(described: Any) -> bool:
+    """Take out of a configuration what would have transformers quantize plain weights as it loads
+    them, such as bitsandbytes: here they are wanted as they are.
+
+    Returns:
+        whether there was such an entry.
+    """
+    parts = (described, described.get_text_config())
+    found = [vars(part).pop("quantization_config", None) for part in parts]
+    return any(entry is not None for entry in found)
 
 
 def plain_experts(model: Any) -> None:

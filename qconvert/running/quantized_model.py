@@ -19,6 +19,7 @@ from qconvert.codecs.codec import Stored
 from qconvert.errors import QconvertError, UnsupportedError, UsageError
 from qconvert.files import OpenModel, open_model
 from qconvert.files.gguf import ARCHITECTURE, RAW
+from qconvert.files.prequantized import refuse_prequantized
 from qconvert.files.qblk_header import SLASH
 from qconvert.geometry import TILE_VALUES
 from qconvert.model import DTYPES, Model, TensorInfo
@@ -30,6 +31,7 @@ from qconvert.running.hugging_face import (
     plain_experts,
     refuse_loading,
     require,
+    without_quantizer,
 )
 from qconvert.running.integer_path import DynamicInput, StaticInput, StoredMatrix, read_matrix
 from qconvert.running.state_dict import Loaded, StandIns, load_state, quiet
@@ -101,6 +103,7 @@ def open_quantized(
                 hint="llama.cpp has its own; a .qblk file has ours",
                 code="HF-INTEGERS",
             )
+        refuse_prequantized(model)
         if check:
             model.check_payload(lambda _: None)
         with _directory(model, directory) as place:
@@ -192,6 +195,7 @@ class _Builder:
             described = transformers.AutoConfig.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
+            without_quantizer(described)
             if self.model.kind == "gguf" and self.model.metadata.get(ARCHITECTURE) != RAW:
                 self._restore(cls, described, config, directory / CONFIG)
             built = self._load(cls, described)

@@ -1,0 +1,527 @@
+"""Changes of the tiny models' configurations: every field, and fields beside each other.
+
+For `make_config_table.py`. What the fields of a class are is transformers' to say; here are values
+for them, and combinations that configurations are found with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from config_cases import BASES, DECODERS, REMOVED, Fields
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A change of a base.
+
+    Attributes:
+        field: that the case is about.
+        value: what it is set to, for people.
+        changes: fields of config.json, or `REMOVED`.
+        weights: the changes by which the checkpoint's tensors are found, if other ones.
+    """
+
+    field: str
+    value: str
+    changes: Fields = field(default_factory=dict)
+    weights: Fields | None = None
+
+
+# --- cases ----------------------------------------------------------------------------------------
+
+WITHOUT_WIDTH = "yarn, head_dim left out"
+# What is to be taken although transformers does not load it, and why.
+TAKEN = {
+    "longrope called su": "transformers 5 wants the original context inside beside the older name",
+    WITHOUT_WIDTH: "transformers does not fill in head_dim for this class, and stumbles over that",
+}
+# Values that are not the default; a second type, and what no model can have, among them.
+VALUES: dict[str, list[Any]] = {
+    "vocab_size": [320, 0],
+    "hidden_size": [96, 64.0, "64", 66],
+    "intermediate_size": [64, 96.0],
+    "num_hidden_layers": [1, 3, 2.0, 0],
+    "num_attention_heads": [2, 8, 4.0],
+    "num_key_value_heads": [1, 4, 3, 2.0],
+    "head_dim": [32, 16, 8, 0, 15, 16.0, "16"],
+    "max_position_embeddings": [512, 256.0],
+    "moe_intermediate_size": [32],
+    "num_local_experts": [2, 8, 0],
+    "num_experts": [2, 8, 0],
+    "num_experts_per_tok": [1, 3, 4, 5, 0],
+    "type_vocab_size": [1, 3, 0],
+    "rms_norm_eps": [1e-2, 0.5, 0.0, 1e-45, 1, "1e-5", -1e-5],
+    "layer_norm_eps": [1e-2, 0.5, 0.0, 1, "1e-5"],
+    "hidden_act": ["swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", 7],
+    "hidden_activation": ["gelu", "gelu_new", "gelu_fast", "silu", "relu"],
+    "attention_bias": [True, "true", 1],
+    "mlp_bias": [True],
+    "rope_theta": [500.0, 500, 1e6, 0, -1.0, "1e4", 1.0, 0.5],
+    "partial_rotary_factor": [0.5, 1.0, 1, 0.0, 2.0, 0.4, "1"],
+    "original_max_position_embeddings": [64],
+    "is_causal": [True, False],
+    "per_layer_config": [{}, {"0": {"intermediate_size": 32}}],
+    "query_pre_attn_scalar": [16, 32.0, 0],
+    "attn_logit_softcapping": [1.0, 50, 0.0],
+    "final_logit_softcapping": [5.0, 30, 0.0, -1.0],
+    "use_bidirectional_attention": [True],
+    "norm_topk_prob": [False],
+    "decoder_sparse_step": [2, 0],
+    "mlp_only_layers": [[0], [7], [], "0"],
+    "is_decoder": [True],
+    "add_cross_attention": [True],
+    "position_embedding_type": ["absolute", "relative_key"],
+    "sliding_window": [8, 16, 256, 4096, 0, -1, 8.0, "8"],
+    "sliding_window_pattern": [2, 3, 1, -2, 0, 2.0, 100],
+    "rope_local_base_freq": [500.0, 500, 0],
+    "use_sliding_window": [True, 1],
+    "max_window_layers": [0, -1, "1"],
+    "layer_types": [
+        ["full_attention"],
+        "full_attention",
+        ["chunked_attention", "full_attention"],
+        ["full_attention", "full_attention"],
+        ["sliding_attention", "full_attention"],
+    ],
+    "attention_chunk_size": [8],
+    "rope_parameters": [{}, [], "linear"],
+    "rope_scaling": [{}, [], [1], "linear"],
+    "tie_word_embeddings": [True, "true"],
+}
+_UNUSED: dict[str, list[Any]] = {  # no computation depends on these
+    "num_labels": [3],
+    "initializer_range": [0.5],
+    "use_cache": [False],
+    "attention_dropout": [0.5],
+    "hidden_dropout_prob": [0.5],
+    "attention_probs_dropout_prob": [0.5],
+    "classifier_dropout": [0.5],
+    "resid_pdrop": [0.5],
+    "embd_pdrop": [0.5],
+    "pretraining_tp": [2],
+    "pad_token_id": [3, -1],
+    "bos_token_id": [4],
+    "eos_token_id": [4, [4, 5]],
+    "output_router_logits": [True],
+    "router_aux_loss_coef": [0.5],
+    "router_jitter_noise": [0.5],
+    "mm_tokens_per_image": [9],
+    "boi_token_index": [303],
+    "eoi_token_index": [303],
+    "image_token_index": [303],
+    "output_hidden_states": [True],
+    "return_dict": [True],
+    "dtype": ["float16"],
+    "torch_dtype": ["bfloat16"],
+    "chunk_size_feed_forward": [8],
+    "is_encoder_decoder": [False],
+    "id2label": [{"0": "a", "1": "b", "2": "c"}],
+    "label2id": [{"a": 0}],
+    "problem_type": ["regression"],
+    "transformers_version": ["4.40.0"],
+    "_name_or_path": ["somewhere"],
+    "tokenizer_class": ["PreTrainedTokenizerFast"],
+    "temperature": [0.5],
+    "output_attentions": [True],
+    "tie_last_hidden_states": [True],
+    "attn_implementation": ["sdpa"],
+    "cache_implementation": ["hybrid"],
+}
+# transformers caps the logits of no model of text and images
+UNUSED = (*_UNUSED, "text_config.final_logit_softcapping")
+VALUES |= _UNUSED
+# Read by transformers though no field of the class, or of every class before transformers 5.
+BESIDE = (
+    "torch_dtype", "_name_or_path", "tokenizer_class", "temperature", "output_attentions",
+    "tie_last_hidden_states", "attn_implementation", "cache_implementation", "per_layer_config",
+)  # fmt: skip
+BESIDE_DECODERS = (
+    "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings",
+    "is_causal", "sliding_window", "layer_types", "attention_chunk_size",
+)  # fmt: skip
+BESIDE_CLASS = {
+    "qwen2": ("head_dim",),
+    "qwen3_moe": ("head_dim",),
+    "phi3": ("head_dim",),
+    "gemma3_text": ("sliding_window_pattern", "rope_local_base_freq"),
+    "bert": ("position_embedding_type", "head_dim"),
+}
+# Without the field the class's default makes another model, of which no checkpoint is at hand, and
+# which may be too large to build.
+DEFAULT_IS_ANOTHER = frozenset(
+    {
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "head_dim", "moe_intermediate_size",
+        "num_local_experts", "num_experts", "text_config", "vision_config",
+    }
+)  # fmt: skip
+# Fields that a refusal may name instead: one contradicts the other.
+RELATED = {
+    "head_dim": ("query_pre_attn_scalar",),
+    "num_experts": ("num_local_experts",),
+    "num_local_experts": ("num_experts",),
+}
+# Which matrix is the output matrix is settled by comparing the two that a checkpoint may have.
+NOT_HERE = {"gemma3": ("tie_word_embeddings",)}
+NOT_FIELDS = ("architectures", "text_config", "vision_config")
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+_LONG = [1.0 + 0.5 * i for i in range(16)]
+_SHORT = [1.0 + 0.05 * i for i in range(16)]
+
+
+def field_cases(name: str, fields: list[str]) -> Iterator[Case]:
+    """Each field set, null, and removed."""
+    for f in fields:
+        for value in VALUES[f]:
+            if value == 66 and name in ("mixtral", "qwen3_moe"):
+                continue  # torch multiplies experts by rows of whole 16 bytes
+            yield Case(f, json.dumps(value), {f: value})
+        yield Case(f, "null", {f: None})
+        if f in BASES[name]:
+            yield Case(f, "absent", {f: REMOVED})
+
+
+def rope_cases(name: str) -> Iterator[Case]:
+    """Rotary positions, in the words of old and new configurations."""
+    pairs = {"qwen3": 16, "gemma2": 16}.get(name, 8)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    llama3 = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    long = {"rope_type": "longrope", "short_factor": _SHORT[:pairs], "long_factor": _LONG[:pairs]}
+
+    # transformers' class of Mixtral does not fill in the width of a head, and stumbles over that
+    width = {"head_dim": 16} if name == "mixtral" else {}
+
+    def scaling(value: str, fields: Fields | None, **beside: Any) -> Case:
+        return Case("rope_scaling", value, {"rope_scaling": fields, **width, **beside})
+
+    def parameters(value: str, fields: Fields, **beside: Any) -> Case:
+        return Case("rope_parameters", value, {"rope_parameters": fields, **width, **beside})
+
+    for kind in ("type", "rope_type"):
+        yield scaling(f"{kind} linear", {kind: "linear", "factor": 2.0})
+        yield scaling(
+            f"{kind} yarn",
+            {**yarn, "rope_type": "yarn"}
+            if kind == "rope_type"
+            else {"type": "yarn", **{n: v for n, v in yarn.items() if n != "rope_type"}},
+        )
+    linear = {"rope_type": "linear", "factor": 4.0}
+    yield scaling("rope_type linear, type dynamic", {**linear, "type": "dynamic"})
+    yield scaling("rope_type null, type linear", {"rope_type": None, "type": "linear", "factor": 2})
+    yield scaling(
+        "rope_type default, type linear", {**linear, "rope_type": "default", "type": "linear"}
+    )
+    for factor in (2, 1.0, 0.5, None, "2", 0, -2.0, 5e-324, 1e300, True):
+        yield scaling(f"linear, factor {json.dumps(factor)}", linear | {"factor": factor})
+    yield scaling("linear without factor", {"rope_type": "linear"})
+    yield scaling("linear, attention_factor 0.5", linear | {"attention_factor": 0.5})
+    yield scaling("linear, unknown field", linear | {"factr": 0.5})
+    for kind in ("dynamic", "su", "mrope", "proportional", "none", 7, ["linear"], {}, ""):
+        yield scaling(f"rope_type {json.dumps(kind)}", {"rope_type": kind, "factor": 2.0})
+    # two names for one thing
+    yield parameters("linear", linear)
+    yield parameters("linear, beside rope_theta 500", linear, rope_theta=500.0)
+    yield parameters(
+        "linear with rope_theta 500, beside rope_theta 1e6",
+        linear | {"rope_theta": 500.0},
+        rope_theta=1e6,
+    )
+    yield parameters(
+        "linear with rope_theta 500, beside rope_theta null",
+        linear | {"rope_theta": 500.0},
+        rope_theta=None,
+    )
+    yield parameters("linear with rope_theta null", linear | {"rope_theta": None}, rope_theta=500.0)
+    yield parameters(
+        "default with rope_theta 500 (integer)", {"rope_type": "default", "rope_theta": 500}
+    )
+    yield parameters("rope_theta 500 alone", {"rope_theta": 500.0})
+    yield scaling(
+        "linear, beside rope_parameters with rope_theta 500",
+        linear,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    )
+    yield scaling("linear, beside rope_parameters yarn", linear, rope_parameters=yarn)
+    yield scaling("null, beside rope_parameters linear", None, rope_parameters=linear)
+    yield scaling("empty, beside rope_parameters linear", {}, rope_parameters=linear)
+    yield scaling("linear, beside rope_parameters null", linear, rope_parameters=None)
+    yield scaling("linear with rope_theta 500", linear | {"rope_theta": 500.0}, rope_theta=1e6)
+    yield scaling("linear with partial_rotary_factor 0.5", linear | {"partial_rotary_factor": 0.5})
+    yield parameters(
+        "partial_rotary_factor 0.5", {"rope_type": "default", "partial_rotary_factor": 0.5}
+    )
+    yield parameters(
+        "partial_rotary_factor 0.5, beside 0.25",
+        {"rope_type": "default", "partial_rotary_factor": 0.5},
+        partial_rotary_factor=0.25,
+    )
+    yield parameters(
+        "partial_rotary_factor null", {"rope_type": "default", "partial_rotary_factor": None}
+    )
+    yield parameters("by layer", {FULL: linear, SLIDING: {"rope_type": "default"}})
+    yield parameters("by layer, one null", {FULL: linear, SLIDING: None})
+    # YaRN
+    for n, values in {
+        "factor": (4, 1.0, 0.5, None, 16.0),
+        "attention_factor": (0.5, 1, 1.0, None, 0, "1"),
+        "beta_fast": (4.0, 8, None, 0, 1e3, -1.0),
+        "beta_slow": (2.0, 0.25, None, 0),
+        "mscale": (0.7, None),
+        "mscale_all_dim": (0.7,),
+        "truncate": (False, True, None, 0),
+        "original_max_position_embeddings": (32, None, 0, 64.0, 4096),
+    }.items():
+        for v in values:
+            yield scaling(f"yarn, {n} {json.dumps(v)}", yarn | {n: v})
+    yield scaling("yarn without factor", {n: v for n, v in yarn.items() if n != "factor"})
+    yield scaling("yarn without original", {"rope_type": "yarn", "factor": 2.0})
+    yield scaling("yarn, original outside too", yarn, original_max_position_embeddings=32)
+    yield scaling(
+        "yarn, mscale 1 and mscale_all_dim 1", yarn | {"mscale": 1.0, "mscale_all_dim": 1.0}
+    )
+    yield scaling(
+        "yarn, mscale 0.7 and mscale_all_dim 1.4", yarn | {"mscale": 0.7, "mscale_all_dim": 1.4}
+    )
+    yield scaling(
+        "yarn, mscale 0 and mscale_all_dim 1", yarn | {"mscale": 0, "mscale_all_dim": 1.0}
+    )
+    yield scaling("yarn, betas as they are by default", yarn | {"beta_fast": 32, "beta_slow": 1})
+    yield scaling(
+        "yarn, betas, truncate and attention_factor",
+        yarn | {"beta_fast": 4.0, "beta_slow": 2.0, "truncate": False, "attention_factor": 0.8},
+    )
+    yield scaling("yarn, finetuned", yarn | {"finetuned": True})
+    yield scaling("yarn, rope_theta 1", yarn | {"rope_theta": 1.0})
+    yield scaling("yarn, rope_theta 500", yarn, rope_theta=500.0)
+    # Llama 3
+    yield scaling("llama3", llama3)
+    original = "original_max_position_embeddings"
+    for n, v in (
+        ("factor", 4), ("factor", 5e-324), ("low_freq_factor", 2), ("high_freq_factor", 1.0),
+        ("low_freq_factor", 0), (original, None), (original, 512),
+    ):  # fmt: skip
+        yield scaling(f"llama3, {n} {json.dumps(v)}", llama3 | {n: v})
+    for n in ("factor", "low_freq_factor", "original_max_position_embeddings"):
+        yield scaling(f"llama3 without {n}", {m: v for m, v in llama3.items() if m != n})
+    yield scaling("llama3, original outside too", llama3, original_max_position_embeddings=64)
+    # LongRoPE: a context that is no longer than the original one, and a text that is longer
+    whole, stretched = {original: 256}, {original: 128, "max_position_embeddings": 512}
+    for label, where in (("short", whole), ("long", stretched)):
+        for inside in (False, True):
+            fields = long | ({original: where[original]} if inside else {})
+            beside = {n: v for n, v in where.items() if not (inside and n == original)}
+            yield scaling(
+                f"longrope, {label}, original {'inside' if inside else 'outside'}", fields, **beside
+            )
+        for n, v in (
+            ("factor", 4.0),
+            ("attention_factor", 0.5),
+            ("attention_factor", None),
+            ("factor", 1),
+        ):
+            yield scaling(f"longrope, {label}, {n} {json.dumps(v)}", long | {n: v}, **where)
+    yield scaling(
+        "longrope, text shorter than the original, context longer",
+        long,
+        **{original: 200, "max_position_embeddings": 512},
+    )
+    yield scaling("longrope, original 1", long, **{original: 1})
+    yield scaling("longrope, original 0", long, **{original: 0})
+    yield scaling("longrope, other lengths", long | {"short_factor": [1.0]}, **whole)
+    yield scaling(
+        "longrope without long_factor",
+        {n: v for n, v in long.items() if n != "long_factor"},
+        **whole,
+    )
+    yield scaling("longrope, a zero", long | {"short_factor": [0.0] * pairs}, **whole)
+    yield scaling("longrope called su", long | {"rope_type": "su"}, **whole)
+    yield scaling(
+        "longrope called su, original inside", long | {"rope_type": "su", original: 256}, **whole
+    )
+    yield scaling("longrope called yarn", long | {"rope_type": "yarn"}, **whole)
+
+
+def gemma3_rope_cases() -> Iterator[Case]:
+    """One base for full layers, another for sliding ones."""
+    linear = {"rope_type": "linear", "factor": 4.0}
+
+    def both(full: Any, sliding: Any, **beside: Any) -> Fields:
+        return {"rope_parameters": {FULL: full, SLIDING: sliding}, **beside}
+
+    for value, changes in {
+        "both bases": both({"rope_theta": 500.0}, {"rope_theta": 50.0}),
+        "both bases, older ones beside": both(
+            {"rope_theta": 500.0}, {"rope_theta": 50.0}, rope_theta=7.0, rope_local_base_freq=7.0
+        ),
+        "without bases, older ones beside": both(
+            {"rope_type": "default"}, {}, rope_theta=500.0, rope_local_base_freq=50.0
+        ),
+        "full linear": both(linear, {"rope_type": "default"}),
+        "full called type linear": both({"type": "linear", "factor": 4.0}, {}),
+        "full linear, factor null": both(linear | {"factor": None}, {}),
+        "sliding linear": both({"rope_type": "default"}, linear),
+        "full yarn": both(
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, {}
+        ),
+        "full null": both(None, {"rope_theta": 50.0}),
+        "sliding null": both({"rope_theta": 500.0}, None),
+        "full alone": {"rope_parameters": {FULL: {"rope_theta": 500.0}}},
+        "sliding alone": {"rope_parameters": {SLIDING: {"rope_theta": 50.0}}},
+        "full no object": both("linear", {}),
+        "flat": {"rope_parameters": linear | {"rope_theta": 500.0}},
+        "full with partial_rotary_factor 0.5": both({"partial_rotary_factor": 0.5}, {}),
+        "rope_theta null inside": both({"rope_theta": None}, {}),
+    }.items():
+        yield Case("rope_parameters", value, changes)
+    for value, changes in {
+        "rope_type linear": {"rope_scaling": linear},
+        "type linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        "rope_type linear, beside rope_parameters": both(
+            {"rope_theta": 500.0}, {}, rope_scaling=linear
+        ),
+        "rope_type linear, beside rope_parameters without full": {
+            "rope_parameters": {SLIDING: {"rope_theta": 50.0}}, "rope_scaling": linear,
+        },
+        "rope_type linear, beside full null": both(None, {}, rope_scaling=linear),
+        "rope_type llama3": {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
+        "by layer": {"rope_scaling": {FULL: linear}},
+    }.items():  # fmt: skip
+        yield Case("rope_scaling", value, changes)
+
+
+def class_cases(name: str) -> Iterator[Case]:
+    """What belongs to one class: layers, windows, experts, biases, tied names."""
+    if name == "llama":
+        yield Case("attention_bias", "true, checkpoint without", {"attention_bias": True}, {})
+        yield Case("attention_bias", "false, checkpoint with", {}, {"attention_bias": True})
+        yield Case("mlp_bias", "true, checkpoint without", {"mlp_bias": True}, {})
+        yield Case("mlp_bias", "false, checkpoint with", {}, {"mlp_bias": True})
+        yield Case("architectures", "absent", {"architectures": REMOVED})
+        yield Case("architectures", "null", {"architectures": None})
+        yield Case("model_type", "mistral", {"model_type": "mistral"})
+        yield Case("model_type", "own", {"model_type": "my_llama"})
+        yield Case("rope_thetta", "500.0", {"rope_thetta": 500.0})
+        yield Case("num_experts", "4", {"num_experts": 4})
+    if name in ("llama", "gemma2", "qwen3"):
+        yield Case("hidden_size", "66, head_dim 32", {"hidden_size": 66, "head_dim": 32})
+    if name == "mistral":
+        yield Case("attention_bias", "true, checkpoint with", {"attention_bias": True}, {})
+        yield Case(
+            "sliding_window",
+            "absent, context 8192",
+            {"sliding_window": REMOVED, "max_position_embeddings": 8192},
+        )
+        yield Case("layer_types", "full", {"layer_types": [FULL, FULL]})
+    if name == "mixtral":
+        yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+        yield Case("rope_scaling", WITHOUT_WIDTH, {"rope_scaling": yarn})
+    if name in ("mixtral", "qwen3_moe"):
+        yield Case(
+            "num_experts", "4, num_local_experts 8", {"num_experts": 4, "num_local_experts": 8}
+        )
+        yield Case(
+            "num_experts", "8, num_local_experts 4", {"num_experts": 8, "num_local_experts": 4}
+        )
+        own, other = ("num_local_experts", "num_experts")[:: 1 if name == "mixtral" else -1]
+        yield Case("num_experts", f"{other} alone", {own: REMOVED, other: 4})
+        yield Case("num_experts", f"{other} null", {other: None})
+    if name in ("qwen2", "qwen3"):
+        on = {"use_sliding_window": True, "sliding_window": 16}
+        yield Case("sliding_window", "16, not used", {"sliding_window": 16})
+        yield Case("sliding_window", "16, used, max_window_layers 0", on | {"max_window_layers": 0})
+        yield Case("sliding_window", "16, used, max_window_layers 1", on | {"max_window_layers": 1})
+        yield Case("sliding_window", "16, used, max_window_layers 2", on | {"max_window_layers": 2})
+        yield Case("sliding_window", "16, used, max_window_layers absent", on)
+        yield Case(
+            "sliding_window", "256, used", on | {"sliding_window": 256, "max_window_layers": 0}
+        )
+        yield Case(
+            "sliding_window", "null, used", on | {"sliding_window": None, "max_window_layers": 0}
+        )
+        yield Case("layer_types", "sliding, window 16 used", on | {"layer_types": [SLIDING] * 2})
+        yield Case("layer_types", "sliding, window not used", {"layer_types": [SLIDING] * 2})
+        yield Case(
+            "layer_types",
+            "full, window 16 used",
+            on | {"layer_types": [FULL] * 2, "max_window_layers": 0},
+        )
+        yield Case("layer_types", "full, by the older name", {"layer_types": ["attention"] * 2})
+    if name == "qwen3_moe":
+        yield Case("sliding_window", "16, not used", {"sliding_window": 16})
+        yield Case("sliding_window", "16, used", {"use_sliding_window": True, "sliding_window": 16})
+        yield Case(
+            "norm_topk_prob",
+            "false, all experts used",
+            {"norm_topk_prob": False, "num_experts_per_tok": 4},
+        )
+    if name in ("gemma2", "gemma3_text"):
+        n = BASES[name]["num_hidden_layers"]
+        for label, types in {
+            "all full": [FULL] * n,
+            "all sliding": [SLIDING] * n,
+            "the other way": [FULL, *[SLIDING] * (n - 1)],
+            "as usual": [FULL if not (i + 1) % (2 if n == 2 else 6) else SLIDING for i in range(n)],
+            "too many": [FULL] * (n + 1),
+        }.items():
+            yield Case("layer_types", label, {"layer_types": types})
+        yield Case(
+            "layer_types",
+            "all full, without window",
+            {"layer_types": [FULL] * n, "sliding_window": None},
+        )
+        yield Case("hidden_act", "relu", {"hidden_act": "relu"})
+        yield Case(
+            "attn_logit_softcapping",
+            "1.0, final 2.0",
+            {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0},
+        )
+    if name == "gemma3_text":
+        yield Case("_sliding_window_pattern", "2", {"_sliding_window_pattern": 2})
+    if name == "bert":
+        yield Case("architectures", "absent", {"architectures": REMOVED})
+        yield Case(
+            "is_decoder",
+            "true, add_cross_attention",
+            {"is_decoder": True, "add_cross_attention": True},
+        )
+
+
+def inner_cases() -> Iterator[Case]:
+    """The text model inside Gemma3ForConditionalGeneration."""
+    for case in (
+        *field_cases("gemma3_text", ["rms_norm_eps", "sliding_window", "final_logit_softcapping",
+                                     "query_pre_attn_scalar", "rope_theta", "rope_local_base_freq",
+                                     "sliding_window_pattern"]),
+        *gemma3_rope_cases(),
+    ):  # fmt: skip
+        yield Case(f"text_config.{case.field}", case.value, {"text_config": case.changes})
+    for f, value in (("sliding_window", 4), ("num_hidden_layers", 99), ("rms_norm_eps", 0.5),
+                     ("rope_scaling", {"rope_type": "linear", "factor": 4.0})):  # fmt: skip
+        yield Case(f, f"{json.dumps(value)}, outside", {f: value})
+    yield Case("text_config", "a list", {"text_config": []})
+    yield Case("architectures", "absent", {"architectures": REMOVED})
+
+
+def cases(name: str, own: list[str]) -> list[Case]:
+    """All cases of a class with these fields."""
+    beside = BESIDE + BESIDE_CLASS.get(name, ())
+    if name in DECODERS:
+        beside += BESIDE_DECODERS
+    fields = [f for f in own if f not in (*NOT_FIELDS, *NOT_HERE.get(name, ()))]
+    found = list(field_cases(name, [*fields, *(b for b in beside if b not in fields)]))
+    if name == "gemma3":
+        found += inner_cases()
+    elif name == "gemma3_text":
+        found += gemma3_rope_cases()
+    elif name != "bert":
+        found += rope_cases(name)
+    found += class_cases(name)
+    return found
