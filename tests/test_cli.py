@@ -35,6 +35,7 @@ from conftest import (
     save,
 )
 from safetensors.numpy import load_file
+from stored import named
 
 from qconvert import kernels
 from qconvert.cli.main import main
@@ -827,7 +828,7 @@ def test_calibration_goes_into_the_file_and_verify_uses_it(
     call(*lines("--calibration", "new.safetensors")["quantize"])
     model = open_qblk(place / "new.qblk")
     for name, layer in layers.items():
-        noted = model.stored[f"{name}.weight"].activation
+        noted = named(model, f"{name}.weight").activation
         assert noted
         assert (noted["scale"], noted["zero_point"]) == (layer["scale"], layer["zero_point"])
         assert (noted["observer"], noted["samples"]) == (observer, 50)
@@ -855,7 +856,7 @@ def test_symmetric_activations_have_no_zero_point_up_to_the_product(
     call(*lines("--calibration", "new.safetensors")["quantize"])
     with closing(open_qblk(place / "new.qblk")) as model:
         for name, layer in layers.items():
-            noted = model.stored[f"{name}.weight"].activation
+            noted = named(model, f"{name}.weight").activation
             assert noted
             assert (noted["scale"], noted["zero_point"]) == (layer["scale"], 0)
             assert layer["scale"] == pytest.approx(layer["high"] / 127, rel=1e-6)

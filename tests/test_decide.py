@@ -16,6 +16,9 @@ import pytest
 from numpy.typing import NDArray
 
 from qconvert import kernels
+from qconvert.codecs.affine.decide import decision_notes, sample_rows, zero_point_cost
+from qconvert.codecs.affine.encoder import planned
+from qconvert.codecs.affine.shared import Analysis, analyse
 from qconvert.encoding import BITS, AffineEncoding
 from qconvert.errors import WeightError
 from qconvert.files import open_model
@@ -23,10 +26,7 @@ from qconvert.kernels.arithmetic import to_groups
 from qconvert.model import Model, SourceFile, TensorInfo
 from qconvert.ranges import RangeMethod, default_method
 from qconvert.schemes import affine_scheme
-from qconvert.stages.analyse import Analysis, analyse
-from qconvert.stages.decide import decision_notes, sample_rows, zero_point_cost
 from qconvert.stages.parallel import Workers
-from qconvert.stages.plan import encoding_of
 
 F32 = NDArray[np.float32]
 TINY_LLAMA = Path(__file__).parent.parent / "samples" / "tiny-llama" / "model.safetensors"
@@ -64,7 +64,7 @@ def analysed(
     mapper: Callable[..., Iterable] = map,
 ) -> Analysis:
     model = OneTensor(x)
-    encoding = encoding_of(affine_scheme(bits, *unit, requested), model.info)
+    encoding = planned(affine_scheme(bits, *unit, requested), model.info)
     return analyse(model, model.info, encoding, requested, default_method(bits), mapper)
 
 
@@ -171,12 +171,13 @@ def test_zero_points_cost_their_bits(bits: int) -> None:
     stored = 8 if bits == 8 else bits + 2
     info = TensorInfo("w", (10, 200), "F32", 8000)
     for unit, share in ((("block", 32), 32), (("block", 256), 256), (("channel", 0), 200)):
-        encoding = encoding_of(affine_scheme(bits, *unit, None), info)
+        encoding = planned(affine_scheme(bits, *unit, None), info)
         assert zero_point_cost(encoding) == stored / share
-        extra = dict(replace(encoding, symmetric=False).segments((3200, 200)))["zero_points"]
+        segments = replace(encoding, symmetric=False).segments((3200, 200))
+        (extra,) = (s.size for s in segments if s.kind == "zero_points")
         codes = 3200 * (-(-200 // share) * share)  # padding included
         assert 8 * extra / codes == pytest.approx(stored / share, rel=1e-3)
-    assert zero_point_cost(encoding_of(affine_scheme(bits, "tensor", 0, None), info)) == 0
+    assert zero_point_cost(planned(affine_scheme(bits, "tensor", 0, None), info)) == 0
 
 
 def test_the_sample_is_measured_and_recorded_with_every_rule() -> None:
@@ -205,7 +206,7 @@ def test_samples_are_parts_of_rows_that_the_tensor_has(unit: tuple[str, int]) ->
     for rows, columns in ((3, 5), (700, 1500), (4, 40_000), (100_000, 3)):
         x = np.arange(rows * columns, dtype=np.float32).reshape(rows, columns)
         model = OneTensor(x)
-        encoding = encoding_of(affine_scheme(4, *unit, None), model.info)
+        encoding = planned(affine_scheme(4, *unit, None), model.info)
         sample = sample_rows(model, model.info, encoding)
         assert sample.size <= max(1 << 18, columns)
         assert sample.size >= min(x.size, 1 << 15, rows << 10)

@@ -15,12 +15,12 @@ import pytest
 from numpy.typing import NDArray
 
 from qconvert import kernels
+from qconvert.codecs.affine.streams import fit_stream
 from qconvert.encoding import BITS, AffineEncoding
 from qconvert.kernels import reference
 from qconvert.kernels.arithmetic import to_groups
 from qconvert.kernels.records import Parameters
 from qconvert.kernels.reference import sums
-from qconvert.quantizers.fitting import fit_stream
 from qconvert.ranges import RANGE_METHODS, RangeMethod, default_method
 from qconvert.stages.parallel import Workers
 

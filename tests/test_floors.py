@@ -11,7 +11,9 @@ import pytest
 from conftest import ROOT, Run, gaussian, save
 from numpy.typing import NDArray
 
-from qconvert.floors import LOST_DB, expected_db, judge
+from qconvert.codecs.affine.encoding import Affine
+from qconvert.codecs.ggml import encoding_of
+from qconvert.floors import LOST_DB, Measured, expected_db, judge
 
 LLAMA = ROOT / "samples/tiny-llama"
 # Max, "Quantizing for Minimum Distortion" (1960), table I: mean squared error of the best quantizer
@@ -22,22 +24,28 @@ MAX_1960 = {2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499}
 @pytest.mark.parametrize("bits", MAX_1960)
 def test_floors_leave_room_below_the_best_quantizer(bits: int) -> None:
     best = -10 * math.log10(MAX_1960[bits])
-    for stored in (f"q{bits}_block64_asym", f"q{bits}_tensor_sym"):
-        assert best - 7 < expected_db(stored) < best - 3
+    assert best - 7 < expected_db(bits) < best - 3
 
 
 def test_floors_of_what_is_stored() -> None:
-    assert [expected_db(s) for s in ("Q8_0", "q8_channel_sym", "F16", "BF16")] == [30, 30, 45, 45]
-    assert [expected_db(s) for s in ("MXFP4", "Q4_K", "Q3_K", "TQ2_0", "I64")] == [15, 15, 10, 6, 6]
+    """Bits of ggml's types are those of a block with its scales: 8.5, 16, 4.25, 3.4375 ..."""
+    bits = {
+        t: encoding_of(t).bits
+        for t in ("Q8_0", "F16", "BF16", "MXFP4", "Q4_K", "Q3_K", "TQ2_0", "I64")
+    }
+    assert (bits["Q8_0"], bits["MXFP4"], bits["Q3_K"]) == (8.5, 4.25, 3.4375)
+    assert [expected_db(bits[s]) for s in ("Q8_0", "F16", "BF16")] == [30, 45, 45]
+    assert [expected_db(bits[s]) for s in ("MXFP4", "Q4_K", "Q3_K", "TQ2_0")] == [15, 15, 10, 6]
+    assert expected_db(Affine(8, "channel", 0, True, "F32", 64).bits) == 30
 
 
 def test_judged_by_hand() -> None:
     found = judge(
         [
-            ("fine", "Q4_0", 20.0),
-            ("poor", "Q4_0", 14.9),
-            ("lost", "Q4_0", 5.9),
-            ("same", "F16", None),
+            Measured("fine", "Q4_0", 4.5, 20.0),
+            Measured("poor", "Q4_0", 4.5, 14.9),
+            Measured("lost", "Q4_0", 4.5, 5.9),
+            Measured("same", "F16", 16, None),
         ]
     )
     assert found.figures == [(5.9, "lost"), (14.9, "poor"), (20.0, "fine")]

@@ -9,9 +9,12 @@ import numpy as np
 import oracle
 import pytest
 from numpy.typing import NDArray
+from stored import in_memory
 
-from qconvert.encoding import BITS, AffineEncoding
-from qconvert.running.integer_path import DynamicInput, StaticInput, StoredMatrix
+from qconvert.codecs.affine.encoding import Affine
+from qconvert.encoding import BITS
+from qconvert.kernels.activations import DynamicInput, StaticInput
+from qconvert.running.integer_path import read_matrix
 
 F32 = NDArray[np.float32]
 How = StaticInput | DynamicInput
@@ -51,13 +54,13 @@ class Layer:
             stored = stored - 128
         self.unit = scale if symmetric or bits == 8 else scale / np.float32(4)
         self.group = block or columns
-        self.matrix = StoredMatrix(
-            AffineEncoding(bits, granularity, block, symmetric, "F32", columns),
-            rows,
-            b"".join(oracle.row_bytes(row, bits, block) for row in stored.tolist()),
-            (scale[:1, :1] if granularity == "tensor" else scale).tobytes(),
-            zero,
-        )
+        encoding = Affine(bits, granularity, block, symmetric, "F32", columns)
+        segments = {
+            "codes": b"".join(oracle.row_bytes(row, bits, block) for row in stored.tolist()),
+            "scales": (scale[:1, :1] if granularity == "tensor" else scale).tobytes(),
+            "zero_points": zero,
+        }
+        self.matrix = read_matrix(in_memory(encoding, (rows, columns), segments))
 
     def wanted(self, x: F32, bias: F32 | None, how: How) -> F32:
         """Sums in int64, everything else one binary32 operation after the other."""

@@ -27,6 +27,8 @@ DATA = (
     "geometry",
     "mapper",
     "encoding",
+    "ggml_types",
+    "containers",
     "progress",
     "interrupts",
 )
@@ -36,16 +38,16 @@ for layer, own in (
     ("data", ()),
     ("kernels", ()),
     ("fixed_point", ()),
-    ("quantizers", ("kernels",)),
-    ("observers", ("quantizers", "kernels", "fixed_point")),
-    ("files", ("quantizers", "kernels", "fixed_point")),
-    ("architectures", ("files", "quantizers", "kernels")),
-    ("loading", ("files", "quantizers", "kernels")),
+    ("codecs", ("kernels",)),
+    ("observers", ("kernels", "fixed_point")),
+    ("files", ("codecs", "kernels", "fixed_point")),
+    ("architectures", ("files", "codecs", "kernels")),
+    ("loading", ("files", "codecs", "kernels")),
     ("version", ("loading",)),  # `qconvert.load`, inside the function
-    ("running", ("architectures", "files", "observers", "quantizers", "kernels")),
-    ("torch", ("running", "files", "quantizers", "kernels")),
-    ("stages", ("running", "architectures", "files", "observers", "quantizers", "kernels")),
-    ("cli", ("stages", "running", "architectures", "files", "observers", "quantizers", "kernels")),
+    ("running", ("architectures", "files", "observers", "codecs", "kernels")),
+    ("torch", ("running", "files", "codecs", "kernels")),
+    ("stages", ("running", "architectures", "files", "observers", "codecs", "kernels")),
+    ("cli", ("stages", "running", "architectures", "files", "observers", "codecs", "kernels")),
 ):
     BELOW[layer] = (layer, "data", "version", *own)
 HEAVY = {

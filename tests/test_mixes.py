@@ -13,7 +13,6 @@ from qconvert.errors import UnsupportedError, UsageError
 from qconvert.mix_rules import Assigned, assign_types
 from qconvert.mixes import (
     ALIASES,
-    BLOCKS,
     MIXES,
     MixOptions,
     ModelFacts,
@@ -99,7 +98,7 @@ NARROW = info("blk.0.ffn_up.weight", (4, 96))
 
 
 def test_the_recorded_runs_cover_every_mix_and_both_endings() -> None:
-    assert {run[1] for run in GOLDEN["runs"]} == MIXES.keys() - {"mxfp4"}
+    assert {run[1] for run in GOLDEN["runs"]} == MIXES.keys() - {"mxfp4", "nvfp4"}
     endings = {"output.weight" in m["tensors"] for m in GOLDEN["models"].values()}
     assert endings == {True, False}
 
@@ -122,8 +121,6 @@ def test_numbers_are_those_of_the_gguf_package() -> None:
     for mix in MIXES.values():
         name = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}.get(mix.name)
         assert mix.file_type == kinds[name or f"MOSTLY_{mix.name.upper()}"]
-    sizes = gguf.GGML_QUANT_SIZES
-    assert {n: sizes[gguf.GGMLQuantizationType[n]][0] for n in BLOCKS} == BLOCKS
 
 
 def test_names_ignore_case_and_have_the_aliases_of_llama_quantize() -> None:

@@ -27,11 +27,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from qconvert.codecs.affine.weighting import weighting
 from qconvert.encoding import BITS, BLOCKS, AffineEncoding
 from qconvert.kernels import arithmetic, records, reference, scale_search
 from qconvert.kernels.records import Activations, Encoded, Parameters, SourceRows
 from qconvert.kernels.reference.ggml import GGML_BLOCKS
-from qconvert.quantizers.weighting import weighting
 from qconvert.ranges import RANGE_METHODS, RangeMethod
 
 if os.environ.get("QCONVERT_KERNELS") == "reference":

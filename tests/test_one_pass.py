@@ -11,13 +11,15 @@ import pytest
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from qconvert.codecs import affine, codec_of
+from qconvert.codecs.affine.decide import sample_rows
+from qconvert.codecs.affine.encoder import BlockEncoder, planned
+from qconvert.codecs.affine.encoding import Affine
+from qconvert.codecs.codec import Codec, Encoder
 from qconvert.files import open_model
-from qconvert.files.qblk import QblkModel
+from qconvert.kernels.records import Encoded
 from qconvert.model import TensorInfo
-from qconvert.schemes import affine_scheme
-from qconvert.stages import encoders
-from qconvert.stages.decide import sample_rows
-from qconvert.stages.plan import encoding_of
+from qconvert.schemes import TensorScheme, affine_scheme
 from qconvert.stages.quantize import QuantizeOptions, quantize
 
 ROWS, COLUMNS = 4096, 2048  # of which 64 strips of 1,024 values are sampled
@@ -34,7 +36,7 @@ class Indices:
 def sampled() -> NDArray[np.bool_]:
     """Which values the sample of a block scheme has: indices are asked for and come back."""
     tensor = TensorInfo("w", (ROWS, COLUMNS), "F32", ROWS * COLUMNS * 4)
-    places = sample_rows(Indices(), tensor, encoding_of(SCHEME, tensor))
+    places = sample_rows(Indices(), tensor, planned(SCHEME, tensor))
     assert places.max() < 1 << 24, "binary32 holds the indices"
     found = np.zeros(ROWS * COLUMNS, np.bool_)
     found[places.astype(np.int64).ravel()] = True
@@ -70,32 +72,36 @@ def test_a_wrong_guess_changes_no_byte(
     misleading: Path, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     again: list[str] = []
-    settled = encoders.AffineEncoder.settled
+    settled = BlockEncoder.settled
 
-    def counted(self: encoders.AffineEncoder, seen: encoders.Piece) -> encoders.AffineEncoder:
+    def counted(self: BlockEncoder, seen: Encoded) -> Encoder:
         found = settled(self, seen)
         if found.encoding != self.encoding:
             again.append(self.tensor.name)
         return found
 
-    monkeypatch.setattr(encoders.AffineEncoder, "settled", counted)
+    monkeypatch.setattr(BlockEncoder, "settled", counted)
     guessed = written(misleading, "guessed.qblk", threads)
     assert "c" in again
 
     # Told beforehand what the whole tensor says, nothing is encoded twice.
     model = open_model(guessed)
-    assert isinstance(model, QblkModel)
-    right = {name: stored.encoding for name, stored in model.stored.items()}
+    right = {t.name: model.stored(t).encoding for t in model.tensors}
     model.close()
-    affine = encoders.affine_encoder
 
-    def told(*args: Any) -> encoders.Encoder:
-        found = affine(*args)
-        assert isinstance(found, encoders.AffineEncoder)
-        return replace(found, encoding=right[found.tensor.name])
+    def told(*args: Any) -> Encoder:
+        found = affine.CODEC.encoder(*args)
+        assert isinstance(found, BlockEncoder)
+        encoding = right[found.tensor.name]
+        assert isinstance(encoding, Affine)
+        return replace(found, code=encoding)
+
+    def codec(scheme: TensorScheme) -> Codec[Any]:
+        assert codec_of(scheme) is affine.CODEC
+        return replace(affine.CODEC, encoder=told)
 
     again.clear()
-    monkeypatch.setattr("qconvert.stages.conversion.affine_encoder", told)
+    monkeypatch.setattr("qconvert.stages.conversion.codec_of", codec)
     known = written(misleading, "known.qblk", threads)
     assert not again
     assert known.read_bytes() == guessed.read_bytes()

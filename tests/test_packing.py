@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import oracle
 import pytest
+from stored import in_memory
 
-from qconvert.encoding import AffineEncoding
+from qconvert.codecs.affine.encoding import Affine
+from qconvert.codecs.codec import Segment
+from qconvert.files import qblk_writer
 from qconvert.kernels.reference import pack, unpack
-from qconvert.quantizers.affine import load_zero_points, pack_zero_points
 
 # Six-bit codes have eight-bit zero points, in whole groups of 32 like the others.
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -53,19 +55,19 @@ def test_every_string_of_bytes_is_the_packing_of_some_values(width: int) -> None
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 100])
 def test_zero_points_fill_whole_groups_with_zeros(bits: int, count: int) -> None:
-    encoding = AffineEncoding(bits, "channel", 0, False, "F32", 40)
+    encoding = Affine(bits, "channel", 0, False, "F32", 40)
     z = np.random.default_rng(count).integers(0, 4 * (2**bits - 1) + 1, count).astype(np.uint8)
-    packed = pack_zero_points(z, encoding)
-    assert packed == oracle.pack(z.tolist(), bits + 2)
-    sizes = dict(encoding.segments((count, 40)))
-    assert len(packed) == sizes["zero_points"] == 4 * (bits + 2) * -(-count // 32)
-    loaded = load_zero_points(packed, encoding).tolist()
-    assert loaded == z.tolist() + [0] * (-count % 32)
+    filled = qblk_writer.packed(z, bits + 2)
+    assert filled == oracle.pack(z.tolist(), bits + 2)
+    assert len(filled) == 4 * (bits + 2) * -(-count // 32)
+    assert Segment("zero_points", len(filled), bits + 2) in encoding.segments((count, 40))
+    stored = in_memory(encoding, (count, 40), {"scales": bytes(4 * count), "zero_points": filled})
+    assert encoding.parameters(stored, 0, count)[1].tolist() == z.tolist()
 
 
 def test_eight_bit_zero_points_are_signed_bytes_without_filling() -> None:
-    encoding = AffineEncoding(8, "channel", 0, False, "F32", 40)
-    stored = np.array([0x80, 0xFF, 0x00, 0x7F], np.uint8)
-    assert pack_zero_points(stored, encoding) == stored.tobytes()
-    assert dict(encoding.segments((4, 40)))["zero_points"] == 4
-    assert load_zero_points(stored.tobytes(), encoding).tolist() == [0, 127, 128, 255]
+    encoding = Affine(8, "channel", 0, False, "F32", 40)
+    data = bytes([0x80, 0xFF, 0x00, 0x7F])
+    assert Segment("zero_points", 4) in encoding.segments((4, 40)), "bytes as they come"
+    stored = in_memory(encoding, (4, 40), {"scales": bytes(16), "zero_points": data})
+    assert encoding.parameters(stored, 0, 4)[1].tolist() == [0, 127, 128, 255]

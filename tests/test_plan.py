@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 
+from qconvert.codecs.affine import encoder as affine
+from qconvert.containers import CONTAINERS
 from qconvert.errors import UsageError
 from qconvert.geometry import TILE_VALUES, row_length, tiles
 from qconvert.mixes import MixOptions, ModelFacts, parse_mix, parse_tensor_type
 from qconvert.model import DTYPES, TensorInfo
-from qconvert.schemes import AffineScheme, CastScheme, parse_scheme
+from qconvert.schemes import TENSOR_SCHEMES, AffineScheme, CastScheme, MixScheme, parse_scheme
 from qconvert.stages.plan import (
     TOKEN_TABLES,
     PlannedTensor,
     PlanOptions,
-    encoding_of,
+    check_schemes,
     make_plan,
     plan_mix,
 )
@@ -36,9 +38,11 @@ def planned(
     container: str = "qblk",
 ) -> tuple[str | None, str]:
     """Name of the planned scheme and the reason."""
-    asked = tuple((glob, parse_scheme(s)) for glob, s in tensor_schemes)
-    options = PlanOptions(parse_scheme(scheme), keep, asked, min_values)
-    (p,) = make_plan([t], options, container)
+    asked = tuple((glob, TENSOR_SCHEMES[s]) for glob, s in tensor_schemes)
+    whole = parse_scheme(scheme)
+    check_schemes((whole, *(s for _, s in asked)), CONTAINERS[container])
+    assert not isinstance(whole, MixScheme)
+    (p,) = make_plan([t], whole, PlanOptions(keep, asked, min_values))
     assert p.tensor is t
     return (p.scheme.name if p.scheme else None), p.reason
 
@@ -252,17 +256,17 @@ def test_schemes_go_into_their_own_container_only(container: str, scheme: str) -
 
 def test_plans_keep_the_order_of_the_tensors() -> None:
     some = [tensor(f"t{i}", 64, 64) for i in (3, 1, 2)]
-    plan = make_plan(some, PlanOptions(CastScheme("f16", "F16")), "qblk")
+    plan = make_plan(some, CastScheme("f16", "F16"), PlanOptions())
     assert [p.tensor for p in plan] == some
 
 
 def test_an_undecided_encoding_is_the_larger_one() -> None:
-    for name, dtype in (("q4_block32", "F16"), ("q4_channel", "F32"), ("q4_tensor", "F32")):
+    for name, dtype in (("q4_block32", "BF16"), ("q4_channel", "F32"), ("q4_tensor", "F32")):
         scheme = parse_scheme(name)
         assert isinstance(scheme, AffineScheme)
-        encoding = encoding_of(scheme, MATRIX)
+        encoding = affine.planned(scheme, MATRIX)
         assert (encoding.symmetric, encoding.scale_dtype) == (False, dtype)
-        assert encoding_of(scheme.resolved(True), MATRIX).symmetric
+        assert affine.planned(scheme.resolved(True), MATRIX).symmetric
 
 
 # --- mixes: the rules themselves are held to llama-quantize in test_mixes.py ----------------------
@@ -287,8 +291,8 @@ def mixed(
     tensor_schemes: tuple[tuple[str, str], ...] = (),
     **more: Any,
 ) -> tuple[dict[str, PlannedTensor], int]:
-    asked = tuple((glob, parse_scheme(s)) for glob, s in tensor_schemes)
-    options = PlanOptions(parse_scheme(name), keep, asked)
+    asked = tuple((glob, TENSOR_SCHEMES[s]) for glob, s in tensor_schemes)
+    options = PlanOptions(keep, asked)
     plan, fell_back = plan_mix(MODEL, options, MixOptions(parse_mix(name), **more), FACTS)
     assert [p.tensor for p in plan] == MODEL
     assert all(p.reason for p in plan)

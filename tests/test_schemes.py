@@ -65,9 +65,8 @@ def test_encodings_name_their_scheme(name: str) -> None:
 def test_casts_and_ggml_types() -> None:
     for name in ("f32", "f16", "bf16"):
         assert parse_scheme(name) == CastScheme(name, name.upper())
-    sizes = {"q4_0": 18, "q4_1": 20, "q5_0": 22, "q5_1": 24, "q8_0": 34}
-    for name, nbytes in sizes.items():
-        assert parse_scheme(name) == GgmlScheme(name, name.upper(), 32, nbytes)
+    for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "nvfp4"):
+        assert parse_scheme(name) == GgmlScheme(name, name.upper())
 
 
 @pytest.mark.parametrize("text", ["Q4_BLOCK32_Asym", " q4_block32_asym\n", "q4_Block32_ASYM"])

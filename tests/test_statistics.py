@@ -12,10 +12,11 @@ import pytest
 from numpy.typing import NDArray
 
 from qconvert import kernels
+from qconvert.codecs.statistics import TensorStatistics, merge, observe
 from qconvert.encoding import BITS, AffineEncoding
 from qconvert.kernels.arithmetic import lane_sum
+from qconvert.kernels.bins import bin_centres
 from qconvert.kernels.reference import sums
-from qconvert.observers.statistics import TensorStatistics, bin_centres, merge, observe
 
 NAMES = pytest.mark.parametrize("name", oracle.DISTRIBUTIONS)
 

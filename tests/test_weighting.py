@@ -11,8 +11,12 @@ import oracle
 import pytest
 import safetensors.numpy
 from numpy.typing import NDArray
+from stored import named
 
 from qconvert import kernels
+from qconvert.codecs.affine import encoder
+from qconvert.codecs.affine.streams import fit_stream
+from qconvert.codecs.affine.weighting import weighting
 from qconvert.encoding import BITS, AffineEncoding
 from qconvert.errors import FormatError, InputError, UsageError
 from qconvert.files import open_model
@@ -22,17 +26,13 @@ from qconvert.files.calibration import (
     LayerCalibration,
     calibration_parts,
 )
-from qconvert.files.qblk import QblkModel
 from qconvert.kernels import reference
 from qconvert.kernels.records import Parameters, SourceRows
 from qconvert.kernels.reference import statistics, sums
 from qconvert.model import Model
-from qconvert.quantizers.fitting import fit_stream
-from qconvert.quantizers.weighting import weighting
 from qconvert.ranges import RangeMethod
 from qconvert.report import QuantizeReport
 from qconvert.schemes import parse_scheme
-from qconvert.stages import encoders
 from qconvert.stages.quantize import QuantizeOptions, quantize
 
 F32 = NDArray[np.float32]
@@ -272,9 +272,10 @@ def test_the_weighted_error_decides_and_the_report_shows_both(tmp_path: Path) ->
     assert row.weighted_sqnr_db is not None
     # The weighted figure, from the file, by hand.
     model = open_model(tmp_path / "m.qblk")
-    assert isinstance(model, QblkModel)
     back = model.values(model.tensors[0], 0, x.size).reshape(x.shape)
-    noted = model.stored["a.weight"].error["weighted_sqnr_db"]
+    error = named(model, "a.weight").error
+    assert error is not None
+    noted = error["weighted_sqnr_db"]
     model.close()
     wide = x.astype(np.float64)
     for weights, found in ((np.ones(256), row.sqnr_db), (squares, row.weighted_sqnr_db)):
@@ -317,7 +318,7 @@ def test_blocks_of_a_row_that_is_cut_have_their_weights(
     x = {"a.weight": rng.standard_normal((3, 1000)).astype(np.float32)}
     squares = {"a": rng.exponential(1, 1000).astype(np.float32) ** 3}
     whole = written(tmp_path, x, squares, "q4_block64")[1]
-    monkeypatch.setattr(encoders, "RUN_VALUES", 256)
+    monkeypatch.setattr(encoder, "RUN_VALUES", 256)
     assert written(tmp_path, x, squares, "q4_block64")[1] == whole
 
 

@@ -76,20 +76,23 @@ class QblkWriter:
         self.out = out
         self.payload = align(PREAMBLE.size + header_bound)
         self.end = 0  # of the payload so far
+        self.unfinished: int | None = None  # where the tensor begins that is being written
         self.tensors: list[dict[str, Any]] = []
         self.files: list[dict[str, Any]] = []
 
     def begin(
         self, name: str, shape: tuple[int, ...], source_dtype: str, encoding: Encoding
     ) -> TensorWriter:
-        """Lay out the next tensor; it must be finished before another one begins."""
-        start = self.end
+        """Lay out the next tensor; one that was begun and not finished gives its place back."""
+        if self.unfinished is not None:
+            self.end = self.unfinished
+        self.unfinished = self.end
         segments = []
         for segment in encoding.segments(shape):
             offset = self._pad()
             segments.append(_SegmentWriter(self, segment, offset))
             self.end = offset + segment.size
-        return TensorWriter(self, name, shape, source_dtype, encoding, segments, start)
+        return TensorWriter(self, name, shape, source_dtype, encoding, segments)
 
     def _pad(self) -> int:
         """The next place for a segment; what lies before it is zeros."""
@@ -153,13 +156,13 @@ class _SegmentWriter:
         if sum(map(len, self.loose)) >= WRITE_BYTES:
             waiting = np.concatenate(self.loose)
             whole = len(waiting) // PACK_GROUP * PACK_GROUP
-            self._append(_packed(waiting[:whole], self.segment.width))
+            self._append(packed(waiting[:whole], self.segment.width))
             self.loose = [waiting[whole:]]
 
     def finish(self) -> bytes:
         """Write what is left; the digest of all of it."""
         if any(map(len, self.loose)):
-            self._append(_packed(np.concatenate(self.loose), self.segment.width))
+            self._append(packed(np.concatenate(self.loose), self.segment.width))
         self._write()
         assert self.done == self.segment.size, f"{self.segment.kind} is incomplete"
         return self.hash.digest()
@@ -180,7 +183,7 @@ class _SegmentWriter:
         self.waiting = []
 
 
-def _packed(values: U8, width: int) -> bytes:
+def packed(values: U8, width: int) -> bytes:
     """Values of so many bits, 32 at a time; the last 32 are filled up with zeros."""
     padded = np.zeros(-(-len(values) // PACK_GROUP) * PACK_GROUP, np.uint8)
     padded[: len(values)] = values
@@ -198,10 +201,8 @@ class TensorWriter:
         source_dtype: str,
         encoding: Encoding,
         segments: Sequence[_SegmentWriter],
-        start: int,
     ) -> None:
         self.writer = writer
-        self.start = start
         self.name = name
         self.shape = shape
         self.source_dtype = source_dtype
@@ -213,13 +214,10 @@ class TensorWriter:
         for kind, data in segments.items():
             self.segments[kind].append(data)
 
-    def abandon(self) -> None:
-        """Give the place back, as if the tensor had not begun."""
-        self.writer.end = self.start
-
     def finish(self, notes: dict[str, Any]) -> None:
         """Close the tensor; ``notes`` are its ``decision``, ``error`` and ``activation``."""
         digests = [segment.finish() for segment in self.segments.values()]
+        self.writer.unfinished = None
         sha256 = tensor_digest(self.name, self.shape, self.source_dtype, self.encoding, digests)
         self.writer.tensors.append(
             _tensor_entry(

@@ -4,7 +4,7 @@ block.
 
 from __future__ import annotations
 
-from qconvert.codecs.affine.encoder import encoder, planned
+from qconvert.codecs.affine.encoder import encoder_for, planned
 from qconvert.codecs.affine.encoding import parse
 from qconvert.codecs.affine.shared import shares_parameters
 from qconvert.codecs.affine.suggestion import look
@@ -21,4 +21,4 @@ def _passes(scheme: AffineScheme, tensor: TensorInfo) -> bool:
     return shares_parameters(planned(scheme, tensor))
 
 
-CODEC: Codec[AffineScheme] = Codec("affine", planned, _refuses, encoder, parse, _passes, look)
+CODEC: Codec[AffineScheme] = Codec("affine", planned, _refuses, encoder_for, parse, _passes, look)

@@ -137,7 +137,7 @@ class SharedEncoder(Encoder):
         return Outcome(seen.error, notes, clipped=clipped, weighted=weighted)
 
 
-def encoder(model: Model, tensor: TensorInfo, scheme: AffineScheme, facts: Facts) -> Encoder:
+def encoder_for(model: Model, tensor: TensorInfo, scheme: AffineScheme, facts: Facts) -> Encoder:
     """The encoder of a tensor, whose symmetry and dtype of scales are yet to be settled.
 
     Raises:
