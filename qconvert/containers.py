@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qconvert.schemes import FAMILIES
+
 
 @dataclass(frozen=True, slots=True)
 class Container:
@@ -38,7 +40,7 @@ CONTAINERS = {
         Container(
             *("qblk", ".qblk", b"QBLK", 1),
             reader="qconvert.files.qblk:open_qblk",
-            takes=("affine", "raw"),
+            takes=tuple(name for name, family in FAMILIES.items() if family.described),
             target="qconvert.stages.qblk_target",
         ),
         Container(

@@ -16,12 +16,43 @@ from qconvert.ggml_types import CASTS, WRITTEN
 from qconvert.mixes import MIXES
 from qconvert.ranges import RangeMethod, default_method
 
-# Families of schemes, by what a header calls them, and the modules of their codecs.
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of schemes.
+
+    Attributes:
+        codec: the module of its codec.
+        described: whether the header of a qblk file can describe its encodings.
+    """
+
+    codec: str
+    described: bool
+
+
+# By what a header calls them.
 FAMILIES = {
-    "raw": "qconvert.codecs.raw",
-    "affine": "qconvert.codecs.affine",
-    "ggml": "qconvert.codecs.ggml",
+    "raw": Family("qconvert.codecs.raw", described=True),
+    "affine": Family("qconvert.codecs.affine", described=True),
+    "codebook": Family("qconvert.codecs.codebook", described=True),
+    "ggml": Family("qconvert.codecs.ggml", described=False),
 }
+
+# bitsandbytes' tables, by code: create_normal_map in QLoRA (Dettmers et al., 2023), section 3, to
+# binary32, and sign, two bits of exponent and one of mantissa over 192.
+CODEBOOKS = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": (
+        *(0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4),
+        *(-0.0, -1 / 192, -2 / 3, -1.0, -1 / 3, -1 / 2, -1 / 6, -1 / 4),
+    ),
+}
+CODEBOOK_BLOCKS = (32, 64, 128, 256)
 
 
 class TensorScheme(Protocol):
@@ -93,6 +124,28 @@ class CastScheme:
 
 
 @dataclass(frozen=True, slots=True)
+class CodebookScheme:
+    """Codes of a table, a key of `CODEBOOKS`, with a scale a block, itself quantized if
+    ``double``.
+    """
+
+    family: ClassVar[str] = "codebook"
+    for_vectors: ClassVar[bool] = False
+    default_range: ClassVar[RangeMethod | None] = None
+    book: str
+    block: int
+    double: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.book}_block{self.block}{'_dq' if self.double else ''}"
+
+    def at_least(self, bits: int) -> CodebookScheme:
+        """This scheme: there is none of more bits."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
 class GgmlScheme:
     """A ggml block type: a name of `qconvert.ggml_types.GGML_TYPES`."""
 
@@ -137,6 +190,12 @@ def _affine_table() -> tuple[AffineScheme, ...]:
 
 _ALL: tuple[TensorScheme, ...] = (
     *_affine_table(),
+    *(
+        CodebookScheme(book, block, double)
+        for book in CODEBOOKS
+        for block in CODEBOOK_BLOCKS
+        for double in (False, True)
+    ),
     *(CastScheme(dtype.lower(), dtype) for dtype in CASTS),
     *(GgmlScheme(t.name.lower(), t.name) for t in WRITTEN),
 )
@@ -149,7 +208,7 @@ SCHEMES: dict[str, Scheme] = {
 
 SCHEME_GRAMMAR = (
     "q{2,3,4,5,6,8}_{tensor|channel|block16|block32|block64|block128|block256}[_sym|_asym], "
-    "f32, f16, bf16; GGUF: "
+    "{nf4|fp4}_block{32|64|128|256}[_dq], f32, f16, bf16; GGUF: "
     + ", ".join(dict.fromkeys((*MIXES, *(s.name for s in _ALL if s.family == "ggml"))))
 )
 

@@ -15,7 +15,7 @@ from qconvert.schemes import FAMILIES, TensorScheme
 @cache
 def codec_named(family: str) -> Codec[Any]:
     """The codec of a family, one of `qconvert.schemes.FAMILIES`."""
-    found: Codec[Any] = importlib.import_module(FAMILIES[family]).CODEC
+    found: Codec[Any] = importlib.import_module(FAMILIES[family].codec).CODEC
     return found
 
 

@@ -341,9 +341,9 @@ class _HeaderReader:
         kind = self._field(described, "kind", str)
         if dtype not in self.dtypes:
             self.refuse(14, "unknown source_dtype", dtype, " ".join(sorted(self.dtypes)))
-        parse = codec_named(kind).parse if kind in FAMILIES else None
+        known = [name for name, family in FAMILIES.items() if family.described]
+        parse = codec_named(kind).parse if kind in known else None
         if parse is None:
-            known = [family for family in FAMILIES if codec_named(family).parse]
             self.refuse(14, "unknown encoding", kind, " or ".join(known))
         return parse(HeaderFields(described, dtype, shape, self._field, self.refuse))
 

@@ -191,3 +191,17 @@ def ggml_quantize(
     *, ggml_type: str, data: Buffer, dtype: str, importance: Buffer | None, blocks: int, out: Buffer
 ) -> tuple[float, float, float] | None: ...
 def ggml_decode(*, ggml_type: str, data: Buffer, blocks: int, x: Buffer) -> None: ...
+def codebook_encode(
+    *,
+    x: Buffer,
+    count: int,
+    scale: Buffer,
+    block: int,
+    midpoints: Buffer,
+    midpoint_count: int,
+    entries: Buffer,
+    out: Buffer,
+) -> None: ...
+def codebook_decode(
+    *, data: Buffer, count: int, scale: Buffer, block: int, table: Buffer, x: Buffer
+) -> None: ...

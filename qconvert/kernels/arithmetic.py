@@ -179,3 +179,12 @@ def cast_values(x: F32, dtype: str) -> tuple[bytes, F32]:
     with np.errstate(over="ignore"):
         stored = x.astype(CAST_NUMPY[dtype])
     return stored.tobytes(), stored.astype(np.float32)
+
+
+def nearest_entries(table: F32) -> tuple[F32, U8]:
+    """How to find the nearest number of a table: midpoints between neighbours, ascending, and the
+    index of the entry where so many of them lie below; of equal numbers the first.
+    """
+    values, entries = np.unique(table, return_index=True)
+    midpoints = (values[:-1] + values[1:]) / np.float32(2)
+    return midpoints, entries.astype(np.uint8)

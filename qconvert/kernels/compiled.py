@@ -21,6 +21,7 @@ from qconvert.kernels.arithmetic import (
     PIECE,
     SCALE_NUMPY,
     narrow_bounds,
+    nearest_entries,
     stored_zero_points,
 )
 from qconvert.kernels.records import (
@@ -629,3 +630,32 @@ def ggml_decode(ggml_type: str, data: U8) -> F32:
     blocks = np.empty((len(data), block), np.float32)
     _native.ggml_decode(ggml_type=ggml_type, data=_u8(data), blocks=len(data), x=blocks)
     return blocks
+
+
+# --- codebooks ------------------------------------------------------------------------------------
+
+
+def codebook_encode(x: F32, scale: F32, table: F32, block: int) -> U8:
+    """`reference.codebook_encode`."""
+    midpoints, entries = nearest_entries(table)
+    out = np.empty(-(-len(x) // 2), np.uint8)
+    _native.codebook_encode(
+        x=_f32(x),
+        count=len(x),
+        scale=_f32(scale),
+        block=block,
+        midpoints=midpoints,
+        midpoint_count=len(midpoints),
+        entries=entries,
+        out=out,
+    )
+    return out
+
+
+def codebook_decode(data: U8, count: int, scale: F32, table: F32, block: int) -> F32:
+    """`reference.codebook_decode`."""
+    x = np.empty(count, np.float32)
+    _native.codebook_decode(
+        data=_u8(data), count=count, scale=_f32(scale), block=block, table=_f32(table), x=x
+    )
+    return x

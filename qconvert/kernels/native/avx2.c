@@ -10,6 +10,7 @@
 #include "product_x86.h"
 #include "blocks.h"
 #include "casts.h"
+#include "codebook.h"
 #include "ggml_errors.h"
 #include "widen.h"
 

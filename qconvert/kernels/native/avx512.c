@@ -13,6 +13,7 @@
 #include "product_x86.h"
 #include "blocks.h"
 #include "casts.h"
+#include "codebook.h"
 #include "ggml_errors.h"
 #include "widen.h"
 

@@ -135,6 +135,16 @@ enum ggml_type {
     GGML_TYPES
 };
 
+enum { LONGEST_CODEBOOK_BLOCK = 256 };
+
+/* How the numbers of a table of 16 are told apart: `entries[k]` is the index of the nearest where k
+ * of the ascending midpoints between neighbours lie below. */
+typedef struct {
+    const float *midpoints;
+    size_t midpoint_count; /* at most 15 */
+    const uint8_t *entries; /* one more */
+} Codebook;
+
 /* What values (rows, columns) were decoded to, in groups of `group` columns, the last of a row
  * perhaps shorter. Codes are low..high, a code step apart, in the units of `zero`. */
 typedef struct {
@@ -198,6 +208,13 @@ typedef struct {
     int (*ggml_quantize)(enum ggml_type type, Source source, const float *importance,
                          size_t period, size_t blocks, uint8_t *out, Errors *found);
     void (*ggml_decode)(enum ggml_type type, const uint8_t *data, size_t blocks, float *out);
+
+    /* Two codes a byte; `block` values, an even number of at most LONGEST_CODEBOOK_BLOCK, share a
+     * scale. */
+    void (*codebook_encode)(const float *x, size_t n, const float *scale, size_t block,
+                            Codebook book, uint8_t *out);
+    void (*codebook_decode)(const uint8_t *data, size_t n, const float *scale, size_t block,
+                            const float table[16], float *x);
 } Kernels;
 
 extern const Kernels kernels_portable;

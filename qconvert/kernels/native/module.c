@@ -792,13 +792,55 @@ FUNCTION(ggml_decode, GGML_DECODE) {
     RETURN(Py_NewRef(Py_None));
 }
 
+/* --- codebooks --------------------------------------------------------------------------------*/
+
+static size_t codebook_block_at(Call *call, int index) {
+    const int block = integer_at(call, index, 2, LONGEST_CODEBOOK_BLOCK);
+    require(call, block % 2 == 0, "a block of an odd number of values");
+    return (size_t)block;
+}
+
+static Py_ssize_t pieces(Py_ssize_t count, Py_ssize_t of) {
+    return count / of + (count % of != 0);
+}
+
+#define CODEBOOK_ENCODE(X) X(x) X(count) X(scale) X(block) X(midpoints) X(midpoint_count) \
+    X(entries) X(out)
+FUNCTION(codebook_encode, CODEBOOK_ENCODE) {
+    BEGIN(codebook_encode, CODEBOOK_ENCODE)
+    const Py_ssize_t count = SIZE(count);
+    const size_t block = codebook_block_at(&call, ARG_block);
+    const Py_ssize_t midpoints = integer_at(&call, ARG_midpoint_count, 0, 15);
+    const Codebook book = {INPUT(midpoints, midpoints, float), (size_t)midpoints,
+                           INPUT(entries, midpoints + 1, uint8_t)};
+    const float *x = INPUT(x, count, float);
+    const float *scale = INPUT(scale, pieces(count, (Py_ssize_t)block), float);
+    uint8_t *out = OUTPUT(out, pieces(count, 2), uint8_t);
+    RUN(call.kernels->codebook_encode(x, (size_t)count, scale, block, book, out))
+    RETURN(Py_NewRef(Py_None));
+}
+
+#define CODEBOOK_DECODE(X) X(data) X(count) X(scale) X(block) X(table) X(x)
+FUNCTION(codebook_decode, CODEBOOK_DECODE) {
+    BEGIN(codebook_decode, CODEBOOK_DECODE)
+    const Py_ssize_t count = SIZE(count);
+    const size_t block = codebook_block_at(&call, ARG_block);
+    const uint8_t *data = INPUT(data, pieces(count, 2), uint8_t);
+    const float *scale = INPUT(scale, pieces(count, (Py_ssize_t)block), float);
+    const float *table = INPUT(table, 16, float);
+    float *x = OUTPUT(x, count, float);
+    RUN(call.kernels->codebook_decode(data, (size_t)count, scale, block, table, x))
+    RETURN(Py_NewRef(Py_None));
+}
+
 /* --- module -----------------------------------------------------------------------------------*/
 
 #define EACH_FUNCTION(X)                                                                        \
     X(widen_bf16) X(widen_f16) X(widen_table) X(observe) X(histogram) X(extrema) X(all_finite)  \
     X(error_sums) X(worst_step) X(power_sums) X(long_sums) X(search) X(encode) X(decode)        \
     X(encode_rows) X(quantize_blocks) X(quantize_channels) X(pack) X(unpack) X(cast)            \
-    X(integer_dots) X(product) X(ggml_encode) X(ggml_quantize) X(ggml_decode)
+    X(integer_dots) X(product) X(ggml_encode) X(ggml_quantize) X(ggml_decode)                   \
+    X(codebook_encode) X(codebook_decode)
 
 /* Names of the arguments of each function, by its name. */
 static PyObject *signatures(PyObject *module, PyObject *unused) {

@@ -2,6 +2,7 @@
 #include "product_plain.h"
 #include "blocks.h"
 #include "casts.h"
+#include "codebook.h"
 #include "ggml_errors.h"
 #include "widen.h"
 

@@ -29,4 +29,6 @@ const Kernels TABLE = {
     .ggml_encode = ggml_encode,
     .ggml_quantize = ggml_quantize,
     .ggml_decode = ggml_decode,
+    .codebook_encode = codebook_encode,
+    .codebook_decode = codebook_decode,
 };

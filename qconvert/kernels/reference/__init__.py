@@ -27,6 +27,7 @@ from qconvert.kernels.records import (
     Weighting,
 )
 from qconvert.kernels.reference.casts import cast, values
+from qconvert.kernels.reference.codebook import codebook_decode, codebook_encode
 from qconvert.kernels.reference.codes import decode, encode, pack, unpack
 from qconvert.kernels.reference.ggml import ggml_decode, ggml_encode, ggml_quantize
 from qconvert.kernels.reference.product import integer_dots
@@ -88,6 +89,8 @@ def product(packed: bytes, scale: F32, zero: I32, encoding: AffineEncoding, a: A
 __all__ = [
     "all_finite",
     "cast",
+    "codebook_decode",
+    "codebook_encode",
     "decode",
     "encode",
     "encode_rows",
