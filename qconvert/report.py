@@ -281,14 +281,17 @@ class VerifiedTensor:
         finite: whether every decoded value is.
         sqnr_db: of the weights against the source; None when lossless or without a source.
         cast_exact: whether plain numbers are the source's, rounded; None for codes.
-        worst_step: largest error of an unclipped value, in steps (at most 0.5 is promised).
-        output_sqnr_db: of the integer product against the float product of the original weights
+        worst_step: largest error of an unclipped value, in steps (at most 0.5 is promised); None
+            where codes are not evenly spaced.
+        output_sqnr_db: of the product against the float product of the original weights
             and inputs; None where the activations are static and no inputs are recorded, since no
             others are known to lie in the calibrated range.
-        integer_exact: whether int32 accumulation equals exact integer arithmetic.
+        integer_exact: whether int32 accumulation equals exact integer arithmetic, and the kernel
+            that runs gives its bits; None where the product is one of floats.
         float_error: largest difference between the integer path and the float product of the
             dequantized operands, relative to the sum of magnitudes.
-        activations: where scale and zero point of the inputs come from: ``static`` or ``dynamic``.
+        activations: where scale and zero point of the inputs come from: ``static`` or ``dynamic``;
+            ``float`` where the codes have no integer product and inputs stay as they are.
         inputs: ``recorded``, or ``Gaussian`` where there are no samples.
         fails: ids of the checks that this tensor fails.
     """

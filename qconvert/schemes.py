@@ -24,17 +24,19 @@ class Family:
     Attributes:
         codec: the module of its codec.
         described: whether the header of a qblk file can describe its encodings.
+        feature: that such a file has to require, NAME-VERSION; None for what every reader knows.
     """
 
     codec: str
     described: bool
+    feature: str | None = None
 
 
 # By what a header calls them.
 FAMILIES = {
     "raw": Family("qconvert.codecs.raw", described=True),
     "affine": Family("qconvert.codecs.affine", described=True),
-    "codebook": Family("qconvert.codecs.codebook", described=True),
+    "codebook": Family("qconvert.codecs.codebook", described=True, feature="codebook-1.2"),
     "ggml": Family("qconvert.codecs.ggml", described=False),
 }
 

@@ -28,11 +28,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from qconvert.codecs.affine.weighting import weighting
+from qconvert.codecs.codebook import table_of
 from qconvert.encoding import BITS, BLOCKS, AffineEncoding
 from qconvert.kernels import arithmetic, records, reference, scale_search
 from qconvert.kernels.records import Activations, Encoded, Parameters, SourceRows
 from qconvert.kernels.reference.ggml import GGML_BLOCKS
 from qconvert.ranges import RANGE_METHODS, RangeMethod
+from qconvert.schemes import CODEBOOKS
 
 if os.environ.get("QCONVERT_KERNELS") == "reference":
     pytest.skip("compares native kernels whatever runs: once is enough", allow_module_level=True)
@@ -733,6 +735,25 @@ def test_ggml_decode_of_any_bytes(name: str) -> None:
     same(np.nan_to_num(found), np.nan_to_num(wanted))
     finite = np.isfinite(wanted).all(axis=1)
     twins("ggml_decode", name, data[finite])
+
+
+@pytest.mark.parametrize("table", CODEBOOKS)
+@pytest.mark.parametrize("block", [2, 32, 64, 256])
+def test_codebooks(block: int, table: str) -> None:
+    rng = np.random.default_rng(block)
+    numbers = table_of(table)
+    for count in (0, 1, block - 1, block, block + 1, 5 * block + 3):
+        x = (rng.standard_normal(count) * 2.0 ** rng.uniform(-149, 120, count)).astype(np.float32)
+        scale = np.exp2(rng.uniform(-149, 127, -(-count // block))).astype(np.float32)
+        scale[::3] *= -1  # a scale that was quantized may be below 0
+        scale[1::3] = 0
+        data = twins("codebook_encode", x, scale, numbers, block)
+        twins("codebook_decode", data, count, scale, numbers, block)
+    # Quotients on the midpoints and beside them.
+    midpoints, _ = arithmetic.nearest_entries(numbers)
+    beside = [np.nextafter(midpoints, np.float32(end)) for end in (-9, 9)]
+    x = np.concatenate([midpoints, *beside])
+    twins("codebook_encode", x, np.ones(-(-len(x) // block), np.float32), numbers, block)
 
 
 # --- arguments ------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from qconvert.errors import InputError, QconvertError
 from qconvert.files.qblk import QblkModel, open_qblk
 from qconvert.geometry import TILE_VALUES
-from qconvert.model import TensorInfo
+from qconvert.model import DTYPES, TensorInfo
 from qconvert.ranges import RangeMethod
 from qconvert.schemes import SCHEMES, AffineScheme, CastScheme, parse_scheme
 from qconvert.stages.quantize import QuantizeOptions, quantize
@@ -63,7 +63,7 @@ def checked(path: Path) -> QblkModel:
 
 def value_bytes(model: QblkModel, tensor: TensorInfo) -> bytes:
     """Values as the independent reader hashes them: raw bytes as stored, else binary32."""
-    if tensor.dtype.startswith("q"):
+    if tensor.dtype not in DTYPES:
         return model.values(tensor, 0, tensor.size).astype("<f4").tobytes()
     return model.raw(tensor, 0, tensor.nbytes)
 

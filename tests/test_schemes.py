@@ -25,6 +25,10 @@ AFFINE = [
         ("", "_sym", "_asym"),
     )
 ]
+CODEBOOKS = [
+    f"{table}_block{block}{suffix}"
+    for table, block, suffix in itertools.product(("nf4", "fp4"), (32, 64, 128, 256), ("", "_dq"))
+]
 OTHERS = ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 OTHERS += ["iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "tq1_0", "tq2_0"]
 OTHERS += ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
@@ -32,7 +36,7 @@ OTHERS += ["q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m",
 
 
 def test_the_table_holds_the_names_of_the_specification_and_no_others() -> None:
-    assert sorted(SCHEMES) == sorted(AFFINE + OTHERS)
+    assert sorted(SCHEMES) == sorted(AFFINE + CODEBOOKS + OTHERS)
     assert all(name == scheme.name for name, scheme in SCHEMES.items())
 
 

@@ -185,7 +185,7 @@ def check_top(header: dict[str, Json]) -> None:
     if len(tensors) > MAX_TENSORS or len(files) > MAX_FILES:
         refuse(10, f"too many tensors ({len(tensors)}) or files ({len(files)})")
     for feature in features:
-        if feature != NEWER:
+        if feature not in (NEWER, CODEBOOK):
             refuse(11, f"required feature is not known: {feature[:200]!a}")
 
 
@@ -201,6 +201,7 @@ NEWER_DTYPES = {
     "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
     "C64": 64,
 }  # fmt: skip
+CODEBOOK = "codebook-1.2"  # the feature that has the encoding of this kind
 FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 CAST_TO = ("F32", "F16", "BF16")
 RAW_KEYS: dict[str, type] = {"dtype": str, "kind": str}
@@ -208,6 +209,7 @@ AFFINE_KEYS: dict[str, type] = {
     "bits": int, "granularity": str, "kind": str, "row_length": int, "scale_dtype": str,
     "symmetric": bool,
 }  # fmt: skip
+CODEBOOK_KEYS: dict[str, type] = {"block": int, "kind": str, "scale_dtype": str, "table": str}
 SEGMENT_KEYS: dict[str, type] = {"kind": str, "offset": int, "size": int}
 ACTIVATION_KEYS: dict[str, type] = {
     "observer": str, "samples": int, "scale": float, "zero_point": int,
@@ -252,12 +254,30 @@ class Affine:
 
 
 @dataclass(frozen=True)
+class Codebook:
+    """Section 3.2: N values in blocks of n, over the flattened tensor."""
+
+    table: str
+    block: int
+    double: bool  # scales are codes in turn
+    count: int  # N
+
+    def sizes(self) -> list[tuple[str, int]]:
+        """The tables of section 4."""
+        codes, k = -(-self.count // 2), -(-self.count // self.block)
+        if not self.double:
+            return [("codes", codes), ("scales", 4 * k)]
+        wide = 4 * -(-k // 256)
+        return [("codes", codes), ("scales", k), ("scale_scales", wide), ("scale_offset", 4)]
+
+
+@dataclass(frozen=True)
 class Tensor:
     name: str
     shape: list[int]
     source_dtype: str
     encoding: dict[str, Json]  # just the keys of section 3.2
-    affine: Affine | None
+    packed: Affine | Codebook | None
     segments: list[Segment]
     sha256: str
 
@@ -280,7 +300,9 @@ def take_segments(entry: dict[str, Json], where: str, tensor: str | None) -> lis
     return segments
 
 
-def read_tensor(entry: Json, seen: set[str], dtypes: dict[str, int]) -> Tensor:
+def read_tensor(
+    entry: Json, seen: set[str], dtypes: dict[str, int], kinds: dict[str, dict[str, type]]
+) -> Tensor:
     """QBLK-010, 012, 013, 014, 015, 016, 017 of one tensor, in the order of section 6."""
     if type(entry) is not dict:
         refuse(10, "a tensor is not an object")
@@ -292,7 +314,7 @@ def read_tensor(entry: Json, seen: set[str], dtypes: dict[str, int]) -> Tensor:
     source: str = need(entry, "source_dtype", str, "tensor", t)
     given: dict[str, Json] = need(entry, "encoding", dict, "tensor", t)
     kind: str = need(given, "kind", str, "encoding", t)
-    known = {"raw": RAW_KEYS, "affine": AFFINE_KEYS}.get(kind, {})
+    known = kinds.get(kind, {})
     if kind == "affine" and "block" in given:
         known = {**known, "block": int}
     encoding = {k: need(given, k, form, "encoding", t) for k, form in sorted(known.items())}
@@ -318,31 +340,41 @@ def read_tensor(entry: Json, seen: set[str], dtypes: dict[str, int]) -> Tensor:
         refuse(13, "product of the dimensions exceeds 2^53 - 1", t)
     count = math.prod(shape)
 
-    check_encoding(source, encoding, kind, dtypes, t)
-    affine = None
+    check_encoding(source, encoding, kind, dtypes, kinds, t)
+    packed: Affine | Codebook | None = None
     expected: list[tuple[str, int]]
     bits = 0
     if kind == "raw":
         bits = count * dtypes[encoding["dtype"]]
         expected = [("data", bits // 8)]
     else:
-        affine = read_affine(encoding, shape, count, t)
-        expected = affine.sizes()
+        if kind == "affine":
+            packed = read_affine(encoding, shape, count, t)
+        else:
+            packed = read_codebook(encoding, count, t)
+        expected = packed.sizes()
     if activation is not None:
         check_activation(activation, t)
     if bits % 8:
         refuse(17, f"{count} values of {source} do not end on a byte", t)
     if [(s.kind, s.size) for s in segments] != expected:
         refuse(17, f"segments are not (kind, size) {expected}", t)
-    return Tensor(name, shape, source, encoding, affine, segments, sha256)
+    return Tensor(name, shape, source, encoding, packed, segments, sha256)
 
 
 def check_encoding(
-    source: str, encoding: dict[str, Json], kind: str, dtypes: dict[str, int], t: str | None
+    source: str,
+    encoding: dict[str, Json],
+    kind: str,
+    dtypes: dict[str, int],
+    kinds: dict[str, dict[str, type]],
+    t: str | None,
 ) -> None:
     """QBLK-014: section 3.2."""
     if source not in dtypes:
         refuse(14, f"source_dtype is not known: {source[:50]!a}", t)
+    if kind not in kinds:
+        refuse(14, f"encoding is not known: {kind[:50]!a}", t)
     if kind == "raw":
         dtype = encoding["dtype"]
         if dtype not in dtypes:
@@ -364,7 +396,14 @@ def check_encoding(
         if source not in FLOATING:
             refuse(14, f"an affine tensor cannot come from {source}", t)
     else:
-        refuse(14, f"encoding is not known: {kind[:50]!a}", t)
+        if encoding["table"] not in TABLES:
+            refuse(14, f"table is not defined: {encoding['table'][:50]!a}", t)
+        if encoding["block"] not in (32, 64, 128, 256):
+            refuse(14, f"block {encoding['block']} is not defined", t)
+        if encoding["scale_dtype"] not in ("F32", "U8"):
+            refuse(14, "scale_dtype is not defined for codebooks", t)
+        if source not in FLOATING:
+            refuse(14, f"a codebook tensor cannot come from {source}", t)
 
 
 def read_affine(encoding: dict[str, Json], shape: list[int], count: int, t: str | None) -> Affine:
@@ -380,6 +419,13 @@ def read_affine(encoding: dict[str, Json], shape: list[int], count: int, t: str 
         rows=count // c, stored=stored, group=n or c,
         per_tensor=encoding["granularity"] == "tensor",
     )  # fmt: skip
+
+
+def read_codebook(encoding: dict[str, Json], count: int, t: str | None) -> Codebook:
+    """QBLK-015."""
+    if count == 0:
+        refuse(15, "tensor is empty", t)
+    return Codebook(encoding["table"], encoding["block"], encoding["scale_dtype"] == "U8", count)
 
 
 def check_activation(activation: dict[str, Json], t: str | None) -> None:
@@ -549,6 +595,84 @@ def decode(tensor: Tensor, affine: Affine, parts: list[memoryview]) -> Iterator[
                     yield store([(4 * u - z) / 4 * scale for u in some])
 
 
+# schemes/SPEC.md section 10
+
+
+def narrow(value: float) -> float:
+    """Round to binary32."""
+    (found,) = struct.unpack("<f", store([value]))
+    return float(found)
+
+
+TABLES = {
+    name: struct.unpack(">16f", bytes.fromhex(text))
+    for name, text in {
+        "nf4": "bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000"
+        "3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000",
+        "fp4": "00000000 3baaaaab 3f2aaaab 3f800000 3eaaaaab 3f000000 3e2aaaab 3e800000"
+        "80000000 bbaaaaab bf2aaaab bf800000 beaaaaab bf000000 be2aaaab be800000",
+    }.items()
+}
+
+
+def dynamic_table() -> list[float]:
+    """D: each line rounds once what it says, products and sums of binary64 being exact enough."""
+    first = narrow(0.1)
+    found = [0.0, 1.0]
+    for i in range(7):
+        c = 1 << i
+        step = narrow(narrow(1 - first) / c)
+        ends = [
+            narrow(first + step * k) if 2 * k < c + 1 else narrow(1 - step * (c - k))
+            for k in range(c + 1)
+        ]
+        for low, high in pairwise(ends):
+            number = narrow(narrow(10.0 ** (i - 6)) * narrow(narrow(low + high) / 2))
+            found += [number, -number]
+    return sorted(found)
+
+
+DYNAMIC = dynamic_table()
+
+
+def check_codebook(tensor: Tensor, codebook: Codebook, parts: list[memoryview]) -> None:
+    """QBLK-020 and QBLK-023."""
+    for segment, part in zip(tensor.segments, parts, strict=True):
+        if segment.kind == "codes" or (segment.kind == "scales" and codebook.double):
+            continue
+        for number, scale in enumerate(scale_values(part, "F32")):
+            if not math.isfinite(scale):
+                refuse(20, f"{segment.kind} {number} is not finite", tensor.name)
+            if segment.kind != "scale_offset" and math.copysign(1.0, scale) < 0:
+                refuse(20, f"{segment.kind} {number} is negative", tensor.name)
+    if codebook.count % 2 and parts[0][-1] & 15:
+        refuse(23, "the unused half of the last byte is not 0", tensor.name)
+
+
+def codebook_scales(codebook: Codebook, parts: list[memoryview]) -> Iterator[float]:
+    if not codebook.double:
+        yield from scale_values(parts[1], "F32")
+        return
+    wide = list(scale_values(parts[2], "F32"))
+    (offset,) = struct.unpack("<f", parts[3])
+    at = 0
+    for piece in pieces(parts[1], CHUNK):
+        for code in piece:
+            yield narrow(narrow(DYNAMIC[code] * wide[at // 256]) + offset)
+            at += 1
+
+
+def decode_codebook(codebook: Codebook, parts: list[memoryview]) -> Iterator[bytes]:
+    """The values as binary32, a block at a time."""
+    table, block = TABLES[codebook.table], codebook.block
+    for number, scale in enumerate(codebook_scales(codebook, parts)):
+        count = min(block, codebook.count - number * block)
+        begin = number * block // 2
+        pairs = parts[0][begin : begin + -(-count // 2)].tobytes()
+        codes = [code for pair in pairs for code in (pair >> 4, pair & 15)]
+        yield store([table[code] * scale for code in codes[:count]])
+
+
 # Section 4.1
 
 
@@ -602,7 +726,10 @@ def check(file: memoryview, with_values: bool) -> dict[str, Json]:
     check_top(header)
     tensor_names: set[str] = set()
     dtypes = DTYPES | NEWER_DTYPES if NEWER in header["required_features"] else DTYPES
-    tensors = [read_tensor(entry, tensor_names, dtypes) for entry in header["tensors"]]
+    kinds = {"raw": RAW_KEYS, "affine": AFFINE_KEYS}
+    if CODEBOOK in header["required_features"]:
+        kinds["codebook"] = CODEBOOK_KEYS
+    tensors = [read_tensor(entry, tensor_names, dtypes, kinds) for entry in header["tensors"]]
     file_names: set[str] = set()
     companions = [read_companion(entry, file_names) for entry in header["files"]]
     owned: list[tuple[Segment, str | None]] = [(s, t.name) for t in tensors for s in t.segments]
@@ -623,12 +750,15 @@ def check(file: memoryview, with_values: bool) -> dict[str, Json]:
         parts = [payload[s.offset : s.offset + s.size] for s in tensor.segments]
         check_digest(tensor, parts)
         stream = pieces(parts[0], CHUNK)
-        if tensor.affine is not None:
-            check_scales(tensor, tensor.affine, parts)
-            check_zero_points(tensor, tensor.affine, parts, 21)
-            check_minus_128(tensor, tensor.affine, parts)
-            check_zero_points(tensor, tensor.affine, parts, 23)
-            stream = decode(tensor, tensor.affine, parts)
+        if isinstance(tensor.packed, Affine):
+            check_scales(tensor, tensor.packed, parts)
+            check_zero_points(tensor, tensor.packed, parts, 21)
+            check_minus_128(tensor, tensor.packed, parts)
+            check_zero_points(tensor, tensor.packed, parts, 23)
+            stream = decode(tensor, tensor.packed, parts)
+        elif tensor.packed is not None:
+            check_codebook(tensor, tensor.packed, parts)
+            stream = decode_codebook(tensor.packed, parts)
         digest = hashlib.sha256()
         shown = []
         for piece in stream:

@@ -451,7 +451,7 @@ def _output_cell(t: VerifiedTensor) -> str:
 
 
 def _outputs_text(tensors: Sequence[VerifiedTensor]) -> list[str]:
-    """Mean SQNR of the integer products, a line for each kind of their inputs."""
+    """Mean SQNR of the products, a line for each kind of their inputs."""
     kinds: dict[tuple[str, str], list[VerifiedTensor]] = {}
     for t in tensors:
         if t.inputs and t.activations:
@@ -459,14 +459,18 @@ def _outputs_text(tensors: Sequence[VerifiedTensor]) -> list[str]:
     lines: list[str] = []
     for (activations, inputs), found in kinds.items():
         head = "product   " if not lines else "          "
-        of = f"{len(found)} tensors, {inputs} inputs, {activations.replace('_', ' ')} 8-bit"
+        how = "in float: their codes have no integer product"
+        if activations != "float":
+            how = f"{activations.replace('_', ' ')} 8-bit"
+        of = f"{len(found)} tensors, {inputs} inputs, {how}"
+        kind = "product" if activations == "float" else "integer product"
         known = [t.output_sqnr_db for t in found if t.output_sqnr_db is not None]
         if known:
-            what = f"{sum(known) / len(known):.2f} dB mean SQNR of the integer product"
+            what = f"{sum(known) / len(known):.2f} dB mean SQNR of the {kind}"
         elif activations == "static" and inputs == "Gaussian":
             what = "exact, but its SQNR is not known without recorded inputs (--samples)"
         else:
-            what = "nothing is lost in the integer product"
+            what = f"nothing is lost in the {kind}"
         lines.append(f"{head} {what} ({of})\n")
     return lines
 

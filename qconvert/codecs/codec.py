@@ -127,10 +127,12 @@ class Coded:
     integers: IntegerRows | None = None
     grid: Grid | None = None
 
-    def worst_step(self, weights: F32) -> float:
-        """Largest |weight - value| in steps over the weights (R, C) that were not clipped."""
+    def worst_step(self, weights: F32) -> float | None:
+        """Largest |weight - value| in steps over the weights (R, C) that were not clipped; None
+        without a grid.
+        """
         if self.integers is None or self.grid is None:
-            return 0.0
+            return None
         n, g = self.integers, self.grid
         worst, unscaled = kernels.worst_step(
             *(weights, self.values, n.group, g.scale, n.offset, n.zero, g.code_step),

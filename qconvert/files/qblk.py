@@ -85,7 +85,7 @@ class QblkModel:
     def check_payload(self, advance: Callable[[int], None]) -> str:
         """See `OpenModel.check_payload`."""
         check_payload(self, advance)
-        return f"every rule of qblk 1.0 and the digests of {len(self.tensors)} tensors"
+        return f"every rule of qblk 1.2 and the digests of {len(self.tensors)} tensors"
 
     def _companion(self, file: StoredFile) -> bytes:
         """The bytes of a companion file.

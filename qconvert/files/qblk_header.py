@@ -41,7 +41,7 @@ MAX_DIM = 1 << 48
 MAX_INTEGER = (1 << 53) - 1
 DTYPES_1_1 = "dtypes-1.1"  # the feature that these dtypes are under, SPEC.md section 3.1
 NEWER_DTYPES = frozenset(d.name for d in DTYPES.values() if d.kind in ("narrow", "complex"))
-REQUIRED_FEATURES = frozenset({DTYPES_1_1})
+REQUIRED_FEATURES = {DTYPES_1_1, *(f.feature for f in FAMILIES.values() if f.feature)}
 HEADER_KEYS = {
     "files": list,
     "metadata": dict,
@@ -134,6 +134,7 @@ class _HeaderReader:
         self.tensor: str | None = None
         self.lone_surrogate = False
         self.dtypes = DTYPES.keys() - NEWER_DTYPES
+        self.families: list[str] = []
 
     def refuse(
         self, rule: int, message: str, found: object = None, wanted: object = None
@@ -278,6 +279,8 @@ class _HeaderReader:
                 self.refuse(10, f"number of {key}", len(header[key]), f"at most {limit:,}")
         if DTYPES_1_1 in header["required_features"]:
             self.dtypes |= NEWER_DTYPES
+        known = {None, *header["required_features"]}
+        self.families = [n for n, f in FAMILIES.items() if f.described and f.feature in known]
         for feature in header["required_features"]:
             if feature not in REQUIRED_FEATURES:
                 raise UnsupportedError(
@@ -341,10 +344,9 @@ class _HeaderReader:
         kind = self._field(described, "kind", str)
         if dtype not in self.dtypes:
             self.refuse(14, "unknown source_dtype", dtype, " ".join(sorted(self.dtypes)))
-        known = [name for name, family in FAMILIES.items() if family.described]
-        parse = codec_named(kind).parse if kind in known else None
+        parse = codec_named(kind).parse if kind in self.families else None
         if parse is None:
-            self.refuse(14, "unknown encoding", kind, " or ".join(known))
+            self.refuse(14, "unknown encoding", kind, " or ".join(self.families))
         return parse(HeaderFields(described, dtype, shape, self._field, self.refuse))
 
     def _activation(self, entry: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from qconvert.files.qblk_header import (
 from qconvert.geometry import PACK_GROUP
 from qconvert.kernels.records import U8, Bytes
 from qconvert.model import TensorInfo
+from qconvert.schemes import FAMILIES
 
 SIGNIFICANT_DIGITS = 6
 LONGEST_NUMBER = -1.23456789012e-300  # wider than what `rounded`, binary32 and 2^53 leave
@@ -120,14 +121,16 @@ class QblkWriter:
         Returns:
             Length of the file in bytes.
         """
-        features = required_features(t["source_dtype"] for t in self.tensors)
+        features = required_features(
+            (t["source_dtype"], t["encoding"]["kind"]) for t in self.tensors
+        )
         header = canonical(_header(self.tensors, self.files, metadata, provenance, features))
         assert PREAMBLE.size + len(header) <= self.payload, "header outgrew its bound"
         total = self.payload + self.end
-        minor = 1 if features else 0  # the first that has what the file needs
-        start = PREAMBLE.pack(MAGIC, MAJOR, minor, 0, len(header), self.payload, total, bytes(32))[
-            :32
-        ]
+        start = PREAMBLE.pack(
+            *(MAGIC, MAJOR, minor_version(features), 0, len(header), self.payload, total),
+            bytes(32),
+        )[:32]
         digest = hashlib.sha256(start + header).digest()
         self.out.truncate(total)
         self.out.write_at(0, start + digest + header)
@@ -268,9 +271,22 @@ def _header(
     }
 
 
-def required_features(dtypes: Iterable[str]) -> list[str]:
-    """What a reader has to know for tensors of these dtypes."""
-    return [DTYPES_1_1] if any(dtype in NEWER_DTYPES for dtype in dtypes) else []
+def required_features(tensors: Iterable[tuple[str, str]]) -> list[str]:
+    """What a reader has to know for tensors, by the dtype of their source and their family."""
+    found = {feature for dtype, family in tensors for feature in _features(dtype, family)}
+    return sorted(found)
+
+
+def _features(dtype: str, family: str) -> Iterator[str]:
+    if dtype in NEWER_DTYPES:
+        yield DTYPES_1_1
+    if feature := FAMILIES[family].feature:
+        yield feature
+
+
+def minor_version(features: Iterable[str]) -> int:
+    """The first that has these features, which are named by it: NAME-1.MINOR."""
+    return max((int(feature.rpartition(".")[2]) for feature in features), default=0)
 
 
 def check_qblk(tensors: Sequence[TensorInfo], path: Path) -> None:

@@ -96,7 +96,9 @@ class _QblkSink:
         files = [(_flat(c), c.size) for c in model.companions]
         calibrated = "calibration" in provenance
         bounds = (_bound(p, calibrated) for p in plan)
-        features = required_features(p.tensor.dtype for p in plan)
+        features = required_features(
+            (p.tensor.dtype, str(p.encoding.to_json()["kind"])) for p in plan
+        )
         bound = header_bound(bounds, files, model.metadata, provenance, features)
         self.writer = QblkWriter(out, bound)
 

@@ -87,24 +87,34 @@ class _Sums:
 
     error: ErrorSums = field(default_factory=ErrorSums)
     finite: bool = True  # whether every decoded value is
-    worst_step: float = 0.0
+    worst_step: float | None = None
     cast: bool = True  # whether plain numbers are the source's, rounded
-    integer: bool = False  # whether there is an integer product at all
+    product: str | None = None  # ``integer``, ``float`` or none at all
     exact: bool = True
     float_error: float = 0.0
     signal: float = 0.0  # Σ of the squared float product
-    noise: float = 0.0  # Σ of its squared difference from the integer path
+    noise: float = 0.0  # Σ of its squared difference from the product that runs
 
     def add(self, other: _Sums) -> None:
         self.error += other.error
         self.finite &= other.finite
-        self.worst_step = max(self.worst_step, other.worst_step)
+        if other.worst_step is not None:
+            self.worst_step = max(self.worst_step or 0.0, other.worst_step)
         self.cast &= other.cast
-        self.integer |= other.integer
+        self.product = other.product
         self.exact &= other.exact
         self.float_error = max(self.float_error, other.float_error)
         self.signal += other.signal
         self.noise += other.noise
+
+    def compare(
+        self, x: NDArray[np.float32], weights: NDArray[np.float32] | None, y: NDArray[np.floating]
+    ) -> None:
+        """Hold a product against that of the source's weights, where these are known."""
+        if weights is not None:
+            truth = x.astype(np.float64) @ weights.astype(np.float64).T
+            self.signal = float((truth * truth).sum())
+            self.noise = float(((truth - y) ** 2).sum())
 
 
 def verify(path: Path, options: VerifyOptions, progress: Progress | None = None) -> VerifyReport:
@@ -373,12 +383,14 @@ class _Job:
             self.total += total.error
             row.sqnr_db, row.nmse = total.error.sqnr_db, total.error.nmse
             row.max_error, row.worst_step = total.error.worst, total.worst_step
-        if total.integer:
-            row.integer_exact, row.float_error = total.exact, total.float_error
-            named = self.options.activations.replace("auto", "dynamic")
-            row.activations = "static" if static else named
+        if total.product is not None:
             row.inputs = "Gaussian" if recorded is None else "recorded"
-            if recorded is not None or not static:
+            row.activations = "float"
+            if total.product == "integer":
+                row.integer_exact, row.float_error = total.exact, total.float_error
+                named = self.options.activations.replace("auto", "dynamic")
+                row.activations = "static" if static else named
+            if recorded is not None or row.activations != "static":
                 row.output_sqnr_db = _db(total.signal, total.noise)
         return row
 
@@ -476,7 +488,8 @@ class _Job:
         spoiled = [
             r
             for r in rows
-            if r.output_sqnr_db is not None
+            if r.integer_exact is not None
+            and r.output_sqnr_db is not None
             and r.sqnr_db is not None
             and r.output_sqnr_db < r.sqnr_db - SPOILED_DB
         ]
@@ -523,12 +536,12 @@ class _Job:
         nmse = {r.name: r.nmse for r in rows if r.nmse is not None}
         self._limit("max-nmse", "highest normalised squared error", nmse, o.max_nmse, max)
         outputs = {r.name: r.output_sqnr_db for r in rows if r.output_sqnr_db is not None}
-        if o.min_output_sqnr is not None and all(r.integer_exact is None for r in rows):
-            self.skip("min-output-sqnr", NO_CODES)
+        if o.min_output_sqnr is not None and all(r.inputs is None for r in rows):
+            self.skip("min-output-sqnr", "the file has no tensor of codes")
             return
         if o.min_output_sqnr is not None:
             _refuse_unmeasured(rows)
-        detail = "lowest SQNR of an integer product, in dB"
+        detail = "lowest SQNR of a product, in dB"
         self._limit("min-output-sqnr", detail, outputs, o.min_output_sqnr, min)
 
     def _limit(
@@ -645,12 +658,15 @@ def _measure_rows(
         if rows.integers is None and dtype in CAST_NUMPY:
             promised = cast_values(weights, dtype)[1]
             found.cast = bool((promised.view(np.uint32) == rows.values.view(np.uint32)).all())
-    if rows.integers is None:
-        return found
     first, column = divmod(tile.start, columns)
     span = slice(column, column + tile.columns)
+    if rows.integers is None:
+        if dtype not in DTYPES:
+            found.product = "float"
+            found.compare(x[:, span], weights, x[:, span].astype(np.float64) @ rows.values.T)
+        return found
     a = Activations(a.codes[:, span], a.scale, a.zero_point)
-    found.integer = True
+    found.product = "integer"
     product = kernels.integer_product(rows.integers, a, check=True)
     found.exact = bool(product.exact)
     if stored.encoding.multiplies and tile.columns == columns:
@@ -671,8 +687,5 @@ def _measure_rows(
     may_overflow = magnitude / np.minimum(a.scale, 1)[:, None] > F32_MAX / 2
     difference[~np.isfinite(product.y) & ~may_overflow] = np.inf
     found.float_error = float((difference / bound).max(initial=0.0))
-    if weights is not None:
-        truth = x[:, span].astype(np.float64) @ weights.astype(np.float64).T
-        found.signal = float((truth * truth).sum())
-        found.noise = float(((truth - product.y) ** 2).sum())
+    found.compare(x[:, span], weights, product.y)
     return found

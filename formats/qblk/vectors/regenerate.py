@@ -740,6 +740,171 @@ def in_payload(at: int, value: int) -> Callable[[bytearray, int], Any]:
     return lambda whole, start: whole.__setitem__(start + at, value)
 
 
+# Codes, scales, and the values that bitsandbytes 0.50.2 gives for them on a CPU.
+BITSANDBYTES = {
+    "nf4": {
+        "codes": (
+            "0123456789abcdefac0c78a4f0469620002f3ac3464f2ecd16a7aaa0f8e45e215a1d538eed40cbc0"
+            "0856e3854c20"
+        ),
+        "scales": ("0000c03fcdcccc3d"),
+        "values": (
+            "0000c0bf45ab85bfc8a049bff8a517bf7473dabeefe78dbe55da0bbe000000007e78f43d5430773e"
+            "a603bd3e6cc2013f8a3b293f800b583fc6ce8a3f0000c03fa603bd3e8a3b293f0000c0bf8a3b293f"
+            "000000007e78f43da603bd3e7473dabe0000c03f0000c0bf7473dabe55da0bbe5430773e55da0bbe"
+            "c8a049bf0000c0bf0000c0bf0000c0bfc8a049bf0000c03ff8a517bfa603bd3e8a3b293ff8a517bf"
+            "7473dabe55da0bbe7473dabe0000c03fc8a049bfc6ce8a3f8a3b293f800b583f45ab85bf55da0bbe"
+            "a603bd3e00000000a603bd3ea603bd3ea603bd3e0000c0bf0000c03f7e78f43dc6ce8a3f7473dabe"
+            "efe78dbec6ce8a3fc8a049bf45ab85bfcc5d97bc7e9dc93c8e948ebdab72663dcc5d97bc1ac221bd"
+            "6662023cc30f943dc30f943dab72663daf03e9bccdccccbdc783343dfb680a3dc783343dcdccccbd"
+            "cdccccbd6662023ccc5d97bc272d15bcc30f943d1ac221bd6662023ccc5d97bcaf03e9bcc783343d"
+            "e71157bd"
+        ),
+    },
+    "fp4": {
+        "codes": (
+            "0123456789abcdeffaa7f35aa12bdae65c03362cd60b192faf9b6c125b7df668a79fb56620c65a9e"
+            "9e955f93dd02b6513ddd9258f48788b1fdc47740b0c3a53e"
+        ),
+        "scales": ("0000c03fcdcccc3d"),
+        "values": (
+            "000000000000003c0000803f0000c03f0000003f0000403f0000803e0000c03e00000080000000bc"
+            "000080bf0000c0bf000000bf000040bf000080be0000c0be0000c0be000080bf000080bf0000c03e"
+            "0000c0be0000c03f0000403f000080bf000080bf0000003c0000803f0000c0bf000040bf000080bf"
+            "000080be0000803e0000403f000000bf000000000000c03f0000c03f0000803e0000803f000000bf"
+            "000040bf0000803e000000000000c0bf0000003c000000bc0000803f0000c0be000080bf0000c0be"
+            "000000bc0000c0bf0000803e000000bf0000003c0000803f0000403f0000c0bf0000c03e000040bf"
+            "0000c0be0000803e0000803e00000080898888bdcdcccc3c898808bacdccccbccdccccbdcdcc4c3d"
+            "8988883c8988883c8988883d00000000898808bd8988883ccdcc4c3d898888bd898808ba898888bc"
+            "898808ba898888bc898808bacdcc4c3dcdcc4c3dcdccccbc898808bacdcccc3dcdcc4cbdcdcc4cbd"
+            "000000008988883dcdccccbd8988883ccdcc4c3d8988083acdcccc3dcdcc4cbdcdcc4cbdcdcc4cbd"
+            "898808ba8988883dcdcc4c3d00000080cdccccbc8988083d00000080cdcccc3c0000008000000080"
+            "cdccccbd8988083acdccccbccdcc4cbd898808bd8988083dcdcccc3ccdcccc3c8988083d00000000"
+            "cdccccbd00000000898808bdcdcccc3d898888bdcdcc4c3dcdcccc3d898888bc"
+        ),
+    },
+    "dq": {
+        "codes": (
+            "5d350c86e9fb983bcb60b0c2438340f3392ec565b64a2c6f46db050d63bd185be8b597b030f8770d"
+            "d09867e97bb8d99799e3585ad30f8bcf04f76400f0234d526b7311739a68082714670e"
+        ),
+        "scales": ("ff0382"),
+        "wide": ("a470bd3e"),
+        "offset": ("295c4f3f"),
+        "values": (
+            "f4435fbe92f4293fe797eebef4435fbe3e0a97bf3021053f2351c03d0109dcbd0c645a3f8774423e"
+            "3e0a973fa627cc3e8774423e2351c03de797eebea627cc3e3021053fa627cc3e0109dcbd3e0a97bf"
+            "a627cc3e3e0a97bf3021053f349d1ebf1ed9abbee797eebe2351c03de797eebe1ed9abbe3e0a97bf"
+            "3e0a973fe797eebee797eebe8774423e349d1ebf0c645a3f3021053ff4435fbe0109dcbdf4435fbe"
+            "a627cc3e0109dcbd1ed9abbef4b0943e349d1ebf3021053f0109dcbd3e0a973f1ed9abbe0109dcbd"
+            "92f4293fa627cc3e3e0a97bff4435fbe3e0a97bf92f4293f0109dcbde797eebea627cc3e92f4293f"
+            "524e52bf2351c03df4435fbea627cc3ecb9ba93ede5b153d738d1e3ef464adbdfd04973d00000000"
+            "738d1e3ea09aeabe674c39bea09aeabea09aea3ede5b153d0000000000000000a09aeabe01fe833e"
+            "01fe833ea09aeabefd04973dde5b153db8e22abd00000000cb9ba93efd04973d00000000738d1e3e"
+            "738d1e3ede5b153d01fe833efd04973dfd04973d00000000fd04973dfd04973dcb9ba93e674c39be"
+            "f464adbdde5b153df464adbdaaf4e63d01fe833e674c39bea09aeabea09aea3ede5b153d738d1e3e"
+            "dac84e3ea09aea3ea09aeabe517605bea09aea3e00000000b8e22abd517605bea09aeabea09aeabe"
+            "a09aea3ea09aeabe555e76be674c39be517605be01fe833ef464adbd555e76bea70a97bd05248c3e"
+            "00000000e0c7a3bef15c10bff15c10bf00000000e0c7a3be807b053ed8224c3ea70a97bdbf03843d"
+            "595c4fbfbf03843d52c2d9be00000000f15c10bf8aed6bbea70a97bd00000000595c4fbfb1e9153f"
+        ),
+    },
+}
+
+
+def codebook(
+    kind: str,
+    count: int,
+    *,
+    block: int = 64,
+    source: str = "F32",
+    shape: list[int] | None = None,
+    encoding: dict[str, Any] | None = None,
+    **changed: str,
+) -> Tensor:
+    """A tensor of `BITSANDBYTES`, perhaps with other bytes in a segment."""
+    given = {**BITSANDBYTES[kind], **changed}
+    double = "wide" in given
+    parts = [("codes", bytes.fromhex(given["codes"])), ("scales", bytes.fromhex(given["scales"]))]
+    if double:
+        parts.append(("scale_scales", bytes.fromhex(given["wide"])))
+        parts.append(("scale_offset", bytes.fromhex(given["offset"])))
+    described = {
+        "block": block,
+        "kind": "codebook",
+        "scale_dtype": "U8" if double else "F32",
+        "table": "nf4" if kind == "dq" else kind,
+    }
+    values = bytes.fromhex(given["values"])
+    described.update(encoding or {})
+    return Tensor(kind, [count] if shape is None else shape, source, described, parts, values)
+
+
+def valid_codebooks() -> None:
+    for kind, count, what in (
+        ("nf4", 91, "nf4: every code, a short last block, an odd number of values"),
+        ("fp4", 128, "fp4: every code, -0 among them"),
+        ("dq", 150, "nf4 with double quantized scales"),
+    ):
+        valid(
+            f"codebook-{kind}",
+            f"{what}; values by bitsandbytes",
+            [codebook(kind, count)],
+            features=["codebook-1.2"],
+            fields={"minor": 2},
+        )
+    valid(
+        "codebook-rows",
+        "blocks that end within rows of 13, and a dtype of 1.1 beside them",
+        [codebook("nf4", 91, shape=[7, 13]), raw("F4", [3, 2], "F4", hexa("21 f7 80"))],
+        features=["codebook-1.2", "dtypes-1.1"],
+        fields={"minor": 2},
+    )
+
+
+def invalid_codebooks() -> None:
+    def file(*tensors: Tensor, features: tuple[str, ...] = ("codebook-1.2",)) -> bytes:
+        return make(list(tensors), features=list(features), fields={"minor": 2})
+
+    plain = codebook("nf4", 91)
+    invalid(14, "codebook-no-feature", "a codebook without its feature", file(plain, features=()))
+    for case, change, why in (
+        ("table", {"table": "nf3"}, "table nf3"),
+        ("block", {"block": 48}, "block 48"),
+        ("scale", {"scale_dtype": "F16"}, "scales of F16"),
+    ):
+        changed = codebook("nf4", 91, encoding=change)
+        invalid(14, f"codebook-{case}", f"a codebook with {why}", file(changed))
+    invalid(14, "codebook-source", "a codebook of I32", file(codebook("nf4", 91, source="I32")))
+    nothing = codebook("nf4", 0, codes="", scales="", values="")
+    invalid(15, "codebook-empty", "a codebook of no value", file(nothing))
+    scales = BITSANDBYTES["nf4"]["scales"]
+    invalid(17, "codebook-codes", "a byte of codes too many", file(codebook("nf4", 89)))
+    invalid(17, "codebook-scales", "a scale too few", file(codebook("nf4", 91, scales=scales[:8])))
+    invalid(
+        17,
+        "codebook-double",
+        "scales of F32 and their scales",
+        file(codebook("dq", 150, encoding={"scale_dtype": "F32"})),
+    )
+    for case, tensor, why in (
+        ("nan", codebook("nf4", 91, scales="0000c07f" + scales[8:]), "a scale is NaN"),
+        ("negative", codebook("nf4", 91, scales=scales[:8] + "cdccccbd"), "a scale is negative"),
+        ("minus-0", codebook("nf4", 91, scales="00000080" + scales[8:]), "a scale is -0"),
+        ("wide-inf", codebook("dq", 150, wide="0000807f"), "a scale of scales is infinite"),
+        ("wide-negative", codebook("dq", 150, wide="0000c0bf"), "a scale of scales is negative"),
+        ("offset", codebook("dq", 150, offset="000080ff"), "the offset of scales is infinite"),
+    ):
+        invalid(20, f"codebook-{case}", why, file(tensor))
+    filled = BITSANDBYTES["nf4"]["codes"][:-1] + "1"
+    invalid(
+        23,
+        "codebook-half-byte",
+        "the half byte behind the last code is 1",
+        file(codebook("nf4", 91, codes=filled)),
+    )
+
+
 def invalid_preamble() -> None:
     base = make([small()])
     invalid(1, "empty", "no bytes at all", b"")
@@ -1318,11 +1483,13 @@ def write_readme() -> None:
 
 def main() -> int:
     valid_files()
+    valid_codebooks()
     invalid_preamble()
     invalid_header()
     invalid_tensors()
     invalid_segments()
     invalid_payload()
+    invalid_codebooks()
     listing = json.dumps(INVALID, indent=1, ensure_ascii=False)
     FILES["invalid.json"] = listing.encode() + b"\n"
     write_readme()
