@@ -263,6 +263,23 @@ def test_a_code_off_by_two_breaks_the_error_bound(source: Path, scheme: str) -> 
     assert failed(checked(file.write(path), source)) >= {"error-bound"}
 
 
+def test_the_error_bound_holds_codes_that_were_rounded_to_the_nearest_alone(source: Path) -> None:
+    """SPEC.md section 3: other roundings move codes on purpose, and say so."""
+    file = Qblk(convert(source, "q4_block32_sym"))
+    off_by_two(file, "a.weight")
+    file.tensor("a.weight")["decision"]["rounding"] = "compensated"
+    report = checked(file.write(source.parent / "t.qblk"), source)
+    (bound,) = [c for c in report.checks if c.id == "error-bound"]
+    assert bound.status == "pass"
+    assert "without 1 tensor whose" in bound.detail
+    for name in ("b.weight", "c.weight"):
+        file.tensor(name)["decision"]["rounding"] = "compensated"
+    report = checked(file.write(source.parent / "t.qblk"), source)
+    assert statuses(report)["error-bound"] == "skip"
+    file.tensor("a.weight")["decision"]["rounding"] = "nearest"
+    assert "error-bound" in failed(checked(file.write(source.parent / "t.qblk"), source))
+
+
 @pytest.mark.parametrize("factor", [0.5, 1.1])
 def test_a_wrong_scale_breaks_a_promise(source: Path, factor: float) -> None:
     file = Qblk(convert(source, "q8_channel_sym"))

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from qconvert.schemes import TensorScheme
 
 
+NEAREST = "nearest"  # the code next to a weight, whatever became of other weights
+
+
 # --- a tensor in a file ---------------------------------------------------------------------------
 
 
@@ -71,6 +74,8 @@ class Stored:
         source_dtype: that it had where it came from, if the container says.
         activation: static activation parameters of the layer, as the container noted them.
         error: that the container noted.
+        rounding: how codes were chosen; `NEAREST` promises that a weight that was not clipped is
+            half a step off at most.
     """
 
     name: str
@@ -81,6 +86,7 @@ class Stored:
     source_dtype: str | None = None
     activation: Mapping[str, Any] | None = None
     error: Mapping[str, Any] | None = None
+    rounding: str = NEAREST
 
     def values(self, start: int, stop: int) -> NDArray[Any]:
         """See `Model.values`."""

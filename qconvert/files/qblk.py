@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from qconvert.codecs.codec import Stored
+from qconvert.codecs.codec import NEAREST, Stored
 from qconvert.files.qblk_check import check_payload
 from qconvert.files.qblk_header import SLASH, StoredFile, StoredTensor, read_header
 from qconvert.files.regular import RegularFile
@@ -63,6 +63,7 @@ class QblkModel:
             source_dtype=entry.source_dtype,
             activation=entry.activation,
             error=entry.error,
+            rounding=str(entry.decision.get("rounding", NEAREST)),
         )
 
     def _read(self, entry: StoredTensor, kind: str, offset: int, size: int) -> bytes:

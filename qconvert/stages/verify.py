@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from qconvert import kernels
-from qconvert.codecs.codec import Coded, Stored
+from qconvert.codecs.codec import NEAREST, Coded, Stored
 from qconvert.codecs.source import F32_MAX
 from qconvert.containers import CONTAINERS
 from qconvert.errors import FormatError, UsageError, WeightError
@@ -508,15 +508,21 @@ class _Job:
             self._of_tensors("cast-exact", detail, [r for r in cast if not r.cast_exact])
 
     def _error_bound(self, rows: list[VerifiedTensor]) -> None:
+        bounded = [r for r in rows if r.worst_step is not None and r.integer_exact is not None]
         steps = {
             r.name: r.worst_step
-            for r in rows
-            if r.worst_step is not None and r.integer_exact is not None
+            for r in bounded
+            if r.worst_step is not None and self.stored[r.name].rounding == NEAREST
         }
+        others = len(bounded) - len(steps)
         if not steps:
-            self.skip("error-bound", NO_CODES)
+            why = "no tensor has codes that were rounded to the nearest" if others else NO_CODES
+            self.skip("error-bound", why)
             return
         detail = "largest error of an unclipped weight, in steps"
+        if others:
+            left = "1 tensor" if others == 1 else f"{others} tensors"
+            detail += f", without {left} whose codes were not rounded to the nearest"
         self._limit("error-bound", detail, steps, HALF_STEP, max)
 
     def _recorded(self, rows: list[VerifiedTensor]) -> None:
