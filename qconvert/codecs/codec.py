@@ -4,6 +4,10 @@ A *scheme* is what a user names (`qconvert.schemes`). An *encoding* is how one t
 under a scheme: its segments and what their bytes mean. A *codec* leads from one to the other; there
 is one a family, in a module of its own, found through `qconvert.schemes.FAMILIES`. Planning,
 conversion, verification, loading, running and every container ask these and never a class.
+
+A new family is a class of schemes with its row in `FAMILIES`, and a module here with an `Encoding`,
+an `Encoder` and their `CODEC`; `codebook` is the shortest. The law comes first: formats/schemes and
+formats/qblk with vectors and reader, and kernels with their definitions where NumPy is too slow.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from qconvert import kernels
 from qconvert.codecs.codes import Codes
 from qconvert.codecs.statistics import TensorStatistics
 from qconvert.errors import FormatError
-from qconvert.geometry import TILE_VALUES, Tile
+from qconvert.geometry import Tile
 from qconvert.kernels.records import (
     F32,
     Activations,
@@ -400,18 +404,3 @@ def smaller(encoding: Encoding, tensor: TensorInfo, scheme: str) -> str | None:
     if encoding.size(tensor.shape) >= tensor.nbytes:
         return f"{scheme} would not make it smaller"
     return None
-
-
-__all__ = [
-    "TILE_VALUES",
-    "Codec",
-    "Coded",
-    "Encoder",
-    "Encoding",
-    "Facts",
-    "Grid",
-    "HeaderFields",
-    "Outcome",
-    "Segment",
-    "Stored",
-]
