@@ -368,7 +368,6 @@ def test_a_text_model_inside_another_has_its_own_fields_only() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("transformers_weights", "other.safetensors"),
         ("configuration_files", ["config.4.0.0.json"]),
         ("per_layer_config", {"0": {"intermediate_size": 32}}),
         ("is_causal", False),

@@ -140,7 +140,8 @@ def _named_weights(inside: _Inside, names: list[str]) -> str | None:
     if named is None:
         return None
     wanted = (".safetensors", ".safetensors.index.json")
-    if not _is_plain(named) or not named.endswith(wanted) or named not in names:
+    found = isinstance(named, str) and _is_plain(named) and named.endswith(wanted)
+    if not found or named not in names:
         raise InputError(
             "the file with the weights that 'transformers_weights' names is not there",
             path=directory / CONFIG,
