@@ -10,23 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert.calibration.document import CalibrationDocument, LayerCalibration, TextRun
+from qconvert.calibration.file import CHANNELS, calibration_parts, read_state
+from qconvert.calibration.grid import StaticRange
+from qconvert.calibration.layer import LayerStatistics
+from qconvert.calibration.observers import F64, Observer, ObserverSettings
 from qconvert.errors import FormatError, UnsupportedError, UsageError, WeightError
 from qconvert.files.atomic import AtomicOutput
-from qconvert.files.calibration import (
-    CHANNELS,
-    CalibrationDocument,
-    LayerCalibration,
-    StaticParameters,
-    TextRun,
-    calibration_parts,
-    layer_name,
-    read_state,
-)
 from qconvert.files.regular import file_sha256, utf8_name
 from qconvert.files.scratch import Scratch
-from qconvert.model import Model
-from qconvert.observers.layer import LayerStatistics
-from qconvert.observers.ranges import F64, Observer, ObserverSettings
+from qconvert.model import Model, layer_name
 from qconvert.report import CalibratedLayer
 
 Arrays = dict[str, NDArray[Any]]
@@ -183,30 +176,23 @@ def replace_finished(c: Collected, more: Mapping[str, FinishedLayer]) -> Collect
 
 def finished(layer: LayerStatistics, transposed: bool) -> FinishedLayer:
     """Ranges settled, state packed."""
-
-    def settle(observer: Observer) -> StaticParameters:
-        found = layer.settings.settle(observer)
-        return StaticParameters(found.low, found.high, found.scale, found.zero_point)
-
-    return _packed(layer, settle, transposed)
+    return _packed(layer, layer.settings.settle, transposed)
 
 
 def unsettled(layer: LayerStatistics, transposed: bool) -> FinishedLayer:
     """State packed, without ranges: to search them may take longer than all the rest."""
-    return _packed(layer, lambda _: StaticParameters(0.0, 0.0, 1.0, 0), transposed)
+    return _packed(layer, lambda _: StaticRange(0.0, 0.0, 1.0, 0), transposed)
 
 
 def _packed(
-    layer: LayerStatistics, settle: Callable[[Observer], StaticParameters], transposed: bool
+    layer: LayerStatistics, settle: Callable[[Observer], StaticRange], transposed: bool
 ) -> FinishedLayer:
-    output = None if layer.output is None else settle(layer.output)
-    settled = asdict(settle(layer.input))
     return FinishedLayer(
         LayerCalibration(
             samples=layer.channels.samples,
             features=layer.features,
-            **settled,
-            output=output,
+            input=settle(layer.input),
+            output=None if layer.output is None else settle(layer.output),
             transposed=transposed,
         ),
         layer.arrays(),
@@ -214,10 +200,10 @@ def _packed(
 
 
 def restored(
-    layer: FinishedLayer, settings: ObserverSettings, columns: F64 | None = None
+    layer: FinishedLayer, settings: ObserverSettings, norms: F64 | None = None
 ) -> LayerStatistics:
-    """The inverse of `finished`; ``columns`` as of `LayerStatistics`, if more is to come."""
-    found = LayerStatistics.restored(layer.arrays, layer.calibration.features, settings, columns)
+    """The inverse of `finished`; ``norms`` as of `LayerStatistics`, if more is to come."""
+    found = LayerStatistics.restored(layer.arrays, layer.calibration.features, settings, norms)
     if found.channels.samples != layer.calibration.samples:
         raise ValueError("samples")
     return found
@@ -369,6 +355,16 @@ def _described(layer: FinishedLayer) -> str:
     return f"{layer.calibration.features:,} features{''.join(more)}"
 
 
+def unreached_warnings(unreached: list[str]) -> list[str]:
+    """Layers that no token came through, as a warning."""
+    if not unreached:
+        return []
+    return [
+        f"no token came through {len(unreached)} layers, such as '{unreached[0]}': "
+        "they are not in the calibration"
+    ]
+
+
 def _row(name: str, layer: FinishedLayer) -> CalibratedLayer:
     settled = layer.calibration
     low, high, _ = (layer.arrays[kind] for kind in CHANNELS)
@@ -378,10 +374,7 @@ def _row(name: str, layer: FinishedLayer) -> CalibratedLayer:
         name=name,
         samples=settled.samples,
         features=settled.features,
-        low=settled.low,
-        high=settled.high,
-        scale=settled.scale,
-        zero_point=settled.zero_point,
+        **asdict(settled.input),
         channel_absmax_ratio=float(widest.max()) / middle if middle > 0 else float("inf"),
         output=None if settled.output is None else asdict(settled.output),
     )
