@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.calibration.document import CalibrationDocument, LayerCalibration, TextRun
 from qconvert.calibration.file import CHANNELS, calibration_parts, read_state
 from qconvert.calibration.grid import StaticRange
@@ -20,7 +21,7 @@ from qconvert.files.atomic import AtomicOutput
 from qconvert.files.regular import file_sha256, utf8_name
 from qconvert.files.scratch import Scratch
 from qconvert.model import Model, layer_name
-from qconvert.report import CalibratedLayer
+from qconvert.report import CalibratedLayer, CalibrateReport
 
 Arrays = dict[str, NDArray[Any]]
 STATISTICS_BYTES = 2 << 30  # of the layers of one pass
@@ -121,9 +122,39 @@ class Collected:
             for kind, a in self.finished[name].arrays.items()
         }
 
-    def rows(self) -> list[CalibratedLayer]:
-        """The finished layers for the report."""
-        return [_row(name, self.finished[name]) for name in sorted(self.finished)]
+    def report(
+        self,
+        inputs: Sequence[Path],
+        output: Path,
+        *,
+        imatrix: Path | None = None,
+        record: Path | None = None,
+        resumed_at: int | None = None,
+        warnings: list[str],
+        seconds: float,
+    ) -> CalibrateReport:
+        """What the command that has made this says of it.
+
+        Args:
+            inputs: what was read, as given.
+            output, imatrix, record: what was written.
+            resumed_at: pieces of text that an interrupted run had done.
+        """
+        return CalibrateReport(
+            kernels=kernels.describe(),
+            inputs=[str(p) for p in inputs],
+            output=str(output),
+            observer=self.settings.name,
+            layers=[_row(name, self.finished[name]) for name in sorted(self.finished)],
+            chunks=self.run.chunks if self.run else None,
+            tokens=self.run.tokens if self.run else None,
+            resumed_at=resumed_at,
+            unreached=self.unreached,
+            imatrix=str(imatrix) if imatrix else None,
+            record=str(record) if record else None,
+            warnings=warnings,
+            seconds=seconds,
+        )
 
 
 def passes(sizes: Mapping[str, int], most: int) -> list[list[str]]:

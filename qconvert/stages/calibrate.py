@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert import kernels
 from qconvert.calibration.collected import (
     STATISTICS_BYTES,
     Collected,
@@ -114,12 +113,9 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
             run.found.write(out)
             out.commit()
             state.remove()
-    return CalibrateReport(
-        kernels=kernels.describe(),
-        inputs=[str(p) for p in options.activations],
-        output=str(options.output),
-        observer=options.settings.name,
-        layers=run.found.rows(),
+    return run.found.report(
+        options.activations,
+        options.output,
         warnings=warnings,
         seconds=time.perf_counter() - started,
     )
@@ -250,16 +246,10 @@ def merge_calibrations(options: MergeOptions) -> CalibrateReport:
             other.write_at(0, importance_bytes(whole, options.model))
             other.commit()
         out.commit()
-    return CalibrateReport(
-        kernels=kernels.describe(),
-        inputs=[str(p) for p in options.calibrations],
-        output=str(options.output),
-        observer=whole.settings.name,
-        layers=whole.rows(),
-        chunks=whole.run.chunks if whole.run else None,
-        tokens=whole.run.tokens if whole.run else None,
-        unreached=whole.unreached,
-        imatrix=str(options.imatrix) if options.imatrix else None,
+    return whole.report(
+        options.calibrations,
+        options.output,
+        imatrix=options.imatrix,
         warnings=warnings,
         seconds=time.perf_counter() - started,
     )

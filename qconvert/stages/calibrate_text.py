@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from qconvert import kernels
 from qconvert.architectures import layer_places
 from qconvert.calibration.collected import (
     STATISTICS_BYTES,
@@ -142,19 +141,12 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
                 record.commit()
             out.commit()
             state.remove()
-    assert found.run
-    return CalibrateReport(
-        kernels=kernels.describe(),
-        inputs=[str(p) for p in options.texts],
-        output=str(options.output),
-        observer=options.settings.name,
-        layers=found.rows(),
-        chunks=found.run.chunks,
-        tokens=found.run.tokens,
+    return found.report(
+        options.texts,
+        options.output,
+        imatrix=options.imatrix,
+        record=record.target if record else None,
         resumed_at=run.resumed_at,
-        unreached=found.unreached,
-        imatrix=str(options.imatrix) if options.imatrix else None,
-        record=str(record.target) if record else None,
         warnings=warnings,
         seconds=time.perf_counter() - started,
     )

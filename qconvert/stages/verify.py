@@ -386,8 +386,7 @@ class _Job:
         """Scale and zero point of the layer's input from the file, if they are to be used."""
         if self.options.activations.startswith("dynamic"):
             return None
-        noted = self.stored[tensor.name].activation
-        found = StaticInput(float(noted["scale"]), noted["zero_point"]) if noted else None
+        found = StaticInput.noted(self.stored[tensor.name].activation)
         if found is None and self.options.activations == "static":
             raise UsageError(
                 "static activations need a calibration in the file",
