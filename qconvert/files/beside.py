@@ -126,22 +126,26 @@ def _remove_leftover(path: Path, target: Path) -> None:
             os.close(fd)
 
 
-def put_back(directory: Path, home: Path) -> None:
+def put_back(directory: Path, home: Path) -> bool:
     """Undo a replacement that was torn: old files in ``directory`` take their names again.
 
     The first file of a set is moved away first and named last, so that as long as it has no name
-    the replacement is not complete. It is put back last, for the same reason.
+    the replacement is not complete. It is put back last, for the same reason. What is replaced may
+    be a directory as well: a set of one.
+
+    Returns:
+        Whether no old file is left there: False where the first has its name again already.
 
     Raises:
         OSError: a file cannot be moved; the first then has no name.
     """
     old = directory / OLD
-    if not old.is_dir():
-        return
-    names = sorted(os.listdir(old))
-    if names and not os.path.lexists(home / names[0]):
-        for name in reversed(names):
-            os.replace(old / name, home / name)
+    names = sorted(os.listdir(old)) if old.is_dir() else []
+    if names and os.path.lexists(home / names[0]):
+        return False
+    for name in reversed(names):
+        os.replace(old / name, home / name)
+    return True
 
 
 @contextmanager
