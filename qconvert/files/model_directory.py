@@ -31,14 +31,12 @@ def input_files(path: Path) -> Iterator[Path]:
 
 
 def lies_in(path: Path, directory: Path) -> bool:
-    """Whether ``path``, by its own name or by that of what it leads to, is ``directory`` or lies
-    anywhere in it.
-    """
-    for place in (Path(os.path.realpath(path)), Path(os.path.realpath(path.parent), path.name)):
-        for above in (place, *place.parents):
-            with suppress(FileNotFoundError, NotADirectoryError):
-                if above.samefile(directory):
-                    return True
+    """Whether what ``path`` leads to is ``directory`` or lies anywhere in it."""
+    real = Path(os.path.realpath(path))
+    for above in (real, *real.parents):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if above.samefile(directory):
+                return True
     return False
 
 
