@@ -125,7 +125,7 @@ def test_every_linear_layer_is_observed_exactly(
         assert found[f"{name}/maximum"].tolist() == x.max(axis=0).tolist()
         wanted = np.mean(x.astype(np.float64) ** 2, axis=0)
         assert found[f"{name}/mean_square"] == pytest.approx(wanted, rel=1e-6)
-        assert (layer.low, layer.high) == (min(x.min(), 0), max(x.max(), 0))
+        assert (layer.input.low, layer.input.high) == (min(x.min(), 0), max(x.max(), 0))
         assert layer.output
         assert (layer.output.low, layer.output.high) == (min(y.min(), 0), max(y.max(), 0))
 

@@ -110,7 +110,7 @@ def test_config_and_tokenizer_have_to_be_there(tmp_path: Path) -> None:
         ([], "one of --text, --activations, --merge"),
         (["--text", "t", "--activations", "a"], "--text and --activations"),
         (["--activations", "a", "--seqlen", "8"], "--seqlen goes with --text"),
-        (["--activations", "a", "--resume"], "--resume goes with --text"),
+        (["--merge", "a", "--resume"], "--resume goes with --text or --activations"),
         (["--activations", "a", "--imatrix", "i"], "--imatrix goes with"),
         (["--merge", "a", "--record", "d"], "--record goes with --text"),
         (["--merge", "a", "--observer", "mse"], "observer of the files"),

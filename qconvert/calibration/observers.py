@@ -46,11 +46,22 @@ FLOOR = 1e-6  # share of the mass of the codes' histogram that is spread evenly:
 class Observer(Protocol):
     """A stream of batches (samples, features), float32, to a range."""
 
-    def update(self, batch: F32) -> None: ...
+    def update(self, batch: F32) -> None:
+        """Take in a batch, finite and not empty."""
+        ...
 
-    def merge(self, other: Observer) -> None: ...
+    def merge(self, other: Observer) -> None:
+        """Take in all that another one of the same kind and settings has seen.
 
-    def range(self) -> tuple[float, float]: ...
+        Raises:
+            TypeError: it is of another kind.
+            UsageError: the order of batches matters to this kind.
+        """
+        ...
+
+    def range(self) -> tuple[float, float]:
+        """Both ends of what the codes should cover, after at least one batch."""
+        ...
 
     def state(self) -> Arrays:
         """All that `restore` needs, as arrays."""

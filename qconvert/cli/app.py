@@ -269,7 +269,8 @@ def calibrate(
                 raise UsageError("--merge takes Gram matrices where the files have them")
             done = merge_calibrations(MergeOptions(model, tuple(merge), output, imatrix, force))
         elif text:
-            from qconvert.stages.calibrate_text import DEFAULT_SEQLEN, TextOptions, calibrate_text
+            from qconvert.running.text import DEFAULT_SEQLEN
+            from qconvert.stages.calibrate_text import TextOptions, calibrate_text
 
             done = calibrate_text(
                 TextOptions(

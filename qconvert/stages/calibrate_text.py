@@ -43,12 +43,11 @@ from qconvert.progress import Progress, Silent
 from qconvert.report import CalibrateReport
 from qconvert.running.hugging_face import Checkpoint, open_checkpoint
 from qconvert.running.layers import embeddings, linear_layers, run_tokens, tables, watching
-from qconvert.running.text import sentences, token_chunks
+from qconvert.running.text import DEFAULT_SEQLEN, sentences, token_chunks
 from qconvert.stages.parallel import available_threads
 from qconvert.stages.plan import no_matrix
 from qconvert.stages.sources import examined
 
-DEFAULT_SEQLEN = 256
 RECORDED_ROWS = 64  # a layer
 RECORD_FILE = "activations.safetensors"
 
