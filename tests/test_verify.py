@@ -287,6 +287,7 @@ def test_a_scale_of_zero_breaks_a_promise_even_with_honest_notes(source: Path) -
 def test_the_integer_check_fails_when_int32_and_int64_differ(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The packed codes' product, which is right, differs from the wrong one as well."""
     path = convert(source, "q4_block32")
     real = kernels.integer_product
 
@@ -309,7 +310,7 @@ def test_the_float_product_check_fails_when_the_integer_path_is_off(
         return Product(product.y * (1 + 2.0**-12), product.exact)
 
     monkeypatch.setattr(kernels, "integer_product", wrong, raising=False)
-    assert failed(checked(path)) == {"float-product"}
+    assert failed(checked(path)) == {"float-product", "integer-exact"}
 
 
 # --- limits ---------------------------------------------------------------------------------------
