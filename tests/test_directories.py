@@ -117,8 +117,9 @@ def test_everything_is_on_the_disk_before_its_name_and_the_name_before_success(
         real["fsync"](fd)
 
     def rename(*arguments: Any) -> None:
-        names.append(len(inodes))
+        flushed = len(inodes)
         real["rename"](*arguments)
+        names.append(flushed)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", rename)
@@ -126,9 +127,9 @@ def test_everything_is_on_the_disk_before_its_name_and_the_name_before_success(
         fill(out.path, "new")
         wanted = {p.stat().st_ino for p in (out.path, *out.path.rglob("*"))}
         out.commit()
-    assert len(names) == 1 + old
+    assert len(names) == (3 if old else 1)
     assert wanted <= set(inodes[: names[0]])
-    assert tmp_path.stat().st_ino in inodes[names[-1] :]
+    assert tmp_path.stat().st_ino in inodes[names[1 if old else 0] :]
     if old:  # gone from its name before another has it
         assert tmp_path.stat().st_ino in inodes[names[0] : names[1]]
 
@@ -264,9 +265,52 @@ def test_a_run_that_is_killed_leaves_it_old_absent_or_complete_and_the_next_repa
         assert of(place / "m") == ("old" if seen[-1] == "absent" else seen[-1])
         assert os.listdir(place) == ["m"]
         if code == 0:
-            assert seen == ["old", "absent", "absent", "new", "new"]
+            assert seen == ["old", "absent", "absent", "new", "new", "new", "new"]
             return
     raise AssertionError("renamed without an end")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_old_directory_whose_removal_was_cut_short_is_not_put_back(
+    times: int, tmp_path: Path
+) -> None:
+    """By the run that replaced it, and by the next, although the name is free again."""
+    target = tmp_path / "m"
+    write(target, "old")
+
+    def rmtree(path: Path, **_: object) -> None:
+        next(path.rglob("*.safetensors")).unlink()
+        os._exit(9)
+
+    def cut(work: Callable[[], None]) -> int:
+        def killed() -> None:
+            shutil.rmtree = rmtree  # type: ignore[assignment]
+            work()
+
+        return ended(child(killed))
+
+    if times == 2:  # killed right after the name was given
+
+        def exit_then() -> None:
+            real = os.rename
+
+            def rename(source: Any, to: Any) -> None:
+                real(source, to)
+                if Path(to) == target:
+                    os._exit(9)
+
+            os.rename = rename  # type: ignore[assignment]
+            write(target, "new")
+
+        assert ended(child(exit_then)) == 9
+        assert cut(lambda: beside.remove_leftovers(target)) == 9
+    else:
+        assert cut(lambda: write(target, "new")) == 9
+    assert hidden(tmp_path)
+    target.rename(tmp_path / "elsewhere")
+    beside.remove_leftovers(target)
+    assert os.listdir(tmp_path) == ["elsewhere"]
+    assert of(tmp_path / "elsewhere") == "new"
 
 
 def test_what_a_killed_run_was_writing_is_removed_by_the_next(tmp_path: Path) -> None:
@@ -382,8 +426,8 @@ def test_what_takes_the_name_between_the_old_and_the_new_stays_and_the_old_one_t
     assert of(Path(kept) / "m") == "old"
 
 
-def test_an_old_directory_that_cannot_be_put_back_at_once_is_put_back_by_the_next_run(
-    tmp_path: Path,
+def test_an_old_directory_that_cannot_be_put_back_at_once_is_put_back_by_a_later_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "m"
     write(target, "old")
@@ -402,6 +446,10 @@ def test_an_old_directory_that_cannot_be_put_back_at_once_is_put_back_by_the_nex
 
     assert ended(child(failing)) == 0
     assert of(target) == "absent"
+    assert len(hidden(tmp_path)) == 1
+    with monkeypatch.context() as patch:  # nor by a next run that cannot
+        patch.setattr(os, "replace", refuse(errno.EIO))
+        beside.remove_leftovers(target)
     assert len(hidden(tmp_path)) == 1
     beside.remove_leftovers(target)
     assert of(target) == "old"

@@ -199,6 +199,7 @@ class _Together(ABC):
             completed.append(self.targets[0])
             with machine_errors(self.name, AFTER):
                 _flush(home)
+                beside.give_up(self.directory)
                 self._close()
 
     def _replace(self, home: Path) -> None:

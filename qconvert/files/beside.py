@@ -23,6 +23,7 @@ from qconvert.errors import MachineError
 
 LOCK = ".lock"  # in a temporary directory
 OLD = "old"  # in that of a set: the files that the set replaces
+REPLACED = "replaced"  # the same, once they are not to be put back any more
 MOST_PREFIX = 200  # bytes of the target's name in a temporary one, of the 255 that a name may have
 _TOKEN = re.compile(r"[0-9a-f]{1,16}")  # 16 digits; before there were locks, the process number
 _TURN = "0"
@@ -112,8 +113,9 @@ def _remove_leftover(path: Path, target: Path) -> None:
         fd, lock = _lock_inside(path)
         try:
             if lock:
-                with suppress(OSError), turn(target):
-                    put_back(path, path.parent)
+                with turn(target):
+                    if not put_back(path, path.parent):  # an error leaves them to the next run
+                        give_up(path)
                 shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(fd)
@@ -146,6 +148,14 @@ def put_back(directory: Path, home: Path) -> bool:
     for name in reversed(names):
         os.replace(old / name, home / name)
     return True
+
+
+def give_up(directory: Path) -> None:
+    """Old files in ``directory`` have been replaced: whoever finds some of them, because their
+    removal was cut short, must not put them back.
+    """
+    with suppress(OSError):
+        os.rename(directory / OLD, directory / REPLACED)
 
 
 @contextmanager
