@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+WEIGHT = ".weight"  # what follows the name of a layer in that of its weight
+
 
 @dataclass(frozen=True, slots=True)
 class DType:
@@ -159,3 +161,8 @@ class Model(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def layer_name(name: str) -> str:
+    """The layer of a weight or of an activation array: the name without ``.weight``."""
+    return name.removesuffix(WEIGHT)

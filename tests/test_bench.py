@@ -24,7 +24,7 @@ from qconvert.progress import Silent
 from qconvert.report import BenchReport, SkippedLine
 from qconvert.schemes import SCHEMES
 from qconvert.stages.bench import BenchOptions, bench, end_to_end
-from qconvert.stages.bench.conversions import COPY, nearest_ggml_type
+from qconvert.stages.bench.kernel_lines import COPY, nearest_ggml_type
 from qconvert.stages.bench.lines import Line, Section, measure
 from qconvert.stages.bench.peers import Source, gguf_py, llama_quantize
 from qconvert.stages.bench.products import BLAS

@@ -19,6 +19,10 @@ pytest.importorskip("transformers", reason="install qconvert[hf]")
 
 import torch
 
+from qconvert.calibration.column_norms import column_norms
+from qconvert.calibration.document import CalibrationDocument
+from qconvert.calibration.file import Calibration
+from qconvert.calibration.observers import OBSERVERS, ObserverSettings
 from qconvert.errors import (
     InputError,
     OutputExistsError,
@@ -27,10 +31,8 @@ from qconvert.errors import (
     UsageError,
     WeightError,
 )
-from qconvert.files.calibration import Calibration, CalibrationDocument
 from qconvert.files.imatrix import read_imatrix
 from qconvert.files.safetensors import open_safetensors
-from qconvert.observers.ranges import OBSERVERS, ObserverSettings
 from qconvert.progress import Silent
 from qconvert.running.hugging_face import open_checkpoint
 from qconvert.running.text import first_token, sentences, token_chunks
@@ -41,7 +43,6 @@ from qconvert.stages.calibrate import (
     merge_calibrations,
 )
 from qconvert.stages.calibrate_text import TextOptions, calibrate_text
-from qconvert.stages.column_norms import column_norms
 
 pytestmark = pytest.mark.filterwarnings("default")  # of torch and transformers, not ours
 MODEL = ROOT / "samples" / "tiny-llama"
@@ -124,7 +125,7 @@ def test_every_linear_layer_is_observed_exactly(
         assert found[f"{name}/maximum"].tolist() == x.max(axis=0).tolist()
         wanted = np.mean(x.astype(np.float64) ** 2, axis=0)
         assert found[f"{name}/mean_square"] == pytest.approx(wanted, rel=1e-6)
-        assert (layer.low, layer.high) == (min(x.min(), 0), max(x.max(), 0))
+        assert (layer.input.low, layer.input.high) == (min(x.min(), 0), max(x.max(), 0))
         assert layer.output
         assert (layer.output.low, layer.output.high) == (min(y.min(), 0), max(y.max(), 0))
 

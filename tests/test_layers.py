@@ -37,17 +37,16 @@ BELOW: dict[str, tuple[str, ...]] = {}
 for layer, own in (
     ("data", ()),
     ("kernels", ()),
-    ("fixed_point", ()),
     ("codecs", ("kernels",)),
-    ("observers", ("kernels", "fixed_point")),
-    ("files", ("codecs", "kernels", "fixed_point")),
+    ("files", ("codecs", "kernels")),
     ("architectures", ("files", "codecs", "kernels")),
     ("loading", ("files", "codecs", "kernels")),
     ("version", ("loading",)),  # `qconvert.load`, inside the function
-    ("running", ("architectures", "files", "observers", "codecs", "kernels")),
+    ("calibration", ("architectures", "files", "codecs", "kernels")),
+    ("running", ("architectures", "files", "codecs", "kernels")),
     ("torch", ("running", "files", "codecs", "kernels")),
-    ("stages", ("running", "architectures", "files", "observers", "codecs", "kernels")),
-    ("cli", ("stages", "running", "architectures", "files", "observers", "codecs", "kernels")),
+    ("stages", ("running", "calibration", "architectures", "files", "codecs", "kernels")),
+    ("cli", ("stages", "running", "calibration", "architectures", "files", "codecs", "kernels")),
 ):
     BELOW[layer] = (layer, "data", "version", *own)
 HEAVY = {

@@ -12,12 +12,12 @@ import oracle
 import pytest
 from numpy.typing import NDArray
 
-from qconvert import fixed_point
+from qconvert.calibration import fixed_point
+from qconvert.calibration.exact import ExactSum
+from qconvert.calibration.gram import GramMatrix
+from qconvert.calibration.grid import static_range
+from qconvert.calibration.observers import OBSERVERS, ChannelStatistics, Observer, ObserverSettings
 from qconvert.errors import UsageError
-from qconvert.observers.exact import ExactSum
-from qconvert.observers.gram import GramMatrix
-from qconvert.observers.grid import static_range
-from qconvert.observers.ranges import OBSERVERS, ChannelStatistics, Observer, ObserverSettings
 
 F32 = NDArray[np.float32]
 NAMES = pytest.mark.parametrize("name", oracle.DISTRIBUTIONS)

@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from qconvert.calibration.collected import read_collected
+from qconvert.calibration.document import CalibrationDocument
+from qconvert.calibration.file import ENTRY, Calibration
+from qconvert.calibration.observers import ObserverSettings
 from qconvert.cli.main import main
 from qconvert.errors import (
     FormatError,
@@ -25,8 +29,6 @@ from qconvert.errors import (
     UnsupportedError,
     WeightError,
 )
-from qconvert.files.calibration import ENTRY, Calibration, CalibrationDocument
-from qconvert.observers.ranges import ObserverSettings
 from qconvert.running.hugging_face import checked_config, open_checkpoint
 from qconvert.running.text import sentences, token_chunks
 from qconvert.stages.calibrate import (
@@ -35,7 +37,6 @@ from qconvert.stages.calibrate import (
     calibrate,
     merge_calibrations,
 )
-from qconvert.stages.collected import read_collected
 
 MODEL = ROOT / "samples" / "tiny-llama"
 
@@ -305,7 +306,7 @@ def test_the_smallest_scales_are_read_back(parts: tuple[Path, list[Path]], tmp_p
         path = tmp_path / observer
         calibrate(CalibrateOptions((tiny,), path, model, ObserverSettings(observer)))
         with Calibration(path) as found:
-            assert np.float32(found.layers["a"].scale) == np.float32(2.0**-149)
+            assert np.float32(found.layers["a"].input.scale) == np.float32(2.0**-149)
 
 
 def test_the_nmse_observer_weighs_by_the_columns_of_the_weight(tmp_path: Path) -> None:

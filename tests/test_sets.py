@@ -181,6 +181,21 @@ def test_a_file_of_a_set_that_appears_meanwhile_stays_and_the_set_does_not_come(
     assert listing(tmp_path) == {NAMES[1]: b"theirs"}
 
 
+def test_a_directory_that_appears_meanwhile_under_the_name_of_a_file_stays(tmp_path: Path) -> None:
+    write_set(tmp_path, "old")
+    with AtomicSet(tmp_path / "m.gguf", [tmp_path / n for n in NAMES], overwrite=True) as out:
+        for path in out.paths:
+            path.write_text("new")
+        (tmp_path / NAMES[1]).unlink()
+        (tmp_path / NAMES[1]).mkdir()
+        (tmp_path / NAMES[1] / "thesis.odt").write_text("theirs")
+        with pytest.raises(MachineError, match="not a regular file"):
+            out.commit()
+    assert (tmp_path / NAMES[1] / "thesis.odt").read_text() == "theirs"
+    assert [(tmp_path / n).read_text().split()[0] for n in NAMES[::2]] == ["old", "old"]
+    assert not hidden(tmp_path)
+
+
 @pytest.mark.parametrize("call", ["fsync", "rename", "replace", "mkdir"])
 def test_any_error_while_a_set_is_replaced_leaves_the_old_one(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

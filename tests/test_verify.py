@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -303,6 +304,7 @@ def test_a_scale_of_zero_breaks_a_promise_even_with_honest_notes(source: Path) -
 def test_the_integer_check_fails_when_int32_and_int64_differ(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The packed codes' product, which is right, differs from the wrong one as well."""
     path = convert(source, "q4_block32")
     real = kernels.integer_product
 
@@ -325,7 +327,7 @@ def test_the_float_product_check_fails_when_the_integer_path_is_off(
         return Product(product.y * (1 + 2.0**-12), product.exact)
 
     monkeypatch.setattr(kernels, "integer_product", wrong, raising=False)
-    assert failed(checked(path)) == {"float-product"}
+    assert failed(checked(path)) == {"float-product", "integer-exact"}
 
 
 # --- limits ---------------------------------------------------------------------------------------
@@ -438,6 +440,26 @@ def test_samples_that_belong_to_no_tensor_are_not_passed_over(source: Path) -> N
     report = checked(convert(source, "q4_block32"), samples=(samples,))
     assert report.warnings
     assert any("nothing" in w or "s.safetensors" in w for w in report.warnings)
+
+
+def test_samples_are_opened_as_often_for_many_tensors_as_for_one(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once to see what they are, and once to read."""
+    tensors = {f"w{i}": gaussian(i, 32, 64) for i in range(6)}
+    path = convert(save(source.parent / "many.safetensors", tensors), "q4_block32")
+    samples = save(source.parent / "s.safetensors", {f"w{i}": gaussian(9, 9, 64) for i in range(6)})
+    opened: list[object] = []
+    real = os.open
+
+    def noted(name: Any, *arguments: Any, **more: Any) -> int:
+        opened.append(name)
+        return real(name, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", noted)
+    report = checked(path, samples=(samples,))
+    assert [t.inputs for t in report.tensors] == ["recorded"] * 6
+    assert opened.count(samples) == 2
 
 
 def test_the_command_gives_1_for_a_broken_promise_and_names_the_tensor(

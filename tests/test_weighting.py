@@ -14,18 +14,15 @@ from numpy.typing import NDArray
 from stored import named
 
 from qconvert import kernels
+from qconvert.calibration.document import CalibrationDocument, LayerCalibration
+from qconvert.calibration.file import Calibration, calibration_parts
+from qconvert.calibration.grid import StaticRange
 from qconvert.codecs.affine import encoder
 from qconvert.codecs.affine.streams import fit_stream
 from qconvert.codecs.affine.weighting import weighting
 from qconvert.encoding import BITS, AffineEncoding
 from qconvert.errors import FormatError, InputError, UsageError
 from qconvert.files import open_model
-from qconvert.files.calibration import (
-    Calibration,
-    CalibrationDocument,
-    LayerCalibration,
-    calibration_parts,
-)
 from qconvert.kernels import reference
 from qconvert.kernels.records import Parameters, SourceRows
 from qconvert.kernels.reference import statistics, sums
@@ -212,7 +209,9 @@ def test_weighted_errors_are_those_of_fractions() -> None:
 
 
 def calibrated(directory: Path, squares: dict[str, F32]) -> Path:
-    layers = {n: LayerCalibration(9, len(s), -1.0, 1.0, 0.01, 0) for n, s in squares.items()}
+    layers = {
+        n: LayerCalibration(9, len(s), StaticRange(-1.0, 1.0, 0.01, 0)) for n, s in squares.items()
+    }
     arrays = {f"{n}/mean_square": s for n, s in squares.items()}
     arrays |= {f"{n}/{k}": np.sqrt(s) for n, s in squares.items() for k in ("minimum", "maximum")}
     path = directory / "c.safetensors"

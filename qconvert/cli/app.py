@@ -14,7 +14,7 @@ from qconvert.mixes import parse_ggml_type, parse_tensor_type
 from qconvert.schemes import SCHEME_GRAMMAR, MixScheme, parse_scheme
 
 if TYPE_CHECKING:
-    from qconvert.observers.ranges import ObserverSettings
+    from qconvert.calibration.observers import ObserverSettings
     from qconvert.ranges import RangeMethod
     from qconvert.schemes import TensorScheme
 
@@ -269,7 +269,8 @@ def calibrate(
                 raise UsageError("--merge takes Gram matrices where the files have them")
             done = merge_calibrations(MergeOptions(model, tuple(merge), output, imatrix, force))
         elif text:
-            from qconvert.stages.calibrate_text import DEFAULT_SEQLEN, TextOptions, calibrate_text
+            from qconvert.running.text import DEFAULT_SEQLEN
+            from qconvert.stages.calibrate_text import TextOptions, calibrate_text
 
             done = calibrate_text(
                 TextOptions(
@@ -603,9 +604,9 @@ def verify(
       qconvert verify model.gguf --against model-directory --text eval.txt --scoring second-half
     """
     from qconvert.cli import render
-    from qconvert.stages.quality import QualityOptions
     from qconvert.stages.verify import ACTIVATIONS, VerifyOptions
     from qconvert.stages.verify import verify as stage
+    from qconvert.stages.verify_text import QualityOptions
 
     modes = (*ACTIVATIONS, *(("none",) if text else ()))
     if activations is not None and activations not in modes:
@@ -750,7 +751,7 @@ def _observer(
     name: str | None, percentile: float | None, momentum: float | None, symmetric: bool
 ) -> ObserverSettings:
     """The observer asked for; a parameter of another one is refused."""
-    from qconvert.observers.ranges import DEFAULT_OBSERVER, EMA_MOMENTUM, ObserverSettings
+    from qconvert.calibration.observers import DEFAULT_OBSERVER, EMA_MOMENTUM, ObserverSettings
     from qconvert.ranges import DEFAULT_PERCENTILE
 
     if percentile is not None and name != "percentile":

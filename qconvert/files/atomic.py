@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import errno
-import glob
 import os
-import re
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from qconvert.errors import MachineError, OutputExistsError
 from qconvert.files import beside
 from qconvert.files.beside import remove_partial_files
+from qconvert.files.model_directory import foreign_entry, input_files, lies_in
 from qconvert.interrupts import held
 
 __all__ = [
+    "AtomicDirectory",
     "AtomicOutput",
     "AtomicSet",
     "check_space",
@@ -38,10 +40,6 @@ HINTS = {
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 MAX_NAME_BYTES = 255  # of the file systems that matter
-# What a model directory is read for; results of ours may lie there too and may be replaced.
-INPUT_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
-MODULE_DEPTH = 2  # directories below a model's in which its files lie: 1_Pooling, 0_Transformer/x
-_OF_SEVERAL = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 AFTER = "its directory could not be flushed: "
 
@@ -142,47 +140,55 @@ class AtomicOutput:
                 self._close()
 
 
-class AtomicSet:
-    """Files that are right only together, under construction in a directory beside them.
+class _Together(ABC):
+    """Outputs that get their names together, under construction in a directory beside them.
 
-    Used as `AtomicOutput` is; the files are written at `paths`. ``commit`` flushes all of them
-    before the first gets its name. The first, without which nobody takes the others for a set, is
-    the first to lose and the last to get its name: whatever ends the run between the two, the set
-    is absent, and the next run to it puts the old files back. An error puts them back at once.
+    ``commit`` flushes all of them before the first gets its name. The first of several, without
+    which nobody takes the others for anything, is the first to lose and the last to get its name:
+    whatever ends the run between the two, it is absent, and the next run to it puts the old ones
+    back. An error puts them back at once.
 
     Args:
-        name: of the set: what it would be called if it were one file.
+        name: what the whole would be called if it were one file.
         targets: the final names, in one directory.
         overwrite, inputs: as of `AtomicOutput`.
     """
 
     def __init__(
-        self,
-        name: Path,
-        targets: Sequence[Path],
-        *,
-        overwrite: bool,
-        inputs: Sequence[Path] = (),
+        self, name: Path, targets: Sequence[Path], *, overwrite: bool, inputs: Sequence[Path]
     ) -> None:
         self.name = name
         self.targets = tuple(targets)
         self.overwrite = overwrite
+        self._inputs = tuple(inputs)
         with machine_errors(name):
             for target in targets:
                 _check_name(target)
             beside.remove_leftovers(name)
             for target in targets:
-                check_target(target, overwrite, inputs)
+                self._check(target)
             self.directory, self._lock = beside.temporary_directory(name)
         self.paths = tuple(self.directory / target.name for target in targets)
-        self._taken: list[Path] = []
+        self._taken: list[tuple[Path, Path]] = []
         self._open = True
 
+    @abstractmethod
+    def _check(self, target: Path) -> None:
+        """Refuse a target that exists and may not be replaced."""
+
+    @abstractmethod
+    def _flush(self, path: Path) -> None:
+        """Have the disk hold one of the outputs."""
+
+    @abstractmethod
+    def _take_name(self, path: Path, target: Path) -> None:
+        """Give one of the outputs its name; nothing that was not checked is replaced."""
+
     def commit(self) -> None:
-        """Flush all files to the disk and give them their names."""
+        """Flush everything to the disk and give it its names."""
         for path, target in zip(self.paths, self.targets, strict=True):
             with machine_errors(target):
-                _flush(path)
+                self._flush(path)
         home = self.name.parent
         with machine_errors(self.name), beside.turn(self.name), held():
             try:
@@ -193,11 +199,14 @@ class AtomicSet:
             completed.append(self.targets[0])
             with machine_errors(self.name, AFTER):
                 _flush(home)
+                beside.give_up(self.directory)
                 self._close()
 
     def _replace(self, home: Path) -> None:
-        """Let the files take their names, the first one last."""
+        """Let the outputs take their names, the first one last."""
         if self.overwrite:
+            for target in self.targets:
+                self._check(target)  # once more: what is there may have come since
             old = self.directory / beside.OLD
             old.mkdir()
             for target in self.targets:
@@ -207,24 +216,29 @@ class AtomicSet:
         for path, target in reversed(list(zip(self.paths, self.targets, strict=True))):
             if target == self.targets[0]:
                 _flush(home)
-            _take_name(path, target, self.overwrite)
-            self._taken.append(target)
+            self._take_name(path, target)
+            self._taken.append((path, target))
 
     def _put_back(self, home: Path) -> None:
-        """After an error: the new files lose their names, the old ones get theirs."""
+        """After an error: the new outputs lose their names, the old ones get theirs."""
+        hint = "run again: what writes this output next puts them back"
         try:
-            for target in reversed(self._taken):
-                target.unlink()
-            beside.put_back(self.directory, home)
+            for path, target in reversed(self._taken):
+                os.replace(target, path)
+            if beside.put_back(self.directory, home):
+                return
+            text = "something else has taken the name"
+            hint = "move them away from there: what writes this output next removes them"
         except OSError as e:
-            self._open = False
-            beside.finished(self.directory)
-            raise MachineError(
-                f"{(e.strerror or str(e)).lower()}, and the old files could not be put back",
-                path=self.name,
-                found=f"them in {self.directory / beside.OLD}",
-                hint="run again: what writes this output next puts them back",
-            ) from e
+            text = (e.strerror or str(e)).lower()
+        self._open = False
+        beside.finished(self.directory)
+        raise MachineError(
+            f"{text}, and the old files could not be put back",
+            path=self.name,
+            found=f"them in {self.directory / beside.OLD}",
+            hint=hint,
+        )
 
     def _close(self) -> None:
         if self._open:
@@ -233,7 +247,7 @@ class AtomicSet:
             beside.finished(self.directory)
             os.close(self._lock)
 
-    def __enter__(self) -> AtomicSet:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -246,8 +260,74 @@ class AtomicSet:
             self._close()
 
 
+class AtomicSet(_Together):
+    """Files that are right only together; used as `AtomicOutput` is, and written at `paths`."""
+
+    def __init__(
+        self,
+        name: Path,
+        targets: Sequence[Path],
+        *,
+        overwrite: bool,
+        inputs: Sequence[Path] = (),
+    ) -> None:
+        super().__init__(name, targets, overwrite=overwrite, inputs=inputs)
+
+    def _check(self, target: Path) -> None:
+        check_target(target, self.overwrite, self._inputs)
+
+    def _flush(self, path: Path) -> None:
+        _flush(path)
+
+    def _take_name(self, path: Path, target: Path) -> None:
+        _take_name(path, target, self.overwrite)
+
+
+class AtomicDirectory(_Together):
+    """A directory of files under construction beside its target; used as `AtomicOutput` is.
+
+    Whoever writes it makes files, and directories, in `path`. At every moment the target is the
+    old directory, nothing, or the new one with all its files.
+
+    Args:
+        target: the final name.
+        overwrite: whether an existing directory may be replaced, if `check_directory` allows it.
+        inputs: files, or model directories, that must not lie in what is replaced.
+
+    Raises:
+        OutputExistsError, MachineError: as of `check_directory`, or its directory refuses.
+    """
+
+    def __init__(self, target: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+        super().__init__(target, [target], overwrite=overwrite, inputs=inputs)
+        self.target = target
+        self.path = self.paths[0]
+        try:
+            with machine_errors(target):
+                self.path.mkdir()
+        except BaseException:
+            self._close()
+            raise
+
+    def _check(self, target: Path) -> None:
+        check_directory(target, self.overwrite, self._inputs)
+
+    def _flush(self, path: Path) -> None:
+        for entry in sorted(path.iterdir()):
+            if entry.is_dir():
+                self._flush(entry)
+            else:
+                _flush(entry)
+        _flush(path)
+
+    def _take_name(self, path: Path, target: Path) -> None:
+        if os.path.lexists(target):  # an empty directory would be replaced
+            raise _appeared(target)
+        os.rename(path, target)
+
+
 def _check_name(target: Path) -> None:
-    if not target.name:
+    if target.name in ("", ".."):
         raise MachineError("the output has no file name", path=target)
     if len(os.fsencode(target.name)) > MAX_NAME_BYTES:
         raise MachineError(
@@ -274,7 +354,7 @@ def check_target(target: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     if not os.path.lexists(target):
         return
     if target.exists():
-        for source in (f for path in inputs for f in _input_files(path)):
+        for source in (f for path in inputs for f in input_files(path)):
             if source.exists() and target.samefile(source):
                 raise MachineError(
                     "the output is the input",
@@ -287,17 +367,43 @@ def check_target(target: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
         raise OutputExistsError("the output exists", path=target, hint="replace it with --force")
 
 
-def _input_files(path: Path) -> Iterator[Path]:
-    """What is read where ``path`` is given: a file and those that go with it, or a directory's."""
-    if path.is_dir():
-        for depth in range(MODULE_DEPTH + 1):
-            found = path.glob("*/" * depth + "*")
-            yield from (f for f in found if f.suffix in INPUT_SUFFIXES)
+def check_directory(target: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """Refuse a directory that exists, unless it may be replaced: it is an output, or empty, and
+    nothing of it is in use here.
+
+    Raises:
+        MachineError: it is a link or no directory, holds an input or the current directory, or
+            holds what no output has.
+        OutputExistsError: it may not be replaced.
+    """
+    if not os.path.lexists(target):
         return
-    yield path
-    split = _OF_SEVERAL.fullmatch(path.name)
-    if split:
-        yield from path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf")
+    other = "choose another name with -o"
+    if target.is_symlink():
+        raise MachineError("the output is a link", path=target, hint="name what it leads to")
+    if not target.is_dir():
+        raise MachineError("the output is not a directory", path=target, hint=other)
+    for source in (f for path in inputs for f in (path, *input_files(path))):
+        if lies_in(source, target):
+            raise MachineError(
+                "the output directory holds an input", path=target, found=source, hint=other
+            )
+    with suppress(FileNotFoundError):  # the current directory may be gone
+        if lies_in(Path.cwd(), target):
+            raise MachineError(
+                "the output directory holds the current directory", path=target, hint=other
+            )
+    foreign = foreign_entry(target)
+    if foreign:
+        raise MachineError(
+            "the directory does not look like an output, and is not replaced",
+            path=target,
+            found=foreign,
+            wanted="a config.json, safetensors files and others of a model, or nothing",
+            hint=f"{other}, or remove it yourself",
+        )
+    if not overwrite:
+        raise OutputExistsError("the output exists", path=target, hint="replace it with --force")
 
 
 def _take_name(path: Path, target: Path, overwrite: bool) -> None:
@@ -308,17 +414,21 @@ def _take_name(path: Path, target: Path, overwrite: bool) -> None:
     try:
         os.link(path, target)
     except FileExistsError:
-        raise OutputExistsError(
-            "the output appeared while it was being written",
-            path=target,
-            hint="replace it with --force",
-        ) from None
+        raise _appeared(target) from None
     except OSError as e:
         if e.errno not in NO_LINKS or os.path.lexists(target):
             raise
         os.replace(path, target)
     else:
         beside.remove(path)
+
+
+def _appeared(target: Path) -> OutputExistsError:
+    return OutputExistsError(
+        "the output appeared while it was being written",
+        path=target,
+        hint="replace it with --force",
+    )
 
 
 def _flush(path: Path) -> None:

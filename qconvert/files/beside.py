@@ -23,6 +23,7 @@ from qconvert.errors import MachineError
 
 LOCK = ".lock"  # in a temporary directory
 OLD = "old"  # in that of a set: the files that the set replaces
+REPLACED = "replaced"  # the same, once they are not to be put back any more
 MOST_PREFIX = 200  # bytes of the target's name in a temporary one, of the 255 that a name may have
 _TOKEN = re.compile(r"[0-9a-f]{1,16}")  # 16 digits; before there were locks, the process number
 _TURN = "0"
@@ -112,8 +113,9 @@ def _remove_leftover(path: Path, target: Path) -> None:
         fd, lock = _lock_inside(path)
         try:
             if lock:
-                with suppress(OSError), turn(target):
-                    put_back(path, path.parent)
+                with turn(target):
+                    if not put_back(path, path.parent):  # an error leaves them to the next run
+                        give_up(path)
                 shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(fd)
@@ -126,22 +128,34 @@ def _remove_leftover(path: Path, target: Path) -> None:
             os.close(fd)
 
 
-def put_back(directory: Path, home: Path) -> None:
+def put_back(directory: Path, home: Path) -> bool:
     """Undo a replacement that was torn: old files in ``directory`` take their names again.
 
     The first file of a set is moved away first and named last, so that as long as it has no name
-    the replacement is not complete. It is put back last, for the same reason.
+    the replacement is not complete. It is put back last, for the same reason. What is replaced may
+    be a directory as well: a set of one.
+
+    Returns:
+        Whether no old file is left there: False where the first has its name again already.
 
     Raises:
         OSError: a file cannot be moved; the first then has no name.
     """
     old = directory / OLD
-    if not old.is_dir():
-        return
-    names = sorted(os.listdir(old))
-    if names and not os.path.lexists(home / names[0]):
-        for name in reversed(names):
-            os.replace(old / name, home / name)
+    names = sorted(os.listdir(old)) if old.is_dir() else []
+    if names and os.path.lexists(home / names[0]):
+        return False
+    for name in reversed(names):
+        os.replace(old / name, home / name)
+    return True
+
+
+def give_up(directory: Path) -> None:
+    """Old files in ``directory`` have been replaced: whoever finds some of them, because their
+    removal was cut short, must not put them back.
+    """
+    with suppress(OSError):
+        os.rename(directory / OLD, directory / REPLACED)
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,9 @@ from qconvert.kernels.records import F32, Activations
 class StaticInput:
     """Scale and zero point of a layer's input, known beforehand; symmetric with zero point 0.
 
+    All that a quantized file notes and the arithmetic needs; a calibration's `StaticRange` knows
+    the range that they cover too.
+
     Attributes:
         scale: above 0.
         zero_point: -128..127.
@@ -20,6 +25,13 @@ class StaticInput:
 
     scale: float
     zero_point: int
+
+    @classmethod
+    def noted(cls, activation: Mapping[str, Any] | None) -> StaticInput | None:
+        """That of the ``activation`` object of a stored tensor; None without one."""
+        if not activation:
+            return None
+        return cls(float(activation["scale"]), activation["zero_point"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.files.calibration import layer_name
-from qconvert.model import Model, TensorInfo
+from qconvert.model import Model, TensorInfo, layer_name
 from qconvert.running.hugging_face import Checkpoint
 
 F32 = NDArray[np.float32]

@@ -334,10 +334,10 @@ class _Builder:
         """How the layer's input becomes bytes."""
         if self.activations == "none":
             return None
-        note = stored.activation
-        if note and self.activations in ("static", "auto"):
+        noted = StaticInput.noted(stored.activation)
+        if noted and self.activations in ("static", "auto"):
             self.static.append(place)
-            return StaticInput(float(note["scale"]), note["zero_point"])
+            return noted
         if self.activations == "static":
             raise UsageError(
                 "static activations need a calibration in the file",

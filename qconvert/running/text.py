@@ -12,6 +12,7 @@ from qconvert.errors import FormatError, InputError, UsageError
 from qconvert.files.regular import RegularFile
 
 I64 = NDArray[np.int64]
+DEFAULT_SEQLEN = 256  # of a window, or the most of a line, where nothing else is asked for
 MAX_TEXT_BYTES = 1 << 28  # tokenizers hold the whole text, at some 30 bytes a token
 
 

@@ -5,7 +5,7 @@ parameters and channel statistics. Running a model over text: `qconvert.stages.c
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,28 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert import kernels
-from qconvert.errors import InputError, UnsupportedError, WeightError
-from qconvert.files.atomic import AtomicOutput
-from qconvert.files.calibration import (
-    MAX_FEATURES,
-    WEIGHT,
-    TextRun,
-    check_digest,
-    layer_name,
-    model_digest,
-    unfinished,
-)
-from qconvert.files.safetensors import SafetensorsModel, open_safetensors
-from qconvert.files.scratch import Scratch
-from qconvert.files.transposed import input_first
-from qconvert.geometry import TILE_VALUES
-from qconvert.model import Model, TensorInfo
-from qconvert.observers.layer import LayerStatistics
-from qconvert.observers.ranges import READ_WEIGHTS, ObserverSettings
-from qconvert.progress import Progress, Silent
-from qconvert.report import CalibrateReport
-from qconvert.stages.collected import (
+from qconvert.calibration.collected import (
     STATISTICS_BYTES,
     Collected,
     features_of,
@@ -45,13 +24,25 @@ from qconvert.stages.collected import (
     passes,
     read_collected,
     restored,
+    unreached_warnings,
 )
-from qconvert.stages.column_norms import column_norms
-from qconvert.stages.importance import importance_bytes
-from qconvert.stages.saved_state import SAVE_SECONDS, SavedState, check_same_run
+from qconvert.calibration.column_norms import weight_norms
+from qconvert.calibration.digest import check_digest, model_digest
+from qconvert.calibration.document import TextRun
+from qconvert.calibration.file import unfinished
+from qconvert.calibration.importance import importance_bytes
+from qconvert.calibration.layer import LayerStatistics
+from qconvert.calibration.observers import ObserverSettings
+from qconvert.calibration.recorded import batches, read_batches, widths
+from qconvert.calibration.saved_state import SAVE_SECONDS, SavedState, check_same_run
+from qconvert.files.atomic import AtomicOutput
+from qconvert.files.safetensors import SafetensorsModel, open_safetensors
+from qconvert.files.scratch import Scratch
+from qconvert.files.transposed import input_first
+from qconvert.model import WEIGHT, layer_name
+from qconvert.progress import Progress, Silent
+from qconvert.report import CalibrateReport
 from qconvert.stages.sources import examined
-
-BATCH_ROWS = 32  # rows of one step of the moving average
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +113,9 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
             run.found.write(out)
             out.commit()
             state.remove()
-    return CalibrateReport(
-        kernels=kernels.describe(),
-        inputs=[str(p) for p in options.activations],
-        output=str(options.output),
-        observer=options.settings.name,
-        layers=run.found.rows(),
+    return run.found.report(
+        options.activations,
+        options.output,
         warnings=warnings,
         seconds=time.perf_counter() - started,
     )
@@ -149,7 +137,7 @@ class _Run:
         self.model = model
         self.state = state
         self.progress = progress
-        self.features = _widths(files)
+        self.features = widths(files)
         self.arrays = [(file, tensor) for file in files for tensor in file.tensors]
         sizes = {n: LayerStatistics.size(w, gram=options.gram) for n, w in self.features.items()}
         self.groups = passes(sizes, options.statistics_bytes)
@@ -258,126 +246,10 @@ def merge_calibrations(options: MergeOptions) -> CalibrateReport:
             other.write_at(0, importance_bytes(whole, options.model))
             other.commit()
         out.commit()
-    return CalibrateReport(
-        kernels=kernels.describe(),
-        inputs=[str(p) for p in options.calibrations],
-        output=str(options.output),
-        observer=whole.settings.name,
-        layers=whole.rows(),
-        chunks=whole.run.chunks if whole.run else None,
-        tokens=whole.run.tokens if whole.run else None,
-        unreached=whole.unreached,
-        imatrix=str(options.imatrix) if options.imatrix else None,
+    return whole.report(
+        options.calibrations,
+        options.output,
+        imatrix=options.imatrix,
         warnings=warnings,
         seconds=time.perf_counter() - started,
     )
-
-
-def unreached_warnings(unreached: list[str]) -> list[str]:
-    if not unreached:
-        return []
-    return [
-        f"no token came through {len(unreached)} layers, such as '{unreached[0]}': "
-        "they are not in the calibration"
-    ]
-
-
-def _widths(files: Sequence[SafetensorsModel]) -> dict[str, int]:
-    """Features of each layer, in the order of the files.
-
-    Raises:
-        InputError: an array that is no activations, two widths of a layer, or no array at all.
-    """
-    widths: dict[str, int] = {}
-    for file in files:
-        for tensor in file.tensors:
-            check_activations(tensor, file.path)
-            features = tensor.shape[1]
-            wanted = widths.setdefault(layer_name(tensor.name), features)
-            if features != wanted:
-                raise UnsupportedError(
-                    "activations of one layer differ in width",
-                    path=file.path,
-                    tensor=tensor.name,
-                    found=f"{features:,} features",
-                    wanted=f"{wanted:,}, as in the files before",
-                )
-    if not widths:
-        raise InputError("no activations in the input", path=files[0].path)
-    return widths
-
-
-def weight_norms(
-    settings: ObserverSettings,
-    model: Model | None,
-    layer: str,
-    features: int,
-    transposed: bool,
-) -> NDArray[np.float64] | None:
-    """What the observer of a layer wants of its weight; None where that is nothing, or unknown.
-
-    Args:
-        transposed: whether the weight is stored (in, out).
-    """
-    if model is None or settings.name not in READ_WEIGHTS:
-        return None
-    norms = column_norms(model, layer, transposed=transposed)
-    return None if norms is None or len(norms) != features else norms  # refused later, by name
-
-
-def check_activations(tensor: TensorInfo, path: Path) -> None:
-    """Refuse an array that is not (samples, features) of floats, or has no sample."""
-    if len(tensor.shape) == 2 and tensor.shape[1] > MAX_FEATURES:
-        raise UnsupportedError(
-            "too many features",
-            path=path,
-            tensor=tensor.name,
-            found=f"{tensor.shape[1]:,}",
-            wanted=f"at most {MAX_FEATURES:,} values of a row",
-        )
-    if len(tensor.shape) != 2 or not tensor.size or not tensor.floating:
-        raise UnsupportedError(
-            "activations",
-            path=path,
-            tensor=tensor.name,
-            found=f"{tensor.dtype} of shape {list(tensor.shape)}",
-            wanted="a floating array (samples, features)",
-        )
-
-
-def batches(tensor: TensorInfo) -> int:
-    """How many `read_batches` gives."""
-    return -(-tensor.shape[0] // _batch_rows(tensor))
-
-
-def _batch_rows(tensor: TensorInfo) -> int:
-    return max(1, min(BATCH_ROWS, TILE_VALUES // tensor.shape[1]))
-
-
-def read_batches(
-    model: Model, tensor: TensorInfo, path: Path, first: int = 0
-) -> Iterator[NDArray[np.float32]]:
-    """The rows of an activation array, 32 at a time or fewer when they are long.
-
-    Args:
-        first: number of the batch to begin with.
-
-    Raises:
-        WeightError: a value is NaN or Inf, named by its sample.
-    """
-    samples, features = tensor.shape
-    step = _batch_rows(tensor)
-    for row in range(first * step, samples, step):
-        stop = min(row + step, samples)
-        with np.errstate(over="ignore"):
-            batch = model.values(tensor, row * features, stop * features).astype(np.float32)
-        batch = batch.reshape(-1, features)
-        finite = np.isfinite(batch).all(axis=1)
-        if not finite.all():
-            raise WeightError(
-                f"activations of sample {row + int(np.argmin(finite)):,} are NaN or Inf",
-                path=path,
-                tensor=tensor.name,
-                hint="record them again; one such value would spoil every range",
-            )
-        yield batch

@@ -1,6 +1,6 @@
 """calibrate --text: a model run over text, its linear layers observed as it runs.
 
-What was done so far lies beside the output, see `qconvert.stages.saved_state`.
+What was done so far lies beside the output, see `qconvert.calibration.saved_state`.
 """
 
 from __future__ import annotations
@@ -14,23 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from qconvert import kernels
 from qconvert.architectures import layer_places
-from qconvert.errors import UnsupportedError, WeightError
-from qconvert.files.atomic import AtomicOutput, machine_errors
-from qconvert.files.calibration import TextRun, model_digest
-from qconvert.files.safetensors import open_safetensors
-from qconvert.files.scratch import Scratch
-from qconvert.model import Model
-from qconvert.observers.layer import LayerStatistics
-from qconvert.observers.ranges import ObserverSettings
-from qconvert.progress import Progress, Silent
-from qconvert.report import CalibrateReport
-from qconvert.running.hugging_face import Checkpoint, open_checkpoint
-from qconvert.running.layers import embeddings, linear_layers, run_tokens, tables, watching
-from qconvert.running.text import sentences, token_chunks
-from qconvert.stages.calibrate import unreached_warnings, weight_norms
-from qconvert.stages.collected import (
+from qconvert.calibration.collected import (
     STATISTICS_BYTES,
     Collected,
     features_of,
@@ -40,14 +25,29 @@ from qconvert.stages.collected import (
     passes,
     read_collected,
     restored,
+    unreached_warnings,
 )
-from qconvert.stages.importance import importance_bytes
+from qconvert.calibration.column_norms import weight_norms
+from qconvert.calibration.digest import model_digest
+from qconvert.calibration.document import TextRun
+from qconvert.calibration.importance import importance_bytes
+from qconvert.calibration.layer import LayerStatistics
+from qconvert.calibration.observers import ObserverSettings
+from qconvert.calibration.saved_state import SAVE_SECONDS, SavedState, check_same_run, state_path
+from qconvert.errors import UnsupportedError, WeightError
+from qconvert.files.atomic import AtomicOutput, machine_errors
+from qconvert.files.safetensors import open_safetensors
+from qconvert.files.scratch import Scratch
+from qconvert.model import Model, layer_name
+from qconvert.progress import Progress, Silent
+from qconvert.report import CalibrateReport
+from qconvert.running.hugging_face import Checkpoint, open_checkpoint
+from qconvert.running.layers import embeddings, linear_layers, run_tokens, tables, watching
+from qconvert.running.text import DEFAULT_SEQLEN, sentences, token_chunks
 from qconvert.stages.parallel import available_threads
 from qconvert.stages.plan import no_matrix
-from qconvert.stages.saved_state import SAVE_SECONDS, SavedState, check_same_run, state_path
 from qconvert.stages.sources import examined
 
-DEFAULT_SEQLEN = 256
 RECORDED_ROWS = 64  # a layer
 RECORD_FILE = "activations.safetensors"
 
@@ -140,19 +140,12 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
                 record.commit()
             out.commit()
             state.remove()
-    assert found.run
-    return CalibrateReport(
-        kernels=kernels.describe(),
-        inputs=[str(p) for p in options.texts],
-        output=str(options.output),
-        observer=options.settings.name,
-        layers=found.rows(),
-        chunks=found.run.chunks,
-        tokens=found.run.tokens,
+    return found.report(
+        options.texts,
+        options.output,
+        imatrix=options.imatrix,
+        record=record.target if record else None,
         resumed_at=run.resumed_at,
-        unreached=found.unreached,
-        imatrix=str(options.imatrix) if options.imatrix else None,
-        record=str(record.target) if record else None,
         warnings=warnings,
         seconds=time.perf_counter() - started,
     )
@@ -353,7 +346,7 @@ def _unwatched_warnings(model: Model, watched: set[str], looked_up: set[str]) ->
         and len(t.shape) >= 2
         and not no_matrix(t)
         and t.name not in looked_up
-        and t.name.removesuffix(".weight") not in watched
+        and layer_name(t.name) not in watched
     ]
     strange = [name for name in others if "embed" not in name]
     if not strange:

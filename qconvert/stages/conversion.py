@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from qconvert import __version__
+from qconvert.calibration.file import Calibration
 from qconvert.codecs import codec_of
 from qconvert.codecs.codec import Encoder, Facts
 from qconvert.codecs.raw import KeptEncoder
 from qconvert.errors import WeightError
 from qconvert.files.atomic import AtomicOutput, AtomicSet, check_space
-from qconvert.files.calibration import Calibration
 from qconvert.files.regular import file_sha256, utf8_name
 from qconvert.floors import Measured, judge
 from qconvert.geometry import TILE_VALUES, Tile

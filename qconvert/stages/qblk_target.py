@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qconvert.calibration.document import MAX_OBSERVER
 from qconvert.codecs.codec import Encoding
 from qconvert.errors import FormatError, UsageError
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicOutput, AtomicSet
-from qconvert.files.calibration import MAX_OBSERVER
 from qconvert.files.qblk_header import SLASH
 from qconvert.files.qblk_writer import (
     QblkWriter,

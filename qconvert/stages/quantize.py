@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from qconvert import kernels
+from qconvert.calibration.file import Calibration
 from qconvert.containers import CONTAINERS, WRITTEN, Container, container_for
 from qconvert.errors import UnsupportedError, UsageError, about
 from qconvert.files import OpenModel, open_model
-from qconvert.files.calibration import Calibration
 from qconvert.files.dequantized import dequantized
 from qconvert.kernels.records import ErrorSums
 from qconvert.model import DTYPES, Model

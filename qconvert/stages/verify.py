@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from qconvert import kernels
+from qconvert.calibration.recorded import check_activations, read_batches
 from qconvert.codecs.codec import NEAREST, Coded, Stored
 from qconvert.codecs.source import F32_MAX
 from qconvert.containers import CONTAINERS
@@ -30,15 +31,14 @@ from qconvert.geometry import TILE_VALUES, Tile, tiles
 from qconvert.kernels.activations import DynamicInput, StaticInput, as_bytes
 from qconvert.kernels.arithmetic import CAST_NUMPY, cast_values
 from qconvert.kernels.records import Activations, ErrorSums
-from qconvert.model import DTYPES, Model, TensorInfo
+from qconvert.model import DTYPES, Model, TensorInfo, layer_name
 from qconvert.progress import Progress, Silent
 from qconvert.report import Check, VerifiedTensor, VerifyReport
 from qconvert.running.hugging_face import require
-from qconvert.stages.calibrate import check_activations, read_batches
 from qconvert.stages.parallel import Workers, available_threads
-from qconvert.stages.quality import QualityOptions, measure_quality
 from qconvert.stages.sources import examined
 from qconvert.stages.target import target_of
+from qconvert.stages.verify_text import QualityOptions, measure_quality
 
 HALF_STEP = 0.5 + 2.0**-9  # half a step, and the rounding of the scale and of binary32 arithmetic
 RECORDED = 1e-5  # relative; the header has six significant digits
@@ -398,8 +398,7 @@ class _Job:
         """Scale and zero point of the layer's input from the file, if they are to be used."""
         if self.options.activations.startswith("dynamic"):
             return None
-        noted = self.stored[tensor.name].activation
-        found = StaticInput(float(noted["scale"]), noted["zero_point"]) if noted else None
+        found = StaticInput.noted(self.stored[tensor.name].activation)
         if found is None and self.options.activations == "static":
             raise UsageError(
                 "static activations need a calibration in the file",
@@ -413,14 +412,12 @@ class _Job:
             model = open_model(path)
             stack.callback(model.close)
             for t in model.tensors:
-                self.samples.setdefault(t.name.removesuffix(".weight"), []).append(
-                    _Recorded(model, t, path)
-                )
+                self.samples.setdefault(layer_name(t.name), []).append(_Recorded(model, t, path))
                 self.unused_samples.add((path, t.name))
 
     def _recorded_inputs(self, tensor: TensorInfo, columns: int) -> NDArray[np.float32] | None:
         """Recorded activation rows of a layer, None without."""
-        for r in self.samples.get(tensor.name.removesuffix(".weight"), ()):
+        for r in self.samples.get(layer_name(tensor.name), ()):
             if r.tensor.shape[1:] == (columns,):
                 check_activations(r.tensor, r.path)
                 self.unused_samples.discard((r.path, r.tensor.name))

@@ -1,8 +1,8 @@
 """bench: how fast qconvert is on this machine, held against references in the same run.
 
-Three kinds of section, each a table of lines (`lines`): kernels (`conversions`), the integer matrix
-product (`products`) and a whole conversion (`end_to_end`). What others wrote and is not installed
-here is named as skipped.
+Three kinds of section, each a table of lines (`lines`): kernels (`kernel_lines`), the integer
+matrix product (`products`) and a whole conversion (`end_to_end`). What others wrote and is not
+installed here is named as skipped.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from qconvert.errors import UsageError
 from qconvert.progress import Progress, Silent
 from qconvert.report import BenchReport
 from qconvert.schemes import AffineScheme
-from qconvert.stages.bench.conversions import conversion_section
 from qconvert.stages.bench.end_to_end import end_to_end_section
+from qconvert.stages.bench.kernel_lines import kernel_section
 from qconvert.stages.bench.lines import Section, measure
 from qconvert.stages.bench.options import BenchOptions
 from qconvert.stages.bench.products import product_section
@@ -74,7 +74,7 @@ def _parts(options: BenchOptions) -> Generator[Section]:
     for weights in subjects:
         with ExitStack() as stack:
             workers = stack.enter_context(Workers(options.threads))
-            yield conversion_section(weights, options, workers, stack)
+            yield kernel_section(weights, options, workers, stack)
             schemes = [s for s in options.schemes if isinstance(s, AffineScheme)]
             for rows in dict.fromkeys((1, options.rows)) if schemes else ():
                 yield product_section(weights, schemes, rows, options.range, workers)

@@ -17,7 +17,7 @@ from qconvert.errors import InputError, MachineError
 from qconvert.files import open_model
 from qconvert.files.atomic import AtomicOutput, check_space, machine_errors
 from qconvert.schemes import Scheme
-from qconvert.stages.bench.conversions import nearest_ggml_type
+from qconvert.stages.bench.kernel_lines import nearest_ggml_type
 from qconvert.stages.bench.lines import Line, Section
 from qconvert.stages.bench.options import BenchOptions
 from qconvert.stages.bench.peers import PROGRAM, Source, Work, gguf_py, llama_quantize

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.observers.exact import ExactSum
-from qconvert.observers.gram import GramMatrix
-from qconvert.observers.ranges import (
+from qconvert.calibration.exact import ExactSum
+from qconvert.calibration.gram import GramMatrix
+from qconvert.calibration.observers import (
     F32,
     F64,
     Arrays,
@@ -32,7 +32,7 @@ class LayerStatistics:
     Args:
         features: values of an input row.
         settings: of the observers.
-        columns: squared norms of the weight's columns, (features,), for the input's observer.
+        norms: squared, of the weight's columns, (features,), for the input's observer.
         gram: whether to keep the Gram matrix of the input.
 
     Attributes:
@@ -45,13 +45,13 @@ class LayerStatistics:
         self,
         features: int,
         settings: ObserverSettings,
-        columns: F64 | None = None,
+        norms: F64 | None = None,
         *,
         gram: bool = False,
     ) -> None:
         self.features = features
         self.settings = settings
-        self.input = settings.make(columns)
+        self.input = settings.make(norms)
         self.output: Observer | None = None
         self.channels = ChannelStatistics(features)
         self.gram = GramMatrix(features) if gram else None
@@ -120,16 +120,16 @@ class LayerStatistics:
         arrays: Mapping[str, NDArray[Any]],
         features: int,
         settings: ObserverSettings,
-        columns: F64 | None = None,
+        norms: F64 | None = None,
     ) -> LayerStatistics:
-        """The inverse of `arrays`; ``columns`` as of the class, for what is yet to come.
+        """The inverse of `arrays`; ``norms`` as of the class, for what is yet to come.
 
         Raises:
             KeyError, ValueError, IndexError, TypeError: arrays that no layer has made.
         """
         prefix = "state.output."
         outputs = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
-        found = cls(features, settings, columns)
+        found = cls(features, settings, norms)
         first, samples = arrays["state.first"].tolist()
         low, high = arrays["minimum"], arrays["maximum"]
         if samples < 1 or low.shape != (features,) or high.shape != (features,):

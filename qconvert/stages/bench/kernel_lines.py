@@ -54,7 +54,7 @@ class _Conversion:
     decode: Callable[[Any], object]
 
 
-def conversion_section(
+def kernel_section(
     weights: Weights, options: BenchOptions, workers: Workers, stack: ExitStack
 ) -> Section:
     """The lines of every scheme and every set of kernels.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert import fixed_point
-from qconvert.fixed_point import LARGEST
+from qconvert.calibration import fixed_point
+from qconvert.calibration.fixed_point import LARGEST
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
+from qconvert.calibration.exact import HEAVIEST, LIGHTEST, ExactSum, WeightedCounts
+from qconvert.calibration.grid import StaticRange, best_ends, noise, static_range
 from qconvert.errors import UsageError
 from qconvert.kernels.arithmetic import HISTOGRAM_BINS
 from qconvert.kernels.bins import bin_centres, bin_edges
-from qconvert.observers.exact import HEAVIEST, LIGHTEST, ExactSum, WeightedCounts
-from qconvert.observers.grid import StaticRange, best_ends, noise, static_range
 from qconvert.ranges import DEFAULT_PERCENTILE
 
 F32 = NDArray[np.float32]
@@ -46,11 +46,22 @@ FLOOR = 1e-6  # share of the mass of the codes' histogram that is spread evenly:
 class Observer(Protocol):
     """A stream of batches (samples, features), float32, to a range."""
 
-    def update(self, batch: F32) -> None: ...
+    def update(self, batch: F32) -> None:
+        """Take in a batch, finite and not empty."""
+        ...
 
-    def merge(self, other: Observer) -> None: ...
+    def merge(self, other: Observer) -> None:
+        """Take in all that another one of the same kind and settings has seen.
 
-    def range(self) -> tuple[float, float]: ...
+        Raises:
+            TypeError: it is of another kind.
+            UsageError: the order of batches matters to this kind.
+        """
+        ...
+
+    def range(self) -> tuple[float, float]:
+        """Both ends of what the codes should cover, after at least one batch."""
+        ...
 
     def state(self) -> Arrays:
         """All that `restore` needs, as arrays."""
@@ -321,23 +332,23 @@ class NmseObserver:
     Both factors are rounded to powers of two, so that the sums are exact. Memory: 3 MiB.
 
     Args:
-        columns: n, (features,), finite and not negative; None for ones.
+        norms: n, (features,), finite and not negative; None for ones.
         symmetric: whether the grid is.
     """
 
-    def __init__(self, columns: F64 | None = None, *, symmetric: bool = False) -> None:
+    def __init__(self, norms: F64 | None = None, *, symmetric: bool = False) -> None:
         self.symmetric = symmetric
         self.extremes = MinMaxObserver()
         self.weighted = WeightedCounts(HISTOGRAM_BINS)
         self._used: NDArray[np.bool_] | None = None
-        self._columns: F64 | None = None
-        if columns is not None and columns.any():
-            if not columns.all():
-                self._used = columns > 0
-                columns = columns[self._used]
-            exponents = np.frexp(columns)[1]
+        self._norms: F64 | None = None
+        if norms is not None and norms.any():
+            if not norms.all():
+                self._used = norms > 0
+                norms = norms[self._used]
+            exponents = np.frexp(norms)[1]
             exponents = np.maximum(exponents - exponents.max(), -COLUMN_OCTAVES)
-            self._columns = np.ldexp(1.0, exponents)
+            self._norms = np.ldexp(1.0, exponents)
 
     def update(self, batch: F32) -> None:
         self.extremes.update(batch)
@@ -349,8 +360,8 @@ class NmseObserver:
     def _add(self, rows: F32) -> None:
         squares = rows.astype(np.float64)
         squares *= squares
-        if self._columns is not None:
-            squares *= self._columns
+        if self._norms is not None:
+            squares *= self._norms
         energy = squares.sum(axis=1)
         exponents = np.clip(-np.frexp(energy)[1], LIGHTEST + COLUMN_OCTAVES, HEAVIEST)
         groups = np.where(energy > 0, exponents // ROW_OCTAVES, SILENT)
@@ -360,9 +371,9 @@ class NmseObserver:
             base = group * ROW_OCTAVES - COLUMN_OCTAVES
             # Integers, the largest below 2^32: their sum is exact.
             weights = np.ldexp(1.0, exponents[here] - base)[:, None]
-            columns = 1.0 if self._columns is None else self._columns
+            norms = 1.0 if self._norms is None else self._norms
             chosen = keys if here.all() else keys[here]
-            self.weighted.add(chosen, np.broadcast_to(weights * columns, chosen.shape), base)
+            self.weighted.add(chosen, np.broadcast_to(weights * norms, chosen.shape), base)
 
     def merge(self, other: Observer) -> None:
         _check_kind(self, other)
@@ -409,11 +420,11 @@ class ObserverSettings:
     momentum: float = EMA_MOMENTUM
     symmetric: bool = False
 
-    def make(self, columns: F64 | None = None) -> Observer:
+    def make(self, norms: F64 | None = None) -> Observer:
         """A fresh observer.
 
         Args:
-            columns: squared norms of the columns of the layer's weight, for those of
+            norms: squared, of the columns of the layer's weight, for those of
                 `READ_WEIGHTS`; None takes all as equal.
 
         Raises:
@@ -425,7 +436,7 @@ class ObserverSettings:
             raise UsageError("--percentile", found=self.percentile, wanted="above 50, at most 100")
         if not 0 <= self.momentum < 1:
             raise UsageError("--momentum", found=self.momentum, wanted="at least 0, below 1")
-        return OBSERVERS[self.name](self, columns)
+        return OBSERVERS[self.name](self, norms)
 
     def settle(self, observer: Observer) -> StaticRange:
         """The parameters of what an observer of these settings has seen."""
@@ -438,7 +449,7 @@ OBSERVERS: dict[str, Callable[[ObserverSettings, F64 | None], Observer]] = {
     "percentile": lambda s, _: PercentileObserver(s.percentile),
     "mse": lambda s, _: MseObserver(symmetric=s.symmetric),
     "entropy": lambda s, _: EntropyObserver(symmetric=s.symmetric),
-    "nmse": lambda s, columns: NmseObserver(columns, symmetric=s.symmetric),
+    "nmse": lambda s, norms: NmseObserver(norms, symmetric=s.symmetric),
 }
 READ_WEIGHTS = frozenset({"nmse"})  # observers that want the norms of the weight's columns
 

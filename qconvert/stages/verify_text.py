@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import ge, le
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,8 @@ from qconvert.running.quality import (
     windows,
 )
 from qconvert.running.quantized_model import ACTIVATIONS, QuantizedCheckpoint, open_quantized
-from qconvert.running.text import read_text, sentences
+from qconvert.running.text import DEFAULT_SEQLEN, read_text, sentences
 
-DEFAULT_SEQLEN = 256  # as of calibrate
 ALIKE = 1e-3  # nats, or squared distance of directions
 TOKENIZED = 1 << 16  # characters of the text that both tokenizers have to agree on
 
@@ -129,26 +130,11 @@ def _tokens(
             found.tokens,
         ),
     ]
-    if options.max_kl is not None:
-        checks.append(
-            _check(
-                "max-kl",
-                found.kl_mean <= options.max_kl,
-                "mean KL divergence of next tokens, in nats",
-                found.kl_mean,
-                options.max_kl,
-            )
-        )
-    if options.max_ppl_increase is not None:
-        checks.append(
-            _check(
-                "max-ppl-increase",
-                found.perplexity_increase <= options.max_ppl_increase,
-                "increase of the perplexity, as a share",
-                found.perplexity_increase,
-                options.max_ppl_increase,
-            )
-        )
+    detail = "mean KL divergence of next tokens, in nats"
+    checks += _limited("max-kl", detail, found.kl_mean, options.max_kl, le)
+    share = found.perplexity_increase
+    detail = "increase of the perplexity, as a share"
+    checks += _limited("max-ppl-increase", detail, share, options.max_ppl_increase, le)
     return Quality(found, None, checks)
 
 
@@ -195,16 +181,8 @@ def _embeddings(
             len(found),
         ),
     ]
-    if options.min_cosine is not None:
-        checks.append(
-            _check(
-                "min-cosine",
-                quality.cosine_mean >= options.min_cosine,
-                "mean cosine of embeddings with the source's",
-                quality.cosine_mean,
-                options.min_cosine,
-            )
-        )
+    detail = "mean cosine of embeddings with the source's"
+    checks += _limited("min-cosine", detail, quality.cosine_mean, options.min_cosine, ge)
     return Quality(None, quality, checks)
 
 
@@ -223,6 +201,13 @@ def _check(
     id: str, good: object, detail: str, worst: float | None = None, limit: float | None = None
 ) -> Check:
     return Check(id, "pass" if good else "fail", detail, worst, limit)
+
+
+def _limited(
+    id: str, detail: str, found: float, limit: float | None, holds: Callable[[float, float], bool]
+) -> list[Check]:
+    """The verdict on a limit, if there is one: whether it ``holds`` for what was found."""
+    return [] if limit is None else [_check(id, holds(found, limit), detail, found, limit)]
 
 
 def _execution(quantized: QuantizedCheckpoint, options: QualityOptions) -> Execution:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,24 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
+from qconvert.calibration.document import CalibrationDocument, LayerCalibration, TextRun
+from qconvert.calibration.file import CHANNELS, calibration_parts, read_state
+from qconvert.calibration.grid import StaticRange
+from qconvert.calibration.layer import LayerStatistics
+from qconvert.calibration.observers import F64, Observer, ObserverSettings
 from qconvert.errors import FormatError, UnsupportedError, UsageError, WeightError
 from qconvert.files.atomic import AtomicOutput
-from qconvert.files.calibration import (
-    CHANNELS,
-    CalibrationDocument,
-    LayerCalibration,
-    StaticParameters,
-    TextRun,
-    calibration_parts,
-    layer_name,
-    read_state,
-)
 from qconvert.files.regular import file_sha256, utf8_name
 from qconvert.files.scratch import Scratch
-from qconvert.model import Model
-from qconvert.observers.layer import LayerStatistics
-from qconvert.observers.ranges import F64, Observer, ObserverSettings
-from qconvert.report import CalibratedLayer
+from qconvert.model import Model, layer_name
+from qconvert.report import CalibratedLayer, CalibrateReport
 
 Arrays = dict[str, NDArray[Any]]
 STATISTICS_BYTES = 2 << 30  # of the layers of one pass
@@ -128,9 +122,39 @@ class Collected:
             for kind, a in self.finished[name].arrays.items()
         }
 
-    def rows(self) -> list[CalibratedLayer]:
-        """The finished layers for the report."""
-        return [_row(name, self.finished[name]) for name in sorted(self.finished)]
+    def report(
+        self,
+        inputs: Sequence[Path],
+        output: Path,
+        *,
+        imatrix: Path | None = None,
+        record: Path | None = None,
+        resumed_at: int | None = None,
+        warnings: list[str],
+        seconds: float,
+    ) -> CalibrateReport:
+        """What the command that has made this says of it.
+
+        Args:
+            inputs: what was read, as given.
+            output, imatrix, record: what was written.
+            resumed_at: pieces of text that an interrupted run had done.
+        """
+        return CalibrateReport(
+            kernels=kernels.describe(),
+            inputs=[str(p) for p in inputs],
+            output=str(output),
+            observer=self.settings.name,
+            layers=[_row(name, self.finished[name]) for name in sorted(self.finished)],
+            chunks=self.run.chunks if self.run else None,
+            tokens=self.run.tokens if self.run else None,
+            resumed_at=resumed_at,
+            unreached=self.unreached,
+            imatrix=str(imatrix) if imatrix else None,
+            record=str(record) if record else None,
+            warnings=warnings,
+            seconds=seconds,
+        )
 
 
 def passes(sizes: Mapping[str, int], most: int) -> list[list[str]]:
@@ -183,30 +207,23 @@ def replace_finished(c: Collected, more: Mapping[str, FinishedLayer]) -> Collect
 
 def finished(layer: LayerStatistics, transposed: bool) -> FinishedLayer:
     """Ranges settled, state packed."""
-
-    def settle(observer: Observer) -> StaticParameters:
-        found = layer.settings.settle(observer)
-        return StaticParameters(found.low, found.high, found.scale, found.zero_point)
-
-    return _packed(layer, settle, transposed)
+    return _packed(layer, layer.settings.settle, transposed)
 
 
 def unsettled(layer: LayerStatistics, transposed: bool) -> FinishedLayer:
     """State packed, without ranges: to search them may take longer than all the rest."""
-    return _packed(layer, lambda _: StaticParameters(0.0, 0.0, 1.0, 0), transposed)
+    return _packed(layer, lambda _: StaticRange(0.0, 0.0, 1.0, 0), transposed)
 
 
 def _packed(
-    layer: LayerStatistics, settle: Callable[[Observer], StaticParameters], transposed: bool
+    layer: LayerStatistics, settle: Callable[[Observer], StaticRange], transposed: bool
 ) -> FinishedLayer:
-    output = None if layer.output is None else settle(layer.output)
-    settled = asdict(settle(layer.input))
     return FinishedLayer(
         LayerCalibration(
             samples=layer.channels.samples,
             features=layer.features,
-            **settled,
-            output=output,
+            input=settle(layer.input),
+            output=None if layer.output is None else settle(layer.output),
             transposed=transposed,
         ),
         layer.arrays(),
@@ -214,10 +231,10 @@ def _packed(
 
 
 def restored(
-    layer: FinishedLayer, settings: ObserverSettings, columns: F64 | None = None
+    layer: FinishedLayer, settings: ObserverSettings, norms: F64 | None = None
 ) -> LayerStatistics:
-    """The inverse of `finished`; ``columns`` as of `LayerStatistics`, if more is to come."""
-    found = LayerStatistics.restored(layer.arrays, layer.calibration.features, settings, columns)
+    """The inverse of `finished`; ``norms`` as of `LayerStatistics`, if more is to come."""
+    found = LayerStatistics.restored(layer.arrays, layer.calibration.features, settings, norms)
     if found.channels.samples != layer.calibration.samples:
         raise ValueError("samples")
     return found
@@ -369,6 +386,16 @@ def _described(layer: FinishedLayer) -> str:
     return f"{layer.calibration.features:,} features{''.join(more)}"
 
 
+def unreached_warnings(unreached: list[str]) -> list[str]:
+    """Layers that no token came through, as a warning."""
+    if not unreached:
+        return []
+    return [
+        f"no token came through {len(unreached)} layers, such as '{unreached[0]}': "
+        "they are not in the calibration"
+    ]
+
+
 def _row(name: str, layer: FinishedLayer) -> CalibratedLayer:
     settled = layer.calibration
     low, high, _ = (layer.arrays[kind] for kind in CHANNELS)
@@ -378,10 +405,7 @@ def _row(name: str, layer: FinishedLayer) -> CalibratedLayer:
         name=name,
         samples=settled.samples,
         features=settled.features,
-        low=settled.low,
-        high=settled.high,
-        scale=settled.scale,
-        zero_point=settled.zero_point,
+        **asdict(settled.input),
         channel_absmax_ratio=float(widest.max()) / middle if middle > 0 else float("inf"),
         output=None if settled.output is None else asdict(settled.output),
     )

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from qconvert.architectures import layer_places
+from qconvert.calibration.collected import Collected
+from qconvert.calibration.exact import ExactSum
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.files.imatrix import ChannelSums, imatrix_bytes
 from qconvert.files.shards import MAX_COMPANION_BYTES
 from qconvert.files.strict_json import read_object
-from qconvert.observers.exact import ExactSum
-from qconvert.stages.collected import Collected
 
 
 def importance_bytes(collected: Collected, model: Path) -> bytes:

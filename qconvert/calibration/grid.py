@@ -20,6 +20,9 @@ LEAST = 2.0**-7  # share of either end that is left
 class StaticRange:
     """Static activation parameters: a = clamp(rint(x / scale + zero_point), -128, 127).
 
+    The one record of them from an observer to the calibration file and back. A quantized file and
+    the integer product know scale and zero point alone: `qconvert.kernels.activations.StaticInput`.
+
     Attributes:
         low, high: the range that the codes cover, 0 included.
         scale: the shortest decimal of a binary32 number, above 0.

@@ -10,140 +10,31 @@ rest is JSON in the metadata entry ``qconvert.calibration``.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert import fixed_point
+from qconvert.calibration import fixed_point
+from qconvert.calibration.digest import check_digest
+from qconvert.calibration.document import CalibrationDocument, LayerCalibration
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
 from qconvert.files.scratch import Scratch
 from qconvert.files.strict_json import strict_json
 from qconvert.geometry import row_length
-from qconvert.model import Model, TensorInfo
+from qconvert.model import Model, TensorInfo, layer_name
 
 ENTRY = "qconvert.calibration"
 SCHEMA = "qconvert.calibration/3"
-PARTIAL = "partial"  # an entry of the JSON that only the state of an interrupted run has
 CHANNELS = ("minimum", "maximum", "mean_square")
-WEIGHT = ".weight"
-MAX_OBSERVER = 32  # characters of an observer's name
-MAX_SAMPLES = (1 << 53) - 1  # what a qblk header can say
-MAX_FEATURES = (
-    1 << 20
-)  # values of a row: twenty times what is in use; statistics take 168 bytes each
-MAX_SCALE = 3.0e38
-MIN_SCALE = 2.0**-150  # exclusive: what rounds to a binary32 number above 0
-DIGEST_BYTES = 4096  # of each tensor
 NUMPY = {"F32": "<f4", "F64": "<f8", "U16": "<u2", "U32": "<u4", "I64": "<i8"}
 DTYPES = {np.dtype(code): name for name, code in NUMPY.items()}
 PART_BYTES = 1 << 24  # of a file that is written
-
-
-@dataclass(frozen=True, slots=True)
-class StaticParameters:
-    """Range, scale and zero point; see `qconvert.observers.ranges.StaticRange`."""
-
-    low: float
-    high: float
-    scale: float
-    zero_point: int
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCalibration:
-    """Static parameters of one layer.
-
-    Attributes:
-        samples: rows of input that were seen.
-        features: values of a row.
-        low, high, scale, zero_point: of the input; see `StaticParameters`.
-        output: of the output, where that was observed.
-        transposed: whether the weight is stored (in, out): features are its rows, not its columns.
-    """
-
-    samples: int
-    features: int
-    low: float
-    high: float
-    scale: float
-    zero_point: int
-    output: StaticParameters | None = None
-    transposed: bool = False
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a weight of this shape takes as many features."""
-        return len(shape) > 1 and shape[0 if self.transposed else -1] == self.features
-
-    def note(self, observer: str) -> dict[str, Any]:
-        """The ``activation`` object of a qblk tensor."""
-        return {
-            "observer": observer,
-            "samples": self.samples,
-            "scale": self.scale,
-            "zero_point": self.zero_point,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class TextRun:
-    """What a run over text was, and how far it came.
-
-    Attributes:
-        seqlen: tokens of a window, or the most of a line.
-        nsamples: as asked for.
-        seed: of the draw.
-        chunks: windows or lines to run.
-        done: how many have been run; fewer in the state of an interrupted run.
-        tokens: in them.
-        groups: passes over the text that are finished, each for a group of layers.
-    """
-
-    seqlen: int
-    nsamples: int | None
-    seed: int
-    chunks: int
-    done: int
-    tokens: int
-    groups: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationDocument:
-    """The JSON of a calibration file.
-
-    Attributes:
-        observer: name of the observer.
-        settings: its parameters; ``symmetric`` says that every zero point is 0.
-        inputs: name and SHA-256 of each file that activations or text came from.
-        layers: by name.
-        model: `model_digest` of the model, None where activations came without one.
-        run: of a run over text; None for recorded activations and merged files.
-        unreached: layers of the model that no token came through.
-        partial: the state of an interrupted run.
-    """
-
-    observer: str
-    settings: dict[str, float | bool]
-    inputs: list[dict[str, str]]
-    layers: dict[str, LayerCalibration]
-    model: str | None = None
-    run: TextRun | None = None
-    unreached: list[str] = field(default_factory=list)
-    partial: bool = False
-
-    @property
-    def finished(self) -> bool:
-        """Whether it is of a run that came to its end."""
-        return not self.partial and (self.run is None or self.run.done == self.run.chunks)
 
 
 class Calibration:
@@ -304,52 +195,11 @@ def unfinished(path: Path) -> FormatError:
     )
 
 
-def layer_name(name: str) -> str:
-    """The layer of a weight or of an activation array: the name without ``.weight``."""
-    return name.removesuffix(WEIGHT)
-
-
-def model_digest(model: Model) -> str:
-    """What tells two models apart: SHA-256 over the name, dtype, shape and first 4 KiB of every
-    tensor, in order of the names. Training changes every tensor, and 4 KiB cost no second pass.
-    """
-    digest = hashlib.sha256()
-    for t in sorted(model.tensors, key=lambda t: t.name.encode()):
-        digest.update(json.dumps([t.name, t.dtype, list(t.shape)]).encode() + b"\n")
-        digest.update(model.raw(t, 0, min(DIGEST_BYTES, t.nbytes)))
-    return digest.hexdigest()
-
-
-def check_digest(recorded: str | None, model: Model, path: Path) -> None:
-    """Refuse a file that was made with another model than this one.
-
-    Raises:
-        UnsupportedError: the digests differ; a file without one fits any model.
-    """
-    if recorded is None:
-        return
-    found = model_digest(model)
-    if recorded != found:
-        raise UnsupportedError(
-            "the calibration is of another model",
-            path=path,
-            found=f"digest {recorded[:16]}...",
-            wanted=f"{found[:16]}..., of {model.path}",
-            hint="calibrate with this model",
-            code="CALIBRATION-MODEL",
-        )
-
-
 def calibration_parts(
     document: CalibrationDocument, arrays: Mapping[str, NDArray[Any]]
 ) -> Iterator[bytes]:
     """A calibration file, piece by piece; ``arrays`` are the tensors, named ``L/...``."""
-    fields = {"schema": SCHEMA, **asdict(document)}
-    if not document.partial:
-        del fields[PARTIAL]
-    for layer in fields["layers"].values():
-        if not layer["transposed"]:  # so that files of most models are what they have always been
-            del layer["transposed"]
+    fields = {"schema": SCHEMA, **document.to_json()}
     text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
     header: dict[str, Any] = {"__metadata__": {ENTRY: text}}
     names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # aligned
@@ -406,89 +256,14 @@ def _document(model: SafetensorsModel, path: Path) -> CalibrationDocument:
         schema = described.pop("schema")
         if schema != SCHEMA:
             raise UnsupportedError("calibration", path=path, found=schema, wanted=SCHEMA)
-        layers = {n: _layer(fields) for n, fields in described.pop("layers").items()}
-        run = described.pop("run")
-        run = None if run is None else TextRun(**run)
-        document = CalibrationDocument(**described, layers=layers, run=run)
-        good = _plausible_document(document) and all(
-            _plausible(layer)
-            and all(shapes.get(f"{name}/{kind}") == (layer.features,) for kind in CHANNELS)
-            for name, layer in layers.items()
+        document = CalibrationDocument.from_json(described)
+        good = document.plausible() and all(
+            shapes.get(f"{name}/{kind}") == (layer.features,)
+            for name, layer in document.layers.items()
+            for kind in CHANNELS
         )
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise FormatError("damaged calibration metadata", path=path) from e
     if not good:
         raise FormatError("impossible values in the calibration", path=path)
     return document
-
-
-def _layer(fields: dict[str, Any]) -> LayerCalibration:
-    output = fields.pop("output")
-    return LayerCalibration(**fields, output=None if output is None else StaticParameters(**output))
-
-
-def _plausible_document(document: CalibrationDocument) -> bool:
-    observer, run = document.observer, document.run
-    return (
-        isinstance(observer, str)
-        and len(observer) <= MAX_OBSERVER
-        and observer.isidentifier()
-        and _plausible_settings(document)
-        and all(
-            isinstance(entry["name"], str) and isinstance(entry["sha256"], str)
-            for entry in document.inputs
-        )
-        and (document.model is None or isinstance(document.model, str))
-        and isinstance(document.partial, bool)
-        and isinstance(document.unreached, list)
-        and all(isinstance(name, str) for name in document.unreached)
-        and (run is None or _plausible_run(run))
-    )
-
-
-def _plausible_settings(document: CalibrationDocument) -> bool:
-    settings = document.settings
-    symmetric = settings.get("symmetric")
-    ranges: list[LayerCalibration | StaticParameters] = list(document.layers.values())
-    ranges += [layer.output for layer in document.layers.values() if layer.output]
-    return (
-        all(type(v) is float for k, v in settings.items() if k != "symmetric")
-        and type(symmetric) is bool
-        and not (symmetric and any(r.zero_point != 0 for r in ranges))
-    )
-
-
-def _plausible_run(run: TextRun) -> bool:
-    numbers = (run.seqlen, run.seed, run.chunks, run.done, run.tokens, run.groups)
-    return (
-        all(_integer(n) and 0 <= n <= MAX_SAMPLES for n in numbers)
-        and (run.nsamples is None or (_integer(run.nsamples) and 0 < run.nsamples <= MAX_SAMPLES))
-        and run.done <= run.chunks
-    )
-
-
-def _integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _plausible(layer: LayerCalibration) -> bool:
-    return (
-        _integer(layer.samples)
-        and _integer(layer.features)
-        and 0 < layer.samples <= MAX_SAMPLES
-        and 0 < layer.features <= MAX_FEATURES
-        and isinstance(layer.transposed, bool)
-        and _plausible_range(layer)
-        and (layer.output is None or _plausible_range(layer.output))
-    )
-
-
-def _plausible_range(r: LayerCalibration | StaticParameters) -> bool:
-    return (
-        _integer(r.zero_point)
-        and all(isinstance(f, float) for f in (r.low, r.high, r.scale))
-        and -128 <= r.zero_point <= 127
-        and math.isfinite(r.low)
-        and math.isfinite(r.high)
-        and MIN_SCALE < r.scale <= MAX_SCALE
-    )

@@ -7,10 +7,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert.calibration.observers import READ_WEIGHTS, ObserverSettings
 from qconvert.errors import WeightError
-from qconvert.files.calibration import layer_name
 from qconvert.geometry import TILE_VALUES
-from qconvert.model import Model
+from qconvert.model import Model, layer_name
 
 F64 = NDArray[np.float64]
 LARGEST = 1e100  # of a weight: no sum of its squares overflows
@@ -52,3 +52,21 @@ def column_norms(model: Model, layer: str, *, transposed: bool = False) -> F64 |
         else:
             sums += squares.sum(axis=0)
     return sums
+
+
+def weight_norms(
+    settings: ObserverSettings,
+    model: Model | None,
+    layer: str,
+    features: int,
+    transposed: bool,
+) -> F64 | None:
+    """What the observer of a layer wants of its weight; None where that is nothing, or unknown.
+
+    Args:
+        transposed: whether the weight is stored (in, out).
+    """
+    if model is None or settings.name not in READ_WEIGHTS:
+        return None
+    norms = column_norms(model, layer, transposed=transposed)
+    return None if norms is None or len(norms) != features else norms  # refused later, by name

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from qconvert.calibration.collected import Collected
+from qconvert.calibration.document import TextRun
 from qconvert.errors import InputError, OutputExistsError, Stopped
 from qconvert.files.atomic import AtomicOutput, check_target, machine_errors
-from qconvert.files.calibration import TextRun
 from qconvert.interrupts import Held, held
-from qconvert.stages.collected import Collected
 
 SAVE_SECONDS = 10.0
 SAVE_SHARE = 0.05  # of the time goes into saving, at most

@@ -1,1 +1,0 @@
-"""Streams of values to statistics and ranges."""
