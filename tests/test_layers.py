@@ -43,11 +43,12 @@ for layer, own in (
     ("files", ("codecs", "kernels", "fixed_point")),
     ("architectures", ("files", "codecs", "kernels")),
     ("loading", ("files", "codecs", "kernels")),
-    ("version", ("loading",)),  # `qconvert.load`, inside the function
+    ("version", ("loading", "commands")),  # the public names, when they are asked for
     ("running", ("architectures", "files", "observers", "codecs", "kernels")),
     ("torch", ("running", "files", "codecs", "kernels")),
     ("stages", ("running", "architectures", "files", "observers", "codecs", "kernels")),
-    ("cli", ("stages", "running", "architectures", "files", "observers", "codecs", "kernels")),
+    ("commands", ("stages", "observers")),
+    ("cli", ("commands", "files")),
 ):
     BELOW[layer] = (layer, "data", "version", *own)
 HEAVY = {
