@@ -51,18 +51,19 @@ def root(
     \b
     Examples:
       qconvert inspect model.safetensors
-      qconvert quantize model.safetensors --scheme q4_block64
-      qconvert verify model.q4_block64.qblk --against model.safetensors --min-sqnr 18
+      qconvert quantize model.safetensors --scheme q4_block64 -o model.qblk
+      qconvert verify model.qblk --against model.safetensors --min-sqnr 18
 
     \b
     Exit codes:
-      0 done, every check asked for holds     4 the machine refused (exists, disk full, ...)
-      1 the answer is no                      70 a bug in qconvert
-      2 the command line is wrong             130, 143, 141 interrupted, terminated,
-      3 an input cannot be used               reader of stdout gone
+      0 done, every check asked for holds   4 the machine refused (disk full, ...)
+      1 the answer is no                    70 a bug in qconvert
+      2 the command line is wrong           130, 143, 141 interrupted, terminated,
+      3 an input cannot be used             reader of stdout gone
 
     \b
-    Environment: QCONVERT_KERNELS=native|reference, QCONVERT_DEBUG=1 (tracebacks), TERM
+    Environment: QCONVERT_KERNELS=native|reference, TERM,
+    QCONVERT_DEBUG=1 (tracebacks)
     """
     if version:
         typer.echo(f"qconvert {__version__}")
