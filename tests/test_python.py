@@ -356,6 +356,7 @@ def test_what_a_command_ends_with_is_raised(place: Path, capfd: pytest.CaptureFi
     with pytest.raises(qconvert.OutputExistsError) as exists:
         qconvert.quantize("m.safetensors", "q4_block32", output="m.qblk")
     assert exists.value.hint
+    assert repr(exists.value) == "OutputExistsError('m.qblk: the output exists')"
     assert listing(place) == before
     assert not [name for name in before if "partial" in name or name == "nan.qblk"]
     assert capfd.readouterr() == ("", "")
@@ -455,8 +456,6 @@ def test_every_parameter_is_explained(name: str) -> None:
 
 def test_reports_and_tensors_show_what_they_are(place: Path) -> None:
     made = qconvert.quantize("m.safetensors", "q8_channel", output="m.qblk")
-    # up has 48 x 64 codes, down 64 x 32; and a float32 for each of 48 + 64 rows, a zero point too
-    # where it is asymmetric.
     assert repr(made).startswith("<QuantizeReport pass: 'm.qblk', q8_channel, 2 of 2 tensors")
     assert len(repr(made)) < 160
     dry = qconvert.quantize("m.safetensors", "q8_channel", output="n.qblk", dry_run=True)
@@ -466,7 +465,7 @@ def test_reports_and_tensors_show_what_they_are(place: Path) -> None:
     )
     found = qconvert.verify("m.qblk", against="m.safetensors", min_sqnr=99)
     assert repr(found).startswith("<VerifyReport fail: 'm.qblk', ")
-    assert "failed: min-sqnr" in repr(found) or "failed: sqnr" in repr(found)
+    assert "failed: min-sqnr" in repr(found)
     with qconvert.load("m.qblk") as tensors:
         assert repr(tensors) == "<Tensors 'm.qblk' (qblk), 2 tensors>"
         assert repr(tensors["up"]).startswith("<Tensor 'up' q8_channel")
