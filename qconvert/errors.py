@@ -96,6 +96,9 @@ class QconvertError(Exception):
         self.hint = hint
         self.code = code
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
     def __str__(self) -> str:
         """One line: where, what, found, wanted, code; what is long gives way first."""
         parts = [

@@ -105,6 +105,9 @@ class Tensors(Mapping[str, Tensor]):
         self._tensors = {t.name: Tensor(model, t) for t in model.tensors}
         self.path, self.kind, self.metadata = model.path, model.kind, model.metadata
 
+    def __repr__(self) -> str:
+        return f"<Tensors {str(self.path)!r} ({self.kind}), {len(self):,} tensors>"
+
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 
@@ -141,7 +144,24 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def load(path: Path | str) -> Tensors:
-    """Open a .qblk, GGUF or safetensors model.
+    """Open a .qblk, GGUF or safetensors model as a lazy mapping of names to tensors.
+
+    Nothing is read before a tensor is asked for its values, or its codes, scales and zero points.
+
+    >>> made = qconvert.quantize("samples/tiny-llama", "q4_block64", output="model.qblk")
+    >>> with qconvert.load("model.qblk") as tensors:
+    ...     weight = tensors["lm_head.weight"]
+    ...     values, stored = weight.dequantize(), weight.quantized()
+    >>> weight
+    <Tensor 'lm_head.weight' q4_block64_asym [2048, 256]>
+    >>> stored
+    <Codes 2048 x 256, 4 bits, groups of 64>
+    >>> same = (stored.codes - stored.zero_point) * stored.scale
+    >>> bool((same == values).all())
+    True
+
+    Args:
+        path: a file, or a directory of safetensors.
 
     Raises:
         InputError: it cannot be opened, or is damaged.

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from qconvert import __version__
 from qconvert.errors import QconvertError, shortened
@@ -21,7 +21,7 @@ PART_PIECES = 1 << 14  # words and signs of a document that are written at a tim
 LONGEST_FACT = 4096  # characters of a path, name or hint in an error: as long as a path may be
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Base of all reports.
 
@@ -38,7 +38,24 @@ class Report:
     # Wall time, for people; not part of the JSON, which is the same for the same work.
     seconds: float = field(default=0.0, kw_only=True)
 
+    def __repr__(self) -> str:
+        said = list(self._said())
+        if self.warnings:
+            said.append(_count(len(self.warnings), "warning"))
+        return f"<{type(self).__name__} {self.status}: {', '.join(said)}>"
+
+    def _said(self) -> Iterator[str]:
+        """What a person is told of it in a line."""
+        yield self.kernels
+
+    def judged(self, strict: bool) -> Self:
+        """The report itself; under ``strict`` a warning is a failure."""
+        if strict and self.warnings and self.status == "pass":
+            self.status = "fail"
+        return self
+
     def to_json(self) -> dict[str, Any]:
+        """The document that the command prints under ``--json``."""
         found: dict[str, Any] = json.loads("".join(self.json_parts()))
         return found
 
@@ -49,6 +66,10 @@ class Report:
         for name in ("status", "seconds"):
             del body[name]
         return dump_parts({**head, **body})
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def finite(value: Any) -> Any:
@@ -140,7 +161,7 @@ class QuantizedTensor:
     decision: dict[str, Any] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class QuantizeReport(Report):
     """Result of ``quantize``.
 
@@ -168,6 +189,14 @@ class QuantizeReport(Report):
     files: int = 1
     written: bool = False
     notes: list[str] = field(default_factory=list)
+
+    def _said(self) -> Iterator[str]:
+        yield repr(self.output) if self.written else f"{self.output!r} not written"
+        quantized = sum(t.quantized for t in self.tensors)
+        yield f"{self.scheme}, {quantized:,} of {_count(len(self.tensors), 'tensor')} quantized"
+        if self.model_bits_per_weight is not None:
+            yield f"{self.model_bits_per_weight:.3g} bits per weight"
+        yield f"{self.output_bytes:,} bytes"
 
 
 @dataclass(slots=True)
@@ -202,7 +231,7 @@ class Histogram:
     counts: list[int]
 
 
-@dataclass
+@dataclass(repr=False)
 class InspectReport(Report):
     SCHEMA: ClassVar[str] = "qconvert.inspect/1"
 
@@ -215,6 +244,11 @@ class InspectReport(Report):
     total_bytes: int
     statistics: bool
     notes: list[str] = field(default_factory=list)
+
+    def _said(self) -> Iterator[str]:
+        shown, total = len(self.tensors), _count(self.total_tensors, "tensor")
+        yield f"{self.path!r} ({self.kind})"
+        yield total if shown == self.total_tensors else f"{shown:,} of {total}"
 
 
 @dataclass
@@ -234,7 +268,7 @@ class CalibratedLayer:
     output: dict[str, float] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class CalibrateReport(Report):
     """Result of ``calibrate``.
 
@@ -257,6 +291,11 @@ class CalibrateReport(Report):
     unreached: list[str] = field(default_factory=list)
     imatrix: str | None = None
     record: str | None = None
+
+    def _said(self) -> Iterator[str]:
+        yield repr(self.output)
+        yield _count(len(self.layers), "layer")
+        yield f"observer {self.observer}"
 
 
 @dataclass
@@ -386,7 +425,7 @@ class EmbeddingQuality:
     spread: float
 
 
-@dataclass
+@dataclass(repr=False)
 class VerifyReport(Report):
     SCHEMA: ClassVar[str] = "qconvert.verify/1"
 
@@ -397,6 +436,16 @@ class VerifyReport(Report):
     sqnr_db: float | None
     token_quality: TokenQuality | None = None
     embedding_quality: EmbeddingQuality | None = None
+
+    def _said(self) -> Iterator[str]:
+        yield repr(self.path)
+        failed = [c.id for c in self.checks if c.status == "fail"]
+        held = sum(c.status == "pass" for c in self.checks)
+        yield f"{_count(held, 'check')} passed"
+        if failed:
+            yield f"failed: {' '.join(failed)}"
+        if self.sqnr_db is not None:
+            yield f"SQNR {self.sqnr_db:.2f} dB"
 
 
 @dataclass
@@ -433,7 +482,7 @@ class SkippedLine:
     reason: str
 
 
-@dataclass
+@dataclass(repr=False)
 class BenchReport(Report):
     SCHEMA: ClassVar[str] = "qconvert.bench/1"
 
@@ -442,3 +491,9 @@ class BenchReport(Report):
     runs: int
     measurements: list[Measurement]
     skipped: list[SkippedLine]
+
+    def _said(self) -> Iterator[str]:
+        yield _count(len(self.measurements), "line")
+        if self.skipped:
+            yield f"{len(self.skipped)} skipped"
+        yield self.machine

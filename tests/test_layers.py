@@ -41,12 +41,13 @@ for layer, own in (
     ("files", ("codecs", "kernels")),
     ("architectures", ("files", "codecs", "kernels")),
     ("loading", ("files", "codecs", "kernels")),
-    ("version", ("loading",)),  # `qconvert.load`, inside the function
+    ("version", ("loading", "commands")),  # the public names, when they are asked for
     ("calibration", ("architectures", "files", "codecs", "kernels")),
     ("running", ("architectures", "files", "codecs", "kernels")),
     ("torch", ("running", "files", "codecs", "kernels")),
     ("stages", ("running", "calibration", "architectures", "files", "codecs", "kernels")),
-    ("cli", ("stages", "running", "calibration", "architectures", "files", "codecs", "kernels")),
+    ("commands", ("stages", "calibration", "running")),
+    ("cli", ("commands", "files")),
 ):
     BELOW[layer] = (layer, "data", "version", *own)
 HEAVY = {

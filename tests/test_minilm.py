@@ -1,4 +1,5 @@
-"""all-MiniLM with static 8-bit activations: the figure that the README gives, by its commands."""
+"""all-MiniLM with static 8-bit activations: the figure that samples/calibration.md gives, by its
+commands."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ def test_a_part_of_the_program_that_cannot_be_loaded_is_4(
     real = builtins.__import__
 
     def refuse(name: str, *arguments: Any, **more: Any) -> Any:
-        if name == "qconvert.stages.quantize":
+        if name == "qconvert.commands.quantize":
             raise error
         return real(name, *arguments, **more)
 

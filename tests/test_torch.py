@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -152,20 +151,6 @@ def test_loading_leaves_the_settings_of_transformers_alone(q8: Path) -> None:
     finally:
         logging.set_verbosity(before)
     assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
-
-
-README = (Path(__file__).parents[1] / "README.md").read_text()
-
-
-def test_the_example_of_the_readme_runs(
-    q8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
-    shutil.copy(q8, tmp_path / "model.qblk")
-    monkeypatch.chdir(tmp_path)
-    for block in blocks:
-        exec(block, {})
 
 
 def test_static_names_a_layer_without_parameters(q8: Path) -> None:

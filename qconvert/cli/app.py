@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from qconvert import __version__
-from qconvert.containers import WRITTEN
-from qconvert.errors import UsageError
-from qconvert.mixes import parse_ggml_type, parse_tensor_type
-from qconvert.schemes import SCHEME_GRAMMAR, MixScheme, parse_scheme
-
-if TYPE_CHECKING:
-    from qconvert.calibration.observers import ObserverSettings
-    from qconvert.ranges import RangeMethod
-    from qconvert.schemes import TensorScheme
+from qconvert.schemes import SCHEME_GRAMMAR
 
 app = typer.Typer(
     name="qconvert",
@@ -56,18 +48,19 @@ def root(
     \b
     Examples:
       qconvert inspect model.safetensors
-      qconvert quantize model.safetensors --scheme q4_block64
-      qconvert verify model.q4_block64.qblk --against model.safetensors --min-sqnr 18
+      qconvert quantize model.safetensors --scheme q4_block64 -o model.qblk
+      qconvert verify model.qblk --against model.safetensors --min-sqnr 18
 
     \b
     Exit codes:
-      0 done, every check asked for holds     4 the machine refused (exists, disk full, ...)
-      1 the answer is no                      70 a bug in qconvert
-      2 the command line is wrong             130, 143, 141 interrupted, terminated,
-      3 an input cannot be used               reader of stdout gone
+      0 done, every check asked for holds   4 the machine refused (disk full, ...)
+      1 the answer is no                    70 a bug in qconvert
+      2 the command line is wrong           130, 143, 141 interrupted, terminated,
+      3 an input cannot be used             reader of stdout gone
 
     \b
-    Environment: QCONVERT_KERNELS=native|reference, QCONVERT_DEBUG=1 (tracebacks), TERM
+    Environment: QCONVERT_KERNELS=native|reference, TERM,
+    QCONVERT_DEBUG=1 (tracebacks)
     """
     if version:
         typer.echo(f"qconvert {__version__}")
@@ -111,18 +104,20 @@ def inspect(
       qconvert inspect model.q4_block64.qblk --headers-only --json | jq .total_bytes
     """
     from qconvert.cli import render
-    from qconvert.stages.inspect import InspectOptions
-    from qconvert.stages.inspect import inspect as stage
+    from qconvert.commands.inspect import inspect as command
 
-    options = InspectOptions(
-        scheme=parse_scheme(scheme),
-        tensors=tuple(tensor or ()),
-        headers_only=headers_only,
-        bins=bins,
-        threads=threads,
-    )
     with render.Emitter(json, report, force, quiet, strict, [model]) as emitter:
-        return emitter.emit(stage(model, options, emitter.progress), render.inspect_text)
+        done = command(
+            model,
+            tensor=tensor,
+            scheme=scheme,
+            headers_only=headers_only,
+            bins=bins,
+            threads=threads,
+            strict=strict,
+            progress=emitter.progress,
+        )
+        return emitter.emit(done, render.inspect_text)
 
 
 @app.command()
@@ -232,81 +227,33 @@ def calibrate(
           -o calibration.safetensors
     """
     from qconvert.cli import render
+    from qconvert.commands.calibrate import calibrate as command
 
-    sources = {"--text": text, "--activations": activations, "--merge": merge}
-    given = [name for name, files in sources.items() if files]
-    if len(given) != 1:
-        raise UsageError(
-            "where the statistics come from",
-            found=" and ".join(given) or "none",
-            wanted="one of --text, --activations, --merge",
+    inputs = [model, *(text or ()), *(activations or ()), *(merge or ())]
+    with render.Emitter(json, report, force, quiet, strict, inputs) as emitter:
+        done = command(
+            model,
+            output=output,
+            text=text,
+            activations=activations,
+            merge=merge,
+            observer=observer,
+            percentile=percentile,
+            momentum=momentum,
+            symmetric=symmetric,
+            seqlen=seqlen,
+            nsamples=nsamples,
+            seed=seed,
+            outputs=outputs,
+            gram=gram,
+            resume=resume,
+            imatrix=imatrix,
+            record=record,
+            threads=threads,
+            force=force,
+            strict=strict,
+            progress=emitter.progress,
         )
-    _goes_with(
-        given[0],
-        "--text",
-        {
-            "--seqlen": seqlen,
-            "--nsamples": nsamples,
-            "--seed": seed,
-            "--outputs": outputs or None,
-            "--record": record,
-            "--threads": threads,
-        },
-    )
-    if imatrix and activations:
-        raise UsageError("--imatrix goes with --text or --merge")
-    if resume and merge:
-        raise UsageError("--resume goes with --text or --activations")
-    files = [path for paths in sources.values() for path in paths or []]
-    with render.Emitter(json, report, force, quiet, strict, [model, *files]) as emitter:
-        progress = emitter.progress
-        if merge:
-            from qconvert.stages.calibrate import MergeOptions, merge_calibrations
-
-            if (observer, percentile, momentum, symmetric) != (None, None, None, False):
-                raise UsageError("--merge takes the observer of the files")
-            if gram:
-                raise UsageError("--merge takes Gram matrices where the files have them")
-            done = merge_calibrations(MergeOptions(model, tuple(merge), output, imatrix, force))
-        elif text:
-            from qconvert.running.text import DEFAULT_SEQLEN
-            from qconvert.stages.calibrate_text import TextOptions, calibrate_text
-
-            done = calibrate_text(
-                TextOptions(
-                    model=model,
-                    texts=tuple(text),
-                    output=output,
-                    settings=_observer(observer, percentile, momentum, symmetric),
-                    seqlen=DEFAULT_SEQLEN if seqlen is None else seqlen,
-                    nsamples=nsamples,
-                    seed=seed or 0,
-                    outputs=outputs,
-                    gram=gram,
-                    resume=resume,
-                    imatrix=imatrix,
-                    record=record,
-                    threads=threads,
-                    force=force,
-                ),
-                progress,
-            )
-        else:
-            from qconvert.stages.calibrate import CalibrateOptions
-            from qconvert.stages.calibrate import calibrate as stage
-
-            done = stage(
-                CalibrateOptions(
-                    activations=tuple(activations or ()),
-                    output=output,
-                    model=model,
-                    settings=_observer(observer, percentile, momentum, symmetric),
-                    gram=gram,
-                    resume=resume,
-                    force=force,
-                ),
-                progress,
-            )
         return emitter.emit(done, render.calibrate_text)
 
 
@@ -463,40 +410,40 @@ def quantize(
           --tensor-scheme '*down_proj*=q6_block32' --keep 'lm_head.*'
     """
     from qconvert.cli import render
-    from qconvert.stages.quantize import GgufOptions, QuantizeOptions
-    from qconvert.stages.quantize import quantize as stage
+    from qconvert.commands.quantize import quantize as command
 
-    options = QuantizeOptions(
-        scheme=parse_scheme(scheme),
-        output=output,
-        container=_container(format),
-        range=_range(range, percentile),
-        calibration=calibration,
-        weighting=not no_weighting,
-        keep=tuple(keep or ()),
-        tensor_schemes=tuple(_tensor_scheme(text) for text in tensor_scheme or ()),
-        min_values=min_values,
-        threads=threads,
-        dry_run=dry_run,
-        force=force,
-        strict=strict,
-        hash_source=hash_source,
-        allow_requantize=allow_requantize,
-        gguf=GgufOptions(
-            raw=raw,
-            pre_tokenizer=pre_tokenizer,
-            pure=pure,
-            fallback=not no_fallback,
-            output_type=output_tensor_type and parse_ggml_type(output_tensor_type),
-            token_embedding_type=token_embedding_type and parse_ggml_type(token_embedding_type),
-            tensor_types=tuple(parse_tensor_type(text) for text in tensor_type or ()),
-            imatrix=imatrix,
-            shard_size=None if shard_size is None else _size(shard_size),
-        ),
-    )
     inputs = [model, *(path for path in (calibration, imatrix) if path)]
     with render.Emitter(json, report, force, quiet, strict, inputs) as emitter:
-        return emitter.emit(stage(model, options, emitter.progress), render.quantize_text)
+        done = command(
+            model,
+            scheme,
+            output=output,
+            format=format,
+            range=range,
+            percentile=percentile,
+            calibration=calibration,
+            no_weighting=no_weighting,
+            keep=keep,
+            tensor_scheme=tensor_scheme,
+            min_values=min_values,
+            hash_source=hash_source,
+            allow_requantize=allow_requantize,
+            tensor_type=tensor_type,
+            output_tensor_type=output_tensor_type,
+            token_embedding_type=token_embedding_type,
+            imatrix=imatrix,
+            pure=pure,
+            no_fallback=no_fallback,
+            raw=raw,
+            pre_tokenizer=pre_tokenizer,
+            shard_size=shard_size,
+            threads=threads,
+            dry_run=dry_run,
+            force=force,
+            strict=strict,
+            progress=emitter.progress,
+        )
+        return emitter.emit(done, render.quantize_text)
 
 
 @app.command()
@@ -604,58 +551,32 @@ def verify(
       qconvert verify model.gguf --against model-directory --text eval.txt --scoring second-half
     """
     from qconvert.cli import render
-    from qconvert.stages.verify import ACTIVATIONS, VerifyOptions
-    from qconvert.stages.verify import verify as stage
-    from qconvert.stages.verify_text import QualityOptions
+    from qconvert.commands.verify import verify as command
 
-    modes = (*ACTIVATIONS, *(("none",) if text else ()))
-    if activations is not None and activations not in modes:
-        raise UsageError("--activations", found=activations, wanted=", ".join(modes))
-    products = activations or "auto"
-    if text and products in ("none", "static"):
-        products = "auto"  # a product is made of every tensor: embeddings have no static parameters
-    limits = {
-        "--max-kl": max_kl,
-        "--max-ppl-increase": max_ppl_increase,
-        "--min-cosine": min_cosine,
-    }
-    quality = None
-    if text:
-        quality = QualityOptions(
+    inputs = [file, *(path for path in (against, text) if path), *(samples or ())]
+    with render.Emitter(json, report, force, quiet, strict, inputs) as emitter:
+        done = command(
+            file,
+            against=against,
+            min_sqnr=min_sqnr,
+            max_nmse=max_nmse,
+            min_output_sqnr=min_output_sqnr,
+            rows=rows,
+            activations=activations,
+            samples=samples,
             text=text,
             seqlen=seqlen,
             nsamples=nsamples,
-            seed=seed,
             scoring=scoring,
-            activations=activations or "none",
             max_kl=max_kl,
-            max_ppl_increase=_share("--max-ppl-increase", max_ppl_increase),
+            max_ppl_increase=max_ppl_increase,
             min_cosine=min_cosine,
+            seed=seed,
             threads=threads,
+            strict=strict,
+            progress=emitter.progress,
         )
-    elif alone := next((name for name, limit in limits.items() if limit is not None), None):
-        raise UsageError(f"{alone} goes with --text")
-    options = VerifyOptions(
-        against=against,
-        min_sqnr=min_sqnr,
-        max_nmse=max_nmse,
-        min_output_sqnr=min_output_sqnr,
-        rows=rows,
-        seed=seed,
-        activations=products,
-        samples=tuple(samples or ()),
-        quality=quality,
-        threads=threads,
-    )
-    with render.Emitter(
-        json,
-        report,
-        force,
-        quiet,
-        strict,
-        [file, *(p for p in (against, text) if p), *(samples or [])],
-    ) as emitter:
-        return emitter.emit(stage(file, options, emitter.progress), render.verify_text)
+        return emitter.emit(done, render.verify_text)
 
 
 @app.command()
@@ -723,111 +644,20 @@ def bench(
       qconvert bench model.safetensors --end-to-end --scheme q8_0 --work-dir /dev/shm
     """
     from qconvert.cli import render
-    from qconvert.stages.bench import BenchOptions
-    from qconvert.stages.bench import bench as stage
+    from qconvert.commands.bench import bench as command
 
-    if file and shape:
-        raise UsageError("MODEL and --shape exclude each other")
-    if end_to_end and file is None:
-        raise UsageError("--end-to-end needs a MODEL")
-    if work_dir and not end_to_end:
-        raise UsageError("--work-dir goes with --end-to-end")
-    options = BenchOptions(
-        schemes=tuple(dict.fromkeys(map(parse_scheme, scheme or ("q4_block64", "q8_block64")))),
-        file=file,
-        shapes=tuple(dict.fromkeys(map(_shape, shape or ("4096x4096",)))),
-        rows=rows,
-        runs=runs,
-        threads=threads,
-        range=_range(range, None),
-        end_to_end=end_to_end,
-        work_dir=work_dir,
-    )
-    with render.Emitter(json, report, force, quiet, False, [file] if file else []) as emitter:
-        return emitter.emit(stage(options, emitter.progress), render.bench_text)
-
-
-def _observer(
-    name: str | None, percentile: float | None, momentum: float | None, symmetric: bool
-) -> ObserverSettings:
-    """The observer asked for; a parameter of another one is refused."""
-    from qconvert.calibration.observers import DEFAULT_OBSERVER, EMA_MOMENTUM, ObserverSettings
-    from qconvert.ranges import DEFAULT_PERCENTILE
-
-    if percentile is not None and name != "percentile":
-        raise UsageError("--percentile goes with --observer percentile")
-    if momentum is not None and name != "ema":
-        raise UsageError("--momentum goes with --observer ema")
-    return ObserverSettings(
-        name or DEFAULT_OBSERVER,
-        percentile=DEFAULT_PERCENTILE if percentile is None else percentile,
-        momentum=EMA_MOMENTUM if momentum is None else momentum,
-        symmetric=symmetric,
-    )
-
-
-def _goes_with(given: str, wanted: str, options: dict[str, object]) -> None:
-    """Refuse options that mean nothing with what was given."""
-    for name, value in options.items():
-        if value is not None and given != wanted:
-            raise UsageError(f"{name} goes with {wanted}")
-
-
-def _container(text: str | None) -> str | None:
-    names = [c.name for c in WRITTEN]
-    if text is None or text.lower() in names:
-        return text and text.lower()
-    raise UsageError("--format", found=text, wanted=" or ".join(names))
-
-
-def _range(name: str | None, percentile: float | None) -> RangeMethod | None:
-    """The range method asked for, None for the default of each width."""
-    from qconvert.ranges import DEFAULT_PERCENTILE, RANGE_METHODS, RangeMethod
-
-    if name is not None and name not in RANGE_METHODS:
-        raise UsageError("--range", found=name, wanted=", ".join(RANGE_METHODS))
-    if percentile is not None and name != "percentile":
-        raise UsageError("--percentile goes with --range percentile")
-    if percentile is not None and not 50 < percentile <= 100:
-        raise UsageError("--percentile", found=percentile, wanted="above 50, at most 100")
-    return RangeMethod(name, percentile or DEFAULT_PERCENTILE) if name else None
-
-
-def _share(option: str, text: str | None) -> float | None:
-    """``1%`` or ``0.01``."""
-    if text is None:
-        return None
-    percent = text.endswith("%")
-    try:
-        share = float(text.removesuffix("%")) / (100 if percent else 1)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < float("inf"):
-        raise UsageError(option, found=text, wanted="a share such as 1% or 0.01")
-    return share
-
-
-def _tensor_scheme(text: str) -> tuple[str, TensorScheme]:
-    glob, equals, name = text.rpartition("=")
-    if not equals or not glob:
-        raise UsageError("--tensor-scheme", found=text, wanted="GLOB=NAME")
-    scheme = parse_scheme(name)
-    if isinstance(scheme, MixScheme):
-        raise UsageError("--tensor-scheme", found=text, wanted="a single type, not a mix")
-    return glob, scheme
-
-
-def _size(text: str) -> int:
-    """Bytes, with K, M or G for powers of 1,000."""
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
-    powers = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-    if unit not in powers or not number.isdecimal() or not 0 < int(number) < 10**9:
-        raise UsageError("--shard-size", found=text, wanted="a number of bytes, or 500M, 2G ...")
-    return int(number) * powers[unit]
-
-
-def _shape(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(p.isdecimal() and 0 < int(p) <= 1 << 20 for p in parts):
-        raise UsageError("--shape", found=text, wanted="ROWSxCOLS, each up to 1,048,576")
-    return int(parts[0]), int(parts[1])
+    inputs = [file] if file else []
+    with render.Emitter(json, report, force, quiet, False, inputs) as emitter:
+        done = command(
+            file,
+            shape=shape,
+            scheme=scheme,
+            range=range,
+            rows=rows,
+            end_to_end=end_to_end,
+            work_dir=work_dir,
+            runs=runs,
+            threads=threads,
+            progress=emitter.progress,
+        )
+        return emitter.emit(done, render.bench_text)

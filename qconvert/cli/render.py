@@ -66,8 +66,6 @@ class Emitter:
         self.file = AtomicOutput(report, overwrite=force, inputs=inputs) if report else None
 
     def emit(self, report: R, text: Callable[[R], str | Iterable[str]]) -> int:
-        if self.strict and report.warnings and report.status == "pass":
-            report.status = "fail"
         if self.file:
             at = 0
             for part in report.json_parts():

@@ -1,0 +1,165 @@
+"""Plain arguments, or words of a command line, as the options of a stage.
+
+Errors name an option as the command line does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from qconvert.calibration.observers import DEFAULT_OBSERVER, EMA_MOMENTUM, ObserverSettings
+from qconvert.containers import WRITTEN
+from qconvert.errors import UsageError
+from qconvert.ranges import DEFAULT_PERCENTILE, RANGE_METHODS, RangeMethod
+from qconvert.schemes import MixScheme, TensorScheme, parse_scheme
+
+
+def as_path(given: Path | str | None) -> Path | None:
+    """A path where there is one."""
+    return None if given is None else Path(given)
+
+
+def as_paths(given: Path | str | Iterable[Path | str] | None) -> tuple[Path, ...]:
+    """One path or several."""
+    if given is None:
+        return ()
+    return (Path(given),) if isinstance(given, Path | str) else tuple(map(Path, given))
+
+
+def as_float(given: float | None) -> float | None:
+    """As words are read, so that a whole number is the same number in a report."""
+    return None if given is None else float(given)
+
+
+def as_texts(given: str | Iterable[str] | None) -> tuple[str, ...]:
+    """One text or several."""
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def as_assignments(given: Mapping[str, str] | str | Iterable[str] | None) -> tuple[str, ...]:
+    """``A=B`` of each pair."""
+    if isinstance(given, Mapping):
+        return tuple(f"{key}={value}" for key, value in given.items())
+    return as_texts(given)
+
+
+def check_bounds(option: str, value: int | None, least: int, most: int | None = None) -> None:
+    """Refuse a number that is too small or too large.
+
+    Raises:
+        UsageError: it is.
+    """
+    if value is None or (value >= least and (most is None or value <= most)):
+        return
+    wanted = f"at least {least}" if most is None else f"{least} to {most}"
+    raise UsageError(option, found=value, wanted=wanted)
+
+
+def check_goes_with(given: str, wanted: str, options: Mapping[str, object]) -> None:
+    """Refuse options that mean nothing with what was given."""
+    for name, value in options.items():
+        if value is not None and given != wanted:
+            raise UsageError(f"{name} goes with {wanted}")
+
+
+def container_name(text: str | None) -> str | None:
+    """``--format``."""
+    names = [c.name for c in WRITTEN]
+    if text is None or text.lower() in names:
+        return text and text.lower()
+    raise UsageError("--format", found=text, wanted=" or ".join(names))
+
+
+def range_method(name: str | None, percentile: float | None) -> RangeMethod | None:
+    """The range method asked for, None for the default of each width."""
+    if name is not None and name not in RANGE_METHODS:
+        raise UsageError("--range", found=name, wanted=", ".join(RANGE_METHODS))
+    if percentile is not None and name != "percentile":
+        raise UsageError("--percentile goes with --range percentile")
+    if percentile is not None and not 50 < percentile <= 100:
+        raise UsageError("--percentile", found=percentile, wanted="above 50, at most 100")
+    return RangeMethod(name, float(percentile or DEFAULT_PERCENTILE)) if name else None
+
+
+def observer_settings(
+    name: str | None, percentile: float | None, momentum: float | None, symmetric: bool
+) -> ObserverSettings:
+    """The observer asked for; a parameter of another one is refused."""
+    if percentile is not None and name != "percentile":
+        raise UsageError("--percentile goes with --observer percentile")
+    if momentum is not None and name != "ema":
+        raise UsageError("--momentum goes with --observer ema")
+    return ObserverSettings(
+        name or DEFAULT_OBSERVER,
+        percentile=DEFAULT_PERCENTILE if percentile is None else float(percentile),
+        momentum=EMA_MOMENTUM if momentum is None else float(momentum),
+        symmetric=symmetric,
+    )
+
+
+def share(option: str, given: str | float | None) -> float | None:
+    """``1%`` or ``0.01``."""
+    if given is None:
+        return None
+    text = str(given)
+    percent = text.endswith("%")
+    try:
+        found = float(text.removesuffix("%")) / (100 if percent else 1)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < float("inf"):
+        raise UsageError(option, found=text, wanted="a share such as 1% or 0.01")
+    return found
+
+
+def parse_tensor_scheme(text: str) -> tuple[str, TensorScheme]:
+    """``GLOB=NAME``."""
+    glob, equals, name = text.rpartition("=")
+    if not equals or not glob:
+        raise UsageError("--tensor-scheme", found=text, wanted="GLOB=NAME")
+    scheme = parse_scheme(name)
+    if isinstance(scheme, MixScheme):
+        raise UsageError("--tensor-scheme", found=text, wanted="a single type, not a mix")
+    return glob, scheme
+
+
+def size_in_bytes(option: str, given: str | int | None) -> int | None:
+    """Bytes, with K, M or G for powers of 1,000."""
+    if given is None:
+        return None
+    text = str(given)
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    powers = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+    plain = unit in powers and number.isdecimal() and len(number) < 19
+    if not plain or not 0 < (found := int(number) * powers[unit]) < 1 << 63:
+        raise UsageError(option, found=text, wanted="a number of bytes, or 500M, 2G ...")
+    return found
+
+
+Shape = tuple[int, int]
+
+
+def matrix_shapes(given: str | Shape | Iterable[str | Shape] | None) -> tuple[Shape, ...]:
+    """``ROWSxCOLS``, a pair, or several of them."""
+    if given is None:
+        return ()
+    return tuple(dict.fromkeys(map(_shape, _shape_texts(given))))
+
+
+def _shape_texts(given: str | Shape | Iterable[str | Shape]) -> list[str]:
+    if isinstance(given, str):
+        return [given]
+    parts = tuple(given)
+    if parts and all(isinstance(n, int) for n in parts):
+        return ["x".join(map(str, parts))]
+    return ["x".join(map(str, p)) if isinstance(p, tuple | list) else str(p) for p in parts]
+
+
+def _shape(text: str) -> Shape:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(p.isdecimal() and 0 < int(p) <= 1 << 20 for p in parts):
+        raise UsageError("--shape", found=text, wanted="ROWSxCOLS, each up to 1,048,576")
+    return int(parts[0]), int(parts[1])

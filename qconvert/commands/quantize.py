@@ -1,0 +1,136 @@
+"""`qconvert.quantize`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from qconvert.commands.arguments import (
+    as_assignments,
+    as_path,
+    as_texts,
+    check_bounds,
+    container_name,
+    parse_tensor_scheme,
+    range_method,
+    size_in_bytes,
+)
+from qconvert.mixes import parse_ggml_type, parse_tensor_type
+from qconvert.progress import Progress
+from qconvert.report import QuantizeReport
+from qconvert.schemes import parse_scheme
+from qconvert.stages.plan import MIN_VALUES
+from qconvert.stages.quantize import GgufOptions, QuantizeOptions
+from qconvert.stages.quantize import quantize as stage
+
+
+def quantize(
+    model: Path | str,
+    scheme: str,
+    *,
+    output: Path | str | None = None,
+    format: str | None = None,
+    range: str | None = None,
+    percentile: float | None = None,
+    calibration: Path | str | None = None,
+    no_weighting: bool = False,
+    keep: str | Iterable[str] | None = None,
+    tensor_scheme: Mapping[str, str] | str | Iterable[str] | None = None,
+    min_values: int = MIN_VALUES,
+    hash_source: bool = False,
+    allow_requantize: bool = False,
+    tensor_type: Mapping[str, str] | str | Iterable[str] | None = None,
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
+    imatrix: Path | str | None = None,
+    pure: bool = False,
+    no_fallback: bool = False,
+    raw: bool = False,
+    pre_tokenizer: str | None = None,
+    shard_size: str | int | None = None,
+    threads: int | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Convert a model to .qblk or GGUF.
+
+    >>> report = qconvert.quantize(
+    ...     "samples/tiny-llama",
+    ...     "q4_block64",
+    ...     output="model.qblk",
+    ...     tensor_scheme={"*down_proj*": "q6_block32"},
+    ...     keep="lm_head.*",
+    ... )
+    >>> report
+    <QuantizeReport pass: 'model.qblk', q4_block64, 29 of 39 tensors quantized, ...>
+    >>> [t.stored for t in report.tensors if t.name == "lm_head.weight"]
+    ['BF16']
+
+    Args:
+        model: a safetensors file, a model directory, or a GGUF or .qblk file.
+        scheme: such as ``q4_block64`` or ``q4_k_m``; `qconvert.schemes.SCHEMES` has them all.
+        output: a name that ends in .qblk or .gguf; beside the model by default.
+        format: ``qblk`` or ``gguf`` where the name does not say.
+        range: ``minmax``, ``percentile`` or ``mse``; mse up to 6 bits, else minmax.
+        percentile: of ``range="percentile"``, 99.99 by default.
+        calibration: weigh errors by the inputs' mean squares, store static activation parameters.
+        no_weighting: of a calibration take the static parameters alone.
+        keep: keep tensors that match this glob, or one of these, bit for bit.
+        tensor_scheme: another scheme for tensors that match a glob: ``{glob: scheme}``, or texts
+            ``"GLOB=SCHEME"``; the first match wins.
+        min_values: keep tensors of fewer values.
+        hash_source: record the SHA-256 of the source files, which reads them again.
+        allow_requantize: take a source that is quantized already.
+        tensor_type: GGUF: another ggml type where a regular expression is found in the name:
+            ``{regex: type}``, or texts ``"REGEX=TYPE"``; the first match wins.
+        output_tensor_type, token_embedding_type: GGUF: ggml types of these two.
+        imatrix: GGUF: an importance matrix of llama.cpp, to weight the search.
+        pure: GGUF: one type for all matrices.
+        no_fallback: GGUF: refuse matrices whose rows do not divide into blocks.
+        raw: GGUF: only tensors, under their own names, of any architecture.
+        pre_tokenizer: GGUF: llama.cpp's name for it, where it is not recognised.
+        shard_size: GGUF: several files of at most so many bytes, or ``"2G"``.
+        threads: all available processors by default.
+        dry_run: plan, and write nothing.
+        force: replace an existing output.
+        strict: a warning makes the report's status ``fail``, and nothing is written.
+        progress: is told of the steps of long work.
+
+    Raises:
+        InputError: the model or the calibration cannot be used.
+        UsageError: options contradict each other or the model, or name what does not exist.
+        MachineError: the output cannot be written; OutputExistsError: it exists.
+    """
+    check_bounds("--min-values", min_values, 0)
+    check_bounds("--threads", threads, 1)
+    options = QuantizeOptions(
+        scheme=parse_scheme(scheme),
+        output=as_path(output),
+        container=container_name(format),
+        range=range_method(range, percentile),
+        calibration=as_path(calibration),
+        weighting=not no_weighting,
+        keep=as_texts(keep),
+        tensor_schemes=tuple(map(parse_tensor_scheme, as_assignments(tensor_scheme))),
+        min_values=min_values,
+        threads=threads,
+        dry_run=dry_run,
+        force=force,
+        strict=strict,
+        hash_source=hash_source,
+        allow_requantize=allow_requantize,
+        gguf=GgufOptions(
+            raw=raw,
+            pre_tokenizer=pre_tokenizer,
+            pure=pure,
+            fallback=not no_fallback,
+            output_type=output_tensor_type and parse_ggml_type(output_tensor_type),
+            token_embedding_type=token_embedding_type and parse_ggml_type(token_embedding_type),
+            tensor_types=tuple(map(parse_tensor_type, as_assignments(tensor_type))),
+            imatrix=as_path(imatrix),
+            shard_size=size_in_bytes("--shard-size", shard_size),
+        ),
+    )
+    return stage(Path(model), options, progress).judged(strict)

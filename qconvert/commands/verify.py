@@ -1,0 +1,124 @@
+"""`qconvert.verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from qconvert.commands.arguments import as_float, as_path, as_paths, check_bounds, share
+from qconvert.errors import UsageError
+from qconvert.progress import Progress
+from qconvert.report import VerifyReport
+from qconvert.stages.verify import ACTIVATIONS, VerifyOptions
+from qconvert.stages.verify import verify as stage
+from qconvert.stages.verify_text import QualityOptions
+
+
+def verify(
+    file: Path | str,
+    *,
+    against: Path | str | None = None,
+    min_sqnr: float | None = None,
+    max_nmse: float | None = None,
+    min_output_sqnr: float | None = None,
+    rows: int = 8,
+    activations: str | None = None,
+    samples: Path | str | Iterable[Path | str] | None = None,
+    text: Path | str | None = None,
+    seqlen: int | None = None,
+    nsamples: int | None = None,
+    scoring: str = "all",
+    max_kl: float | None = None,
+    max_ppl_increase: str | float | None = None,
+    min_cosine: float | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Find out whether a file is whole, close to its source, and right in integer arithmetic.
+
+    A file that fails raises nothing: that it is not good enough is the answer to the question, and
+    the figures of what failed are in the report. Ask its ``status``, as a script asks the exit
+    code. A file that cannot be opened at all, or is damaged so that it cannot be read on, raises.
+
+    >>> made = qconvert.quantize("samples/tiny-llama", "q4_block64", output="model.qblk")
+    >>> report = qconvert.verify("model.qblk", against="samples/tiny-llama", min_sqnr=18)
+    >>> report.status
+    'pass'
+    >>> too_much = qconvert.verify("model.qblk", against="samples/tiny-llama", min_sqnr=40)
+    >>> too_much.status, [check.id for check in too_much.checks if check.status == "fail"]
+    ('fail', ['min-sqnr'])
+
+    Args:
+        file: a qblk or GGUF file.
+        against: the source it was made from.
+        min_sqnr: fail when a tensor has less, in dB.
+        max_nmse: fail when a tensor's relative squared error is above.
+        min_output_sqnr: fail when an integer product has less, in dB.
+        rows: of activations of the integer product.
+        activations: of integer products ``static``, ``dynamic``, ``dynamic_asym`` or ``auto``
+            (static where the file has parameters, else dynamic), the default; with ``text`` also
+            ``none`` (float), then the default for running the model.
+        samples: recorded activations instead of Gaussian ones.
+        text: run both models over this text; needs torch and transformers.
+        seqlen: tokens of a window of ``text``, 256 by default; for encoders, the most of a line.
+        nsamples: windows of ``text``, drawn; all by default.
+        scoring: ``all`` tokens of a window, or ``second-half`` as llama-perplexity.
+        max_kl: fail when the mean divergence is above, in nats.
+        max_ppl_increase: fail when the perplexity grows by more, such as ``0.01`` or ``"1%"``.
+        min_cosine: fail when the mean cosine of an encoder's embeddings is below.
+        seed: of Gaussian activations and drawn windows.
+        threads: all available processors by default.
+        strict: a warning makes the report's status ``fail``.
+        progress: is told of the steps of long work.
+
+    Raises:
+        InputError: the file or the source cannot be used.
+        UsageError: options contradict each other or the file.
+        MachineError: torch or transformers is not installed and ``text`` needs them.
+    """
+    modes = (*ACTIVATIONS, *(("none",) if text is not None else ()))
+    if activations is not None and activations not in modes:
+        raise UsageError("--activations", found=activations, wanted=", ".join(modes))
+    check_bounds("--rows", rows, 1)
+    check_bounds("--seqlen", seqlen, 4)
+    check_bounds("--nsamples", nsamples, 1)
+    check_bounds("--threads", threads, 1)
+    products = activations or "auto"
+    if text is not None and products in ("none", "static"):
+        products = "auto"  # a product is made of every tensor: embeddings have no static parameters
+    limits = {
+        "--max-kl": max_kl,
+        "--max-ppl-increase": max_ppl_increase,
+        "--min-cosine": min_cosine,
+    }
+    quality = None
+    if text is not None:
+        quality = QualityOptions(
+            text=Path(text),
+            seqlen=seqlen,
+            nsamples=nsamples,
+            seed=seed,
+            scoring=scoring,
+            activations=activations or "none",
+            max_kl=as_float(max_kl),
+            max_ppl_increase=share("--max-ppl-increase", max_ppl_increase),
+            min_cosine=as_float(min_cosine),
+            threads=threads,
+        )
+    elif alone := next((name for name, limit in limits.items() if limit is not None), None):
+        raise UsageError(f"{alone} goes with --text")
+    options = VerifyOptions(
+        against=as_path(against),
+        min_sqnr=as_float(min_sqnr),
+        max_nmse=as_float(max_nmse),
+        min_output_sqnr=as_float(min_output_sqnr),
+        rows=rows,
+        seed=seed,
+        activations=products,
+        samples=as_paths(samples),
+        quality=quality,
+        threads=threads,
+    )
+    return stage(Path(file), options, progress).judged(strict)
