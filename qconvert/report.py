@@ -277,6 +277,8 @@ class CalibrateReport(Report):
         resumed_at: pieces of text that an interrupted run had done; None without ``--resume``.
         unreached: layers that no token came through.
         imatrix, record: other files that were written.
+        written: whether the outputs are there; not where a warning under ``--strict`` took them
+            back.
     """
 
     SCHEMA: ClassVar[str] = "qconvert.calibrate/1"
@@ -291,6 +293,7 @@ class CalibrateReport(Report):
     unreached: list[str] = field(default_factory=list)
     imatrix: str | None = None
     record: str | None = None
+    written: bool = True
 
     def _said(self) -> Iterator[str]:
         yield repr(self.output)

@@ -127,9 +127,15 @@ def test_1_is_a_warning_under_strict(command: str, place: Path, call: Call) -> N
     lax = call(*lines()[command], "--force") if command != "inspect" else call(*lines()[command])
     assert lax.code == 0
     assert "warning: " in lax.err
+    outputs = {"quantize": "new.qblk", "calibrate": "new.safetensors"}
+    if (output := outputs.get(command)) is not None:
+        assert (place / output).exists()
+        (place / output).unlink()
     strict = lines("--strict", "--force", "--json")[command]
     told = call(*strict)
     assert told.code == 1
+    assert output is None or not (place / output).exists(), "and there is no output"
+    assert told.json.get("written") in (False, None)
     assert told.json["status"] == "fail"
     assert told.json["warnings"]
 

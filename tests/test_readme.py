@@ -118,5 +118,13 @@ def test_every_scheme_is_of_a_family_that_the_guide_names() -> None:
         for unit in affine[2].split("|")
         for suffix in ("", "_sym", "_asym")
     }
+    tables = re.search(r"\{(nf4\|fp4)\}_block\{([\d|]+)\}\[_dq\]", text)
+    assert tables
+    named |= {
+        f"{table}_block{block}{suffix}"
+        for table in tables[1].split("|")
+        for block in tables[2].split("|")
+        for suffix in ("", "_dq")
+    }
     ggml = r"\b(?:b?f\d\d|t?q\d_[01k](?:_[sml])?|iq4_nl|iq4_xs|mxfp4(?:_moe)?|nvfp4)\b"
     assert set(SCHEMES) == named | set(re.findall(ggml, text))

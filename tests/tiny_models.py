@@ -283,10 +283,14 @@ CONFIGS = {
         "Phi3ForCausalLM", "phi3", "sp-llama", max_position_embeddings=512,
         original_max_position_embeddings=256, rope_scaling=LONGROPE,
     ),
-    "bert": _config(
-        "BertModel", "bert", "wordpiece", layer_norm_eps=1e-12, type_vocab_size=2,
-        hidden_act="gelu",
-    ),
+    "bert": {
+        name: value
+        for name, value in _config(
+            "BertModel", "bert", "wordpiece", layer_norm_eps=1e-12, type_vocab_size=2,
+            hidden_act="gelu",
+        ).items()
+        if name not in ("num_key_value_heads", "rms_norm_eps", "rope_theta")  # it has none
+    },
     "qwen3-moe": _config(
         "Qwen3MoeForCausalLM", "qwen3_moe", "qwen2", head_dim=32, num_experts=4,
         num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True,

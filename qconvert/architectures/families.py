@@ -359,7 +359,7 @@ def family_of(fields: Mapping[str, Any], path: Path) -> tuple[Family, ConfigClas
         "architecture has no row in our table for GGUF",
         path=path,
         found=reprlib.repr(found)[1:-1] if len(found) > 120 else found,
-        wanted=", ".join(c for family in FAMILIES for c in family.classes),
+        wanted=", ".join(family.name for family in FAMILIES),
         hint="--raw writes the tensors under their own names, for tools other than llama.cpp",
         code="ARCH-UNKNOWN",
     )

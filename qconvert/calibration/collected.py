@@ -132,6 +132,7 @@ class Collected:
         resumed_at: int | None = None,
         warnings: list[str],
         seconds: float,
+        written: bool = True,
     ) -> CalibrateReport:
         """What the command that has made this says of it.
 
@@ -154,6 +155,7 @@ class Collected:
             record=str(record) if record else None,
             warnings=warnings,
             seconds=seconds,
+            written=written,
         )
 
 

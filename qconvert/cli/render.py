@@ -375,13 +375,17 @@ def calibrate_text(r: CalibrateReport) -> str:
             "widest/median channel",
         )
     ]
-    return (
+    written = "" if r.written else " (nothing written)"
+    told = (
         table(columns, rows)
-        + f"\n{len(r.layers)} layers, observer {r.observer} -> {printable(r.output)}\n"
+        + f"\n{len(r.layers)} layers, observer {r.observer} -> {printable(r.output)}{written}\n"
         + _text_lines(r)
         + f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
-        + _next(f"qconvert quantize MODEL --scheme q8_channel --calibration {printable(r.output)}")
     )
+    if not r.written:
+        return told
+    name = printable(r.output)
+    return told + _next(f"qconvert quantize MODEL --scheme q8_channel --calibration {name}")
 
 
 def _text_lines(r: CalibrateReport) -> str:

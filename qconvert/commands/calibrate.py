@@ -75,7 +75,7 @@ def calibrate(
         record: also keep 64 rows of each input in this directory, for ``verify(samples=...)``.
         threads: for ``text``; all available processors by default.
         force: replace existing files.
-        strict: a warning makes the report's status ``fail``.
+        strict: a warning makes the report's status ``fail``, and nothing is written.
         progress: is told of the steps of long work.
 
     Raises:
@@ -119,7 +119,9 @@ def calibrate(
             raise UsageError("--merge takes the observer of the files")
         if gram:
             raise UsageError("--merge takes Gram matrices where the files have them")
-        done = merge_calibrations(MergeOptions(place, files, Path(output), as_path(imatrix), force))
+        done = merge_calibrations(
+            MergeOptions(place, files, Path(output), as_path(imatrix), force, strict)
+        )
         return done.judged(strict)
     settings = observer_settings(observer, percentile, momentum, symmetric)
     if activations:
@@ -131,6 +133,7 @@ def calibrate(
             gram=gram,
             resume=resume,
             force=force,
+            strict=strict,
         )
         return stage(recorded, progress).judged(strict)
     from qconvert.running.text import DEFAULT_SEQLEN
@@ -151,5 +154,6 @@ def calibrate(
         record=as_path(record),
         threads=threads,
         force=force,
+        strict=strict,
     )
     return calibrate_text(options, progress).judged(strict)

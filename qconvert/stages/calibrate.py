@@ -62,6 +62,7 @@ class CalibrateOptions:
     gram: bool = False
     resume: bool = False
     force: bool = False
+    strict: bool = False
     statistics_bytes: int = STATISTICS_BYTES
     save_seconds: float = SAVE_SECONDS
 
@@ -75,6 +76,7 @@ class MergeOptions:
     output: Path
     imatrix: Path | None = None
     force: bool = False
+    strict: bool = False
 
 
 def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> CalibrateReport:
@@ -111,12 +113,14 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
             state.between(run.found)
             run.found.run = None  # as of a file that says nothing of a text
             run.found.write(out)
-            out.commit()
+            if not (options.strict and warnings):
+                out.commit()
             state.remove()
     return run.found.report(
         options.activations,
         options.output,
         warnings=warnings,
+        written=not (options.strict and warnings),
         seconds=time.perf_counter() - started,
     )
 
@@ -244,12 +248,15 @@ def merge_calibrations(options: MergeOptions) -> CalibrateReport:
         whole.write(out)
         if other:
             other.write_at(0, importance_bytes(whole, options.model))
-            other.commit()
-        out.commit()
+        if not (options.strict and warnings):
+            if other:
+                other.commit()
+            out.commit()
     return whole.report(
         options.calibrations,
         options.output,
         imatrix=options.imatrix,
         warnings=warnings,
+        written=not (options.strict and warnings),
         seconds=time.perf_counter() - started,
     )

@@ -76,6 +76,7 @@ class TextOptions:
     record: Path | None = None
     threads: int | None = None
     force: bool = False
+    strict: bool = False
     statistics_bytes: int = STATISTICS_BYTES
     save_seconds: float = SAVE_SECONDS
 
@@ -134,11 +135,11 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
             found.write(out)
             if imatrix:
                 imatrix.write_at(0, importance_bytes(found, options.model))
-                imatrix.commit()
             if record:
                 record.write_at(0, save(dict(sorted(found.recorded.items()))))
-                record.commit()
-            out.commit()
+            if not (options.strict and warnings):
+                for other in filter(None, (imatrix, record, out)):
+                    other.commit()
             state.remove()
     return found.report(
         options.texts,
@@ -147,6 +148,7 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
         record=record.target if record else None,
         resumed_at=run.resumed_at,
         warnings=warnings,
+        written=not (options.strict and warnings),
         seconds=time.perf_counter() - started,
     )
 
