@@ -10,7 +10,7 @@
 #ifndef QCONVERT_PRODUCT_H
 #define QCONVERT_PRODUCT_H
 
-#include "codes.h"
+#include "packing.h"
 
 #include <stdlib.h>
 
