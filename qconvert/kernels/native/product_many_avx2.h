@@ -39,22 +39,33 @@ typedef struct {
 
 static void fill_inputs(const Tiles *t) {
     const Product *p = t->p;
+    const size_t columns = p->columns, lanes = t->lanes;
+    int16_t *const restrict wide = t->wide;
     for (size_t m = 0; m < p->samples; m++) {
-        const int8_t *a = p->inputs + m * p->columns;
-        int32_t *out = t->inputs + m / TILE_SAMPLES * t->lanes * TILE_SAMPLES + m % TILE_SAMPLES;
+        const int8_t *a = p->inputs + m * columns;
+        int32_t *restrict out = t->inputs + m / TILE_SAMPLES * lanes * TILE_SAMPLES
+                                + m % TILE_SAMPLES;
         if (t->words) {
-            for (size_t i = 0; i < p->columns; i++) { /* the zeros behind the columns stay */
-                t->wide[i] = (int16_t)(a[i] - p->zero_point);
+            const int16_t zero = (int16_t)p->zero_point;
+            for (size_t i = 0; i < columns; i++) { /* the zeros behind the columns stay */
+                wide[i] = (int16_t)(a[i] - zero);
             }
         } else {
-            memcpy(t->wide, a, p->columns);
+            memcpy(wide, a, columns);
         }
-        for (size_t i = 0; i < t->lanes; i++) {
-            memcpy(out + i * TILE_SAMPLES, (const char *)t->wide + 4 * i, sizeof *out);
+        for (size_t i = 0; i < lanes; i++) {
+            memcpy(out + i * TILE_SAMPLES, (const char *)wide + 4 * i, sizeof *out);
         }
         centred_sums(p, a, t->sums + m * t->spans);
     }
     memset(t->wide, 0, t->padded * sizeof *t->wide);
+}
+
+INLINE void subtract_zero(const uint8_t *restrict codes, size_t n, int32_t zero,
+                          int16_t *restrict out) {
+    for (size_t i = 0; i < n; i++) {
+        out[i] = (int16_t)(codes[i] - (int16_t)zero);
+    }
 }
 
 /* What the lanes of a row hold, and what goes with each of its spans: the codes, or with 8 bits k. */
@@ -70,9 +81,7 @@ static const void *load_row(const Tiles *t, size_t row, size_t r) {
         const size_t at = i * TILE_ROWS + r;
         t->step[at] = step_of(p, row, span.group);
         if (t->words) {
-            for (size_t c = span.start; c < span.start + span.length; c++) {
-                wide[c] = (int16_t)(codes[c] - zero);
-            }
+            subtract_zero(codes + span.start, span.length, zero, wide + span.start);
             continue;
         }
         int32_t sum = 0;

@@ -9,7 +9,6 @@ enum {
     TILE_SAMPLES = 8,
     PER_LANE = 4,   /* columns */
     ROW_LANES = 16, /* of a vector */
-    ROW_VECTORS = TILE_ROWS / ROW_LANES,
 };
 
 /* Work space of a product with many samples. acc = dot + offset - zero A'. */
@@ -76,54 +75,53 @@ static void load_row(const Tiles *t, size_t row, size_t r) {
     }
 }
 
-/* Adds the dots of `lanes` lanes to acc. */
-INLINE void dot_tile(const int32_t *inputs, const int32_t *tile, size_t lanes,
-                     __m512i acc[TILE_SAMPLES][ROW_VECTORS]) {
-    for (size_t i = 0; i < lanes; i++) {
-        const __m512i w0 = _mm512_load_si512(tile + i * TILE_ROWS);
-        const __m512i w1 = _mm512_load_si512(tile + i * TILE_ROWS + ROW_LANES);
-        for (int m = 0; m < TILE_SAMPLES; m++) {
-            const __m512i a = _mm512_set1_epi32(inputs[i * TILE_SAMPLES + (size_t)m]);
-            acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], a, w0);
-            acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], a, w1);
-        }
+/* Adds the share of a span to y, of 16 rows and one sample, whose A' is `sum`. */
+INLINE void add_term(const Tiles *t, size_t at, __m512i dot, int32_t sum, int lacks_zero,
+                     float *y) {
+    if (lacks_zero) {
+        const __m512i zero = _mm512_load_si512(t->zero + at);
+        dot = _mm512_sub_epi32(dot, _mm512_mullo_epi32(zero, _mm512_set1_epi32(sum)));
     }
+    const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), _mm512_load_ps(t->step + at));
+    _mm512_storeu_ps(y, _mm512_add_ps(_mm512_loadu_ps(y), term));
 }
+
+/* The sums of a tile have names: elements of an array GCC may copy on every turn of the loop. */
+#define EACH_SAMPLE(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
+#define START(m) __m512i first##m = first, second##m = second;
+#define DOT(m)                                                          \
+    {                                                                   \
+        const __m512i a = _mm512_set1_epi32(inputs[m]);                 \
+        first##m = _mm512_dpbusd_epi32(first##m, a, w0);                \
+        second##m = _mm512_dpbusd_epi32(second##m, a, w1);              \
+    }
+#define FINISH(m)                                                                               \
+    add_term(t, at, first##m, sums[(size_t)m * t->spans + i], lacks_zero, y[m]);                \
+    add_term(t, at + ROW_LANES, second##m, sums[(size_t)m * t->spans + i], lacks_zero,          \
+             y[m] + ROW_LANES);
 
 /* y of a tile of samples and a tile of rows. */
 INLINE void multiply_tile(const Tiles *t, size_t sample_tile, float y[TILE_SAMPLES][TILE_ROWS]) {
     const Product *p = t->p;
-    const int32_t *inputs = t->inputs + sample_tile * t->lanes * TILE_SAMPLES;
     const int32_t *sums = t->sums + sample_tile * TILE_SAMPLES * t->spans;
     const int lacks_zero = needs_zero(p);
     memset(y, 0, sizeof(float[TILE_SAMPLES][TILE_ROWS]));
     for (size_t i = 0; i < t->spans; i++) {
         const Span span = span_at(p, i);
-        const size_t start = span.start / PER_LANE;
+        const size_t start = span.start / PER_LANE, at = i * TILE_ROWS;
         const size_t lanes = round_up(span.length, PER_LANE) / PER_LANE;
-        const size_t at = i * TILE_ROWS;
-        __m512i acc[TILE_SAMPLES][ROW_VECTORS];
-        for (int m = 0; m < TILE_SAMPLES; m++) {
-            for (int v = 0; v < ROW_VECTORS; v++) {
-                acc[m][v] = _mm512_load_si512(t->offset + at + v * ROW_LANES);
-            }
+        const int32_t *inputs = t->inputs + (sample_tile * t->lanes + start) * TILE_SAMPLES;
+        const int32_t *tile = t->tile + start * TILE_ROWS;
+        const __m512i first = _mm512_load_si512(t->offset + at);
+        const __m512i second = _mm512_load_si512(t->offset + at + ROW_LANES);
+        EACH_SAMPLE(START)
+        for (size_t lane = 0; lane < lanes; lane++) {
+            const __m512i w0 = _mm512_load_si512(tile), w1 = _mm512_load_si512(tile + ROW_LANES);
+            EACH_SAMPLE(DOT)
+            inputs += TILE_SAMPLES;
+            tile += TILE_ROWS;
         }
-        dot_tile(inputs + start * TILE_SAMPLES, t->tile + start * TILE_ROWS, lanes, acc);
-        for (int m = 0; m < TILE_SAMPLES; m++) {
-            const __m512i sum = _mm512_set1_epi32(sums[(size_t)m * t->spans + i]);
-            for (int v = 0; v < ROW_VECTORS; v++) {
-                const size_t lane = at + (size_t)(v * ROW_LANES);
-                float *to = y[m] + v * ROW_LANES;
-                __m512i total = acc[m][v];
-                if (lacks_zero) {
-                    const __m512i zero = _mm512_load_si512(t->zero + lane);
-                    total = _mm512_sub_epi32(total, _mm512_mullo_epi32(zero, sum));
-                }
-                const __m512 step = _mm512_load_ps(t->step + lane);
-                const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(total), step);
-                _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), term));
-            }
-        }
+        EACH_SAMPLE(FINISH)
     }
 }
 
