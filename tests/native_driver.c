@@ -264,14 +264,14 @@ static void run_rows(const Kernels *k, size_t rows, size_t columns, Scheme schem
     float *y = make(samples * rows * sizeof *y);
     const Product task = {scheme, packed, rows,    stored,     columns, scale, zero,
                           groups, inputs, samples, zero_point, y};
-    check(k->product(&task));
+    check(k->products->product(&task));
     take(y, samples * rows * sizeof *y);
     int16_t *wide = make(rows * columns * sizeof *wide);
     for (size_t i = 0; i < rows * columns; i++) {
         wide[i] = (int16_t)((int)(draw() % 511) - 255);
     }
     int32_t *sums = make(samples * rows * sizeof *sums);
-    check(k->integer_dots(wide, rows, inputs, samples, columns, sums));
+    check(k->products->integer_dots(wide, rows, inputs, samples, columns, sums));
     take(sums, samples * rows * sizeof *sums);
     free(wide);
     free(x);
@@ -326,13 +326,13 @@ static void run_packing(const Kernels *k, size_t groups) {
         for (size_t period = 0; period <= 1; period++) {
             uint8_t *data = make(bytes);
             float *decoded = make(values * sizeof *decoded);
-            k->ggml_encode(type, x, importance, period, groups, data);
+            k->ggml->encode(type, x, importance, period, groups, data);
             Errors *errors = make(sizeof *errors);
             memset(errors, 0, sizeof *errors);
             const Source source = {SOURCE_F32, (const uint8_t *)x};
-            check(k->ggml_quantize(type, source, importance, period, groups, data, errors));
+            check(k->ggml->quantize(type, source, importance, period, groups, data, errors));
             take(errors, sizeof *errors);
-            k->ggml_decode(type, data, groups, decoded);
+            k->ggml->decode(type, data, groups, decoded);
             take(data, bytes);
             take(decoded, values * sizeof *decoded);
         }

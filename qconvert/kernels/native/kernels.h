@@ -157,6 +157,26 @@ typedef struct {
     const float *scale_rounding, *offset_rounding;
 } Decoded;
 
+/* Matrix products. */
+typedef struct {
+    int (*integer_dots)(const int16_t *codes, size_t rows, const int8_t *inputs, size_t samples,
+                        size_t length, int32_t *sums);
+    int (*product)(const Product *task);
+} ProductKernels;
+
+/* ggml's block types. `importance`: weights of the values of `period` blocks, used in turn; NULL when
+ * period is 0. */
+typedef struct {
+    void (*encode)(enum ggml_type type, const float *x, const float *importance, size_t period,
+                   size_t blocks, uint8_t *out);
+    /* The same from the bytes of a file, and the error of what was encoded. */
+    int (*quantize)(enum ggml_type type, Source source, const float *importance, size_t period,
+                    size_t blocks, uint8_t *out, Errors *found);
+    void (*decode)(enum ggml_type type, const uint8_t *data, size_t blocks, float *out);
+} GgmlKernels;
+
+/* What a variant has. Products and ggml's types are files of their own: a build compiles all files
+ * side by side, and takes as long as the longest. */
 typedef struct {
     const char *name;
 
@@ -197,17 +217,6 @@ typedef struct {
 
     /* From one type to another, and the error of that. */
     int (*cast)(Source source, size_t n, enum source_type type, uint8_t *out, Errors *found);
-    int (*integer_dots)(const int16_t *codes, size_t rows, const int8_t *inputs, size_t samples,
-                        size_t length, int32_t *sums);
-    int (*product)(const Product *task);
-
-    /* `importance`: weights of the values of `period` blocks, used in turn; NULL when period is 0. */
-    void (*ggml_encode)(enum ggml_type type, const float *x, const float *importance, size_t period,
-                        size_t blocks, uint8_t *out);
-    /* The same from the bytes of a file, and the error of what was encoded. */
-    int (*ggml_quantize)(enum ggml_type type, Source source, const float *importance,
-                         size_t period, size_t blocks, uint8_t *out, Errors *found);
-    void (*ggml_decode)(enum ggml_type type, const uint8_t *data, size_t blocks, float *out);
 
     /* Two codes a byte; `block` values, an even number of at most LONGEST_CODEBOOK_BLOCK, share a
      * scale. */
@@ -215,11 +224,18 @@ typedef struct {
                             Codebook book, uint8_t *out);
     void (*codebook_decode)(const uint8_t *data, size_t n, const float *scale, size_t block,
                             const float table[16], float *x);
+
+    const ProductKernels *products;
+    const GgmlKernels *ggml;
 } Kernels;
 
 extern const Kernels kernels_portable;
+extern const ProductKernels products_portable;
+extern const GgmlKernels ggml_portable;
 #ifdef __x86_64__
 extern const Kernels kernels_avx2, kernels_avx512;
+extern const ProductKernels products_avx2, products_avx512;
+extern const GgmlKernels ggml_avx2, ggml_avx512;
 #endif
 
 /* The variants that this processor can run, best last; `variant_count` of them. */

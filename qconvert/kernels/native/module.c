@@ -664,7 +664,7 @@ FUNCTION(integer_dots, INTEGER_DOTS) {
     const int8_t *inputs = INPUT(inputs, times(samples, length), int8_t);
     int32_t *sums = OUTPUT(sums, times(samples, rows), int32_t);
     int status = DONE;
-    RUN(status = call.kernels->integer_dots(codes, (size_t)rows, inputs, (size_t)samples,
+    RUN(status = call.kernels->products->integer_dots(codes, (size_t)rows, inputs, (size_t)samples,
                                             (size_t)length, sums))
     RETURN(none_or_no_memory(status));
 }
@@ -706,7 +706,7 @@ FUNCTION(product, PRODUCT) {
         .y = OUTPUT(y, times(samples, rows), float),
     };
     int fit = 1, status = DONE;
-    RUN(fit = scheme.symmetric || zeros_fit(&task); status = fit ? call.kernels->product(&task)
+    RUN(fit = scheme.symmetric || zeros_fit(&task); status = fit ? call.kernels->products->product(&task)
                                                                  : DONE)
     require(&call, fit, "a zero point out of range");
     RETURN(none_or_no_memory(status));
@@ -758,7 +758,7 @@ FUNCTION(ggml_encode, GGML_ENCODE) {
     size_t period;
     const float *importance = importance_at(&call, ARG_importance, kind, &period);
     uint8_t *out = OUTPUT(out, times(blocks, (Py_ssize_t)kind.bytes), uint8_t);
-    RUN(call.kernels->ggml_encode(type, x, importance, period, (size_t)blocks, out))
+    RUN(call.kernels->ggml->encode(type, x, importance, period, (size_t)blocks, out))
     RETURN(Py_NewRef(Py_None));
 }
 
@@ -775,7 +775,7 @@ FUNCTION(ggml_quantize, GGML_QUANTIZE) {
     uint8_t *out = OUTPUT(out, times(blocks, (Py_ssize_t)kind.bytes), uint8_t);
     Errors found = {0};
     int status = DONE;
-    RUN(status = call.kernels->ggml_quantize(type, source, importance, period, (size_t)blocks, out,
+    RUN(status = call.kernels->ggml->quantize(type, source, importance, period, (size_t)blocks, out,
                                              &found))
     RETURN(errors_unless(status == NOT_FINITE, &found));
 }
@@ -788,7 +788,7 @@ FUNCTION(ggml_decode, GGML_DECODE) {
     const Py_ssize_t blocks = SIZE(blocks);
     const uint8_t *data = INPUT(data, times(blocks, (Py_ssize_t)kind.bytes), uint8_t);
     float *x = OUTPUT(x, times(blocks, (Py_ssize_t)kind.values), float);
-    RUN(call.kernels->ggml_decode(type, data, (size_t)blocks, x))
+    RUN(call.kernels->ggml->decode(type, data, (size_t)blocks, x))
     RETURN(Py_NewRef(Py_None));
 }
 

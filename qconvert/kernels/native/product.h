@@ -10,7 +10,7 @@
 #ifndef QCONVERT_PRODUCT_H
 #define QCONVERT_PRODUCT_H
 
-#include "codes.h"
+#include "packing.h"
 
 #include <stdlib.h>
 
@@ -49,17 +49,18 @@ INLINE float step_of(const Product *p, size_t row, size_t group) {
 }
 
 /* Unsigned codes of a row; `out` has room for columns + 31 and is 0 behind the columns. */
-static void unpack_row(const Product *p, size_t row, uint8_t *out) {
-    const uint8_t *packed = p->packed + row * packed_bytes(p->row_codes, p->scheme.bits);
-    const size_t padded = (p->columns + PACK_GROUP - 1) / PACK_GROUP * PACK_GROUP;
+static void unpack_row(const Product *p, size_t row, uint8_t *restrict out) {
+    const uint8_t *restrict packed = p->packed + row * packed_bytes(p->row_codes, p->scheme.bits);
+    const size_t columns = p->columns;
+    const size_t padded = (columns + PACK_GROUP - 1) / PACK_GROUP * PACK_GROUP;
     if (p->scheme.bits < 8) {
         unpack(packed, padded / PACK_GROUP, p->scheme.bits, out);
     } else {
-        for (size_t i = 0; i < p->columns; i++) {
+        for (size_t i = 0; i < columns; i++) {
             out[i] = packed[i] ^ 0x80;
         }
     }
-    memset(out + p->columns, 0, padded - p->columns);
+    memset(out + columns, 0, padded - columns);
 }
 
 INLINE int32_t dot(const int16_t *restrict a, const int16_t *restrict b, size_t n) {

@@ -231,13 +231,59 @@ INLINE void dot_row(const Stream *s, size_t row, int bits, size_t block) {
     }
 }
 
-INLINE void stream_rows(const Stream *s, int bits, size_t block) {
+/* Dots of all lines with a row, for each width of codes and block: functions of their own, which
+ * compile in a fraction of the time that they take inlined into one. */
+typedef void DotRow(const Stream *s, size_t row);
+
+#define DOT_ROW(bits, block)                                         \
+    APART void dot_row_##bits##_##block(const Stream *s, size_t row) { \
+        dot_row(s, row, bits, block);                                \
+    }
+#define DOT_ROWS(bits)                                                                    \
+    DOT_ROW(bits, 16)                                                                     \
+    DOT_ROW(bits, 32)                                                                     \
+    DOT_ROW(bits, 64)                                                                     \
+    DOT_ROW(bits, 128)                                                                    \
+    DOT_ROW(bits, 256)                                                                    \
+    DOT_ROW(bits, 0)                                                                      \
+    INLINE DotRow *dot_row_of_##bits(size_t block) {                                      \
+        switch (block) { /* short loops of a known length unroll */                       \
+        case 16: return dot_row_##bits##_16;                                              \
+        case 32: return dot_row_##bits##_32;                                              \
+        case 64: return dot_row_##bits##_64;                                              \
+        case 128: return dot_row_##bits##_128;                                            \
+        case 256: return dot_row_##bits##_256;                                            \
+        default: return dot_row_##bits##_0;                                               \
+        }                                                                                 \
+    }
+DOT_ROWS(2)
+DOT_ROWS(3)
+DOT_ROWS(4)
+DOT_ROWS(5)
+DOT_ROWS(6)
+DOT_ROWS(8)
+#undef DOT_ROWS
+#undef DOT_ROW
+
+INLINE DotRow *dot_row_of(Scheme scheme) {
+    switch (scheme.bits) {
+    case 2: return dot_row_of_2(scheme.block);
+    case 3: return dot_row_of_3(scheme.block);
+    case 4: return dot_row_of_4(scheme.block);
+    case 5: return dot_row_of_5(scheme.block);
+    case 6: return dot_row_of_6(scheme.block);
+    default: return dot_row_of_8(scheme.block);
+    }
+}
+
+static void stream_rows(const Stream *s) {
+    DotRow *const dot = dot_row_of(s->p->scheme);
     const Product *p = s->p;
     const size_t size = WIDTH * s->padded_spans;
     for (size_t first = 0; first < p->rows; first += WIDTH) {
         const size_t rows = smaller(WIDTH, p->rows - first);
         for (size_t r = 0; r < rows; r++) { /* terms of missing rows are not stored */
-            dot_row(s, first + r, bits, block);
+            dot(s, first + r);
             for (size_t m = 0; m < p->samples; m++) {
                 span_terms(s, first + r, m, s->terms + m * size + r * s->padded_spans);
             }
@@ -247,17 +293,6 @@ INLINE void stream_rows(const Stream *s, int bits, size_t block) {
             _mm512_mask_storeu_ps(p->y + m * p->rows + first, real,
                                   add_terms(s, s->terms + m * size));
         }
-    }
-}
-
-INLINE void stream_blocks(const Stream *s, int bits) {
-    switch (s->p->scheme.block) { /* short loops of a known length unroll */
-    case 16: stream_rows(s, bits, 16); break;
-    case 32: stream_rows(s, bits, 32); break;
-    case 64: stream_rows(s, bits, 64); break;
-    case 128: stream_rows(s, bits, 128); break;
-    case 256: stream_rows(s, bits, 256); break;
-    default: stream_rows(s, bits, 0);
     }
 }
 
@@ -300,14 +335,7 @@ static int product_few(const Product *p) {
     s.tail = workspace(CHUNK, 1);
     const int failed = !s.inputs || !s.sums || !s.dots || !s.terms || !s.tail || fill_stream(&s);
     if (!failed) {
-        switch (p->scheme.bits) {
-        case 2: stream_blocks(&s, 2); break;
-        case 3: stream_blocks(&s, 3); break;
-        case 4: stream_blocks(&s, 4); break;
-        case 5: stream_blocks(&s, 5); break;
-        case 6: stream_blocks(&s, 6); break;
-        default: stream_blocks(&s, 8);
-        }
+        stream_rows(&s);
     }
     free(s.inputs);
     free(s.sums);

@@ -40,10 +40,11 @@ static void centred_sums(const Product *p, const int8_t *a, int32_t *out) {
 
 #ifdef USE_AVX512
 #include "product_few_avx512.h"
+#include "product_many_avx512.h"
 #else
 #include "product_few_avx2.h"
+#include "product_many_avx2.h"
 #endif
-#include "product_many.h"
 
 static int product_x86(const Product *p) {
     return p->samples <= FEW_SAMPLES ? product_few(p) : product_many(p);

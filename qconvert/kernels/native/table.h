@@ -1,7 +1,11 @@
-/* The table of a variant, of the functions just included. Expects VARIANT, its name as a string,
- * TABLE, that of the table, and PRODUCT, its matrix product. */
+/* The loops of a variant and its table. */
+#include "blocks.h"
+#include "casts.h"
+#include "codebook.h"
+#include "statistics.h"
+#include "widen.h"
 
-const Kernels TABLE = {
+const Kernels OF_VARIANT(kernels) = {
     .name = VARIANT,
     .widen_bf16 = widen_bf16,
     .widen_f16 = widen_f16,
@@ -24,11 +28,8 @@ const Kernels TABLE = {
     .all_finite = all_finite,
     .pack = pack,
     .unpack = unpack,
-    .integer_dots = integer_dots,
-    .product = PRODUCT,
-    .ggml_encode = ggml_encode,
-    .ggml_quantize = ggml_quantize,
-    .ggml_decode = ggml_decode,
     .codebook_encode = codebook_encode,
     .codebook_decode = codebook_decode,
+    .products = &OF_VARIANT(products),
+    .ggml = &OF_VARIANT(ggml),
 };

@@ -1,0 +1,4 @@
+/* ggml's block types for any processor. */
+#include "portable.h"
+
+#include "table_ggml.h"

@@ -1,0 +1,4 @@
+/* Matrix products for any processor. */
+#include "portable.h"
+
+#include "table_products.h"
