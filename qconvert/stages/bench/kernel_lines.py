@@ -121,7 +121,10 @@ def _conversion(weights: Weights, scheme: Scheme, method: RangeMethod | None) ->
         detail = f" {how.method.describe()}"
         return _Conversion(scheme.name, detail, convert, how.encode, back)
     if not isinstance(scheme, GgmlScheme):
-        raise UsageError(f"nothing to measure in a cast to {scheme.name}")
+        raise UsageError(
+            f"there are no kernels of {scheme.name} alone to measure",
+            hint="measure whole conversions: qconvert bench MODEL --end-to-end",
+        )
     if method:
         raise UsageError(f"--range has no meaning for {scheme.name}")
     block = GGML_BLOCKS[scheme.ggml_type]
