@@ -50,6 +50,34 @@ Run = Callable[..., Finished]
 Call = Callable[..., Finished]
 
 
+# What these files test does not depend on the kernels: a run that is held to the reference leaves
+# them to the run with native ones.
+WITHOUT_KERNELS = {
+    f"test_{name}"
+    for name in (
+        *("architectures", "atomic", "config", "config_classes", "config_table", "directories"),
+        *("general_name", "layers", "mixes", "plan", "prequantized", "published_configs", "python"),
+        *("safetensors", "schemes", "sets", "spec", "streams", "style"),
+    )
+}
+
+
+REFERENCE_FORCED = os.environ.get("QCONVERT_KERNELS") == "reference"
+
+
+def pytest_report_header() -> list[str]:
+    left = ", ".join(sorted(WITHOUT_KERNELS))
+    return [f"left to the run with native kernels: {left}"] if REFERENCE_FORCED else []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left = [item for item in items if REFERENCE_FORCED and item.path.stem in WITHOUT_KERNELS]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        kept = set(items) - set(left)
+        items[:] = [item for item in items if item in kept]
+
+
 def environment(**more: str) -> dict[str, str]:
     """The environment without what steers qconvert or colours its output."""
     drop = ("QCONVERT_DEBUG", "NO_COLOR", "COLUMNS", "PYTHONPATH")
