@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from conftest import COMMAND, Call, environment, gaussian, listing, save
 
+import qconvert
 from qconvert.cli import main as entry
 from qconvert.cli.streams import write_stdout
 from qconvert.errors import MachineError
@@ -109,6 +110,8 @@ def test_a_thread_that_cannot_be_started(
     prepared: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for a limit of processes, which does not hold for root."""
+    # What a function has written before is no output of the command.
+    qconvert.quantize(prepared / "m.safetensors", "q8_block32", output=tmp_path / "before.qblk")
 
     def refuse(_: object) -> None:
         raise RuntimeError("can't start new thread")

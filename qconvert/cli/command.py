@@ -70,6 +70,7 @@ def _silence_libraries() -> None:
 
 def main(arguments: list[str]) -> int:
     """Run a command line and return its exit code; nothing escapes but the code."""
+    _forget_outputs()  # of Python functions that this process has called before
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal need not know every letter
@@ -145,6 +146,12 @@ def _clean_up() -> None:
     atomic = sys.modules.get("qconvert.files.atomic")
     if atomic is not None:
         atomic.remove_partial_files()
+    _forget_outputs()
+
+
+def _forget_outputs() -> None:
+    atomic = sys.modules.get("qconvert.files.atomic")
+    if atomic is not None:
         atomic.completed.clear()
 
 
