@@ -28,7 +28,7 @@ from qconvert.codecs.codec import (
 from qconvert.codecs.codes import Codes
 from qconvert.codecs.source import RUN_VALUES, rows_of
 from qconvert.geometry import Tile, tiles
-from qconvert.kernels.arithmetic import lane_sum, nearest_entries, to_groups
+from qconvert.kernels.arithmetic import lane_sum, table_codes, to_groups
 from qconvert.kernels.records import F32, U8, Bytes, Encoded, ErrorSums
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.schemes import CODEBOOK_BLOCKS, CODEBOOKS, CodebookScheme
@@ -234,9 +234,7 @@ def _quantized(scales: F32) -> tuple[F32, dict[str, Bytes]]:
     left = scales - offset
     wide = _magnitudes(left, SCALES_BLOCK)
     each = np.repeat(wide, SCALES_BLOCK)[: len(left)]
-    ratio = np.divide(left, each, out=np.zeros_like(left), where=each != 0)
-    midpoints, entries = nearest_entries(scale_table())
-    codes = entries[np.searchsorted(midpoints, ratio)]
+    codes = table_codes(left, each, scale_table())
     return _scales_of(codes, each, offset), {
         "scales": codes.tobytes(),
         "scale_scales": wide.astype(_LITTLE).tobytes(),

@@ -188,3 +188,12 @@ def nearest_entries(table: F32) -> tuple[F32, U8]:
     values, entries = np.unique(table, return_index=True)
     midpoints = (values[:-1] + values[1:]) / np.float32(2)
     return midpoints, entries.astype(np.uint8)
+
+
+def table_codes(x: F32, scale: F32, table: F32) -> U8:
+    """The index of the entry nearest to each x / scale, (n,) each; of 0 where the scale is 0."""
+    with np.errstate(over="ignore", under="ignore"):
+        ratio = np.divide(x, scale, out=np.zeros_like(x), where=scale != 0)
+    midpoints, entries = nearest_entries(table)
+    codes: U8 = entries[np.searchsorted(midpoints, ratio)]
+    return codes

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from qconvert.running.integer_path import DynamicInput, StaticInput, StoredMatrix
+from qconvert.kernels.activations import DynamicInput, StaticInput
+from qconvert.running.integer_path import StoredMatrix
 
 
 class QuantizedLinear(torch.nn.Module):  # type: ignore[misc]

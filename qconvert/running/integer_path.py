@@ -9,7 +9,6 @@ float32 multiplication a group brings the sums back. Codes stay packed in memory
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,8 +17,6 @@ from qconvert.codecs.codec import Stored
 from qconvert.geometry import TILE_VALUES
 from qconvert.kernels.activations import DynamicInput, StaticInput, as_bytes
 from qconvert.kernels.records import F32
-
-__all__ = ["DynamicInput", "StaticInput", "StoredMatrix", "read_matrix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +76,9 @@ class StoredMatrix:
 
 def read_matrix(stored: Stored) -> StoredMatrix:
     """The rows of a quantized tensor, as large in memory as in the file."""
-    segments = stored.encoding.segments(stored.shape)
-    return in_memory(stored, {s.kind: stored.read(s.kind, 0, s.size) for s in segments})
-
-
-def in_memory(stored: Stored, segments: Mapping[str, bytes]) -> StoredMatrix:
-    """The same with these bytes, by the kind of segment."""
+    segments = {
+        s.kind: stored.read(s.kind, 0, s.size) for s in stored.encoding.segments(stored.shape)
+    }
 
     def read(kind: str, offset: int, size: int) -> bytes:
         return segments[kind][offset : offset + size]

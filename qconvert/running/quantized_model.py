@@ -22,6 +22,7 @@ from qconvert.files.gguf import ARCHITECTURE, RAW
 from qconvert.files.prequantized import refuse_prequantized
 from qconvert.files.qblk_header import SLASH
 from qconvert.geometry import TILE_VALUES
+from qconvert.kernels.activations import DynamicInput, StaticInput
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.running.hugging_face import (
     CONFIG,
@@ -33,7 +34,7 @@ from qconvert.running.hugging_face import (
     require,
     without_quantizer,
 )
-from qconvert.running.integer_path import DynamicInput, StaticInput, StoredMatrix, read_matrix
+from qconvert.running.integer_path import StoredMatrix, read_matrix
 from qconvert.running.state_dict import Loaded, StandIns, load_state, quiet
 
 OUTPUT = "output.weight"  # in a GGUF file

@@ -113,14 +113,15 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
             state.between(run.found)
             run.found.run = None  # as of a file that says nothing of a text
             run.found.write(out)
-            if not (options.strict and warnings):
+            written = not (options.strict and warnings)
+            if written:
                 out.commit()
             state.remove()
     return run.found.report(
         options.activations,
         options.output,
         warnings=warnings,
-        written=not (options.strict and warnings),
+        written=written,
         seconds=time.perf_counter() - started,
     )
 
@@ -248,7 +249,8 @@ def merge_calibrations(options: MergeOptions) -> CalibrateReport:
         whole.write(out)
         if other:
             other.write_at(0, importance_bytes(whole, options.model))
-        if not (options.strict and warnings):
+        written = not (options.strict and warnings)
+        if written:
             if other:
                 other.commit()
             out.commit()
@@ -257,6 +259,6 @@ def merge_calibrations(options: MergeOptions) -> CalibrateReport:
         options.output,
         imatrix=options.imatrix,
         warnings=warnings,
-        written=not (options.strict and warnings),
+        written=written,
         seconds=time.perf_counter() - started,
     )

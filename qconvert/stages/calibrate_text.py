@@ -137,7 +137,8 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
                 imatrix.write_at(0, importance_bytes(found, options.model))
             if record:
                 record.write_at(0, save(dict(sorted(found.recorded.items()))))
-            if not (options.strict and warnings):
+            written = not (options.strict and warnings)
+            if written:
                 for other in filter(None, (imatrix, record, out)):
                     other.commit()
             state.remove()
@@ -148,7 +149,7 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
         record=record.target if record else None,
         resumed_at=run.resumed_at,
         warnings=warnings,
-        written=not (options.strict and warnings),
+        written=written,
         seconds=time.perf_counter() - started,
     )
 

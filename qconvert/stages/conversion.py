@@ -165,8 +165,7 @@ class Job:
     def _provenance(self, sources: list[Path]) -> dict[str, Any]:
         o = self.options
         used: dict[str, Any] = {"scheme": o.scheme.name}
-        ranged = any(p.scheme and p.scheme.default_range for p in self.prepared.plan)
-        if o.range and ranged:
+        if o.range and self.prepared.ranged:
             used["range"] = o.range.describe()
         if not o.weighting:
             used["no_weighting"] = True

@@ -59,8 +59,7 @@ def quantize(
         if calibration:
             _check_calibration(calibration, prepared)
             report.warnings += _unused(calibration, prepared.plan)
-        ranged = any(p.scheme and p.scheme.default_range for p in prepared.plan)
-        if options.range and not ranged:
+        if options.range and not prepared.ranged:
             report.warnings.append("--range has no effect: no tensor takes a scheme with ranges")
         if options.dry_run:
             report.tensors = [planned_row(p) for p in prepared.plan]

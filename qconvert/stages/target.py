@@ -76,6 +76,11 @@ class Prepared:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def ranged(self) -> bool:
+        """Whether a tensor takes a scheme that chooses ranges."""
+        return any(p.scheme and p.scheme.default_range for p in self.plan)
+
 
 class Target(Protocol):
     """A container, as what is written."""

@@ -108,13 +108,12 @@ class _Sums:
         self.noise += other.noise
 
     def compare(
-        self, x: NDArray[np.float32], weights: NDArray[np.float32] | None, y: NDArray[np.floating]
+        self, x: NDArray[np.float32], weights: NDArray[np.float32], y: NDArray[np.floating]
     ) -> None:
-        """Hold a product against that of the source's weights, where these are known."""
-        if weights is not None:
-            truth = x.astype(np.float64) @ weights.astype(np.float64).T
-            self.signal = float((truth * truth).sum())
-            self.noise = float(((truth - y) ** 2).sum())
+        """Hold a product against that of the source's weights."""
+        truth = x.astype(np.float64) @ weights.astype(np.float64).T
+        self.signal = float((truth * truth).sum())
+        self.noise = float(((truth - y) ** 2).sum())
 
 
 def verify(path: Path, options: VerifyOptions, progress: Progress | None = None) -> VerifyReport:
@@ -666,7 +665,8 @@ def _measure_rows(
     if rows.integers is None:
         if dtype not in DTYPES:
             found.product = "float"
-            found.compare(x[:, span], weights, x[:, span].astype(np.float64) @ rows.values.T)
+            if weights is not None:
+                found.compare(x[:, span], weights, x[:, span].astype(np.float64) @ rows.values.T)
         return found
     a = Activations(a.codes[:, span], a.scale, a.zero_point)
     found.product = "integer"
@@ -690,5 +690,6 @@ def _measure_rows(
     may_overflow = magnitude / np.minimum(a.scale, 1)[:, None] > F32_MAX / 2
     difference[~np.isfinite(product.y) & ~may_overflow] = np.inf
     found.float_error = float((difference / bound).max(initial=0.0))
-    found.compare(x[:, span], weights, product.y)
+    if weights is not None:
+        found.compare(x[:, span], weights, product.y)
     return found

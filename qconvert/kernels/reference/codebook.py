@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qconvert.kernels.arithmetic import nearest_entries
+from qconvert.kernels.arithmetic import table_codes
 from qconvert.kernels.records import F32, U8
 
 
@@ -18,11 +18,7 @@ def codebook_encode(x: F32, scale: F32, table: F32, block: int) -> U8:
         table: (16,); of equal entries the first is taken.
         block: values that share a scale: an even number, at most 256.
     """
-    of_each = np.repeat(scale, block)[: len(x)]
-    with np.errstate(over="ignore", under="ignore"):
-        ratio = np.divide(x, of_each, out=np.zeros_like(x), where=of_each != 0)
-    midpoints, entries = nearest_entries(table)
-    codes = entries[np.searchsorted(midpoints, ratio)]
+    codes = table_codes(x, np.repeat(scale, block)[: len(x)], table)
     padded = np.concatenate([codes, np.zeros(len(x) % 2, np.uint8)])
     packed: U8 = padded[0::2] << 4 | padded[1::2]
     return packed
