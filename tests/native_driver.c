@@ -271,7 +271,7 @@ static void run_rows(const Kernels *k, size_t rows, size_t columns, Scheme schem
         wide[i] = (int16_t)((int)(draw() % 511) - 255);
     }
     int32_t *sums = make(samples * rows * sizeof *sums);
-    check(k->products->integer_dots(wide, rows, inputs, samples, columns, sums));
+    check(k->products->integer_dots(wide, 1, rows, inputs, samples, columns, sums));
     take(sums, samples * rows * sizeof *sums);
     free(wide);
     free(x);

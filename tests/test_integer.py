@@ -174,7 +174,7 @@ def test_the_check_notices_a_wrong_accumulator(wrong: int) -> None:
         @staticmethod
         def integer_dots(codes: Any, activations: Any) -> Any:
             acc = kernels.integer_dots(codes, activations)
-            acc[-1, -1] += wrong
+            acc[-1, -1, -1] += wrong
             return acc
 
     encoding = AffineEncoding(4, "block", 32, False, "F32", 96)

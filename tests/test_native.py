@@ -502,11 +502,12 @@ def test_pack_and_unpack(width: int) -> None:
 
 
 @often
-@given(seeds, st.integers(1, 9), st.integers(1, 9), st.integers(1, 300))
-def test_integer_dots(seed: int, rows: int, samples: int, length: int) -> None:
+@given(seeds, st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 300))
+def test_integer_dots(seed: int, spans: int, rows: int, samples: int, length: int) -> None:
     rng = np.random.default_rng(seed)
-    codes = rng.integers(-255, 256, (rows, length)).astype(np.int16)
-    twins("integer_dots", codes, rng.integers(-128, 128, (samples, length)).astype(np.int8))
+    codes = rng.integers(-255, 256, (spans, rows, length)).astype(np.int16)
+    inputs = rng.integers(-128, 128, (spans, samples, length)).astype(np.int8)
+    twins("integer_dots", codes, inputs)
 
 
 def check_product(

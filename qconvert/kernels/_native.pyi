@@ -165,7 +165,7 @@ def cast(
     *, data: Buffer, dtype: str, count: int, to: str, out: Buffer
 ) -> tuple[float, float, float] | None: ...
 def integer_dots(
-    *, codes: Buffer, inputs: Buffer, rows: int, samples: int, length: int, sums: Buffer
+    *, codes: Buffer, inputs: Buffer, spans: int, rows: int, samples: int, length: int, sums: Buffer
 ) -> None: ...
 def product(
     *,

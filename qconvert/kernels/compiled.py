@@ -529,12 +529,13 @@ def load_codes(packed: bytes, encoding: AffineEncoding) -> U8:
 
 def integer_dots(codes: NDArray[np.int16], activations: NDArray[np.int8]) -> I32:
     """`reference.integer_dots`, as long as the sums fit 32 bits."""
-    rows, length = codes.shape
-    samples = len(activations)
-    sums = np.empty((samples, rows), np.int32)
+    spans, rows, length = codes.shape
+    samples = activations.shape[1]
+    sums = np.empty((spans, samples, rows), np.int32)
     _native.integer_dots(
         codes=np.ascontiguousarray(codes, np.int16),
         inputs=np.ascontiguousarray(activations, np.int8),
+        spans=spans,
         rows=rows,
         samples=samples,
         length=length,

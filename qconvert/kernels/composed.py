@@ -268,7 +268,7 @@ def _equal_spans(
     input_sum = inputs.sum(axis=2, dtype=np.int32)[:, :, None]  # (S, M, 1)
     code_sum = codes.sum(axis=2, dtype=np.int32)[:, None, :]  # (S, 1, R)
     count, za = np.int32(shape[1]), a.zero_points
-    acc = np.stack([k.integer_dots(c, x) for c, x in zip(codes, inputs, strict=True)])
+    acc = k.integer_dots(codes, inputs)
     acc -= input_sum * zero
     acc -= za * code_sum
     acc += count * zero * za

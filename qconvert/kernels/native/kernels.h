@@ -159,8 +159,8 @@ typedef struct {
 
 /* Matrix products. */
 typedef struct {
-    int (*integer_dots)(const int16_t *codes, size_t rows, const int8_t *inputs, size_t samples,
-                        size_t length, int32_t *sums);
+    int (*integer_dots)(const int16_t *codes, size_t spans, size_t rows, const int8_t *inputs,
+                        size_t samples, size_t length, int32_t *sums);
     int (*product)(const Product *task);
 } ProductKernels;
 

@@ -656,16 +656,17 @@ FUNCTION(cast, CAST) {
 
 /* --- matrix products --------------------------------------------------------------------------*/
 
-#define INTEGER_DOTS(X) X(codes) X(inputs) X(rows) X(samples) X(length) X(sums)
+#define INTEGER_DOTS(X) X(codes) X(inputs) X(spans) X(rows) X(samples) X(length) X(sums)
 FUNCTION(integer_dots, INTEGER_DOTS) {
     BEGIN(integer_dots, INTEGER_DOTS)
-    const Py_ssize_t rows = SIZE(rows), samples = SIZE(samples), length = SIZE(length);
-    const int16_t *codes = INPUT(codes, times(rows, length), int16_t);
-    const int8_t *inputs = INPUT(inputs, times(samples, length), int8_t);
-    int32_t *sums = OUTPUT(sums, times(samples, rows), int32_t);
+    const Py_ssize_t spans = SIZE(spans), rows = SIZE(rows), samples = SIZE(samples);
+    const Py_ssize_t length = SIZE(length);
+    const int16_t *codes = INPUT(codes, times(spans, times(rows, length)), int16_t);
+    const int8_t *inputs = INPUT(inputs, times(spans, times(samples, length)), int8_t);
+    int32_t *sums = OUTPUT(sums, times(spans, times(samples, rows)), int32_t);
     int status = DONE;
-    RUN(status = call.kernels->products->integer_dots(codes, (size_t)rows, inputs, (size_t)samples,
-                                            (size_t)length, sums))
+    RUN(status = call.kernels->products->integer_dots(codes, (size_t)spans, (size_t)rows, inputs,
+                                                      (size_t)samples, (size_t)length, sums))
     RETURN(none_or_no_memory(status));
 }
 

@@ -71,19 +71,20 @@ INLINE int32_t dot(const int16_t *restrict a, const int16_t *restrict b, size_t 
     return sum;
 }
 
-/* Sums of codes * inputs, (samples, rows); exact while they fit 32 bits. */
-static int integer_dots(const int16_t *codes, size_t rows, const int8_t *inputs, size_t samples,
-                        size_t length, int32_t *sums) {
+/* Sums of codes * inputs, (spans, samples, rows); exact while they fit 32 bits. */
+static int integer_dots(const int16_t *codes, size_t spans, size_t rows, const int8_t *inputs,
+                        size_t samples, size_t length, int32_t *sums) {
     int16_t *wide = malloc((length ? length : 1) * sizeof *wide);
     if (!wide) {
         return NO_MEMORY;
     }
-    for (size_t m = 0; m < samples; m++) {
+    for (size_t m = 0; m < spans * samples; m++) {
+        const int16_t *span = codes + m / samples * rows * length;
         for (size_t i = 0; i < length; i++) {
             wide[i] = inputs[m * length + i];
         }
         for (size_t r = 0; r < rows; r++) {
-            sums[m * rows + r] = dot(codes + r * length, wide, length);
+            sums[m * rows + r] = dot(span + r * length, wide, length);
         }
     }
     free(wide);
