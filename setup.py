@@ -67,7 +67,9 @@ class BuildSideBySide(build_ext):
 
             def one(source: str) -> list[str]:
                 better = _optimisation(source) if known else ["-O3"]
-                arguments = [a for old in extra_postargs for a in (better if old == "-O3" else [old])]
+                arguments = [
+                    a for old in extra_postargs for a in (better if old == "-O3" else [old])
+                ]
                 return one_after_another([source], extra_postargs=arguments, **options)
 
             with ThreadPoolExecutor(_processors()) as pool:

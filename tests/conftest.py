@@ -8,7 +8,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,44 @@ def pytest_report_header() -> list[str]:
     return [f"left to the run with native kernels: {left}"] if REFERENCE_FORCED else []
 
 
+# The files that take minutes come first: a processor that gets one last keeps the others waiting.
+LONGEST = [
+    f"test_{name}"
+    for name in ("native", "config_table", "calibrate_text", "minilm", "codebook", "cli", "torch")
+]
+
+
+def _turn(item: pytest.Item) -> int:
+    name = item.path.stem
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=_turn)
     left = [item for item in items if REFERENCE_FORCED and item.path.stem in WITHOUT_KERNELS]
     if left:
         config.hook.pytest_deselected(items=left)
         kept = set(items) - set(left)
         items[:] = [item for item in items if item in kept]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _library_is_asked_once() -> Iterator[None]:
+    """The ``tokenizers`` library is a process each time, and tests share a few tokenizers."""
+    from qconvert.architectures import token_check
+
+    answers: dict[str, Any] = {}
+    ask = token_check.library_tokens
+
+    def once(fields: dict[str, Any], texts: Sequence[tuple[str, bool]]) -> Any:
+        question = json.dumps([fields, list(texts)])
+        if question not in answers:
+            answers[question] = ask(fields, texts)
+        return answers[question]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_check, "library_tokens", once)
+        yield
 
 
 def environment(**more: str) -> dict[str, str]:
