@@ -958,8 +958,8 @@ def levels(
 
 
 def many_levels() -> Tensor:
-    """Rows of 33: 34 steps, which fill a group and begin a second, padded one; a row scale of 0, the
-    smallest and the largest, and a table of its own.
+    """Rows of 33: 34 steps, which fill a group and begin a second, padded one; a row scale of 0,
+    the smallest and the largest, and a table of its own.
     """
     table = [-100, -3, 1, 127]
     d = [0.0, 2.0**-24, 65504.0, *([1.5] * 14)]
@@ -1004,7 +1004,7 @@ def valid_levels() -> None:
     )
     valid(
         "levels-many",
-        "34 steps in two groups of 32; row scales 0, 2^-24 and 65504; a table of its own; a codebook",
+        "34 steps in two groups of 32; row scales 0, 2^-24 and 65504; its own table; a codebook",
         [many_levels(), codebook("nf4", 91)],
         features=["codebook-1.2", "levels-1.3"],
         fields={"minor": 3},
