@@ -173,13 +173,13 @@ INLINE void level_sums_looked_up(const LevelColumns *c, const float inverse[BATC
     }
 }
 
-APART void plain_sums(const LevelColumns *c, const float inverse[BATCH], const LevelTable *t,
-                      float a[BATCH], float b[BATCH]) {
+APART void plain_sums_looked_up(const LevelColumns *c, const float inverse[BATCH],
+                                const LevelTable *t, float a[BATCH], float b[BATCH]) {
     level_sums_looked_up(c, inverse, t, 0, a, b);
 }
 
-APART void weighted_sums(const LevelColumns *c, const float inverse[BATCH], const LevelTable *t,
-                         float a[BATCH], float b[BATCH]) {
+APART void weighted_sums_looked_up(const LevelColumns *c, const float inverse[BATCH],
+                                   const LevelTable *t, float a[BATCH], float b[BATCH]) {
     level_sums_looked_up(c, inverse, t, 1, a, b);
 }
 
@@ -191,7 +191,7 @@ typedef void LevelSums(const LevelColumns *c, const float inverse[BATCH], const 
 INLINE LevelSums *level_sums_for(const LevelTable *t, int weighted) {
 #ifdef USE_AVX2
     if (t->binned) {
-        return weighted ? weighted_sums : plain_sums;
+        return weighted ? weighted_sums_looked_up : plain_sums_looked_up;
     }
 #endif
     (void)t;

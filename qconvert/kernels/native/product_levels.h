@@ -9,7 +9,7 @@
 
 enum {
     LEVEL_SPAN = 2048,
-    TILE_ROWS = 16,   /* of k, which stay in the cache while all samples pass */
+    LEVEL_ROWS = 16,  /* of k, which stay in the cache while all samples pass */
     ROWS_OF_DOTS = 2, /* and samples whose sums are taken at once */
     SAMPLES_OF_DOTS = 4,
 };
@@ -163,7 +163,7 @@ static void level_tile(const LevelProduct *p, const int16_t *k, const int16_t *i
 static int levels_product(const LevelProduct *p) {
     const StoredLevels *s = &p->stored;
     const size_t padded = level_row(s->columns);
-    int16_t *k = malloc(TILE_ROWS * padded * sizeof *k);
+    int16_t *k = malloc(LEVEL_ROWS * padded * sizeof *k);
     int16_t *inputs = malloc((p->samples ? p->samples : 1) * padded * sizeof *inputs);
     const int failed = !k || !inputs;
     if (!failed) {
@@ -174,8 +174,8 @@ static int levels_product(const LevelProduct *p) {
             }
             memset(to + s->columns, 0, (padded - s->columns) * sizeof *to);
         }
-        for (size_t row = 0; row < s->rows; row += TILE_ROWS) {
-            const size_t rows = smaller(TILE_ROWS, s->rows - row);
+        for (size_t row = 0; row < s->rows; row += LEVEL_ROWS) {
+            const size_t rows = smaller(LEVEL_ROWS, s->rows - row);
             for (size_t r = 0; r < rows; r++) {
                 switch (s->code.bits) {
                 case 2: level_products(s, row + r, 2, k + r * padded); break;
