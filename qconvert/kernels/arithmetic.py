@@ -172,7 +172,7 @@ def integer_rows(
 
 # By the bits of a code: where steps are searched, in steps that bring the furthest value to an end
 # of the table. tests/test_levels.py holds the search to all steps that there are.
-LEVEL_WINDOWS = {2: (0.5, 1.25), 3: (0.6875, 1.25), 4: (0.75, 1.5625)}
+LEVEL_WINDOWS = {2: (0.5625, 1.125), 3: (0.8125, 1.125), 4: (0.875, 1.4375)}
 LEAST_WEIGHT = np.float32(2.0**-16)  # of the largest of a block, as in the weighted search
 _SMALLEST_HALF = np.float32(SMALLEST_SCALE["F16"])
 

@@ -238,8 +238,8 @@ APART void furthest_of_columns(const LevelColumns *c, float peak[BATCH]) {
  * at most. */
 APART int window_of(const LevelCode *code, int shift, int negative, const float peak[BATCH],
                     const float unit[BATCH], float first[BATCH], float last[BATCH]) {
-    static const float nearest[] = {[2] = 0.5f, [3] = 0.6875f, [4] = 0.75f};
-    static const float furthest[] = {[2] = 1.25f, [3] = 1.25f, [4] = 1.5625f};
+    static const float nearest[] = {[2] = 0.5625f, [3] = 0.8125f, [4] = 0.875f};
+    static const float furthest[] = {[2] = 1.125f, [3] = 1.125f, [4] = 1.4375f};
     const float near = nearest[code->bits], far = furthest[code->bits];
     const float lower = (float)-(code->levels[0] + shift);
     const float upper = (float)(code->levels[level_count(*code) - 1] + shift);
@@ -336,43 +336,91 @@ static void search_level_rows(const LevelRows *task, const LevelTable tables[2],
     }
 }
 
-/* The codes of a block and what they decode to. */
-INLINE void encode_level_block(const float *restrict x, size_t n, const LevelCode *code, float scale,
-                               int shift, int32_t *restrict codes, float *restrict decoded) {
-    float places[LONGEST_LEVEL_BLOCK] = {0}, values[MOST_LEVELS];
-    int32_t above[LONGEST_LEVEL_BLOCK] = {0};
-    const float inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
-    const int count = level_count(*code);
-    for (size_t i = 0; i < n; i++) {
-        places[i] = x[i] * inverse;
+/* How the codes of a block are made, and what they mean. */
+typedef struct {
+    int middles;                     /* middles between levels */
+    float inverse;                   /* from values to places */
+    float middle[MOST_LEVELS];       /* of the levels as shifted */
+    float value[MOST_LEVELS];
+} LevelRule;
+
+INLINE LevelRule level_rule(const LevelCode *code, float scale, int shift) {
+    LevelRule rule = {.middles = level_count(*code) - 1,
+                      .inverse = scale != 0.0f ? 1.0f / scale : 0.0f};
+    const int8_t *levels = code->levels;
+    for (int k = 0; k < MOST_LEVELS; k++) { /* what lies behind the last level is never used */
+        const int next = levels[k + 1 < MOST_LEVELS ? k + 1 : k];
+        rule.middle[k] = (float)(levels[k] + next) / 2.0f + (float)shift;
+        rule.value[k] = (float)(levels[k] + shift) * scale;
     }
-    for (int k = 0; k + 1 < count; k++) {
-        const float middle = (float)(code->levels[k] + code->levels[k + 1]) / 2.0f + (float)shift;
-        for (int i = 0; i < LONGEST_LEVEL_BLOCK; i++) {
-            above[i] += places[i] > middle;
-        }
+    return rule;
+}
+
+#ifdef USE_AVX2
+
+/* 16 codes and what they decode to. */
+INLINE void encode_sixteen(const float *x, const LevelRule *rule, int32_t *codes, float *decoded) {
+    const __m256 low = _mm256_loadu_ps(rule->value), high = _mm256_loadu_ps(rule->value + 8);
+    const __m256 inverse = _mm256_set1_ps(rule->inverse);
+    const __m256 v0 = _mm256_mul_ps(_mm256_loadu_ps(x), inverse);
+    const __m256 v1 = _mm256_mul_ps(_mm256_loadu_ps(x + 8), inverse);
+    __m256i code[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int k = 0; k < rule->middles; k++) {
+        const __m256 middle = _mm256_set1_ps(rule->middle[k]);
+        const __m256 above0 = _mm256_cmp_ps(v0, middle, _CMP_GT_OQ);
+        const __m256 above1 = _mm256_cmp_ps(v1, middle, _CMP_GT_OQ);
+        code[0] = _mm256_sub_epi32(code[0], _mm256_castps_si256(above0));
+        code[1] = _mm256_sub_epi32(code[1], _mm256_castps_si256(above1));
     }
-    for (int k = 0; k < count; k++) {
-        values[k] = (float)(code->levels[k] + shift) * scale;
-    }
-    for (size_t i = 0; i < n; i++) {
-        codes[i] = above[i];
-        decoded[i] = values[above[i]];
+    for (int i = 0; i < 2; i++) { /* bit 3 of a code, as a sign, chooses the half of the table */
+        const __m256 half = _mm256_castsi256_ps(_mm256_slli_epi32(code[i], 28));
+        const __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code[i]),
+                                              _mm256_permutevar8x32_ps(high, code[i]), half);
+        _mm256_storeu_ps(decoded + 8 * i, value);
+        _mm256_storeu_si256((__m256i *)(codes + 8 * i), code[i]);
     }
 }
 
-/* A row to stored codes, by its stored steps. `codes` has room for the row and its padding. */
+#else
+
+INLINE void encode_sixteen(const float *restrict x, const LevelRule *restrict rule,
+                           int32_t *restrict codes, float *restrict decoded) {
+    float places[LANES];
+    int32_t above[LANES] = {0};
+    EACH_COLUMN {
+        places[j] = x[j] * rule->inverse;
+    }
+    for (int k = 0; k < rule->middles; k++) {
+        EACH_COLUMN {
+            above[j] += places[j] > rule->middle[k];
+        }
+    }
+    for (int j = 0; j < LANES; j++) {
+        codes[j] = above[j];
+        decoded[j] = rule->value[above[j]];
+    }
+}
+
+#endif
+
+/* A row to stored codes, by its stored steps. `codes` and `decoded` have room for its padding. */
 static void encode_level_row(const LevelRows *task, size_t row, int32_t *codes, float *decoded) {
     const LevelCode *code = &task->code;
     const size_t columns = task->columns, padded = level_row(columns);
     const size_t blocks = level_blocks(*code, columns);
+    const float *x = task->x + row * columns;
     const int half = 1 << (code->step_bits - 1);
     for (size_t g = 0; g < blocks; g++) {
-        const size_t at = g * code->block;
         const int stored = task->steps[row * blocks + g];
         const float scale = task->unit[row] * (float)((stored & (2 * half - 1)) - half);
-        encode_level_block(task->x + row * columns + at, smaller(code->block, columns - at), code,
-                           scale, stored >= 2 * half ? code->shift : 0, codes + at, decoded + at);
+        const LevelRule rule = level_rule(code, scale, stored >= 2 * half ? code->shift : 0);
+        for (size_t at = g * code->block; at < (g + 1) * code->block; at += LANES) {
+            float tail[LANES] = {0};
+            if (at + LANES > columns && at < columns) {
+                memcpy(tail, x + at, (columns - at) * sizeof *tail);
+            }
+            encode_sixteen(at + LANES > columns ? tail : x + at, &rule, codes + at, decoded + at);
+        }
     }
     for (size_t i = columns; i < padded; i++) {
         codes[i] = 0;
@@ -384,7 +432,7 @@ static void encode_level_row(const LevelRows *task, size_t row, int32_t *codes, 
 static int levels_encode(const LevelRows *task, Errors *found) {
     const size_t columns = task->columns;
     int32_t *codes = malloc(level_row(columns) * sizeof *codes);
-    float *decoded = malloc(columns * sizeof *decoded);
+    float *decoded = malloc(level_row(columns) * sizeof *decoded);
     const int failed = !codes || !decoded;
     if (!failed) {
         LevelTable tables[2];
