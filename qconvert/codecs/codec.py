@@ -149,9 +149,9 @@ class Coded:
         if self.integers is None or self.grid is None:
             return None
         n, g = self.integers, self.grid
+        zero = n.zero if g.zero is None else g.zero
         worst, unscaled = kernels.worst_step(
-            *(weights, self.values, g.group or n.group, g.scale, n.offset),
-            *(n.zero if g.zero is None else g.zero, g.code_step),
+            *(weights, self.values, g.group or n.group, g.scale, n.offset, zero, g.code_step),
             *(g.low, g.high, g.scale_rounding, g.offset_rounding),
         )
         return math.inf if unscaled and g.always_scaled else worst

@@ -30,7 +30,15 @@ from qconvert.codecs.source import RUN_VALUES, largest_weight, rows_of, tiles_of
 from qconvert.errors import WeightError
 from qconvert.geometry import PACK_GROUP, Tile, row_length, tiles
 from qconvert.kernels.arithmetic import level_rows, level_unit
-from qconvert.kernels.records import F32, U8, Activations, Encoded, LevelCode, LevelSteps
+from qconvert.kernels.records import (
+    F32,
+    U8,
+    Activations,
+    Bytes,
+    Encoded,
+    LevelCode,
+    LevelSteps,
+)
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.schemes import LEVEL_BLOCKS, LEVELS, PLAIN_STEPS, SHIFTED_STEPS, LevelScheme
 
@@ -147,15 +155,9 @@ class LevelEncoding(Encoding):
         first, low = divmod(tile.start, self.row_length)
         per_tile = self.code.blocks(tile.columns)
         begin = first * self.code.blocks(self.row_length) + low // self.code.block
-        shape = (tile.rows, per_tile)
-        step = self._stored_steps(stored, begin, tile.rows * per_tile).reshape(shape)
-        half = 1 << (self.code.step_bits - 1)
-        rows = np.frombuffer(stored.read("row_scales", 2 * first, 2 * tile.rows), "<f2")
-        return LevelSteps(
-            level_unit(rows.astype(np.float32), self.code),
-            ((step & (2 * half - 1)).astype(np.int16) - half).astype(np.int8),
-            np.where(step >= 2 * half, np.int8(self.code.shift), np.int8(0)),
-        )
+        step = self._stored_steps(stored, begin, tile.rows * per_tile)
+        rows = stored.read("row_scales", 2 * first, 2 * tile.rows)
+        return level_steps(step.reshape(tile.rows, per_tile), rows, self.code)
 
     def _stored_steps(self, stored: Stored, begin: int, count: int) -> U8:
         """Steps as stored, a byte each, with what fills the last group of 32 where it is read."""
@@ -194,6 +196,16 @@ class LevelEncoding(Encoding):
             codes = kernels.unpack(np.ascontiguousarray(ends).ravel(), self.code.bits)
             if codes.reshape(tile.rows, -1)[:, real:].any():
                 stored.refuse(23, "padding codes are not 0")
+
+
+def level_steps(step: U8, row_scales: Bytes, code: LevelCode) -> LevelSteps:
+    """Steps from what is stored: a byte for each block, (R, G), and the scales of the rows."""
+    half = 1 << (code.step_bits - 1)
+    return LevelSteps(
+        level_unit(np.frombuffer(row_scales, "<f2").astype(np.float32), code),
+        ((step & (2 * half - 1)).astype(np.int16) - half).astype(np.int8),
+        np.where(step >= 2 * half, np.int8(code.shift), np.int8(0)),
+    )
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -237,11 +249,15 @@ class LevelEncoder(Encoder):
         return Outcome(seen.error, weighted=self.mean_square is not None)
 
 
+def level_code(scheme: LevelScheme) -> LevelCode:
+    """What the codes of a scheme mean."""
+    step_bits, shift = SHIFTED_STEPS if scheme.shifted else PLAIN_STEPS
+    return LevelCode(scheme.bits, scheme.block, step_bits, shift, LEVELS[scheme.bits])
+
+
 def planned(scheme: LevelScheme, tensor: TensorInfo) -> LevelEncoding:
     """The encoding that a tensor takes."""
-    step_bits, shift = SHIFTED_STEPS if scheme.shifted else PLAIN_STEPS
-    code = LevelCode(scheme.bits, scheme.block, step_bits, shift, LEVELS[scheme.bits])
-    return LevelEncoding(code, row_length(tensor.shape))
+    return LevelEncoding(level_code(scheme), row_length(tensor.shape))
 
 
 def _refuses(scheme: LevelScheme, tensor: TensorInfo) -> str | None:
