@@ -119,43 +119,41 @@ APART void dots_2_1(const int16_t *k, const int16_t *a, size_t stride, size_t n,
     some_dots(k, a, stride, n, 2, 1, sums);
 }
 
-/* y of `rows` rows of k, two at most, and `lines` samples, one or four. */
-static void few_outputs(const LevelProduct *p, const int16_t *k, const int16_t *a, size_t padded,
-                        size_t row, size_t rows, size_t sample, size_t lines) {
-    float y[ROWS_OF_DOTS][SAMPLES_OF_DOTS] = {{0}};
-    for (size_t at = 0; at < padded; at += LEVEL_SPAN) {
-        const size_t n = smaller(LEVEL_SPAN, padded - at);
-        int32_t sums[ROWS_OF_DOTS][SAMPLES_OF_DOTS];
-        if (rows == 2) {
-            lines == 4 ? dots_2_4(k + at, a + at, padded, n, sums)
-                       : dots_2_1(k + at, a + at, padded, n, sums);
-        } else {
-            for (size_t m = 0; m < lines; m++) {
-                int32_t one[ROWS_OF_DOTS][SAMPLES_OF_DOTS];
-                dots_1_1(k + at, a + m * padded + at, padded, n, one);
-                sums[0][m] = one[0][0];
-            }
-        }
-        for (size_t r = 0; r < rows; r++) {
-            for (size_t m = 0; m < lines; m++) {
-                y[r][m] += (float)sums[r][m] * p->stored.unit[row + r];
-            }
+/* Adds a span's share to y of `rows` rows of k, two at most, and `lines` samples, one or four. */
+static void add_span(const LevelProduct *p, const int16_t *k, const int16_t *a, size_t padded,
+                     size_t n, size_t row, size_t rows, size_t sample, size_t lines) {
+    int32_t sums[ROWS_OF_DOTS][SAMPLES_OF_DOTS];
+    if (rows == 2) {
+        lines == 4 ? dots_2_4(k, a, padded, n, sums) : dots_2_1(k, a, padded, n, sums);
+    } else {
+        for (size_t m = 0; m < lines; m++) {
+            int32_t one[ROWS_OF_DOTS][SAMPLES_OF_DOTS];
+            dots_1_1(k, a + m * padded, padded, n, one);
+            sums[0][m] = one[0][0];
         }
     }
-    for (size_t r = 0; r < rows; r++) {
-        for (size_t m = 0; m < lines; m++) {
-            p->y[(sample + m) * p->stored.rows + row + r] = y[r][m];
+    for (size_t m = 0; m < lines; m++) {
+        float *y = p->y + (sample + m) * p->stored.rows + row;
+        for (size_t r = 0; r < rows; r++) {
+            y[r] += (float)sums[r][m] * p->stored.unit[row + r];
         }
     }
 }
 
+/* y of a tile of rows, span after span: of one span four samples stay in the nearest cache. */
 static void level_tile(const LevelProduct *p, const int16_t *k, const int16_t *inputs,
                        size_t padded, size_t row, size_t rows) {
-    for (size_t m = 0, lines; m < p->samples; m += lines) {
-        lines = p->samples - m >= SAMPLES_OF_DOTS ? SAMPLES_OF_DOTS : 1;
-        for (size_t r = 0; r < rows; r += ROWS_OF_DOTS) {
-            few_outputs(p, k + r * padded, inputs + m * padded, padded, row + r,
-                        smaller(ROWS_OF_DOTS, rows - r), m, lines);
+    for (size_t m = 0; m < p->samples; m++) {
+        memset(p->y + m * p->stored.rows + row, 0, rows * sizeof *p->y);
+    }
+    for (size_t at = 0; at < padded; at += LEVEL_SPAN) {
+        const size_t n = smaller(LEVEL_SPAN, padded - at);
+        for (size_t m = 0, lines; m < p->samples; m += lines) {
+            lines = p->samples - m >= SAMPLES_OF_DOTS ? SAMPLES_OF_DOTS : 1;
+            for (size_t r = 0; r < rows; r += ROWS_OF_DOTS) {
+                add_span(p, k + r * padded + at, inputs + m * padded + at, padded, n, row + r,
+                         smaller(ROWS_OF_DOTS, rows - r), m, lines);
+            }
         }
     }
 }
