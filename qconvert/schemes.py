@@ -7,7 +7,7 @@ this table; a new family is a class here, its row in `FAMILIES`, and a codec: `q
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 from qconvert.encoding import BITS, BLOCKS
@@ -37,6 +37,7 @@ FAMILIES = {
     "raw": Family("qconvert.codecs.raw", described=True),
     "affine": Family("qconvert.codecs.affine", described=True),
     "codebook": Family("qconvert.codecs.codebook", described=True, feature="codebook-1.2"),
+    "levels": Family("qconvert.codecs.levels", described=True, feature="levels-1.3"),
     "ggml": Family("qconvert.codecs.ggml", described=False),
 }
 
@@ -55,6 +56,17 @@ CODEBOOKS = {
     ),
 }
 CODEBOOK_BLOCKS = (32, 64, 128, 256)
+
+# Levels of codes by their bits, for weights that are near Gaussian, fitted together with signed
+# scales of blocks: formats/schemes/SPEC.md section 11.
+LEVELS = {
+    2: (-127, -43, 17, 85),
+    3: (-127, -77, -45, -19, 6, 33, 64, 109),
+    4: (-127, -102, -79, -61, -46, -32, -20, -9, 2, 13, 24, 36, 49, 65, 83, 109),
+}
+LEVEL_BLOCKS = (16, 32)
+# Bits of a scale with its sign, and what a bit besides adds to the levels.
+PLAIN_STEPS, SHIFTED_STEPS = (5, 0), (6, 4)
 
 
 class TensorScheme(Protocol):
@@ -148,6 +160,28 @@ class CodebookScheme:
 
 
 @dataclass(frozen=True, slots=True)
+class LevelScheme:
+    """Codes of integer levels, `LEVELS`, with a signed scale a block and a scale a row; scales of
+    ``shifted`` ones are finer and may move the levels.
+    """
+
+    family: ClassVar[str] = "levels"
+    for_vectors: ClassVar[bool] = False
+    default_range: ClassVar[RangeMethod | None] = None
+    bits: int
+    block: int
+    shifted: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"c{self.bits}{'s' if self.shifted else ''}_block{self.block}"
+
+    def at_least(self, bits: int) -> LevelScheme:
+        """This scheme, or the same with so many bits, 4 at most, if it has fewer."""
+        return replace(self, bits=max(self.bits, min(bits, max(LEVELS))))
+
+
+@dataclass(frozen=True, slots=True)
 class GgmlScheme:
     """A ggml block type: a name of `qconvert.ggml_types.GGML_TYPES`."""
 
@@ -198,6 +232,8 @@ _ALL: tuple[TensorScheme, ...] = (
         for block in CODEBOOK_BLOCKS
         for double in (False, True)
     ),
+    *(LevelScheme(bits, block) for bits in LEVELS for block in LEVEL_BLOCKS),
+    LevelScheme(4, 16, shifted=True),
     *(CastScheme(dtype.lower(), dtype) for dtype in CASTS),
     *(GgmlScheme(t.name.lower(), t.name) for t in WRITTEN),
 )
@@ -210,8 +246,8 @@ SCHEMES: dict[str, Scheme] = {
 
 SCHEME_GRAMMAR = (
     "q{2,3,4,5,6,8}_{tensor|channel|block16|block32|block64|block128|block256}[_sym|_asym], "
-    "{nf4|fp4}_block{32|64|128|256}[_dq], f32, f16, bf16; GGUF: "
-    + ", ".join(dict.fromkeys((*MIXES, *(s.name for s in _ALL if s.family == "ggml"))))
+    "{nf4|fp4}_block{32|64|128|256}[_dq], {c2|c3|c4}_block{16|32}, c4s_block16, f32, f16, bf16; "
+    "GGUF: " + ", ".join(dict.fromkeys((*MIXES, *(s.name for s in _ALL if s.family == "ggml"))))
 )
 
 

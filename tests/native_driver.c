@@ -341,6 +341,46 @@ static void run_packing(const Kernels *k, size_t groups) {
     }
 }
 
+/* Levels with signed steps: searched, decoded and multiplied. */
+static void run_levels(const Kernels *k, size_t rows, size_t columns, LevelCode code,
+                       size_t samples, int32_t zero_point) {
+    const size_t blocks = (columns + code.block - 1) / code.block;
+    const size_t padded = (columns + PACK_GROUP - 1) / PACK_GROUP * PACK_GROUP;
+    const size_t size = rows * packed_bytes(padded, code.bits);
+    float *x = numbers(rows * columns), *unit = scales(rows, 0), *square = scales(columns, 0);
+    float *weights = scales(blocks * code.block, 0);
+    for (size_t i = columns; i < blocks * code.block; i++) {
+        weights[i] = 0;
+    }
+    for (int weighted = columns % code.block != 0; weighted < 2; weighted++) {
+        uint8_t *codes = make(size), *steps = make(rows * blocks);
+        Errors *errors = calloc(1, sizeof *errors);
+        const LevelRows task = {code, x, rows, columns, unit, weighted ? weights : NULL,
+                                weighted ? square : NULL, codes, steps};
+        check(k->levels_encode(&task, errors));
+        take(errors, sizeof *errors);
+        take(codes, size);
+        take(steps, rows * blocks);
+    }
+    uint8_t *packed = bytes(size);
+    int8_t *steps = (int8_t *)bytes(rows * blocks), *shifts = make(rows * blocks);
+    for (size_t i = 0; i < rows * blocks; i++) {
+        steps[i] = (int8_t)(steps[i] / (1 << (8 - code.step_bits)));
+        shifts[i] = (int8_t)(draw() % 2 ? code.shift : 0);
+    }
+    const StoredLevels stored = {code, packed, rows, columns, unit, steps, shifts};
+    float *values = make(rows * columns * sizeof *values);
+    k->levels_decode(&stored, values);
+    take(values, rows * columns * sizeof *values);
+    int8_t *inputs = (int8_t *)bytes(samples * columns);
+    float *y = make(samples * rows * sizeof *y);
+    const LevelProduct product = {stored, inputs, samples, zero_point, y};
+    check(k->products->levels_product(&product));
+    take(y, samples * rows * sizeof *y);
+    free(x), free(unit), free(square), free(weights), free(packed), free(steps), free(shifts);
+    free(inputs);
+}
+
 int main(void) {
     static const size_t lengths[] = {1, 16, 31, 64, 200, 256};
     static const size_t columns[] = {1, 33, 128, 300, 513};
@@ -352,6 +392,19 @@ int main(void) {
         for (size_t i = 0; i < 6; i++) {
             run_statistics(k, lengths[i] - 1);
             run_packing(k, i);
+        }
+        static const LevelCode levels[] = {
+            {2, 16, 5, 0, {-127, -43, 17, 85}},
+            {3, 32, 5, 0, {-127, -77, -45, -19, 6, 33, 64, 109}},
+            {3, 16, 6, 4, {-5, -3, -1, 0, 1, 2, 100, 123}}, /* too close to be looked up */
+            {4, 16, 6, 4,
+             {-127, -102, -79, -61, -46, -32, -20, -9, 2, 13, 24, 36, 49, 65, 83, 109}},
+        };
+        for (size_t i = 0; i < 4; i++) {
+            for (size_t c = 0; c < 5; c++) {
+                run_levels(k, 17 + i, columns[c], levels[i], 1 + 3 * (c % 3), (int32_t)c - 2);
+            }
+            run_levels(k, 3, 4130, levels[i], 6, -128);
         }
         for (int bits = 2; bits <= 8; bits += bits == 6 ? 2 : 1) {
             for (int symmetric = 0; symmetric < 2; symmetric++) {

@@ -149,10 +149,20 @@ def test_onnx_runtime_multiplies_where_it_is_installed(scheme: str, operator: st
 
 @pytest.mark.parametrize(
     ("scheme", "kind"),
-    [("q2_block16", "Q4_0"), ("q5_channel", "Q5_0"), ("q6_block32", "Q8_0"), ("q4_1", "Q4_1")],
+    [
+        *(("q2_block16", "Q4_0"), ("q5_channel", "Q5_0"), ("q6_block32", "Q8_0")),
+        *(("q4_1", "Q4_1"), ("c4_block16", "Q4_0")),
+    ],
 )
 def test_the_nearest_type_has_no_fewer_bits(scheme: str, kind: str) -> None:
     assert nearest_ggml_type(SCHEMES[scheme]) == kind
+
+
+def test_levels_are_measured_with_kernels_of_their_own() -> None:
+    report = bench(BenchOptions((SCHEMES["c4s_block16"],), shapes=((64, 200),), rows=2, runs=1))
+    names = [m.name for m in report.measurements]
+    assert "quantize c4s_block16, reference" in names
+    assert "dequantize c4s_block16, reference" in names
 
 
 def test_a_whole_conversion_of_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

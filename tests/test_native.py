@@ -32,10 +32,17 @@ from qconvert.codecs.affine.weighting import weighting
 from qconvert.codecs.codebook import table_of
 from qconvert.encoding import BITS, BLOCKS, AffineEncoding
 from qconvert.kernels import arithmetic, records, reference, scale_search
-from qconvert.kernels.records import Activations, Encoded, Parameters, SourceRows
+from qconvert.kernels.records import (
+    Activations,
+    Encoded,
+    LevelCode,
+    LevelSteps,
+    Parameters,
+    SourceRows,
+)
 from qconvert.kernels.reference.ggml import GGML_BLOCKS
 from qconvert.ranges import RANGE_METHODS, RangeMethod
-from qconvert.schemes import CODEBOOKS
+from qconvert.schemes import CODEBOOKS, LEVEL_BLOCKS, LEVELS, PLAIN_STEPS, SHIFTED_STEPS
 
 if os.environ.get("QCONVERT_KERNELS") == "reference":
     pytest.skip("compares native kernels whatever runs: once is enough", allow_module_level=True)
@@ -498,6 +505,94 @@ def test_pack_and_unpack(width: int) -> None:
         twins("unpack", rng.integers(0, 256, 4 * width * groups).astype(np.uint8), width)
 
 
+# --- levels with signed steps ---------------------------------------------------------------------
+
+
+def level_code(seed: int, bits: int, block: int, shifted: bool) -> LevelCode:
+    """Of the usual table, or of any other."""
+    rng = np.random.default_rng(seed)
+    step_bits, shift = SHIFTED_STEPS if shifted else PLAIN_STEPS
+    levels = LEVELS[bits]
+    if rng.random() < 0.5:
+        below = int(rng.integers(1, 1 << bits))
+        low = rng.choice(127, below, replace=False) - 127
+        high = rng.choice(127 - shift, (1 << bits) - below, replace=False) + 1
+        levels = tuple(int(v) for v in np.sort(np.concatenate([low, high])))
+    return LevelCode(bits, block, step_bits, shift, levels)
+
+
+@often
+@given(
+    *(kinds, seeds, st.integers(1, 40), st.integers(1, 300) | st.sampled_from((256, 2080))),
+    *(st.sampled_from((2, 3, 4)), st.sampled_from(LEVEL_BLOCKS), st.booleans(), st.booleans()),
+)
+def test_levels(
+    kind: str,
+    seed: int,
+    rows: int,
+    columns: int,
+    bits: int,
+    block: int,
+    shifted: bool,
+    weighted: bool,
+) -> None:
+    """Search, codes, values and errors; tables whose levels are close, and huge rows too."""
+    x = values(kind, seed, rows, columns)
+    code = level_code(seed, bits, block, shifted)
+    squares = mean_squares(seed, 1, columns)[0] if weighted else None
+    done = twins("levels_encode", x, code, squares)
+    rng = np.random.default_rng(seed)
+    packed = np.frombuffer(done.segments["codes"], np.uint8)
+    steps = random_steps(rng, rows, code, columns)
+    twins("levels_decode", packed, columns, steps, code)
+
+
+def random_steps(rng: np.random.Generator, rows: int, code: LevelCode, columns: int) -> LevelSteps:
+    half, shape = 1 << (code.step_bits - 1), (rows, code.blocks(columns))
+    return LevelSteps(
+        rng.random(rows, np.float32),
+        rng.integers(-half, half, shape).astype(np.int8),
+        rng.choice([0, code.shift], shape).astype(np.int8),
+    )
+
+
+@settings(parent=often, max_examples=100)
+@given(
+    *(seeds, st.integers(1, 40), st.integers(1, 400) | st.sampled_from((2048, 2049, 4100))),
+    *(st.integers(0, 9), st.sampled_from((2, 3, 4)), st.sampled_from(LEVEL_BLOCKS)),
+    *(st.booleans(), st.sampled_from((0, 0, -128, 127, 5)), st.booleans()),
+)
+def test_product_of_levels(
+    seed: int,
+    rows: int,
+    columns: int,
+    samples: int,
+    bits: int,
+    block: int,
+    shifted: bool,
+    zero_point: int,
+    extreme: bool,
+) -> None:
+    """The packed product equals that of unpacked codes, whose accumulators equal int64 ones."""
+    rng = np.random.default_rng(seed)
+    code = level_code(seed, bits, block, shifted)
+    steps = random_steps(rng, rows, code, columns)
+    codes = rng.integers(0, 1 << bits, (rows, -(-columns // 32) * 32)).astype(np.uint8)
+    a = rng.integers(-128, 128, (samples, columns)).astype(np.int8)
+    if extreme:  # the largest sums there can be, of either sign
+        code = replace(code, levels=(*range(-127, -127 + (1 << bits) - 1), 127 - code.shift))
+        low = -(1 << (code.step_bits - 1))
+        steps = replace(steps, steps=np.full_like(steps.steps, low))
+        codes[:] = np.where(rng.random((rows, 1)) < 0.5, 0, (1 << bits) - 1)
+        a[:] = rng.choice([-128, 127], (samples, 1))
+    packed = reference.pack(codes.ravel(), bits)
+    inputs = Activations(a, rng.uniform(0.5, 2, samples).astype(np.float32), zero_point)
+    parts = arithmetic.level_rows(codes[:, :columns], steps, code)
+    wanted = twins("integer_product", parts, inputs, check=True)
+    assert wanted.exact
+    same(twins("levels_product", packed, columns, steps, code, inputs), wanted.y)
+
+
 # --- integer matrix product -----------------------------------------------------------------------
 
 
@@ -939,6 +1034,7 @@ def _report() -> None:
     packed = rng.integers(0, 256, 4096 * 2048).astype(np.uint8).tobytes()
     ones, zeros = np.ones((4096, 64), np.float32), np.full((4096, 64), 30, np.int32)
     weights = records.Weighting(ones[:1], ones[:1], ones[:1])
+    levels, bytes_of = LevelCode(4, 16, *PLAIN_STEPS, LEVELS[4]), np.frombuffer(packed, np.uint8)
     for name in compiled.variants():
         compiled.select(name)
         calls: dict[str, Callable[[], object]] = {
@@ -950,6 +1046,8 @@ def _report() -> None:
             "encode_rows q8": lambda: compiled.encode_rows(rows, eight, parameters),
             "search q4": lambda: compiled.search(groups, None, e, four),
             "search q4 weighted": lambda: compiled.search(groups, None, e, four, weights),
+            "levels c4": lambda: compiled.levels_encode(rows, levels),
+            "levels c4 weighted": lambda: compiled.levels_encode(rows, levels, np.abs(rows[0])),
             "Q4_0": lambda: compiled.ggml_encode("Q4_0", blocks),
             "Q8_0": lambda: compiled.ggml_encode("Q8_0", blocks),
             "IQ4_NL": lambda: compiled.ggml_encode("IQ4_NL", blocks),
@@ -966,6 +1064,13 @@ def _report() -> None:
             spent = _fastest(lambda a=a: compiled.product(packed, ones, zeros, four, a))
             print(
                 f"{name:9} product x {samples:<6} {2 * samples * 4096**2 / spent / 1e9:7.0f} Gop/s"
+            )
+            one = random_steps(rng, 4096, levels, 4096)
+            spent = _fastest(
+                lambda a=a, one=one: compiled.levels_product(bytes_of, 4096, one, levels, a)
+            )
+            print(
+                f"{name:9} levels x {samples:<7} {2 * samples * 4096**2 / spent / 1e9:7.0f} Gop/s"
             )
 
 

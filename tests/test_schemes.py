@@ -29,6 +29,8 @@ CODEBOOKS = [
     f"{table}_block{block}{suffix}"
     for table, block, suffix in itertools.product(("nf4", "fp4"), (32, 64, 128, 256), ("", "_dq"))
 ]
+LEVELS = ["c2_block16", "c2_block32", "c3_block16", "c3_block32", "c4_block16", "c4_block32"]
+LEVELS += ["c4s_block16"]
 OTHERS = ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 OTHERS += ["iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "tq1_0", "tq2_0"]
 OTHERS += ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
@@ -36,7 +38,7 @@ OTHERS += ["q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m",
 
 
 def test_the_table_holds_the_names_of_the_specification_and_no_others() -> None:
-    assert sorted(SCHEMES) == sorted(AFFINE + CODEBOOKS + OTHERS)
+    assert sorted(SCHEMES) == sorted(AFFINE + CODEBOOKS + LEVELS + OTHERS)
     assert all(name == scheme.name for name, scheme in SCHEMES.items())
 
 

@@ -185,7 +185,7 @@ def check_top(header: dict[str, Json]) -> None:
     if len(tensors) > MAX_TENSORS or len(files) > MAX_FILES:
         refuse(10, f"too many tensors ({len(tensors)}) or files ({len(files)})")
     for feature in features:
-        if feature not in (NEWER, CODEBOOK):
+        if feature not in (NEWER, CODEBOOK, LEVELS):
             refuse(11, f"required feature is not known: {feature[:200]!a}")
 
 
@@ -201,7 +201,8 @@ NEWER_DTYPES = {
     "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
     "C64": 64,
 }  # fmt: skip
-CODEBOOK = "codebook-1.2"  # the feature that has the encoding of this kind
+CODEBOOK = "codebook-1.2"  # the features that have the encodings of these kinds
+LEVELS = "levels-1.3"
 FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 CAST_TO = ("F32", "F16", "BF16")
 RAW_KEYS: dict[str, type] = {"dtype": str, "kind": str}
@@ -210,6 +211,10 @@ AFFINE_KEYS: dict[str, type] = {
     "symmetric": bool,
 }  # fmt: skip
 CODEBOOK_KEYS: dict[str, type] = {"block": int, "kind": str, "scale_dtype": str, "table": str}
+LEVELS_KEYS: dict[str, type] = {
+    "bits": int, "block": int, "kind": str, "levels": list, "row_length": int, "scale_bits": int,
+    "shift": int,
+}  # fmt: skip
 SEGMENT_KEYS: dict[str, type] = {"kind": str, "offset": int, "size": int}
 ACTIVATION_KEYS: dict[str, type] = {
     "observer": str, "samples": int, "scale": float, "zero_point": int,
@@ -272,12 +277,45 @@ class Codebook:
 
 
 @dataclass(frozen=True)
+class Levels:
+    """Section 3.2: R rows of c values stored as C codes, a step for every n values of a row."""
+
+    bits: int
+    block: int  # n
+    levels: list[int]
+    scale_bits: int
+    shift: int
+    c: int
+    rows: int
+
+    @property
+    def stored(self) -> int:  # C
+        return -(-self.c // 32) * 32
+
+    @property
+    def width(self) -> int:
+        return self.scale_bits + (1 if self.shift else 0)
+
+    @property
+    def steps(self) -> int:  # K
+        return self.rows * -(-self.c // self.block)
+
+    def sizes(self) -> list[tuple[str, int]]:
+        """The tables of section 4."""
+        return [
+            ("codes", self.rows * self.stored * self.bits // 8),
+            ("scales", 4 * self.width * -(-self.steps // 32)),
+            ("row_scales", 2 * self.rows),
+        ]
+
+
+@dataclass(frozen=True)
 class Tensor:
     name: str
     shape: list[int]
     source_dtype: str
     encoding: dict[str, Json]  # just the keys of section 3.2
-    packed: Affine | Codebook | None
+    packed: Affine | Codebook | Levels | None
     segments: list[Segment]
     sha256: str
 
@@ -318,6 +356,8 @@ def read_tensor(
     if kind == "affine" and "block" in given:
         known = {**known, "block": int}
     encoding = {k: need(given, k, form, "encoding", t) for k, form in sorted(known.items())}
+    if not all(type(level) is int for level in encoding.get("levels", [])):
+        refuse(10, "a level is not an integer", t)
     segments = take_segments(entry, "tensor", t)
     sha256: str = need(entry, "sha256", str, "tensor", t)
     for optional in ("decision", "error", "activation"):
@@ -341,7 +381,7 @@ def read_tensor(
     count = math.prod(shape)
 
     check_encoding(source, encoding, kind, dtypes, kinds, t)
-    packed: Affine | Codebook | None = None
+    packed: Affine | Codebook | Levels | None = None
     expected: list[tuple[str, int]]
     bits = 0
     if kind == "raw":
@@ -350,6 +390,8 @@ def read_tensor(
     else:
         if kind == "affine":
             packed = read_affine(encoding, shape, count, t)
+        elif kind == "levels":
+            packed = read_levels(encoding, shape, count, t)
         else:
             packed = read_codebook(encoding, count, t)
         expected = packed.sizes()
@@ -395,6 +437,8 @@ def check_encoding(
             refuse(14, "scale_dtype does not go with the granularity", t)
         if source not in FLOATING:
             refuse(14, f"an affine tensor cannot come from {source}", t)
+    elif kind == "levels":
+        check_levels(source, encoding, t)
     else:
         if encoding["table"] not in TABLES:
             refuse(14, f"table is not defined: {encoding['table'][:50]!a}", t)
@@ -404,6 +448,25 @@ def check_encoding(
             refuse(14, "scale_dtype is not defined for codebooks", t)
         if source not in FLOATING:
             refuse(14, f"a codebook tensor cannot come from {source}", t)
+
+
+def check_levels(source: str, encoding: dict[str, Json], t: str | None) -> None:
+    """QBLK-014: levels of section 3.2."""
+    table: list[int] = encoding["levels"]
+    if encoding["bits"] not in (2, 3, 4):
+        refuse(14, f"bits {encoding['bits']} is not defined for levels", t)
+    if encoding["block"] not in (16, 32):
+        refuse(14, f"block {encoding['block']} is not defined for levels", t)
+    if (encoding["scale_bits"], encoding["shift"]) not in ((5, 0), (6, 4)):
+        refuse(14, "scale_bits and shift do not go together", t)
+    if len(table) != 1 << encoding["bits"]:
+        refuse(14, f"{len(table)} levels", t)
+    if not all(low < high for low, high in pairwise(table)):
+        refuse(14, "levels do not ascend", t)
+    if not (-127 <= table[0] < 0 < table[-1] <= 127 - encoding["shift"]):
+        refuse(14, f"levels from {table[0]} to {table[-1]}", t)
+    if source not in FLOATING:
+        refuse(14, f"a tensor of levels cannot come from {source}", t)
 
 
 def read_affine(encoding: dict[str, Json], shape: list[int], count: int, t: str | None) -> Affine:
@@ -419,6 +482,18 @@ def read_affine(encoding: dict[str, Json], shape: list[int], count: int, t: str 
         rows=count // c, stored=stored, group=n or c,
         per_tensor=encoding["granularity"] == "tensor",
     )  # fmt: skip
+
+
+def read_levels(encoding: dict[str, Json], shape: list[int], count: int, t: str | None) -> Levels:
+    """QBLK-015, and the geometry of section 3.2."""
+    c = encoding["row_length"]
+    trailing = [math.prod(shape[at:]) for at in range(len(shape))] or [1]
+    if count == 0 or c not in trailing:
+        refuse(15, f"tensor is empty or row_length {c} is no product of trailing dimensions", t)
+    return Levels(
+        *(encoding["bits"], encoding["block"], encoding["levels"], encoding["scale_bits"]),
+        *(encoding["shift"], c, count // c),
+    )
 
 
 def read_codebook(encoding: dict[str, Json], count: int, t: str | None) -> Codebook:
@@ -673,6 +748,53 @@ def decode_codebook(codebook: Codebook, parts: list[memoryview]) -> Iterator[byt
         yield store([table[code] * scale for code in codes[:count]])
 
 
+# schemes/SPEC.md section 11
+
+
+def check_row_scales(tensor: Tensor, parts: list[memoryview]) -> None:
+    """QBLK-020."""
+    for number, scale in enumerate(scale_values(parts[2], "F16")):
+        if not math.isfinite(scale) or math.copysign(1.0, scale) < 0:
+            refuse(20, f"row scale {number} is negative or not finite", tensor.name)
+
+
+def step_values(levels: Levels, parts: list[memoryview]) -> Iterator[int]:
+    """All stored values: those of the K steps, then the unused ones of the last group."""
+    for piece in pieces(parts[1], 4 * levels.width * 1024):
+        yield from unpack(piece, levels.width)
+
+
+def check_steps(tensor: Tensor, levels: Levels, parts: list[memoryview]) -> None:
+    """QBLK-023 for the scales."""
+    for number, value in enumerate(step_values(levels, parts)):
+        if number >= levels.steps and value:
+            refuse(23, f"unused value {number} of the scales is not 0", tensor.name)
+
+
+def decode_levels(tensor: Tensor, levels: Levels, parts: list[memoryview]) -> Iterator[bytes]:
+    """The values as binary32, with QBLK-023 for the codes' padding; every product is exact."""
+    c, block, half = levels.c, levels.block, 1 << (levels.scale_bits - 1)
+    values = step_values(levels, parts)
+    row_bytes = levels.stored * levels.bits // 8
+    for row, d in enumerate(scale_values(parts[2], "F16")):
+        unit = d * 2.0 ** -(levels.scale_bits + 6)
+        for first in range(0, levels.stored, SPAN):
+            last = min(first + SPAN, levels.stored)
+            begin = row * row_bytes
+            bits = levels.bits
+            packed = parts[0][begin + first * bits // 8 : begin + last * bits // 8].tobytes()
+            codes = unpack(packed, bits)
+            real = max(0, min(c, last) - first)
+            if codes[real:].strip(b"\0"):
+                refuse(23, f"padding of row {row} is not 0", tensor.name)
+            for at in range(0, real, block):
+                stored = next(values)
+                scale = unit * (stored % (2 * half) - half)
+                shift = levels.shift if stored >= 2 * half else 0
+                some = codes[at : min(at + block, real)]
+                yield store([scale * (levels.levels[u] + shift) for u in some])
+
+
 # Section 4.1
 
 
@@ -729,6 +851,8 @@ def check(file: memoryview, with_values: bool) -> dict[str, Json]:
     kinds = {"raw": RAW_KEYS, "affine": AFFINE_KEYS}
     if CODEBOOK in header["required_features"]:
         kinds["codebook"] = CODEBOOK_KEYS
+    if LEVELS in header["required_features"]:
+        kinds["levels"] = LEVELS_KEYS
     tensors = [read_tensor(entry, tensor_names, dtypes, kinds) for entry in header["tensors"]]
     file_names: set[str] = set()
     companions = [read_companion(entry, file_names) for entry in header["files"]]
@@ -756,6 +880,10 @@ def check(file: memoryview, with_values: bool) -> dict[str, Json]:
             check_minus_128(tensor, tensor.packed, parts)
             check_zero_points(tensor, tensor.packed, parts, 23)
             stream = decode(tensor, tensor.packed, parts)
+        elif isinstance(tensor.packed, Levels):
+            check_row_scales(tensor, parts)
+            check_steps(tensor, tensor.packed, parts)
+            stream = decode_levels(tensor, tensor.packed, parts)
         elif tensor.packed is not None:
             check_codebook(tensor, tensor.packed, parts)
             stream = decode_codebook(tensor.packed, parts)

@@ -30,6 +30,7 @@ from qconvert.errors import FormatError
 from qconvert.geometry import Tile
 from qconvert.kernels.records import (
     F32,
+    I32,
     Activations,
     Bytes,
     Encoded,
@@ -112,6 +113,8 @@ class Grid:
         always_scaled: whether a scale of 0 promises a group of zeros (ggml's may underflow).
         scale_rounding, offset_rounding: see `kernels.worst_step`; None where codes are made with
             the numbers that are stored.
+        group, zero: columns of a group and the zero point of each, int32 (R, G), where they are
+            not those of the integers; 0 and None where they are.
     """
 
     scale: F32
@@ -121,6 +124,8 @@ class Grid:
     always_scaled: bool = True
     scale_rounding: F32 | None = None
     offset_rounding: F32 | None = None
+    group: int = 0
+    zero: I32 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +149,9 @@ class Coded:
         if self.integers is None or self.grid is None:
             return None
         n, g = self.integers, self.grid
+        zero = n.zero if g.zero is None else g.zero
         worst, unscaled = kernels.worst_step(
-            *(weights, self.values, n.group, g.scale, n.offset, n.zero, g.code_step),
+            *(weights, self.values, g.group or n.group, g.scale, n.offset, zero, g.code_step),
             *(g.low, g.high, g.scale_rounding, g.offset_rounding),
         )
         return math.inf if unscaled and g.always_scaled else worst

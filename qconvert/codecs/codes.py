@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 @dataclass(frozen=True, slots=True)
 class Codes:
     """A quantized tensor as it is stored: value = (codes - zero_point) * scale, in float32, or, of
-    a codebook, table[codes] * scale.
+    a table, (table[codes] - zero_point) * scale.
 
     Attributes:
         codes: uint8 (R, c), one row of the tensor after the other, 0..2^bits - 1 (symmetric 8-bit
             codes and zero points are those of the file plus 128).
         scales: float32 (R, G), one for each group of a row.
-        zero_points: float32 (R, G); quarters below 8 bits, 2^(bits - 1) when symmetric.
+        zero_points: float32 (R, G); quarters below 8 bits, 2^(bits - 1) when symmetric; of a table
+            what shifts it, or 0.
         block: columns of a group; c when a row has one scale. The last group may be shorter.
         bits: of a code.
         table: the value of each code before it is scaled, float32 (2^bits,); None where codes are
@@ -46,8 +47,8 @@ class Codes:
 
     def dequantize(self) -> NDArray[np.float32]:
         """The values, (R, c); the same bits as `Tensor.dequantize`."""
-        numbers = self.codes - self.zero_point if self.table is None else self.table[self.codes]
-        values: NDArray[np.float32] = numbers * self.scale
+        numbers = self.codes if self.table is None else self.table[self.codes]
+        values: NDArray[np.float32] = (numbers - self.zero_point) * self.scale
         return values
 
     def __repr__(self) -> str:

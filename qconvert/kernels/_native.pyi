@@ -205,3 +205,52 @@ def codebook_encode(
 def codebook_decode(
     *, data: Buffer, count: int, scale: Buffer, block: int, table: Buffer, x: Buffer
 ) -> None: ...
+def levels_encode(
+    *,
+    x: Buffer,
+    rows: int,
+    columns: int,
+    unit: Buffer,
+    bits: int,
+    block: int,
+    step_bits: int,
+    shift: int,
+    levels: Buffer,
+    weights: Buffer | None,
+    mean_square: Buffer | None,
+    codes: Buffer,
+    steps: Buffer,
+) -> tuple[float, float, float, int, float, float]: ...
+def levels_decode(
+    *,
+    packed: Buffer,
+    rows: int,
+    columns: int,
+    unit: Buffer,
+    steps: Buffer,
+    shifts: Buffer,
+    bits: int,
+    block: int,
+    step_bits: int,
+    shift: int,
+    levels: Buffer,
+    x: Buffer,
+) -> None: ...
+def levels_product(
+    *,
+    packed: Buffer,
+    rows: int,
+    columns: int,
+    unit: Buffer,
+    steps: Buffer,
+    shifts: Buffer,
+    bits: int,
+    block: int,
+    step_bits: int,
+    shift: int,
+    levels: Buffer,
+    inputs: Buffer,
+    samples: int,
+    zero_point: int,
+    y: Buffer,
+) -> None: ...

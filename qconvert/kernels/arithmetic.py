@@ -16,10 +16,13 @@ from qconvert.kernels.records import (
     F32,
     F64,
     I32,
+    LEVEL_SPAN,
     U8,
     Bools,
     Extent,
     IntegerRows,
+    LevelCode,
+    LevelSteps,
     Parameters,
 )
 
@@ -162,6 +165,71 @@ def integer_rows(
         scale=scale / np.float32(steps),
         offset=None,
         group=encoding.block or codes.shape[1],
+    )
+
+
+# --- levels with signed steps: section 11 ---------------------------------------------------------
+
+# By the bits of a code: where steps are searched, in steps that bring the furthest value to an end
+# of the table. tests/test_levels.py holds the search to all steps that there are.
+LEVEL_WINDOWS = {2: (0.5625, 1.125), 3: (0.8125, 1.125), 4: (0.875, 1.4375)}
+LEAST_WEIGHT = np.float32(2.0**-16)  # of the largest of a block, as in the weighted search
+_SMALLEST_HALF = np.float32(SMALLEST_SCALE["F16"])
+
+
+def row_units(magnitude: F32, code: LevelCode) -> tuple[NDArray[np.float16], F32]:
+    """The scale of rows of these largest magnitudes (R,) as stored, infinite where it is beyond
+    binary16, and the unit of their steps, which is 0 then.
+    """
+    with np.errstate(over="ignore"):
+        stored = (magnitude * np.float32(1.0625)).astype("<f2")
+    wide = stored.astype(np.float32)
+    wide = np.where((wide == 0) & (magnitude > 0), _SMALLEST_HALF, wide)
+    return wide.astype("<f2"), level_unit(np.where(np.isinf(wide), np.float32(0), wide), code)
+
+
+def level_unit(row_scales: F32, code: LevelCode) -> F32:
+    """What a step and a level of 1 count for in each row, (R,)."""
+    unit: F32 = row_scales * np.float32(2.0 ** -(code.step_bits + 6))
+    return unit
+
+
+def level_weights(mean_square: F32 | None, columns: int, block: int) -> F32 | None:
+    """Weights of the values of a row's blocks, (G, L), 0 for padding; None where all count 1."""
+    if mean_square is None:
+        if columns % block == 0:
+            return None
+        mean_square = np.ones(columns, np.float32)
+    groups, counts = to_groups(np.ascontiguousarray(mean_square[None, :], np.float32), block)
+    largest = groups.max(axis=1, keepdims=True)
+    one = np.float32(1)
+    share = np.where(largest > 0, groups / np.where(largest > 0, largest, one), one)
+    weight = np.maximum(share, LEAST_WEIGHT)
+    if counts is not None:
+        weight = np.where(np.arange(block) < counts[:, None], weight, np.float32(0))
+    return weight
+
+
+def shifted_levels(
+    codes: NDArray[np.uint8], steps: LevelSteps, code: LevelCode
+) -> NDArray[np.int16]:
+    """Levels of codes (R, c) with the shifts of their blocks, int16 (R, c)."""
+    shifts = np.repeat(steps.shifts, code.block, axis=1)[:, : codes.shape[1]]
+    found: NDArray[np.int16] = code.table.astype(np.int16)[codes] + shifts
+    return found
+
+
+def level_rows(codes: NDArray[np.uint8], steps: LevelSteps, code: LevelCode) -> IntegerRows:
+    """Codes (R, c) in integer units: steps times levels, in spans that share the unit of a row."""
+    rows, columns = codes.shape
+    each = np.repeat(steps.steps.astype(np.int16), code.block, axis=1)[:, :columns]
+    spans = -(-columns // LEVEL_SPAN)
+    return IntegerRows(
+        codes=shifted_levels(codes, steps, code) * each,
+        zero=np.zeros((rows, spans), np.int32),
+        scale=np.repeat(steps.unit[:, None], spans, axis=1),
+        offset=None,
+        group=LEVEL_SPAN,
     )
 
 

@@ -20,8 +20,10 @@ from qconvert.kernels.arithmetic import (
     HISTOGRAM_BINS,
     PIECE,
     SCALE_NUMPY,
+    level_weights,
     narrow_bounds,
     nearest_entries,
+    row_units,
     stored_zero_points,
 )
 from qconvert.kernels.records import (
@@ -36,6 +38,8 @@ from qconvert.kernels.records import (
     Extent,
     GroupStatistics,
     IntegerRows,
+    LevelCode,
+    LevelSteps,
     Moments,
     Observed,
     Parameters,
@@ -660,3 +664,81 @@ def codebook_decode(data: U8, count: int, scale: F32, table: F32, block: int) ->
         data=_u8(data), count=count, scale=_f32(scale), block=block, table=_f32(table), x=x
     )
     return x
+
+
+# --- levels with signed steps ---------------------------------------------------------------------
+
+
+def levels_encode(x: F32, code: LevelCode, mean_square: F32 | None = None) -> Encoded:
+    """`reference.levels_encode`."""
+    rows, columns = x.shape
+    scales, unit = row_units(extent(x).magnitude, code)
+    codes = np.empty(rows * -(-columns // PACK_GROUP) * 4 * code.bits, np.uint8)
+    steps = np.empty(rows * code.blocks(columns), np.uint8)
+    error = _native.levels_encode(
+        x=_f32(x),
+        rows=rows,
+        columns=columns,
+        unit=unit,
+        **_level_code(code),
+        weights=_f32_or_none(level_weights(mean_square, columns, code.block)),
+        mean_square=_f32_or_none(mean_square),
+        codes=codes,
+        steps=steps,
+    )
+    found: dict[str, Bytes] = {
+        "codes": codes.data,
+        "scales": steps.data,
+        "row_scales": scales.tobytes(),
+    }
+    return Encoded(found, ErrorSums(x.size, *error))
+
+
+def levels_decode(packed: U8, columns: int, steps: LevelSteps, code: LevelCode) -> F32:
+    """`reference.levels_decode`."""
+    x = np.empty((len(steps.unit), columns), np.float32)
+    _native.levels_decode(**_stored_levels(packed, columns, steps, code), x=x)
+    return x
+
+
+def levels_product(
+    packed: U8, columns: int, steps: LevelSteps, code: LevelCode, a: Activations
+) -> F32:
+    """`reference.levels_product`."""
+    stored = _stored_levels(packed, columns, steps, code)
+    y = np.empty((len(a.codes), len(steps.unit)), np.float32)
+    zero_points = a.zero_points[:, 0]
+    for zero_point in np.unique(zero_points):  # the loop takes one for all of its rows
+        same = zero_points == zero_point
+        part = np.empty((int(same.sum()), y.shape[1]), np.float32)
+        _native.levels_product(
+            **stored,
+            inputs=np.ascontiguousarray(a.codes[same], np.int8),
+            samples=len(part),
+            zero_point=int(zero_point),
+            y=part,
+        )
+        y[same] = part
+    return y * a.scale[:, None]
+
+
+def _level_code(code: LevelCode) -> dict[str, Any]:
+    return {
+        "bits": code.bits,
+        "block": code.block,
+        "step_bits": code.step_bits,
+        "shift": code.shift,
+        "levels": code.table,
+    }
+
+
+def _stored_levels(packed: U8, columns: int, steps: LevelSteps, code: LevelCode) -> dict[str, Any]:
+    return {
+        "packed": _u8(packed),
+        "rows": len(steps.unit),
+        "columns": columns,
+        "unit": _f32(steps.unit),
+        "steps": np.ascontiguousarray(steps.steps, np.int8),
+        "shifts": np.ascontiguousarray(steps.shifts, np.int8),
+        **_level_code(code),
+    }

@@ -17,6 +17,7 @@ from qconvert.kernels.arithmetic import (
     SIGN,
     integer_rows,
     lane_sum,
+    level_rows,
     minmax,
     narrow_bounds,
     to_groups,
@@ -31,6 +32,8 @@ from qconvert.kernels.records import (
     Extent,
     GroupStatistics,
     IntegerRows,
+    LevelCode,
+    LevelSteps,
     Moments,
     Parameters,
     PowerSums,
@@ -227,6 +230,18 @@ def product(
     codes = load_codes(k, packed, encoding).reshape(-1, encoding.row_codes)
     codes = codes[:, : encoding.row_length]
     return integer_product(k, integer_rows(codes, scale, zero, encoding), a).y
+
+
+def levels_product(
+    k: Pieces, packed: U8, columns: int, steps: LevelSteps, code: LevelCode, a: Activations
+) -> F32:
+    """`integer_product` straight from stored codes of levels: y, float32 (M, R).
+
+    Args:
+        packed: codes of rows of ``columns`` values, each padded to a group of 32.
+    """
+    codes = k.unpack(packed, code.bits).reshape(len(steps.unit), -1)[:, :columns]
+    return integer_product(k, level_rows(codes, steps, code), a).y
 
 
 def integer_product(

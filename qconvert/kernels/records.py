@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+I8 = NDArray[np.int8]
 I32 = NDArray[np.int32]
 U8 = NDArray[np.uint8]
 Bools = NDArray[np.bool_]
@@ -412,7 +413,7 @@ class IntegerRows:
     """Weight rows in integer units: value = (code - zero) · scale + offset.
 
     Attributes:
-        codes: int16 (R, c), within -255..255.
+        codes: int16 (R, c), within -255..255, or -4064..4064 in groups of `LEVEL_SPAN`.
         zero: int32 (R, G).
         scale: float32 (R, G).
         offset: float32 (R, G) or None; the float minimum that some ggml types have.
@@ -443,6 +444,57 @@ class IntegerRows:
             inputs = np.abs(a.values[:, span]).sum(axis=1)[:, None]
             total += inputs * np.abs(self.offset[:, group])
         return total
+
+
+LEVEL_SPAN = 2_048  # columns that int32 can take at 32 · 127 · 255 each: below 2^31
+
+
+@dataclass(frozen=True, slots=True)
+class LevelCode:
+    """Codes of integer levels with signed steps, formats/schemes/SPEC.md section 11.
+
+    Attributes:
+        bits: of a code, 2 to 4.
+        block: values of a row that share a step, 16 or 32.
+        step_bits: of a step with its sign.
+        shift: what a bit besides may add to the levels of a block; 0 for no such bit.
+        levels: of each code, ascending.
+    """
+
+    bits: int
+    block: int
+    step_bits: int
+    shift: int
+    levels: tuple[int, ...]
+
+    @property
+    def table(self) -> I8:
+        """The levels, int8 (2^bits,)."""
+        return np.array(self.levels, np.int8)
+
+    def blocks(self, columns: int) -> int:
+        """Blocks of a row."""
+        return -(-columns // self.block)
+
+
+@dataclass(frozen=True, slots=True)
+class LevelSteps:
+    """What scales the levels of rows: value = unit · step · (level + shift).
+
+    Attributes:
+        unit: float32 (R,), d · 2^-(step_bits + 6).
+        steps, shifts: of each block, int8 (R, G).
+    """
+
+    unit: F32
+    steps: I8
+    shifts: I8
+
+    @property
+    def scale(self) -> F32:
+        """Of each block, float32 (R, G), exact."""
+        found: F32 = self.unit[:, None] * self.steps.astype(np.float32)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

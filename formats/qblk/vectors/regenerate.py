@@ -905,6 +905,179 @@ def invalid_codebooks() -> None:
     )
 
 
+# schemes/SPEC.md section 11
+LEVELS = {
+    2: [-127, -43, 17, 85],
+    3: [-127, -77, -45, -19, 6, 33, 64, 109],
+    4: [-127, -102, -79, -61, -46, -32, -20, -9, 2, 13, 24, 36, 49, 65, 83, 109],
+}
+# Steps -3, 15, -16, 0 plus 16 in 5 bits; -3, 31, -32, 0 plus 32, the first and third shifted.
+STEPS5 = ("0d 0f 00*14 00 01 00 01", [(-3, 0), (15, 0), (-16, 0), (0, 0)])
+STEPS7 = ("0d 0f 00*14 01 03 00 02 00*4 01 00 01 00", [(-3, 4), (31, 0), (-32, 4), (0, 0)])
+ROW_SCALES = ("00 3c 00 34", [1.0, 0.25])
+
+
+def levels(
+    name: str,
+    bits: int,
+    *,
+    codes: str = "",
+    scales: str = "",
+    rows: str = "",
+    shifted: bool = False,
+    source: str = "F32",
+    shape: list[int] | None = None,
+    segments: list[tuple[str, bytes]] | None = None,
+    encoding: dict[str, Any] | None = None,
+) -> Tensor:
+    """Two rows of 19 codes in blocks of 16, each padded to a group, perhaps with other bytes."""
+    packed, u = BLOCK[bits]
+    packed_steps, steps = STEPS7 if shifted else STEPS5
+    packed_rows, d = ROW_SCALES
+    described = {
+        "bits": bits,
+        "block": 16,
+        "kind": "levels",
+        "levels": LEVELS[bits],
+        "row_length": 19,
+        "scale_bits": 6 if shifted else 5,
+        "shift": 4 if shifted else 0,
+        **(encoding or {}),
+    }
+    divisor = 4096 if shifted else 2048
+    values = []
+    for i, (code, block) in enumerate(zip(u, OWNER[2], strict=True)):
+        step, shift = steps[block]
+        values.append(d[i // 19] / divisor * step * (LEVELS[bits][code] + shift))
+    parts = [
+        ("codes", hexa(codes or packed)),
+        ("scales", hexa(scales or packed_steps)),
+        ("row_scales", hexa(rows or packed_rows)),
+    ]
+    return Tensor(name, shape or [2, 19], source, described, segments or parts, f32(values))
+
+
+def many_levels() -> Tensor:
+    """Rows of 33: 34 steps, which fill a group and begin a second, padded one; a row scale of 0,
+    the smallest and the largest, and a table of its own.
+    """
+    table = [-100, -3, 1, 127]
+    d = [0.0, 2.0**-24, 65504.0, *([1.5] * 14)]
+    values = []
+    for scale in d:
+        values += [scale / 2048 * 3 * table[j % 4] for j in range(32)]  # 19 - 16
+        values.append(scale / 2048 * -16 * table[3])
+    described = {
+        "bits": 2,
+        "block": 32,
+        "kind": "levels",
+        "levels": table,
+        "row_length": 33,
+        "scale_bits": 5,
+        "shift": 0,
+    }
+    # Steps 3, -16, 3, -16, ... are 19, 0, 19, 0: bits 3, 0, ... and 1, 0, ...
+    scales = "33 00*1 " * 8 + "ff 00 ff 00 " + "03 00*15 01 00*3"
+    parts = [
+        ("codes", hexa("00 55 aa ff 00 55 aa ff 03 00*7 " * 17)),
+        ("scales", hexa(scales)),
+        ("row_scales", hexa("00 00 01 00 ff 7b " + "00 3e " * 14)),
+    ]
+    return Tensor("many", [17, 33], "BF16", described, parts, f32(values))
+
+
+def valid_levels() -> None:
+    for bits in (2, 3, 4):
+        valid(
+            f"levels-c{bits}",
+            f"levels of {bits} bits: rows of 19 in blocks of 16, steps -16 to 15, and 0",
+            [levels("w", bits)],
+            features=["levels-1.3"],
+            fields={"minor": 3},
+        )
+    valid(
+        "levels-c4s",
+        "levels of 4 bits with steps of 6 bits, some of them shifted",
+        [levels("w", 4, shifted=True)],
+        features=["levels-1.3"],
+        fields={"minor": 3},
+    )
+    valid(
+        "levels-many",
+        "34 steps in two groups of 32; row scales 0, 2^-24 and 65504; its own table; a codebook",
+        [many_levels(), codebook("nf4", 91)],
+        features=["codebook-1.2", "levels-1.3"],
+        fields={"minor": 3},
+    )
+
+
+def invalid_levels() -> None:
+    def file(*tensors: Tensor, features: tuple[str, ...] = ("levels-1.3",)) -> bytes:
+        return make(list(tensors), features=list(features), fields={"minor": 3})
+
+    invalid(
+        14, "levels-no-feature", "levels without their feature", file(levels("w", 4), features=())
+    )
+    fractions = [-127, -43.5, 17, 85]
+    invalid(
+        10,
+        "levels-fraction",
+        "a level is no integer",
+        file(levels("w", 2, encoding={"levels": fractions})),
+    )
+    for case, bits, change, why in (
+        ("bits", 4, {"bits": 5}, "5 bits"),
+        ("block", 4, {"block": 64}, "blocks of 64"),
+        ("shift", 4, {"shift": 4}, "steps of 5 bits and a shift"),
+        ("steps", 4, {"scale_bits": 6}, "steps of 6 bits without a shift"),
+        ("count", 2, {"levels": LEVELS[3]}, "8 levels for 2 bits"),
+        ("order", 2, {"levels": [-127, 17, -43, 85]}, "levels that do not ascend"),
+        ("equal", 2, {"levels": [-127, 17, 17, 85]}, "a level twice"),
+        ("low", 2, {"levels": [-128, -43, 17, 85]}, "the level -128"),
+        ("high", 2, {"levels": [-127, -43, 17, 128]}, "the level 128"),
+        ("positive", 2, {"levels": [0, 17, 43, 85]}, "no level below 0"),
+        ("negative", 2, {"levels": [-127, -43, -17, 0]}, "no level above 0"),
+    ):
+        invalid(14, f"levels-{case}", f"levels: {why}", file(levels("w", bits, encoding=change)))
+    top = {"levels": [*LEVELS[4][:-1], 124]}
+    invalid(
+        14,
+        "levels-shifted-high",
+        "levels: 124 with a shift of 4",
+        file(levels("w", 4, shifted=True, encoding=top)),
+    )
+    invalid(14, "levels-source", "levels of I32", file(levels("w", 4, source="I32")))
+    invalid(15, "levels-empty", "levels of no value", file(levels("w", 4, shape=[0, 19])))
+    invalid(
+        15,
+        "levels-row",
+        "rows of 2 in a shape of [2, 19]",
+        file(levels("w", 4, encoding={"row_length": 2})),
+    )
+    good = levels("w", 4).segments
+    for case, parts, why in (
+        ("missing", good[:2], "no row scales"),
+        ("order", [good[0], good[2], good[1]], "row scales before the scales"),
+        ("codes", [("codes", good[0][1] + b"\0"), *good[1:]], "a byte of codes too many"),
+        ("scales", [good[0], ("scales", good[1][1][:-1]), good[2]], "a byte of scales too few"),
+        ("rows", [*good[:2], ("row_scales", good[2][1][:2])], "a row scale too few"),
+    ):
+        invalid(17, f"levels-{case}", f"levels: {why}", file(levels("w", 4, segments=parts)))
+    for case, rows, why in (
+        ("nan", "00 3c 00 7e", "a row scale is NaN"),
+        ("inf", "00 7c 00 34", "a row scale is infinite"),
+        ("negative", "00 3c 00 b4", "a row scale is negative"),
+        ("minus-0", "00 3c 00 80", "a row scale is -0"),
+    ):
+        invalid(20, f"levels-{case}", f"levels: {why}", file(levels("w", 4, rows=rows)))
+    padded = BLOCK[4][0].replace("03 04", "03 14", 1)
+    invalid(23, "levels-padding", "levels: a padding code is 1", file(levels("w", 4, codes=padded)))
+    unused = "0d 0f 00*2 01 00*11 00 01 00 01"
+    invalid(
+        23, "levels-unused", "levels: an unused scale is 1", file(levels("w", 4, scales=unused))
+    )
+
+
 def invalid_preamble() -> None:
     base = make([small()])
     invalid(1, "empty", "no bytes at all", b"")
@@ -1484,12 +1657,14 @@ def write_readme() -> None:
 def main() -> int:
     valid_files()
     valid_codebooks()
+    valid_levels()
     invalid_preamble()
     invalid_header()
     invalid_tensors()
     invalid_segments()
     invalid_payload()
     invalid_codebooks()
+    invalid_levels()
     listing = json.dumps(INVALID, indent=1, ensure_ascii=False)
     FILES["invalid.json"] = listing.encode() + b"\n"
     write_readme()

@@ -145,6 +145,44 @@ typedef struct {
     const uint8_t *entries; /* one more */
 } Codebook;
 
+/* Codes of integer levels with signed steps, section 11. */
+typedef struct {
+    int bits;           /* 2, 3 or 4 */
+    size_t block;       /* 16 or 32 */
+    int step_bits;      /* 5 or 6 */
+    int shift;          /* 0 or 4 */
+    int8_t levels[16];  /* 2^bits of them, ascending; with the shift at most 127 */
+} LevelCode;
+
+/* Rows to be searched and encoded. */
+typedef struct {
+    LevelCode code;
+    const float *x;           /* (rows, columns), finite */
+    size_t rows, columns;
+    const float *unit;        /* (rows), what a step and a level of 1 count for; 0 for all zeros */
+    const float *weights;     /* of a row's blocks, 0 for their padding, or NULL: all count 1 */
+    const float *mean_square; /* (columns), what weighs the errors, or NULL */
+    uint8_t *codes;           /* rows padded to groups of 32, packed */
+    uint8_t *steps;           /* (rows, blocks), as stored before they are packed */
+} LevelRows;
+
+/* Rows as they are stored. */
+typedef struct {
+    LevelCode code;
+    const uint8_t *packed;
+    size_t rows, columns;
+    const float *unit;
+    const int8_t *steps, *shifts; /* (rows, blocks) */
+} StoredLevels;
+
+typedef struct {
+    StoredLevels stored;
+    const int8_t *inputs; /* (samples, columns) */
+    size_t samples;
+    int32_t zero_point;   /* of the inputs, -128..127 */
+    float *y;             /* (samples, rows) */
+} LevelProduct;
+
 /* What values (rows, columns) were decoded to, in groups of `group` columns, the last of a row
  * perhaps shorter. Codes are low..high, a code step apart, in the units of `zero`. */
 typedef struct {
@@ -162,6 +200,7 @@ typedef struct {
     int (*integer_dots)(const int16_t *codes, size_t spans, size_t rows, const int8_t *inputs,
                         size_t samples, size_t length, int32_t *sums);
     int (*product)(const Product *task);
+    int (*levels_product)(const LevelProduct *task);
 } ProductKernels;
 
 /* ggml's block types. `importance`: weights of the values of `period` blocks, used in turn; NULL when
@@ -224,6 +263,9 @@ typedef struct {
                             Codebook book, uint8_t *out);
     void (*codebook_decode)(const uint8_t *data, size_t n, const float *scale, size_t block,
                             const float table[16], float *x);
+
+    int (*levels_encode)(const LevelRows *task, Errors *found);
+    void (*levels_decode)(const StoredLevels *stored, float *out);
 
     const ProductKernels *products;
     const GgmlKernels *ggml;

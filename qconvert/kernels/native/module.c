@@ -834,6 +834,110 @@ FUNCTION(codebook_decode, CODEBOOK_DECODE) {
     RETURN(Py_NewRef(Py_None));
 }
 
+/* --- levels -----------------------------------------------------------------------------------*/
+
+static LevelCode level_code_at(Call *call, int bits, int block, int step_bits, int shift,
+                               int levels) {
+    LevelCode found = {integer_at(call, bits, 2, 4), (size_t)integer_at(call, block, 16, 32),
+                       integer_at(call, step_bits, 5, 6), integer_at(call, shift, 0, 4), {0}};
+    require(call, found.block == 16 || found.block == 32, "block must be 16 or 32");
+    const int count = 1 << found.bits;
+    const int8_t *given = memory_at(call, levels, count, 1, PyBUF_SIMPLE);
+    for (int k = 0; given && k < count; k++) {
+        found.levels[k] = given[k];
+        require(call, k == 0 || given[k - 1] < given[k], "levels must ascend");
+    }
+    require(call, !given || given[count - 1] + found.shift <= 127, "levels above 127");
+    return found;
+}
+
+static Py_ssize_t blocks_at(LevelCode code, Py_ssize_t columns) {
+    return pieces(columns, (Py_ssize_t)code.block);
+}
+
+static Py_ssize_t level_bytes(LevelCode code, Py_ssize_t columns) {
+    return times(pieces(columns, PACK_GROUP), 4 * code.bits);
+}
+
+#define LEVELS_ENCODE(X)                                                                    \
+    X(x) X(rows) X(columns) X(unit) X(bits) X(block) X(step_bits) X(shift) X(levels)        \
+    X(weights) X(mean_square) X(codes) X(steps)
+FUNCTION(levels_encode, LEVELS_ENCODE) {
+    BEGIN(levels_encode, LEVELS_ENCODE)
+    const Py_ssize_t rows = SIZE(rows), columns = SIZE(columns);
+    require(&call, columns > 0, "rows must not be empty");
+    LevelRows task = {0};
+    Errors found = {0};
+    task.code = level_code_at(&call, ARG_bits, ARG_block, ARG_step_bits, ARG_shift, ARG_levels);
+    const Py_ssize_t blocks = blocks_at(task.code, columns);
+    task.x = INPUT(x, times(rows, columns), float);
+    task.rows = (size_t)rows;
+    task.columns = (size_t)columns;
+    task.unit = INPUT(unit, rows, float);
+    task.weights = OPTIONAL(weights, times(blocks, (Py_ssize_t)task.code.block), float);
+    require(&call, task.weights || columns % (Py_ssize_t)task.code.block == 0,
+            "padded blocks need weights");
+    task.mean_square = OPTIONAL(mean_square, columns, float);
+    task.codes = OUTPUT(codes, times(rows, level_bytes(task.code, columns)), uint8_t);
+    task.steps = OUTPUT(steps, times(rows, blocks), uint8_t);
+    int status = DONE;
+    RUN(status = call.kernels->levels_encode(&task, &found))
+    RETURN(status == DONE ? errors_of(found) : PyErr_NoMemory());
+}
+
+static StoredLevels stored_levels_at(Call *call, LevelCode code, const int index[6]) {
+    const Py_ssize_t rows = size_at(call, index[0]), columns = size_at(call, index[1]);
+    require(call, columns > 0, "rows must not be empty");
+    const Py_ssize_t blocks = times(rows, blocks_at(code, columns));
+    return (StoredLevels){
+        .code = code,
+        .packed = memory_at(call, index[2], times(rows, level_bytes(code, columns)), 1,
+                            PyBUF_SIMPLE),
+        .rows = (size_t)rows,
+        .columns = (size_t)columns,
+        .unit = memory_at(call, index[3], rows, sizeof(float), PyBUF_SIMPLE),
+        .steps = memory_at(call, index[4], blocks, 1, PyBUF_SIMPLE),
+        .shifts = memory_at(call, index[5], blocks, 1, PyBUF_SIMPLE),
+    };
+}
+
+/* The arguments that both functions of stored levels have. */
+#define STORED_LEVELS(X)                                                                       \
+    X(packed) X(rows) X(columns) X(unit) X(steps) X(shifts) X(bits) X(block) X(step_bits)      \
+    X(shift) X(levels)
+#define STORED_LEVELS_AT                                                                       \
+    stored_levels_at(&call,                                                                    \
+                     level_code_at(&call, ARG_bits, ARG_block, ARG_step_bits, ARG_shift,       \
+                                   ARG_levels),                                                \
+                     (const int[]){ARG_rows, ARG_columns, ARG_packed, ARG_unit, ARG_steps,     \
+                                   ARG_shifts})
+
+#define LEVELS_DECODE(X) STORED_LEVELS(X) X(x)
+FUNCTION(levels_decode, LEVELS_DECODE) {
+    BEGIN(levels_decode, LEVELS_DECODE)
+    const StoredLevels stored = STORED_LEVELS_AT;
+    float *x = OUTPUT(x, times((Py_ssize_t)stored.rows, (Py_ssize_t)stored.columns), float);
+    RUN(call.kernels->levels_decode(&stored, x))
+    RETURN(Py_NewRef(Py_None));
+}
+
+#define LEVELS_PRODUCT(X) STORED_LEVELS(X) X(inputs) X(samples) X(zero_point) X(y)
+FUNCTION(levels_product, LEVELS_PRODUCT) {
+    BEGIN(levels_product, LEVELS_PRODUCT)
+    const Py_ssize_t samples = SIZE(samples);
+    const StoredLevels stored = STORED_LEVELS_AT;
+    const LevelProduct task = {
+        .stored = stored,
+        .inputs = INPUT(inputs, times(samples, (Py_ssize_t)stored.columns), int8_t),
+        .samples = (size_t)samples,
+        .zero_point = integer_at(&call, ARG_zero_point, -128, 127),
+        .y = OUTPUT(y, times(samples, (Py_ssize_t)stored.rows), float),
+    };
+    int status = DONE;
+    RUN(status = call.kernels->products->levels_product(&task))
+    RETURN(none_or_no_memory(status));
+}
+
 /* --- module -----------------------------------------------------------------------------------*/
 
 #define EACH_FUNCTION(X)                                                                        \
@@ -841,7 +945,7 @@ FUNCTION(codebook_decode, CODEBOOK_DECODE) {
     X(error_sums) X(worst_step) X(power_sums) X(long_sums) X(search) X(encode) X(decode)        \
     X(encode_rows) X(quantize_blocks) X(quantize_channels) X(pack) X(unpack) X(cast)            \
     X(integer_dots) X(product) X(ggml_encode) X(ggml_quantize) X(ggml_decode)                   \
-    X(codebook_encode) X(codebook_decode)
+    X(codebook_encode) X(codebook_decode) X(levels_encode) X(levels_decode) X(levels_product)
 
 /* Names of the arguments of each function, by its name. */
 static PyObject *signatures(PyObject *module, PyObject *unused) {

@@ -2,6 +2,7 @@
 #include "blocks.h"
 #include "casts.h"
 #include "codebook.h"
+#include "levels.h"
 #include "statistics.h"
 #include "widen.h"
 
@@ -30,6 +31,8 @@ const Kernels OF_VARIANT(kernels) = {
     .unpack = unpack,
     .codebook_encode = codebook_encode,
     .codebook_decode = codebook_decode,
+    .levels_encode = levels_encode,
+    .levels_decode = levels_decode,
     .products = &OF_VARIANT(products),
     .ggml = &OF_VARIANT(ggml),
 };

@@ -5,9 +5,11 @@
 #else
 #include "product_plain.h"
 #endif
+#include "product_levels.h"
 
 const ProductKernels OF_VARIANT(products) = {
     .integer_dots = integer_dots,
+    .levels_product = levels_product,
 #ifdef USE_AVX2
     .product = product_x86,
 #else

@@ -21,6 +21,8 @@ from qconvert.kernels.records import (
     Activations,
     Encoded,
     IntegerRows,
+    LevelCode,
+    LevelSteps,
     Parameters,
     Product,
     SourceRows,
@@ -30,6 +32,7 @@ from qconvert.kernels.reference.casts import cast, values
 from qconvert.kernels.reference.codebook import codebook_decode, codebook_encode
 from qconvert.kernels.reference.codes import decode, encode, pack, unpack
 from qconvert.kernels.reference.ggml import ggml_decode, ggml_encode, ggml_quantize
+from qconvert.kernels.reference.levels import levels_decode, levels_encode
 from qconvert.kernels.reference.product import integer_dots
 from qconvert.kernels.reference.rows import encode_rows
 from qconvert.kernels.reference.statistics import (
@@ -86,6 +89,13 @@ def product(packed: bytes, scale: F32, zero: I32, encoding: AffineEncoding, a: A
     return composed.product(_reference, packed, scale, zero, encoding, a)
 
 
+def levels_product(
+    packed: U8, columns: int, steps: LevelSteps, code: LevelCode, a: Activations
+) -> F32:
+    """`composed.levels_product`."""
+    return composed.levels_product(_reference, packed, columns, steps, code, a)
+
+
 __all__ = [
     "all_finite",
     "cast",
@@ -104,6 +114,9 @@ __all__ = [
     "histogram",
     "integer_dots",
     "integer_product",
+    "levels_decode",
+    "levels_encode",
+    "levels_product",
     "load_codes",
     "long_sums",
     "moments",

@@ -15,14 +15,16 @@ from typing import Any
 
 import gguf
 import ml_dtypes
+import numpy as np
 
 from qconvert import kernels
+from qconvert.codecs.levels import level_code, level_steps
 from qconvert.errors import UsageError
-from qconvert.kernels.records import Encoded, SourceRows
+from qconvert.kernels.records import U8, Encoded, LevelSteps, SourceRows
 from qconvert.kernels.reference.ggml import GGML_BLOCKS
 from qconvert.mapper import Mapper
 from qconvert.ranges import RangeMethod
-from qconvert.schemes import AffineScheme, GgmlScheme, Scheme
+from qconvert.schemes import AffineScheme, GgmlScheme, LevelScheme, Scheme
 from qconvert.stages.bench.lines import Line, Section
 from qconvert.stages.bench.options import BenchOptions
 from qconvert.stages.bench.peers import gguf_py_encodes
@@ -82,7 +84,7 @@ def nearest_ggml_type(scheme: Scheme) -> str:
     """The type of a scheme, or the nearest one that gguf-py and we both can quantize."""
     if isinstance(scheme, GgmlScheme):
         return scheme.ggml_type
-    bits = scheme.bits if isinstance(scheme, AffineScheme) else 8
+    bits = scheme.bits if isinstance(scheme, AffineScheme | LevelScheme) else 8
     return "Q4_0" if bits <= 4 else "Q5_0" if bits == 5 else "Q8_0"
 
 
@@ -120,13 +122,16 @@ def _conversion(weights: Weights, scheme: Scheme, method: RangeMethod | None) ->
 
         detail = f" {how.method.describe()}"
         return _Conversion(scheme.name, detail, convert, how.encode, back)
-    if not isinstance(scheme, GgmlScheme):
+    if isinstance(scheme, LevelScheme) and not method:
+        return _level_conversion(weights, scheme)
+    if not isinstance(scheme, GgmlScheme | LevelScheme):
         raise UsageError(
             f"there are no kernels of {scheme.name} alone to measure",
             hint="measure whole conversions: qconvert bench MODEL --end-to-end",
         )
     if method:
         raise UsageError(f"--range has no meaning for {scheme.name}")
+    assert isinstance(scheme, GgmlScheme)
     block = GGML_BLOCKS[scheme.ggml_type]
     if weights.values.shape[1] % block.block:
         raise UsageError(f"{scheme.ggml_type} needs rows that divide into blocks of {block.block}")
@@ -137,6 +142,24 @@ def _conversion(weights: Weights, scheme: Scheme, method: RangeMethod | None) ->
         lambda rows: kernels.ggml_quantize(block.name, rows),
         lambda x: kernels.ggml_encode(block.name, x.reshape(-1, block.block)),
         lambda data: kernels.ggml_decode(block.name, data),
+    )
+
+
+def _level_conversion(weights: Weights, scheme: LevelScheme) -> _Conversion:
+    code, columns = level_code(scheme), weights.values.shape[1]
+
+    def encode(x: F32) -> tuple[U8, LevelSteps]:
+        stored = kernels.levels_encode(x, code).segments
+        step = np.frombuffer(stored["scales"], np.uint8).reshape(len(x), -1)
+        packed = np.frombuffer(stored["codes"], np.uint8)
+        return packed, level_steps(step, stored["row_scales"], code)
+
+    return _Conversion(
+        scheme.name,
+        "",
+        lambda rows: kernels.levels_encode(kernels.values(rows), code),
+        encode,
+        lambda item: kernels.levels_decode(item[0], columns, item[1], code),
     )
 
 
