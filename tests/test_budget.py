@@ -105,7 +105,10 @@ def make(model: Path, calibration: Path, tmp_path: Path) -> Make:
 def divergence(file: Path, model: Path, calibration: Path) -> float:
     """1/2 Σ D d² of what a file decodes to, under the names of the checkpoint."""
     made, source = open_model(file), open_model(model)
-    read: Any = restored(made) if file.suffix == ".gguf" else made
+    read: Any = made
+    if file.suffix == ".gguf":  # back under the names and in the order of the checkpoint
+        config, shapes = model / "config.json", {t.name: t.shape for t in source.tensors}
+        read = restored(made, json.loads(config.read_text()), config, shapes).model
     tensors = {t.name: t for t in read.tensors}
     total = 0.0
     with Calibration(calibration) as known:
