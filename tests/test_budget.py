@@ -15,6 +15,7 @@ from conftest import ROOT, Run
 
 from qconvert.architectures import restored
 from qconvert.calibration.file import Calibration
+from qconvert.calibration.observers import ObserverSettings
 from qconvert.commands.quantize import quantize
 from qconvert.errors import FormatError, UnsupportedError, UsageError
 from qconvert.files import open_model
@@ -77,15 +78,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.write_directory(tmp_path_factory.mktemp("model") / "llama", "llama")
 
 
-@pytest.fixture(scope="module")
-def calibration(model: Path) -> Path:
+def informed(model: Path) -> Path:
+    """A calibration with Fisher information."""
     pytest.importorskip("torch", reason="install qconvert[hf]")
     pytest.importorskip("transformers", reason="install qconvert[hf]")
     from qconvert.stages.calibrate_text import TextOptions, calibrate_text
 
-    path = model.parent / "calibration.safetensors"
-    calibrate_text(TextOptions(model, (TEXT,), path, seqlen=32, nsamples=8, threads=1, fisher=True))
+    path = model.with_suffix(".safetensors")
+    settings = ObserverSettings("minmax")
+    given = {"seqlen": 32, "nsamples": 8, "threads": 1, "fisher": True}
+    calibrate_text(TextOptions(model, (TEXT,), path, settings, **given))
     return path
+
+
+@pytest.fixture(scope="module")
+def calibration(model: Path) -> Path:
+    return informed(model)
 
 
 Make = Callable[..., QuantizeReport]
@@ -141,6 +149,16 @@ def test_a_file_keeps_to_its_bits_and_to_its_prediction(
         first = bits == 4.8
         assert (report.prediction.measured > 0) == first  # then it is in the file
     assert found[6.5] < found[4.8] / 3
+
+
+def test_experts_of_a_gguf_file_keep_to_their_prediction(tmp_path: Path) -> None:
+    """They are stacked there, each with columns of its own."""
+    model = tiny_models.write_directory(tmp_path / "moe", "qwen3-moe")
+    known, file = informed(model), tmp_path / "m.gguf"
+    report = quantize(model, target_bpw=7.5, calibration=known, output=file, threads=1)
+    assert report.prediction
+    assert report.prediction.without == []
+    assert report.prediction.kl == pytest.approx(divergence(file, model, known), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["m.qblk", "m.gguf"])
