@@ -161,6 +161,32 @@ class QuantizedTensor:
     decision: dict[str, Any] | None = None
 
 
+@dataclass
+class Prediction:
+    """What a budget led to.
+
+    Attributes:
+        budget: as asked for.
+        basis: what it was decided by: ``Fisher information`` of a calibration, or ``priors by
+            role``, which give an order and predict nothing.
+        kl: predicted divergence of next tokens, in nats.
+        optimal: whether no other mix of the candidates is better by what was measured; ``gap`` is
+            by how much one may be, in nats.
+        measured: pairs of a tensor and a scheme that were measured; others came from
+            ``sensitivities``.
+        without: tensors whose sensitivity the calibration has not got.
+    """
+
+    budget: str
+    basis: str
+    kl: float | None
+    optimal: bool
+    gap: float | None
+    measured: int
+    sensitivities: str | None
+    without: list[str]
+
+
 @dataclass(repr=False)
 class QuantizeReport(Report):
     """Result of ``quantize``.
@@ -189,6 +215,7 @@ class QuantizeReport(Report):
     files: int = 1
     written: bool = False
     notes: list[str] = field(default_factory=list)
+    prediction: Prediction | None = None
 
     def _said(self) -> Iterator[str]:
         yield repr(self.output) if self.written else f"{self.output!r} not written"
@@ -268,6 +295,31 @@ class CalibratedLayer:
     output: dict[str, float] | None = None
 
 
+@dataclass
+class CalibratedFisher:
+    """How the Fisher information of the matrices was taken.
+
+    Attributes:
+        labels: sampled from the model, one a token, with this ``seed``.
+        matrices: that have it.
+        lacking: layers whose gradient was not to be had.
+        gram: whether the matrices of second moments were kept too.
+        without_output: matrices of too many outputs for that of the gradients.
+        passes: over the text, each for as many layers as the memory of statistics holds.
+        blocks: of the model that kept their input alone until the backward pass; where there are
+            none, it kept all activations of a window.
+    """
+
+    labels: int
+    seed: int
+    matrices: int
+    lacking: list[str]
+    gram: bool
+    without_output: list[str]
+    passes: int
+    blocks: int
+
+
 @dataclass(repr=False)
 class CalibrateReport(Report):
     """Result of ``calibrate``.
@@ -294,6 +346,7 @@ class CalibrateReport(Report):
     imatrix: str | None = None
     record: str | None = None
     written: bool = True
+    fisher: CalibratedFisher | None = None
 
     def _said(self) -> Iterator[str]:
         yield repr(self.output)
@@ -387,6 +440,7 @@ class TokenQuality:
         same_top: share of positions where both find the same token the likeliest.
         kl_blind: mean KL divergence of the source's distributions from their own mean: that of the
             best guess that does not look at the text.
+        kl_predicted: mean KL divergence that the file's budget was decided by.
     """
 
     text: str
@@ -407,6 +461,7 @@ class TokenQuality:
     kl_max: float
     same_top: float
     kl_blind: float
+    kl_predicted: float | None = None
 
 
 @dataclass

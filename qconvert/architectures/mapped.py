@@ -156,6 +156,10 @@ class MappedModel:
         skipped = offset - start * width
         return whole[skipped : skipped + size]
 
+    def made(self, tensor: TensorInfo) -> MappedTensor:
+        """How a tensor is made."""
+        return self._made[tensor.name]
+
     def check_unchanged(self) -> None:
         """Refuse files that were written to since they were opened."""
         self._source.check_unchanged()

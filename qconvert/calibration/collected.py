@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
-from qconvert.calibration.document import CalibrationDocument, LayerCalibration, TextRun
+from qconvert.calibration.document import (
+    CalibrationDocument,
+    FisherRun,
+    LayerCalibration,
+    TextRun,
+)
 from qconvert.calibration.file import CHANNELS, calibration_parts, read_state
+from qconvert.calibration.fisher import PREFIX, FinishedFisher, FisherStatistics, is_gram
 from qconvert.calibration.grid import StaticRange
 from qconvert.calibration.layer import LayerStatistics
 from qconvert.calibration.observers import F64, Observer, ObserverSettings
@@ -55,6 +62,10 @@ class Collected:
         partial: the state of a run that was interrupted.
         scratch: where Gram matrices of finished layers are; None keeps them in memory.
         transposed: layers whose weights are stored (in, out).
+        informing: Fisher information still collecting, ``informed`` that of groups that are
+            through, by the names of layers and tables.
+        labels: tokens that a label is sampled for; None without Fisher information.
+        lacking: layers whose gradient was not to be had.
     """
 
     settings: ObserverSettings
@@ -68,6 +79,10 @@ class Collected:
     partial: bool = False
     scratch: Scratch | None = None
     transposed: set[str] = field(default_factory=set)
+    informing: dict[str, FisherStatistics] = field(default_factory=dict)
+    informed: dict[str, FinishedFisher] = field(default_factory=dict)
+    labels: int | None = None
+    lacking: list[str] = field(default_factory=list)
 
     def finish(self, between: Callable[[Collected], None] = lambda _: None) -> None:
         """Bring what was collected into the form of the file, and let go of the statistics.
@@ -81,13 +96,33 @@ class Collected:
                 self.finished[name] = self._kept(finished(layer, name in self.transposed))
             del self.layers[name]
             between(self)
+        for name in list(self.informing):
+            statistics = self.informing.pop(name)
+            if statistics.uses:
+                self.keep_informed(name, statistics)
+
+    def keep_informed(self, name: str, statistics: FisherStatistics) -> None:
+        """Bring the Fisher information of a matrix into the form of the file."""
+        found = statistics.finished()
+        self.informed[name] = replace(found, arrays=self._small(found.arrays))
 
     def _kept(self, layer: FinishedLayer) -> FinishedLayer:
         """The same, small in memory."""
+        return replace(layer, arrays=self._small(layer.arrays))
+
+    def _small(self, arrays: Arrays) -> Arrays:
+        """The same, what is large of it in a file."""
         if self.scratch is None:
-            return layer
-        large = {k: self.scratch.keep(a) for k, a in layer.arrays.items() if k.startswith("gram.")}
-        return replace(layer, arrays=layer.arrays | large)
+            return arrays
+        return {k: self.scratch.keep(a) if is_gram(k) else a for k, a in arrays.items()}
+
+    @property
+    def fisher(self) -> FisherRun | None:
+        """What the file says of the Fisher information."""
+        if self.labels is None:
+            return None
+        shapes = {name: self.informed[name].shape for name in sorted(self.informed)}
+        return FisherRun(self.labels, shapes, sorted(self.lacking))
 
     def document(self) -> CalibrationDocument:
         """The JSON of the file, from the finished layers."""
@@ -100,6 +135,7 @@ class Collected:
             run=self.run,
             unreached=sorted(self.unreached),
             partial=self.partial,
+            fisher=self.fisher,
         )
 
     def write(self, out: AtomicOutput) -> None:
@@ -111,16 +147,21 @@ class Collected:
         collecting = {n: s for n, s in self.layers.items() if s.channels.samples}
         more = {n: unsettled(s, n in self.transposed) for n, s in collecting.items()}
         halfway = replace_finished(self, more)
+        begun = {n: s.finished() for n, s in self.informing.items() if s.uses}
+        halfway.informed = {**self.informed, **begun}
         halfway.partial = True
         arrays = halfway._arrays() | {f"{n}/recorded": a for n, a in self.recorded.items()}
         _write(out, calibration_parts(halfway.document(), arrays))
 
     def _arrays(self) -> Arrays:
-        return {
+        found = {
             f"{name}/{kind}": a
             for name in sorted(self.finished)
             for kind, a in self.finished[name].arrays.items()
         }
+        for name in sorted(self.informed):
+            found |= {f"{name}/{kind}": a for kind, a in self.informed[name].arrays.items()}
+        return found
 
     def report(
         self,
@@ -183,8 +224,19 @@ def observe(layer: LayerStatistics, rows: NDArray[np.float32], name: str, path: 
     Raises:
         WeightError: they are beyond what a Gram matrix holds.
     """
-    try:
+    with gram_limits(name, path):
         layer.update(rows)
+
+
+@contextmanager
+def gram_limits(name: str, path: Path) -> Iterator[None]:
+    """Say what is wrong with rows that a Gram matrix cannot hold.
+
+    Raises:
+        WeightError: there were such rows.
+    """
+    try:
+        yield
     except OverflowError as e:
         raise WeightError(
             "the activations are too large for a Gram matrix",
@@ -254,15 +306,25 @@ def read_collected(path: Path, scratch: Scratch | None = None) -> Collected:
         settings.make()
         parts: dict[str, Arrays] = {name: {} for name in document.layers}
         recorded: Arrays = {}
+        fisher = document.fisher
+        informed: dict[str, Arrays] = {name: {} for name in (fisher.shapes if fisher else ())}
         for name, array in arrays.items():
             layer, _, kind = name.rpartition("/")
-            if kind == "recorded":
+            if kind.startswith(PREFIX):
+                informed[layer][kind] = array
+            elif kind == "recorded":
                 recorded[layer] = _recorded(array, document.layers[layer].features)
             else:
                 parts[layer][kind] = array
         layers = {n: FinishedLayer(c, parts[n]) for n, c in document.layers.items()}
         for layer_found in layers.values():
             restored(layer_found, settings)
+        matrices = {
+            name: FinishedFisher(fisher.shapes[name], found) if fisher else None
+            for name, found in informed.items()
+        }
+        for matrix in filter(None, matrices.values()):
+            matrix.restored()
     except (KeyError, ValueError, TypeError, IndexError, OverflowError, UsageError) as e:
         raise FormatError(
             "the state in the calibration is damaged",
@@ -281,6 +343,9 @@ def read_collected(path: Path, scratch: Scratch | None = None) -> Collected:
         recorded=recorded,
         partial=not document.finished,
         scratch=scratch,
+        informed={name: matrix for name, matrix in matrices.items() if matrix},
+        labels=fisher.tokens if fisher else None,
+        lacking=fisher.lacking if fisher else [],
     )
 
 
@@ -316,6 +381,7 @@ def merged(parts: Iterable[tuple[Path, Collected]]) -> Collected:
         for what, found, wanted in (
             ("observers", part.settings, whole.settings),
             ("models", part.model, whole.model),
+            ("statistics", _informs(part), _informs(whole)),
         ):
             if found != wanted:
                 raise UnsupportedError(
@@ -362,11 +428,46 @@ def merged(parts: Iterable[tuple[Path, Collected]]) -> Collected:
                     code="CALIBRATION-MERGE",
                 )
             whole.finished[name] = whole._kept(finished(statistics, transposed))
+        _merge_fisher(whole, part, path)
         whole.inputs = whole.inputs + part.inputs
         whole.run = _joined(whole.run, part.run)
         whole.unreached = [*whole.unreached, *part.unreached]
     whole.unreached = sorted(set(whole.unreached) - set(whole.finished))
     return whole
+
+
+def _informs(part: Collected) -> str:
+    return "of inputs" if part.labels is None else "of inputs, with Fisher information"
+
+
+def _merge_fisher(whole: Collected, part: Collected, path: Path) -> None:
+    """Add the Fisher information of a part.
+
+    Raises:
+        UnsupportedError: of a matrix of another shape, of one with other Gram matrices, or too
+            large together.
+    """
+    for name, theirs in part.informed.items():
+        mine = whole.informed.get(name)
+        if mine is None:
+            whole.informed[name] = theirs
+            continue
+        statistics = mine.restored()
+        try:
+            statistics.merge(theirs.restored())
+        except (ValueError, OverflowError) as e:
+            raise UnsupportedError(
+                "the Fisher information of a matrix cannot be added",
+                path=path,
+                tensor=name,
+                found=str(e),
+                hint="calibrate all parts with the same options",
+                code="CALIBRATION-MERGE",
+            ) from e
+        whole.keep_informed(name, statistics)
+    if whole.labels is not None and part.labels is not None:
+        whole.labels += part.labels
+    whole.lacking = sorted({*whole.lacking, *part.lacking} - set(whole.informed))
 
 
 def _joined(a: TextRun | None, b: TextRun | None) -> TextRun | None:

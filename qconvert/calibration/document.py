@@ -13,6 +13,7 @@ PARTIAL = "partial"  # an entry of the JSON that only the state of an interrupte
 MAX_OBSERVER = 32  # characters of an observer's name
 MAX_SAMPLES = (1 << 53) - 1  # what a qblk header can say
 MAX_FEATURES = 1 << 20  # of a row: twenty times what is in use; statistics take 168 bytes each
+MAX_ROWS = 1 << 24  # of a matrix: tables of tokens are the highest
 MAX_SCALE = 3.0e38
 MIN_SCALE = 2.0**-150  # exclusive: what rounds to a binary32 number above 0
 _RANGE = ("low", "high", "scale", "zero_point")
@@ -119,6 +120,44 @@ class TextRun:
 
 
 @dataclass(frozen=True, slots=True)
+class FisherRun:
+    """What the Fisher information was taken of, see `qconvert.calibration.fisher`.
+
+    Attributes:
+        tokens: for each of which a label was sampled.
+        shapes: rows and columns of each matrix.
+        lacking: layers whose gradient was not to be had, such as those multiplied in a way of
+            their own.
+    """
+
+    tokens: int
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    lacking: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> FisherRun:
+        """The inverse of `asdict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: JSON of another form.
+        """
+        shapes = {
+            name: (int(rows), int(columns)) for name, (rows, columns) in fields["shapes"].items()
+        }
+        return cls(fields["tokens"], shapes, fields["lacking"])
+
+    def plausible(self) -> bool:
+        """Whether every value is one that a run can have."""
+        return (
+            _integer(self.tokens)
+            and 0 < self.tokens <= MAX_SAMPLES
+            and all(0 < n <= MAX_ROWS for shape in self.shapes.values() for n in shape)
+            and isinstance(self.lacking, list)
+            and all(isinstance(name, str) for name in self.lacking)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class CalibrationDocument:
     """The JSON of a calibration file.
 
@@ -131,6 +170,7 @@ class CalibrationDocument:
         run: of a run over text; None for recorded activations and merged files.
         unreached: layers of the model that no token came through.
         partial: the state of an interrupted run.
+        fisher: where the file has the Fisher information of the matrices.
     """
 
     observer: str
@@ -141,6 +181,7 @@ class CalibrationDocument:
     run: TextRun | None = None
     unreached: list[str] = field(default_factory=list)
     partial: bool = False
+    fisher: FisherRun | None = None
 
     @property
     def finished(self) -> bool:
@@ -158,6 +199,8 @@ class CalibrationDocument:
             "run": None if self.run is None else asdict(self.run),
             "unreached": self.unreached,
         }
+        if self.fisher is not None:
+            fields["fisher"] = asdict(self.fisher)
         return fields | ({PARTIAL: True} if self.partial else {})
 
     @classmethod
@@ -169,8 +212,13 @@ class CalibrationDocument:
         """
         rest = dict(fields)
         layers = {n: LayerCalibration.from_json(layer) for n, layer in rest.pop("layers").items()}
-        run = rest.pop("run")
-        return cls(**rest, layers=layers, run=None if run is None else TextRun(**run))
+        run, fisher = rest.pop("run"), rest.pop("fisher", None)
+        return cls(
+            **rest,
+            layers=layers,
+            run=None if run is None else TextRun(**run),
+            fisher=None if fisher is None else FisherRun.from_json(fisher),
+        )
 
     def plausible(self) -> bool:
         """Whether every value is one that a calibration can give.
@@ -192,6 +240,7 @@ class CalibrationDocument:
             and isinstance(self.unreached, list)
             and all(isinstance(name, str) for name in self.unreached)
             and (self.run is None or self.run.plausible())
+            and (self.fisher is None or self.fisher.plausible())
             and all(layer.plausible() for layer in self.layers.values())
         )
 

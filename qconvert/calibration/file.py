@@ -4,13 +4,15 @@ as safetensors.
 Per layer ``L`` the tensors ``L/minimum``, ``L/maximum`` and ``L/mean_square`` (float32, one value
 a feature) are for reading; ``L/squares`` and ``L/state.*`` are exact and let two files be merged,
 or an interrupted run go on. ``L/gram.high`` and ``L/gram.low`` (int64) are the upper triangle of
-the Gram matrix, row after row, where one was asked for: a value is high · 2^-2 + low · 2^-64. The
-rest is JSON in the metadata entry ``qconvert.calibration``.
+the Gram matrix, row after row, where one was asked for: a value is high · 2^-2 + low · 2^-64.
+``L/fisher.*`` are the sums of `qconvert.calibration.fisher`, of tables of tokens too. The rest is
+JSON in the metadata entry ``qconvert.calibration``.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +23,17 @@ from numpy.typing import NDArray
 
 from qconvert.calibration import fixed_point
 from qconvert.calibration.digest import check_digest
-from qconvert.calibration.document import CalibrationDocument, LayerCalibration
+from qconvert.calibration.document import CalibrationDocument, FisherRun, LayerCalibration
+from qconvert.calibration.fisher import (
+    PREFIX,
+    PRODUCT,
+    USES,
+    FinishedFisher,
+    FisherStatistics,
+    Sensitivity,
+    is_gram,
+    sensitivity_of,
+)
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
 from qconvert.files.scratch import Scratch
@@ -35,6 +47,7 @@ CHANNELS = ("minimum", "maximum", "mean_square")
 NUMPY = {"F32": "<f4", "F64": "<f8", "U16": "<u2", "U32": "<u4", "I64": "<i8"}
 DTYPES = {np.dtype(code): name for name, code in NUMPY.items()}
 PART_BYTES = 1 << 24  # of a file that is written
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class Calibration:
@@ -111,28 +124,115 @@ class Calibration:
         layer = self.layers.get(name)
         if layer is None or f"{name}/gram.high" not in self._tensors:
             return None
-        n = layer.features
+        return self._symmetric(f"{name}/", layer.features)
+
+    def sensitivity(self, tensor: str) -> Sensitivity | None:
+        """D of a weight, in nats: the mean divergence of next tokens is 1/2 Σ D d² for errors d.
+
+        Of an expert that no token reached, the mean over the experts of its layer.
+
+        Returns:
+            None where the file has none: it is there with ``calibrate --fisher``.
+
+        Raises:
+            FormatError: arrays that are no such sums.
+        """
+        names, run = self._informed(tensor)
+        if not run or not names:
+            return None
+        found = sensitivity_of([self._fisher(name, run) for name in names], run.tokens)
+        layer = self.find(tensor)
+        return found.transposed() if layer is not None and layer.transposed else found
+
+    def input_fisher(self, tensor: str) -> NDArray[np.float64] | None:
+        """E[|g|² x x'] of a layer, x its input and g the gradient by its output, (features,
+        features); of a table that is looked up, E[g g'], g the gradient by what was found there; of
+        a tied matrix their sum. The mean over tokens, in nats.
+
+        None as of `sensitivity`, and where the file was made without ``--gram``.
+
+        Raises:
+            FormatError: arrays that are no such matrix.
+        """
+        return self._moments(tensor, [f"{use}.input." for use in USES], 1)
+
+    def output_fisher(self, tensor: str) -> NDArray[np.float64] | None:
+        """E[g g'] of a layer, g the gradient by its output, (outputs, outputs); see `input_fisher`.
+
+        None for a table that is only looked up too, and for a matrix of very many outputs.
+
+        Raises:
+            FormatError: arrays that are no such matrix.
+        """
+        return self._moments(tensor, [f"{PRODUCT}.output."], 0)
+
+    @property
+    def has_fisher(self) -> bool:
+        """Whether the file says how much the errors of matrices matter."""
+        return self.document.fisher is not None
+
+    def _informed(self, tensor: str) -> tuple[list[str], FisherRun | None]:
+        """The matrices whose mean stands for a tensor's Fisher information."""
+        name, run = layer_name(tensor), self.document.fisher
+        if run is None or name in run.shapes:
+            return [name], run
+        if name not in self.document.unreached or not _EXPERT.search(name):
+            return [], run
+        kind = _EXPERT.sub(".experts.*.", name)
+        return [n for n in run.shapes if _EXPERT.sub(".experts.*.", n) == kind], run
+
+    def _fisher(self, name: str, run: FisherRun) -> FisherStatistics:
+        """The sums of a matrix."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for use in USES:
+            for kind in ("rows", "columns", "first"):
+                key = f"{PREFIX}{use}.{kind}"
+                info = self._tensors.get(f"{name}/{key}")
+                if info is not None and info.dtype in NUMPY:
+                    raw = self._file.raw(info, 0, info.nbytes)
+                    arrays[key] = np.frombuffer(raw, NUMPY[info.dtype]).reshape(info.shape)
+        try:
+            return FinishedFisher(run.shapes[name], arrays).restored()
+        except (KeyError, ValueError, TypeError) as e:
+            raise self._impossible(f"{name}/fisher", f"{e}", "exact sums") from e
+
+    def _moments(self, tensor: str, kinds: list[str], side: int) -> NDArray[np.float64] | None:
+        """Second moments of a layer, summed over some uses."""
+        names, run = self._informed(tensor)
+        total: NDArray[np.float64] | None = None
+        for name in names if run else ():
+            assert run
+            for kind in kinds:
+                at = f"{name}/{PREFIX}{kind}"
+                if f"{at}gram.high" in self._tensors:
+                    found = self._symmetric(at, run.shapes[name][side])
+                    found /= run.tokens * len(names)
+                    total = found if total is None else total + found
+        return total
+
+    def _symmetric(self, at: str, n: int) -> NDArray[np.float64]:
+        """A Gram matrix whose arrays have names that begin so."""
         found = np.empty((n, n))
         parts = []
         for kind in ("gram.high", "gram.low"):
-            info = self._tensors.get(f"{name}/{kind}")
+            info = self._tensors.get(f"{at}{kind}")
             if info is None or (info.shape, info.dtype) != ((n * (n + 1) // 2,), "I64"):
                 described = "nothing" if info is None else f"{info.dtype} {list(info.shape)}"
-                raise self._impossible(f"{name}/{kind}", described, f"I64 [{n * (n + 1) // 2}]")
+                raise self._impossible(f"{at}{kind}", described, f"I64 [{n * (n + 1) // 2}]")
             parts.append(info)
-        at = 0
+        start = 0
         for k in range(n):
             high, low = (
-                np.frombuffer(self._file.raw(t, 8 * at, 8 * (n - k)), "<i8") for t in parts
+                np.frombuffer(self._file.raw(t, 8 * start, 8 * (n - k)), "<i8") for t in parts
             )
             try:
                 fixed_point.check(high, low)
             except ValueError as e:
-                raise self._impossible(f"{name}/gram", f"row {k}", f"{e}, see there") from e
+                raise self._impossible(f"{at}gram", f"row {k}", f"{e}, see there") from e
             if high[0] < 0:
-                raise self._impossible(f"{name}/gram.high", f"{high[0]}", "no negative square")
+                raise self._impossible(f"{at}gram.high", f"{high[0]}", "no negative square")
             found[k, k:] = found[k:, k] = fixed_point.wide(high, low)
-            at += n - k
+            start += n - k
         return found
 
     def check_unchanged(self) -> None:
@@ -237,7 +337,7 @@ def read_state(
             if t.dtype not in NUMPY:
                 raise FormatError("impossible values in the calibration", path=path, tensor=t.name)
             values = np.frombuffer(model.raw(t, 0, t.nbytes), NUMPY[t.dtype]).reshape(t.shape)
-            arrays[t.name] = scratch.keep(values) if scratch and "/gram." in t.name else values
+            arrays[t.name] = scratch.keep(values) if scratch and is_gram(t.name) else values
         model.check_unchanged()
     finally:
         model.close()

@@ -175,7 +175,12 @@ def calibrate(
         typer.Option("--nsamples", metavar="N", help="windows or lines of each text [all]"),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="of the draw of --nsamples [0]")
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            help="of the draw of --nsamples and of the labels of --fisher [0]",
+        ),
     ] = None,
     outputs: Annotated[
         bool, typer.Option("--outputs", help="static ranges of the layers' outputs too")
@@ -184,6 +189,14 @@ def calibrate(
         bool,
         typer.Option(
             "--gram", help="also keep X^T X of each input, for error-compensated rounding; large"
+        ),
+    ] = False,
+    fisher: Annotated[
+        bool,
+        typer.Option(
+            "--fisher",
+            help="also keep how much errors of each weight matter, by a backward pass: for budgets "
+            "of quantize; with --gram also what compensated rounding makes of it",
         ),
     ] = False,
     resume: Annotated[
@@ -246,6 +259,7 @@ def calibrate(
             seed=seed,
             outputs=outputs,
             gram=gram,
+            fisher=fisher,
             resume=resume,
             imatrix=imatrix,
             record=record,
@@ -260,7 +274,14 @@ def calibrate(
 @app.command()
 def quantize(
     model: Model,
-    scheme: SchemeName,
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            "--scheme",
+            metavar="NAME",
+            help=f"one of: {SCHEME_GRAMMAR}; a budget takes its place",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="FILE", help=".qblk or .gguf [MODEL.SCHEME.qblk]"),
@@ -379,6 +400,38 @@ def quantize(
             "--shard-size", metavar="SIZE", help="GGUF: several files of at most 500M, 2G ..."
         ),
     ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            "--target-bpw",
+            metavar="BITS",
+            help="budget: a scheme for each tensor so that the whole file has at most so many bits "
+            "per weight and loses the least, by --calibration made with --fisher",
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            "--target-size", metavar="SIZE", help="budget: a file of at most 500M, 2.5G ..."
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            "--max-kl",
+            metavar="NATS",
+            help="budget: the smallest file with at most this predicted divergence of next tokens",
+        ),
+    ] = None,
+    sensitivities: Annotated[
+        Path | None,
+        typer.Option(
+            "--sensitivities",
+            metavar="FILE",
+            help="of a budget: what each tensor loses under each scheme; read if it is there, "
+            "else measured and written",
+        ),
+    ] = None,
     threads: Threads = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the plan and write nothing")
@@ -408,6 +461,8 @@ def quantize(
       qconvert quantize model-directory --scheme q4_k_m -o model.gguf
       qconvert quantize model.safetensors --scheme q3_block32 \\
           --tensor-scheme '*down_proj*=q6_block32' --keep 'lm_head.*'
+      qconvert quantize model-directory --target-bpw 4.5 --calibration calibration.safetensors \\
+          -o model.gguf
     """
     from qconvert.cli import render
     from qconvert.commands.quantize import quantize as command
@@ -437,6 +492,10 @@ def quantize(
             raw=raw,
             pre_tokenizer=pre_tokenizer,
             shard_size=shard_size,
+            target_bpw=target_bpw,
+            target_size=target_size,
+            max_kl=max_kl,
+            sensitivities=sensitivities,
             threads=threads,
             dry_run=dry_run,
             force=force,

@@ -19,11 +19,13 @@ from qconvert.errors import printable
 from qconvert.files.atomic import AtomicOutput
 from qconvert.report import (
     BenchReport,
+    CalibratedFisher,
     CalibrateReport,
     EmbeddingQuality,
     Execution,
     Histogram,
     InspectReport,
+    Prediction,
     QuantizedTensor,
     QuantizeReport,
     Report,
@@ -219,6 +221,8 @@ def quantize_text(r: QuantizeReport) -> str:
         lines.append(f"files      {r.files}\n")
     if r.companions:
         lines.append(f"carried    {r.companions} files of the model (config, tokenizer, ...)\n")
+    if r.prediction:
+        lines.append(_prediction(r.prediction))
     bits = number(r.quantized_bits_per_weight), number(r.model_bits_per_weight)
     lines.append(f"bits       {bits[0]} per quantized weight, {bits[1]} over the whole model\n")
     if not r.dry_run and quantized:
@@ -245,6 +249,15 @@ def quantize_text(r: QuantizeReport) -> str:
             _next(f"qconvert verify {printable(r.output)} --against {printable(r.source)}")
         )
     return "".join(lines)
+
+
+def _prediction(p: Prediction) -> str:
+    if p.kl is None:
+        told = "by priors of each role, without a prediction: calibrate with --fisher for one"
+    else:
+        told = f"predicted divergence {p.kl:.3g} nats by the Fisher information"
+    best = "no better mix" if p.optimal else "the best mix found"
+    return f"budget     {p.budget}: {told}; {best} of the schemes\n"
 
 
 def _count(tensors: Sequence[QuantizedTensor]) -> str:
@@ -395,10 +408,20 @@ def _text_lines(r: CalibrateReport) -> str:
         went_on = f", resumed after {r.resumed_at:,}" if r.resumed_at else ""
         lines.append(f"text       {r.tokens:,} tokens in {r.chunks:,} pieces{went_on}\n")
     lines += [f"no token   {printable(name)}\n" for name in r.unreached]
+    if r.fisher:
+        lines.append(_fisher(r.fisher))
     for what, path in (("imatrix", r.imatrix), ("record", r.record)):
         if path:
             lines.append(f"{what:<10} {printable(path)}\n")
     return "".join(lines)
+
+
+def _fisher(f: CalibratedFisher) -> str:
+    kept = "a block at a time" if f.blocks else "of a whole window: the blocks are not known"
+    return (
+        f"Fisher     of {f.matrices:,} matrices from {f.labels:,} sampled labels, seed {f.seed}\n"
+        f"memory     statistics in {f.passes:,} passes over the text, activations {kept}\n"
+    ) + "".join(f"no gradient of its outputs: {printable(name)}\n" for name in f.without_output)
 
 
 def verify_text(r: VerifyReport) -> str:
@@ -487,8 +510,15 @@ def _token_quality(q: TokenQuality) -> str:
         f"{100 * q.perplexity_increase:+.3f} % ± {100 * q.perplexity_increase_error:.3f}\n"
         f"divergence {q.kl_mean:.3g} ± {q.kl_mean_error:.1g} nats mean, {q.kl_p99:.3g} 99th "
         f"percentile, {q.kl_max:.3g} largest\n"
+        f"{_predicted(q)}"
         f"same top   {100 * q.same_top:.2f} % of tokens\n"
     )
+
+
+def _predicted(q: TokenQuality) -> str:
+    if q.kl_predicted is None:
+        return ""
+    return f"predicted  {q.kl_predicted:.3g} nats when the file was made\n"
 
 
 def _embedding_quality(q: EmbeddingQuality) -> str:

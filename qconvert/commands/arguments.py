@@ -6,6 +6,7 @@ Errors name an option as the command line does.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 
 from qconvert.calibration.observers import DEFAULT_OBSERVER, EMA_MOMENTUM, ObserverSettings
@@ -13,6 +14,7 @@ from qconvert.containers import WRITTEN
 from qconvert.errors import UsageError
 from qconvert.ranges import DEFAULT_PERCENTILE, RANGE_METHODS, RangeMethod
 from qconvert.schemes import MixScheme, TensorScheme, parse_scheme
+from qconvert.stages.quantize_options import Budget
 
 
 def as_path(given: Path | str | None) -> Path | None:
@@ -133,10 +135,42 @@ def size_in_bytes(option: str, given: str | int | None) -> int | None:
     text = str(given)
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
     powers = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-    plain = unit in powers and number.isdecimal() and len(number) < 19
-    if not plain or not 0 < (found := int(number) * powers[unit]) < 1 << 63:
-        raise UsageError(option, found=text, wanted="a number of bytes, or 500M, 2G ...")
+    whole, point, decimals = number.partition(".")
+    plain = unit in powers and whole.isdecimal() and len(number) < 19
+    plain = plain and (decimals.isdecimal() and unit != "" if point else True)
+    if not plain or not 0 < (found := int(Fraction(number) * powers[unit])) < 1 << 63:
+        raise UsageError(option, found=text, wanted="a number of bytes, or 500M, 2.5G ...")
     return found
+
+
+def budget_of(
+    bits: float | None,
+    size: str | int | None,
+    divergence: float | None,
+    sensitivities: Path | str | None,
+) -> Budget | None:
+    """The budget asked for, None without one.
+
+    Raises:
+        UsageError: more than one, one out of range, or sensitivities without one.
+    """
+    given = {"--target-bpw": bits, "--target-size": size, "--max-kl": divergence}
+    asked = [name for name, value in given.items() if value is not None]
+    if len(asked) > 1:
+        raise UsageError("several budgets", found=" and ".join(asked), wanted="one")
+    if not asked:
+        if sensitivities is not None:
+            raise UsageError("--sensitivities goes with a budget", hint="such as --target-bpw 4.5")
+        return None
+    for name, number in (("--target-bpw", bits), ("--max-kl", divergence)):
+        if number is not None and not 0 < number < float("inf"):
+            raise UsageError(name, found=number, wanted="a number above 0")
+    return Budget(
+        as_float(bits),
+        size_in_bytes("--target-size", size),
+        as_float(divergence),
+        as_path(sensitivities),
+    )
 
 
 Shape = tuple[int, int]

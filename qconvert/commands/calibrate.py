@@ -35,6 +35,7 @@ def calibrate(
     seed: int | None = None,
     outputs: bool = False,
     gram: bool = False,
+    fisher: bool = False,
     resume: bool = False,
     imatrix: Path | str | None = None,
     record: Path | str | None = None,
@@ -67,9 +68,11 @@ def calibrate(
         symmetric: zero point 0.
         seqlen: tokens of a window of ``text``, 256 by default; for encoders, the most of a line.
         nsamples: windows or lines of each text, drawn; all by default.
-        seed: of the draw, 0 by default.
+        seed: of the draw, and of the labels of ``fisher``, 0 by default.
         outputs: static ranges of the layers' outputs too.
         gram: also keep XᵀX of each input; large.
+        fisher: also keep how much errors of each weight matter, by a backward pass, for budgets of
+            ``quantize``; with ``gram`` also what compensated rounding makes of it.
         resume: go on where an interrupted run has stopped.
         imatrix: also write an importance matrix for llama-quantize here.
         record: also keep 64 rows of each input in this directory, for ``verify(samples=...)``.
@@ -104,6 +107,7 @@ def calibrate(
             "--nsamples": nsamples,
             "--seed": seed,
             "--outputs": outputs or None,
+            "--fisher": fisher or None,
             "--record": record,
             "--threads": threads,
         },
@@ -149,6 +153,7 @@ def calibrate(
         seed=seed or 0,
         outputs=outputs,
         gram=gram,
+        fisher=fisher,
         resume=resume,
         imatrix=as_path(imatrix),
         record=as_path(record),

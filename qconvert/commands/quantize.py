@@ -9,12 +9,14 @@ from qconvert.commands.arguments import (
     as_assignments,
     as_path,
     as_texts,
+    budget_of,
     check_bounds,
     container_name,
     parse_tensor_scheme,
     range_method,
     size_in_bytes,
 )
+from qconvert.errors import UsageError
 from qconvert.mixes import parse_ggml_type, parse_tensor_type
 from qconvert.progress import Progress
 from qconvert.report import QuantizeReport
@@ -26,7 +28,7 @@ from qconvert.stages.quantize import quantize as stage
 
 def quantize(
     model: Path | str,
-    scheme: str,
+    scheme: str | None = None,
     *,
     output: Path | str | None = None,
     format: str | None = None,
@@ -48,6 +50,10 @@ def quantize(
     raw: bool = False,
     pre_tokenizer: str | None = None,
     shard_size: str | int | None = None,
+    target_bpw: float | None = None,
+    target_size: str | int | None = None,
+    max_kl: float | None = None,
+    sensitivities: Path | str | None = None,
     threads: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -92,6 +98,12 @@ def quantize(
         raw: GGUF: only tensors, under their own names, of any architecture.
         pre_tokenizer: GGUF: llama.cpp's name for it, where it is not recognised.
         shard_size: GGUF: several files of at most so many bytes, or ``"2G"``.
+        target_bpw, target_size, max_kl: in place of a scheme a budget, of which each tensor gets a
+            scheme so that the least is lost: bits per weight over the whole file, bytes of the
+            file, or the predicted divergence of next tokens in nats. By the ``calibration`` where
+            it was made with ``fisher``, else by what tensors of each role usually need.
+        sensitivities: of a budget: a file of what each tensor loses under each scheme, read where
+            it is there and written where not.
         threads: all available processors by default.
         dry_run: plan, and write nothing.
         force: replace an existing output.
@@ -105,10 +117,23 @@ def quantize(
     """
     check_bounds("--min-values", min_values, 0)
     check_bounds("--threads", threads, 1)
+    budget = budget_of(target_bpw, target_size, max_kl, sensitivities)
+    if (scheme is None) == (budget is None):
+        raise UsageError(
+            "what the weights become",
+            found="--scheme and a budget" if scheme else "neither --scheme nor a budget",
+            wanted="one of them, such as --scheme q4_block64 or --target-bpw 4.5",
+        )
+    if budget and (pure or no_fallback):
+        raise UsageError("--pure and --no-fallback go with --scheme, not with a budget")
+    container = container_name(format)
+    if scheme is None:  # which tensors are quantized at all; what they take is chosen
+        gguf = container == "gguf" or (container is None and str(output).lower().endswith(".gguf"))
+        scheme = "q4_k_m" if gguf else "q4_block32"
     options = QuantizeOptions(
         scheme=parse_scheme(scheme),
         output=as_path(output),
-        container=container_name(format),
+        container=container,
         range=range_method(range, percentile),
         calibration=as_path(calibration),
         weighting=not no_weighting,
@@ -121,6 +146,7 @@ def quantize(
         strict=strict,
         hash_source=hash_source,
         allow_requantize=allow_requantize,
+        budget=budget,
         gguf=GgufOptions(
             raw=raw,
             pre_tokenizer=pre_tokenizer,

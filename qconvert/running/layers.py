@@ -28,6 +28,7 @@ class Layer:
         address: where the matrix, or the one that it is a part of, lies in memory.
         transposed: whether it is stored (in, out), as transformers' Conv1D has it.
         partial: whether the module has a part of it only, so that its output is not the layer's.
+        first: the row of the running model's matrix that it begins at, where several are joined.
     """
 
     features: int
@@ -35,6 +36,7 @@ class Layer:
     address: int
     transposed: bool = False
     partial: bool = False
+    first: int = 0
 
 
 def linear_layers(
@@ -87,8 +89,12 @@ def linear_layers(
                 if len(names) == 1:
                     found[layer_name(names[0])] = _whole(part, module)
                     continue
+                at = 0
                 for name in names:
-                    found[layer_name(name)] = Layer(part.shape[1], module, part.data_ptr())
+                    found[layer_name(name)] = Layer(
+                        part.shape[1], module, part.data_ptr(), first=at
+                    )
+                    at += matrices[name].shape[0]
         parts = {_row(p, 0): p for p in strange.values() if p.ndim == 2 and len(p)}
         for name, tensor in matrices.items():
             first = None if layer_name(name) in found else _first_part(model, tensor, parts)
@@ -205,11 +211,11 @@ def watching(
 
 
 def _before(name: str, seen: Seen) -> Callable[[Any, tuple[Any, ...]], None]:
-    return lambda _, inputs: seen(name, _rows(inputs[0]))
+    return lambda _, inputs: seen(name, rows_of(inputs[0]))
 
 
 def _after(name: str, seen: Seen) -> Callable[[Any, Any, Any], None]:
-    return lambda _, inputs, output: seen(name, _rows(output))
+    return lambda _, inputs, output: seen(name, rows_of(output))
 
 
 # Names of torch's functions that multiply matrices.
@@ -244,9 +250,9 @@ def _watching_products(
             if func is functional.linear and len(args) > 1:
                 alone = [n for n, k in matrices.get(args[1].data_ptr(), ()) if k.module is None]
                 for name in alone:
-                    on_input(name, _rows(args[0]))
+                    on_input(name, rows_of(args[0]))
                 if len(alone) == 1 and on_output is not None:
-                    on_output(alone[0], _rows(result))
+                    on_output(alone[0], rows_of(result))
             elif getattr(func, "__name__", "") in _PRODUCTS:
                 tensors = [t for t in _flat(args) if isinstance(t, torch.Tensor)]
                 for tensor in tensors:
@@ -275,7 +281,7 @@ def _entering(layer: Layer, weight: Any, factors: list[Any]) -> F32 | None:
         inputs = other
     else:
         return None
-    return _rows(inputs) if inputs.shape[-1] == layer.features else None
+    return rows_of(inputs) if inputs.shape[-1] == layer.features else None
 
 
 def _flat(args: Any) -> Iterator[Any]:
@@ -294,6 +300,7 @@ def run_tokens(checkpoint: Checkpoint, tokens: NDArray[np.int64]) -> None:
         checkpoint.model(input_ids=ids, **options)
 
 
-def _rows(x: Any) -> F32:
+def rows_of(x: Any) -> F32:
+    """A torch tensor as rows of its last dimension, (rows, C) float32."""
     rows: F32 = x.detach().reshape(-1, x.shape[-1]).float().contiguous().numpy()
     return rows

@@ -6,7 +6,8 @@ What was done so far lies beside the output, see `qconvert.calibration.saved_sta
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from qconvert.calibration.collected import (
     Collected,
     features_of,
     file_note,
+    gram_limits,
     model_warnings,
     observe,
     passes,
@@ -30,6 +32,13 @@ from qconvert.calibration.collected import (
 from qconvert.calibration.column_norms import weight_norms
 from qconvert.calibration.digest import model_digest
 from qconvert.calibration.document import TextRun
+from qconvert.calibration.fisher import (
+    LOOKUP,
+    MOST_OUTPUTS,
+    PRODUCT,
+    FisherStatistics,
+    UseStatistics,
+)
 from qconvert.calibration.importance import importance_bytes
 from qconvert.calibration.layer import LayerStatistics
 from qconvert.calibration.observers import ObserverSettings
@@ -40,7 +49,13 @@ from qconvert.files.safetensors import open_safetensors
 from qconvert.files.scratch import Scratch
 from qconvert.model import Model, layer_name
 from qconvert.progress import Progress, Silent
-from qconvert.report import CalibrateReport
+from qconvert.report import CalibratedFisher, CalibrateReport
+from qconvert.running.gradients import (
+    recomputed_blocks,
+    run_sampled,
+    token_tables,
+    watching_gradients,
+)
 from qconvert.running.hugging_face import Checkpoint, open_checkpoint
 from qconvert.running.layers import embeddings, linear_layers, run_tokens, tables, watching
 from qconvert.running.text import DEFAULT_SEQLEN, sentences, token_chunks
@@ -71,6 +86,7 @@ class TextOptions:
     seed: int = 0
     outputs: bool = False
     gram: bool = False
+    fisher: bool = False
     resume: bool = False
     imatrix: Path | None = None
     record: Path | None = None
@@ -117,6 +133,13 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
         if options.imatrix:
             layer_places(checkpoint.config, options.model / "config.json")
         model = stack.enter_context(open_safetensors(options.model))
+        if options.fisher and checkpoint.kind != "causal":
+            raise UnsupportedError(
+                "the Fisher information is that of next tokens, of which an encoder has none",
+                path=options.model,
+                hint="calibrate without --fisher",
+                code="FISHER-ENCODER",
+            )
         scratch = stack.enter_context(Scratch(options.output)) if options.gram else None
         run = _Run(options, checkpoint, model, scratch, state, progress)
         with state.kept():
@@ -131,6 +154,7 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
             warnings += unreached_warnings(found.unreached)
             watched = set(features) | set(found.unreached)
             warnings += _unwatched_warnings(model, watched, tables(checkpoint))
+            warnings += _fisher_warnings(found.lacking)
             state.between(found)
             found.write(out)
             if imatrix:
@@ -142,7 +166,7 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
                 for other in filter(None, (imatrix, record, out)):
                     other.commit()
             state.remove()
-    return found.report(
+    report = found.report(
         options.texts,
         options.output,
         imatrix=options.imatrix,
@@ -152,6 +176,8 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
         written=written,
         seconds=time.perf_counter() - started,
     )
+    report.fisher = run.fisher_report()
+    return report
 
 
 class _Run:
@@ -176,10 +202,20 @@ class _Run:
             checkpoint, model, {t.name for t in model.tensors if no_matrix(t)}
         )
         self.used: set[str] = set()  # multiplied in a way that shows no input
+        self.backward = False  # whether the backward pass is under way, and runs blocks once more
+        self.blocks = 0  # that keep nothing but their input until then
+        self.shapes = {
+            layer_name(t.name): (t.shape[0], t.shape[1]) for t in model.tensors if len(t.shape) == 2
+        }
+        self.tables = token_tables(checkpoint, model) if options.fisher else {}
         sizes = {
             name: LayerStatistics.size(layer.features, outputs=options.outputs, gram=options.gram)
             for name, layer in self.layers.items()
         }
+        if options.fisher:
+            for name in (*self.layers, *self.tables.values()):
+                more = UseStatistics.size(*self._matrix(name), grams=options.gram)
+                sizes[name] = sizes.get(name, 0) + more
         self.groups = passes(sizes, options.statistics_bytes)
         self.chunk = 0
         tokens = sum(map(len, self.pieces))
@@ -198,6 +234,7 @@ class _Run:
             ),
             scratch=scratch,
             transposed={name for name, layer in self.layers.items() if layer.transposed},
+            labels=tokens if options.fisher else None,
         )
         self.resumed_at: int | None = None
         if options.resume:
@@ -213,31 +250,97 @@ class _Run:
         self.progress.advance(run.groups * run.chunks + run.done)
         for k in range(run.groups, len(self.groups)):
             group = self.groups[k]
-            statistics = self.found.layers
-            for name in group:
-                if name not in statistics and name not in self.found.finished:
-                    statistics[name] = LayerStatistics(
-                        self.layers[name].features,
-                        self.options.settings,
-                        self._norms(name),
-                        gram=self.options.gram,
-                    )
-            watched = {name: self.layers[name] for name in group}
-            outputs = self._output if self.options.outputs else None
-            with watching(watched, self._input, outputs, self.used.add):
+            self._begin(group)
+            layers = [name for name in group if name in self.layers]
+            with self._watching(group):
                 for chunk in range(self._text_run.done, run.chunks):
                     self.chunk = chunk
-                    run_tokens(self.checkpoint, self.pieces[chunk])
+                    self._run_piece(self.pieces[chunk])
                     self.found.run = replace(self._text_run, done=chunk + 1)
                     self.progress.advance(1, f"piece {chunk + 1}")
                     self.state.between(self.found)
-            silent = [n for n in group if not statistics[n].channels.samples]
+            silent = [n for n in layers if not self.found.layers[n].channels.samples]
             unreached = [n for n in silent if n not in self.used]
             self.found.unreached = sorted({*self.found.unreached, *unreached})
+            self._note_lacking(group)
             self.found.finish(self.state.between)
             last = k + 1 == len(self.groups)
             self.found.run = replace(self._text_run, groups=k + 1, done=run.chunks if last else 0)
         self.progress.end()
+
+    def _begin(self, group: list[str]) -> None:
+        """Statistics of the layers and tables of a group, where none were taken over."""
+        found = self.found
+        for name in group:
+            if name in self.layers and name not in found.layers and name not in found.finished:
+                found.layers[name] = LayerStatistics(
+                    self.layers[name].features,
+                    self.options.settings,
+                    self._norms(name),
+                    gram=self.options.gram,
+                )
+            if self.options.fisher and name not in found.informing and name not in found.informed:
+                found.informing[name] = FisherStatistics(
+                    *self._matrix(name), grams=self.options.gram
+                )
+
+    @contextmanager
+    def _watching(self, group: list[str]) -> Iterator[None]:
+        """See what enters the layers of a group, and gradients where they are wanted."""
+        watched = {name: self.layers[name] for name in group if name in self.layers}
+        outputs = self._output if self.options.outputs else None
+        with ExitStack() as stack:
+            stack.enter_context(watching(watched, self._input, outputs, self.used.add))
+            if self.options.fisher:
+                heights = {name: self._matrix(name)[0] for name in watched}
+                tables = {at: name for at, name in self.tables.items() if name in group}
+                mode = stack.enter_context(
+                    watching_gradients(watched, heights, tables, self._gradient, self._lookup)
+                )
+                self.blocks = stack.enter_context(recomputed_blocks(self.checkpoint, mode))
+            yield
+
+    def _run_piece(self, tokens: NDArray[np.int64]) -> None:
+        if not self.options.fisher:
+            run_tokens(self.checkpoint, tokens)
+            return
+        try:
+            run_sampled(self.checkpoint, tokens, self.options.seed, self._turn)
+        finally:
+            self.backward = False
+
+    def _turn(self) -> None:
+        self.backward = True
+
+    def _note_lacking(self, group: list[str]) -> None:
+        """Layers that tokens came through, but no gradient."""
+        if self.options.fisher:
+            reached = [n for n in group if n not in self.found.unreached]
+            lacking = [n for n in reached if not self.found.informing[n].uses]
+            self.found.lacking = sorted({*self.found.lacking, *lacking})
+
+    def _matrix(self, name: str) -> tuple[int, int]:
+        """Outputs and inputs of a layer, or rows and width of a table."""
+        rows, columns = self.shapes[name]
+        transposed = name in self.layers and self.layers[name].transposed
+        return (columns, rows) if transposed else (rows, columns)
+
+    def fisher_report(self) -> CalibratedFisher | None:
+        """How the Fisher information was taken."""
+        found = self.found
+        if found.labels is None:
+            return None
+        high = [n for n, m in found.informed.items() if m.shape[0] > MOST_OUTPUTS]
+        return CalibratedFisher(
+            labels=found.labels,
+            seed=self.options.seed,
+            matrices=len(found.informed),
+            lacking=found.lacking,
+            gram=self.options.gram,
+            without_output=high if self.options.gram else [],
+            passes=len(self.groups),
+            blocks=self.blocks,
+        )
 
     def _norms(self, name: str) -> NDArray[np.float64] | None:
         layer = self.layers[name]
@@ -251,6 +354,8 @@ class _Run:
         return self.found.run
 
     def _input(self, name: str, rows: NDArray[np.float32]) -> None:
+        if self.backward:
+            return
         self._check_finite(name, rows, "input")
         if not len(rows):
             return
@@ -259,9 +364,24 @@ class _Run:
             self._record(name, rows)
 
     def _output(self, name: str, rows: NDArray[np.float32]) -> None:
+        if self.backward:
+            return
         self._check_finite(name, rows, "output")
         if len(rows):
             self.found.layers[name].update_output(rows)
+
+    def _gradient(self, name: str, x: NDArray[np.float32], g: NDArray[np.float32]) -> None:
+        """Input and gradient of a layer of the group."""
+        self._check_finite(name, g, "gradient by the output")
+        if len(x):
+            with gram_limits(name, self.options.model):
+                self.found.informing[name].of(PRODUCT).update(x, g)
+
+    def _lookup(self, name: str, ids: NDArray[np.int64], g: NDArray[np.float32]) -> None:
+        """Rows looked up in a table of the group, and the gradients by them."""
+        self._check_finite(name, g, "gradient by the output")
+        with gram_limits(name, self.options.model):
+            self.found.informing[name].of(LOOKUP).update_lookup(ids, g)
 
     def _check_finite(self, name: str, rows: NDArray[np.float32], what: str) -> None:
         if not np.isfinite(rows).all():
@@ -295,6 +415,7 @@ class _Run:
             {
                 "--outputs": (outputs, self.options.outputs),
                 "--gram": (gram, self.options.gram),
+                "--fisher": (state.labels is not None, self.options.fisher),
                 "--record": (bool(state.recorded), self.options.record is not None),
             },
         )
@@ -304,6 +425,12 @@ class _Run:
                 self.found.finished[name] = layer
             else:
                 self.found.layers[name] = restored(layer, self.options.settings, self._norms(name))
+        for name, matrix in state.informed.items():
+            if name in done:
+                self.found.informed[name] = matrix
+            else:
+                self.found.informing[name] = matrix.restored()
+        self.found.lacking = state.lacking
         self.found.run = replace(self._text_run, done=theirs.done, groups=theirs.groups)
         self.found.unreached = state.unreached
         self.found.recorded = state.recorded
@@ -338,6 +465,16 @@ def _pieces(options: TextOptions, checkpoint: Checkpoint) -> list[NDArray[np.int
             code="HF-VOCABULARY",
         )
     return pieces
+
+
+def _fisher_warnings(lacking: list[str]) -> list[str]:
+    """Layers whose gradient was not to be had, as a warning."""
+    if not lacking:
+        return []
+    return [
+        f"no gradient came through {len(lacking)} matrices, such as '{lacking[0]}': how much "
+        "their errors matter is not in the calibration"
+    ]
 
 
 def _unwatched_warnings(model: Model, watched: set[str], looked_up: set[str]) -> list[str]:

@@ -37,10 +37,10 @@ SMALL_TILES = 4  # tensors of at most so many tiles are analysed by one thread
 NOTHING = Encoded()
 
 
-def planned_row(p: PlannedTensor) -> QuantizedTensor:
-    """What the report says of a tensor before it is converted."""
+def planned_row(p: PlannedTensor, nbytes: int | None = None) -> QuantizedTensor:
+    """What the report says of a tensor before it is converted; ``nbytes`` where they are known."""
     tensor = p.tensor
-    nbytes = p.encoding.size(tensor.shape)
+    nbytes = p.encoding.size(tensor.shape) if nbytes is None else nbytes
     return QuantizedTensor(
         name=tensor.name,
         shape=tensor.shape,
@@ -130,7 +130,7 @@ class Job:
             check_space(paths[0], sum(planned_row(p).nbytes for p in self.prepared.plan))
             sink = self.prepared.sink(out, self._provenance(sources))
             threads = self.options.threads or available_threads()
-            self.progress.begin("quantize", self.report.source_bytes, "bytes")
+            self.progress.begin(_title(self.report), self.report.source_bytes, "bytes")
             with closing(sink), Workers(threads) as workers:
                 for task, piece in workers.map(_run, self._tasks(workers)):
                     self._take(task, piece, sink, workers)
@@ -164,7 +164,7 @@ class Job:
 
     def _provenance(self, sources: list[Path]) -> dict[str, Any]:
         o = self.options
-        used: dict[str, Any] = {"scheme": o.scheme.name}
+        used: dict[str, Any] = {"budget": o.budget.name} if o.budget else {"scheme": o.scheme.name}
         if o.range and self.prepared.ranged:
             used["range"] = o.range.describe()
         if not o.weighting:
@@ -304,6 +304,12 @@ class Job:
         if self.calibration and (layer := self.calibration.find(row.name)):
             notes["activation"] = layer.note(self.calibration.observer)
         return notes
+
+
+def _title(report: QuantizeReport) -> str:
+    """Of the work, with what is expected of it where that is known."""
+    kl = report.prediction.kl if report.prediction else None
+    return "quantize" if kl is None else f"quantize, predicted divergence {kl:.3g} nats"
 
 
 def _source_note(s: SourceFile) -> dict[str, Any]:

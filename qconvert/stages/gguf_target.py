@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qconvert.codecs.codec import Encoding
@@ -19,13 +21,16 @@ from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import GgufTensor, GgufWriter, MetadataValue, check_gguf
 from qconvert.files.imatrix import Imatrix, read_imatrix
 from qconvert.kernels.records import Bytes
-from qconvert.mixes import MixOptions, ModelFacts, parse_mix
+from qconvert.mixes import MIXES, Mix, MixOptions, ModelFacts, parse_mix
 from qconvert.model import Model, TensorInfo
 from qconvert.schemes import MixScheme
 from qconvert.stages.gguf_sources import PRE_TOKENIZER, TOKENIZER, GgufModelSource, as_gguf
 from qconvert.stages.plan import MIN_VALUES, PlannedTensor, PlanOptions, make_plan, plan_mix
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
 from qconvert.stages.target import Prepared, Sink, Target, model_name
+
+PROVENANCE_BYTES = 4096  # for a bound before it is known
+PADDING = 32  # at most, behind a tensor
 
 
 class GgufTarget:
@@ -35,7 +40,7 @@ class GgufTarget:
         self, opened: OpenModel, model: Model, options: QuantizeOptions, output: Path
     ) -> Prepared:
         o = options.gguf
-        if options.calibration:
+        if options.calibration and not options.budget:
             raise UsageError("--calibration has no place in a GGUF file", hint="write a .qblk file")
         source = as_gguf(
             opened, model, raw=o.raw, name=model_name(model.path), pre_tokenizer=o.pre_tokenizer
@@ -43,6 +48,8 @@ class GgufTarget:
         imatrix = read_imatrix(o.imatrix) if o.imatrix else None
         keys: dict[str, MetadataValue] = {"general.quantization_version": 2}
         notes, warnings = [*source.notes], [*source.warnings]
+        if source.facts is None and options.budget:
+            raise UsageError("a raw file takes no budget", hint="choose types with --scheme")
         if source.facts is None:
             plan = _plain_plan(source, options)
         else:
@@ -73,6 +80,7 @@ class GgufTarget:
             provenance={"imatrix": {"sha256": imatrix.sha256}} if imatrix else {},
             warnings=warnings,
             notes=notes,
+            overhead=partial(_overhead, source.metadata | keys, tensors),
         )
 
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
@@ -129,10 +137,12 @@ def _mixed_plan(
     )
     # What has its type already in a GGUF file stays bit for bit.
     tensors = opened.tensors if isinstance(opened, AnyGgufModel) else source.model.tensors
-    asked = PlanOptions(options.keep, options.tensor_schemes)
+    asked = PlanOptions(options.keep, options.tensor_schemes, assigned=options.assigned)
     plan, fell_back = plan_mix(tensors, asked, wanted, facts)
     decoded = {t.name: t for t in source.model.tensors}
     plan = tuple(replace(p, tensor=decoded[p.tensor.name]) if p.scheme else p for p in plan)
+    if options.assigned:
+        mix = _nearest_mix(plan, mix)
     warnings = []
     if options.min_values != MIN_VALUES:
         warnings.append("--min-values has no effect: the mixes choose by name and shape")
@@ -142,6 +152,16 @@ def _mixed_plan(
             "not divide into its blocks"
         )
     return plan, mix.file_type, warnings
+
+
+def _nearest_mix(plan: tuple[PlannedTensor, ...], mix: Mix) -> Mix:
+    """The mix whose base type most bytes of a file have that keeps to none: readers show it."""
+    taken: Counter[str] = Counter()
+    for p in plan:
+        if p.scheme:
+            taken[p.encoding.name] += p.encoding.size(p.tensor.shape)
+    bases = {m.base: m for m in reversed(MIXES.values())}
+    return next((bases[name] for name, _ in taken.most_common() if name in bases), mix)
 
 
 def _fitting(
@@ -253,6 +273,17 @@ def _sink(
     paths = (out.path,) if isinstance(out, AtomicOutput) else out.paths
     noted = json.dumps(provenance, sort_keys=True, ensure_ascii=False)
     return _GgufSink(target, paths, counts, {**metadata, PROVENANCE: noted}, tensors)
+
+
+def _overhead(metadata: Mapping[str, MetadataValue], tensors: Sequence[GgufTensor]) -> int:
+    """What a file takes at most besides the bytes of its tensors: its header is made to see."""
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "header.gguf"
+        with machine_errors(path):
+            writer = GgufWriter(path, {**metadata, PROVENANCE: " " * PROVENANCE_BYTES}, tensors)
+            writer.close()
+    size: int = writer.header_size
+    return size + PADDING * len(tensors)
 
 
 def _tensor(p: PlannedTensor) -> GgufTensor:

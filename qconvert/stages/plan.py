@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase, translate
 
 from qconvert.codecs import codec_of
@@ -19,6 +19,7 @@ from qconvert.model import DTYPES, TensorInfo
 from qconvert.schemes import TENSOR_SCHEMES, Scheme, TensorScheme
 
 MIN_VALUES = 1024  # smaller tensors: the bytes saved do not matter, the error may
+BUDGETED = "chosen for the budget"
 _NORM = "norm or bias by name"
 _EXPONENT = "is exponentiated: its error would grow into a factor of every step"
 _RECURRENT = "a parameter of the recurrence, met once by every token, and no matrix of a product"
@@ -54,11 +55,13 @@ class PlanOptions:
         keep: globs of tensors to keep as they are.
         tensor_schemes: (glob, scheme); the first that matches wins.
         min_values: smallest tensor that is quantized unasked.
+        assigned: what a budget has chosen; None keeps a tensor.
     """
 
     keep: tuple[str, ...] = ()
     tensor_schemes: tuple[tuple[str, TensorScheme], ...] = ()
     min_values: int = MIN_VALUES
+    assigned: Mapping[str, TensorScheme | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,9 @@ def plan_mix(
         if kept is not None:
             planned.append(PlannedTensor(tensor, None, f"--keep '{kept}'"))
             continue
+        if tensor.name in options.assigned:
+            planned.append(PlannedTensor(tensor, options.assigned[tensor.name], BUDGETED))
+            continue
         scheme = TENSOR_SCHEMES.get(found.ggml_type.lower())
         if scheme is None or found.ggml_type == tensor.dtype:
             plain = tensor.dtype in DTYPES
@@ -139,7 +145,8 @@ def plan_mix(
             planned.append(PlannedTensor(tensor, None, reason))
             continue
         planned.append(PlannedTensor(tensor, scheme, found.reason))
-    return tuple(planned), sum(a.fell_back for a in assigned)
+    pairs = zip(tensors, assigned, strict=True)
+    return tuple(planned), sum(a.fell_back for t, a in pairs if t.name not in options.assigned)
 
 
 def _rule(glob: str, scheme: TensorScheme) -> TensorTypeRule:
@@ -177,6 +184,8 @@ def _plan_one(tensor: TensorInfo, scheme: TensorScheme, options: PlanOptions) ->
             return keep(reason)
         if tensor.size < options.min_values:
             return keep(f"fewer than {options.min_values:,} values")
+    if tensor.name in options.assigned:
+        return PlannedTensor(tensor, options.assigned[tensor.name], BUDGETED)
     raised = scheme.at_least(TOKEN_TABLE_BITS)
     if raised != scheme and any(fnmatchcase(tensor.name, glob) for glob in TOKEN_TABLES):
         return _if_fitting(

@@ -11,7 +11,7 @@ from qconvert.codecs.codec import Encoding
 from qconvert.errors import FormatError, UsageError
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicOutput, AtomicSet
-from qconvert.files.qblk_header import SLASH
+from qconvert.files.qblk_header import ALIGNMENT, PREAMBLE, SLASH, align
 from qconvert.files.qblk_writer import (
     QblkWriter,
     TensorWriter,
@@ -46,6 +46,7 @@ WIDEST_NOTES: dict[str, Any] = {
     },
     "error": {"max": 0, "nmse": 0, "sqnr_db": 0, "weighted_sqnr_db": 0, "clipped": 0},
 }
+PROVENANCE_BYTES = 4096  # of options and notes, for a bound before they are known
 WIDEST_ACTIVATION = {"observer": "x" * MAX_OBSERVER, "samples": 0, "scale": 0, "zero_point": 0}
 
 
@@ -60,7 +61,9 @@ class QblkTarget:
                 "options of GGUF files have no place in a .qblk file", hint="write a .gguf file"
             )
         assert not isinstance(options.scheme, MixScheme)  # which qblk does not take
-        asked = PlanOptions(options.keep, options.tensor_schemes, options.min_values)
+        asked = PlanOptions(
+            options.keep, options.tensor_schemes, options.min_values, options.assigned
+        )
         plan = make_plan(model.tensors, options.scheme, asked)
         check_qblk(model.tensors, model.path)
         for companion in model.companions:
@@ -74,6 +77,7 @@ class QblkTarget:
             companions=len(model.companions),
             companion_bytes=sum(c.size for c in model.companions),
             warnings=_module_warnings(opened),
+            overhead=partial(_overhead, model, plan, calibrated=options.calibration is not None),
         )
 
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
@@ -93,14 +97,8 @@ class _QblkSink:
     ) -> None:
         self.model = model
         self.provenance = provenance
-        files = [(_flat(c), c.size) for c in model.companions]
         calibrated = "calibration" in provenance
-        bounds = (_bound(p, calibrated) for p in plan)
-        features = required_features(
-            (p.tensor.dtype, str(p.encoding.to_json()["kind"])) for p in plan
-        )
-        bound = header_bound(bounds, files, model.metadata, provenance, features)
-        self.writer = QblkWriter(out, bound)
+        self.writer = QblkWriter(out, _header_bound(model, plan, provenance, calibrated))
 
     def begin(self, tensor: TensorInfo, encoding: Encoding) -> TensorWriter:
         return self.writer.begin(tensor.name, tensor.shape, tensor.dtype, encoding)
@@ -122,6 +120,25 @@ def _sink(
 ) -> Sink:
     assert isinstance(out, AtomicOutput)
     return _QblkSink(out, model, plan, provenance)
+
+
+def _header_bound(
+    model: Model, plan: tuple[PlannedTensor, ...], provenance: dict[str, Any], calibrated: bool
+) -> int:
+    """Upper bound of the header's bytes."""
+    files = [(_flat(c), c.size) for c in model.companions]
+    bounds = (_bound(p, calibrated) for p in plan)
+    features = required_features((p.tensor.dtype, str(p.encoding.to_json()["kind"])) for p in plan)
+    return header_bound(bounds, files, model.metadata, provenance, features)
+
+
+def _overhead(model: Model, plan: tuple[PlannedTensor, ...], *, calibrated: bool) -> int:
+    """What the file takes at most besides the bytes of its tensors."""
+    wide = {"": "x" * PROVENANCE_BYTES, "sources": [s.name for s in model.sources]}
+    header = PREAMBLE.size + _header_bound(model, plan, wide, calibrated)
+    segments = sum(len(p.encoding.segments(p.tensor.shape)) for p in plan)
+    segments += len(model.companions)
+    return align(header) + ALIGNMENT * segments + sum(c.size for c in model.companions)
 
 
 def _flat(companion: Companion) -> str:

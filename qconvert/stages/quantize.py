@@ -15,7 +15,8 @@ from qconvert.files.dequantized import dequantized
 from qconvert.kernels.records import ErrorSums
 from qconvert.model import DTYPES, Model
 from qconvert.progress import Progress, Silent
-from qconvert.report import QuantizeReport
+from qconvert.report import Prediction, QuantizeReport
+from qconvert.stages.budget import within_budget
 from qconvert.stages.conversion import Job, fill_totals, planned_row
 from qconvert.stages.plan import PlannedTensor, check_schemes
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
@@ -52,21 +53,37 @@ def quantize(
         calibration = None
         if options.calibration:
             calibration = files.enter_context(Calibration(options.calibration))
-        prepared = target_of(container).prepare(opened, plain, options, output)
+        target, weighing = target_of(container), calibration
+        prediction, sizes = None, {}
+        if options.budget:
+            if calibration:
+                calibration.check_model(plain)
+            decided = within_budget(
+                *(target, opened, plain, options, output, container.name, calibration, progress)
+            )
+            options, prepared = decided.options, decided.prepared
+            prediction, sizes = decided.prediction, decided.sizes
+            # Of a GGUF file it has said what its tensors take, and has nothing more to say.
+            weighing = calibration if container.name == "qblk" else None
+        else:
+            prepared = target.prepare(opened, plain, options, output)
         report = _report(source, container, names, options, prepared)
+        report.prediction = prediction
         report.warnings = said.warnings + report.warnings
         report.notes = said.notes + report.notes
-        if calibration:
-            _check_calibration(calibration, prepared)
-            report.warnings += _unused(calibration, prepared.plan)
+        if weighing:
+            _check_calibration(weighing, prepared)
+            report.warnings += _unused(weighing, prepared.plan)
+        if prediction:
+            report.warnings += _unknown(prediction)
         if options.range and not prepared.ranged:
             report.warnings.append("--range has no effect: no tensor takes a scheme with ranges")
         if options.dry_run:
-            report.tensors = [planned_row(p) for p in prepared.plan]
+            report.tensors = [planned_row(p, sizes.get(p.tensor.name)) for p in prepared.plan]
             report.output_bytes = sum(t.nbytes for t in report.tensors) + prepared.companion_bytes
             fill_totals(report, ErrorSums())
         else:
-            Job(prepared, options, calibration, report, progress).write(output)
+            Job(prepared, options, weighing, report, progress).write(output)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -81,7 +98,7 @@ def _report(
         source=str(source),
         output=str(prepared.outputs[0]),
         container=container.name,
-        scheme=options.scheme.name,
+        scheme=options.name,
         range=(options.range or default).describe() if default else "none",
         dry_run=options.dry_run,
         tensors=[],
@@ -123,7 +140,7 @@ def _output(source: Path, options: QuantizeOptions) -> tuple[Path, Container]:
     if output is None:
         container = asked or container_for(options.scheme.family)
         parent = source.parent if source.name not in ("", "..") else source.resolve().parent
-        name = f"{model_name(source)}.{options.scheme.name}{container.suffix}"
+        name = f"{model_name(source)}.{options.name}{container.suffix}"
         return parent / name, container
     found = asked or next((c for c in WRITTEN if c.suffix == output.suffix.lower()), None)
     if found is None:
@@ -154,6 +171,16 @@ def _check_calibration(calibration: Calibration, prepared: Prepared) -> None:
         )
     for tensor in used:
         calibration.check(tensor)
+
+
+def _unknown(prediction: Prediction) -> list[str]:
+    """A warning where the sensitivity of tensors is not known, though that of others is."""
+    if not prediction.without:
+        return []
+    return [
+        f"the calibration does not say how much errors of {len(prediction.without)} tensors "
+        f"matter, such as '{prediction.without[0]}': they are taken for as sensitive as the others"
+    ]
 
 
 def _unused(calibration: Calibration, plan: tuple[PlannedTensor, ...]) -> list[str]:

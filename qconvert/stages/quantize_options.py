@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qconvert.mixes import TensorTypeRule
@@ -27,8 +28,37 @@ class GgufOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Budget:
+    """What the whole file has to keep to; one of the first three.
+
+    Attributes:
+        bits: per weight, over all tensors of the file.
+        size: of the file in bytes.
+        divergence: predicted, in nats.
+        sensitivities: a file of what was measured, read if it is there and written if not.
+    """
+
+    bits: float | None = None
+    size: int | None = None
+    divergence: float | None = None
+    sensitivities: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """As reports and names of files have it."""
+        if self.bits is not None:
+            return f"{self.bits:g}bpw"
+        return f"{self.size}bytes" if self.size is not None else f"{self.divergence:g}nats"
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizeOptions:
-    """Options of ``qconvert quantize``; the command line's help describes each."""
+    """Options of ``qconvert quantize``; the command line's help describes each.
+
+    Attributes:
+        scheme: under a budget, what says which tensors are quantized at all.
+        assigned: what a budget has chosen for tensors by their names; None keeps one as it is.
+    """
 
     scheme: Scheme
     output: Path | None = None
@@ -46,3 +76,10 @@ class QuantizeOptions:
     hash_source: bool = False
     allow_requantize: bool = False
     gguf: GgufOptions = GgufOptions()
+    budget: Budget | None = None
+    assigned: Mapping[str, TensorScheme | None] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of what is made of the tensors."""
+        return self.budget.name if self.budget else self.scheme.name

@@ -62,6 +62,7 @@ class Prepared:
         provenance: what else there is to record.
         companions: files that are carried along, and ``companion_bytes`` their size.
         warnings, notes: for the report.
+        overhead: gives what the files take at most besides the bytes of their tensors.
     """
 
     model: Model
@@ -75,6 +76,7 @@ class Prepared:
     companion_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    overhead: Callable[[], int] = lambda: 0
 
     @property
     def ranged(self) -> bool:

@@ -25,6 +25,9 @@ from qconvert.containers import CONTAINERS
 from qconvert.errors import FormatError, UsageError, WeightError
 from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
+from qconvert.files.gguf_split import PROVENANCE
+from qconvert.files.qblk import QblkModel
+from qconvert.files.strict_json import strict_json
 from qconvert.files.transposed import input_first
 from qconvert.floors import LOST_DB, Measured, judge
 from qconvert.geometry import TILE_VALUES, Tile, tiles
@@ -167,6 +170,18 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
     report.status = "fail" if any(c.status == "fail" for c in report.checks) else "pass"
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _predicted(model: OpenModel) -> float | None:
+    """The divergence that was predicted when a file was made, in nats; None where none was."""
+    if isinstance(model, QblkModel):
+        noted: Any = model.header.provenance
+    else:
+        text = model.metadata.get(PROVENANCE)
+        noted = strict_json(text.encode(), model.path) if text else {}
+    prediction = noted.get("prediction") if isinstance(noted, dict) else None
+    kl = prediction.get("kl") if isinstance(prediction, dict) else None
+    return float(kl) if isinstance(kl, int | float) else None
 
 
 def _source(path: Path, model: OpenModel) -> Model:
@@ -346,6 +361,8 @@ class _Job:
             return
         path, against = self.model.path, self.options.against
         found = measure_quality(path, against, self.options.quality, self.progress)
+        if found.tokens:
+            found.tokens.kl_predicted = _predicted(self.model)
         self.report.token_quality = found.tokens
         self.report.embedding_quality = found.embeddings
         self.report.checks += found.checks

@@ -1,0 +1,293 @@
+"""Which scheme each tensor takes so that the whole keeps a budget and loses the least.
+
+With a calibration that has the Fisher information, a loss is the predicted divergence of next
+tokens, in nats. Without, it is the relative squared error of a tensor, weighed by its size and by
+what tensors of its role have been found to need: an order, not a prediction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from qconvert import __version__
+from qconvert.calibration.digest import model_digest
+from qconvert.calibration.file import Calibration
+from qconvert.codecs.codec import Facts
+from qconvert.errors import UsageError
+from qconvert.files import OpenModel
+from qconvert.files.regular import file_sha256
+from qconvert.model import Model, TensorInfo
+from qconvert.progress import Progress
+from qconvert.report import Prediction
+from qconvert.schemes import TENSOR_SCHEMES
+from qconvert.stages.assignment import Assignment, assign
+from qconvert.stages.conversion import planned_row
+from qconvert.stages.parallel import available_threads
+from qconvert.stages.plan import PlannedTensor
+from qconvert.stages.quantize_options import Budget, QuantizeOptions
+from qconvert.stages.sensitivities import (
+    KEPT,
+    Loss,
+    Measuring,
+    Sensitivities,
+    read_sensitivities,
+    sensitivity_of,
+)
+from qconvert.stages.target import Prepared, Target
+
+ASKED_FOR = ("--tensor-", "--output-tensor-", "--token-embedding-")
+FITS = 3  # times that a size is aimed at, for the header depends on what is chosen
+
+# Bits more or less than the others that tensors of a role need for the least loss, from measured
+# divergences of a small llama; an error of b bits is worth 4^b.
+ROLES = (
+    (re.compile(r"lm_head|embed_out|^output\.weight"), 1.3),
+    (re.compile(r"embed|token_embd|wte\."), 0.3),
+    (re.compile(r"k_proj|v_proj|attn_k\.|attn_v\.|\.(key|value)\."), 0.4),
+    (re.compile(r"down_proj|ffn_down|\.w2\.|fc2|c_proj|dense_4h_to_h"), 0.25),
+    (re.compile(r"up_proj|ffn_up|\.w3\.|o_proj|attn_output"), -0.2),
+    (re.compile(r"q_proj|attn_q\.|\.query\."), -0.4),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What was decided.
+
+    Attributes:
+        options: with the scheme of each tensor.
+        prepared: the conversion with them.
+        prediction: for the report, and what the file says of it.
+        sizes: bytes of the tensors that a scheme was chosen for.
+    """
+
+    options: QuantizeOptions
+    prepared: Prepared
+    prediction: Prediction
+    sizes: dict[str, int]
+
+
+def within_budget(
+    target: Target,
+    opened: OpenModel,
+    plain: Model,
+    options: QuantizeOptions,
+    output: Path,
+    container: str,
+    calibration: Calibration | None,
+    progress: Progress,
+) -> Decided:
+    """Choose a scheme for each tensor that the options leave open.
+
+    Raises:
+        UsageError: a budget that cannot be met, with the least and the most that can; nothing is
+            left open; a limit of the divergence without gradients.
+        InputError: sensitivities or a calibration of something else.
+    """
+    budget = options.budget
+    assert budget
+    prepared = target.prepare(opened, plain, options, output)
+    informed = calibration if calibration and calibration.has_fisher else None
+    if budget.divergence is not None and informed is None:
+        raise UsageError(
+            "--max-kl needs to know how much errors matter",
+            hint="calibrate with --text and --fisher, and give the file with --calibration",
+        )
+    tensors = [p.tensor for p in prepared.plan if _open_to_choice(p)]
+    if not tensors:
+        raise UsageError("a budget with no tensor left to choose a scheme for")
+    known, measured = _measured(
+        tensors, prepared, options, plain, container, calibration, informed, progress
+    )
+    choices = _Choices(tensors, known, informed is not None)
+    found = choices.within(budget, prepared)
+    for _ in range(FITS):
+        assigned = {
+            tensor.name: None if name == KEPT else TENSOR_SCHEMES[name]
+            for tensor, name in zip(tensors, choices.names(found), strict=True)
+        }
+        chosen = replace(options, assigned=assigned)
+        again = target.prepare(opened, plain, chosen, output)
+        if budget.size is None:
+            break
+        total = round(found.cost) + _fixed(again.plan, tensors) + again.overhead()
+        if total <= budget.size:
+            break
+        found = choices.within(budget, again)
+    prediction = Prediction(
+        budget=budget.name,
+        basis="Fisher information" if informed else "priors by role",
+        kl=found.loss if informed else None,
+        optimal=found.optimal,
+        gap=found.gap if informed else None,
+        measured=measured,
+        sensitivities=str(budget.sensitivities) if budget.sensitivities else None,
+        without=choices.without,
+    )
+    again.provenance["prediction"] = {
+        "basis": prediction.basis,
+        **({"kl": float(f"{found.loss:.6g}")} if informed else {}),
+    }
+    sizes = choices.sizes(found)
+    return Decided(chosen, again, prediction, sizes)
+
+
+def _open_to_choice(p: PlannedTensor) -> bool:
+    """Whether nobody has asked for another scheme."""
+    return p.scheme is not None and not any(option in p.reason for option in ASKED_FOR)
+
+
+def _measured(
+    tensors: list[TensorInfo],
+    prepared: Prepared,
+    options: QuantizeOptions,
+    plain: Model,
+    container: str,
+    calibration: Calibration | None,
+    informed: Calibration | None,
+    progress: Progress,
+) -> tuple[Sensitivities, int]:
+    """Losses of every tensor, from the file if there is one, and how many had to be measured."""
+    weighting = calibration if options.weighting and container == "qblk" else None
+
+    def facts(tensor: TensorInfo) -> Facts:
+        return Facts(
+            options.range,
+            partial(weighting.mean_squares, tensor.name) if weighting else lambda _: None,
+            prepared.importance(tensor),
+        )
+
+    assert options.budget
+    bound = {
+        "model": model_digest(plain),
+        "calibration": calibration.sha256() if calibration else None,
+        "container": container,
+        "--range": options.range.describe() if options.range else None,
+        "--no-weighting": not options.weighting,
+        "--imatrix": file_sha256(options.gguf.imatrix) if options.gguf.imatrix else None,
+        "version": __version__,
+    }
+    path = options.budget.sensitivities
+    known = read_sensitivities(path, bound) if path and path.exists() else Sensitivities(bound)
+    measuring = Measuring(
+        prepared.model,
+        container,
+        facts,
+        lambda t: sensitivity_of(informed, prepared.model, t) if informed else None,
+    )
+    missing = measuring.missing(tensors, known)
+    if missing:
+        measuring.measure(missing, known, options.threads or available_threads(), progress)
+        if path:
+            inputs = [plain.path, *filter(None, (options.calibration, options.gguf.imatrix))]
+            known.write(path, inputs)
+    return known, len(missing)
+
+
+class _Choices:
+    """What each tensor may take, and what it costs and loses then.
+
+    Attributes:
+        without: tensors whose sensitivity is not known though that of others is: they are taken to
+            lose as much of a nat for an error as the others do in the mean.
+    """
+
+    def __init__(self, tensors: Sequence[TensorInfo], known: Sensitivities, informed: bool) -> None:
+        self._tensors = tensors
+        self._losses = [known.losses[t.name] for t in tensors]
+        self.without: list[str] = []
+        if informed:
+            pairs = zip(tensors, self._losses, strict=True)
+            self.without = [t.name for t, found in pairs if _unknown(found)]
+        self._informed = informed and len(self.without) < len(tensors)
+        if informed and not self._informed:
+            raise UsageError(
+                "the calibration has no Fisher information of any tensor",
+                hint="calibrate this model with --text and --fisher",
+            )
+        self._mean = self._mean_of_known() if self.without else 0.0
+
+    def within(self, budget: Budget, prepared: Prepared) -> Assignment:
+        """The choice of least loss, or under a limit of the loss that of least bytes.
+
+        Raises:
+            UsageError: there is none.
+        """
+        costs = [[float(loss.nbytes) for loss in found.values()] for found in self._losses]
+        losses = [
+            [self._loss(tensor, loss) for loss in found.values()]
+            for tensor, found in zip(self._tensors, self._losses, strict=True)
+        ]
+        if budget.divergence is not None:
+            turned = assign(losses, costs, budget.divergence)
+            if turned is None:
+                least = sum(map(min, losses))
+                raise _impossible("--max-kl", budget.divergence, f"at least {least:.3g} nats")
+            return Assignment(turned.picks, turned.loss, turned.cost, turned.optimal, turned.gap)
+        fixed = _fixed(prepared.plan, self._tensors)
+        least, most = (sum(map(f, costs)) for f in (min, max))
+        if budget.bits is not None:
+            weights = sum(p.tensor.size for p in prepared.plan)
+            limit = budget.bits * weights / 8 - fixed
+            found = assign(costs, losses, limit)
+            if found is None:
+                ends = [f"{8 * (end + fixed) / weights:.3f}" for end in (least, most)]
+                raise _impossible("--target-bpw", budget.bits, f"{ends[0]} to {ends[1]}")
+            return found
+        assert budget.size is not None
+        beside = fixed + prepared.overhead()
+        found = assign(costs, losses, budget.size - beside)
+        if found is None:
+            ends = [f"{round(end + beside):,}" for end in (least, most)]
+            raise _impossible("--target-size", f"{budget.size:,}", f"{ends[0]} to {ends[1]} bytes")
+        return found
+
+    def names(self, found: Assignment) -> list[str]:
+        """The scheme of each tensor."""
+        pairs = zip(self._losses, found.picks, strict=True)
+        return [list(losses)[pick] for losses, pick in pairs]
+
+    def sizes(self, found: Assignment) -> dict[str, int]:
+        """Bytes of each tensor."""
+        triples = zip(self._tensors, self._losses, found.picks, strict=True)
+        return {t.name: list(losses.values())[pick].nbytes for t, losses, pick in triples}
+
+    def _loss(self, tensor: TensorInfo, loss: Loss) -> float:
+        if not self._informed:
+            return float(tensor.size * loss.nmse * 4.0 ** _extra_bits(tensor.name))
+        if loss.kl is not None:
+            return loss.kl
+        return self._mean * tensor.size * loss.nmse
+
+    def _mean_of_known(self) -> float:
+        """Nats for the relative squared error of a weight."""
+        known = [
+            (loss.kl, tensor.size * loss.nmse)
+            for tensor, found in zip(self._tensors, self._losses, strict=True)
+            for loss in found.values()
+            if loss.kl is not None
+        ]
+        energy = sum(nmse for _, nmse in known)
+        return sum(kl for kl, _ in known) / energy if energy else 0.0
+
+
+def _unknown(losses: Mapping[str, Loss]) -> bool:
+    return any(loss.kl is None for loss in losses.values())
+
+
+def _fixed(plan: Sequence[PlannedTensor], chosen: Sequence[TensorInfo]) -> int:
+    """Bytes of the tensors that nothing is chosen for."""
+    names = {tensor.name for tensor in chosen}
+    return sum(planned_row(p).nbytes for p in plan if p.tensor.name not in names)
+
+
+def _extra_bits(name: str) -> float:
+    return next((bits for pattern, bits in ROLES if pattern.search(name)), 0.0)
+
+
+def _impossible(option: str, found: object, wanted: str) -> UsageError:
+    return UsageError(f"{option}: no mix of schemes meets it", found=found, wanted=wanted)
