@@ -40,6 +40,8 @@ KEPT = "kept"  # in the place of a scheme: the tensor as it is
 # `qconvert.schemes.TENSOR_SCHEMES`; those that do not fit its shape are left out.
 CANDIDATES: dict[str, tuple[str, ...]] = {
     "qblk": (
+        *("c2_block16", "c2_block32", "c3_block16", "c3_block32"),
+        *("c4_block16", "c4_block32", "c4s_block16"),
         *("q2_block16", "q2_block32", "q3_block16", "q3_block32", "q3_block64"),
         *("q4_block16", "q4_block32", "q4_block64", "nf4_block64_dq"),
         *("q5_block32", "q5_block64", "q6_block32", "q6_block64", "q8_block64", "q8_channel", KEPT),
