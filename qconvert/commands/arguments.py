@@ -13,6 +13,7 @@ from qconvert.containers import WRITTEN
 from qconvert.errors import UsageError
 from qconvert.ranges import DEFAULT_PERCENTILE, RANGE_METHODS, RangeMethod
 from qconvert.schemes import MixScheme, TensorScheme, parse_scheme
+from qconvert.stages.rounding import METHODS
 
 
 def as_path(given: Path | str | None) -> Path | None:
@@ -71,6 +72,13 @@ def container_name(text: str | None) -> str | None:
     if text is None or text.lower() in names:
         return text and text.lower()
     raise UsageError("--format", found=text, wanted=" or ".join(names))
+
+
+def rounding_method(text: str | None) -> str | None:
+    """``--rounding``."""
+    if text is None or text in METHODS:
+        return text
+    raise UsageError("--rounding", found=text, wanted=" or ".join(METHODS))
 
 
 def range_method(name: str | None, percentile: float | None) -> RangeMethod | None:

@@ -205,3 +205,20 @@ def codebook_encode(
 def codebook_decode(
     *, data: Buffer, count: int, scale: Buffer, block: int, table: Buffer, x: Buffer
 ) -> None: ...
+def compensate(
+    *,
+    x: Buffer,
+    rows: int,
+    columns: int,
+    order: Buffer,
+    levels: Buffer,
+    scale: Buffer,
+    zero: Buffer,
+    offset: Buffer,
+    length: int,
+    gram: Buffer,
+    feedback: Buffer,
+    passes: int,
+    scale_dtype: str | None,
+    codes: Buffer,
+) -> None: ...

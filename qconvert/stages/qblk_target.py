@@ -8,6 +8,7 @@ from typing import Any
 
 from qconvert.calibration.document import MAX_OBSERVER
 from qconvert.codecs.codec import Encoding
+from qconvert.codecs.compensation import COMPENSATED
 from qconvert.errors import FormatError, UsageError
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicOutput, AtomicSet
@@ -46,6 +47,7 @@ WIDEST_NOTES: dict[str, Any] = {
     },
     "error": {"max": 0, "nmse": 0, "sqnr_db": 0, "weighted_sqnr_db": 0, "clipped": 0},
 }
+WIDEST_ROUNDING = {"rounding": COMPENSATED, "damping": 0}
 WIDEST_ACTIVATION = {"observer": "x" * MAX_OBSERVER, "samples": 0, "scale": 0, "zero_point": 0}
 
 
@@ -95,7 +97,8 @@ class _QblkSink:
         self.provenance = provenance
         files = [(_flat(c), c.size) for c in model.companions]
         calibrated = "calibration" in provenance
-        bounds = (_bound(p, calibrated) for p in plan)
+        compensated = set(provenance.get("rounding", {}).get("compensated", ()))
+        bounds = (_bound(p, calibrated, p.tensor.name in compensated) for p in plan)
         features = required_features(
             (p.tensor.dtype, str(p.encoding.to_json()["kind"])) for p in plan
         )
@@ -128,12 +131,14 @@ def _flat(companion: Companion) -> str:
     return companion.name.replace("/", SLASH)
 
 
-def _bound(p: PlannedTensor, calibrated: bool) -> int:
+def _bound(p: PlannedTensor, calibrated: bool, compensated: bool) -> int:
     """Upper bound in bytes of a tensor's entry in the header."""
     tensor = p.tensor
     notes: dict[str, Any] = {"decision": {"rule": "kept", "reason": p.reason}}
     if p.scheme is not None:
         notes = dict(WIDEST_NOTES)
+        if compensated:
+            notes["decision"] = {**WIDEST_NOTES["decision"], **WIDEST_ROUNDING}
         if calibrated:
             notes["activation"] = WIDEST_ACTIVATION
     return tensor_bound(tensor.name, tensor.shape, tensor.dtype, p.encoding, notes)

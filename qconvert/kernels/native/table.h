@@ -2,6 +2,7 @@
 #include "blocks.h"
 #include "casts.h"
 #include "codebook.h"
+#include "compensation.h"
 #include "statistics.h"
 #include "widen.h"
 
@@ -30,6 +31,7 @@ const Kernels OF_VARIANT(kernels) = {
     .unpack = unpack,
     .codebook_encode = codebook_encode,
     .codebook_decode = codebook_decode,
+    .compensate = compensate,
     .products = &OF_VARIANT(products),
     .ggml = &OF_VARIANT(ggml),
 };
