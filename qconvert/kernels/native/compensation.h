@@ -20,9 +20,9 @@ enum {
     QUAD = 4,    /* rows at once in `add_products` */
 };
 
-/* A function by itself. GCC 12 joins the addresses of the codes and floats of a block, four times as far
- * apart, to one, then takes a function that stores by it for one without effect, and drops its calls:
- * nothing is to be concluded about these. */
+/* A function by itself. GCC 12 joins the addresses of bytes and floats of a block, these four times as
+ * far apart, to one, then takes a function that stores by it for one without effect, and drops its
+ * calls: nothing is to be concluded about these. */
 #ifdef __clang__
 #define SEPARATE static __attribute__((noinline))
 #else
@@ -33,9 +33,9 @@ enum {
 #if defined USE_AVX512
 enum { VECTOR = 16, VECTORS = 4 };
 #elif defined USE_AVX2
-enum { VECTOR = 8, VECTORS = 1 };
+enum { VECTOR = 8, VECTORS = 2 };
 #else
-enum { VECTOR = 4, VECTORS = 1 };
+enum { VECTOR = 4, VECTORS = 2 };
 #endif
 typedef float Vector __attribute__((vector_size(VECTOR * sizeof(float)), aligned(4), may_alias));
 
@@ -62,7 +62,7 @@ typedef struct {
     float *sums;        /* (STRIP, stride): targets in the order of rounding, then slopes */
     float *values;      /* (STRIP, columns) */
     float *errors;      /* (STRIP, WIDE), in a block */
-    float *panel;       /* (WIDE, WIDE) of a factor */
+    float *panel;       /* (WIDEST, WIDE) of a factor */
     Moves *moves;       /* (STRIP) */
     Block *block;
 } Strips;
@@ -294,7 +294,8 @@ SEPARATE void store_moves(const Strips *s, size_t row, size_t strip_row, size_t 
 }
 
 /* Rows first..first + depth, columns from..from + WIDE of a factor, zeros behind the last column. */
-SEPARATE void load_panel(const Strips *s, const float *factor, size_t first, size_t depth, size_t from) {
+SEPARATE void load_panel(const Strips *s, const float *factor, size_t first, size_t depth,
+                         size_t from) {
     const size_t columns = s->task->columns, width = smaller(WIDE, columns - from);
     for (size_t j = 0; j < depth; j++) {
         memcpy(s->panel + j * WIDE, factor + (first + j) * columns + from, width * sizeof(float));
@@ -353,17 +354,27 @@ INLINE void add_moves(const float *factor, size_t stride, const Moves *moves, fl
     }
 }
 
-/* What the moves of a block that begins at `first` do to the slopes of columns begin..end. */
-SEPARATE void spread(const Strips *s, size_t rows, size_t first, size_t begin, size_t end) {
+/* What the moves of a block, columns first..first + depth, do to the slopes of columns begin..end. */
+SEPARATE void spread(const Strips *s, size_t rows, size_t first, size_t depth, size_t begin,
+                     size_t end) {
     const size_t columns = s->task->columns;
     const float *gram = s->task->gram + first * columns;
+    size_t total = 0;
+    for (size_t r = 0; r < rows; r++) {
+        total += s->moves[r].count;
+    }
+    const int many = total > 4 * depth; /* worth having what they are multiplied with side by side */
     for (size_t from = begin; from < end; from += WIDE) {
         const size_t width = smaller(WIDE, end - from);
+        const int beside = many && width == WIDE;
+        for (size_t j = 0; beside && j < depth; j++) {
+            memcpy(s->panel + j * WIDE, gram + j * columns + from, WIDE * sizeof(float));
+        }
         for (size_t r = 0; r < rows; r++) {
             const Moves *moves = s->moves + r;
             float *to = s->sums + r * s->stride + from;
             if (width == WIDE) {
-                add_moves(gram + from, columns, moves, to);
+                add_moves(beside ? s->panel : gram + from, beside ? WIDE : columns, moves, to);
                 continue;
             }
             for (size_t j = 0; j < moves->count; j++) {
@@ -450,8 +461,8 @@ static int descend_strip(const Strips *s, size_t start, size_t rows, int rescale
                 store_moves(s, start + r, r, count, first, width, rescale);
             }
         }
-        spread(s, rows, first, 0, first);
-        spread(s, rows, first, first + width, columns);
+        spread(s, rows, first, width, 0, first);
+        spread(s, rows, first, width, first + width, columns);
     }
     for (int i = 0; i < STRIP / BATCH; i++) {
         active[i] = changed[i];
@@ -462,7 +473,7 @@ static int descend_strip(const Strips *s, size_t start, size_t rows, int rescale
 
 static int compensate(const Compensation *task) {
     const size_t stride = (task->columns + WIDE - 1) / WIDE * WIDE;
-    const size_t floats = STRIP * (stride + task->columns + WIDE) + WIDE * WIDE;
+    const size_t floats = STRIP * (stride + task->columns + WIDE) + WIDEST * WIDE;
     float *memory = malloc(floats * sizeof *memory);
     Moves *moves = calloc(STRIP, sizeof *moves);
     Block *block = calloc(1, sizeof *block);

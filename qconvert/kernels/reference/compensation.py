@@ -165,7 +165,8 @@ def nearest_level(place: Floats, levels: Floats) -> U8:
         top = levels.dtype.type(len(levels) - 1)
         return np.rint(np.clip(place - levels[0], 0, top)).astype(np.uint8)
     middles = (levels[:-1] + levels[1:]) / levels.dtype.type(2)
-    return np.searchsorted(middles, place).astype(np.uint8)
+    found: U8 = np.searchsorted(middles, place).astype(np.uint8)
+    return found
 
 
 def evenly(levels: Floats) -> bool:
