@@ -83,8 +83,8 @@ class Rounder:
         given = grid
         if beyond.any():
             numbers = (x, grid.scale, grid.zero, grid.offset)
-            x, *others = (np.where(beyond[:, None], np.float32(0), a) for a in numbers)
-            given = CodeGrid(grid.levels, *others, grid.length)
+            x, scale, zero, offset = (np.where(beyond[:, None], np.float32(0), a) for a in numbers)
+            given = CodeGrid(grid.levels, scale, zero, offset, grid.length)
         if grid.length > LONGEST_RESCALED:
             scale_dtype = None
         found, scale = kernels.compensate(x, codes, given, self.factors(), PASSES, scale_dtype)

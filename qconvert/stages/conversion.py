@@ -55,8 +55,8 @@ def planned_row(p: PlannedTensor, roundings: Roundings) -> QuantizedTensor:
         source_nbytes=tensor.nbytes,
         nbytes=nbytes,
         bits_per_weight=8 * nbytes / tensor.size if tensor.size else None,
-        rounding=rounding and rounding.method,
-        rounding_reason=rounding and rounding.reason,
+        rounding=rounding.method if rounding else None,
+        rounding_reason=rounding.reason if rounding else None,
     )
 
 

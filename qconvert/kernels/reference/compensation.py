@@ -161,11 +161,13 @@ def nearest_level(place: Floats, levels: Floats) -> U8:
     """Indices of the nearest levels; between two integers that follow each other the even index,
     between others the lower.
     """
+    found: U8
     if evenly(levels):
         top = levels.dtype.type(len(levels) - 1)
-        return np.rint(np.clip(place - levels[0], 0, top)).astype(np.uint8)
-    middles = (levels[:-1] + levels[1:]) / levels.dtype.type(2)
-    found: U8 = np.searchsorted(middles, place).astype(np.uint8)
+        found = np.rint(np.clip(place - levels[0], 0, top)).astype(np.uint8)
+    else:
+        middles = (levels[:-1] + levels[1:]) / levels.dtype.type(2)
+        found = np.searchsorted(middles, place).astype(np.uint8)
     return found
 
 
