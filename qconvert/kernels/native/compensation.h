@@ -58,7 +58,7 @@ typedef struct {
     const Compensation *task;
     int evenly;         /* levels are integers that follow each other */
     float middles[255]; /* between levels */
-    size_t stride;      /* of a row of `sums`: columns, and zeros up to a multiple of WIDE */
+    size_t stride;      /* of a row of `sums`: columns, and zeros to a multiple of WIDE and beyond */
     float *sums;        /* (STRIP, stride): targets in the order of rounding, then slopes */
     float *values;      /* (STRIP, columns) */
     float *errors;      /* (STRIP, WIDE), in a block */
@@ -472,7 +472,8 @@ static int descend_strip(const Strips *s, size_t start, size_t rows, int rescale
 }
 
 static int compensate(const Compensation *task) {
-    const size_t stride = (task->columns + WIDE - 1) / WIDE * WIDE;
+    /* And a line of cache more, or rows of a power of two would all want the same places in it. */
+    const size_t stride = (task->columns + WIDE - 1) / WIDE * WIDE + 16;
     const size_t floats = STRIP * (stride + task->columns + WIDE) + WIDEST * WIDE;
     float *memory = malloc(floats * sizeof *memory);
     Moves *moves = calloc(STRIP, sizeof *moves);
