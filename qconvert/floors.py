@@ -15,6 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 LOST_DB = 6.0
+# By how much both floors are lower for codes that make up for each other's errors: these give up
+# weights for the output of the layer, 2 to 3 dB of them in what was measured.
+COMPENSATED_DB = 4.0
 
 # By the bits of a code.
 _EXPECTED = ((16, 45.0), (8, 30.0), (6, 26.0), (5, 20.0), (4, 15.0), (3, 10.0))
@@ -33,12 +36,19 @@ class Measured:
         stored: what it is stored as, for people.
         bits: of a code; of a block type with all that the block stores.
         sqnr_db: in dB; None for no loss.
+        compensated: whether its codes make up for each other's errors.
     """
 
     name: str
     stored: str
     bits: float
     sqnr_db: float | None
+    compensated: bool = False
+
+    @property
+    def allowance_db(self) -> float:
+        """How much lower its floors are."""
+        return COMPENSATED_DB if self.compensated else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +70,16 @@ def judge(tensors: Iterable[Measured]) -> Judged:
     """Hold tensors against the floors."""
     lossy = [(t.sqnr_db, t) for t in tensors if t.sqnr_db is not None]
     found = sorted(lossy, key=lambda f: (f[0], f[1].name))
-    poor = [(db, t) for db, t in found if LOST_DB <= db < expected_db(t.bits)]
+    poor = [(db, t) for db, t in found if LOST_DB <= db + t.allowance_db < expected_db(t.bits)]
     warning = None
     if poor:
         db, worst = poor[0]
         which = "1 tensor is" if len(poor) == 1 else f"{len(poor)} tensors are"
         warning = (
             f"{which} poorer than so many bits should be: '{worst.name}' has {db:.1f} dB as "
-            f"{worst.stored}, where {expected_db(worst.bits):.0f} dB are expected; try smaller "
+            f"{worst.stored}, where {expected_db(worst.bits) - worst.allowance_db:.0f} dB are "
+            f"expected; try smaller "
             f"blocks or more bits, --tensor-scheme '{worst.name}=NAME'"
         )
-    lost = [t.name for db, t in found if db < LOST_DB]
+    lost = [t.name for db, t in found if db + t.allowance_db < LOST_DB]
     return Judged([(db, t.name) for db, t in found], lost, warning)

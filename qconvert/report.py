@@ -141,6 +141,8 @@ class QuantizedTensor:
         weighted_sqnr_db: SQNR with these weights, that of the layer's output for uncorrelated
             channels; None without them, or when nothing was lost.
         clipped: values outside the codes' range.
+        rounding: ``nearest``, or ``compensated`` where codes make up for each other's errors; None
+            where there are no codes. ``rounding_reason`` says why.
     """
 
     name: str
@@ -159,6 +161,8 @@ class QuantizedTensor:
     weighted: bool = False
     weighted_sqnr_db: float | None = None
     decision: dict[str, Any] | None = None
+    rounding: str | None = None
+    rounding_reason: str | None = None
 
 
 @dataclass

@@ -381,6 +381,38 @@ static void run_levels(const Kernels *k, size_t rows, size_t columns, LevelCode 
     free(inputs);
 }
 
+static void run_compensation(const Kernels *k, size_t rows, size_t columns, size_t length) {
+    enum { LEVELS = 16 };
+    const size_t groups = (columns + length - 1) / length;
+    float *x = scales(rows * columns, 1), *zero = scales(rows * groups, 1);
+    float *offset = scales(rows * groups, 1), *levels = make(LEVELS * sizeof *levels);
+    float *gram = scales(columns * columns, 1), *feedback = scales(columns * columns, 1);
+    int32_t *order = make(columns * sizeof *order);
+    for (int i = 0; i < LEVELS; i++) {
+        levels[i] = (float)(length % 2 ? i - 8 : i * i - 60);
+    }
+    for (size_t i = 0; i < columns; i++) {
+        gram[i * columns + i] = 1.0f;
+        order[i] = (int32_t)(columns - 1 - i);
+    }
+    for (int rescale = 0; rescale < 2; rescale++) {
+        float *scale = scales(rows * groups, 1);
+        int32_t *before = integers(rows * columns, LEVELS);
+        uint8_t *codes = make(rows * columns);
+        for (size_t i = 0; i < rows * columns; i++) {
+            codes[i] = (uint8_t)before[i];
+        }
+        scale[0] = 0.0f;
+        const Compensation task = {x, rows, columns, order, levels, LEVELS, scale, zero, offset,
+                                   groups, length, gram, feedback, 3, rescale, SCALE_F16, codes};
+        check(k->compensate(&task));
+        take(codes, rows * columns);
+        take(scale, rows * groups * sizeof *scale);
+        free(before);
+    }
+    free(x), free(zero), free(offset), free(levels), free(gram), free(feedback), free(order);
+}
+
 int main(void) {
     static const size_t lengths[] = {1, 16, 31, 64, 200, 256};
     static const size_t columns[] = {1, 33, 128, 300, 513};
@@ -405,6 +437,9 @@ int main(void) {
                 run_levels(k, 17 + i, columns[c], levels[i], 1 + 3 * (c % 3), (int32_t)c - 2);
             }
             run_levels(k, 3, 4130, levels[i], 6, -128);
+        }
+        for (size_t c = 0; c < 5; c++) {
+            run_compensation(k, 3 + 33 * c, columns[c] % 200, 8 + 29 * c);
         }
         for (int bits = 2; bits <= 8; bits += bits == 6 ? 2 : 1) {
             for (int symmetric = 0; symmetric < 2; symmetric++) {

@@ -30,11 +30,14 @@ from numpy.typing import NDArray
 
 from qconvert.codecs.affine.weighting import weighting
 from qconvert.codecs.codebook import table_of
+from qconvert.codecs.compensation import prepared
 from qconvert.encoding import BITS, BLOCKS, AffineEncoding
 from qconvert.kernels import arithmetic, records, reference, scale_search
 from qconvert.kernels.records import (
     Activations,
+    CodeGrid,
     Encoded,
+    Factors,
     LevelCode,
     LevelSteps,
     Parameters,
@@ -853,6 +856,35 @@ def test_codebooks(block: int, table: str) -> None:
     twins("codebook_encode", x, np.ones(-(-len(x) // block), np.float32), numbers, block)
 
 
+SHAPES = [(1, 1, 1), (16, 64, 16), (17, 65, 32), (5, 63, 35), (130, 200, 64), (257, 140, 128)]
+
+
+@pytest.mark.parametrize("evenly", [True, False])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 300, 256)])
+def test_compensated_rounding(shape: tuple[int, int, int], evenly: bool) -> None:
+    """Also with factors of no matrix, which no descent comes to an end with."""
+    rng = np.random.default_rng(shape[0])
+    rows, columns, length = shape
+    groups = -(-columns // length)
+    levels = np.arange(-3, 13) if evenly else np.sort(rng.standard_normal(11) * 8)
+    scale, zero, offset = (rng.uniform(-0.3, 0.3, (rows, groups)) for _ in range(3))
+    scale[::5, -1] = 0
+    grid = CodeGrid(*(a.astype(np.float32) for a in (levels, scale, zero, offset)), length)
+    x = rng.standard_normal((rows, columns)).astype(np.float32)
+    before = rng.integers(0, len(levels), x.shape).astype(np.uint8)
+    inputs = rng.standard_normal((300, columns)) @ rng.uniform(-1, 1, (columns, columns))
+    sound = prepared(inputs.T @ inputs)
+    wild = rng.standard_normal((columns, columns)).astype(np.float32)
+    wild[np.diag_indices(columns)] = 1
+    last = slice((groups - 1) * length, None)
+    for factors in (sound, Factors(sound.order, wild, sound.feedback)):
+        for passes, dtype in ((0, None), (1, None), (4, None), (1, "F16"), (4, "BF16"), (3, "F32")):
+            codes, _ = twins("compensate", x, before, grid, factors, passes, dtype)
+            assert (codes[::5, last] == before[::5, last]).all()
+    empty = CodeGrid(grid.levels, grid.scale[:0], grid.zero[:0], grid.offset[:0], length)
+    twins("compensate", x[:0], before[:0], empty, sound, 4)
+
+
 # --- arguments ------------------------------------------------------------------------------------
 
 
@@ -878,6 +910,21 @@ def test_sizes_are_checked_before_memory_is_touched() -> None:
         _native.ggml_decode(ggml_type="Q9_9", data=b"", blocks=0, x=bytearray())
     with pytest.raises(ValueError, match="no variant"):
         compiled.select("mmx")
+    one, nothing = np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
+    grid = CodeGrid(short, one, nothing, nothing, 2)
+    factors = Factors(np.arange(2), np.eye(2), np.zeros((2, 2)))
+    x, codes = np.zeros((1, 2), np.float32), np.zeros((1, 2), np.uint8)
+    for wrong, order in ((codes + 3, [0, 1]), (codes, [0, 2]), (codes, [0, -1])):
+        odd = Factors(np.array(order), factors.gram, factors.feedback)
+        with pytest.raises(ValueError, match="that is none"):
+            compiled.compensate(x, wrong, grid, odd, 4)
+    with pytest.raises(ValueError, match="not be empty"):
+        compiled.compensate(x, codes, replace(grid, length=0), factors, 4)
+    with pytest.raises(ValueError, match="too long"):
+        compiled.compensate(x, codes, replace(grid, length=257), factors, 4, "F16")
+    nothing = replace(grid, levels=short[:0])
+    with pytest.raises(ValueError, match="levels"):
+        compiled.compensate(x, codes, nothing, factors, 4)
 
 
 def test_arguments_go_by_the_names_that_the_stub_has() -> None:

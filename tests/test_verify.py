@@ -15,7 +15,7 @@ import pytest
 from conftest import Qblk, Run, gaussian, read_independently, save
 
 from qconvert import kernels
-from qconvert.errors import UnsupportedError, UsageError, WeightError
+from qconvert.errors import UnsupportedError, WeightError
 from qconvert.files.gguf import open_gguf
 from qconvert.kernels.records import Product
 from qconvert.ranges import RangeMethod
@@ -531,11 +531,11 @@ def test_a_calibration_of_another_model_is_refused(source: Path) -> None:
         )
 
 
-def test_gguf_has_no_place_for_a_calibration(source: Path) -> None:
+def test_a_calibration_of_no_layer_is_refused_for_gguf_too(source: Path) -> None:
     calibration = source.parent / "c.safetensors"
-    recorded = save(source.parent / "r.safetensors", {"a": gaussian(1, 8, 64)})
+    recorded = save(source.parent / "r.safetensors", {"z": gaussian(1, 8, 64)})
     calibrate(CalibrateOptions(activations=(recorded,), output=calibration))
-    with pytest.raises(UsageError, match="no place"):
+    with pytest.raises(UnsupportedError, match="no layer of the calibration"):
         convert(source, "q8_0", "m.gguf", calibration=calibration)
 
 

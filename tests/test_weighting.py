@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -330,14 +331,15 @@ def test_layers_without_mean_squares_are_as_without_a_calibration(tmp_path: Path
     assert [t.weighted for t in report.tensors] == [t.name == "seen.weight" for t in report.tensors]
     for a, b in zip(report.tensors, plain.tensors, strict=True):
         if not a.weighted:
-            assert a == b
+            assert a == replace(b, rounding_reason=a.rounding_reason)
 
 
 def test_no_weighting_takes_the_static_parameters_alone(tmp_path: Path) -> None:
     x, squares = loud_weights()
     report, stored = written(tmp_path, {"a.weight": x}, {"a": squares}, weighting=False)
     plain, _ = written(tmp_path, {"a.weight": x}, {})
-    assert report.tensors == plain.tensors
+    (row,) = plain.tensors
+    assert report.tensors == [replace(row, rounding_reason="--no-weighting")]
     assert b'"no_weighting":true' in stored
     assert b'"activation":{' in stored
     with pytest.raises(UsageError, match="without a calibration"):

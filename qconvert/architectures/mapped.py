@@ -130,6 +130,13 @@ class MappedModel:
         self._source = source
         self._made = {t.info.name: t for t in tensors}
 
+    def origin(self, name: str) -> str | None:
+        """The tensor of the source whose rows a tensor has; None where it has those of several, or
+        of none.
+        """
+        sources = {source.name for source in self._made[name].sources}
+        return sources.pop() if len(sources) == 1 else None
+
     def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[np.floating]:
         """Values ``start..stop`` of the flattened tensor; see `Model.values`."""
         if not 0 <= start <= stop <= tensor.size:

@@ -111,6 +111,10 @@ class Calibration:
             raise self._impossible(name, found, "a finite number, at least 0")
         return squares if squares.any() else None
 
+    def has_gram(self, tensor: str) -> bool:
+        """Whether there is the Gram matrix of the inputs of the layer of a weight."""
+        return f"{layer_name(tensor)}/gram.high" in self._tensors
+
     def gram(self, tensor: str) -> NDArray[np.float64] | None:
         """Xᵀ X of the inputs of the layer of a weight, (features, features), symmetric; to a
         unit in the last place.
@@ -122,7 +126,7 @@ class Calibration:
         """
         name = layer_name(tensor)
         layer = self.layers.get(name)
-        if layer is None or f"{name}/gram.high" not in self._tensors:
+        if layer is None or not self.has_gram(name):
             return None
         return self._symmetric(f"{name}/", layer.features)
 
@@ -261,9 +265,13 @@ class Calibration:
         """The calibration of the layer that a weight belongs to."""
         return self.layers.get(layer_name(tensor))
 
-    def check(self, tensor: TensorInfo) -> None:
-        """Refuse a layer whose number of features is not that of the weight's."""
-        found = self.layers[layer_name(tensor.name)]
+    def check(self, tensor: TensorInfo, layer: str | None = None) -> None:
+        """Refuse a layer whose number of features is not that of the weight's.
+
+        Args:
+            layer: that has the tensor as its weight, where the name does not say.
+        """
+        found = self.layers[layer or layer_name(tensor.name)]
         columns = row_length(tensor.shape)
         if found.features != columns and not found.fits(tensor.shape):
             raise UnsupportedError(

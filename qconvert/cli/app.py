@@ -317,6 +317,15 @@ def quantize(
         bool,
         typer.Option("--no-weighting", help="of a calibration take the static parameters alone"),
     ] = False,
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            "--rounding",
+            metavar="nearest|compensated",
+            help="compensated: codes make up for each other's errors, by the Gram matrices of the "
+            "calibration [where it has them]",
+        ),
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option("--keep", metavar="GLOB", help="keep these tensors bit for bit; repeatable"),
@@ -478,6 +487,7 @@ def quantize(
             percentile=percentile,
             calibration=calibration,
             no_weighting=no_weighting,
+            rounding=rounding,
             keep=keep,
             tensor_scheme=tensor_scheme,
             min_values=min_values,

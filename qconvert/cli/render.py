@@ -241,6 +241,11 @@ def quantize_text(r: QuantizeReport) -> str:
             f"weighted   {_count(weighted)} by the mean squares of their inputs, "
             f"{_count(quantized[len(weighted) :])} not\n"
         )
+    if compensated := [t for t in quantized if t.rounding == "compensated"]:
+        lines.append(
+            f"rounding   {_count(compensated)} compensated, "
+            f"{_count([t for t in quantized if t.rounding == 'nearest'])} to the nearest\n"
+        )
     lines.append(
         f"range      {r.range}\nkernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
     )

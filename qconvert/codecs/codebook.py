@@ -21,15 +21,17 @@ from qconvert.codecs.codec import (
     Encoding,
     Facts,
     HeaderFields,
+    Outcome,
     Segment,
     Stored,
     smaller,
 )
 from qconvert.codecs.codes import Codes
+from qconvert.codecs.compensation import Rounder
 from qconvert.codecs.source import RUN_VALUES, rows_of
 from qconvert.geometry import Tile, tiles
-from qconvert.kernels.arithmetic import lane_sum, table_codes, to_groups
-from qconvert.kernels.records import F32, U8, Bytes, Encoded, ErrorSums
+from qconvert.kernels.arithmetic import lane_sum, nearest_entries, table_codes, to_groups
+from qconvert.kernels.records import F32, U8, Bytes, CodeGrid, Encoded, ErrorSums
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.schemes import CODEBOOK_BLOCKS, CODEBOOKS, CodebookScheme
 
@@ -180,6 +182,7 @@ class CodebookEncoder(Encoder):
     Attributes:
         scales: of all blocks, with which codes are made; None where a tile finds its own.
         stored: the bytes of scales that were quantized, by the kind of segment.
+        rounder: see `Facts`.
     """
 
     model: Model
@@ -187,16 +190,22 @@ class CodebookEncoder(Encoder):
     code: CodebookEncoding
     scales: F32 | None
     stored: Mapping[str, Bytes]
+    rounder: Rounder | None = None
 
     @property
     def encoding(self) -> CodebookEncoding:
         return self.code
 
     def tiles(self) -> Iterator[Tile]:
-        return tiles(1, self.tensor.size, RUN_VALUES)
+        if self.rounder is None:
+            return tiles(1, self.tensor.size, RUN_VALUES)
+        columns = self.tensor.shape[-1]
+        whole = math.lcm(columns, self.code.block)  # rows that end where a block does
+        return tiles(self.tensor.size // columns, columns, max(RUN_VALUES // whole, 1) * whole)
 
     def encode(self, tile: Tile) -> Encoded:
-        x = rows_of(self.model, self.tensor, tile).ravel()
+        rows = rows_of(self.model, self.tensor, tile)
+        x = rows.ravel()
         block, table = self.code.block, table_of(self.code.book)
         if self.scales is None:
             scale = _magnitudes(x, block)
@@ -205,12 +214,39 @@ class CodebookEncoder(Encoder):
             first = tile.start // block
             scale, segments = self.scales[first : first + -(-len(x) // block)], {}
         codes = kernels.codebook_encode(x, scale, table, block)
+        if self.rounder:
+            codes, scale = self._compensated(rows, codes, scale, self.rounder)
+            if self.scales is None:
+                segments["scales"] = scale.astype(_LITTLE).tobytes()
         values = kernels.codebook_decode(codes, len(x), scale, table, block)
         error = ErrorSums(len(x), *kernels.error_sums(x, values))
         return Encoded({"codes": codes.data, **segments}, error)
 
+    def _compensated(self, rows: F32, packed: U8, scale: F32, rounder: Rounder) -> tuple[U8, F32]:
+        """Other codes for whole rows (R, C) than the nearest, packed like these, and scales: others
+        where each is of one row and stored by itself.
+        """
+        columns, table = rows.shape[1], table_of(self.code.book)
+        length = math.gcd(columns, self.code.block)  # of what lies in one row and one block
+        groups = np.repeat(scale, self.code.block // length)[: rows.size // length]
+        groups = groups.reshape(len(rows), -1)
+        _, entries = nearest_entries(table)  # codes by their place among the levels
+        places = np.zeros(len(table), np.uint8)
+        places[entries] = np.arange(len(entries))
+        nothing = np.zeros_like(groups)
+        grid = CodeGrid(table[entries], groups, nothing, nothing, length)
+        codes = np.stack([packed >> 4, packed & 15], axis=1).ravel()[: rows.size]
+        own = "F32" if length == self.code.block and self.scales is None else None
+        placed, groups = rounder.codes(rows, places[codes].reshape(rows.shape), grid, own)
+        codes = entries[placed].ravel()
+        padded = np.concatenate([codes, np.zeros(len(codes) % 2, np.uint8)])
+        return padded[0::2] << 4 | padded[1::2], groups.ravel() if own else scale
+
     def shared(self) -> Mapping[str, Bytes]:
         return self.stored
+
+    def outcome(self, seen: Encoded) -> Outcome:
+        return Outcome(seen.error, self.rounder.note() if self.rounder else None)
 
 
 def _magnitudes(x: F32, block: int) -> F32:
@@ -254,14 +290,14 @@ def _encoder(model: Model, tensor: TensorInfo, scheme: CodebookScheme, facts: Fa
     """Raises a WeightError on NaN and Inf, where all of the tensor is looked at first."""
     encoding = _planned(scheme, tensor)
     if not scheme.double:
-        return CodebookEncoder(model, tensor, encoding, None, {})
+        return CodebookEncoder(model, tensor, encoding, None, {}, facts.rounder)
 
     def magnitudes(tile: Tile) -> F32:
         return _magnitudes(rows_of(model, tensor, tile).ravel(), scheme.block)
 
     found = facts.mapper(magnitudes, tiles(1, tensor.size, RUN_VALUES))
     scales, stored = _quantized(np.concatenate(list(found)))
-    return CodebookEncoder(model, tensor, encoding, scales, stored)
+    return CodebookEncoder(model, tensor, encoding, scales, stored, facts.rounder)
 
 
 def _parse(fields: HeaderFields) -> Encoding:
@@ -283,4 +319,7 @@ def _passes(scheme: CodebookScheme, tensor: TensorInfo) -> bool:
     return scheme.double
 
 
-CODEC: Codec[CodebookScheme] = Codec("codebook", _planned, _refuses, _encoder, _parse, _passes)
+CODEC: Codec[CodebookScheme] = Codec(
+    *("codebook", _planned, _refuses, _encoder, _parse, _passes),
+    uncompensated=lambda scheme, tensor: None,
+)

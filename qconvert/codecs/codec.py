@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.codecs.codes import Codes
+from qconvert.codecs.compensation import Rounder
 from qconvert.codecs.statistics import TensorStatistics
 from qconvert.errors import FormatError
 from qconvert.geometry import Tile
@@ -248,12 +249,16 @@ class Facts:
         mean_square: of the input channels, float32 (columns,), where a calibration has them.
         importance: of the input channels, float32 (columns,), or (matrices, columns) for experts,
             where there is an importance matrix.
+        rounder: chooses codes that make up for each other's errors; None for the nearest. Only
+            for tensors that `Codec.uncompensated` says nothing against, whose tiles are whole rows
+            then.
         mapper: runs work that spans tiles.
     """
 
     method: RangeMethod | None = None
     mean_square: Callable[[int], F32 | None] = lambda columns: None
     importance: F32 | None = None
+    rounder: Rounder | None = None
     mapper: Mapper = map
 
 
@@ -346,6 +351,8 @@ class Codec(Generic[S]):
         passes: whether `encoder` reads the whole tensor for what tiles share.
         look: what statistics of a tensor suggest; None for a family that has nothing to choose.
             Raises a WeightError.
+        uncompensated: why a matrix that takes the scheme cannot have codes that make up for each
+            other's errors; None where it can.
     """
 
     family: str
@@ -355,6 +362,7 @@ class Codec(Generic[S]):
     parse: Callable[[HeaderFields], Encoding] | None = None
     passes: Callable[[S, TensorInfo], bool] = lambda scheme, tensor: False
     look: Callable[[Model, TensorInfo, S, Mapper], Look] | None = None
+    uncompensated: Callable[[S, TensorInfo], str | None] = lambda scheme, tensor: "it has no codes"
 
 
 @dataclass(frozen=True, slots=True)

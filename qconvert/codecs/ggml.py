@@ -18,10 +18,12 @@ from qconvert.codecs.codec import (
     Encoding,
     Facts,
     Grid,
+    Outcome,
     Segment,
     Stored,
     smaller,
 )
+from qconvert.codecs.compensation import Rounder
 from qconvert.codecs.raw import RawEncoding
 from qconvert.codecs.source import (
     RUN_VALUES,
@@ -33,8 +35,9 @@ from qconvert.codecs.source import (
 from qconvert.errors import UnsupportedError, WeightError
 from qconvert.geometry import Tile
 from qconvert.ggml_types import GGML_TYPES, GgmlType
-from qconvert.kernels.records import F32, U8, Encoded, IntegerRows
+from qconvert.kernels.records import F32, U8, CodeGrid, Encoded, ErrorSums, IntegerRows
 from qconvert.kernels.reference.ggml import GGML_BLOCKS
+from qconvert.kernels.reference.ggml.codes import CODE_LAYOUTS
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.schemes import GgmlScheme
 
@@ -133,12 +136,14 @@ class GgmlEncoder(Encoder):
 
     Attributes:
         importance: of the input channels, (columns,), or (matrices, columns) for experts.
+        rounder: see `Facts`.
     """
 
     model: Model
     tensor: TensorInfo
     type: GgmlType
     importance: F32 | None = None
+    rounder: Rounder | None = None
 
     @property
     def encoding(self) -> Encoding:
@@ -164,7 +169,28 @@ class GgmlEncoder(Encoder):
                 found=f"weights up to {largest_weight(self.model, self.tensor, tile):g}",
                 hint=f"keep the tensor with --keep '{self.tensor.name}'",
             )
-        return done
+        if self.rounder is None or not finite:
+            return done
+        return self._compensated(kernels.values(rows), data, self.rounder)
+
+    def _compensated(self, x: F32, data: U8, rounder: Rounder) -> Encoded:
+        """Blocks of whole rows (R, C) with other codes than those of ``data``, and its scales."""
+        kind, layout = GGML_BLOCKS[self.type.name], CODE_LAYOUTS[self.type.name]
+        parts = kind.splitter(data)
+        shape = (len(x), x.shape[1] // kind.group)
+        scale = np.ascontiguousarray(parts.scale).reshape(shape)
+        nothing = np.zeros_like(scale)
+        offset = nothing if parts.offset is None else parts.offset.reshape(shape)
+        levels = layout.levels.astype(np.float32)
+        grid = CodeGrid(levels, scale, nothing, offset, kind.group)
+        places, _ = rounder.codes(x, layout.places(parts.codes).reshape(x.shape), grid)
+        data = layout.written(data, places.reshape(-1, kind.block))
+        values = kernels.ggml_decode(self.type.name, data).reshape(x.shape)
+        sums = kernels.error_sums(x, values)
+        return Encoded({"data": data.reshape(-1).data}, ErrorSums(x.size, *sums))
+
+    def outcome(self, seen: Encoded) -> Outcome:
+        return Outcome(seen.error, self.rounder.note() if self.rounder else None)
 
     def _importance(self, tile: Tile) -> F32 | None:
         """Of the tile's columns, one row for all of its rows or one for each."""
@@ -193,7 +219,16 @@ def _refuses(scheme: GgmlScheme, tensor: TensorInfo) -> str | None:
 
 
 def _encoder(model: Model, tensor: TensorInfo, scheme: GgmlScheme, facts: Facts) -> Encoder:
-    return GgmlEncoder(model, tensor, GGML_TYPES[scheme.ggml_type], facts.importance)
+    kind, importance = GGML_TYPES[scheme.ggml_type], facts.importance
+    if importance is None and len(tensor.shape) == 2:
+        importance = facts.mean_square(tensor.shape[-1])
+    return GgmlEncoder(model, tensor, kind, importance, facts.rounder)
+
+
+def _uncompensated(scheme: GgmlScheme, tensor: TensorInfo) -> str | None:
+    if scheme.ggml_type in CODE_LAYOUTS:
+        return None
+    return f"codes of {scheme.ggml_type} are not rounded that way"
 
 
 def encoding_of(ggml_type: str) -> Encoding:
@@ -203,4 +238,6 @@ def encoding_of(ggml_type: str) -> Encoding:
     return GgmlEncoding(GGML_TYPES[ggml_type])
 
 
-CODEC: Codec[GgmlScheme] = Codec("ggml", _planned, _refuses, _encoder)
+CODEC: Codec[GgmlScheme] = Codec(
+    *("ggml", _planned, _refuses, _encoder), uncompensated=_uncompensated
+)

@@ -15,6 +15,7 @@ from qconvert.errors import UsageError
 from qconvert.ranges import DEFAULT_PERCENTILE, RANGE_METHODS, RangeMethod
 from qconvert.schemes import MixScheme, TensorScheme, parse_scheme
 from qconvert.stages.quantize_options import Budget
+from qconvert.stages.rounding import METHODS
 
 
 def as_path(given: Path | str | None) -> Path | None:
@@ -73,6 +74,13 @@ def container_name(text: str | None) -> str | None:
     if text is None or text.lower() in names:
         return text and text.lower()
     raise UsageError("--format", found=text, wanted=" or ".join(names))
+
+
+def rounding_method(text: str | None) -> str | None:
+    """``--rounding``."""
+    if text is None or text in METHODS:
+        return text
+    raise UsageError("--rounding", found=text, wanted=" or ".join(METHODS))
 
 
 def range_method(name: str | None, percentile: float | None) -> RangeMethod | None:

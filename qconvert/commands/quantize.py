@@ -14,6 +14,7 @@ from qconvert.commands.arguments import (
     container_name,
     parse_tensor_scheme,
     range_method,
+    rounding_method,
     size_in_bytes,
 )
 from qconvert.errors import UsageError
@@ -36,6 +37,7 @@ def quantize(
     percentile: float | None = None,
     calibration: Path | str | None = None,
     no_weighting: bool = False,
+    rounding: str | None = None,
     keep: str | Iterable[str] | None = None,
     tensor_scheme: Mapping[str, str] | str | Iterable[str] | None = None,
     min_values: int = MIN_VALUES,
@@ -83,6 +85,8 @@ def quantize(
         percentile: of ``range="percentile"``, 99.99 by default.
         calibration: weigh errors by the inputs' mean squares, store static activation parameters.
         no_weighting: of a calibration take the static parameters alone.
+        rounding: ``nearest``, or ``compensated`` for codes that make up for each other's errors, by
+            the Gram matrices of a calibration; by default compensated where there is one.
         keep: keep tensors that match this glob, or one of these, bit for bit.
         tensor_scheme: another scheme for tensors that match a glob: ``{glob: scheme}``, or texts
             ``"GLOB=SCHEME"``; the first match wins.
@@ -137,6 +141,7 @@ def quantize(
         range=range_method(range, percentile),
         calibration=as_path(calibration),
         weighting=not no_weighting,
+        rounding=rounding_method(rounding),
         keep=as_texts(keep),
         tensor_schemes=tuple(map(parse_tensor_scheme, as_assignments(tensor_scheme))),
         min_values=min_values,

@@ -6,6 +6,7 @@ its counts and offsets unchecked, and dies with the process when the file shrink
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Callable
@@ -17,7 +18,8 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.codecs.codec import Stored
+from qconvert.codecs.codec import NEAREST, Stored
+from qconvert.codecs.compensation import COMPENSATED
 from qconvert.codecs.ggml import encoding_of
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.regular import RegularFile
@@ -25,6 +27,7 @@ from qconvert.ggml_types import GGML_TYPES, GgmlType
 from qconvert.model import Companion, SourceFile, TensorInfo
 
 ARCHITECTURE = "general.architecture"
+PROVENANCE = "qconvert.provenance"  # a JSON object, in files of ours
 RAW = "raw"  # the architecture of a file of ours that nobody is to run
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -76,6 +79,17 @@ _SCALARS: dict[int, tuple[struct.Struct, Callable[..., str]]] = {
 _BY_NUMBER = {t.number: t for t in GGML_TYPES.values()}
 
 
+def compensated_tensors(provenance: str | None) -> frozenset[str]:
+    """Names of the tensors whose codes make up for each other's errors, as the provenance of a file
+    of ours lists them; none where it is no such JSON.
+    """
+    try:
+        names = json.loads(provenance or "{}")["rounding"][COMPENSATED]
+        return frozenset(name for name in names if isinstance(name, str))
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        return frozenset()
+
+
 class GgufModel:
     """A GGUF file, opened: implements `qconvert.model.Model`.
 
@@ -95,6 +109,7 @@ class GgufModel:
         )
         self._file = file
         self._header = header
+        self._compensated = compensated_tensors(self.metadata.get(PROVENANCE))
         self._starts = {
             tensor.name: header.data_start + offset for tensor, offset in header.tensors
         }
@@ -116,7 +131,14 @@ class GgufModel:
         def read(kind: str, offset: int, size: int) -> bytes:
             return self.raw(tensor, offset, size)
 
-        return Stored(tensor.name, tensor.shape, encoding_of(tensor.dtype), read, self.path)
+        return Stored(
+            *(tensor.name, tensor.shape, encoding_of(tensor.dtype), read, self.path),
+            rounding=self.rounding(tensor),
+        )
+
+    def rounding(self, tensor: TensorInfo) -> str:
+        """How the codes of a tensor were chosen, as far as the file's provenance says."""
+        return COMPENSATED if tensor.name in self._compensated else NEAREST
 
     def check_payload(self, advance: Callable[[int], None]) -> str:
         """See `OpenModel.check_payload`."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qconvert.errors import UnsupportedError
-from qconvert.files.gguf import ARCHITECTURE
+from qconvert.files.gguf import ARCHITECTURE, PROVENANCE
 from qconvert.files.gguf_writer import (
     FIXED_BYTES,
     GgufTensor,
@@ -25,7 +25,6 @@ from qconvert.files.gguf_writer import (
     string_key_bytes,
 )
 
-PROVENANCE = "qconvert.provenance"  # a JSON object
 _SET = '{"set": "'  # how it begins in a file of several; then comes the digest
 _UNKNOWN = "0" * 64  # stands for the digest until all is written
 MAX_SHARDS = 65_535  # split.count is a uint16; the names have five digits

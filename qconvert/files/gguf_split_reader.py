@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 
 from qconvert.codecs.codec import Stored
 from qconvert.errors import FormatError, InputError
-from qconvert.files.gguf import MAX_TENSORS, GgufModel, open_gguf
-from qconvert.files.gguf_split import PROVENANCE, set_of
+from qconvert.files.gguf import MAX_TENSORS, PROVENANCE, GgufModel, open_gguf
+from qconvert.files.gguf_split import set_of
 from qconvert.model import Companion, SourceFile, TensorInfo
 
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -53,7 +54,8 @@ class SplitGgufModel:
 
     def stored(self, tensor: TensorInfo) -> Stored:
         """How a tensor lies in its file."""
-        return self._part_of[tensor.name].stored(tensor)
+        stored = self._part_of[tensor.name].stored(tensor)
+        return replace(stored, rounding=self._parts[0].rounding(tensor))
 
     def check_payload(self, advance: Callable[[int], None]) -> str:
         """See `OpenModel.check_payload`."""

@@ -254,3 +254,20 @@ def levels_product(
     zero_point: int,
     y: Buffer,
 ) -> None: ...
+def compensate(
+    *,
+    x: Buffer,
+    rows: int,
+    columns: int,
+    order: Buffer,
+    levels: Buffer,
+    scale: Buffer,
+    zero: Buffer,
+    offset: Buffer,
+    length: int,
+    gram: Buffer,
+    feedback: Buffer,
+    passes: int,
+    scale_dtype: str | None,
+    codes: Buffer,
+) -> None: ...

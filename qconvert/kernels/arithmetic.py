@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.encoding import AffineEncoding
+from qconvert.geometry import PACK_GROUP
 from qconvert.kernels.records import (
     F32,
     F64,
@@ -166,6 +167,21 @@ def integer_rows(
         offset=None,
         group=encoding.block or codes.shape[1],
     )
+
+
+def padded_codes(codes: U8, columns: int, encoding: AffineEncoding) -> U8:
+    """Rows of unsigned codes, flat and padded to whole blocks and groups of 32, as they are packed;
+    8-bit ones as they are stored.
+
+    Args:
+        codes: (R, c) with c at least ``columns``; what lies behind these is padding.
+    """
+    unit = max(encoding.block, 1 if encoding.bits == 8 else PACK_GROUP)
+    padded = np.zeros((len(codes), -(-columns // unit) * unit), np.uint8)
+    padded[:, :columns] = codes[:, :columns]
+    if encoding.bits == 8:
+        padded[:, :columns] ^= SIGN
+    return padded.ravel()
 
 
 # --- levels with signed steps: section 11 ---------------------------------------------------------

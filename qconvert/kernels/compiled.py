@@ -33,9 +33,11 @@ from qconvert.kernels.records import (
     U8,
     Activations,
     Bytes,
+    CodeGrid,
     Encoded,
     ErrorSums,
     Extent,
+    Factors,
     GroupStatistics,
     IntegerRows,
     LevelCode,
@@ -742,3 +744,36 @@ def _stored_levels(packed: U8, columns: int, steps: LevelSteps, code: LevelCode)
         "shifts": np.ascontiguousarray(steps.shifts, np.int8),
         **_level_code(code),
     }
+
+
+# --- compensated rounding -------------------------------------------------------------------------
+
+
+def compensate(
+    x: F32,
+    codes: U8,
+    grid: CodeGrid,
+    factors: Factors,
+    passes: int,
+    scale_dtype: str | None = None,
+) -> tuple[U8, F32]:
+    """`reference.compensate` of binary32."""
+    rows, columns = x.shape
+    found, scale = np.array(codes, np.uint8, order="C"), np.array(grid.scale, np.float32, order="C")
+    _native.compensate(
+        x=_f32(x),
+        rows=rows,
+        columns=columns,
+        order=_i32(factors.order),
+        levels=_f32(grid.levels),
+        scale=scale,
+        zero=_f32(grid.zero),
+        offset=_f32(grid.offset),
+        length=grid.length,
+        gram=_f32(factors.gram),
+        feedback=_f32(factors.feedback),
+        passes=passes,
+        scale_dtype=scale_dtype,
+        codes=found,
+    )
+    return found, scale

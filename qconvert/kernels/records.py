@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -375,6 +376,42 @@ class Weighting:
         """``weight`` and ``reach`` of groups one by one, (count, L) each."""
         rows = np.arange(first, first + count) % len(self.weight)
         return self.weight[rows], self.reach[rows]
+
+
+# --- compensated rounding -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CodeGrid:
+    """What the codes of some rows stand for: value = (levels[code] - zero) · scale + offset.
+
+    Attributes:
+        levels: (K,), ascending, K at most 256; codes are places in it.
+        scale, zero, offset: of each group, (R, G); a scale may be negative, and 0.
+        length: columns of a group; the last may be shorter.
+    """
+
+    levels: NDArray[Any]
+    scale: NDArray[Any]
+    zero: NDArray[Any]
+    offset: NDArray[Any]
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What errors of weights cost the output of their layer.
+
+    Attributes:
+        order: the columns in the order in which they are rounded, (C,).
+        gram: H, (C, C), symmetric and damped: an error e of a row costs e H eᵀ.
+        feedback: U - I of H = U D Uᵀ with U unit upper triangular, both in ``order``, (C, C): by
+            how much the target of a column moves for the error of each column before it.
+    """
+
+    order: NDArray[np.intp]
+    gram: NDArray[Any]
+    feedback: NDArray[Any]
 
 
 # --- integer matrix products ----------------------------------------------------------------------

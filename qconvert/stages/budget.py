@@ -25,7 +25,6 @@ from qconvert.progress import Progress
 from qconvert.report import Prediction
 from qconvert.schemes import TENSOR_SCHEMES
 from qconvert.stages.assignment import Assignment, assign
-from qconvert.stages.conversion import planned_row
 from qconvert.stages.parallel import available_threads
 from qconvert.stages.plan import PlannedTensor
 from qconvert.stages.quantize_options import Budget, QuantizeOptions
@@ -282,7 +281,7 @@ def _unknown(losses: Mapping[str, Loss]) -> bool:
 def _fixed(plan: Sequence[PlannedTensor], chosen: Sequence[TensorInfo]) -> int:
     """Bytes of the tensors that nothing is chosen for."""
     names = {tensor.name for tensor in chosen}
-    return sum(planned_row(p).nbytes for p in plan if p.tensor.name not in names)
+    return sum(p.encoding.size(p.tensor.shape) for p in plan if p.tensor.name not in names)
 
 
 def _extra_bits(name: str) -> float:

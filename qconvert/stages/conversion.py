@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from qconvert import __version__
 from qconvert.calibration.file import Calibration
 from qconvert.codecs import codec_of
 from qconvert.codecs.codec import Encoder, Facts
+from qconvert.codecs.compensation import COMPENSATED, DAMPING
 from qconvert.codecs.raw import KeptEncoder
 from qconvert.errors import WeightError
 from qconvert.files.atomic import AtomicOutput, AtomicSet, check_space
@@ -31,16 +33,20 @@ from qconvert.report import QuantizedTensor, QuantizeReport
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import MIN_VALUES, PlannedTensor
 from qconvert.stages.quantize_options import QuantizeOptions
+from qconvert.stages.rounding import Roundings
 from qconvert.stages.target import Prepared, Sink, TensorTarget
 
 SMALL_TILES = 4  # tensors of at most so many tiles are analysed by one thread
 NOTHING = Encoded()
 
 
-def planned_row(p: PlannedTensor, nbytes: int | None = None) -> QuantizedTensor:
+def planned_row(
+    p: PlannedTensor, roundings: Roundings, nbytes: int | None = None
+) -> QuantizedTensor:
     """What the report says of a tensor before it is converted; ``nbytes`` where they are known."""
     tensor = p.tensor
     nbytes = p.encoding.size(tensor.shape) if nbytes is None else nbytes
+    rounding = roundings.of.get(tensor.name)
     return QuantizedTensor(
         name=tensor.name,
         shape=tensor.shape,
@@ -51,6 +57,8 @@ def planned_row(p: PlannedTensor, nbytes: int | None = None) -> QuantizedTensor:
         source_nbytes=tensor.nbytes,
         nbytes=nbytes,
         bits_per_weight=8 * nbytes / tensor.size if tensor.size else None,
+        rounding=rounding.method if rounding else None,
+        rounding_reason=rounding.reason if rounding else None,
     )
 
 
@@ -99,6 +107,7 @@ class Job:
         prepared: Prepared,
         options: QuantizeOptions,
         calibration: Calibration | None,
+        roundings: Roundings,
         report: QuantizeReport,
         progress: Progress,
     ) -> None:
@@ -106,6 +115,7 @@ class Job:
         self.model = prepared.model
         self.options = options
         self.calibration = calibration
+        self.roundings = roundings
         self.report = report
         self.progress = progress
         self.total = ErrorSums()
@@ -127,10 +137,13 @@ class Job:
                 out = stack.enter_context(AtomicOutput(paths[0], overwrite=force, inputs=inputs))
             else:
                 out = stack.enter_context(AtomicSet(name, paths, overwrite=force, inputs=inputs))
-            check_space(paths[0], sum(planned_row(p).nbytes for p in self.prepared.plan))
+            check_space(paths[0], sum(p.encoding.size(p.tensor.shape) for p in self.prepared.plan))
             sink = self.prepared.sink(out, self._provenance(sources))
             threads = self.options.threads or available_threads()
             self.progress.begin(_title(self.report), self.report.source_bytes, "bytes")
+            if self.roundings.compensated:
+                # Or the bits of factors would depend on the number of BLAS's threads.
+                stack.enter_context(threadpool_limits(1, "blas"))
             with closing(sink), Workers(threads) as workers:
                 for task, piece in workers.map(_run, self._tasks(workers)):
                     self._take(task, piece, sink, workers)
@@ -151,7 +164,7 @@ class Job:
         """Warn of weights that are lost or poorer than they should be."""
         judged = judge(self.measured)
         if judged.lost:
-            worst, name = judged.figures[0]
+            worst, name = next(f for f in judged.figures if f[1] == judged.lost[0])
             count = len(judged.lost)
             which = "1 tensor" if count == 1 else f"{count} tensors"
             self.report.warnings.append(
@@ -169,6 +182,8 @@ class Job:
             used["range"] = o.range.describe()
         if not o.weighting:
             used["no_weighting"] = True
+        if o.rounding:
+            used["rounding"] = o.rounding
         if o.keep:
             used["keep"] = list(o.keep)
         if o.tensor_schemes:
@@ -192,6 +207,8 @@ class Job:
                 "observer": self.calibration.observer,
                 "sha256": self.calibration.sha256(),
             }
+        if names := self.roundings.compensated:
+            found["rounding"] = {"compensated": names, "damping": DAMPING}
         return found
 
     # --- on the main thread, ahead of the work: encoders, and the tiles of all tensors in order ---
@@ -223,10 +240,12 @@ class Job:
         if p.scheme is None:
             return KeptEncoder(self.model, p.tensor, p.encoding)
         calibration = self.calibration if self.options.weighting else None
+        layer = self.roundings.layers.get(p.tensor.name)
         facts = Facts(
             self.options.range,
-            partial(calibration.mean_squares, p.tensor.name) if calibration else lambda _: None,
+            partial(calibration.mean_squares, layer) if calibration and layer else lambda _: None,
             self.prepared.importance(p.tensor),
+            self.roundings.rounder(p.tensor.name),
             mapper,
         )
         return codec_of(p.scheme).encoder(self.model, p.tensor, p.scheme, facts)
@@ -255,7 +274,7 @@ class Job:
             self.seen += piece
 
     def _finish(self, p: PlannedTensor, encoder: Encoder) -> None:
-        row = planned_row(p)
+        row = planned_row(p, self.roundings)
         self.report.tensors.append(row)
         self.progress.advance(p.tensor.nbytes, p.tensor.name)
         self.target.append(encoder.shared())
@@ -284,7 +303,10 @@ class Job:
         )
         if outcome.weighted:
             row.weighted_sqnr_db = error.weighted_sqnr_db
-        self.measured.append(Measured(row.name, row.stored, encoding.bits, row.sqnr_db))
+        compensated = row.rounding == COMPENSATED
+        self.measured.append(
+            Measured(row.name, row.stored, encoding.bits, row.sqnr_db, compensated)
+        )
         self.target.finish(self._notes(row))
 
     def _notes(self, row: QuantizedTensor) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from qconvert.errors import UnsupportedError, UsageError
-from qconvert.files.gguf import ARCHITECTURE, RAW
-from qconvert.files.gguf_split import PROVENANCE
+from qconvert.files.gguf import ARCHITECTURE, PROVENANCE, RAW
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
 from qconvert.mixes import ModelFacts
@@ -33,6 +33,7 @@ class GgufModelSource:
         model: with the names of the file.
         metadata: its keys, but for those that depend on the quantization.
         facts: what the mixes ask; None for a raw file, which has no architecture.
+        origin: the name in the source of a tensor; None where it is made of several, or of none.
         warnings: what may surprise in use.
         notes: what was left out.
     """
@@ -40,6 +41,7 @@ class GgufModelSource:
     model: Model
     metadata: dict[str, MetadataValue]
     facts: ModelFacts | None
+    origin: Callable[[str], str | None] = lambda name: name
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -86,7 +88,8 @@ def as_gguf(
     found = open_gguf_source(model, pre_tokenizer=pre_tokenizer, compare=compare)
     notes = found.notes + tuple(f"tensor '{d.name}' is left out: {d.reason}" for d in found.dropped)
     return GgufModelSource(
-        found.model, found.metadata, facts_of(found.metadata), found.warnings, notes
+        *(found.model, found.metadata, facts_of(found.metadata)),
+        *(found.model.origin, found.warnings, notes),
     )
 
 

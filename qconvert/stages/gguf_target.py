@@ -15,8 +15,8 @@ from qconvert.codecs.codec import Encoding
 from qconvert.errors import UsageError
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicOutput, AtomicSet, machine_errors
-from qconvert.files.gguf import ARCHITECTURE, RAW
-from qconvert.files.gguf_split import PROVENANCE, SplitGgufWriter, plan_shards, shard_path
+from qconvert.files.gguf import ARCHITECTURE, PROVENANCE, RAW
+from qconvert.files.gguf_split import SplitGgufWriter, plan_shards, shard_path
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import GgufTensor, GgufWriter, MetadataValue, check_gguf
 from qconvert.files.imatrix import Imatrix, read_imatrix
@@ -40,8 +40,6 @@ class GgufTarget:
         self, opened: OpenModel, model: Model, options: QuantizeOptions, output: Path
     ) -> Prepared:
         o = options.gguf
-        if options.calibration and not options.budget:
-            raise UsageError("--calibration has no place in a GGUF file", hint="write a .qblk file")
         source = as_gguf(
             opened, model, raw=o.raw, name=model_name(model.path), pre_tokenizer=o.pre_tokenizer
         )
@@ -76,6 +74,7 @@ class GgufTarget:
             outputs,
             partial(_sink, outputs[0], counts, source.metadata | keys, tensors),
             importance=imatrix.find if imatrix else lambda tensor: None,
+            origin=source.origin,
             options=_noted(o),
             provenance={"imatrix": {"sha256": imatrix.sha256}} if imatrix else {},
             warnings=warnings,

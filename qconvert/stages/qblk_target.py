@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qconvert.calibration.document import MAX_OBSERVER
 from qconvert.codecs.codec import Encoding
+from qconvert.codecs.compensation import COMPENSATED
 from qconvert.errors import FormatError, UsageError
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicOutput, AtomicSet
@@ -47,6 +49,7 @@ WIDEST_NOTES: dict[str, Any] = {
     "error": {"max": 0, "nmse": 0, "sqnr_db": 0, "weighted_sqnr_db": 0, "clipped": 0},
 }
 PROVENANCE_BYTES = 4096  # of options and notes, for a bound before they are known
+WIDEST_ROUNDING = {"rounding": COMPENSATED, "damping": 0}
 WIDEST_ACTIVATION = {"observer": "x" * MAX_OBSERVER, "samples": 0, "scale": 0, "zero_point": 0}
 
 
@@ -98,7 +101,10 @@ class _QblkSink:
         self.model = model
         self.provenance = provenance
         calibrated = "calibration" in provenance
-        self.writer = QblkWriter(out, _header_bound(model, plan, provenance, calibrated))
+        compensated = set(provenance.get("rounding", {}).get("compensated", ()))
+        self.writer = QblkWriter(
+            out, _header_bound(model, plan, provenance, calibrated, compensated)
+        )
 
     def begin(self, tensor: TensorInfo, encoding: Encoding) -> TensorWriter:
         return self.writer.begin(tensor.name, tensor.shape, tensor.dtype, encoding)
@@ -123,19 +129,28 @@ def _sink(
 
 
 def _header_bound(
-    model: Model, plan: tuple[PlannedTensor, ...], provenance: dict[str, Any], calibrated: bool
+    model: Model,
+    plan: tuple[PlannedTensor, ...],
+    provenance: dict[str, Any],
+    calibrated: bool,
+    compensated: Container[str],
 ) -> int:
-    """Upper bound of the header's bytes."""
+    """Upper bound of the header's bytes; ``compensated`` are names of tensors."""
     files = [(_flat(c), c.size) for c in model.companions]
-    bounds = (_bound(p, calibrated) for p in plan)
+    bounds = (_bound(p, calibrated, p.tensor.name in compensated) for p in plan)
     features = required_features((p.tensor.dtype, str(p.encoding.to_json()["kind"])) for p in plan)
     return header_bound(bounds, files, model.metadata, provenance, features)
 
 
 def _overhead(model: Model, plan: tuple[PlannedTensor, ...], *, calibrated: bool) -> int:
     """What the file takes at most besides the bytes of its tensors."""
-    wide = {"": "x" * PROVENANCE_BYTES, "sources": [s.name for s in model.sources]}
-    header = PREAMBLE.size + _header_bound(model, plan, wide, calibrated)
+    names = [p.tensor.name for p in plan if calibrated]  # that may be rounded so
+    wide = {
+        "": "x" * PROVENANCE_BYTES,
+        "sources": [s.name for s in model.sources],
+        "rounding": {**WIDEST_ROUNDING, "compensated": names},
+    }
+    header = PREAMBLE.size + _header_bound(model, plan, wide, calibrated, names)
     segments = sum(len(p.encoding.segments(p.tensor.shape)) for p in plan)
     segments += len(model.companions)
     return align(header) + ALIGNMENT * segments + sum(c.size for c in model.companions)
@@ -145,12 +160,14 @@ def _flat(companion: Companion) -> str:
     return companion.name.replace("/", SLASH)
 
 
-def _bound(p: PlannedTensor, calibrated: bool) -> int:
+def _bound(p: PlannedTensor, calibrated: bool, compensated: bool) -> int:
     """Upper bound in bytes of a tensor's entry in the header."""
     tensor = p.tensor
     notes: dict[str, Any] = {"decision": {"rule": "kept", "reason": p.reason}}
     if p.scheme is not None:
         notes = dict(WIDEST_NOTES)
+        if compensated:
+            notes["decision"] = {**WIDEST_NOTES["decision"], **WIDEST_ROUNDING}
         if calibrated:
             notes["activation"] = WIDEST_ACTIVATION
     return tensor_bound(tensor.name, tensor.shape, tensor.dtype, p.encoding, notes)

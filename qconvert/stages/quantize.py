@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from qconvert.stages.budget import within_budget
 from qconvert.stages.conversion import Job, fill_totals, planned_row
 from qconvert.stages.plan import PlannedTensor, check_schemes
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
+from qconvert.stages.rounding import plan_roundings
 from qconvert.stages.sources import examined
 from qconvert.stages.target import Prepared, model_name, target_of
 
@@ -53,7 +55,7 @@ def quantize(
         calibration = None
         if options.calibration:
             calibration = files.enter_context(Calibration(options.calibration))
-        target, weighing = target_of(container), calibration
+        target = target_of(container)
         prediction, sizes = None, {}
         if options.budget:
             if calibration:
@@ -63,27 +65,39 @@ def quantize(
             )
             options, prepared = decided.options, decided.prepared
             prediction, sizes = decided.prediction, decided.sizes
-            # Of a GGUF file it has said what its tensors take, and has nothing more to say.
-            weighing = calibration if container.name == "qblk" else None
         else:
             prepared = target.prepare(opened, plain, options, output)
         report = _report(source, container, names, options, prepared)
         report.prediction = prediction
         report.warnings = said.warnings + report.warnings
         report.notes = said.notes + report.notes
-        if weighing:
-            _check_calibration(weighing, prepared)
-            report.warnings += _unused(weighing, prepared.plan)
+        layers: dict[str, str] = {}
+        if calibration:
+            calibration.check_model(plain)
+            layers = prepared.layers_of(calibration.layers.keys())
+            _check_calibration(calibration, prepared, layers)
+            report.warnings += _unused(calibration, prepared.plan, layers)
         if prediction:
             report.warnings += _unknown(prediction)
+        roundings = plan_roundings(
+            prepared.plan, calibration, layers, options.rounding, options.weighting
+        )
+        report.warnings += roundings.warnings()
+        report.notes += roundings.notes()
+        if prediction and roundings.compensated:
+            report.notes.append(
+                "losses are predicted for codes rounded to nearest: compensated ones lose less"
+            )
         if options.range and not prepared.ranged:
             report.warnings.append("--range has no effect: no tensor takes a scheme with ranges")
         if options.dry_run:
-            report.tensors = [planned_row(p, sizes.get(p.tensor.name)) for p in prepared.plan]
+            report.tensors = [
+                planned_row(p, roundings, sizes.get(p.tensor.name)) for p in prepared.plan
+            ]
             report.output_bytes = sum(t.nbytes for t in report.tensors) + prepared.companion_bytes
             fill_totals(report, ErrorSums())
         else:
-            Job(prepared, options, weighing, report, progress).write(output)
+            Job(prepared, options, calibration, roundings, report, progress).write(output)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -154,15 +168,18 @@ def _output(source: Path, options: QuantizeOptions) -> tuple[Path, Container]:
     return output, found
 
 
-def _check_calibration(calibration: Calibration, prepared: Prepared) -> None:
+def _check_calibration(
+    calibration: Calibration, prepared: Prepared, layers: Mapping[str, str]
+) -> None:
     """Refuse before the long work a calibration that does not fit the model.
 
+    Args:
+        layers: by the tensors that are their weights.
+
     Raises:
-        InputError: it was made with another model.
         UnsupportedError: none of its layers, or one of another width, is a quantized tensor.
     """
-    calibration.check_model(prepared.model)
-    used = [p.tensor for p in prepared.plan if p.scheme and calibration.find(p.tensor.name)]
+    used = [p.tensor for p in prepared.plan if p.scheme and p.tensor.name in layers]
     if not used:
         raise UnsupportedError(
             "no layer of the calibration belongs to a tensor that is quantized",
@@ -170,7 +187,7 @@ def _check_calibration(calibration: Calibration, prepared: Prepared) -> None:
             hint="calibrate with activations of this model",
         )
     for tensor in used:
-        calibration.check(tensor)
+        calibration.check(tensor, layers[tensor.name])
 
 
 def _unknown(prediction: Prediction) -> list[str]:
@@ -183,9 +200,12 @@ def _unknown(prediction: Prediction) -> list[str]:
     ]
 
 
-def _unused(calibration: Calibration, plan: tuple[PlannedTensor, ...]) -> list[str]:
+def _unused(
+    calibration: Calibration, plan: tuple[PlannedTensor, ...], layers: Mapping[str, str]
+) -> list[str]:
     """A warning where layers of the calibration have no tensor in the plan."""
-    unused = calibration.unused([p.tensor.name for p in plan if p.scheme])
+    used = {layers[p.tensor.name] for p in plan if p.scheme and p.tensor.name in layers}
+    unused = calibration.unused(sorted(used))
     if not unused:
         return []
     return [

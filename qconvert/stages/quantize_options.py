@@ -66,6 +66,7 @@ class QuantizeOptions:
     range: RangeMethod | None = None
     calibration: Path | None = None
     weighting: bool = True
+    rounding: str | None = None
     keep: tuple[str, ...] = ()
     tensor_schemes: tuple[tuple[str, TensorScheme], ...] = ()
     min_values: int = MIN_VALUES

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from qconvert.containers import Container
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicOutput, AtomicSet
 from qconvert.kernels.records import F32, Bytes
-from qconvert.model import Model, TensorInfo
+from qconvert.model import Model, TensorInfo, layer_name
 from qconvert.stages.plan import PlannedTensor
 from qconvert.stages.quantize_options import QuantizeOptions
 
@@ -58,6 +59,7 @@ class Prepared:
         outputs: the files to be written.
         sink: writes them; takes where they are made, and the provenance.
         importance: of the input channels of a tensor, where it is known; see `Facts`.
+        origin: the name in the source of a tensor of the plan; None where it is made of several.
         options: of the container's own, as provenance has them.
         provenance: what else there is to record.
         companions: files that are carried along, and ``companion_bytes`` their size.
@@ -70,6 +72,7 @@ class Prepared:
     outputs: tuple[Path, ...]
     sink: Callable[[AtomicOutput | AtomicSet, dict[str, Any]], Sink]
     importance: Callable[[TensorInfo], F32 | None] = lambda tensor: None
+    origin: Callable[[str], str | None] = lambda name: name
     options: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     companions: int = 0
@@ -77,6 +80,14 @@ class Prepared:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     overhead: Callable[[], int] = lambda: 0
+
+    def layers_of(self, calibrated: AbstractSet[str]) -> dict[str, str]:
+        """The layers that tensors of the plan are weights of, by the tensors' names, where they are
+        among those that were calibrated.
+        """
+        origins = {p.tensor.name: self.origin(p.tensor.name) for p in self.plan}
+        layers = {name: layer_name(origin) for name, origin in origins.items() if origin}
+        return {name: layer for name, layer in layers.items() if layer in calibrated}
 
     @property
     def ranged(self) -> bool:

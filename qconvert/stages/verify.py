@@ -20,16 +20,17 @@ from threadpoolctl import threadpool_limits
 from qconvert import kernels
 from qconvert.calibration.recorded import check_activations, read_batches
 from qconvert.codecs.codec import NEAREST, Coded, Stored
+from qconvert.codecs.compensation import COMPENSATED
 from qconvert.codecs.source import F32_MAX
 from qconvert.containers import CONTAINERS
 from qconvert.errors import FormatError, UsageError, WeightError
 from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
-from qconvert.files.gguf_split import PROVENANCE
+from qconvert.files.gguf import PROVENANCE
 from qconvert.files.qblk import QblkModel
 from qconvert.files.strict_json import strict_json
 from qconvert.files.transposed import input_first
-from qconvert.floors import LOST_DB, Measured, judge
+from qconvert.floors import COMPENSATED_DB, LOST_DB, Measured, judge
 from qconvert.geometry import TILE_VALUES, Tile, tiles
 from qconvert.kernels.activations import DynamicInput, StaticInput, as_bytes
 from qconvert.kernels.arithmetic import CAST_NUMPY, cast_values
@@ -484,15 +485,26 @@ class _Job:
 
     def _quality_floors(self, rows: list[VerifiedTensor]) -> None:
         """Fail where weights are lost, warn where a width does worse than it should."""
+        compensated = {r.name for r in rows if self.stored[r.name].rounding == COMPENSATED}
         judged = judge(
-            Measured(r.name, r.stored, self.stored[r.name].encoding.bits, r.sqnr_db) for r in rows
+            Measured(
+                *(r.name, r.stored, self.stored[r.name].encoding.bits, r.sqnr_db),
+                compensated=r.name in compensated,
+            )
+            for r in rows
         )
         detail = "lowest SQNR of a tensor, in dB"
         if judged.lost:
             detail = f"the weights of {len(judged.lost)} of {len(rows)} tensors are lost: {detail}"
             if len(judged.lost) > len(rows) / 2:
                 detail += "; is --against the model that the file was made from?"
-        self._limit("quality", detail, {name: db for db, name in judged.figures}, LOST_DB, min)
+        plain = {name: db for db, name in judged.figures if name not in compensated}
+        others = {name: db for db, name in judged.figures if name in compensated}
+        if plain or not others:
+            self._limit("quality", detail, plain, LOST_DB, min)
+        if others:
+            detail += ", of those whose codes make up for each other's errors"
+            self._limit("quality", detail, others, LOST_DB - COMPENSATED_DB, min)
         if judged.warning:
             self.report.warnings.append(judged.warning)
 

@@ -21,4 +21,7 @@ def _passes(scheme: AffineScheme, tensor: TensorInfo) -> bool:
     return shares_parameters(planned(scheme, tensor))
 
 
-CODEC: Codec[AffineScheme] = Codec("affine", planned, _refuses, encoder_for, parse, _passes, look)
+CODEC: Codec[AffineScheme] = Codec(
+    *("affine", planned, _refuses, encoder_for, parse, _passes, look),
+    uncompensated=lambda scheme, tensor: None,
+)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qconvert import kernels
+from qconvert.codecs.affine.compensated import compensated, stored_parameters
 from qconvert.codecs.affine.decide import (
     Decision,
     Sample,
@@ -25,6 +26,7 @@ from qconvert.codecs.affine.encoding import Affine
 from qconvert.codecs.affine.shared import Analysis, analyse, shares_parameters
 from qconvert.codecs.affine.weighting import weighting
 from qconvert.codecs.codec import Encoder, Facts, Outcome
+from qconvert.codecs.compensation import Rounder
 from qconvert.codecs.source import RUN_VALUES, finite_weights, rows_of, source_rows, tiles_of
 from qconvert.codecs.statistics import outlier_bounds
 from qconvert.geometry import TILE_VALUES, Tile, row_length
@@ -43,6 +45,7 @@ class BlockEncoder(Encoder):
         code: the encoding, as ``decision`` has it, which may be a guess.
         requested: symmetric (True) or asymmetric (False) when the scheme says so.
         weights: by the mean squares of the input channels, where known.
+        rounder: see `Facts`.
     """
 
     model: Model
@@ -54,6 +57,7 @@ class BlockEncoder(Encoder):
     requested: bool | None
     bounds: tuple[float, float]
     weights: Weighting | None
+    rounder: Rounder | None = None
 
     @property
     def encoding(self) -> Affine:
@@ -65,7 +69,12 @@ class BlockEncoder(Encoder):
     def encode(self, tile: Tile) -> Encoded:
         rows, weights = source_rows(self.model, self.tensor, tile), self._weights(tile)
         with finite_weights(self.model, self.tensor):
-            return kernels.quantize_rows(rows, self.encoding, self.method, self.bounds, weights)
+            done = kernels.quantize_rows(rows, self.encoding, self.method, self.bounds, weights)
+        if self.rounder is None:
+            return done
+        p = stored_parameters(done.segments, self.encoding)
+        squares = None if weights is None else weights.mean_square
+        return compensated(kernels.values(rows), done, p, self.encoding, self.rounder, squares)
 
     def _weights(self, tile: Tile) -> Weighting | None:
         """Of the tile's columns; only rows of blocks are cut into runs of columns."""
@@ -83,6 +92,8 @@ class BlockEncoder(Encoder):
         assert seen.moments is not None
         share = seen.outside / seen.moments.count
         notes = decision_notes(self.decision, seen.moments, share, self.method)
+        if self.rounder:
+            notes |= self.rounder.note()
         clipped, weighted = seen.error.clipped, self.weights is not None
         return Outcome(seen.error, notes, clipped=clipped, weighted=weighted)
 
@@ -93,6 +104,7 @@ class SharedEncoder(Encoder):
 
     Attributes:
         mean_square: of the input channels, (columns,), where known.
+        rounder: see `Facts`.
     """
 
     model: Model
@@ -100,6 +112,7 @@ class SharedEncoder(Encoder):
     method: RangeMethod
     analysis: Analysis
     mean_square: F32 | None
+    rounder: Rounder | None = None
 
     @property
     def encoding(self) -> Affine:
@@ -117,6 +130,8 @@ class SharedEncoder(Encoder):
             squares = self.mean_square[None, column : column + tile.columns]
         x = rows_of(self.model, self.tensor, tile)
         done = kernels.encode_rows(x, self.encoding, parameters, squares)
+        if self.rounder:
+            done = compensated(x, done, parameters, self.encoding, self.rounder, squares)
         return replace(done, segments={"codes": done.segments["codes"]})
 
     def shared(self) -> dict[str, Bytes]:
@@ -133,6 +148,8 @@ class SharedEncoder(Encoder):
         assert s.moments is not None
         share = s.outlier_share or 0.0
         notes = decision_notes(self.analysis.decision, s.moments, share, self.method)
+        if self.rounder:
+            notes |= self.rounder.note()
         clipped, weighted = seen.error.clipped, self.mean_square is not None
         return Outcome(seen.error, notes, clipped=clipped, weighted=weighted)
 
@@ -150,7 +167,7 @@ def encoder_for(model: Model, tensor: TensorInfo, scheme: AffineScheme, facts: F
         analysis = analyse(
             model, tensor, encoding, scheme.symmetric, method, facts.mapper, mean_square
         )
-        return SharedEncoder(model, tensor, method, analysis, mean_square)
+        return SharedEncoder(model, tensor, method, analysis, mean_square, facts.rounder)
     rows = sample_rows(model, tensor, encoding)
     if not kernels.all_finite(rows):
         rows = np.zeros_like(rows)  # the pass over the tensor will say what there is
@@ -160,7 +177,7 @@ def encoder_for(model: Model, tensor: TensorInfo, scheme: AffineScheme, facts: F
     weights = None if mean_square is None else weighting(mean_square[None, :], encoding)
     return BlockEncoder(
         *(model, tensor, guess.settled(encoding), method, sample, guess, scheme.symmetric),
-        *(bounds, weights),
+        *(bounds, weights, facts.rounder),
     )
 
 

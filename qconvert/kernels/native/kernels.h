@@ -183,6 +183,24 @@ typedef struct {
     float *y;             /* (samples, rows) */
 } LevelProduct;
 
+/* Rows whose codes are to make up for each other's errors: `CodeGrid` and `Factors` in
+ * ../records.py. */
+typedef struct {
+    const float *x;               /* (rows, columns) */
+    size_t rows, columns;
+    const int32_t *order;         /* in which columns are rounded, each once */
+    const float *levels;          /* ascending, 1..256 */
+    size_t level_count;
+    float *scale;                 /* (rows, groups): those before, then those found */
+    const float *zero, *offset;   /* (rows, groups) */
+    size_t groups, length;        /* of a row, and columns of a group */
+    const float *gram, *feedback; /* (columns, columns), the second in `order` */
+    size_t passes;                /* at most, in which single codes are changed */
+    int rescale;                  /* whether scales of `scale_type` are changed in the first of them */
+    enum scale_type scale_type;
+    uint8_t *codes;               /* (rows, columns), below level_count: those before, then found */
+} Compensation;
+
 /* What values (rows, columns) were decoded to, in groups of `group` columns, the last of a row
  * perhaps shorter. Codes are low..high, a code step apart, in the units of `zero`. */
 typedef struct {
@@ -266,6 +284,7 @@ typedef struct {
 
     int (*levels_encode)(const LevelRows *task, Errors *found);
     void (*levels_decode)(const StoredLevels *stored, float *out);
+    int (*compensate)(const Compensation *task);
 
     const ProductKernels *products;
     const GgmlKernels *ggml;

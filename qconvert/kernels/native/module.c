@@ -938,6 +938,59 @@ FUNCTION(levels_product, LEVELS_PRODUCT) {
     RETURN(none_or_no_memory(status));
 }
 
+/* --- compensated rounding ---------------------------------------------------------------------*/
+
+/* Whether codes have levels, and the order has every column. */
+static int indices_fit(const Compensation *task) {
+    unsigned largest = 0;
+    for (size_t i = 0; i < task->rows * task->columns; i++) {
+        largest = task->codes[i] > largest ? task->codes[i] : largest;
+    }
+    for (size_t c = 0; c < task->columns; c++) {
+        if (task->order[c] < 0 || (size_t)task->order[c] >= task->columns) {
+            return 0;
+        }
+    }
+    return largest < task->level_count;
+}
+
+enum { LONGEST_RESCALED = 256 };
+
+#define COMPENSATE(X)                                                                           \
+    X(x) X(rows) X(columns) X(order) X(levels) X(scale) X(zero) X(offset) X(length) X(gram)     \
+    X(feedback) X(passes) X(scale_dtype) X(codes)
+FUNCTION(compensate, COMPENSATE) {
+    BEGIN(compensate, COMPENSATE)
+    const Py_ssize_t rows = SIZE(rows), columns = SIZE(columns), length = SIZE(length);
+    require(&call, length > 0, "groups must not be empty");
+    const Py_ssize_t groups = call.failed ? 0 : columns / length + (columns % length != 0);
+    Compensation task = {0};
+    task.x = INPUT(x, times(rows, columns), float);
+    task.rows = (size_t)rows;
+    task.columns = (size_t)columns;
+    task.order = INPUT(order, columns, int32_t);
+    task.levels = floats_at(&call, ARG_levels, &task.level_count);
+    require(&call, task.level_count >= 1 && task.level_count <= 256, "no levels, or too many");
+    task.scale = OUTPUT(scale, times(rows, groups), float);
+    task.zero = INPUT(zero, times(rows, groups), float);
+    task.offset = INPUT(offset, times(rows, groups), float);
+    task.groups = (size_t)groups;
+    task.length = (size_t)length;
+    task.gram = INPUT(gram, times(columns, columns), float);
+    task.feedback = INPUT(feedback, times(columns, columns), float);
+    task.passes = (size_t)SIZE(passes);
+    task.rescale = !is_none(&call, ARG_scale_dtype);
+    if (task.rescale) {
+        task.scale_type = scale_dtype_at(&call, ARG_scale_dtype);
+        require(&call, length <= LONGEST_RESCALED, "groups too long for other scales");
+    }
+    task.codes = OUTPUT(codes, times(rows, columns), uint8_t);
+    int fit = 1, status = DONE;
+    RUN(fit = indices_fit(&task); status = fit ? call.kernels->compensate(&task) : DONE)
+    require(&call, fit, "a code without level, or a column that is none");
+    RETURN(none_or_no_memory(status));
+}
+
 /* --- module -----------------------------------------------------------------------------------*/
 
 #define EACH_FUNCTION(X)                                                                        \
@@ -945,7 +998,8 @@ FUNCTION(levels_product, LEVELS_PRODUCT) {
     X(error_sums) X(worst_step) X(power_sums) X(long_sums) X(search) X(encode) X(decode)        \
     X(encode_rows) X(quantize_blocks) X(quantize_channels) X(pack) X(unpack) X(cast)            \
     X(integer_dots) X(product) X(ggml_encode) X(ggml_quantize) X(ggml_decode)                   \
-    X(codebook_encode) X(codebook_decode) X(levels_encode) X(levels_decode) X(levels_product)
+    X(codebook_encode) X(codebook_decode) X(levels_encode) X(levels_decode) X(levels_product)   \
+    X(compensate)
 
 /* Names of the arguments of each function, by its name. */
 static PyObject *signatures(PyObject *module, PyObject *unused) {

@@ -2,6 +2,7 @@
 #include "blocks.h"
 #include "casts.h"
 #include "codebook.h"
+#include "compensation.h"
 #include "levels.h"
 #include "statistics.h"
 #include "widen.h"
@@ -33,6 +34,7 @@ const Kernels OF_VARIANT(kernels) = {
     .codebook_decode = codebook_decode,
     .levels_encode = levels_encode,
     .levels_decode = levels_decode,
+    .compensate = compensate,
     .products = &OF_VARIANT(products),
     .ggml = &OF_VARIANT(ggml),
 };

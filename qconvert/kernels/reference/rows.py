@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from qconvert.encoding import AffineEncoding
-from qconvert.geometry import PACK_GROUP
-from qconvert.kernels.arithmetic import SCALE_NUMPY, SIGN, stored_zero_points, to_groups
+from qconvert.kernels.arithmetic import (
+    SCALE_NUMPY,
+    padded_codes,
+    stored_zero_points,
+    to_groups,
+)
 from qconvert.kernels.records import F32, U8, Bytes, Encoded, ErrorSums, Parameters
 from qconvert.kernels.reference.codes import decode, encode, pack
 from qconvert.kernels.reference.statistics import error_sums, weighted_error_sums
@@ -47,14 +51,5 @@ def encode_rows(
 
 def _stored(codes: U8, columns: int, encoding: AffineEncoding) -> bytes:
     """Rows of unsigned codes as in the file, padded to whole blocks and groups of 32."""
-    if encoding.bits == 8:
-        stored = codes ^ SIGN
-        stored[:, columns:] = 0
-        return stored.tobytes()
-    unit = max(encoding.block, PACK_GROUP)
-    width = -(-columns // unit) * unit
-    if width != codes.shape[1]:
-        wide = np.zeros((len(codes), width), np.uint8)
-        wide[:, : codes.shape[1]] = codes
-        codes = wide
-    return pack(codes.ravel(), encoding.bits).tobytes()
+    padded = padded_codes(codes, columns, encoding)
+    return (padded if encoding.bits == 8 else pack(padded, encoding.bits)).tobytes()
