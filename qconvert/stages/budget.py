@@ -151,12 +151,14 @@ def _measured(
     progress: Progress,
 ) -> tuple[Sensitivities, int]:
     """Losses of every tensor, from the file if there is one, and how many had to be measured."""
-    weighting = calibration if options.weighting and container == "qblk" else None
+    weighting = calibration if options.weighting else None
+    layers = prepared.layers_of(weighting.layers.keys()) if weighting else {}
 
     def facts(tensor: TensorInfo) -> Facts:
+        layer = layers.get(tensor.name)
         return Facts(
             options.range,
-            partial(weighting.mean_squares, tensor.name) if weighting else lambda _: None,
+            partial(weighting.mean_squares, layer) if weighting and layer else lambda _: None,
             prepared.importance(tensor),
         )
 
