@@ -100,7 +100,7 @@ def _library_is_asked_once() -> Iterator[None]:
     ask = token_check.library_tokens
 
     def once(fields: dict[str, Any], texts: Sequence[tuple[str, bool]]) -> Any:
-        question = json.dumps([fields, list(texts)])
+        question = json.dumps([fields, list(texts), sys.modules.get("tokenizers", "") is None])
         if question not in answers:
             answers[question] = ask(fields, texts)
         return answers[question]

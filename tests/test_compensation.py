@@ -309,7 +309,14 @@ def test_codes_are_written_where_gguf_py_reads_them(name: str) -> None:
 
 
 SCHEMES = ("q4_block64", "q3_block32_sym", "q8_channel_sym", "q5_tensor_asym", "nf4_block64")
-SCHEMES += ("fp4_block128_dq", "q8_block32_asym", "q2_block16")
+SCHEMES += (
+    "fp4_block128_dq",
+    "q8_block32_asym",
+    "q2_block16",
+    "c4_block16",
+    "c4s_block16",
+    "c2_block32",
+)
 
 
 def written(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -26,6 +26,7 @@ from qconvert.codecs.codec import (
     smaller,
 )
 from qconvert.codecs.codes import Codes
+from qconvert.codecs.compensation import Rounder
 from qconvert.codecs.source import RUN_VALUES, largest_weight, rows_of, tiles_of
 from qconvert.errors import WeightError
 from qconvert.geometry import PACK_GROUP, Tile, row_length, tiles
@@ -35,10 +36,12 @@ from qconvert.kernels.records import (
     U8,
     Activations,
     Bytes,
+    CodeGrid,
     Encoded,
     LevelCode,
     LevelSteps,
 )
+from qconvert.kernels.reference.statistics import weighted_error_sums
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.schemes import LEVEL_BLOCKS, LEVELS, PLAIN_STEPS, SHIFTED_STEPS, LevelScheme
 
@@ -217,12 +220,14 @@ class LevelEncoder(Encoder):
 
     Attributes:
         mean_square: of the input channels, (columns,), where known.
+        rounder: see `Facts`.
     """
 
     model: Model
     tensor: TensorInfo
     code: LevelEncoding
     mean_square: F32 | None
+    rounder: Rounder | None = None
 
     @property
     def encoding(self) -> LevelEncoding:
@@ -243,10 +248,32 @@ class LevelEncoder(Encoder):
                 wanted="at most 61,600",
                 hint=f"keep the tensor with --keep '{self.tensor.name}', or choose another scheme",
             )
-        return done
+        return self._compensated(x, done, self.rounder) if self.rounder else done
+
+    def _compensated(self, x: F32, done: Encoded, rounder: Rounder) -> Encoded:
+        """Other codes for whole rows (R, C) than the nearest; the steps stay."""
+        code, (rows, columns) = self.code.code, x.shape
+        step = np.frombuffer(done.segments["scales"], np.uint8).reshape(rows, -1)
+        steps = level_steps(step, done.segments["row_scales"], code)
+        zero = -steps.shifts.astype(np.float32)
+        grid = CodeGrid(
+            code.table.astype(np.float32), steps.scale, zero, np.zeros_like(zero), code.block
+        )
+        before = kernels.unpack(np.frombuffer(done.segments["codes"], np.uint8), code.bits)
+        padded = before.reshape(rows, -1)
+        padded[:, :columns], _ = rounder.codes(x, padded[:, :columns], grid)
+        packed = kernels.pack(padded.ravel(), code.bits)
+        decoded = kernels.levels_decode(packed, columns, steps, code)
+        _, noise, worst = kernels.error_sums(x, decoded)
+        error = replace(done.error, noise=noise, worst=worst)
+        if self.mean_square is not None:
+            weighted = weighted_error_sums(x, decoded, self.mean_square[None])[1]
+            error = replace(error, weighted_noise=weighted)
+        return replace(done, segments={**done.segments, "codes": packed.data}, error=error)
 
     def outcome(self, seen: Encoded) -> Outcome:
-        return Outcome(seen.error, weighted=self.mean_square is not None)
+        note = self.rounder.note() if self.rounder else None
+        return Outcome(seen.error, note, weighted=self.mean_square is not None)
 
 
 def level_code(scheme: LevelScheme) -> LevelCode:
@@ -269,7 +296,8 @@ def _refuses(scheme: LevelScheme, tensor: TensorInfo) -> str | None:
 
 def _encoder(model: Model, tensor: TensorInfo, scheme: LevelScheme, facts: Facts) -> Encoder:
     code = planned(scheme, tensor)
-    return LevelEncoder(model, tensor, code, facts.mean_square(code.row_length))
+    mean_square = facts.mean_square(code.row_length)
+    return LevelEncoder(model, tensor, code, mean_square, facts.rounder)
 
 
 def _parse(fields: HeaderFields) -> Encoding:
@@ -298,4 +326,6 @@ def _parse(fields: HeaderFields) -> Encoding:
     return LevelEncoding(code, columns)
 
 
-CODEC: Codec[LevelScheme] = Codec("levels", planned, _refuses, _encoder, _parse)
+CODEC: Codec[LevelScheme] = Codec(
+    *("levels", planned, _refuses, _encoder, _parse), uncompensated=lambda scheme, tensor: None
+)
