@@ -18,6 +18,7 @@ pytest.importorskip("transformers", reason="install qconvert[hf]")
 
 import torch
 
+from qconvert.calibration.factors import input_factor
 from qconvert.calibration.file import Calibration
 from qconvert.calibration.observers import ObserverSettings
 from qconvert.errors import InputError, UnsupportedError
@@ -154,6 +155,7 @@ def test_sensitivities_have_the_sums_of_the_true_ones(
                 found.output_fisher(f"{name}.weight"),
             )
             assert inner is not None
+            assert np.array_equal(input_factor(found, name), inner)  # what codes are rounded by
             if name == "model.embed_tokens":
                 assert outer is None
                 close(inner, x.T @ x / TOKENS)

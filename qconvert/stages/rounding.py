@@ -100,10 +100,11 @@ class Roundings:
         assert self.calibration
         widest = max(self.calibration.layers[self.layers[name]].features for name in names)
         mib = (PREPARING + PREPARED) * widest * widest / 2**20
+        weighed = ", weighed by gradients," if self.calibration.has_fisher else ""
         found = [
             f"{len(names)} tensors are rounded so that codes make up for each other's errors: by "
-            f"the Gram matrices of the calibration, {DAMPING} of the mean diagonal added, in up to "
-            f"{mib:,.0f} MiB of memory for {widest:,} channels"
+            f"the Gram matrices of the calibration{weighed} with {DAMPING} of the mean diagonal "
+            f"added, in up to {mib:,.0f} MiB of memory for {widest:,} channels"
         ]
         reasons = Counter(r.reason for r in self.of.values() if r.method == NEAREST)
         for reason, count in reasons.most_common():
