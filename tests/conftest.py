@@ -77,6 +77,11 @@ LONGEST = [
 ]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # xdist would begin with the most tests
+        config.option.loadscopereorder = False
+
+
 def _turn(item: pytest.Item) -> int:
     name = item.path.stem
     return LONGEST.index(name) if name in LONGEST else len(LONGEST)

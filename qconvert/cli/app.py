@@ -470,8 +470,8 @@ def quantize(
       qconvert quantize model-directory --scheme q4_k_m -o model.gguf
       qconvert quantize model.safetensors --scheme q3_block32 \\
           --tensor-scheme '*down_proj*=q6_block32' --keep 'lm_head.*'
-      qconvert quantize model-directory --target-bpw 4.5 --calibration calibration.safetensors \\
-          -o model.gguf
+      qconvert quantize model-directory --target-bpw 4.5 \\
+          --calibration calibration.safetensors -o model.gguf
     """
     from qconvert.cli import render
     from qconvert.commands.quantize import quantize as command

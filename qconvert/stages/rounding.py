@@ -157,7 +157,7 @@ def plan_roundings(
         found.of[p.tensor.name] = Rounding(NEAREST if why else COMPENSATED, why or default)
     if asked == COMPENSATED and not found.compensated:
         raise UsageError(
-            "--rounding compensated, which no tensor can be",
+            "--rounding compensated: no tensor can be rounded so",
             found="; ".join(dict.fromkeys(r.reason for r in found.of.values())) or None,
             hint="give a calibration with Gram matrices: qconvert calibrate --text FILE --gram",
         )
