@@ -390,12 +390,13 @@ def test_importing_loads_nothing() -> None:
         "qconvert.QconvertError; print('numpy' in sys.modules)\n"
         "qconvert.load; print('numpy' in sys.modules)"
     )
+    installed = Path(qconvert.__file__).parents[1]
     told = subprocess.run(
         [sys.executable, "-S", "-c", program],
         capture_output=True,
         text=True,
         check=True,
-        env=environment(PYTHONPATH=":".join([str(ROOT), *sys.path])),
+        env=environment(PYTHONPATH=":".join([str(installed), *sys.path])),
     )
     assert told.stdout.splitlines() == ["__future__ qconvert", "False", "True"]
 
