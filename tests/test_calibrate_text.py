@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, Run, save
+from interrupt import Interrupt
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -33,7 +34,6 @@ from qconvert.errors import (
 )
 from qconvert.files.imatrix import read_imatrix
 from qconvert.files.safetensors import open_safetensors
-from qconvert.progress import Silent
 from qconvert.running.hugging_face import open_checkpoint
 from qconvert.running.text import first_token, sentences, token_chunks
 from qconvert.stages.calibrate import (
@@ -149,19 +149,6 @@ def test_the_file_is_that_of_the_same_activations_recorded(
     a, b = (document(p) for p in (tmp_path / "c.safetensors", other))
     assert a.layers == b.layers
     assert a.model == b.model
-
-
-class Interrupt(Silent):
-    """Stops the run after so many pieces, as Ctrl-C would."""
-
-    def __init__(self, pieces: int) -> None:
-        self.pieces = pieces
-
-    def advance(self, amount: int, item: str = "") -> None:
-        if item:
-            self.pieces -= 1
-            if not self.pieces:
-                raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("kind", list(OBSERVERS))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_models
 from conftest import ROOT
+from interrupt import Interrupt
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -22,7 +23,6 @@ from qconvert.calibration.factors import input_factor
 from qconvert.calibration.file import Calibration
 from qconvert.calibration.observers import ObserverSettings
 from qconvert.errors import InputError, UnsupportedError
-from qconvert.progress import Silent
 from qconvert.running.gradients import sampled
 from qconvert.stages.calibrate import MergeOptions, merge_calibrations
 from qconvert.stages.calibrate_text import TextOptions, calibrate_text
@@ -309,19 +309,6 @@ def test_experts_have_the_sums_of_gradients_by_their_parts(
 
 
 # --- the same bytes -------------------------------------------------------------------------------
-
-
-class Interrupt(Silent):
-    """Stops the run after so many pieces, as Ctrl-C would."""
-
-    def __init__(self, pieces: int) -> None:
-        self.pieces = pieces
-
-    def advance(self, amount: int, item: str = "") -> None:
-        if item:
-            self.pieces -= 1
-            if not self.pieces:
-                raise KeyboardInterrupt
 
 
 def test_interrupted_grouped_and_merged_runs_are_those_of_one(

@@ -6,6 +6,7 @@ strides; results are new arrays. Values are finite unless said otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -558,22 +559,32 @@ def integer_product(rows: IntegerRows, a: Activations, *, check: bool = False) -
 def product(packed: bytes, scale: F32, zero: I32, encoding: AffineEncoding, a: Activations) -> F32:
     """`reference.product`."""
     rows, groups = scale.shape
+    weights = {
+        "packed": packed,
+        "rows": rows,
+        "row_codes": encoding.row_codes,
+        "columns": encoding.row_length,
+        "scale": _f32(scale),
+        "zero": _i32(zero),
+        "groups": groups,
+        "bits": encoding.bits,
+        "symmetric": encoding.symmetric,
+        "block": encoding.block,
+    }
+    return _multiplied(_native.product, weights, rows, a)
+
+
+def _multiplied(
+    loop: Callable[..., None], weights: dict[str, Any], rows: int, a: Activations
+) -> F32:
+    """What a loop makes of weights, as it takes them, and of activations: y (M, R)."""
     y = np.empty((len(a.codes), rows), np.float32)
     zero_points = a.zero_points[:, 0]
-    for zero_point in np.unique(zero_points):  # the loop takes one for all of its rows
+    for zero_point in np.unique(zero_points):  # the loop takes one for all of its samples
         same = zero_points == zero_point
         part = np.empty((int(same.sum()), rows), np.float32)
-        _native.product(
-            packed=packed,
-            rows=rows,
-            row_codes=encoding.row_codes,
-            columns=encoding.row_length,
-            scale=_f32(scale),
-            zero=_i32(zero),
-            groups=groups,
-            bits=encoding.bits,
-            symmetric=encoding.symmetric,
-            block=encoding.block,
+        loop(
+            **weights,
             inputs=np.ascontiguousarray(a.codes[same], np.int8),
             samples=len(part),
             zero_point=int(zero_point),
@@ -708,20 +719,7 @@ def levels_product(
 ) -> F32:
     """`reference.levels_product`."""
     stored = _stored_levels(packed, columns, steps, code)
-    y = np.empty((len(a.codes), len(steps.unit)), np.float32)
-    zero_points = a.zero_points[:, 0]
-    for zero_point in np.unique(zero_points):  # the loop takes one for all of its rows
-        same = zero_points == zero_point
-        part = np.empty((int(same.sum()), y.shape[1]), np.float32)
-        _native.levels_product(
-            **stored,
-            inputs=np.ascontiguousarray(a.codes[same], np.int8),
-            samples=len(part),
-            zero_point=int(zero_point),
-            y=part,
-        )
-        y[same] = part
-    return y * a.scale[:, None]
+    return _multiplied(_native.levels_product, stored, len(steps.unit), a)
 
 
 def _level_code(code: LevelCode) -> dict[str, Any]:
