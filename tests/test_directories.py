@@ -20,7 +20,7 @@ from conftest import ROOT
 from test_sets import child, ended, hidden
 
 from qconvert.errors import MachineError, OutputExistsError
-from qconvert.files import beside
+from qconvert.files import atomic, beside
 from qconvert.files.atomic import AtomicDirectory, remove_partial_files
 
 FILES = ("1_Pooling/config.json", "config.json", "model-00001-of-00001.safetensors")
@@ -363,6 +363,38 @@ def test_two_runs_that_replace_one_directory_take_turns(tmp_path: Path) -> None:
     assert [ended(pid) for pid in runs] == [0, 0]
     assert of(tmp_path / "m") in ("first", "second")
     assert not hidden(tmp_path)
+
+
+def test_a_directory_is_not_replaced_while_another_run_looks_at_it(tmp_path: Path) -> None:
+    target = tmp_path / "m"
+    write(target, "old")
+
+    def slow() -> None:
+        real = atomic.foreign_entry
+
+        def look(directory: Path) -> str | None:
+            (tmp_path / "looks").touch()
+            time.sleep(0.3)
+            return real(directory)
+
+        atomic.foreign_entry = look  # type: ignore[assignment]
+        write(target, "slow")
+
+    def moves_away() -> None:
+        real = os.rename
+
+        def rename(*arguments: Any) -> None:
+            real(*arguments)
+            time.sleep(0.5)
+
+        os.rename = rename  # type: ignore[assignment]
+        write(target, "quick")
+
+    runs = [child(slow)]
+    while not (tmp_path / "looks").exists():
+        time.sleep(0.01)
+    runs.append(child(moves_away))
+    assert [ended(pid) for pid in runs] == [0, 0]
 
 
 # --- what comes in between ------------------------------------------------------------------------

@@ -165,8 +165,9 @@ class _Together(ABC):
             for target in targets:
                 _check_name(target)
             beside.remove_leftovers(name)
-            for target in targets:
-                self._check(target)
+            with beside.turn(name):  # what another run is replacing has no name for a moment
+                for target in targets:
+                    self._check(target)
             self.directory, self._lock = beside.temporary_directory(name)
         self.paths = tuple(self.directory / target.name for target in targets)
         self._taken: list[tuple[Path, Path]] = []
