@@ -31,7 +31,8 @@ typedef struct {
     size_t span_lanes;      /* of a whole span: a power of two */
     size_t samples;         /* rounded up to whole tiles */
     int32_t *inputs;        /* (sample tiles, lanes, TILE_SAMPLES) */
-    int32_t *sums;          /* A', (samples, spans) */
+    int32_t *sums;          /* A', (sample tiles, spans, TILE_SAMPLES) */
+    int32_t *line;          /* A' of one sample, (spans) */
     int32_t *tile;          /* (lanes, TILE_ROWS) */
     int32_t *offset, *zero; /* (spans, TILE_ROWS) */
     float *step;            /* (spans, TILE_ROWS) */
@@ -67,7 +68,11 @@ static void fill_inputs(const Tiles *t) {
         for (size_t i = 0; i < lanes; i++) {
             memcpy(out + i * TILE_SAMPLES, (const char *)line + 4 * i, sizeof *out);
         }
-        centred_sums(p, a, t->sums + m * t->spans);
+        int32_t *sums = t->sums + m / TILE_SAMPLES * t->spans * TILE_SAMPLES + m % TILE_SAMPLES;
+        centred_sums(p, a, t->line);
+        for (size_t i = 0; i < t->spans; i++) {
+            sums[i * TILE_SAMPLES] = t->line[i];
+        }
     }
     memset(t->wide, 0, t->padded * sizeof *t->wide);
     memset(t->codes, 0, t->padded);
@@ -159,68 +164,54 @@ static void load_tile(const Tiles *t, size_t first, size_t rows) {
 #define LOAD(from) _mm256_load_si256((const __m256i *)(from))
 #define STORE(to, v) _mm256_store_si256((__m256i *)(to), v)
 
-/* The sums of 6 samples with 16 rows have names and fill 12 registers of 16: elements of an array GCC
- * stores and loads on every turn of a loop, which takes twice as long. */
+/* The sums of 6 samples with 16 rows fill 12 of the 16 registers; two vectors of rows, the input of a
+ * sample and a product take the other four. The loop gives them out itself: in C, GCC 12 stores and
+ * loads sums on every turn. */
 #define EACH_SAMPLE(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
-#define START(m) __m256i first##m = _mm256_setzero_si256(), second##m = first##m;
+#define SUMS(m) __m256i first##m, second##m;
 
-/* What is multiplied comes after the sums before it: left alone, GCC multiplies for all samples
- * before it adds, and runs out of registers. */
-#define IN_THIS_ORDER(m) \
-    __asm__("" : "+x"(w0), "+x"(w1), "+x"(first##m), "+x"(second##m))
-
-#define DOT_WORDS(m)                                                        \
-    {                                                                       \
-        const __m256i a = _mm256_set1_epi32(inputs[m]);                     \
-        first##m = _mm256_add_epi32(first##m, _mm256_madd_epi16(w0, a));    \
-        second##m = _mm256_add_epi32(second##m, _mm256_madd_epi16(w1, a));  \
-        IN_THIS_ORDER(m);                                                   \
-    }
-#define DOT_UNSIGNED(m)                                                       \
-    {                                                                         \
-        const __m256i a = _mm256_set1_epi32(inputs[m]);                       \
-        first##m = _mm256_add_epi16(first##m, _mm256_maddubs_epi16(w0, a));   \
-        second##m = _mm256_add_epi16(second##m, _mm256_maddubs_epi16(w1, a)); \
-        IN_THIS_ORDER(m);                                                     \
-    }
-#define DOT_SIGNED(m)                                                         \
-    {                                                                         \
-        const __m256i a = _mm256_set1_epi32(inputs[m]);                       \
-        first##m = _mm256_add_epi16(first##m, _mm256_maddubs_epi16(a, w0));   \
-        second##m = _mm256_add_epi16(second##m, _mm256_maddubs_epi16(a, w1)); \
-        IN_THIS_ORDER(m);                                                     \
-    }
+#define CLEAR(m) CLEAR_SUM("first" #m) CLEAR_SUM("second" #m)
+#define CLEAR_SUM(sum) "vpxor %[" sum "], %[" sum "], %[" sum "]\n\t"
 
 /* Adds two lanes at a time, 48 bytes of inputs, and fetches those of the next samples meanwhile. */
-#define DOT_LANES(DO)                                                  \
-    for (; lanes; lanes -= 2) {                                        \
-        _mm_prefetch((const char *)(inputs + ahead), _MM_HINT_T0);     \
-        DOT_LANE(DO)                                                   \
-        DOT_LANE(DO)                                                   \
-    }
-#define DOT_LANE(DO)                                               \
-    {                                                              \
-        __m256i w0 = LOAD(tile), w1 = LOAD(tile + ROW_LANES);      \
-        EACH_SAMPLE(DO)                                            \
-        inputs += TILE_SAMPLES;                                    \
-        tile += TILE_ROWS;                                         \
-    }
+#define DOT_LANES(MULTIPLY, ADD)                                                             \
+    __asm__ volatile(CLEAR(0) CLEAR(1) CLEAR(2) CLEAR(3) CLEAR(4) CLEAR(5)                   \
+        "1:\n\tprefetcht0 (%[inputs], %[ahead])\n\t"                                         \
+        DOT_LANE(MULTIPLY, ADD, "(%[tile])", "32(%[tile])", 0, 4, 8, 12, 16, 20)             \
+        DOT_LANE(MULTIPLY, ADD, "64(%[tile])", "96(%[tile])", 24, 28, 32, 36, 40, 44)        \
+        "add $48, %[inputs]\n\tadd $128, %[tile]\n\tsub $2, %[lanes]\n\tjnz 1b"              \
+        : OUT(0), OUT(1), OUT(2), OUT(3), OUT(4), OUT(5),                                    \
+          [inputs] "+r"(inputs), [tile] "+r"(tile), [lanes] "+r"(lanes)                      \
+        : [ahead] "r"(ahead)                                                                 \
+        : "xmm12", "xmm13", "xmm14", "xmm15", "memory", "cc")
+#define OUT(m) [first##m] "=&x"(first##m), [second##m] "=&x"(second##m)
+#define DOT_LANE(MULTIPLY, ADD, rows0, rows1, a0, a1, a2, a3, a4, a5)                        \
+    "vmovdqa " rows0 ", %%ymm12\n\tvmovdqa " rows1 ", %%ymm13\n\t"                           \
+    DOT(MULTIPLY, ADD, 0, a0) DOT(MULTIPLY, ADD, 1, a1) DOT(MULTIPLY, ADD, 2, a2)            \
+    DOT(MULTIPLY, ADD, 3, a3) DOT(MULTIPLY, ADD, 4, a4) DOT(MULTIPLY, ADD, 5, a5)
+#define DOT(MULTIPLY, ADD, m, at)                                                            \
+    "vpbroadcastd " #at "(%[inputs]), %%ymm14\n\t"                                           \
+    MULTIPLY("%%ymm12", "%%ymm15") MULTIPLY("%%ymm13", "%%ymm14")                            \
+    ADD " %%ymm15, %[first" #m "], %[first" #m "]\n\t"                                       \
+    ADD " %%ymm14, %[second" #m "], %[second" #m "]\n\t"
+#define WORD_ROWS(rows, to) "vpmaddwd %%ymm14, " rows ", " to "\n\t"
+#define UNSIGNED_ROWS(rows, to) "vpmaddubsw %%ymm14, " rows ", " to "\n\t"
+#define SIGNED_ROWS(rows, to) "vpmaddubsw " rows ", %%ymm14, " to "\n\t"
 
 /* Where the sums of a tile of samples go: while their span goes on to `dots`, in the end to y. */
 typedef struct {
-    const Tiles *t;
-    size_t at;            /* of the span in offset, zero and step */
-    const int32_t *sums;  /* A' of the span, a sample every `spans` */
-    int32_t *dots;        /* (TILE_SAMPLES, TILE_ROWS) */
-    float *y;
-    int begins, ends;     /* whether these lanes are the first and the last of the span */
+    const int32_t *sums;          /* A' of the span, (TILE_SAMPLES) */
+    const int32_t *offset, *zero; /* of the span, (TILE_ROWS) */
+    const float *step;
+    int32_t *dots;                /* (TILE_SAMPLES, TILE_ROWS) */
+    float *y;                     /* the same */
 } Place;
 
-/* Takes the sums of one sample and 8 rows from r on. */
-INLINE void take(const Place *p, size_t m, size_t r, __m256i sum, enum kind kind, int begins,
-                 int ends) {
-    const Tiles *t = p->t;
-    const size_t at = p->at + r, i = m * TILE_ROWS + r;
+/* Takes the sums of one sample and 8 rows from r on: `begins` and `ends` say whether they are of the
+ * first and of the last lanes of the span, `a` is its A'. */
+INLINE void take(const Place *p, size_t m, size_t r, __m256i sum, __m256i a, enum kind kind,
+                 int begins, int ends) {
+    const size_t i = m * TILE_ROWS + r;
     if (kind != WORDS) {
         sum = _mm256_madd_epi16(sum, _mm256_set1_epi16(kind == SIGNED_BYTES ? 1 : 4));
     }
@@ -232,19 +223,26 @@ INLINE void take(const Place *p, size_t m, size_t r, __m256i sum, enum kind kind
         return;
     }
     if (kind == UNSIGNED_BYTES) {
-        const __m256i a = _mm256_set1_epi32(p->sums[m * t->spans]);
-        sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(LOAD(t->zero + at), a));
+        sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(a, LOAD(p->zero + r)));
     }
     if (kind != WORDS) {
-        sum = _mm256_add_epi32(sum, LOAD(t->offset + at));
+        sum = _mm256_add_epi32(sum, LOAD(p->offset + r));
     }
-    const __m256 term = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_load_ps(t->step + at));
+    const __m256 term = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_load_ps(p->step + r));
     _mm256_store_ps(p->y + i, _mm256_add_ps(_mm256_load_ps(p->y + i), term));
 }
 
-#define TAKE(m)                                                 \
-    take(p, m, 0, first##m, kind, begins, ends);                \
-    take(p, m, ROW_LANES, second##m, kind, begins, ends);
+/* `begins` and `ends` are constants: as variables GCC asks for them once a sample. */
+#define TAKE(m, begins, ends)                                                                  \
+    {                                                                                          \
+        const __m256i a = _mm256_castps_si256(_mm256_broadcast_ss((const float *)p->sums + m)); \
+        take(p, m, 0, first##m, a, kind, begins, ends);                                        \
+        take(p, m, ROW_LANES, second##m, a, kind, begins, ends);                               \
+    }
+#define TAKE_FIRST(m) TAKE(m, 1, 0)
+#define TAKE_MORE(m) TAKE(m, 0, 0)
+#define TAKE_LAST(m) TAKE(m, 0, 1)
+#define TAKE_ALL(m) TAKE(m, 1, 1)
 
 /* Lanes whose 16-bit sums of products of bytes cannot overflow. Unsigned codes beside signed inputs:
  * 32 * 2 * 3 * 128 = 24,576 with 2 bits, 16 * 2 * 7 * 128 = 28,672 with 3, 8 * 2 * 15 * 128 = 30,720
@@ -254,36 +252,55 @@ INLINE size_t safe_lanes(int bits) {
     return (size_t)1 << (7 - bits);
 }
 
-/* Multiplies an even number of lanes, which are safe where they hold bytes. */
+/* Multiplies an even number of lanes, 2 at least, which are safe where they hold bytes. */
 INLINE void multiply_lanes(const int32_t *inputs, const int32_t *tile, size_t lanes, size_t ahead,
-                           enum kind kind, const Place *p) {
-    EACH_SAMPLE(START)
+                           enum kind kind, const Place *p, int begins, int ends) {
+    EACH_SAMPLE(SUMS)
     switch (kind) {
-    case WORDS: DOT_LANES(DOT_WORDS) break;
-    case SIGNED_BYTES: DOT_LANES(DOT_SIGNED) break;
-    case UNSIGNED_BYTES: DOT_LANES(DOT_UNSIGNED) break;
+    case WORDS: DOT_LANES(WORD_ROWS, "vpaddd"); break;
+    case SIGNED_BYTES: DOT_LANES(SIGNED_ROWS, "vpaddw"); break;
+    case UNSIGNED_BYTES: DOT_LANES(UNSIGNED_ROWS, "vpaddw"); break;
     }
-    const int begins = p->begins, ends = p->ends;
-    EACH_SAMPLE(TAKE)
+    if (ends && begins) {
+        EACH_SAMPLE(TAKE_ALL)
+    } else if (ends) {
+        EACH_SAMPLE(TAKE_LAST)
+    } else if (begins) {
+        EACH_SAMPLE(TAKE_FIRST)
+    } else {
+        EACH_SAMPLE(TAKE_MORE)
+    }
 }
 
 /* All samples over the lanes from `start` to `stop`: some spans, or a part of one. */
 INLINE void multiply_run(const Tiles *t, size_t start, size_t stop, size_t end, enum kind kind,
                          size_t safe) {
-    const size_t ahead = t->lanes * TILE_SAMPLES; /* the next samples */
+    const size_t ahead = t->lanes * TILE_SAMPLES * sizeof(int32_t); /* the next samples */
+    const size_t first_span = start / t->span_lanes;
     for (size_t sample = 0; sample < t->samples; sample += TILE_SAMPLES) {
-        const int32_t *inputs = t->inputs + sample * t->lanes;
-        Place place = {.t = t, .dots = t->dots + sample * TILE_ROWS, .y = t->y + sample * TILE_ROWS};
-        for (size_t lane = start, next; lane < stop; lane = next) {
-            const size_t span = lane / t->span_lanes;
-            const size_t first = span * t->span_lanes, last = smaller(first + t->span_lanes, end);
-            next = smaller(lane + safe, smaller(last, stop));
-            place.at = span * TILE_ROWS;
-            place.sums = t->sums + sample * t->spans + span;
-            place.begins = lane == first;
-            place.ends = next == last;
-            multiply_lanes(inputs + lane * TILE_SAMPLES, t->tile + lane * TILE_ROWS, next - lane,
-                           ahead, kind, &place);
+        const int32_t *inputs = t->inputs + (sample * t->lanes + start * TILE_SAMPLES);
+        const int32_t *tile = t->tile + start * TILE_ROWS;
+        Place place = {.sums = t->sums + sample * t->spans + first_span * TILE_SAMPLES,
+                       .offset = t->offset + first_span * TILE_ROWS,
+                       .zero = t->zero + first_span * TILE_ROWS,
+                       .step = t->step + first_span * TILE_ROWS,
+                       .dots = t->dots + sample * TILE_ROWS,
+                       .y = t->y + sample * TILE_ROWS};
+        size_t lane = start, first = first_span * t->span_lanes;
+        for (; lane < stop; first += t->span_lanes) {
+            const size_t last = smaller(first + t->span_lanes, end), until = smaller(last, stop);
+            while (lane < until) {
+                const size_t lanes = smaller(safe, until - lane);
+                multiply_lanes(inputs, tile, lanes, ahead, kind, &place, lane == first,
+                               lane + lanes == last);
+                inputs += lanes * TILE_SAMPLES;
+                tile += lanes * TILE_ROWS;
+                lane += lanes;
+            }
+            place.sums += TILE_SAMPLES;
+            place.offset += TILE_ROWS;
+            place.zero += TILE_ROWS;
+            place.step += TILE_ROWS;
         }
     }
 }
@@ -315,6 +332,7 @@ static int product_many(const Product *p) {
     t.samples = round_up(p->samples, TILE_SAMPLES);
     t.inputs = workspace(t.samples * t.lanes, sizeof *t.inputs);
     t.sums = workspace(t.samples * t.spans, sizeof *t.sums);
+    t.line = workspace(t.spans, sizeof *t.line);
     t.tile = workspace(t.lanes * TILE_ROWS, sizeof *t.tile);
     t.offset = workspace(t.spans * TILE_ROWS, sizeof *t.offset);
     t.zero = workspace(t.spans * TILE_ROWS, sizeof *t.zero);
@@ -323,7 +341,7 @@ static int product_many(const Product *p) {
     t.y = workspace(t.samples * TILE_ROWS, sizeof *t.y);
     t.codes = workspace(8 * t.padded, sizeof *t.codes);
     t.wide = workspace(8 * t.padded, sizeof *t.wide);
-    const int failed = !t.inputs || !t.sums || !t.tile || !t.offset || !t.zero || !t.step || !t.dots
+    const int failed = !t.inputs || !t.sums || !t.line || !t.tile || !t.offset || !t.zero || !t.step || !t.dots
                        || !t.y || !t.codes || !t.wide;
     if (!failed) {
         fill_inputs(&t);
@@ -335,6 +353,7 @@ static int product_many(const Product *p) {
     }
     free(t.inputs);
     free(t.sums);
+    free(t.line);
     free(t.tile);
     free(t.offset);
     free(t.zero);
