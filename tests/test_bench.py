@@ -163,6 +163,7 @@ def test_levels_are_measured_with_kernels_of_their_own() -> None:
     names = [m.name for m in report.measurements]
     assert "quantize c4s_block16, reference" in names
     assert "dequantize c4s_block16, reference" in names
+    assert names.count("c4s_block16 x int8") == 2  # of one row, and of two
 
 
 def test_a_whole_conversion_of_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -556,7 +556,7 @@ def integer_product(rows: IntegerRows, a: Activations, *, check: bool = False) -
     return composed.integer_product(_compiled, rows, a, check=check)
 
 
-def product(packed: bytes, scale: F32, zero: I32, encoding: AffineEncoding, a: Activations) -> F32:
+def product(packed: Bytes, scale: F32, zero: I32, encoding: AffineEncoding, a: Activations) -> F32:
     """`reference.product`."""
     rows, groups = scale.shape
     weights = {

@@ -28,6 +28,7 @@ from qconvert.kernels.records import (
     U8,
     Activations,
     Bools,
+    Bytes,
     Encoded,
     Extent,
     GroupStatistics,
@@ -212,14 +213,14 @@ def seen(done: Encoded, moments: Moments, groups: GroupStatistics, outside: int)
 # --- integer matrix product -----------------------------------------------------------------------
 
 
-def load_codes(k: Pieces, packed: bytes, encoding: AffineEncoding) -> U8:
+def load_codes(k: Pieces, packed: Bytes, encoding: AffineEncoding) -> U8:
     """Stored codes as unsigned codes, padding included, flat."""
     raw = np.frombuffer(packed, np.uint8)
     return raw ^ SIGN if encoding.bits == 8 else k.unpack(raw, encoding.bits)
 
 
 def product(
-    k: Pieces, packed: bytes, scale: F32, zero: I32, encoding: AffineEncoding, a: Activations
+    k: Pieces, packed: Bytes, scale: F32, zero: I32, encoding: AffineEncoding, a: Activations
 ) -> F32:
     """`integer_product` straight from stored codes: y, float32 (M, R).
 

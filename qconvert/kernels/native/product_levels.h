@@ -1,45 +1,19 @@
-/* The integer matrix product of levels with signed steps, section 11: k = step * (level + shift) as 16
- * bits, |k| <= 4064, times a - z_a, at most 255 from 0. A span of 2,048 columns keeps every sum of
- * some of its products below 2^31, so that each variant may take its own way. */
+/* The integer matrix product of levels with signed steps, section 11: k of `level_products` times
+ * a - z_a, at most 255 from 0. A span of 2,048 columns keeps every sum of some of its products below
+ * 2^31, so that each variant may take its own way. */
 #ifndef QCONVERT_PRODUCT_LEVELS_H
 #define QCONVERT_PRODUCT_LEVELS_H
 
-#include "level_code.h"
+#include "level_products.h"
 #include "product.h"
 
 enum {
-    LEVEL_SPAN = 2048,
     LEVEL_ROWS = 16,  /* of k, which stay in the cache while all samples pass */
     ROWS_OF_DOTS = 2, /* and samples whose sums are taken at once */
     SAMPLES_OF_DOTS = 4,
 };
 
 #ifdef USE_AVX2
-
-/* k of a row; `out` has room for whole groups of 32. */
-INLINE void level_products(const StoredLevels *s, size_t row, int bits, int16_t *restrict out) {
-    const size_t block = s->code.block, blocks = level_blocks(s->code, s->columns);
-    const size_t groups = level_row(s->columns) / PACK_GROUP;
-    const uint8_t *packed = s->packed + row * groups * 4 * (size_t)bits;
-    const int8_t *steps = s->steps + row * blocks, *shifts = s->shifts + row * blocks;
-    const __m256i levels =
-        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)s->code.levels));
-    for (size_t g = 0; g < groups; g++, packed += 4 * bits, out += PACK_GROUP) {
-        /* The second half of a group that is all padding has no step of its own. */
-        const size_t first = block == 32 ? g : 2 * g;
-        const size_t second = block == 32 ? g : smaller(first + 1, blocks - 1);
-        const __m256i shift = _mm256_set_m128i(_mm_set1_epi8(shifts[second]),
-                                               _mm_set1_epi8(shifts[first]));
-        const __m256i q =
-            _mm256_add_epi8(_mm256_shuffle_epi8(levels, unpack_vector(packed, bits)), shift);
-        const __m256i low = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(q));
-        const __m256i high = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(q, 1));
-        _mm256_storeu_si256((__m256i *)out,
-                            _mm256_mullo_epi16(low, _mm256_set1_epi16(steps[first])));
-        _mm256_storeu_si256((__m256i *)(out + 16),
-                            _mm256_mullo_epi16(high, _mm256_set1_epi16(steps[second])));
-    }
-}
 
 INLINE int32_t sum_of(__m256i v) {
     __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -76,21 +50,6 @@ INLINE void some_dots(const int16_t *k, const int16_t *a, size_t stride, size_t 
 }
 
 #else
-
-INLINE void level_products(const StoredLevels *s, size_t row, int bits, int16_t *restrict out) {
-    const size_t block = s->code.block, blocks = level_blocks(s->code, s->columns);
-    const size_t groups = level_row(s->columns) / PACK_GROUP;
-    const uint8_t *packed = s->packed + row * groups * 4 * (size_t)bits;
-    for (size_t at = 0; at < groups * PACK_GROUP; at += block) {
-        uint8_t codes[PACK_GROUP];
-        const size_t place = row * blocks + smaller(at / block, blocks - 1);
-        const int step = s->steps[place], shift = s->shifts[place];
-        unpack_group(packed + at / PACK_GROUP * 4 * (size_t)bits, bits, codes);
-        for (size_t i = 0; i < block; i++) {
-            out[at + i] = (int16_t)(step * (s->code.levels[codes[at % PACK_GROUP + i]] + shift));
-        }
-    }
-}
 
 INLINE void some_dots(const int16_t *k, const int16_t *a, size_t stride, size_t n, int rows,
                       int lines, int32_t sums[ROWS_OF_DOTS][SAMPLES_OF_DOTS]) {
@@ -159,6 +118,11 @@ static void level_tile(const LevelProduct *p, const int16_t *k, const int16_t *i
 }
 
 static int levels_product(const LevelProduct *p) {
+#ifdef MANY_LEVELS
+    if (p->samples > FEW_SAMPLES) {
+        return many_levels(p);
+    }
+#endif
     const StoredLevels *s = &p->stored;
     const size_t padded = level_row(s->columns);
     int16_t *k = malloc(LEVEL_ROWS * padded * sizeof *k);
@@ -175,11 +139,7 @@ static int levels_product(const LevelProduct *p) {
         for (size_t row = 0; row < s->rows; row += LEVEL_ROWS) {
             const size_t rows = smaller(LEVEL_ROWS, s->rows - row);
             for (size_t r = 0; r < rows; r++) {
-                switch (s->code.bits) {
-                case 2: level_products(s, row + r, 2, k + r * padded); break;
-                case 3: level_products(s, row + r, 3, k + r * padded); break;
-                default: level_products(s, row + r, 4, k + r * padded); break;
-                }
+                level_row_products(s, row + r, k + r * padded);
             }
             level_tile(p, k, inputs, padded, row, rows);
         }

@@ -7,6 +7,8 @@
 #ifndef QCONVERT_PRODUCT_MANY_AVX2_H
 #define QCONVERT_PRODUCT_MANY_AVX2_H
 
+#include "level_products.h"
+
 enum {
     TILE_ROWS = 16,
     TILE_SAMPLES = 6,
@@ -16,7 +18,7 @@ enum {
 
 /* What a lane holds, and what acc is. */
 enum kind {
-    WORDS,          /* 8 bits: k of 2 columns beside a - z_a; acc = dot */
+    WORDS,          /* 8 bits, levels: k of 2 columns beside a - z_a; acc = dot */
     SIGNED_BYTES,   /* symmetric: k of 4 columns beside a + 128; acc = dot + offset */
     UNSIGNED_BYTES, /* asymmetric: u of 4 columns beside a; acc = 4 dot + offset - zero A' */
 };
@@ -24,6 +26,7 @@ enum kind {
 /* Work space of a product with many samples. */
 typedef struct {
     const Product *p;
+    const StoredLevels *levels; /* the rows, or NULL: they are those of p */
     enum kind kind;
     size_t per_lane;        /* columns */
     size_t spans, padded;   /* columns, to whole groups of 32 */
@@ -103,6 +106,13 @@ static const void *load_row(const Tiles *t, size_t row, size_t r) {
     const int32_t m = multiplier(p);
     uint8_t *codes = t->codes + r % 8 * t->padded;
     int16_t *wide = t->wide + r % 8 * t->padded;
+    if (t->levels) {
+        level_row_products(t->levels, row, wide);
+        for (size_t i = 0; i < t->spans; i++) {
+            t->step[i * TILE_ROWS + r] = t->levels->unit[row];
+        }
+        return wide;
+    }
     unpack_row(p, row, codes);
     for (size_t i = 0; i < t->spans; i++) {
         const Span span = span_at(p, i);
@@ -322,8 +332,8 @@ INLINE void multiply_rows(const Tiles *t, enum kind kind) {
     }
 }
 
-static int product_many(const Product *p) {
-    Tiles t = {.p = p, .spans = span_count(p)};
+static int multiply_many(const Product *p, const StoredLevels *levels) {
+    Tiles t = {.p = p, .levels = levels, .spans = span_count(p)};
     t.kind = p->scheme.bits == 8 ? WORDS : p->scheme.symmetric ? SIGNED_BYTES : UNSIGNED_BYTES;
     t.per_lane = t.kind == WORDS ? 2 : 4;
     t.padded = round_up(p->columns, PACK_GROUP);
@@ -363,6 +373,21 @@ static int product_many(const Product *p) {
     free(t.codes);
     free(t.wide);
     return failed ? NO_MEMORY : DONE;
+}
+
+static int product_many(const Product *p) {
+    return multiply_many(p, NULL);
+}
+
+#define MANY_LEVELS
+/* Spans of levels are as blocks of 8 bits are. */
+static int many_levels(const LevelProduct *p) {
+    const Product like = {
+        .scheme = {.bits = 8, .symmetric = 1, .block = LEVEL_SPAN},
+        .rows = p->stored.rows, .columns = p->stored.columns,
+        .inputs = p->inputs, .samples = p->samples, .zero_point = p->zero_point, .y = p->y,
+    };
+    return multiply_many(&like, &p->stored);
 }
 
 #endif

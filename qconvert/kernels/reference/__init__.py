@@ -19,6 +19,7 @@ from qconvert.kernels.records import (
     I32,
     U8,
     Activations,
+    Bytes,
     Encoded,
     IntegerRows,
     LevelCode,
@@ -85,7 +86,7 @@ def integer_product(rows: IntegerRows, a: Activations, *, check: bool = False) -
     return composed.integer_product(_reference, rows, a, check=check)
 
 
-def product(packed: bytes, scale: F32, zero: I32, encoding: AffineEncoding, a: Activations) -> F32:
+def product(packed: Bytes, scale: F32, zero: I32, encoding: AffineEncoding, a: Activations) -> F32:
     """`composed.product`."""
     return composed.product(_reference, packed, scale, zero, encoding, a)
 

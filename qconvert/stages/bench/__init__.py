@@ -20,7 +20,7 @@ from qconvert import kernels
 from qconvert.errors import UsageError
 from qconvert.progress import Progress, Silent
 from qconvert.report import BenchReport
-from qconvert.schemes import AffineScheme
+from qconvert.schemes import AffineScheme, LevelScheme
 from qconvert.stages.bench.end_to_end import end_to_end_section
 from qconvert.stages.bench.kernel_lines import kernel_section
 from qconvert.stages.bench.lines import Section, measure
@@ -75,6 +75,6 @@ def _parts(options: BenchOptions) -> Generator[Section]:
         with ExitStack() as stack:
             workers = stack.enter_context(Workers(options.threads))
             yield kernel_section(weights, options, workers, stack)
-            schemes = [s for s in options.schemes if isinstance(s, AffineScheme)]
+            schemes = [s for s in options.schemes if isinstance(s, AffineScheme | LevelScheme)]
             for rows in dict.fromkeys((1, options.rows)) if schemes else ():
                 yield product_section(weights, schemes, rows, options.range, workers)

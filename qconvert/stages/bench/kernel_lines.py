@@ -15,12 +15,11 @@ from typing import Any
 
 import gguf
 import ml_dtypes
-import numpy as np
 
 from qconvert import kernels
-from qconvert.codecs.levels import level_code, level_steps
+from qconvert.codecs.levels import level_code
 from qconvert.errors import UsageError
-from qconvert.kernels.records import U8, Encoded, LevelSteps, SourceRows
+from qconvert.kernels.records import Encoded, SourceRows
 from qconvert.kernels.reference.ggml import GGML_BLOCKS
 from qconvert.mapper import Mapper
 from qconvert.ranges import RangeMethod
@@ -28,7 +27,7 @@ from qconvert.schemes import AffineScheme, GgmlScheme, LevelScheme, Scheme
 from qconvert.stages.bench.lines import Line, Section
 from qconvert.stages.bench.options import BenchOptions
 from qconvert.stages.bench.peers import gguf_py_encodes
-from qconvert.stages.bench.weights import F32, Weights, affine
+from qconvert.stages.bench.weights import F32, Weights, affine, encoded_levels
 from qconvert.stages.parallel import Workers
 
 SOURCE_BYTES = 2  # per weight: the copy is that of a BF16 source
@@ -148,17 +147,11 @@ def _conversion(weights: Weights, scheme: Scheme, method: RangeMethod | None) ->
 def _level_conversion(weights: Weights, scheme: LevelScheme) -> _Conversion:
     code, columns = level_code(scheme), weights.values.shape[1]
 
-    def encode(x: F32) -> tuple[U8, LevelSteps]:
-        stored = kernels.levels_encode(x, code).segments
-        step = np.frombuffer(stored["scales"], np.uint8).reshape(len(x), -1)
-        packed = np.frombuffer(stored["codes"], np.uint8)
-        return packed, level_steps(step, stored["row_scales"], code)
-
     return _Conversion(
         scheme.name,
         "",
         lambda rows: kernels.levels_encode(kernels.values(rows), code),
-        encode,
+        lambda x: encoded_levels(x, code),
         lambda item: kernels.levels_decode(item[0], columns, item[1], code),
     )
 

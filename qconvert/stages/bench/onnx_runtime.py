@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from qconvert.encoding import AffineEncoding
 from qconvert.stages.bench.weights import F32
 
 INT8_COMPUTE = 4  # accuracy_level of MatMulNBits
@@ -35,11 +34,13 @@ class Operator:
         return f"MatMulNBits block {self.block}"
 
 
-def peer(encoding: AffineEncoding) -> Operator:
-    """MatMulNBits of the nearest block for codes up to 4 bits, else MatMulInteger."""
-    if encoding.bits > 4:
+def peer(bits: int, block: int) -> Operator:
+    """MatMulNBits of the nearest block for codes up to 4 bits, else MatMulInteger; ``block`` is 0
+    for a scale a row.
+    """
+    if bits > 4:
         return Operator(8, 0)
-    return Operator(4, min(max(encoding.block or 128, 32), 128))
+    return Operator(4, min(max(block or 128, 32), 128))
 
 
 def product(

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.codecs.affine.encoder import planned
+from qconvert.codecs.levels import level_steps
 from qconvert.encoding import AffineEncoding
 from qconvert.errors import InputError, UsageError
 from qconvert.files import open_model
 from qconvert.geometry import TILE_VALUES, spans_tiles, tiles
 from qconvert.kernels.arithmetic import to_groups
-from qconvert.kernels.records import Bytes, Parameters
+from qconvert.kernels.records import U8, Bytes, LevelCode, LevelSteps, Parameters
 from qconvert.model import TensorInfo
 from qconvert.ranges import RangeMethod, default_method
 from qconvert.schemes import AffineScheme
@@ -99,3 +100,11 @@ def affine(weights: Weights, scheme: AffineScheme, method: RangeMethod | None) -
         scale_dtype="F16" if scheme.block else "F32",
     )
     return Affine(scheme.name, encoding, method or default_method(scheme.bits))
+
+
+def encoded_levels(x: F32, code: LevelCode) -> tuple[U8, LevelSteps]:
+    """Packed codes of whole rows, and their steps."""
+    stored = kernels.levels_encode(x, code).segments
+    step = np.frombuffer(stored["scales"], np.uint8).reshape(len(x), -1)
+    packed = np.frombuffer(stored["codes"], np.uint8)
+    return packed, level_steps(step, stored["row_scales"], code)
