@@ -262,8 +262,44 @@ class Histogram:
     counts: list[int]
 
 
+@dataclass
+class CurvePoint:
+    """The best mix of schemes of at most so many bits.
+
+    Attributes:
+        bits: per weight, over the whole file.
+        nbytes: of the file, at most.
+        kl: predicted divergence of next tokens, in nats.
+        schemes: how many tensors take each.
+    """
+
+    bits: float
+    nbytes: int
+    kl: float
+    schemes: dict[str, int]
+
+
+@dataclass
+class SizeCurve:
+    """What files of all sizes are predicted to lose.
+
+    Attributes:
+        presets: bits per weight of each in this container.
+        smallest: the bits of the first point that loses at most so many nats; None where none does.
+        without: tensors whose sensitivity the calibration has not got.
+    """
+
+    container: str
+    points: list[CurvePoint]
+    presets: dict[str, float]
+    smallest: dict[str, float | None]
+    without: list[str]
+
+
 @dataclass(repr=False)
 class InspectReport(Report):
+    """Result of ``inspect``; ``curve`` where it was asked for."""
+
     SCHEMA: ClassVar[str] = "qconvert.inspect/1"
 
     path: str
@@ -275,6 +311,7 @@ class InspectReport(Report):
     total_bytes: int
     statistics: bool
     notes: list[str] = field(default_factory=list)
+    curve: SizeCurve | None = None
 
     def _said(self) -> Iterator[str]:
         shown, total = len(self.tensors), _count(self.total_tensors, "tensor")

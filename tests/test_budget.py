@@ -16,11 +16,13 @@ from conftest import ROOT, Run
 from qconvert.architectures import restored
 from qconvert.calibration.file import Calibration
 from qconvert.calibration.observers import ObserverSettings
+from qconvert.commands.inspect import inspect
 from qconvert.commands.quantize import quantize
 from qconvert.errors import FormatError, UnsupportedError, UsageError
 from qconvert.files import open_model
 from qconvert.report import QuantizeReport
 from qconvert.stages.assignment import assign
+from qconvert.stages.quantize_options import PRESETS
 
 TEXT = ROOT / "samples" / "calibration.txt"
 
@@ -245,6 +247,53 @@ def test_without_gradients_roles_decide_and_nothing_is_predicted(
         make(max_kl=0.01, calibration=None, output=tmp_path / "no.qblk")
 
 
+@pytest.mark.parametrize("container", ["qblk", "gguf"])
+def test_the_curve_says_what_each_budget_will_cost_and_lose(
+    container: str, make: Make, model: Path, calibration: Path, tmp_path: Path
+) -> None:
+    """Each of its points is what quantize finds for that many bits."""
+    losses = tmp_path / "s.json"
+    report = inspect(
+        *(model,), curve=True, calibration=calibration, format=container, sensitivities=losses
+    )
+    assert report.curve
+    assert report.curve.container == container
+    points = report.curve.points
+    assert [p.bits for p in points] == sorted({p.bits for p in points})
+    assert [p.nbytes for p in points] == sorted(p.nbytes for p in points)
+    assert [p.kl for p in points] == sorted((p.kl for p in points), reverse=True)
+    mark = report.curve.smallest["0.01"]
+    assert mark == min(p.bits for p in points if p.kl <= 0.01)
+    with pytest.raises(UsageError, match="no mix"):
+        make(f"m.{container}", target_bpw=points[0].bits - 1e-6, sensitivities=losses)
+    for point in (points[1], points[-2]):
+        done = make(
+            f"m.{container}", target_bpw=point.bits, sensitivities=losses, rounding="nearest",
+            force=True,
+        )  # fmt: skip
+        assert done.prediction
+        assert done.prediction.measured == 0  # the curve has left them in the file
+        assert done.prediction.kl == point.kl
+        assert done.output_bytes <= point.nbytes < done.output_bytes + 10_000  # of the header
+
+
+@pytest.mark.parametrize("name", ["m.qblk", "m.gguf"])
+def test_a_preset_is_a_budget_with_a_name(name: str, make: Make, tmp_path: Path) -> None:
+    losses = tmp_path / "s.json"
+    sizes = []
+    for preset, bits in PRESETS.items():
+        done = make(name, preset=preset, sensitivities=losses, force=True)
+        assert done.scheme == preset
+        assert done.model_bits_per_weight
+        if done.model_bits_per_weight > bits[name[2:]]:
+            # Rows of 64 and 96 values: no ggml type for them has fewer bits than q4_0.
+            assert name == "m.gguf"
+            assert {t.stored for t in done.tensors if t.quantized} <= {"q4_0", "iq4_nl"}
+        sizes.append(done.output_bytes)
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[2]
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -258,6 +307,8 @@ def test_without_gradients_roles_decide_and_nothing_is_predicted(
         ({"target_bpw": 4.5, "scheme": "q4_block64"}, "--scheme and a budget"),
         ({"target_bpw": 4.5, "pure": True}, "--pure"),
         ({"sensitivities": "s.json"}, "goes with a budget"),
+        ({"preset": "tiny"}, "found tiny, wanted small or balanced or near-lossless"),
+        ({"preset": "small", "target_bpw": 4.5}, "several budgets"),
         ({}, "neither --scheme nor a budget"),
     ],
 )
@@ -267,6 +318,24 @@ def test_budgets_that_cannot_be(
     with pytest.raises(UsageError, match=message):
         make(**options)
     assert not (tmp_path / "m.qblk").exists()
+
+
+def test_a_curve_needs_gradients(model: Path, calibration: Path) -> None:
+    with pytest.raises(UsageError, match="--curve needs to know how much errors matter"):
+        inspect(model, curve=True)
+    with pytest.raises(UsageError, match="goes without --tensor"):
+        inspect(model, curve=True, calibration=calibration, tensor="*q_proj*")
+    with pytest.raises(UsageError, match="go with --curve"):
+        inspect(model, calibration=calibration)
+
+
+def test_the_curve_is_drawn(model: Path, calibration: Path, run: Run) -> None:
+    done = run("inspect", model, "--curve", "--calibration", calibration)
+    assert done.code == 0
+    assert "KL, nats" in done.out
+    assert "█" in done.out
+    assert "--target-bpw" in done.out
+    assert "balanced 4.3" in done.out
 
 
 def test_no_other_models_sensitivities(make: Make, model: Path, tmp_path: Path) -> None:

@@ -87,6 +87,29 @@ def inspect(
     bins: Annotated[
         int, typer.Option("--bins", min=2, max=200, metavar="N", help="bins of a histogram")
     ] = 32,
+    curve: Annotated[
+        bool,
+        typer.Option(
+            "--curve",
+            help="the predicted loss of files of all sizes, by --calibration made with --fisher",
+        ),
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", metavar="FILE", help="of --curve")
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option("--format", metavar="qblk|gguf", help="of --curve: container [qblk]"),
+    ] = None,
+    sensitivities: Annotated[
+        Path | None,
+        typer.Option(
+            "--sensitivities",
+            metavar="FILE",
+            help="of --curve: what each tensor loses under each scheme; read if it is there, else "
+            "measured and written",
+        ),
+    ] = None,
     threads: Threads = None,
     json: Json = False,
     report: ReportFile = None,
@@ -102,6 +125,7 @@ def inspect(
       qconvert inspect model.safetensors
       qconvert inspect model.safetensors --tensor '*q_proj*'
       qconvert inspect model.q4_block64.qblk --headers-only --json | jq .total_bytes
+      qconvert inspect model-dir --curve --calibration fisher.safetensors
     """
     from qconvert.cli import render
     from qconvert.commands.inspect import inspect as command
@@ -113,6 +137,10 @@ def inspect(
             scheme=scheme,
             headers_only=headers_only,
             bins=bins,
+            calibration=calibration,
+            curve=curve,
+            format=format,
+            sensitivities=sensitivities,
             threads=threads,
             strict=strict,
             progress=emitter.progress,
@@ -432,6 +460,14 @@ def quantize(
             help="budget: the smallest file with at most this predicted divergence of next tokens",
         ),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            help="budget by name: small, balanced or near-lossless",
+        ),
+    ] = None,
     sensitivities: Annotated[
         Path | None,
         typer.Option(
@@ -505,6 +541,7 @@ def quantize(
             target_bpw=target_bpw,
             target_size=target_size,
             max_kl=max_kl,
+            preset=preset,
             sensitivities=sensitivities,
             threads=threads,
             dry_run=dry_run,

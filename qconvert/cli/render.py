@@ -21,6 +21,7 @@ from qconvert.report import (
     BenchReport,
     CalibratedFisher,
     CalibrateReport,
+    CurvePoint,
     EmbeddingQuality,
     Execution,
     Histogram,
@@ -29,6 +30,7 @@ from qconvert.report import (
     QuantizedTensor,
     QuantizeReport,
     Report,
+    SizeCurve,
     TensorSummary,
     TokenQuality,
     VerifiedTensor,
@@ -42,6 +44,7 @@ WORST_SHOWN = 5
 FAILING_SHOWN = 20
 FLEXIBLE_WIDTH = 24  # what names and reasons are cut to at most
 COLUMN_GAP = 3
+CURVE_BAR = 16  # characters
 PIPE_WIDTH = 20_000  # more than any table: nothing is cut in a log
 
 
@@ -295,6 +298,10 @@ def _plan_table(tensors: Sequence[QuantizedTensor]) -> str:
 
 def inspect_text(r: InspectReport) -> Iterator[str]:
     yield f"{printable(r.path)} ({r.kind})\n\n"
+    if r.curve:
+        yield from _curve_lines(r.curve)
+        yield f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
+        return
     columns = [("tensor", "left"), ("shape", "right"), ("dtype", "left"), ("size", "right")]
     if r.statistics:
         yield from table_lines(columns + STATISTICS, r.tensors, _statistics_row)
@@ -309,6 +316,28 @@ def inspect_text(r: InspectReport) -> Iterator[str]:
             yield f"\n{histogram_text(t, t.histogram)}"
     if r.statistics:
         yield f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
+
+
+def _curve_lines(c: SizeCurve) -> Iterator[str]:
+    """Size against loss, with a bar by powers of ten of the loss."""
+    yield f"files in {c.container} and what they are predicted to lose\n\n"
+    losses = [math.log10(p.kl) for p in c.points if p.kl > 0]
+    low, high = (min(losses), max(losses)) if losses else (0.0, 0.0)
+
+    def row(p: CurvePoint) -> Sequence[str]:
+        share = (math.log10(p.kl) - low) / (high - low) if p.kl > 0 and high > low else 0.0
+        mostly = ", ".join(f"{count} {name}" for name, count in list(p.schemes.items())[:2])
+        return f"{p.bits:.2f}", size(p.nbytes), number(p.kl, 3), bar(share, CURVE_BAR), mostly
+
+    columns = [("bits", "right"), ("size", "right"), ("KL, nats", "right")]
+    columns += [("powers of ten", "left"), ("mostly", "left")]
+    yield from table_lines(columns, c.points, row)
+    yield "\nKL is the divergence of next tokens from those of the original: losses are predicted\n"
+    yield "for codes rounded to nearest, to second order, which is too little below 3.5 bits.\n"
+    for mark, bits in c.smallest.items():
+        told = f"{bits:.2f} bits: --target-bpw {bits:.2f}" if bits else "nothing here"
+        yield f"at most {mark} nats: {told}\n"
+    yield "presets    " + ", ".join(f"{name} {bits:g}" for name, bits in c.presets.items()) + "\n"
 
 
 def _header_row(t: TensorSummary) -> Sequence[str]:

@@ -14,7 +14,7 @@ from qconvert.containers import WRITTEN
 from qconvert.errors import UsageError
 from qconvert.ranges import DEFAULT_PERCENTILE, RANGE_METHODS, RangeMethod
 from qconvert.schemes import MixScheme, TensorScheme, parse_scheme
-from qconvert.stages.quantize_options import Budget
+from qconvert.stages.quantize_options import PRESETS, Budget
 from qconvert.stages.rounding import METHODS
 
 
@@ -156,13 +156,17 @@ def budget_of(
     size: str | int | None,
     divergence: float | None,
     sensitivities: Path | str | None,
+    preset: str | None,
+    container: str,
 ) -> Budget | None:
     """The budget asked for, None without one.
 
     Raises:
         UsageError: more than one, one out of range, or sensitivities without one.
     """
-    given = {"--target-bpw": bits, "--target-size": size, "--max-kl": divergence}
+    given = {
+        "--target-bpw": bits, "--target-size": size, "--max-kl": divergence, "--preset": preset
+    }  # fmt: skip
     asked = [name for name, value in given.items() if value is not None]
     if len(asked) > 1:
         raise UsageError("several budgets", found=" and ".join(asked), wanted="one")
@@ -173,11 +177,16 @@ def budget_of(
     for name, number in (("--target-bpw", bits), ("--max-kl", divergence)):
         if number is not None and not 0 < number < float("inf"):
             raise UsageError(name, found=number, wanted="a number above 0")
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UsageError("--preset", found=preset, wanted=" or ".join(PRESETS))
+        bits = PRESETS[preset][container]
     return Budget(
         as_float(bits),
         size_in_bytes("--target-size", size),
         as_float(divergence),
         as_path(sensitivities),
+        preset,
     )
 
 

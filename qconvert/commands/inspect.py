@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from qconvert.commands.arguments import as_texts, check_bounds
+from qconvert.commands.arguments import as_path, as_texts, check_bounds, container_name
+from qconvert.errors import UsageError
 from qconvert.progress import Progress
 from qconvert.report import InspectReport
 from qconvert.schemes import parse_scheme
+from qconvert.stages.budget import INFORMED
+from qconvert.stages.curve import CurveOptions
 from qconvert.stages.inspect import InspectOptions
 from qconvert.stages.inspect import inspect as stage
 
@@ -20,6 +23,10 @@ def inspect(
     scheme: str = "q4_block64",
     headers_only: bool = False,
     bins: int = 32,
+    calibration: Path | str | None = None,
+    curve: bool = False,
+    format: str | None = None,
+    sensitivities: Path | str | None = None,
     threads: int | None = None,
     strict: bool = False,
     progress: Progress | None = None,
@@ -38,6 +45,11 @@ def inspect(
         scheme: say symmetric or asymmetric for this one.
         headers_only: names, shapes and sizes alone; reads no weights.
         bins: of a histogram, 2 to 200.
+        curve: in place of statistics, the predicted loss of files of all sizes.
+        calibration: of the curve: of this model, made with ``fisher``.
+        format: ``qblk`` (by default) or ``gguf``, of the files of the curve.
+        sensitivities: of the curve: a file of what each tensor loses under each scheme, read where
+            it is there and written where not; `quantize` takes it too.
         threads: all available processors by default.
         strict: a warning makes the report's status ``fail``.
         progress: is told of the steps of long work.
@@ -48,10 +60,25 @@ def inspect(
     """
     check_bounds("--bins", bins, 2, 200)
     check_bounds("--threads", threads, 1)
+    wanted = None
+    if curve:
+        if calibration is None:
+            raise UsageError("--curve needs to know how much errors matter", hint=INFORMED)
+        if tensor is not None or headers_only:
+            raise UsageError("--curve shows no tensors: it goes without --tensor, --headers-only")
+        wanted = CurveOptions(
+            calibration=Path(calibration),
+            container=container_name(format) or "qblk",
+            sensitivities=as_path(sensitivities),
+            threads=threads,
+        )
+    elif calibration or format or sensitivities:
+        raise UsageError("--calibration, --format and --sensitivities go with --curve")
     options = InspectOptions(
         scheme=parse_scheme(scheme),
         tensors=as_texts(tensor),
-        headers_only=headers_only,
+        headers_only=headers_only or curve,
+        curve=wanted,
         bins=bins,
         threads=threads,
     )

@@ -55,6 +55,7 @@ def quantize(
     target_bpw: float | None = None,
     target_size: str | int | None = None,
     max_kl: float | None = None,
+    preset: str | None = None,
     sensitivities: Path | str | None = None,
     threads: int | None = None,
     dry_run: bool = False,
@@ -106,6 +107,7 @@ def quantize(
             scheme so that the least is lost: bits per weight over the whole file, bytes of the
             file, or the predicted divergence of next tokens in nats. By the ``calibration`` where
             it was made with ``fisher``, else by what tensors of each role usually need.
+        preset: a budget by name: ``small``, ``balanced`` or ``near-lossless``.
         sensitivities: of a budget: a file of what each tensor loses under each scheme, read where
             it is there and written where not.
         threads: all available processors by default.
@@ -121,18 +123,20 @@ def quantize(
     """
     check_bounds("--min-values", min_values, 0)
     check_bounds("--threads", threads, 1)
-    budget = budget_of(target_bpw, target_size, max_kl, sensitivities)
+    container = container_name(format)
+    gguf = container == "gguf" or (container is None and str(output).lower().endswith(".gguf"))
+    budget = budget_of(
+        target_bpw, target_size, max_kl, sensitivities, preset, "gguf" if gguf else "qblk"
+    )
     if (scheme is None) == (budget is None):
         raise UsageError(
             "what the weights become",
             found="--scheme and a budget" if scheme else "neither --scheme nor a budget",
-            wanted="one of them, such as --scheme q4_block64 or --target-bpw 4.5",
+            wanted="one of them, such as --scheme q4_block64 or --preset balanced",
         )
     if budget and (pure or no_fallback):
         raise UsageError("--pure and --no-fallback go with --scheme, not with a budget")
-    container = container_name(format)
     if scheme is None:  # which tensors are quantized at all; what they take is chosen
-        gguf = container == "gguf" or (container is None and str(output).lower().endswith(".gguf"))
         scheme = "q4_k_m" if gguf else "q4_block32"
     options = QuantizeOptions(
         scheme=parse_scheme(scheme),

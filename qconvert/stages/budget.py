@@ -39,6 +39,7 @@ from qconvert.stages.sensitivities import (
 from qconvert.stages.target import Prepared, Target
 
 ASKED_FOR = ("--tensor-", "--output-tensor-", "--token-embedding-")
+INFORMED = "calibrate with --text and --fisher, and give the file with --calibration"
 FITS = 3  # times that a size is aimed at, for the header depends on what is chosen
 
 # Bits more or less than the others that tensors of a role need for the least loss, from measured
@@ -89,41 +90,31 @@ def within_budget(
     """
     budget = options.budget
     assert budget
+    if budget.divergence is not None and not (calibration and calibration.has_fisher):
+        raise UsageError("--max-kl needs to know how much errors matter", hint=INFORMED)
     prepared = target.prepare(opened, plain, options, output)
-    informed = calibration if calibration and calibration.has_fisher else None
-    if budget.divergence is not None and informed is None:
-        raise UsageError(
-            "--max-kl needs to know how much errors matter",
-            hint="calibrate with --text and --fisher, and give the file with --calibration",
-        )
-    tensors = [p.tensor for p in prepared.plan if _open_to_choice(p)]
-    if not tensors:
-        raise UsageError("a budget with no tensor left to choose a scheme for")
-    known, measured = _measured(
-        tensors, prepared, options, plain, container, calibration, informed, progress
-    )
-    choices = _Choices(tensors, known, informed is not None)
+    choices = choices_of(prepared, options, plain, container, calibration, progress)
     found = choices.within(budget, prepared)
     for _ in range(FITS):
         assigned = {
-            tensor.name: None if name == KEPT else TENSOR_SCHEMES[name]
-            for tensor, name in zip(tensors, choices.names(found), strict=True)
+            name: None if scheme == KEPT else TENSOR_SCHEMES[scheme]
+            for name, scheme in choices.schemes(found).items()
         }
         chosen = replace(options, assigned=assigned)
         again = target.prepare(opened, plain, chosen, output)
         if budget.size is None:
             break
-        total = round(found.cost) + _fixed(again.plan, tensors) + again.overhead()
-        if total <= budget.size:
+        if choices.total(found, again) <= budget.size:
             break
         found = choices.within(budget, again)
+    informed = choices.informed
     prediction = Prediction(
         budget=budget.name,
         basis="Fisher information" if informed else "priors by role",
         kl=found.loss if informed else None,
         optimal=found.optimal,
         gap=found.gap if informed else None,
-        measured=measured,
+        measured=choices.measured,
         sensitivities=str(budget.sensitivities) if budget.sensitivities else None,
         without=choices.without,
     )
@@ -133,6 +124,30 @@ def within_budget(
     }
     sizes = choices.sizes(found)
     return Decided(chosen, again, prediction, sizes)
+
+
+def choices_of(
+    prepared: Prepared,
+    options: QuantizeOptions,
+    plain: Model,
+    container: str,
+    calibration: Calibration | None,
+    progress: Progress,
+) -> Choices:
+    """What the tensors that the options leave open may take, measured where it is not known.
+
+    Raises:
+        UsageError: nothing is left open.
+        InputError: sensitivities or a calibration of something else.
+    """
+    tensors = [p.tensor for p in prepared.plan if _open_to_choice(p)]
+    if not tensors:
+        raise UsageError("a budget with no tensor left to choose a scheme for")
+    informed = calibration if calibration and calibration.has_fisher else None
+    known, measured = _measured(
+        tensors, prepared, options, plain, container, calibration, informed, progress
+    )
+    return Choices(tensors, known, informed is not None, measured)
 
 
 def _open_to_choice(p: PlannedTensor) -> bool:
@@ -189,23 +204,28 @@ def _measured(
     return known, len(missing)
 
 
-class _Choices:
+class Choices:
     """What each tensor may take, and what it costs and loses then.
 
     Attributes:
+        informed: whether losses are nats.
+        measured: pairs of a tensor and a scheme that were measured now.
         without: tensors whose sensitivity is not known though that of others is: they are taken to
             lose as much of a nat for an error as the others do in the mean.
     """
 
-    def __init__(self, tensors: Sequence[TensorInfo], known: Sensitivities, informed: bool) -> None:
+    def __init__(
+        self, tensors: Sequence[TensorInfo], known: Sensitivities, informed: bool, measured: int
+    ) -> None:
         self._tensors = tensors
+        self.measured = measured
         self._losses = [known.losses[t.name] for t in tensors]
         self.without: list[str] = []
         if informed:
             pairs = zip(tensors, self._losses, strict=True)
             self.without = [t.name for t, found in pairs if _unknown(found)]
-        self._informed = informed and len(self.without) < len(tensors)
-        if informed and not self._informed:
+        self.informed = informed and len(self.without) < len(tensors)
+        if informed and not self.informed:
             raise UsageError(
                 "the calibration has no Fisher information of any tensor",
                 hint="calibrate this model with --text and --fisher",
@@ -232,11 +252,12 @@ class _Choices:
         fixed = _fixed(prepared.plan, self._tensors)
         least, most = (sum(map(f, costs)) for f in (min, max))
         if budget.bits is not None:
-            weights = sum(p.tensor.size for p in prepared.plan)
-            limit = budget.bits * weights / 8 - fixed
+            limit = budget.bits * _weights(prepared) / 8 - fixed
+            if budget.preset:
+                limit = max(limit, least)  # shapes may allow no less
             found = assign(costs, losses, limit)
             if found is None:
-                ends = [f"{8 * (end + fixed) / weights:.3f}" for end in (least, most)]
+                ends = [f"{end:.3f}" for end in self.ends(prepared)]
                 raise _impossible("--target-bpw", budget.bits, f"{ends[0]} to {ends[1]}")
             return found
         assert budget.size is not None
@@ -247,10 +268,24 @@ class _Choices:
             raise _impossible("--target-size", f"{budget.size:,}", f"{ends[0]} to {ends[1]} bytes")
         return found
 
-    def names(self, found: Assignment) -> list[str]:
+    def schemes(self, found: Assignment) -> dict[str, str]:
         """The scheme of each tensor."""
-        pairs = zip(self._losses, found.picks, strict=True)
-        return [list(losses)[pick] for losses, pick in pairs]
+        triples = zip(self._tensors, self._losses, found.picks, strict=True)
+        return {t.name: list(losses)[pick] for t, losses, pick in triples}
+
+    def total(self, found: Assignment, prepared: Prepared) -> int:
+        """Bytes of the files, at most."""
+        return round(found.cost) + _fixed(prepared.plan, self._tensors) + prepared.overhead()
+
+    def ends(self, prepared: Prepared) -> tuple[float, float]:
+        """Least and most bits per weight that the whole can have."""
+        fixed = _fixed(prepared.plan, self._tensors)
+        least, most = (
+            sum(f(loss.nbytes for loss in losses.values()) for losses in self._losses)
+            for f in (min, max)
+        )
+        weights = _weights(prepared)
+        return 8 * (least + fixed) / weights, 8 * (most + fixed) / weights
 
     def sizes(self, found: Assignment) -> dict[str, int]:
         """Bytes of each tensor."""
@@ -258,7 +293,7 @@ class _Choices:
         return {t.name: list(losses.values())[pick].nbytes for t, losses, pick in triples}
 
     def _loss(self, tensor: TensorInfo, loss: Loss) -> float:
-        if not self._informed:
+        if not self.informed:
             return float(tensor.size * loss.nmse * 4.0 ** _extra_bits(tensor.name))
         if loss.kl is not None:
             return loss.kl
@@ -276,6 +311,16 @@ class _Choices:
         return sum(kl for kl, _ in known) / energy if energy else 0.0
 
 
+def unknown_sensitivities(without: list[str]) -> list[str]:
+    """A warning where the sensitivity of tensors is not known, though that of others is."""
+    if not without:
+        return []
+    return [
+        f"the calibration does not say how much errors of {len(without)} tensors matter, such as "
+        f"'{without[0]}': they are taken for as sensitive as the others"
+    ]
+
+
 def _unknown(losses: Mapping[str, Loss]) -> bool:
     return any(loss.kl is None for loss in losses.values())
 
@@ -284,6 +329,10 @@ def _fixed(plan: Sequence[PlannedTensor], chosen: Sequence[TensorInfo]) -> int:
     """Bytes of the tensors that nothing is chosen for."""
     names = {tensor.name for tensor in chosen}
     return sum(p.encoding.size(p.tensor.shape) for p in plan if p.tensor.name not in names)
+
+
+def _weights(prepared: Prepared) -> int:
+    return sum(p.tensor.size for p in prepared.plan)
 
 
 def _extra_bits(name: str) -> float:

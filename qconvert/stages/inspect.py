@@ -23,6 +23,8 @@ from qconvert.model import Model, TensorInfo
 from qconvert.progress import Progress, Silent
 from qconvert.report import Histogram, InspectReport, TensorSummary
 from qconvert.schemes import MixScheme, Scheme
+from qconvert.stages.budget import unknown_sensitivities
+from qconvert.stages.curve import CurveOptions, size_curve
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import PlannedTensor, PlanOptions, make_plan
 from qconvert.stages.sources import described
@@ -42,6 +44,7 @@ class InspectOptions:
     headers_only: bool = False
     bins: int = 32
     threads: int | None = None
+    curve: CurveOptions | None = None
 
 
 def inspect(path: Path, options: InspectOptions, progress: Progress | None = None) -> InspectReport:
@@ -59,6 +62,7 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             f"inspect cannot suggest {scheme.name}",
             wanted="a scheme with scales, such as q4_block64",
         )
+    curve = size_curve(path, options.curve, progress) if options.curve else None
     model = open_model(path)
     try:
         said, quantized = described(model)
@@ -83,8 +87,10 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             total_bytes=sum(t.nbytes for t in model.tensors),
             statistics=not options.headers_only,
             notes=said.notes,
+            curve=curve,
             warnings=[
                 *said.warnings,
+                *unknown_sensitivities(curve.without if curve else []),
                 *(
                     f"tensor '{r.name}' has {r.nonfinite:,} NaN or Inf values"
                     for r in rows

@@ -16,8 +16,8 @@ from qconvert.files.dequantized import dequantized
 from qconvert.kernels.records import ErrorSums
 from qconvert.model import DTYPES, Model
 from qconvert.progress import Progress, Silent
-from qconvert.report import Prediction, QuantizeReport
-from qconvert.stages.budget import within_budget
+from qconvert.report import QuantizeReport
+from qconvert.stages.budget import unknown_sensitivities, within_budget
 from qconvert.stages.conversion import Job, fill_totals, planned_row
 from qconvert.stages.plan import PlannedTensor, check_schemes
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
@@ -78,7 +78,7 @@ def quantize(
             _check_calibration(calibration, prepared, layers)
             report.warnings += _unused(calibration, prepared.plan, layers)
         if prediction:
-            report.warnings += _unknown(prediction)
+            report.warnings += unknown_sensitivities(prediction.without)
         roundings = plan_roundings(
             prepared.plan, calibration, layers, options.rounding, options.weighting
         )
@@ -188,16 +188,6 @@ def _check_calibration(
         )
     for tensor in used:
         calibration.check(tensor, layers[tensor.name])
-
-
-def _unknown(prediction: Prediction) -> list[str]:
-    """A warning where the sensitivity of tensors is not known, though that of others is."""
-    if not prediction.without:
-        return []
-    return [
-        f"the calibration does not say how much errors of {len(prediction.without)} tensors "
-        f"matter, such as '{prediction.without[0]}': they are taken for as sensitive as the others"
-    ]
 
 
 def _unused(

@@ -27,6 +27,15 @@ class GgufOptions:
     shard_size: int | None = None
 
 
+# Bits per weight over the whole file, by container. A GGUF file needs more for the same loss, and
+# its types for rows that do not divide into blocks of 256 begin at 4.5.
+PRESETS: Mapping[str, Mapping[str, float]] = {
+    "small": {"qblk": 3.4, "gguf": 3.9},
+    "balanced": {"qblk": 4.3, "gguf": 4.6},
+    "near-lossless": {"qblk": 6.4, "gguf": 6.6},
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What the whole file has to keep to; one of the first three.
@@ -36,16 +45,21 @@ class Budget:
         size: of the file in bytes.
         divergence: predicted, in nats.
         sensitivities: a file of what was measured, read if it is there and written if not.
+        preset: the name that the bits were asked for by; of `PRESETS`. Where shapes do not allow
+            so few, the fewest are taken.
     """
 
     bits: float | None = None
     size: int | None = None
     divergence: float | None = None
     sensitivities: Path | None = None
+    preset: str | None = None
 
     @property
     def name(self) -> str:
         """As reports and names of files have it."""
+        if self.preset is not None:
+            return self.preset
         if self.bits is not None:
             return f"{self.bits:g}bpw"
         return f"{self.size}bytes" if self.size is not None else f"{self.divergence:g}nats"
