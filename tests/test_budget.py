@@ -222,6 +222,15 @@ def test_what_was_asked_for_stays(make: Make) -> None:
     assert {s for n, s in stored.items() if "q_proj" in n} == {"F32"}
 
 
+@pytest.mark.parametrize(("name", "scheme"), [("m.qblk", "q8_channel"), ("m.gguf", "q8_0")])
+def test_norms_stay_as_they_are(name: str, scheme: str, make: Make) -> None:
+    """llama.cpp multiplies with float32 norms alone."""
+    budget, plain = make(name, target_bpw=5.0), make(name, scheme=scheme, dry_run=True)
+    vectors = {t.name: t.stored for t in plain.tensors if len(t.shape) == 1}
+    assert len(vectors) == 5
+    assert {t.name: t.stored for t in budget.tensors if len(t.shape) == 1} == vectors
+
+
 def test_rows_that_do_not_divide_take_types_that_do(make: Make) -> None:
     """Rows of 64 and 96 values: nothing with blocks of 256."""
     report = make("m.gguf", target_bpw=5.0)

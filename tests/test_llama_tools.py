@@ -84,8 +84,27 @@ def test_perplexity_and_divergence_are_those_of_llama_perplexity(
     """llama.cpp multiplies ggml's types with activations of 8 bits, which adds a divergence of its
     own; what ggml decodes, in float32, it computes as we do.
     """
-    path, decoded = tmp_path / "m.gguf", tmp_path / "decoded.gguf"
+    path = tmp_path / "m.gguf"
     done("quantize", LLAMA, "--scheme", scheme, "-o", path)
+    check_quality(path, base, done)
+
+
+def test_a_compensated_mix_within_a_budget_loses_what_llama_perplexity_says(
+    base: Path, tmp_path: Path, done: Run
+) -> None:
+    known, path = tmp_path / "c.safetensors", tmp_path / "m.gguf"
+    options = ("--text", SAMPLES / "calibration.txt", "--seqlen", 256, "--nsamples", 8)
+    more = ("--observer", "minmax", "--gram", "--fisher")
+    done("calibrate", LLAMA, *options, *more, "-o", known)
+    options = ("--target-bpw", 4.6, "--calibration", known, "-o", path, "--json")
+    report = done("quantize", LLAMA, *options).json
+    assert len({t["stored"] for t in report["tensors"] if t["quantized"]}) > 3
+    assert {t["rounding"] for t in report["tensors"]} >= {"compensated"}
+    check_quality(path, base, done)
+
+
+def check_quality(path: Path, base: Path, done: Run) -> None:
+    decoded = path.with_name("decoded.gguf")
     tool("llama-quantize", "--allow-requantize", path, decoded, "F32", "1")
     options = ("--text", TEXT, "--seqlen", 256, "--scoring", "second-half", "--json")
     ours = done("verify", path, "--against", LLAMA, *options).json["token_quality"]

@@ -151,8 +151,10 @@ def choices_of(
 
 
 def _open_to_choice(p: PlannedTensor) -> bool:
-    """Whether nobody has asked for another scheme."""
-    return p.scheme is not None and not any(option in p.reason for option in ASKED_FOR)
+    """Whether it is quantized, and nobody has asked for another scheme."""
+    if p.scheme is None or p.scheme.for_vectors:  # norms and biases, which GGUF has in float32
+        return False
+    return not any(option in p.reason for option in ASKED_FOR)
 
 
 def _measured(
