@@ -8,17 +8,20 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from qconvert import kernels
+from qconvert.calibration.equalised import EqualisedCalibration
 from qconvert.calibration.file import Calibration
 from qconvert.containers import CONTAINERS, WRITTEN, Container, container_for
 from qconvert.errors import UnsupportedError, UsageError, about
 from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
+from qconvert.files.equalised import EqualisedModel
 from qconvert.kernels.records import ErrorSums
 from qconvert.model import DTYPES, Model
 from qconvert.progress import Progress, Silent
 from qconvert.report import Prediction, QuantizeReport
 from qconvert.stages.budget import within_budget
 from qconvert.stages.conversion import Job, fill_totals, planned_row
+from qconvert.stages.equalisation import equalise
 from qconvert.stages.plan import PlannedTensor, check_schemes
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
 from qconvert.stages.rounding import plan_roundings
@@ -56,6 +59,19 @@ def quantize(
         if options.calibration:
             calibration = files.enter_context(Calibration(options.calibration))
         target = target_of(container)
+        prepared = target.prepare(opened, plain, options, output)
+        equalisation = None
+        if options.equalise:
+            if calibration:
+                calibration.check_model(plain)
+            rescaled, equalisation = equalise(plain, prepared, calibration, options, progress)
+            if isinstance(rescaled, EqualisedModel):
+                plain = rescaled
+                if options.calibration:
+                    calibration = files.enter_context(
+                        EqualisedCalibration(options.calibration, rescaled)
+                    )
+                prepared = target.prepare(opened, plain, options, output)
         prediction, sizes = None, {}
         if options.budget:
             if calibration:
@@ -65,10 +81,9 @@ def quantize(
             )
             options, prepared = decided.options, decided.prepared
             prediction, sizes = decided.prediction, decided.sizes
-        else:
-            prepared = target.prepare(opened, plain, options, output)
         report = _report(source, container, names, options, prepared)
         report.prediction = prediction
+        report.equalisation = equalisation
         report.warnings = said.warnings + report.warnings
         report.notes = said.notes + report.notes
         layers: dict[str, str] = {}
@@ -84,6 +99,11 @@ def quantize(
         )
         report.warnings += roundings.warnings()
         report.notes += roundings.notes()
+        if isinstance(calibration, EqualisedCalibration):
+            report.notes.append(
+                f"the static ranges of {len(calibration.rescaled)} layers with rescaled inputs are "
+                "those of the extremes of their channels"
+            )
         if prediction and roundings.compensated:
             report.notes.append(
                 "losses are predicted for codes rounded to nearest: compensated ones lose less"
