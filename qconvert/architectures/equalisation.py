@@ -140,12 +140,10 @@ def _of_gates(parts: dict[str, MappedTensor]) -> Iterator[ChannelGroup]:
         takers = _takers(parts["ffn_down_exps"], channels.reshape(experts, inner))
         yield _group(givers, takers, len(channels))
         return
-    if "ffn_up" not in parts or parts["ffn_down"].info.shape[1] == 0:
-        return
     inner, rows = parts["ffn_down"].info.shape[1], parts["ffn_up"].info.shape[0]
     channels = np.arange(inner)
     if "ffn_gate" not in parts and rows != 2 * inner:
-        return  # a function that is no multiple of its argument follows
+        return  # it is the argument of a function that is not linear
     gate = np.full(rows - inner, -1)  # in one matrix with it
     givers = _givers(parts["ffn_up"], np.concatenate([gate, channels]))
     if "ffn_up.bias" in parts:

@@ -120,7 +120,7 @@ class EqualisedCalibration(Calibration):
         found = self._exponents.get(layer_name(tensor))
         if found is None or found.columns is None or len(found.columns) != 1:
             return None
-        return found.columns[0]
+        return found.columns[0] if found.columns.any() else None
 
     def _inputs(self, tensor: str) -> F64:
         """What the inputs of a layer are multiplied by."""

@@ -48,8 +48,8 @@ PROPORTIONS = (0.5, 1.0)
 # Share of the error that has to be left at most. An error by half is what the mean squares of a
 # calibration are known to predict; without them a guess has to show more.
 KNOWN_GAIN, GUESSED_GAIN = 0.9, 0.7
-SAMPLED = 96  # rows of a matrix, of each of many at least LEAST_SAMPLED
-LEAST_SAMPLED = 8
+# Rows that are drawn: of all matrices that read a group, and of each at most and at least.
+SAMPLED, MOST_SAMPLED, LEAST_SAMPLED = 384, 96, 8
 SEED = 0
 CALIBRATION, IMPORTANCE, GUESS = "the calibration", "the importance matrix", "the weights alone"
 Squares = Callable[[TensorInfo], F64 | None]
@@ -137,7 +137,7 @@ def equalise(
     }
     judge = _Judge(model, schemes, inputs, options.range, norms)
     progress.begin("equalise", len(found), "groups")
-    chosen: list[_Choice] = []
+    chosen: list[Choice] = []
     # BLAS with threads of its own would add in an order that depends on their number.
     with threadpool_limits(1, "blas"), Workers(options.threads or available_threads()) as workers:
         for group, choice in zip(found, workers.map(judge.choose, found), strict=True):
@@ -150,7 +150,7 @@ def equalise(
     report.skipped += [f"{n}: weights at the end of the range of their dtype" for n in inexact]
     progress.end()
     report.equalised = [c.report for c in chosen]
-    return (EqualisedModel(model, _exponents(chosen)) if chosen else model), report
+    return (EqualisedModel(model, exponents_of(chosen)) if chosen else model), report
 
 
 def _groups(model: Model, schemes: Mapping[str, TensorScheme]) -> list[ChannelGroup] | str:
@@ -170,7 +170,7 @@ def _groups(model: Model, schemes: Mapping[str, TensorScheme]) -> list[ChannelGr
 
 
 @dataclass(frozen=True, slots=True)
-class _Choice:
+class Choice:
     """Factors that a group is given."""
 
     group: ChannelGroup
@@ -215,11 +215,14 @@ class _Judge:
     method: RangeMethod | None
     norms: Mapping[str, ChannelGroup]
 
-    def choose(self, group: ChannelGroup) -> _Choice | str | None:
+    @np.errstate(over="ignore", invalid="ignore")  # of huge weights, whose errors then win nothing
+    def choose(self, group: ChannelGroup) -> Choice | str | None:
         """Factors for a group; None where none gain, and why where none are possible."""
         if not any(p.tensor.name in self.schemes for p in group.takers):
             return "no matrix that reads it gets codes"
-        takers = [self._taker(p) for p in group.takers]
+        most = SAMPLED // sum(len(p.channels) for p in group.takers)
+        most = min(max(most, LEAST_SAMPLED), MOST_SAMPLED)
+        takers = [self._taker(p, most) for p in group.takers]
         if not all(np.isfinite(t.weights).all() for t in takers):
             return "weights that are NaN or Inf"
         known = self._hypotheses(group, takers)
@@ -241,7 +244,7 @@ class _Judge:
         largest = int(np.abs(exponents).max())
         changed = int(np.count_nonzero(exponents))
         done = EqualisedGroup(group.name, group.size, changed, 2**largest, proportion, best)
-        return _Choice(group, exponents, done)
+        return Choice(group, exponents, done)
 
     def _logarithms(self, group: ChannelGroup, takers: list[_Taker]) -> F64:
         """log2 c of the channels, nan where nothing is known.
@@ -265,11 +268,11 @@ class _Judge:
             count[known] += 1
         return np.divide(total, count, out=np.full(group.size, np.nan), where=count > 0)
 
-    def _taker(self, part: Part) -> _Taker:
+    def _taker(self, part: Part, most: int) -> _Taker:
+        """So many rows of each matrix of a tensor at most."""
         tensor = part.tensor
         columns, matrices = tensor.shape[-1], len(part.channels)
         height = tensor.size // columns // matrices
-        most = max(LEAST_SAMPLED, SAMPLED // matrices)
         rows = np.arange(height)
         if height > most:
             rows = np.sort(np.random.default_rng(SEED).choice(height, most, replace=False))
@@ -360,7 +363,7 @@ class _Judge:
         weighing = cost[0].astype(np.float32) if known and cost is not None else None
         facts = Facts(
             self.method,
-            lambda columns: weighing,
+            lambda columns: None if self.inputs.basis == IMPORTANCE else weighing,
             weighing if self.inputs.basis == IMPORTANCE else None,
         )
         measuring = Measuring(sample, "", lambda tensor: facts, lambda tensor: None)
@@ -409,7 +412,7 @@ class _Sample:
 # --- all groups -----------------------------------------------------------------------------------
 
 
-def _exponents(chosen: Sequence[_Choice]) -> dict[str, Exponents]:
+def exponents_of(chosen: Sequence[Choice]) -> dict[str, Exponents]:
     """Exponents of the tensors that are rescaled."""
     found: dict[str, Exponents] = {}
     for choice in chosen:
@@ -425,7 +428,7 @@ def _exponents(chosen: Sequence[_Choice]) -> dict[str, Exponents]:
     return found
 
 
-def _exact(model: Model, chosen: list[_Choice]) -> tuple[list[_Choice], list[str]]:
+def _exact(model: Model, chosen: list[Choice]) -> tuple[list[Choice], list[str]]:
     """Leave out groups that would change a digit of a weight: the names of these too.
 
     Gains of norms that add one are not looked at: they are rounded to binary32.
@@ -433,7 +436,7 @@ def _exact(model: Model, chosen: list[_Choice]) -> tuple[list[_Choice], list[str
     inexact: list[str] = []
     exact: set[tuple[str, ...]] = set()
     while True:
-        equalised = EqualisedModel(model, _exponents(chosen))
+        equalised = EqualisedModel(model, exponents_of(chosen))
         for tensor in model.tensors:
             groups = [c.group.name for c in chosen if _touches(c.group, tensor)]
             if not groups or (tensor.name, *groups) in exact:

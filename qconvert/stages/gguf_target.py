@@ -77,7 +77,7 @@ class GgufTarget:
             plan,
             outputs,
             partial(_sink, outputs[0], counts, source.metadata | keys, tensors),
-            importance=_importance(imatrix, source.model, model),
+            importance=importance_of(imatrix, source.model, model),
             origin=source.origin,
             options=_noted(o),
             provenance=said_of | ({"imatrix": {"sha256": imatrix.sha256}} if imatrix else {}),
@@ -196,7 +196,7 @@ def _fitting(
     )
 
 
-def _importance(
+def importance_of(
     imatrix: Imatrix | None, named: Model, model: Model
 ) -> Callable[[TensorInfo], F32 | None]:
     """Importance of the input channels of a tensor, of rescaled ones divided by the squares of
