@@ -109,7 +109,7 @@ class EqualisedCalibration(Calibration):
     def output_fisher(self, tensor: str) -> F64 | None:
         found = super().output_fisher(tensor)
         outputs = self._outputs(tensor)
-        return found if np.ndim(outputs) == 0 else _outer(found, outputs)
+        return found if isinstance(outputs, float) else _outer(found, outputs)
 
     def check_model(self, model: Model) -> None:
         """Hold the file against the model before it was equalised."""

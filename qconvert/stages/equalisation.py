@@ -64,16 +64,14 @@ class Inputs:
         squares: mean squares of a tensor's input channels, (matrices, columns) or (1, columns);
             None where they are not known.
         samples: rows of input that were seen of a tensor, where one of several counts more.
-        weighs: whether the search for scales knows them too.
     """
 
     basis: str
     squares: Squares = lambda tensor: None
     samples: Callable[[TensorInfo], int] = lambda tensor: 1
-    weighs: bool = True
 
 
-def inputs_of(prepared: Prepared, calibration: Calibration | None, weighting: bool) -> Inputs:
+def inputs_of(prepared: Prepared, calibration: Calibration | None) -> Inputs:
     """What a conversion knows of the inputs of its matrices."""
     if calibration is not None:
         known = calibration
@@ -89,7 +87,7 @@ def inputs_of(prepared: Prepared, calibration: Calibration | None, weighting: bo
             layer = known.find(tensor.name)
             return 1 if layer is None else layer.samples
 
-        return Inputs(CALIBRATION, squares, samples, weighting)
+        return Inputs(CALIBRATION, squares, samples)
     importance: dict[str, F64] = {}
     for p in prepared.plan:
         found = prepared.importance(p.tensor) if p.scheme else None
@@ -125,7 +123,7 @@ def equalise(
         if p.scheme and not p.scheme.for_vectors
         for name in sources_of(prepared.model, p.tensor)
     }
-    inputs = inputs_of(prepared, calibration, options.weighting)
+    inputs = inputs_of(prepared, calibration if options.weighting else None)
     report = Equalisation(inputs.basis)
     found = _groups(model, schemes)
     if isinstance(found, str):
@@ -266,7 +264,8 @@ class _Judge:
             known = np.isfinite(found)
             total[known] += found[known]
             count[known] += 1
-        return np.divide(total, count, out=np.full(group.size, np.nan), where=count > 0)
+        means: F64 = np.divide(total, count, out=np.full(group.size, np.nan), where=count > 0)
+        return means
 
     def _taker(self, part: Part, most: int) -> _Taker:
         """So many rows of each matrix of a tensor at most."""
@@ -316,7 +315,8 @@ class _Judge:
             if len(tensor.shape) > 1:
                 squares = self._row_squares(tensor)
             elif tensor.size == group.size and part is group.givers[0]:
-                squares = (self.model.values(tensor, 0, tensor.size) + group.offset) ** 2
+                gains = self.model.values(tensor, 0, tensor.size).astype(np.float64)
+                squares = (gains + group.offset) ** 2
             else:
                 continue  # a bias
             found[part.channels[inside]] += squares[inside]
@@ -350,17 +350,18 @@ class _Judge:
             factors = np.ldexp(1.0, exponents[t.part.channels].astype(np.int32))
             costs = [s / factors**2 for s in t.squares]
             weights = (t.weights * factors[t.matrix]).astype(np.float32)
-            cost = costs[0] if self.inputs.weighs else None
-            errors = np.square(self._quantized(t, weights, cost) - weights.astype(np.float64))
+            errors = np.square(self._quantized(t, weights, costs[0]) - weights.astype(np.float64))
             found.append([float(np.sum(errors * c[t.matrix])) for c in costs])
         return found
 
-    def _quantized(self, t: _Taker, weights: NDArray[np.float32], cost: F64 | None) -> F64:
-        """A sample as it would be decoded."""
+    def _quantized(self, t: _Taker, weights: NDArray[np.float32], cost: F64) -> F64:
+        """A sample as it would be decoded, its scales found with the cost of errors in each column
+        where that is known.
+        """
         assert t.scheme
         sample = _Sample(self.model, t.part.tensor.name, weights)
-        known = cost is not None and len(cost) == 1 and self.inputs.basis != GUESS and cost.any()
-        weighing = cost[0].astype(np.float32) if known and cost is not None else None
+        known = self.inputs.basis != GUESS and len(cost) == 1 and cost.any()
+        weighing = cost[0].astype(np.float32) if known else None
         facts = Facts(
             self.method,
             lambda columns: None if self.inputs.basis == IMPORTANCE else weighing,
@@ -390,7 +391,7 @@ class _Sample:
         nbytes = DTYPES["F32"].nbytes(rows.size)
         self.path: Path = model.path
         self.kind = model.kind
-        self.tensors = (TensorInfo(name, rows.shape, "F32", nbytes),)
+        self.tensors: tuple[TensorInfo, ...] = (TensorInfo(name, rows.shape, "F32", nbytes),)
         self.metadata: dict[str, str] = {}
         self.sources: tuple[SourceFile, ...] = ()
         self.companions: tuple[Companion, ...] = ()

@@ -36,7 +36,8 @@ def channel_logarithms(logarithms: F64, channels: I64, size: int) -> F64:
     at = channels[known]
     count = np.bincount(at, minlength=size)
     total = np.bincount(at, logarithms[known], minlength=size)
-    return np.divide(total, count, out=np.full(size, np.nan), where=count > 0)
+    found: F64 = np.divide(total, count, out=np.full(size, np.nan), where=count > 0)
+    return found
 
 
 def powers_of_two(logarithms: F64, proportion: float) -> NDArray[np.int8]:

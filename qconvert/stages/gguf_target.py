@@ -65,7 +65,7 @@ class GgufTarget:
             warnings += more
         if imatrix:
             keys |= imatrix.keys()
-        said_of = noted(model)
+        rescaled = noted(model)
         tensors = [_tensor(p) for p in plan]
         check_gguf(tensors)
         counts = plan_shards(tensors, o.shard_size) if o.shard_size is not None else []
@@ -80,11 +80,12 @@ class GgufTarget:
             importance=importance_of(imatrix, source.model, model),
             origin=source.origin,
             options=_noted(o),
-            provenance=said_of | ({"imatrix": {"sha256": imatrix.sha256}} if imatrix else {}),
+            provenance=rescaled | ({"imatrix": {"sha256": imatrix.sha256}} if imatrix else {}),
             warnings=warnings,
             notes=notes,
             overhead=partial(
-                _overhead, source.metadata | keys, tensors, PROVENANCE_BYTES + len(_text(said_of))
+                *(_overhead, source.metadata | keys, tensors),
+                PROVENANCE_BYTES + len(_text(rescaled).encode()),
             ),
         )
 
