@@ -85,9 +85,10 @@ class EqualisedModel:
         self.sources: tuple[SourceFile, ...] = source.sources
         self.companions: tuple[Companion, ...] = source.companions
         self._stored = {t.name: t for t in source.tensors}
-        self.tensors = tuple(self._rescaled(t) for t in source.tensors)
+        self.tensors = tuple(self.rescaled(t) for t in source.tensors)
 
-    def _rescaled(self, tensor: TensorInfo) -> TensorInfo:
+    def rescaled(self, tensor: TensorInfo) -> TensorInfo:
+        """A tensor of the source as it is here."""
         found = self.exponents.get(tensor.name)
         if found is None or (tensor.dtype != "F16" and not found.offset):
             return tensor
@@ -105,7 +106,7 @@ class EqualisedModel:
         """Bytes ``offset..offset+size`` of the tensor as it would be stored."""
         if tensor.name not in self.exponents:
             return self.source.raw(tensor, offset, size)
-        dtype = self._rescaled(self._stored[tensor.name]).dtype
+        dtype = self.rescaled(self._stored[tensor.name]).dtype
         width = DTYPES[dtype].size
         start = offset // width
         values = self.values(tensor, start, -(-(offset + size) // width))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,7 +145,7 @@ def equalise(
                 report.skipped.append(f"{group.name}: {choice}")
             elif choice is not None:
                 chosen.append(choice)
-    chosen, inexact = _exact(model, chosen)
+        chosen, inexact = _exact(model, chosen, workers)
     report.skipped += [f"{n}: weights at the end of the range of their dtype" for n in inexact]
     progress.end()
     report.equalised = [c.report for c in chosen]
@@ -429,30 +430,31 @@ def exponents_of(chosen: Sequence[Choice]) -> dict[str, Exponents]:
     return found
 
 
-def _exact(model: Model, chosen: list[Choice]) -> tuple[list[Choice], list[str]]:
+def _exact(model: Model, chosen: list[Choice], workers: Workers) -> tuple[list[Choice], list[str]]:
     """Leave out groups that would change a digit of a weight: the names of these too.
 
     Gains of norms that add one are not looked at: they are rounded to binary32.
     """
     inexact: list[str] = []
-    exact: set[tuple[str, ...]] = set()
+    exact: dict[str, list[str]] = {}  # tensors, with the groups by which they are rescaled
     while True:
-        equalised = EqualisedModel(model, exponents_of(chosen))
-        for tensor in model.tensors:
-            groups = [c.group.name for c in chosen if _touches(c.group, tensor)]
-            if not groups or (tensor.name, *groups) in exact:
-                continue
-            if not _unchanged(equalised, tensor):
-                inexact += groups
-                break
-            exact.add((tensor.name, *groups))
-        else:
+        groups: dict[str, list[str]] = {}
+        for c in chosen:
+            for part in (*c.group.givers, *c.group.takers):
+                groups.setdefault(part.tensor.name, []).append(c.group.name)
+        waiting = [t for t in model.tensors if groups.get(t.name) != exact.get(t.name)]
+        waiting = [t for t in waiting if t.name in groups]
+        unchanged = partial(_unchanged, EqualisedModel(model, exponents_of(chosen)))
+        bad: list[str] = []
+        for tensor, good in zip(waiting, workers.map(unchanged, waiting), strict=True):
+            if good:
+                exact[tensor.name] = groups[tensor.name]
+            else:
+                bad += groups[tensor.name]
+        if not bad:
             return chosen, inexact
-        chosen = [c for c in chosen if c.group.name not in inexact]
-
-
-def _touches(group: ChannelGroup, tensor: TensorInfo) -> bool:
-    return any(p.tensor.name == tensor.name for p in (*group.givers, *group.takers))
+        inexact += dict.fromkeys(bad)
+        chosen = [c for c in chosen if c.group.name not in bad]
 
 
 def _unchanged(model: EqualisedModel, tensor: TensorInfo) -> bool:
@@ -467,7 +469,7 @@ def _unchanged(model: EqualisedModel, tensor: TensorInfo) -> bool:
         rows=None if e.rows is None else -e.rows,
         columns=None if e.columns is None else -e.columns,
     )
-    info = next(t for t in model.tensors if t.name == tensor.name)
+    info = model.rescaled(tensor)
     width = DTYPES[info.dtype].size
     for start in range(0, tensor.size, TILE_VALUES):
         stop = min(start + TILE_VALUES, tensor.size)
