@@ -83,10 +83,7 @@ class GgufTarget:
             provenance=rescaled | ({"imatrix": {"sha256": imatrix.sha256}} if imatrix else {}),
             warnings=warnings,
             notes=notes,
-            overhead=partial(
-                *(_overhead, source.metadata | keys, tensors),
-                PROVENANCE_BYTES + len(_text(rescaled).encode()),
-            ),
+            overhead=partial(_overhead, source.metadata | keys, tensors, rescaled),
         )
 
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
@@ -319,17 +316,18 @@ def _text(provenance: dict[str, Any]) -> str:
 
 
 def _overhead(
-    metadata: Mapping[str, MetadataValue], tensors: Sequence[GgufTensor], provenance: int
+    metadata: Mapping[str, MetadataValue], tensors: Sequence[GgufTensor], known: dict[str, Any]
 ) -> int:
     """What a file takes at most besides the bytes of its tensors: its header is made to see.
 
     Args:
-        provenance: bytes that it takes at most.
+        known: members of the provenance that are not in its bound.
     """
+    provenance = " " * PROVENANCE_BYTES + _text(known)
     with TemporaryDirectory() as directory:
         path = Path(directory) / "header.gguf"
         with machine_errors(path):
-            writer = GgufWriter(path, {**metadata, PROVENANCE: " " * provenance}, tensors)
+            writer = GgufWriter(path, {**metadata, PROVENANCE: provenance}, tensors)
             writer.close()
     size: int = writer.header_size
     return size + PADDING * len(tensors)
