@@ -191,6 +191,43 @@ class Prediction:
     without: list[str]
 
 
+@dataclass(slots=True)
+class EqualisedGroup:
+    """Channels that were rescaled.
+
+    Attributes:
+        name: of the tensor that gives them.
+        channels: how many there are, and how many have another factor than 1: ``changed``.
+        largest: factor, or divisor.
+        proportion: the power of the factor in closed form that was taken, 0.5 or 1.
+        left: of the error of a sample, by which that was decided.
+    """
+
+    name: str
+    channels: int
+    changed: int
+    largest: int
+    proportion: float
+    left: float
+
+
+@dataclass
+class Equalisation:
+    """Whether channels between tensors were rescaled so that blocks of weights lose less.
+
+    Attributes:
+        basis: what their importance was taken from.
+        groups: of channels that the architecture has.
+        equalised: those that gain by it.
+        skipped: groups for which it was not possible, or why for none.
+    """
+
+    basis: str
+    groups: int = 0
+    equalised: list[EqualisedGroup] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
 @dataclass(repr=False)
 class QuantizeReport(Report):
     """Result of ``quantize``.
@@ -220,6 +257,7 @@ class QuantizeReport(Report):
     written: bool = False
     notes: list[str] = field(default_factory=list)
     prediction: Prediction | None = None
+    equalisation: Equalisation | None = None
 
     def _said(self) -> Iterator[str]:
         yield repr(self.output) if self.written else f"{self.output!r} not written"

@@ -354,6 +354,15 @@ def quantize(
             "calibration [where it has them]",
         ),
     ] = None,
+    equalise: Annotated[
+        str | None,
+        typer.Option(
+            "--equalise",
+            metavar="auto|off",
+            help="auto: rescale channels between tensors by powers of two where that leaves "
+            "clearly less error; the model's function stays the same [auto]",
+        ),
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option("--keep", metavar="GLOB", help="keep these tensors bit for bit; repeatable"),
@@ -524,6 +533,7 @@ def quantize(
             calibration=calibration,
             no_weighting=no_weighting,
             rounding=rounding,
+            equalise=equalise,
             keep=keep,
             tensor_scheme=tensor_scheme,
             min_values=min_values,

@@ -23,6 +23,7 @@ from qconvert.report import (
     CalibrateReport,
     CurvePoint,
     EmbeddingQuality,
+    Equalisation,
     Execution,
     Histogram,
     InspectReport,
@@ -224,6 +225,8 @@ def quantize_text(r: QuantizeReport) -> str:
         lines.append(f"files      {r.files}\n")
     if r.companions:
         lines.append(f"carried    {r.companions} files of the model (config, tokenizer, ...)\n")
+    if r.equalisation:
+        lines.append(_equalisation(r.equalisation))
     if r.prediction:
         lines.append(_prediction(r.prediction))
     bits = number(r.quantized_bits_per_weight), number(r.model_bits_per_weight)
@@ -257,6 +260,22 @@ def quantize_text(r: QuantizeReport) -> str:
             _next(f"qconvert verify {printable(r.output)} --against {printable(r.source)}")
         )
     return "".join(lines)
+
+
+def _equalisation(e: Equalisation) -> str:
+    """How many groups gained, and why others could not."""
+    done = e.equalised
+    if done:
+        left = min(g.left for g in done)
+        told = f"{len(done)} of {e.groups} groups of channels, by {e.basis}: errors down to "
+        told += f"{number(100 * left)} % of a sample's"
+    else:
+        told = f"none of {e.groups} groups of channels" + ("" if e.skipped else ": none gains")
+    if not e.groups and e.skipped:
+        return f"equalised  nothing: {printable(e.skipped[0])}\n"
+    if e.skipped:
+        told += f"; {len(e.skipped)} skipped, such as {printable(e.skipped[0])}"
+    return f"equalised  {told}\n"
 
 
 def _prediction(p: Prediction) -> str:

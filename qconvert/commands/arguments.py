@@ -17,6 +17,8 @@ from qconvert.schemes import MixScheme, TensorScheme, parse_scheme
 from qconvert.stages.quantize_options import PRESETS, Budget
 from qconvert.stages.rounding import METHODS
 
+EQUALISE = ("auto", "off")
+
 
 def as_path(given: Path | str | None) -> Path | None:
     """A path where there is one."""
@@ -81,6 +83,13 @@ def rounding_method(text: str | None) -> str | None:
     if text is None or text in METHODS:
         return text
     raise UsageError("--rounding", found=text, wanted=" or ".join(METHODS))
+
+
+def equalise_asked(text: str | None) -> bool:
+    """``--equalise``: whether it is done where it gains."""
+    if text is None or text in EQUALISE:
+        return text != EQUALISE[1]
+    raise UsageError("--equalise", found=text, wanted=" or ".join(EQUALISE))
 
 
 def range_method(name: str | None, percentile: float | None) -> RangeMethod | None:

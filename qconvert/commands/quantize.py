@@ -12,6 +12,7 @@ from qconvert.commands.arguments import (
     budget_of,
     check_bounds,
     container_name,
+    equalise_asked,
     parse_tensor_scheme,
     range_method,
     rounding_method,
@@ -38,6 +39,7 @@ def quantize(
     calibration: Path | str | None = None,
     no_weighting: bool = False,
     rounding: str | None = None,
+    equalise: str | None = None,
     keep: str | Iterable[str] | None = None,
     tensor_scheme: Mapping[str, str] | str | Iterable[str] | None = None,
     min_values: int = MIN_VALUES,
@@ -88,6 +90,9 @@ def quantize(
         no_weighting: of a calibration take the static parameters alone.
         rounding: ``nearest``, or ``compensated`` for codes that make up for each other's errors, by
             the Gram matrices of a calibration; by default compensated where there is one.
+        equalise: ``auto``, the default, to rescale channels between tensors by powers of two where
+            that leaves clearly less error and the architecture is known, or ``off``. The model's
+            function stays the same.
         keep: keep tensors that match this glob, or one of these, bit for bit.
         tensor_scheme: another scheme for tensors that match a glob: ``{glob: scheme}``, or texts
             ``"GLOB=SCHEME"``; the first match wins.
@@ -146,6 +151,7 @@ def quantize(
         calibration=as_path(calibration),
         weighting=not no_weighting,
         rounding=rounding_method(rounding),
+        equalise=equalise_asked(equalise),
         keep=as_texts(keep),
         tensor_schemes=tuple(map(parse_tensor_scheme, as_assignments(tensor_scheme))),
         min_values=min_values,

@@ -7,6 +7,7 @@ what tensors of its role have been found to need: an order, not a prediction.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from qconvert.calibration.file import Calibration
 from qconvert.codecs.codec import Facts
 from qconvert.errors import UsageError
 from qconvert.files import OpenModel
+from qconvert.files.equalised import noted
 from qconvert.files.regular import file_sha256
 from qconvert.model import Model, TensorInfo
 from qconvert.progress import Progress
@@ -181,7 +183,7 @@ def _measured(
 
     assert options.budget
     bound = {
-        "model": model_digest(plain),
+        "model": _digest(plain),
         "calibration": calibration.sha256() if calibration else None,
         "container": container,
         "--range": options.range.describe() if options.range else None,
@@ -204,6 +206,12 @@ def _measured(
             inputs = [plain.path, *filter(None, (options.calibration, options.gguf.imatrix))]
             known.write(path, inputs)
     return known, len(missing)
+
+
+def _digest(model: Model) -> str:
+    """Of the model, and of all that was done to its channels."""
+    found, done = model_digest(model), noted(model)
+    return hashlib.sha256(f"{found} {done}".encode()).hexdigest() if done else found
 
 
 class Choices:

@@ -184,6 +184,8 @@ class Job:
             used["no_weighting"] = True
         if o.rounding:
             used["rounding"] = o.rounding
+        if not o.equalise:
+            used["equalise"] = "off"
         if o.keep:
             used["keep"] = list(o.keep)
         if o.tensor_schemes:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from qconvert.calibration.file import Calibration
@@ -17,6 +18,7 @@ from qconvert.progress import Progress
 from qconvert.report import CurvePoint, SizeCurve
 from qconvert.schemes import parse_scheme
 from qconvert.stages.budget import INFORMED, Choices, choices_of
+from qconvert.stages.equalisation import rescaled
 from qconvert.stages.quantize_options import PRESETS, Budget, QuantizeOptions
 from qconvert.stages.target import Prepared, target_of
 
@@ -58,10 +60,10 @@ def size_curve(source: Path, options: CurveOptions, progress: Progress) -> SizeC
         calibration.check_model(plain)
         if not calibration.has_fisher:
             raise UsageError("--curve needs to know how much errors matter", hint=INFORMED)
-        prepared = target_of(container).prepare(
-            opened, plain, asked, source.with_name(source.name + container.suffix)
-        )
-        choices = choices_of(prepared, asked, plain, container.name, calibration, progress)
+        output = source.with_name(source.name + container.suffix)
+        prepare = partial(target_of(container).prepare, opened, options=asked, output=output)
+        plain, prepared, known, _ = rescaled(plain, prepare, calibration, asked, files, progress)
+        choices = choices_of(prepared, asked, plain, container.name, known, progress)
         points = [_point(choices, prepared, bits) for bits in _budgets(*choices.ends(prepared))]
     return SizeCurve(
         container=container.name,

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from qconvert.codecs.codec import Encoding
 from qconvert.errors import UsageError
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicOutput, AtomicSet, machine_errors
+from qconvert.files.equalised import EqualisedModel, noted
 from qconvert.files.gguf import ARCHITECTURE, PROVENANCE, RAW
 from qconvert.files.gguf_split import SplitGgufWriter, plan_shards, shard_path
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import GgufTensor, GgufWriter, MetadataValue, check_gguf
 from qconvert.files.imatrix import Imatrix, read_imatrix
-from qconvert.kernels.records import Bytes
+from qconvert.kernels.records import F32, Bytes
 from qconvert.mixes import MIXES, Mix, MixOptions, ModelFacts, parse_mix
 from qconvert.model import Model, TensorInfo
 from qconvert.schemes import MixScheme
 from qconvert.stages.gguf_sources import PRE_TOKENIZER, TOKENIZER, GgufModelSource, as_gguf
 from qconvert.stages.plan import MIN_VALUES, PlannedTensor, PlanOptions, make_plan, plan_mix
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
-from qconvert.stages.target import Prepared, Sink, Target, model_name
+from qconvert.stages.target import Prepared, Sink, Target, model_name, sources_of
 
 PROVENANCE_BYTES = 4096  # for a bound before it is known
 PADDING = 32  # at most, behind a tensor
@@ -62,6 +65,7 @@ class GgufTarget:
             warnings += more
         if imatrix:
             keys |= imatrix.keys()
+        rescaled = noted(model)
         tensors = [_tensor(p) for p in plan]
         check_gguf(tensors)
         counts = plan_shards(tensors, o.shard_size) if o.shard_size is not None else []
@@ -73,13 +77,13 @@ class GgufTarget:
             plan,
             outputs,
             partial(_sink, outputs[0], counts, source.metadata | keys, tensors),
-            importance=imatrix.find if imatrix else lambda tensor: None,
+            importance=importance_of(imatrix, source.model, model),
             origin=source.origin,
             options=_noted(o),
-            provenance={"imatrix": {"sha256": imatrix.sha256}} if imatrix else {},
+            provenance=rescaled | ({"imatrix": {"sha256": imatrix.sha256}} if imatrix else {}),
             warnings=warnings,
             notes=notes,
-            overhead=partial(_overhead, source.metadata | keys, tensors),
+            overhead=partial(_overhead, source.metadata | keys, tensors, rescaled),
         )
 
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
@@ -190,6 +194,38 @@ def _fitting(
     )
 
 
+def importance_of(
+    imatrix: Imatrix | None, named: Model, model: Model
+) -> Callable[[TensorInfo], F32 | None]:
+    """Importance of the input channels of a tensor, of rescaled ones divided by the squares of
+    their factors.
+
+    Args:
+        named: with the names of the file.
+        model: with those of the source.
+    """
+    if imatrix is None:
+        return lambda tensor: None
+    if not isinstance(model, EqualisedModel):
+        return imatrix.find
+    known, exponents = imatrix, model.exponents
+
+    def find(tensor: TensorInfo) -> F32 | None:
+        found = known.find(tensor)
+        if found is None:
+            return None
+        columns = [
+            e.columns if (e := exponents.get(name)) and e.columns is not None else np.zeros((1, 1))
+            for name in sources_of(named, tensor)
+        ]
+        width = tensor.shape[-1]
+        halves = np.concatenate([np.broadcast_to(c, (len(c), width)) for c in columns])
+        factors = np.ldexp(1.0, -2 * halves.astype(np.int32))
+        return (found * (factors if found.ndim > 1 else factors[0])).astype(np.float32)
+
+    return find
+
+
 def _noted(o: GgufOptions) -> dict[str, Any]:
     """The options that decide about the bytes of a file, where they were given."""
     noted: dict[str, Any] = {
@@ -270,16 +306,28 @@ def _sink(
     provenance: dict[str, Any],
 ) -> Sink:
     paths = (out.path,) if isinstance(out, AtomicOutput) else out.paths
-    noted = json.dumps(provenance, sort_keys=True, ensure_ascii=False)
-    return _GgufSink(target, paths, counts, {**metadata, PROVENANCE: noted}, tensors)
+    keys = {**metadata, PROVENANCE: _text(provenance)}
+    return _GgufSink(target, paths, counts, keys, tensors)
 
 
-def _overhead(metadata: Mapping[str, MetadataValue], tensors: Sequence[GgufTensor]) -> int:
-    """What a file takes at most besides the bytes of its tensors: its header is made to see."""
+def _text(provenance: dict[str, Any]) -> str:
+    """The value of the key."""
+    return json.dumps(provenance, sort_keys=True, ensure_ascii=False)
+
+
+def _overhead(
+    metadata: Mapping[str, MetadataValue], tensors: Sequence[GgufTensor], known: dict[str, Any]
+) -> int:
+    """What a file takes at most besides the bytes of its tensors: its header is made to see.
+
+    Args:
+        known: members of the provenance that are not in its bound.
+    """
+    provenance = " " * PROVENANCE_BYTES + _text(known)
     with TemporaryDirectory() as directory:
         path = Path(directory) / "header.gguf"
         with machine_errors(path):
-            writer = GgufWriter(path, {**metadata, PROVENANCE: " " * PROVENANCE_BYTES}, tensors)
+            writer = GgufWriter(path, {**metadata, PROVENANCE: provenance}, tensors)
             writer.close()
     size: int = writer.header_size
     return size + PADDING * len(tensors)

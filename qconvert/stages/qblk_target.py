@@ -13,6 +13,7 @@ from qconvert.codecs.compensation import COMPENSATED
 from qconvert.errors import FormatError, UsageError
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicOutput, AtomicSet
+from qconvert.files.equalised import noted
 from qconvert.files.qblk_header import ALIGNMENT, PREAMBLE, SLASH, align
 from qconvert.files.qblk_writer import (
     QblkWriter,
@@ -77,6 +78,7 @@ class QblkTarget:
             plan,
             (output,),
             partial(_sink, model, plan),
+            provenance=noted(model),
             companions=len(model.companions),
             companion_bytes=sum(c.size for c in model.companions),
             warnings=_module_warnings(opened),
@@ -149,6 +151,7 @@ def _overhead(model: Model, plan: tuple[PlannedTensor, ...], *, calibrated: bool
         "": "x" * PROVENANCE_BYTES,
         "sources": [s.name for s in model.sources],
         "rounding": {**WIDEST_ROUNDING, "compensated": names},
+        **noted(model),
     }
     header = PREAMBLE.size + _header_bound(model, plan, wide, calibrated, names)
     segments = sum(len(p.encoding.segments(p.tensor.shape)) for p in plan)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from qconvert import kernels
+from qconvert.calibration.equalised import EqualisedCalibration
 from qconvert.calibration.file import Calibration
 from qconvert.containers import CONTAINERS, WRITTEN, Container, container_for
 from qconvert.errors import UnsupportedError, UsageError, about
@@ -19,6 +21,7 @@ from qconvert.progress import Progress, Silent
 from qconvert.report import QuantizeReport
 from qconvert.stages.budget import unknown_sensitivities, within_budget
 from qconvert.stages.conversion import Job, fill_totals, planned_row
+from qconvert.stages.equalisation import rescaled
 from qconvert.stages.plan import PlannedTensor, check_schemes
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
 from qconvert.stages.rounding import plan_roundings
@@ -55,25 +58,26 @@ def quantize(
         calibration = None
         if options.calibration:
             calibration = files.enter_context(Calibration(options.calibration))
+            calibration.check_model(plain)
         target = target_of(container)
+        prepare = partial(target.prepare, opened, options=options, output=output)
+        plain, prepared, calibration, equalisation = rescaled(
+            plain, prepare, calibration, options, files, progress
+        )
         prediction, sizes = None, {}
         if options.budget:
-            if calibration:
-                calibration.check_model(plain)
             decided = within_budget(
                 *(target, opened, plain, options, output, container.name, calibration, progress)
             )
             options, prepared = decided.options, decided.prepared
             prediction, sizes = decided.prediction, decided.sizes
-        else:
-            prepared = target.prepare(opened, plain, options, output)
         report = _report(source, container, names, options, prepared)
         report.prediction = prediction
+        report.equalisation = equalisation
         report.warnings = said.warnings + report.warnings
         report.notes = said.notes + report.notes
         layers: dict[str, str] = {}
         if calibration:
-            calibration.check_model(plain)
             layers = prepared.layers_of(calibration.layers.keys())
             _check_calibration(calibration, prepared, layers)
             report.warnings += _unused(calibration, prepared.plan, layers)
@@ -84,6 +88,11 @@ def quantize(
         )
         report.warnings += roundings.warnings()
         report.notes += roundings.notes()
+        if isinstance(calibration, EqualisedCalibration):
+            report.notes.append(
+                f"the static ranges of {len(calibration.rescaled)} layers with rescaled inputs are "
+                "those of the extremes of their channels"
+            )
         if prediction and roundings.compensated:
             report.notes.append(
                 "losses are predicted for codes rounded to nearest: compensated ones lose less"

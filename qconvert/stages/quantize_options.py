@@ -71,6 +71,7 @@ class QuantizeOptions:
 
     Attributes:
         scheme: under a budget, what says which tensors are quantized at all.
+        equalise: whether to rescale channels where that gains.
         assigned: what a budget has chosen for tensors by their names; None keeps one as it is.
     """
 
@@ -81,6 +82,7 @@ class QuantizeOptions:
     calibration: Path | None = None
     weighting: bool = True
     rounding: str | None = None
+    equalise: bool = True
     keep: tuple[str, ...] = ()
     tensor_schemes: tuple[tuple[str, TensorScheme], ...] = ()
     min_values: int = MIN_VALUES

@@ -235,13 +235,17 @@ class Measuring:
         if name == KEPT:
             return tensor, name, Loss(tensor.nbytes, 0.0, None if found is None else 0.0)
         try:
-            stored = self._stored(tensor, name)
+            stored = self.stored(tensor, name)
         except WeightError as e:
             return tensor, name, e
         return tensor, name, self._loss(tensor, stored, found)
 
-    def _stored(self, tensor: TensorInfo, name: str) -> Stored:
-        """A tensor as it will be in the file."""
+    def stored(self, tensor: TensorInfo, name: str) -> Stored:
+        """A tensor as it will be in the file.
+
+        Raises:
+            WeightError: NaN or Inf, or weights that the scheme does not take.
+        """
         scheme = TENSOR_SCHEMES[name]
         encoder = codec_of(scheme).encoder(self.model, tensor, scheme, self.facts(tensor))
         parts, seen = _encoded(encoder)

@@ -26,6 +26,7 @@ from qconvert.containers import CONTAINERS
 from qconvert.errors import FormatError, UsageError, WeightError
 from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
+from qconvert.files.equalised import Exponents, equalised, read_exponents
 from qconvert.files.gguf import PROVENANCE
 from qconvert.files.qblk import QblkModel
 from qconvert.files.strict_json import strict_json
@@ -146,9 +147,13 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
         tensors=[],
         sqnr_db=None,
     )
+    model = None
     try:
         model = open_model(path)
+        exponents = read_exponents(_provenance(model), path)
     except FormatError as e:
+        if model:
+            model.close()
         report.checks.append(Check("integrity", "fail", str(e), tensor=e.tensor))
         report.status = "fail"
         return report
@@ -162,8 +167,8 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
                 wanted="a .qblk or .gguf file",
                 hint="give the source with --against",
             )
-        source = _source(options.against, model) if options.against else None
-        _Job(model, source, options, report, progress or Silent()).run()
+        source = _source(options.against, model, exponents) if options.against else None
+        _Job(model, source, exponents, options, report, progress or Silent()).run()
     finally:
         model.close()
         if source:
@@ -173,25 +178,33 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
     return report
 
 
+def _provenance(model: OpenModel) -> Any:
+    """What a file says of how it was made.
+
+    Raises:
+        FormatError: it is no JSON.
+    """
+    if isinstance(model, QblkModel):
+        return model.header.provenance
+    text = model.metadata.get(PROVENANCE)
+    return strict_json(text.encode(), model.path) if text else {}
+
+
 def _predicted(model: OpenModel) -> float | None:
     """The divergence that was predicted when a file was made, in nats; None where none was."""
-    if isinstance(model, QblkModel):
-        noted: Any = model.header.provenance
-    else:
-        text = model.metadata.get(PROVENANCE)
-        noted = strict_json(text.encode(), model.path) if text else {}
+    noted = _provenance(model)
     prediction = noted.get("prediction") if isinstance(noted, dict) else None
     kl = prediction.get("kl") if isinstance(prediction, dict) else None
     return float(kl) if isinstance(kl, int | float) else None
 
 
-def _source(path: Path, model: OpenModel) -> Model:
-    """The source under the names of the file that was made from it."""
+def _source(path: Path, model: OpenModel, exponents: Mapping[str, Exponents]) -> Model:
+    """The source under the names of the file that was made from it, and equalised as that was."""
     opened = open_model(path)
     try:
         examined(opened)
         target = target_of(CONTAINERS[model.kind])
-        return target.source_of(model, opened, dequantized(opened))
+        return target.source_of(model, opened, equalised(dequantized(opened), exponents))
     except BaseException:
         opened.close()
         raise
@@ -202,12 +215,14 @@ class _Job:
         self,
         model: OpenModel,
         source: Model | None,
+        exponents: Mapping[str, Exponents],
         options: VerifyOptions,
         report: VerifyReport,
         progress: Progress,
     ) -> None:
         self.model = model
         self.source = source
+        self.exponents = exponents
         self.options = options
         self.report = report
         self.progress = progress
@@ -439,7 +454,11 @@ class _Job:
                 check_activations(r.tensor, r.path)
                 self.unused_samples.discard((r.path, r.tensor.name))
                 batches = list(_first_rows(r.model, r.tensor, r.path, self.options.rows))
-                return np.concatenate(batches)[: self.options.rows]
+                found = np.concatenate(batches)[: self.options.rows]
+                e = self.exponents.get(tensor.name)
+                if e is not None and e.columns is not None and e.columns.size == columns:
+                    found = np.ldexp(found, -e.columns.ravel().astype(np.int32))
+                return found
         return None
 
     def _gaussian(
