@@ -410,6 +410,19 @@ static void run_compensation(const Kernels *k, size_t rows, size_t columns, size
         take(scale, rows * groups * sizeof *scale);
         free(before);
     }
+    float *shares = scales(rows * (rows + 2), 1), *errors = scales((rows + 2) * columns, 1);
+    float *scale = scales(rows * groups, 1);
+    uint8_t *codes = make(rows * columns + 1);
+    for (size_t i = 0; i < rows * columns; i++) {
+        codes[i] = (uint8_t)(i % LEVELS);
+    }
+    const size_t swept = rows < 128 ? rows : 128;
+    const RowSweep sweep = {{x, swept, columns, NULL, levels, LEVELS, scale, zero, offset, groups,
+                             length, gram, NULL, 2, 0, SCALE_F16, codes},
+                            rows + 2, 1, shares, errors};
+    check(k->sweep_rows(&sweep));
+    take(codes, rows * columns);
+    free(errors), free(shares), free(scale);
     free(x), free(zero), free(offset), free(levels), free(gram), free(feedback), free(order);
 }
 

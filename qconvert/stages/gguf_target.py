@@ -79,7 +79,9 @@ class GgufTarget:
             provenance={"imatrix": {"sha256": imatrix.sha256}} if imatrix else {},
             warnings=warnings,
             notes=notes,
-            overhead=partial(_overhead, source.metadata | keys, tensors),
+            overhead=partial(
+                _overhead, source.metadata | keys, tensors, calibrated=bool(options.calibration)
+            ),
         )
 
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
@@ -274,12 +276,16 @@ def _sink(
     return _GgufSink(target, paths, counts, {**metadata, PROVENANCE: noted}, tensors)
 
 
-def _overhead(metadata: Mapping[str, MetadataValue], tensors: Sequence[GgufTensor]) -> int:
+def _overhead(
+    metadata: Mapping[str, MetadataValue], tensors: Sequence[GgufTensor], *, calibrated: bool
+) -> int:
     """What a file takes at most besides the bytes of its tensors: its header is made to see."""
+    names = [t.name for t in tensors if calibrated]  # that provenance may have twice
+    noted = " " * (PROVENANCE_BYTES + 2 * len(json.dumps(names)))
     with TemporaryDirectory() as directory:
         path = Path(directory) / "header.gguf"
         with machine_errors(path):
-            writer = GgufWriter(path, {**metadata, PROVENANCE: " " * PROVENANCE_BYTES}, tensors)
+            writer = GgufWriter(path, {**metadata, PROVENANCE: noted}, tensors)
             writer.close()
     size: int = writer.header_size
     return size + PADDING * len(tensors)
