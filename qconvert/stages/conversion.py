@@ -160,7 +160,7 @@ class Job:
         return task, self._encoded(task.encoder, task.tile)
 
     def _encoded(self, encoder: Encoder, tile: Tile) -> Encoded:
-        with self.roundings.room(encoder.tensor):
+        with self.roundings.room(encoder.tensor.name):
             return encoder.encode(tile)
 
     def _judge(self) -> None:

@@ -37,8 +37,8 @@ METHODS = (NEAREST, COMPENSATED)
 KEPT_FACTORS = 2  # of layers at a time: the one under way, and the one whose last tiles still run
 PREPARING, PREPARED = 36, 8  # bytes of memory for each pair of channels
 # Bytes of memory for each weight of a matrix whose rows make up for each other's errors, and for
-# each pair of its rows; and of all such matrices at a time, whatever the number of threads.
-OF_WEIGHT, OF_ROWS = 32, 12
+# each pair of rows of its layer; and of all such matrices at a time, on however many threads.
+OF_WEIGHT, OF_ROWS = 32, 16
 WHOLE_BYTES = 6 << 30
 
 
@@ -49,12 +49,14 @@ class Rounding:
     Attributes:
         by_row: why its rows do not make up for each other's errors; None where they do.
         located: its rows among those of its layer; None where they are the same.
+        whole: bytes of memory for all of it at once; 0 where that is not needed.
     """
 
     method: str
     reason: str
     by_row: str | None = "it is rounded to the nearest"
     located: NDArray[np.int64] | None = None
+    whole: int = 0
 
 
 @dataclass
@@ -102,12 +104,11 @@ class Roundings:
         return Rounder(factors, shares=partial(self._shares, tensor), mapper=mapper)
 
     @contextmanager
-    def room(self, tensor: TensorInfo) -> Iterator[None]:
+    def room(self, tensor: str) -> Iterator[None]:
         """Memory for the whole of a matrix whose rows make up for each other's errors; waits until
         others have let go of theirs.
         """
-        found = self.of.get(tensor.name)
-        wanted = whole_bytes(tensor) if found is not None and found.by_row is None else 0
+        wanted = self.of[tensor].whole if tensor in self.of else 0
         with self._room:
             self._room.wait_for(lambda: not wanted or self._taken + wanted <= WHOLE_BYTES)
             self._taken += wanted
@@ -224,11 +225,6 @@ def _listed(reasons: Mapping[str, str | None], what: str) -> list[str]:
     ]
 
 
-def whole_bytes(tensor: TensorInfo) -> int:
-    """Memory for a matrix whose rows make up for each other's errors."""
-    return OF_WEIGHT * tensor.size + OF_ROWS * tensor.shape[0] ** 2
-
-
 def plan_roundings(
     plan: tuple[PlannedTensor, ...],
     calibration: Calibration | None,
@@ -248,7 +244,6 @@ def plan_roundings(
 
     Raises:
         UsageError: asked for and impossible for every tensor.
-        UnsupportedError: the calibration has the gradients of another number of rows.
     """
     found = Roundings({}, layers, calibration)
     for p in plan:
@@ -262,10 +257,17 @@ def plan_roundings(
         assert calibration
         assert layer
         located = located_rows(model, p.tensor)
-        by_row = _not_swept(p.tensor, calibration, layer, located)
-        found.of[p.tensor.name] = Rounding(
-            COMPENSATED, _default(calibration, layer), by_row, None if by_row else located
+        reason, by_row, whole = (
+            _default(calibration, layer),
+            no_output_factor(calibration, layer),
+            0,
         )
+        if by_row is None:
+            rows = calibration.outputs(layer)
+            whole = OF_WEIGHT * p.tensor.size + OF_ROWS * rows**2
+            by_row = _not_swept(p.tensor, rows, whole, located)
+        more = (located, whole) if by_row is None else ()
+        found.of[p.tensor.name] = Rounding(COMPENSATED, reason, by_row, *more)
     if asked == COMPENSATED and not found.compensated:
         raise UsageError(
             "--rounding compensated: no tensor can be rounded so",
@@ -293,19 +295,16 @@ def located_rows(model: Model, tensor: TensorInfo) -> NDArray[np.int64] | None:
 
 
 def _not_swept(
-    tensor: TensorInfo, calibration: Calibration, layer: str, located: NDArray[np.int64] | None
+    tensor: TensorInfo, rows: int, whole: int, located: NDArray[np.int64] | None
 ) -> str | None:
-    """Why the rows of a tensor do not make up for each other's errors."""
-    if why := no_output_factor(calibration, layer):
-        return why
-    rows = calibration.outputs(layer)
+    """Why the rows of a tensor do not make up for each other's errors, though ``rows`` of its layer
+    have gradients.
+    """
     if located is None and rows != tensor.shape[0]:
         return f"it has {tensor.shape[0]:,} rows, and the calibration gradients of {rows:,}"
-    if located is not None and len(set(located.tolist())) < len(located):
-        return "it has rows of its layer more than once"
-    if located is not None and located.max() >= rows:
-        return "it has rows of several layers"
-    if whole_bytes(tensor) + OF_ROWS * rows**2 > WHOLE_BYTES:
+    if located is not None and (located.max() >= rows or len(np.unique(located)) < len(located)):
+        return "its rows are not each one row of its layer"
+    if whole > WHOLE_BYTES:
         return f"it would take more than {WHOLE_BYTES >> 30} GiB of memory at once"
     return None
 
