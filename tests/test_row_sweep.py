@@ -360,6 +360,18 @@ def test_a_matrix_too_large_to_be_whole_is_rounded_by_rows(
     assert Qblk(path).header["provenance"]["rounding"]["by_row"] == ["a.weight"]
 
 
+def test_gradients_of_another_shape_are_none_of_the_tensor(tmp_path: Path) -> None:
+    model, _, rows = model_of(tmp_path, (60, 96), (40, 64))
+    table = (LOOKUP, np.arange(TOKENS) % 60, correlated(7, TOKENS, 95))
+    uses: dict[str, list[Use]] = {"a": [table], "b": [product(8, 41, 64)]}
+    calibration = forged(tmp_path / "c.safetensors", {"a": 60, "b": 41}, uses)
+    report, _ = converted(model, calibration, "q4_block32")
+    assert rows == {"a": 60, "b": 40}
+    notes = "\n".join(report.notes)
+    assert "'a.weight': it has 96 columns, and the calibration gradients of 95" in notes
+    assert "'b.weight': it has 40 rows, and the calibration gradients of 41" in notes
+
+
 def test_whole_matrices_wait_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Roundings({name: Rounding(COMPENSATED, "", None, None, 100) for name in "ab"})
     monkeypatch.setattr(rounding, "WHOLE_BYTES", 199)

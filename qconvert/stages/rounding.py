@@ -257,11 +257,8 @@ def plan_roundings(
         assert calibration
         assert layer
         located = located_rows(model, p.tensor)
-        reason, by_row, whole = (
-            _default(calibration, layer),
-            no_output_factor(calibration, layer),
-            0,
-        )
+        reason, whole = _default(calibration, layer), 0
+        by_row = no_output_factor(calibration, layer)
         if by_row is None:
             rows = calibration.outputs(layer)
             whole = OF_WEIGHT * p.tensor.size + OF_ROWS * rows**2
@@ -334,6 +331,8 @@ def _not_compensated(
         return "it is stored (in, out): a row meets one channel of the input"
     if not calibration.has_gram(layer) and not calibration.has_input_fisher(layer):
         return "the calibration has no Gram matrix of its input: calibrate --gram"
+    if known is None and (width := calibration.tables[layer][1]) != shape[1]:
+        return f"it has {shape[1]:,} columns, and the calibration gradients of {width:,}"
     if shape[1] > MOST_COLUMNS:
         return f"it has more than {MOST_COLUMNS:,} channels"
     if known is not None and calibration.mean_squares(layer, shape[1]) is None:
