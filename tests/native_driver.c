@@ -395,7 +395,9 @@ static void run_compensation(const Kernels *k, size_t rows, size_t columns, size
         gram[i * columns + i] = 1.0f;
         order[i] = (int32_t)(columns - 1 - i);
     }
-    for (int rescale = 0; rescale < 2; rescale++) {
+    float *unit = scales(rows * groups, 1);
+    const Multiples none = {NULL, 0.0f, 0.0f}, whole = {unit, -8.0f, 7.0f};
+    for (int refit = 0; refit < 3; refit++) {
         float *scale = scales(rows * groups, 1);
         int32_t *before = integers(rows * columns, LEVELS);
         uint8_t *codes = make(rows * columns);
@@ -404,12 +406,26 @@ static void run_compensation(const Kernels *k, size_t rows, size_t columns, size
         }
         scale[0] = 0.0f;
         const Compensation task = {x, rows, columns, order, levels, LEVELS, scale, zero, offset,
-                                   groups, length, gram, feedback, 3, rescale, SCALE_F16, codes};
+                                   groups, length, gram, feedback, 3, refit == 1, SCALE_F16, codes,
+                                   refit == 2 ? whole : none, refit == 2 ? whole : none};
         check(k->compensate(&task));
         take(codes, rows * columns);
         take(scale, rows * groups * sizeof *scale);
         free(before);
     }
+    float *shares = scales(rows * (rows + 2), 1), *errors = scales((rows + 2) * columns, 1);
+    float *scale = scales(rows * groups, 1);
+    uint8_t *codes = make(rows * columns + 1);
+    for (size_t i = 0; i < rows * columns; i++) {
+        codes[i] = (uint8_t)(i % LEVELS);
+    }
+    const size_t swept = rows < 128 ? rows : 128;
+    const RowSweep sweep = {{x, swept, columns, NULL, levels, LEVELS, scale, zero, offset, groups,
+                             length, gram, NULL, 2, 0, SCALE_F16, codes, none, none},
+                            rows + 2, 1, shares, errors};
+    check(k->sweep_rows(&sweep));
+    take(codes, rows * columns);
+    free(errors), free(shares), free(scale), free(unit);
     free(x), free(zero), free(offset), free(levels), free(gram), free(feedback), free(order);
 }
 

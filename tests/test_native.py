@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from qconvert.codecs.affine.weighting import weighting
 from qconvert.codecs.codebook import table_of
-from qconvert.codecs.compensation import prepared
+from qconvert.codecs.compensation import prepared, shares_of
 from qconvert.encoding import BITS, BLOCKS, AffineEncoding
 from qconvert.kernels import arithmetic, records, reference, scale_search
 from qconvert.kernels.records import (
@@ -40,6 +40,7 @@ from qconvert.kernels.records import (
     Factors,
     LevelCode,
     LevelSteps,
+    Multiples,
     Parameters,
     SourceRows,
 )
@@ -879,10 +880,43 @@ def test_compensated_rounding(shape: tuple[int, int, int], evenly: bool) -> None
     last = slice((groups - 1) * length, None)
     for factors in (sound, Factors(sound.order, wild, sound.feedback)):
         for passes, dtype in ((0, None), (1, None), (4, None), (1, "F16"), (4, "BF16"), (3, "F32")):
-            codes, _ = twins("compensate", x, before, grid, factors, passes, dtype)
+            codes, *_ = twins("compensate", x, before, grid, factors, passes, dtype)
             assert (codes[::5, last] == before[::5, last]).all()
+        units = np.round(rng.uniform(-0.3, 0.3, (2, rows, groups)), 3).astype(np.float32)
+        units[:, ::4] = 0
+        whole = replace(grid, scale=units[0] * 5, offset=units[1] * 3)
+        multiples = Multiples(units[0], -8, 7), Multiples(units[1], 0, 15)
+        for scales, offsets in ((multiples[0], None), (None, multiples[1]), multiples):
+            given = replace(whole, scales=scales, offsets=offsets)
+            for passes in (1, 3):
+                twins("compensate", x, before, given, factors, passes)
     empty = CodeGrid(grid.levels, grid.scale[:0], grid.zero[:0], grid.offset[:0], length)
     twins("compensate", x[:0], before[:0], empty, sound, 4)
+
+
+@pytest.mark.parametrize("evenly", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 65, 32), (16, 130, 16), (150, 9, 35)])
+def test_rows_swept(shape: tuple[int, int, int], evenly: bool) -> None:
+    """Of fewer rows than a strip has and of more, with columns in blocks and beyond."""
+    rng = np.random.default_rng(shape[0])
+    rows, columns, length = shape
+    groups = -(-columns // length)
+    levels = np.arange(-3, 13) if evenly else np.sort(rng.standard_normal(11) * 8)
+    scale, zero, offset = (rng.uniform(-0.3, 0.3, (rows, groups)) for _ in range(3))
+    scale[::5, -1] = 0
+    grid = CodeGrid(*(a.astype(np.float32) for a in (levels, scale, zero, offset)), length)
+    x = rng.standard_normal((rows, columns)).astype(np.float32)
+    before = rng.integers(0, len(levels), x.shape).astype(np.uint8)
+    gram, output = (
+        (m := rng.standard_normal((n, n + 9))) @ m.T / n + 0.1 * np.eye(n) for n in (columns, rows)
+    )
+    last = slice((groups - 1) * length, None)
+    for passes in (0, 1, 2):
+        codes = twins("sweep_rows", x, before, grid, gram, shares_of(output), passes)
+        assert (codes[::5, last] == before[::5, last]).all()
+        assert rows == 1 or (codes != before).any() == (passes > 0)
+    empty = CodeGrid(grid.levels, grid.scale[:0], grid.zero[:0], grid.offset[:0], length)
+    twins("sweep_rows", x[:0], before[:0], empty, gram, output[:0, :0], 1)
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -925,6 +959,38 @@ def test_sizes_are_checked_before_memory_is_touched() -> None:
     nothing = replace(grid, levels=short[:0])
     with pytest.raises(ValueError, match="levels"):
         compiled.compensate(x, codes, nothing, factors, 4)
+    with pytest.raises(ValueError, match="levels"):
+        _native.sweep_rows(**_sweep(x, codes, nothing))
+    with pytest.raises(ValueError, match="without level"):
+        _native.sweep_rows(**_sweep(x, codes + 3, grid))
+    with pytest.raises(ValueError, match="not be empty"):
+        _native.sweep_rows(**_sweep(x, codes, replace(grid, length=0)))
+    for place in ({"first": 1}, {"rows": 0}, {"all_rows": 0}, {"rows": 129, "all_rows": 200}):
+        with pytest.raises(ValueError, match="rows that are none"):
+            _native.sweep_rows(**_sweep(x, codes, grid) | place)
+    with pytest.raises(ValueError, match="bytes"):
+        _native.sweep_rows(**_sweep(x, codes, grid) | {"all_rows": 2})
+
+
+def _sweep(x: NDArray[Any], codes: NDArray[Any], grid: CodeGrid) -> dict[str, Any]:
+    """The arguments of `_native.sweep_rows` for one row of two columns."""
+    return {
+        "x": x,
+        "all_rows": 1,
+        "first": 0,
+        "rows": 1,
+        "columns": 2,
+        "levels": grid.levels,
+        "scale": grid.scale,
+        "zero": grid.zero,
+        "offset": grid.offset,
+        "length": grid.length,
+        "gram": np.eye(2, dtype=np.float32),
+        "shares": np.ones((1, 1), np.float32),
+        "errors": np.zeros((1, 2), np.float32),
+        "passes": 1,
+        "codes": codes,
+    }
 
 
 def test_arguments_go_by_the_names_that_the_stub_has() -> None:

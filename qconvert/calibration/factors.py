@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qconvert.calibration.file import Calibration
+from qconvert.calibration.fisher import MOST_OUTPUTS
 from qconvert.kernels.records import F64
 
 
@@ -16,3 +17,29 @@ def input_factor(calibration: Calibration, layer: str) -> F64 | None:
     """
     weighed = calibration.input_fisher(layer)
     return calibration.gram(layer) if weighed is None else weighed
+
+
+def no_output_factor(calibration: Calibration, layer: str) -> str | None:
+    """Why `output_factor` has nothing for the rows of a layer; None where it has."""
+    if not calibration.has_fisher:
+        return "the calibration has no gradients: calibrate --gram --fisher"
+    product, lookup = calibration.uses(layer)
+    if lookup:
+        return "its rows are looked up, each by itself" + (", too" if product else "")
+    if not calibration.has_output_fisher(layer):
+        return (
+            f"the calibration keeps no gradients of it, or it has more than {MOST_OUTPUTS:,} rows"
+        )
+    return None
+
+
+def output_factor(calibration: Calibration, layer: str) -> F64:
+    """O of a layer, (outputs, outputs), where `no_output_factor` has nothing to say: errors e_i of
+    the rows of its weight cost Σ O_ik e_i H e_kᵀ.
+
+    Raises:
+        FormatError: arrays that are no such matrix.
+    """
+    found = calibration.output_fisher(layer)
+    assert found is not None
+    return found

@@ -82,6 +82,15 @@ class Calibration:
     def layers(self) -> dict[str, LayerCalibration]:
         return self.document.layers
 
+    @property
+    def tables(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the matrices that are no layers, but looked up, where the file has
+        Fisher information of them; by name.
+        """
+        run = self.document.fisher
+        shapes = run.shapes if run else {}
+        return {name: shape for name, shape in shapes.items() if name not in self.layers}
+
     def sha256(self) -> str:
         """Of the whole file."""
         return self._file.sha256()
@@ -170,6 +179,31 @@ class Calibration:
         """
         return self._moments(tensor, [f"{PRODUCT}.output."], 0)
 
+    def has_input_fisher(self, tensor: str) -> bool:
+        """Whether there is `input_fisher`."""
+        return self._has_moments(tensor, [f"{use}.input." for use in USES])
+
+    def has_output_fisher(self, tensor: str) -> bool:
+        """Whether there is `output_fisher`."""
+        return self._has_moments(tensor, [f"{PRODUCT}.output."])
+
+    def outputs(self, tensor: str) -> int:
+        """Rows of the matrix of a layer that there is Fisher information of."""
+        names, run = self._informed(tensor)
+        assert run
+        return run.shapes[names[0]][0]
+
+    def uses(self, tensor: str) -> tuple[bool, bool]:
+        """Whether there is Fisher information of a matrix as one that multiplies, and as a table
+        that is looked up.
+        """
+        names, run = self._informed(tensor)
+        product, lookup = (
+            bool(run) and any(f"{name}/{PREFIX}{use}.first" in self._tensors for name in names)
+            for use in USES
+        )
+        return product, lookup
+
     @property
     def has_fisher(self) -> bool:
         """Whether the file says how much the errors of matrices matter."""
@@ -213,6 +247,12 @@ class Calibration:
                     found /= run.tokens * len(names)
                     total = found if total is None else total + found
         return total
+
+    def _has_moments(self, tensor: str, kinds: list[str]) -> bool:
+        """Whether there are second moments of a layer."""
+        names, run = self._informed(tensor)
+        ends = [f"{PREFIX}{kind}gram.high" for kind in kinds]
+        return bool(run) and any(f"{n}/{end}" in self._tensors for n in names for end in ends)
 
     def _symmetric(self, at: str, n: int) -> NDArray[np.float64]:
         """A Gram matrix whose arrays have names that begin so."""

@@ -27,7 +27,7 @@ from qconvert.codecs.codec import (
     smaller,
 )
 from qconvert.codecs.codes import Codes
-from qconvert.codecs.compensation import Rounder
+from qconvert.codecs.compensation import Rounder, values_at_once
 from qconvert.codecs.source import RUN_VALUES, rows_of
 from qconvert.geometry import Tile, tiles
 from qconvert.kernels.arithmetic import lane_sum, nearest_entries, table_codes, to_groups
@@ -201,7 +201,8 @@ class CodebookEncoder(Encoder):
             return tiles(1, self.tensor.size, RUN_VALUES)
         columns = self.tensor.shape[-1]
         whole = math.lcm(columns, self.code.block)  # rows that end where a block does
-        return tiles(self.tensor.size // columns, columns, max(RUN_VALUES // whole, 1) * whole)
+        most = values_at_once(self.rounder, self.tensor, max(RUN_VALUES // whole, 1) * whole)
+        return tiles(self.tensor.size // columns, columns, most)
 
     def encode(self, tile: Tile) -> Encoded:
         rows = rows_of(self.model, self.tensor, tile)
@@ -237,10 +238,10 @@ class CodebookEncoder(Encoder):
         grid = CodeGrid(table[entries], groups, nothing, nothing, length)
         codes = np.stack([packed >> 4, packed & 15], axis=1).ravel()[: rows.size]
         own = "F32" if length == self.code.block and self.scales is None else None
-        placed, groups = rounder.codes(rows, places[codes].reshape(rows.shape), grid, own)
+        placed, grid = rounder.codes(rows, places[codes].reshape(rows.shape), grid, own)
         codes = entries[placed].ravel()
         padded = np.concatenate([codes, np.zeros(len(codes) % 2, np.uint8)])
-        return padded[0::2] << 4 | padded[1::2], groups.ravel() if own else scale
+        return padded[0::2] << 4 | padded[1::2], grid.scale.ravel() if own else scale
 
     def shared(self) -> Mapping[str, Bytes]:
         return self.stored

@@ -23,7 +23,7 @@ from qconvert.codecs.codec import (
     Stored,
     smaller,
 )
-from qconvert.codecs.compensation import Rounder
+from qconvert.codecs.compensation import Rounder, values_at_once
 from qconvert.codecs.raw import RawEncoding
 from qconvert.codecs.source import (
     RUN_VALUES,
@@ -35,9 +35,18 @@ from qconvert.codecs.source import (
 from qconvert.errors import UnsupportedError, WeightError
 from qconvert.geometry import Tile
 from qconvert.ggml_types import GGML_TYPES, GgmlType
-from qconvert.kernels.records import F32, U8, CodeGrid, Encoded, ErrorSums, IntegerRows
+from qconvert.kernels.records import (
+    F32,
+    U8,
+    CodeGrid,
+    Encoded,
+    ErrorSums,
+    IntegerRows,
+    Multiples,
+)
 from qconvert.kernels.reference.ggml import GGML_BLOCKS
 from qconvert.kernels.reference.ggml.codes import CODE_LAYOUTS
+from qconvert.kernels.reference.ggml.scales import HALF_SCALES, STEPS, with_half
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.schemes import GgmlScheme
 
@@ -150,7 +159,7 @@ class GgmlEncoder(Encoder):
         return GgmlEncoding(self.type)
 
     def tiles(self) -> Iterator[Tile]:
-        return tiles_of(self.tensor, RUN_VALUES)
+        return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, RUN_VALUES))
 
     def encode(self, tile: Tile) -> Encoded:
         rows, weights = source_rows(self.model, self.tensor, tile), self._importance(tile)
@@ -174,18 +183,37 @@ class GgmlEncoder(Encoder):
         return self._compensated(kernels.values(rows), data, self.rounder)
 
     def _compensated(self, x: F32, data: U8, rounder: Rounder) -> Encoded:
-        """Blocks of whole rows (R, C) with other codes than those of ``data``, and its scales."""
-        kind, layout = GGML_BLOCKS[self.type.name], CODE_LAYOUTS[self.type.name]
+        """Blocks of whole rows (R, C) with other codes than those of ``data``, and with scales and
+        minima of groups that suit them; the numbers that groups of a block share stay.
+        """
+        name = self.type.name
+        kind, layout, steps = GGML_BLOCKS[name], CODE_LAYOUTS[name], STEPS.get(name)
         parts = kind.splitter(data)
         shape = (len(x), x.shape[1] // kind.group)
         scale = np.ascontiguousarray(parts.scale).reshape(shape)
         nothing = np.zeros_like(scale)
         offset = nothing if parts.offset is None else parts.offset.reshape(shape)
         levels = layout.levels.astype(np.float32)
-        grid = CodeGrid(levels, scale, nothing, offset, kind.group)
-        places, _ = rounder.codes(x, layout.places(parts.codes).reshape(x.shape), grid)
+        units = kind.scales(data)
+        grid = CodeGrid(
+            *(levels, scale, nothing, offset, kind.group),
+            scales=_multiples(units[:, 0], shape, *steps.scales) if steps else None,
+            offsets=_multiples(-units[:, 1], shape, 0, steps.minima)
+            if steps and steps.minima
+            else None,
+        )
+        own = "F16" if name in HALF_SCALES else None
+        places, grid = rounder.codes(x, layout.places(parts.codes).reshape(x.shape), grid, own)
         data = layout.written(data, places.reshape(-1, kind.block))
-        values = kernels.ggml_decode(self.type.name, data).reshape(x.shape)
+        if own:
+            data = with_half(data, grid.scale)
+        if steps:
+            assert grid.scales
+            scales, offsets = _counts(grid.scale, grid.scales), None
+            if grid.offsets:
+                offsets = _counts(grid.offset, grid.offsets).reshape(parts.scale.shape)
+            data = steps.written(data, scales.reshape(parts.scale.shape), offsets)
+        values = kernels.ggml_decode(name, data).reshape(x.shape)
         sums = kernels.error_sums(x, values)
         return Encoded({"data": data.reshape(-1).data}, ErrorSums(x.size, *sums))
 
@@ -204,6 +232,17 @@ class GgmlEncoder(Encoder):
         if matrix[0] == matrix[-1]:
             matrix = matrix[:1]
         return self.importance[matrix, column : column + tile.columns]
+
+
+def _multiples(unit: F32, shape: tuple[int, int], low: int, high: int) -> Multiples:
+    """Multiples of the units of blocks, (k,), in their groups, (R, G)."""
+    return Multiples(np.repeat(unit, shape[0] * shape[1] // len(unit)).reshape(shape), low, high)
+
+
+def _counts(numbers: F32, of: Multiples) -> F32:
+    """How many units there are in each; 0 of no unit."""
+    found: F32 = np.rint(numbers / np.where(of.unit != 0, of.unit, np.float32(np.inf)))
+    return found
 
 
 def _planned(scheme: GgmlScheme, tensor: TensorInfo) -> Encoding:

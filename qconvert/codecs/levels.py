@@ -26,7 +26,7 @@ from qconvert.codecs.codec import (
     smaller,
 )
 from qconvert.codecs.codes import Codes
-from qconvert.codecs.compensation import Rounder
+from qconvert.codecs.compensation import Rounder, values_at_once, weighted_noise
 from qconvert.codecs.source import RUN_VALUES, largest_weight, rows_of, tiles_of
 from qconvert.errors import WeightError
 from qconvert.geometry import PACK_GROUP, Tile, row_length, tiles
@@ -40,8 +40,8 @@ from qconvert.kernels.records import (
     Encoded,
     LevelCode,
     LevelSteps,
+    Multiples,
 )
-from qconvert.kernels.reference.statistics import weighted_error_sums
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.schemes import LEVEL_BLOCKS, LEVELS, PLAIN_STEPS, SHIFTED_STEPS, LevelScheme
 
@@ -234,7 +234,7 @@ class LevelEncoder(Encoder):
         return self.code
 
     def tiles(self) -> Iterator[Tile]:
-        return tiles_of(self.tensor, RUN_VALUES)
+        return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, RUN_VALUES))
 
     def encode(self, tile: Tile) -> Encoded:
         x = rows_of(self.model, self.tensor, tile)
@@ -251,25 +251,32 @@ class LevelEncoder(Encoder):
         return self._compensated(x, done, self.rounder) if self.rounder else done
 
     def _compensated(self, x: F32, done: Encoded, rounder: Rounder) -> Encoded:
-        """Other codes for whole rows (R, C) than the nearest; the steps stay."""
+        """Other codes for whole rows (R, C) than the nearest, and steps that suit them."""
         code, (rows, columns) = self.code.code, x.shape
         step = np.frombuffer(done.segments["scales"], np.uint8).reshape(rows, -1)
         steps = level_steps(step, done.segments["row_scales"], code)
-        zero = -steps.shifts.astype(np.float32)
+        zero, half = -steps.shifts.astype(np.float32), 1 << (code.step_bits - 1)
+        unit = np.broadcast_to(steps.unit[:, None], zero.shape)
         grid = CodeGrid(
-            code.table.astype(np.float32), steps.scale, zero, np.zeros_like(zero), code.block
+            *(code.table.astype(np.float32), steps.scale, zero, np.zeros_like(zero), code.block),
+            Multiples(unit, -half, half - 1),
         )
         before = kernels.unpack(np.frombuffer(done.segments["codes"], np.uint8), code.bits)
         padded = before.reshape(rows, -1)
-        padded[:, :columns], _ = rounder.codes(x, padded[:, :columns], grid)
+        padded[:, :columns], grid = rounder.codes(x, padded[:, :columns], grid)
         packed = kernels.pack(padded.ravel(), code.bits)
+        chosen = np.rint(grid.scale / np.where(unit != 0, unit, np.float32(1)))
+        chosen = np.where(unit != 0, chosen, steps.steps).astype(np.int8)
+        stored = step & np.uint8(2 * half) | (chosen + half).astype(np.uint8)
+        steps = replace(steps, steps=chosen)
         decoded = kernels.levels_decode(packed, columns, steps, code)
         _, noise, worst = kernels.error_sums(x, decoded)
         error = replace(done.error, noise=noise, worst=worst)
         if self.mean_square is not None:
-            weighted = weighted_error_sums(x, decoded, self.mean_square[None])[1]
+            weighted = weighted_noise(x, decoded, self.mean_square[None])
             error = replace(error, weighted_noise=weighted)
-        return replace(done, segments={**done.segments, "codes": packed.data}, error=error)
+        segments = {**done.segments, "codes": packed.data, "scales": stored.tobytes()}
+        return replace(done, segments=segments, error=error)
 
     def outcome(self, seen: Encoded) -> Outcome:
         note = self.rounder.note() if self.rounder else None

@@ -30,6 +30,7 @@ from qconvert.kernels.records import (
 LANES = 16  # partial sums, section 6
 PIECE = 256  # values whose binary32 sums are added before binary64 takes over, section 6
 HISTOGRAM_BINS = 1 << 16
+SWEPT_ROWS = 128  # that make up for each other's errors at once, section 12
 SIGN = np.uint8(0x80)  # flips a byte between offset 128 and two's complement
 
 SCALE_NUMPY: dict[str, np.dtype[np.generic]] = {

@@ -21,6 +21,7 @@ from qconvert.kernels.arithmetic import (
     HISTOGRAM_BINS,
     PIECE,
     SCALE_NUMPY,
+    SWEPT_ROWS,
     level_weights,
     narrow_bounds,
     nearest_entries,
@@ -44,6 +45,7 @@ from qconvert.kernels.records import (
     LevelCode,
     LevelSteps,
     Moments,
+    Multiples,
     Observed,
     Parameters,
     PowerSums,
@@ -52,6 +54,7 @@ from qconvert.kernels.records import (
     Weighting,
 )
 from qconvert.kernels.reference import widening
+from qconvert.kernels.reference.compensation import values_of
 from qconvert.kernels.scale_search import Found, best_scales, long_source
 from qconvert.ranges import RangeMethod, SearchGrid, search_grid
 
@@ -754,10 +757,11 @@ def compensate(
     factors: Factors,
     passes: int,
     scale_dtype: str | None = None,
-) -> tuple[U8, F32]:
+) -> tuple[U8, F32, F32]:
     """`reference.compensate` of binary32."""
     rows, columns = x.shape
-    found, scale = np.array(codes, np.uint8, order="C"), np.array(grid.scale, np.float32, order="C")
+    found = np.array(codes, np.uint8, order="C")
+    scale, offset = (np.array(a, np.float32, order="C") for a in (grid.scale, grid.offset))
     _native.compensate(
         x=_f32(x),
         rows=rows,
@@ -766,12 +770,52 @@ def compensate(
         levels=_f32(grid.levels),
         scale=scale,
         zero=_f32(grid.zero),
-        offset=_f32(grid.offset),
+        offset=offset,
         length=grid.length,
         gram=_f32(factors.gram),
         feedback=_f32(factors.feedback),
         passes=passes,
         scale_dtype=scale_dtype,
+        **_multiples("scale", grid.scales),
+        **_multiples("offset", grid.offsets),
         codes=found,
     )
-    return found, scale
+    return found, scale, offset
+
+
+def _multiples(name: str, of: Multiples | None) -> dict[str, Any]:
+    """Arguments of the numbers of groups that are multiples of a unit."""
+    unit = None if of is None else _f32(of.unit)
+    low, high = (0, 0) if of is None else (of.low, of.high)
+    return {f"{name}_unit": unit, f"{name}_low": low, f"{name}_high": high}
+
+
+def sweep_rows(x: F32, codes: U8, grid: CodeGrid, gram: F32, shares: F32, passes: int) -> U8:
+    """`reference.sweep_rows` of binary32."""
+    found = np.array(codes, np.uint8, order="C")
+    x, gram, shares, levels = _f32(x), _f32(gram), _f32(shares), _f32(grid.levels)
+    scale, zero, offset = _f32(grid.scale), _f32(grid.zero), _f32(grid.offset)
+    runs = [slice(first, first + SWEPT_ROWS) for first in range(0, len(x), SWEPT_ROWS)]
+    errors = np.empty_like(x)
+    for run in runs:
+        part = CodeGrid(levels, scale[run], zero[run], offset[run], grid.length)
+        errors[run] = values_of(found[run], part) - x[run]
+    for run in runs:
+        _native.sweep_rows(
+            x=x[run],
+            all_rows=len(x),
+            first=run.start,
+            rows=len(x[run]),
+            columns=x.shape[1],
+            levels=levels,
+            scale=scale[run],
+            zero=zero[run],
+            offset=offset[run],
+            length=grid.length,
+            gram=gram,
+            shares=shares[run],
+            errors=errors,
+            passes=passes,
+            codes=found[run],
+        )
+    return found

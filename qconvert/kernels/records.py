@@ -382,6 +382,20 @@ class Weighting:
 
 
 @dataclass(frozen=True, slots=True)
+class Multiples:
+    """Numbers that are stored as whole multiples of a unit, of each group.
+
+    Attributes:
+        unit: (R, G).
+        low, high: the smallest and the largest multiple that there are.
+    """
+
+    unit: NDArray[Any]
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True)
 class CodeGrid:
     """What the codes of some rows stand for: value = (levels[code] - zero) · scale + offset.
 
@@ -389,6 +403,8 @@ class CodeGrid:
         levels: (K,), ascending, K at most 256; codes are places in it.
         scale, zero, offset: of each group, (R, G); a scale may be negative, and 0.
         length: columns of a group; the last may be shorter.
+        scales, offsets: what else they may be; None where they stay, or a scale has a dtype of its
+            own.
     """
 
     levels: NDArray[Any]
@@ -396,6 +412,8 @@ class CodeGrid:
     zero: NDArray[Any]
     offset: NDArray[Any]
     length: int
+    scales: Multiples | None = None
+    offsets: Multiples | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from qconvert import __version__
 from qconvert.calibration.file import Calibration
 from qconvert.codecs import codec_of
 from qconvert.codecs.codec import Encoder, Facts
-from qconvert.codecs.compensation import COMPENSATED, DAMPING
+from qconvert.codecs.compensation import COMPENSATED, DAMPING, ROW_DAMPING
 from qconvert.codecs.raw import KeptEncoder
 from qconvert.errors import WeightError
 from qconvert.files.atomic import AtomicOutput, AtomicSet, check_space
@@ -84,10 +84,6 @@ class _Task:
     last: bool
 
 
-def _run(task: _Task) -> tuple[_Task, Encoded]:
-    return task, task.encoder.encode(task.tile)
-
-
 class Job:
     """One conversion under way.
 
@@ -145,7 +141,7 @@ class Job:
                 # Or the bits of factors would depend on the number of BLAS's threads.
                 stack.enter_context(threadpool_limits(1, "blas"))
             with closing(sink), Workers(threads) as workers:
-                for task, piece in workers.map(_run, self._tasks(workers)):
+                for task, piece in workers.map(self._run, self._tasks(workers)):
                     self._take(task, piece, sink, workers)
                 self.report.output_bytes = sink.finish()
             self.model.check_unchanged()
@@ -159,6 +155,13 @@ class Job:
             out.commit()
             self.progress.end()
         fill_totals(self.report, self.total)
+
+    def _run(self, task: _Task) -> tuple[_Task, Encoded]:
+        return task, self._encoded(task.encoder, task.tile)
+
+    def _encoded(self, encoder: Encoder, tile: Tile) -> Encoded:
+        with self.roundings.room(encoder.tensor.name):
+            return encoder.encode(tile)
 
     def _judge(self) -> None:
         """Warn of weights that are lost or poorer than they should be."""
@@ -211,6 +214,9 @@ class Job:
             }
         if names := self.roundings.compensated:
             found["rounding"] = {"compensated": names, "damping": DAMPING}
+            if swept := set(self.roundings.swept):
+                by_row = [name for name in names if name not in swept]
+                found["rounding"] |= {"by_row": by_row, "row_damping": ROW_DAMPING}
         return found
 
     # --- on the main thread, ahead of the work: encoders, and the tiles of all tensors in order ---
@@ -235,10 +241,10 @@ class Job:
     def _prepared(self, p: PlannedTensor, workers: Workers) -> Callable[[], Encoder]:
         large = p.tensor.size > SMALL_TILES * TILE_VALUES
         if p.scheme and large and codec_of(p.scheme).passes(p.scheme, p.tensor):
-            return partial(self._encoder, p, workers.map)  # for all threads together
-        return workers.submit(self._encoder, p).result
+            return partial(self._encoder, p, workers, workers.map)  # for all threads together
+        return workers.submit(partial(self._encoder, workers=workers), p).result
 
-    def _encoder(self, p: PlannedTensor, mapper: Mapper = map) -> Encoder:
+    def _encoder(self, p: PlannedTensor, workers: Workers, mapper: Mapper = map) -> Encoder:
         if p.scheme is None:
             return KeptEncoder(self.model, p.tensor, p.encoding)
         calibration = self.calibration if self.options.weighting else None
@@ -247,7 +253,7 @@ class Job:
             self.options.range,
             partial(calibration.mean_squares, layer) if calibration and layer else lambda _: None,
             self.prepared.importance(p.tensor),
-            self.roundings.rounder(p.tensor.name),
+            self.roundings.rounder(p.tensor.name, workers.map),
             mapper,
         )
         return codec_of(p.scheme).encoder(self.model, p.tensor, p.scheme, facts)
@@ -271,7 +277,7 @@ class Job:
         """Encode a tensor once more whose sample had suggested another encoding."""
         self.target = sink.begin(encoder.tensor, encoder.encoding)
         self.seen = NOTHING
-        for piece in workers.map(encoder.encode, encoder.tiles()):
+        for piece in workers.map(partial(self._encoded, encoder), encoder.tiles()):
             self.target.append(piece.segments)
             self.seen += piece
 

@@ -83,7 +83,13 @@ class GgufTarget:
             provenance=rescaled | ({"imatrix": {"sha256": imatrix.sha256}} if imatrix else {}),
             warnings=warnings,
             notes=notes,
-            overhead=partial(_overhead, source.metadata | keys, tensors, rescaled),
+            overhead=partial(
+                _overhead,
+                source.metadata | keys,
+                tensors,
+                rescaled,
+                calibrated=bool(options.calibration),
+            ),
         )
 
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
@@ -316,14 +322,19 @@ def _text(provenance: dict[str, Any]) -> str:
 
 
 def _overhead(
-    metadata: Mapping[str, MetadataValue], tensors: Sequence[GgufTensor], known: dict[str, Any]
+    metadata: Mapping[str, MetadataValue],
+    tensors: Sequence[GgufTensor],
+    known: dict[str, Any],
+    *,
+    calibrated: bool,
 ) -> int:
     """What a file takes at most besides the bytes of its tensors: its header is made to see.
 
     Args:
         known: members of the provenance that are not in its bound.
     """
-    provenance = " " * PROVENANCE_BYTES + _text(known)
+    names = [t.name for t in tensors if calibrated]  # that provenance may have twice
+    provenance = " " * (PROVENANCE_BYTES + 2 * len(json.dumps(names))) + _text(known)
     with TemporaryDirectory() as directory:
         path = Path(directory) / "header.gguf"
         with machine_errors(path):

@@ -51,6 +51,7 @@ WIDEST_NOTES: dict[str, Any] = {
 }
 PROVENANCE_BYTES = 4096  # of options and notes, for a bound before they are known
 WIDEST_ROUNDING = {"rounding": COMPENSATED, "damping": 0}
+WIDEST_SWEEP = {"row_damping": 0}
 WIDEST_ACTIVATION = {"observer": "x" * MAX_OBSERVER, "samples": 0, "scale": 0, "zero_point": 0}
 
 
@@ -103,10 +104,11 @@ class _QblkSink:
         self.model = model
         self.provenance = provenance
         calibrated = "calibration" in provenance
-        compensated = set(provenance.get("rounding", {}).get("compensated", ()))
-        self.writer = QblkWriter(
-            out, _header_bound(model, plan, provenance, calibrated, compensated)
-        )
+        rounding = provenance.get("rounding", {})
+        compensated = set(rounding.get("compensated", ()))
+        swept = compensated - set(rounding["by_row"]) if "by_row" in rounding else set()
+        bound = _header_bound(model, plan, provenance, calibrated, compensated, swept)
+        self.writer = QblkWriter(out, bound)
 
     def begin(self, tensor: TensorInfo, encoding: Encoding) -> TensorWriter:
         return self.writer.begin(tensor.name, tensor.shape, tensor.dtype, encoding)
@@ -136,10 +138,13 @@ def _header_bound(
     provenance: dict[str, Any],
     calibrated: bool,
     compensated: Container[str],
+    swept: Container[str],
 ) -> int:
-    """Upper bound of the header's bytes; ``compensated`` are names of tensors."""
+    """Upper bound of the header's bytes; ``compensated`` and ``swept`` are names of tensors."""
     files = [(_flat(c), c.size) for c in model.companions]
-    bounds = (_bound(p, calibrated, p.tensor.name in compensated) for p in plan)
+    bounds = (
+        _bound(p, calibrated, p.tensor.name in compensated, p.tensor.name in swept) for p in plan
+    )
     features = required_features((p.tensor.dtype, str(p.encoding.to_json()["kind"])) for p in plan)
     return header_bound(bounds, files, model.metadata, provenance, features)
 
@@ -150,10 +155,10 @@ def _overhead(model: Model, plan: tuple[PlannedTensor, ...], *, calibrated: bool
     wide = {
         "": "x" * PROVENANCE_BYTES,
         "sources": [s.name for s in model.sources],
-        "rounding": {**WIDEST_ROUNDING, "compensated": names},
+        "rounding": {**WIDEST_ROUNDING, **WIDEST_SWEEP, "compensated": names, "by_row": names},
         **noted(model),
     }
-    header = PREAMBLE.size + _header_bound(model, plan, wide, calibrated, names)
+    header = PREAMBLE.size + _header_bound(model, plan, wide, calibrated, names, names)
     segments = sum(len(p.encoding.segments(p.tensor.shape)) for p in plan)
     segments += len(model.companions)
     return align(header) + ALIGNMENT * segments + sum(c.size for c in model.companions)
@@ -163,14 +168,15 @@ def _flat(companion: Companion) -> str:
     return companion.name.replace("/", SLASH)
 
 
-def _bound(p: PlannedTensor, calibrated: bool, compensated: bool) -> int:
+def _bound(p: PlannedTensor, calibrated: bool, compensated: bool, swept: bool) -> int:
     """Upper bound in bytes of a tensor's entry in the header."""
     tensor = p.tensor
     notes: dict[str, Any] = {"decision": {"rule": "kept", "reason": p.reason}}
     if p.scheme is not None:
         notes = dict(WIDEST_NOTES)
         if compensated:
-            notes["decision"] = {**WIDEST_NOTES["decision"], **WIDEST_ROUNDING}
+            more = WIDEST_SWEEP if swept else {}
+            notes["decision"] = {**WIDEST_NOTES["decision"], **WIDEST_ROUNDING, **more}
         if calibrated:
             notes["activation"] = WIDEST_ACTIVATION
     return tensor_bound(tensor.name, tensor.shape, tensor.dtype, p.encoding, notes)

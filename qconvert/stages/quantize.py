@@ -77,14 +77,17 @@ def quantize(
         report.warnings = said.warnings + report.warnings
         report.notes = said.notes + report.notes
         layers: dict[str, str] = {}
+        tables: dict[str, str] = {}
         if calibration:
             layers = prepared.layers_of(calibration.layers.keys())
             _check_calibration(calibration, prepared, layers)
             report.warnings += _unused(calibration, prepared.plan, layers)
+            tables = prepared.layers_of(calibration.tables.keys())
         if prediction:
             report.warnings += unknown_sensitivities(prediction.without)
         roundings = plan_roundings(
-            prepared.plan, calibration, layers, options.rounding, options.weighting
+            *(prepared.plan, calibration, tables | layers),
+            *(options.rounding, options.weighting, prepared.model),
         )
         report.warnings += roundings.warnings()
         report.notes += roundings.notes()

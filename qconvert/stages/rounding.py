@@ -1,16 +1,20 @@
-"""Which tensors are rounded so that codes make up for each other's errors, why the others are not,
-and the factors of their layers.
+"""Which tensors are rounded so that codes make up for each other's errors, those of a row and those
+of all rows, why the others are not, and the factors of their layers.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Lock
+from threading import Condition, Lock
 
-from qconvert.calibration.factors import input_factor
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.calibration.factors import input_factor, no_output_factor, output_factor
 from qconvert.calibration.file import Calibration
 from qconvert.codecs import codec_of
 from qconvert.codecs.codec import NEAREST
@@ -18,24 +22,41 @@ from qconvert.codecs.compensation import (
     COMPENSATED,
     DAMPING,
     MOST_COLUMNS,
+    ROW_DAMPING,
     Rounder,
     prepared,
+    shares_of,
 )
 from qconvert.errors import FormatError, UsageError
-from qconvert.kernels.records import Factors
+from qconvert.kernels.records import F32, Factors
+from qconvert.mapper import Mapper
+from qconvert.model import Model, TensorInfo
 from qconvert.stages.plan import PlannedTensor
 
 METHODS = (NEAREST, COMPENSATED)
 KEPT_FACTORS = 2  # of layers at a time: the one under way, and the one whose last tiles still run
 PREPARING, PREPARED = 36, 8  # bytes of memory for each pair of channels
+# Bytes of memory for each weight of a matrix whose rows make up for each other's errors, and for
+# each pair of rows of its layer; and of all such matrices at a time, on however many threads.
+OF_WEIGHT, OF_ROWS = 32, 16
+WHOLE_BYTES = 6 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """How a tensor is rounded, and why."""
+    """How a tensor is rounded, and why.
+
+    Attributes:
+        by_row: why its rows do not make up for each other's errors; None where they do.
+        located: its rows among those of its layer; None where they are the same.
+        whole: bytes of memory for all of it at once; 0 where that is not needed.
+    """
 
     method: str
     reason: str
+    by_row: str | None = "it is rounded to the nearest"
+    located: NDArray[np.int64] | None = None
+    whole: int = 0
 
 
 @dataclass
@@ -55,18 +76,48 @@ class Roundings:
     def __post_init__(self) -> None:
         self._lock = Lock()
         self._kept: dict[str, Factors] = {}
+        self._room = Condition()
+        self._taken = 0  # bytes, of whole matrices
 
     @property
     def compensated(self) -> list[str]:
         """Names of the tensors that are."""
         return [name for name, r in self.of.items() if r.method == COMPENSATED]
 
-    def rounder(self, tensor: str) -> Rounder | None:
-        """What chooses the codes of a tensor; None where they are the nearest."""
+    @property
+    def swept(self) -> list[str]:
+        """Names of those of them whose rows make up for each other's errors."""
+        return [name for name in self.compensated if self.of[name].by_row is None]
+
+    def rounder(self, tensor: str, mapper: Mapper = map) -> Rounder | None:
+        """What chooses the codes of a tensor; None where they are the nearest.
+
+        Args:
+            mapper: runs work on parts of a whole matrix.
+        """
         found = self.of.get(tensor)
         if found is None or found.method != COMPENSATED:
             return None
-        return Rounder(partial(self._factors, self.layers[tensor]))
+        factors = partial(self._factors, self.layers[tensor])
+        if found.by_row is not None:
+            return Rounder(factors)
+        return Rounder(factors, shares=partial(self._shares, tensor), mapper=mapper)
+
+    @contextmanager
+    def room(self, tensor: str) -> Iterator[None]:
+        """Memory for the whole of a matrix whose rows make up for each other's errors; waits until
+        others have let go of theirs.
+        """
+        wanted = self.of[tensor].whole if tensor in self.of else 0
+        with self._room:
+            self._room.wait_for(lambda: not wanted or self._taken + wanted <= WHOLE_BYTES)
+            self._taken += wanted
+        try:
+            yield
+        finally:
+            with self._room:
+                self._taken -= wanted
+                self._room.notify_all()
 
     def _factors(self, layer: str) -> Factors:
         """Prepared by whoever comes first, while others wait: memory for one preparation."""
@@ -84,21 +135,36 @@ class Roundings:
         try:
             return prepared(gram)
         except ValueError as e:
-            raise FormatError(
-                "the Gram matrix of a layer cannot be used",
-                path=self.calibration.path,
-                tensor=layer,
-                found=str(e),
-                hint="calibrate once more, or round with --rounding nearest",
-                code="CALIBRATION-GRAM",
-            ) from e
+            raise self._unusable("Gram matrix", layer, e) from e
+
+    def _shares(self, tensor: str) -> F32:
+        assert self.calibration
+        layer, located = self.layers[tensor], self.of[tensor].located
+        output = output_factor(self.calibration, layer)
+        if located is not None:
+            output = output[np.ix_(located, located)]
+        try:
+            return shares_of(output)
+        except ValueError as e:
+            raise self._unusable("Fisher information", layer, e) from e
+
+    def _unusable(self, what: str, layer: str, why: ValueError) -> FormatError:
+        assert self.calibration
+        return FormatError(
+            f"the {what} of a layer cannot be used",
+            path=self.calibration.path,
+            tensor=layer,
+            found=str(why),
+            hint="calibrate once more, or round with --rounding nearest",
+            code="CALIBRATION-GRAM",
+        )
 
     def notes(self) -> list[str]:
         """What the report says besides."""
         if not (names := self.compensated):
             return []
         assert self.calibration
-        widest = max(self.calibration.layers[self.layers[name]].features for name in names)
+        widest = max(self._features(name) for name in names)
         mib = (PREPARING + PREPARED) * widest * widest / 2**20
         weighed = ", weighed by gradients," if self.calibration.has_fisher else ""
         found = [
@@ -106,11 +172,29 @@ class Roundings:
             f"the Gram matrices of the calibration{weighed} with {DAMPING} of the mean diagonal "
             f"added, in up to {mib:,.0f} MiB of memory for {widest:,} channels"
         ]
-        reasons = Counter(r.reason for r in self.of.values() if r.method == NEAREST)
-        for reason, count in reasons.most_common():
-            first = next(name for name, r in self.of.items() if r.reason == reason)
-            found.append(f"{count} rounded to the nearest, such as '{first}': {reason}")
+        if swept := self.swept:
+            found.append(
+                f"in {len(swept)} of them rows make up for the errors of other rows too: by the "
+                f"Fisher information of the outputs with {ROW_DAMPING} of the mean diagonal added, "
+                f"whole matrices in up to {WHOLE_BYTES >> 30} GiB of memory"
+            )
+        found += _listed(
+            {name: r.by_row for name, r in self.of.items() if r.method == COMPENSATED},
+            "round each row by itself",
+        )
+        found += _listed(
+            {name: r.reason for name, r in self.of.items() if r.method == NEAREST},
+            "rounded to the nearest",
+        )
         return found
+
+    def _features(self, tensor: str) -> int:
+        """Channels of the Gram matrix of a tensor."""
+        assert self.calibration
+        layer = self.layers[tensor]
+        if layer in self.calibration.layers:
+            return self.calibration.layers[layer].features
+        return self.calibration.tables[layer][1]
 
     def warnings(self) -> list[str]:
         """Layers that saw fewer rows of input than they have channels."""
@@ -119,7 +203,8 @@ class Roundings:
         found = [
             (layer.samples, layer.features, name)
             for name in self.compensated
-            if (layer := self.calibration.layers[self.layers[name]]).samples < layer.features
+            if (layer := self.calibration.layers.get(self.layers[name]))
+            and layer.samples < layer.features
         ]
         if not found:
             return []
@@ -131,19 +216,31 @@ class Roundings:
         ]
 
 
+def _listed(reasons: Mapping[str, str | None], what: str) -> list[str]:
+    """A sentence for each reason why tensors are rounded in such a way, with the first of them."""
+    counted = Counter(reason for reason in reasons.values() if reason is not None)
+    return [
+        f"{count} {what}, such as '{next(n for n, r in reasons.items() if r == reason)}': {reason}"
+        for reason, count in counted.most_common()
+    ]
+
+
 def plan_roundings(
     plan: tuple[PlannedTensor, ...],
     calibration: Calibration | None,
     layers: Mapping[str, str],
     asked: str | None,
     weighting: bool,
+    model: Model,
 ) -> Roundings:
     """Decide for every tensor that gets codes.
 
     Args:
-        layers: of the calibration, by the tensors that they have weights in.
+        layers: of the calibration, and tables of its Fisher information, by the tensors that they
+            have weights in.
         asked: ``nearest``, ``compensated``, or None for compensated where that is possible.
         weighting: whether the calibration is to weigh errors.
+        model: of the plan's tensors.
 
     Raises:
         UsageError: asked for and impossible for every tensor.
@@ -152,9 +249,22 @@ def plan_roundings(
     for p in plan:
         if p.scheme is None or p.scheme.for_vectors:
             continue
-        why = _not_compensated(p, calibration, layers.get(p.tensor.name), asked, weighting)
-        default = "the calibration has the Gram matrix of its input"
-        found.of[p.tensor.name] = Rounding(NEAREST if why else COMPENSATED, why or default)
+        layer = layers.get(p.tensor.name)
+        why = _not_compensated(p, calibration, layer, asked, weighting)
+        if why is not None:
+            found.of[p.tensor.name] = Rounding(NEAREST, why)
+            continue
+        assert calibration
+        assert layer
+        located = located_rows(model, p.tensor)
+        reason, whole = _default(calibration, layer), 0
+        by_row = no_output_factor(calibration, layer)
+        if by_row is None:
+            rows = calibration.outputs(layer)
+            whole = OF_WEIGHT * p.tensor.size + OF_ROWS * rows**2
+            by_row = _not_swept(p.tensor, rows, whole, located)
+        more = (located, whole) if by_row is None else ()
+        found.of[p.tensor.name] = Rounding(COMPENSATED, reason, by_row, *more)
     if asked == COMPENSATED and not found.compensated:
         raise UsageError(
             "--rounding compensated: no tensor can be rounded so",
@@ -162,6 +272,38 @@ def plan_roundings(
             hint="give a calibration with Gram matrices: qconvert calibrate --text FILE --gram",
         )
     return found
+
+
+def _default(calibration: Calibration, layer: str) -> str:
+    """Why a tensor is compensated."""
+    if layer in calibration.tables:
+        return "the calibration has the Fisher information of what is looked up in it"
+    return "the calibration has the Gram matrix of its input"
+
+
+def located_rows(model: Model, tensor: TensorInfo) -> NDArray[np.int64] | None:
+    """Where the rows of a tensor that is made from one lie in that; None where it is the same."""
+    from qconvert.architectures.mapped import MappedModel  # 0.1 s, and known where it is needed
+
+    if not isinstance(model, MappedModel) or (locate := model.made(tensor).locate) is None:
+        return None
+    rows: NDArray[np.int64] = locate(np.arange(tensor.shape[0], dtype=np.int64))
+    return rows
+
+
+def _not_swept(
+    tensor: TensorInfo, rows: int, whole: int, located: NDArray[np.int64] | None
+) -> str | None:
+    """Why the rows of a tensor do not make up for each other's errors, though ``rows`` of its layer
+    have gradients.
+    """
+    if located is None and rows != tensor.shape[0]:
+        return f"it has {tensor.shape[0]:,} rows, and the calibration gradients of {rows:,}"
+    if located is not None and (located.max() >= rows or len(np.unique(located)) < len(located)):
+        return "its rows are not each one row of its layer"
+    if whole > WHOLE_BYTES:
+        return f"it would take more than {WHOLE_BYTES >> 30} GiB of memory at once"
+    return None
 
 
 def _not_compensated(
@@ -184,12 +326,15 @@ def _not_compensated(
         return "it is no matrix, but several of them" if len(shape) > 2 else "it is no matrix"
     if layer is None:
         return "the calibration has no layer of it"
-    if calibration.layers[layer].transposed:
+    known = calibration.layers.get(layer)
+    if known is not None and known.transposed:
         return "it is stored (in, out): a row meets one channel of the input"
-    if not calibration.has_gram(layer):
+    if not calibration.has_gram(layer) and not calibration.has_input_fisher(layer):
         return "the calibration has no Gram matrix of its input: calibrate --gram"
+    if known is None and (width := calibration.tables[layer][1]) != shape[1]:
+        return f"it has {shape[1]:,} columns, and the calibration gradients of {width:,}"
     if shape[1] > MOST_COLUMNS:
         return f"it has more than {MOST_COLUMNS:,} channels"
-    if calibration.mean_squares(layer, shape[1]) is None:
+    if known is not None and calibration.mean_squares(layer, shape[1]) is None:
         return "all of its inputs were 0"
     return codec_of(p.scheme).uncompensated(p.scheme, p.tensor)

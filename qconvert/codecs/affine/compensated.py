@@ -10,7 +10,7 @@ import numpy as np
 
 from qconvert import kernels
 from qconvert.codecs.affine.encoding import Affine
-from qconvert.codecs.compensation import Rounder
+from qconvert.codecs.compensation import Rounder, weighted_noise
 from qconvert.kernels.arithmetic import (
     SCALE_NUMPY,
     SIGN,
@@ -19,7 +19,6 @@ from qconvert.kernels.arithmetic import (
     to_groups,
 )
 from qconvert.kernels.records import F32, I32, U8, Bytes, CodeGrid, Encoded, Parameters
-from qconvert.kernels.reference.statistics import weighted_error_sums
 
 
 def stored_parameters(segments: dict[str, Bytes], encoding: Affine) -> Parameters:
@@ -59,7 +58,8 @@ def compensated(
     before = kernels.load_codes(bytes(done.segments["codes"]), encoding)
     before = before.reshape(rows, -1)[:, :columns] - np.uint8(least)
     own = encoding.scale_dtype if encoding.block else None
-    codes, scale = rounder.codes(x, before, grid, own)
+    codes, grid = rounder.codes(x, before, grid, own)
+    scale = grid.scale
     codes += np.uint8(least)
     padded = padded_codes(codes, columns, encoding)
     packed = padded if encoding.bits == 8 else kernels.pack(padded, encoding.bits)
@@ -70,7 +70,7 @@ def compensated(
     _, noise, worst = kernels.error_sums(x, decoded)
     error = replace(done.error, noise=noise, worst=worst)
     if mean_square is not None:
-        error = replace(error, weighted_noise=weighted_error_sums(x, decoded, mean_square)[1])
+        error = replace(error, weighted_noise=weighted_noise(x, decoded, mean_square))
     return replace(done, segments=segments, error=error)
 
 

@@ -26,7 +26,7 @@ from qconvert.codecs.affine.encoding import Affine
 from qconvert.codecs.affine.shared import Analysis, analyse, shares_parameters
 from qconvert.codecs.affine.weighting import weighting
 from qconvert.codecs.codec import Encoder, Facts, Outcome
-from qconvert.codecs.compensation import Rounder
+from qconvert.codecs.compensation import Rounder, values_at_once
 from qconvert.codecs.source import RUN_VALUES, finite_weights, rows_of, source_rows, tiles_of
 from qconvert.codecs.statistics import outlier_bounds
 from qconvert.geometry import TILE_VALUES, Tile, row_length
@@ -64,7 +64,7 @@ class BlockEncoder(Encoder):
         return self.code
 
     def tiles(self) -> Iterator[Tile]:
-        return tiles_of(self.tensor, RUN_VALUES)
+        return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, RUN_VALUES))
 
     def encode(self, tile: Tile) -> Encoded:
         rows, weights = source_rows(self.model, self.tensor, tile), self._weights(tile)
@@ -119,7 +119,7 @@ class SharedEncoder(Encoder):
         return self.analysis.encoding
 
     def tiles(self) -> Iterator[Tile]:
-        return tiles_of(self.tensor, TILE_VALUES)
+        return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, TILE_VALUES))
 
     def encode(self, tile: Tile) -> Encoded:
         parameters = self.analysis.parameters(tile)

@@ -43,15 +43,18 @@ typedef float Vector __attribute__((vector_size(VECTOR * sizeof(float)), aligned
 typedef struct {
     float sums[WIDEST][BATCH], values[WIDEST][BATCH];
     float scale[WIDEST][BATCH], zero[WIDEST][BATCH], offset[WIDEST][BATCH];
-    float moves[WIDEST][BATCH], rescaled[WIDEST][BATCH]; /* by codes, and by scales behind them */
+    float scale_unit[WIDEST][BATCH], offset_unit[WIDEST][BATCH];
+    /* By codes, by scales behind them and by offsets behind these. */
+    float moves[WIDEST][BATCH], rescaled[WIDEST][BATCH], shifted[WIDEST][BATCH];
+    float parts[WIDEST][BATCH]; /* of values, that scales scale */
     int32_t codes[WIDEST][BATCH]; /* as wide as the others: see SEPARATE */
 } Block;
 
 /* The changes in a block of one row that are not 0, in their order. */
 typedef struct {
     size_t count;
-    uint16_t place[2 * WIDEST];
-    float move[2 * WIDEST];
+    uint16_t place[3 * WIDEST];
+    float move[3 * WIDEST];
 } Moves;
 
 typedef struct {
@@ -125,6 +128,8 @@ SEPARATE void load_block(const Strips *s, const int32_t *order, size_t row, size
             b->scale[c][i] = t->scale[group];
             b->zero[c][i] = t->zero[group];
             b->offset[c][i] = t->offset[group];
+            b->scale_unit[c][i] = t->scales.unit ? t->scales.unit[group] : 0.0f;
+            b->offset_unit[c][i] = t->offsets.unit ? t->offsets.unit[group] : 0.0f;
         }
     }
 }
@@ -200,8 +205,37 @@ INLINE int32_t descend_column(const Strips *s, size_t first, size_t width, size_
     return changed;
 }
 
-/* Gives a group of 16 rows, columns begin..end of a block, the scale that is best for its codes,
- * where that lowers the cost; whether any changed. */
+/* Values of a group of 16 rows, columns begin..end of a block, with its scale and offset as they are
+ * now; by how much they move. */
+INLINE void revalue_group(const Strips *s, size_t first, size_t width, size_t begin, size_t end,
+                          float (*restrict moves)[BATCH], int32_t changed) {
+    const Compensation *t = s->task;
+    Block *restrict b = s->block;
+    for (size_t c = begin; c < end; c++) {
+        const float *gram = t->gram + (first + c) * t->columns + first;
+        for (int i = 0; i < BATCH; i++) {
+            const float level = t->levels[b->codes[c][i]];
+            const float found = (level - b->zero[c][i]) * b->scale[c][i] + b->offset[c][i];
+            moves[c][i] = found - b->values[c][i];
+            b->values[c][i] = found;
+        }
+        for (size_t k = 0; changed && k < width; k++) {
+            add_column(b->sums[k], moves[c], gram[k]);
+        }
+    }
+}
+
+/* The multiples nearest to what is wanted; 0 of no unit. */
+INLINE void round_multiples(float wanted[restrict BATCH], const float unit[restrict BATCH],
+                            const Multiples *of) {
+    for (int i = 0; i < BATCH; i++) {
+        const float steps = wanted[i] / (unit[i] != 0.0f ? unit[i] : 1.0f);
+        wanted[i] = round_small(clamp(steps, of->low, of->high)) * unit[i];
+    }
+}
+
+/* Gives a group of 16 rows the scale that is best for its codes, where that lowers the cost; whether
+ * any changed. */
 SEPARATE int32_t rescale_group(const Strips *s, size_t first, size_t width, size_t begin, size_t end) {
     const Compensation *t = s->task;
     Block *restrict b = s->block;
@@ -209,21 +243,30 @@ SEPARATE int32_t rescale_group(const Strips *s, size_t first, size_t width, size
     const float nothing[BATCH] = {0};
     int32_t changed = 0;
     for (size_t j = begin; j < end; j++) {
+        for (int i = 0; i < BATCH; i++) {
+            b->parts[j][i] = b->values[j][i] - b->offset[j][i];
+        }
+    }
+    for (size_t j = begin; j < end; j++) {
         const float *gram = t->gram + (first + j) * t->columns + first;
         float row[BATCH] = {0};
         for (size_t k = begin; k < end; k++) {
-            add_column(row, b->values[k], gram[k]);
+            add_column(row, b->parts[k], gram[k]);
         }
         for (int i = 0; i < BATCH; i++) {
-            along[i] += b->values[j][i] * b->sums[j][i];
-            across[i] += b->values[j][i] * row[i];
+            along[i] += b->parts[j][i] * b->sums[j][i];
+            across[i] += b->parts[j][i] * row[i];
         }
     }
     memcpy(old, b->scale[begin], sizeof old);
     for (int i = 0; i < BATCH; i++) {
         scale[i] = old[i] * (1.0f - along[i] / (across[i] > 0.0f ? across[i] : 1.0f));
     }
-    round_scales(scale, t->scale_type, nothing);
+    if (t->scales.unit) {
+        round_multiples(scale, b->scale_unit[begin], &t->scales);
+    } else {
+        round_scales(scale, t->scale_type, nothing);
+    }
     for (int i = 0; i < BATCH; i++) {
         const float change = scale[i] / (old[i] != 0.0f ? old[i] : 1.0f) - 1.0f;
         const int sound = scale[i] != 0.0f && old[i] != 0.0f && (scale[i] > 0.0f) == (old[i] > 0.0f)
@@ -233,63 +276,99 @@ SEPARATE int32_t rescale_group(const Strips *s, size_t first, size_t width, size
         changed |= scale[i] != old[i];
     }
     for (size_t c = begin; c < end; c++) {
-        const float *gram = t->gram + (first + c) * t->columns + first;
-        for (int i = 0; i < BATCH; i++) {
-            const float level = t->levels[b->codes[c][i]];
-            const float found = (level - b->zero[c][i]) * scale[i] + b->offset[c][i];
-            b->rescaled[c][i] = found - b->values[c][i];
-            b->values[c][i] = found;
-            b->scale[c][i] = scale[i];
-        }
-        for (size_t k = 0; changed && k < width; k++) {
-            add_column(b->sums[k], b->rescaled[c], gram[k]);
-        }
+        memcpy(b->scale[c], scale, sizeof scale);
     }
+    revalue_group(s, first, width, begin, end, b->rescaled, changed);
+    return changed;
+}
+
+/* The same for the offset. */
+SEPARATE int32_t shift_group(const Strips *s, size_t first, size_t width, size_t begin, size_t end) {
+    const Compensation *t = s->task;
+    Block *restrict b = s->block;
+    float along[BATCH] = {0}, across = 0.0f, offset[BATCH], old[BATCH];
+    int32_t changed = 0;
+    for (size_t j = begin; j < end; j++) {
+        const float *gram = t->gram + (first + j) * t->columns + first;
+        float row = 0.0f;
+        for (size_t k = begin; k < end; k++) {
+            row += gram[k];
+        }
+        for (int i = 0; i < BATCH; i++) {
+            along[i] += b->sums[j][i];
+        }
+        across += row;
+    }
+    memcpy(old, b->offset[begin], sizeof old);
+    for (int i = 0; i < BATCH; i++) {
+        offset[i] = old[i] - along[i] / (across > 0.0f ? across : 1.0f);
+    }
+    round_multiples(offset, b->offset_unit[begin], &t->offsets);
+    for (int i = 0; i < BATCH; i++) {
+        const float change = offset[i] - old[i];
+        const float growth = change * (along[i] + along[i] + change * across);
+        offset[i] = growth < 0.0f && across > 0.0f ? offset[i] : old[i];
+        changed |= offset[i] != old[i];
+    }
+    for (size_t c = begin; c < end; c++) {
+        memcpy(b->offset[c], offset, sizeof offset);
+    }
+    revalue_group(s, first, width, begin, end, b->shifted, changed);
     return changed;
 }
 
 /* One step of the descent over a block of 16 rows; whether anything changed. */
-SEPARATE int descend_block(const Strips *s, size_t first, size_t width, int rescale) {
-    const size_t length = rescale ? s->task->length : width;
+SEPARATE int descend_block(const Strips *s, size_t first, size_t width, int refit) {
+    const Compensation *t = s->task;
+    const size_t length = refit ? t->length : width;
     int32_t changed = 0;
     for (size_t begin = 0; begin < width; begin += length) {
         const size_t end = begin + smaller(length, width - begin);
         for (size_t c = begin; c < end; c++) {
             changed |= descend_column(s, first, width, c);
         }
-        if (rescale) {
+        if (refit && (t->rescale || t->scales.unit)) {
             changed |= rescale_group(s, first, width, begin, end);
+        }
+        if (refit && t->offsets.unit) {
+            changed |= shift_group(s, first, width, begin, end);
         }
     }
     return changed != 0;
 }
 
-/* The moves of a block and its scales, for `spread` and for good. */
+/* Adds the moves of a row that are not 0 in columns begin..end of a block. */
+INLINE void add_to_moves(Moves *moves, const float (*restrict of)[BATCH], size_t row, size_t begin,
+                         size_t end) {
+    for (size_t c = begin; c < end; c++) {
+        moves->place[moves->count] = (uint16_t)c;
+        moves->move[moves->count] = of[c][row];
+        moves->count += of[c][row] != 0.0f;
+    }
+}
+
+/* The moves of a block, its scales and its offsets, for `spread` and for good. */
 SEPARATE void store_moves(const Strips *s, size_t row, size_t strip_row, size_t rows, size_t first,
-                       size_t width, int rescale) {
+                       size_t width, int refit) {
     const Compensation *t = s->task;
     const Block *restrict b = s->block;
-    const size_t length = rescale ? t->length : width;
+    const size_t length = refit ? t->length : width;
     for (size_t i = 0; i < rows; i++) {
         Moves *moves = s->moves + strip_row + i;
-        size_t count = 0;
+        moves->count = 0;
         for (size_t begin = 0; begin < width; begin += length) {
             const size_t end = begin + smaller(length, width - begin);
-            for (size_t c = begin; c < end; c++) {
-                moves->place[count] = (uint16_t)c;
-                moves->move[count] = b->moves[c][i];
-                count += b->moves[c][i] != 0.0f;
+            const size_t group = (row + i) * t->groups + (first + begin) / t->length;
+            add_to_moves(moves, b->moves, i, begin, end);
+            if (refit && (t->rescale || t->scales.unit)) {
+                add_to_moves(moves, b->rescaled, i, begin, end);
+                t->scale[group] = b->scale[begin][i];
             }
-            for (size_t c = begin; rescale && c < end; c++) {
-                moves->place[count] = (uint16_t)c;
-                moves->move[count] = b->rescaled[c][i];
-                count += b->rescaled[c][i] != 0.0f;
-            }
-            if (rescale) {
-                t->scale[(row + i) * t->groups + (first + begin) / length] = b->scale[begin][i];
+            if (refit && t->offsets.unit) {
+                add_to_moves(moves, b->shifted, i, begin, end);
+                t->offset[group] = b->offset[begin][i];
             }
         }
-        moves->count = count;
     }
 }
 
@@ -440,12 +519,12 @@ static void slope_strip(const Strips *s, size_t start, size_t rows) {
 }
 
 /* One pass over a strip, for those of its groups of 16 rows that are `active`: those that changed. */
-static int descend_strip(const Strips *s, size_t start, size_t rows, int rescale,
+static int descend_strip(const Strips *s, size_t start, size_t rows, int refit,
                          int active[STRIP / BATCH]) {
     const Compensation *t = s->task;
     const size_t columns = t->columns;
     /* Whole groups where scales change. */
-    const size_t step = !rescale ? WIDE : t->length > WIDE ? t->length : WIDE / t->length * t->length;
+    const size_t step = !refit ? WIDE : t->length > WIDE ? t->length : WIDE / t->length * t->length;
     int changed[STRIP / BATCH] = {0}, any = 0;
     for (size_t first = 0; first < columns; first += step) {
         const size_t width = smaller(step, columns - first);
@@ -456,9 +535,9 @@ static int descend_strip(const Strips *s, size_t start, size_t rows, int rescale
             const size_t count = smaller(BATCH, rows - r);
             if (active[r / BATCH]) {
                 load_block(s, NULL, start + r, r, count, first, width);
-                changed[r / BATCH] |= descend_block(s, first, width, rescale);
+                changed[r / BATCH] |= descend_block(s, first, width, refit);
                 store_block(s, NULL, start + r, r, count, first, width);
-                store_moves(s, start + r, r, count, first, width, rescale);
+                store_moves(s, start + r, r, count, first, width, refit);
             }
         }
         spread(s, rows, first, width, 0, first);
@@ -471,6 +550,16 @@ static int descend_strip(const Strips *s, size_t start, size_t rows, int rescale
     return any;
 }
 
+/* What there is between the levels. */
+static void find_middles(Strips *s) {
+    const Compensation *t = s->task;
+    s->evenly = round_small(t->levels[0]) == t->levels[0];
+    for (size_t k = 0; k + 1 < t->level_count; k++) {
+        s->middles[k] = (t->levels[k] + t->levels[k + 1]) / 2.0f;
+        s->evenly &= t->levels[k + 1] - t->levels[k] == 1.0f;
+    }
+}
+
 static int compensate(const Compensation *task) {
     /* And a line of cache more, or rows of a power of two would all want the same places in it. */
     const size_t stride = (task->columns + WIDE - 1) / WIDE * WIDE + 16;
@@ -478,8 +567,7 @@ static int compensate(const Compensation *task) {
     float *memory = malloc(floats * sizeof *memory);
     Moves *moves = calloc(STRIP, sizeof *moves);
     Block *block = calloc(1, sizeof *block);
-    Strips s = {.task = task, .evenly = 1, .stride = stride, .sums = memory, .moves = moves,
-                .block = block};
+    Strips s = {.task = task, .stride = stride, .sums = memory, .moves = moves, .block = block};
     if (!memory || !moves || !block) {
         free(memory), free(moves), free(block);
         return NO_MEMORY;
@@ -487,11 +575,8 @@ static int compensate(const Compensation *task) {
     s.values = s.sums + STRIP * stride;
     s.errors = s.values + STRIP * task->columns;
     s.panel = s.errors + STRIP * WIDE;
-    for (size_t k = 0; k + 1 < task->level_count; k++) {
-        s.middles[k] = (task->levels[k] + task->levels[k + 1]) / 2.0f;
-        s.evenly &= task->levels[k + 1] - task->levels[k] == 1.0f;
-    }
-    s.evenly &= round_small(task->levels[0]) == task->levels[0];
+    find_middles(&s);
+    const int refits = task->rescale || task->scales.unit || task->offsets.unit;
     for (size_t start = 0; start < task->rows; start += STRIP) {
         const size_t rows = smaller(STRIP, task->rows - start);
         int active[STRIP / BATCH];
@@ -501,7 +586,7 @@ static int compensate(const Compensation *task) {
         sweep_strip(&s, start, rows);
         slope_strip(&s, start, rows);
         for (size_t pass = 0; pass < task->passes; pass++) {
-            if (!descend_strip(&s, start, rows, task->rescale && pass == 0, active)) {
+            if (!descend_strip(&s, start, rows, refits && pass == 0, active)) {
                 break;
             }
         }

@@ -183,6 +183,12 @@ typedef struct {
     float *y;             /* (samples, rows) */
 } LevelProduct;
 
+/* Numbers of groups that are stored as whole multiples of a unit; NULL where they are not. */
+typedef struct {
+    const float *unit; /* (rows, groups) */
+    float low, high;
+} Multiples;
+
 /* Rows whose codes are to make up for each other's errors: `CodeGrid` and `Factors` in
  * ../records.py. */
 typedef struct {
@@ -192,14 +198,25 @@ typedef struct {
     const float *levels;          /* ascending, 1..256 */
     size_t level_count;
     float *scale;                 /* (rows, groups): those before, then those found */
-    const float *zero, *offset;   /* (rows, groups) */
+    const float *zero;            /* (rows, groups) */
+    float *offset;                /* (rows, groups): as `scale` */
     size_t groups, length;        /* of a row, and columns of a group */
     const float *gram, *feedback; /* (columns, columns), the second in `order` */
     size_t passes;                /* at most, in which single codes are changed */
     int rescale;                  /* whether scales of `scale_type` are changed in the first of them */
     enum scale_type scale_type;
     uint8_t *codes;               /* (rows, columns), below level_count: those before, then found */
+    Multiples scales, offsets;    /* that are changed in the first of them */
 } Compensation;
+
+/* Some rows of a matrix whose codes are to make up for the errors of its other rows too: `of` says
+ * what it says there of these rows, but for `order`, `feedback` and scales that change. */
+typedef struct {
+    Compensation of;
+    size_t all, first;   /* rows of the matrix, and the first of these, at most STRIP of them */
+    const float *shares; /* (rows, all) */
+    float *errors;       /* (all, columns): of all rows, those of these rows before and after */
+} RowSweep;
 
 /* What values (rows, columns) were decoded to, in groups of `group` columns, the last of a row
  * perhaps shorter. Codes are low..high, a code step apart, in the units of `zero`. */
@@ -285,6 +302,7 @@ typedef struct {
     int (*levels_encode)(const LevelRows *task, Errors *found);
     void (*levels_decode)(const StoredLevels *stored, float *out);
     int (*compensate)(const Compensation *task);
+    int (*sweep_rows)(const RowSweep *task);
 
     const ProductKernels *products;
     const GgmlKernels *ggml;

@@ -940,13 +940,13 @@ FUNCTION(levels_product, LEVELS_PRODUCT) {
 
 /* --- compensated rounding ---------------------------------------------------------------------*/
 
-/* Whether codes have levels, and the order has every column. */
+/* Whether codes have levels, and the order has every column, where there is one. */
 static int indices_fit(const Compensation *task) {
     unsigned largest = 0;
     for (size_t i = 0; i < task->rows * task->columns; i++) {
         largest = task->codes[i] > largest ? task->codes[i] : largest;
     }
-    for (size_t c = 0; c < task->columns; c++) {
+    for (size_t c = 0; task->order && c < task->columns; c++) {
         if (task->order[c] < 0 || (size_t)task->order[c] >= task->columns) {
             return 0;
         }
@@ -956,9 +956,20 @@ static int indices_fit(const Compensation *task) {
 
 enum { LONGEST_RESCALED = 256 };
 
+/* Multiples of a unit between two integers, or none. */
+static Multiples multiples_at(Call *call, int unit, int low, int high, Py_ssize_t count) {
+    if (is_none(call, unit)) {
+        return (Multiples){NULL, 0.0f, 0.0f};
+    }
+    const float *units = memory_at(call, unit, count, sizeof(float), PyBUF_SIMPLE);
+    return (Multiples){units, (float)integer_at(call, low, -4096, 4096),
+                       (float)integer_at(call, high, -4096, 4096)};
+}
+
 #define COMPENSATE(X)                                                                           \
     X(x) X(rows) X(columns) X(order) X(levels) X(scale) X(zero) X(offset) X(length) X(gram)     \
-    X(feedback) X(passes) X(scale_dtype) X(codes)
+    X(feedback) X(passes) X(scale_dtype) X(scale_unit) X(scale_low) X(scale_high)               \
+    X(offset_unit) X(offset_low) X(offset_high) X(codes)
 FUNCTION(compensate, COMPENSATE) {
     BEGIN(compensate, COMPENSATE)
     const Py_ssize_t rows = SIZE(rows), columns = SIZE(columns), length = SIZE(length);
@@ -973,7 +984,7 @@ FUNCTION(compensate, COMPENSATE) {
     require(&call, task.level_count >= 1 && task.level_count <= 256, "no levels, or too many");
     task.scale = OUTPUT(scale, times(rows, groups), float);
     task.zero = INPUT(zero, times(rows, groups), float);
-    task.offset = INPUT(offset, times(rows, groups), float);
+    task.offset = OUTPUT(offset, times(rows, groups), float);
     task.groups = (size_t)groups;
     task.length = (size_t)length;
     task.gram = INPUT(gram, times(columns, columns), float);
@@ -982,12 +993,53 @@ FUNCTION(compensate, COMPENSATE) {
     task.rescale = !is_none(&call, ARG_scale_dtype);
     if (task.rescale) {
         task.scale_type = scale_dtype_at(&call, ARG_scale_dtype);
-        require(&call, length <= LONGEST_RESCALED, "groups too long for other scales");
     }
+    task.scales = multiples_at(&call, ARG_scale_unit, ARG_scale_low, ARG_scale_high,
+                               times(rows, groups));
+    task.offsets = multiples_at(&call, ARG_offset_unit, ARG_offset_low, ARG_offset_high,
+                                times(rows, groups));
+    const int stay = !task.rescale && !task.scales.unit && !task.offsets.unit;
+    require(&call, stay || length <= LONGEST_RESCALED, "groups too long for other scales");
     task.codes = OUTPUT(codes, times(rows, columns), uint8_t);
     int fit = 1, status = DONE;
     RUN(fit = indices_fit(&task); status = fit ? call.kernels->compensate(&task) : DONE)
     require(&call, fit, "a code without level, or a column that is none");
+    RETURN(none_or_no_memory(status));
+}
+
+enum { SWEPT_ROWS = 128 };
+
+#define SWEEP_ROWS(X)                                                                           \
+    X(x) X(all_rows) X(first) X(rows) X(columns) X(levels) X(scale) X(zero) X(offset) X(length) \
+    X(gram) X(shares) X(errors) X(passes) X(codes)
+FUNCTION(sweep_rows, SWEEP_ROWS) {
+    BEGIN(sweep_rows, SWEEP_ROWS)
+    const Py_ssize_t all = SIZE(all_rows), first = SIZE(first), rows = SIZE(rows);
+    const Py_ssize_t columns = SIZE(columns), length = SIZE(length);
+    require(&call, length > 0, "groups must not be empty");
+    const int there = rows > 0 && rows <= SWEPT_ROWS && rows <= all && first <= all - rows;
+    require(&call, there, "rows that are none, or too many");
+    const Py_ssize_t groups = call.failed ? 0 : columns / length + (columns % length != 0);
+    RowSweep task = {.all = (size_t)all, .first = (size_t)first};
+    Compensation *of = &task.of;
+    of->x = INPUT(x, times(rows, columns), float);
+    of->rows = (size_t)rows;
+    of->columns = (size_t)columns;
+    of->levels = floats_at(&call, ARG_levels, &of->level_count);
+    require(&call, of->level_count >= 1 && of->level_count <= 256, "no levels, or too many");
+    of->scale = (float *)INPUT(scale, times(rows, groups), float);
+    of->zero = INPUT(zero, times(rows, groups), float);
+    of->offset = (float *)INPUT(offset, times(rows, groups), float);
+    of->groups = (size_t)groups;
+    of->length = (size_t)length;
+    of->gram = INPUT(gram, times(columns, columns), float);
+    task.shares = INPUT(shares, times(rows, all), float);
+    task.errors = OUTPUT(errors, times(all, columns), float);
+    of->passes = (size_t)SIZE(passes);
+    of->codes = OUTPUT(codes, times(rows, columns), uint8_t);
+    int fit = 1, status = DONE;
+    RUN(fit = indices_fit(of); status = fit ? call.kernels->sweep_rows(&task) : DONE)
+    require(&call, fit, "a code without level");
     RETURN(none_or_no_memory(status));
 }
 
@@ -999,7 +1051,7 @@ FUNCTION(compensate, COMPENSATE) {
     X(encode_rows) X(quantize_blocks) X(quantize_channels) X(pack) X(unpack) X(cast)            \
     X(integer_dots) X(product) X(ggml_encode) X(ggml_quantize) X(ggml_decode)                   \
     X(codebook_encode) X(codebook_decode) X(levels_encode) X(levels_decode) X(levels_product)   \
-    X(compensate)
+    X(compensate) X(sweep_rows)
 
 /* Names of the arguments of each function, by its name. */
 static PyObject *signatures(PyObject *module, PyObject *unused) {

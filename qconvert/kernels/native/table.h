@@ -4,6 +4,7 @@
 #include "codebook.h"
 #include "compensation.h"
 #include "levels.h"
+#include "row_sweep.h"
 #include "statistics.h"
 #include "widen.h"
 
@@ -35,6 +36,7 @@ const Kernels OF_VARIANT(kernels) = {
     .levels_encode = levels_encode,
     .levels_decode = levels_decode,
     .compensate = compensate,
+    .sweep_rows = sweep_rows,
     .products = &OF_VARIANT(products),
     .ggml = &OF_VARIANT(ggml),
 };

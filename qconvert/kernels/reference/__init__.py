@@ -32,7 +32,7 @@ from qconvert.kernels.records import (
 from qconvert.kernels.reference.casts import cast, values
 from qconvert.kernels.reference.codebook import codebook_decode, codebook_encode
 from qconvert.kernels.reference.codes import decode, encode, pack, unpack
-from qconvert.kernels.reference.compensation import compensate
+from qconvert.kernels.reference.compensation import compensate, sweep_rows
 from qconvert.kernels.reference.ggml import ggml_decode, ggml_encode, ggml_quantize
 from qconvert.kernels.reference.levels import levels_decode, levels_encode
 from qconvert.kernels.reference.product import integer_dots
@@ -130,6 +130,7 @@ __all__ = [
     "product",
     "quantize_rows",
     "search",
+    "sweep_rows",
     "unpack",
     "values",
     "widen",

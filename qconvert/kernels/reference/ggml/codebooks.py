@@ -88,11 +88,25 @@ def _encode_iq4_xs(blocks: F32, importance: F32 | None) -> U8:
     steps = np.clip(np.rint(steps), -32, 31)
     inner = np.where(steps == 0, np.float32(0), whole * steps)
     codes = _iq4_codes(values, shrink, inner.ravel())
+    return np.concatenate(
+        [stored.view(np.uint8), _iq4_xs_steps(steps), codes.reshape(-1, 128)], axis=1
+    )
+
+
+def _iq4_xs_steps(steps: F32) -> U8:
+    """Scales of sub-blocks, (k, 8), in 6 bytes of a block."""
     six = (steps + 32).astype(np.uint8)
     low = six[:, 0::2] & 0x0F | (six[:, 1::2] & 0x0F) << 4
     high = (six >> 4).astype("<u2") << np.arange(0, 16, 2, dtype=np.uint16)
     high = np.bitwise_or.reduce(high, axis=1).astype("<u2").view(np.uint8).reshape(-1, 2)
-    return np.concatenate([stored.view(np.uint8), high, low, codes.reshape(-1, 128)], axis=1)
+    return np.concatenate([high, low], axis=1)
+
+
+def with_steps(data: U8, steps: F32) -> U8:
+    """Blocks of IQ4_XS, (k, nbytes), with other scales of their sub-blocks, -32..31."""
+    data = data.copy()
+    data[:, 2:8] = _iq4_xs_steps(steps)
+    return data
 
 
 def _iq4_nl_parts(data: U8) -> Parts:

@@ -168,6 +168,22 @@ def _fields_q6(data: U8) -> _Fields:
     return _Fields(_halves(data[:, 208:]), scales, None, codes.astype(np.int16) - 32)
 
 
+def with_integers(name: str, data: U8, scales: F32, minima: F32 | None) -> U8:
+    """Blocks, (k, nbytes), with other integer scales and minima of their sub-blocks."""
+    data = data.copy()
+    if name == "Q2_K":
+        assert minima is not None
+        data[:, :16] = scales.astype(np.uint8) | minima.astype(np.uint8) << _U(4)
+    elif name == "Q3_K":
+        data[:, 96:108] = _pack_sixteen((scales + np.float32(32)).astype(np.uint8))
+    elif name == "Q6_K":
+        data[:, 192:208] = scales.astype(np.int8).view(np.uint8)
+    else:
+        assert minima is not None
+        data[:, 4:16] = _pack_pairs(scales.astype(np.uint8), minima.astype(np.uint8))
+    return data
+
+
 def _f32(integers: U8) -> F32:
     return integers.astype(np.float32)
 
