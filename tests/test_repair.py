@@ -353,6 +353,28 @@ def test_the_same_bytes_for_any_number_of_threads_and_wherever_hidden_states_are
     assert set(listing(tmp_path)) == {"out.qblk"}
 
 
+def test_the_weights_that_are_converted_run_whatever_was_loaded(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights may be rescaled on their way: here it is the running model whose weights are."""
+    one, files = made("llama"), []
+
+    def loaded(*given: Any, **options: Any) -> Any:
+        found = open_checkpoint(*given, **options)
+        for parameter in found.model.parameters():
+            parameter.data = parameter.data * 1.5
+        return found
+
+    for suffix, scheme in (("qblk", "q4_block32"), ("gguf", "q4_0")):
+        for opened in (open_checkpoint, loaded):
+            monkeypatch.setattr(repair, "open_checkpoint", opened)
+            out = tmp_path / f"out.{suffix}"
+            one.quantize(out, scheme, text=TEXT, force=True)
+            files.append(out.read_bytes())
+    assert files[0] == files[1]
+    assert files[2] == files[3]
+
+
 def test_a_tied_head_and_few_tokens_are_said(made: Any, tmp_path: Path) -> None:
     report = made("smollm").quantize(tmp_path / "out.qblk", "q4_block32", text=TEXT, nsamples=2)
     assert any(n.startswith("1 are aimed at their own weights, such as") for n in report.notes)

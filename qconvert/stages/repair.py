@@ -9,7 +9,7 @@ put into the running model as it decodes. The conversion writes what was encoded
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,7 @@ from qconvert.codecs.compensation import COMPENSATED
 from qconvert.errors import WeightError
 from qconvert.files.regular import file_sha256, utf8_name
 from qconvert.files.scratch import Scratch
-from qconvert.geometry import row_length
+from qconvert.geometry import TILE_VALUES, row_length
 from qconvert.kernels.records import F32, F64
 from qconvert.mapper import Mapper
 from qconvert.model import Model, TensorInfo
@@ -59,6 +59,7 @@ class _Place:
     Attributes:
         parameter: of torch.
         module: the linear layer that it is the weight of, and nothing else; None for others.
+        table: whether its rows are looked up.
         rows: of the parameter that those of the tensor are; None where they are in its order.
         added: to the parameter's values in the tensor.
     """
@@ -66,6 +67,7 @@ class _Place:
     planned: PlannedTensor
     parameter: Any
     module: Any
+    table: bool
     rows: I64 | None
     added: float
 
@@ -73,8 +75,8 @@ class _Place:
     def name(self) -> str:
         return self.planned.tensor.name
 
-    def decoded(self, values: F32) -> Any:
-        """Values of the tensor as the parameter has them."""
+    def placed(self, values: F32) -> Any:
+        """Values in the shape of the tensor as the parameter has them, of torch."""
         import torch
 
         if self.added:
@@ -84,6 +86,22 @@ class _Place:
             ordered.reshape(len(self.rows), -1)[self.rows] = values.reshape(len(self.rows), -1)
             values = ordered
         return torch.from_numpy(values)
+
+
+@dataclass(slots=True)
+class _Swapped:
+    """A parameter whose values are exchanged while it is worked on.
+
+    Attributes:
+        loaded: as the model was loaded, mapped from its file.
+        own: the weights that are converted, which may have been rescaled after that.
+        decoded: what they become; None where they are kept.
+    """
+
+    parameter: Any
+    loaded: Any
+    own: Any
+    decoded: Any = None
 
 
 def repaired(
@@ -159,10 +177,10 @@ def _pieces(repair: RepairText, checkpoint: Checkpoint) -> list[I64]:
 
 
 def _places(checkpoint: Checkpoint, plain: Model, prepared: Prepared) -> list[_Place]:
-    """Where in the running model the tensors are that get codes.
+    """Where in the running model the tensors of the plan are.
 
     Raises:
-        NoBlocks: one is not to be found there as it is in the files.
+        NoBlocks: one that gets codes is not to be found there as it is in the files.
     """
     from torch import nn
 
@@ -175,22 +193,23 @@ def _places(checkpoint: Checkpoint, plain: Model, prepared: Prepared) -> list[_P
     parameters = dict(checkpoint.model.named_parameters(remove_duplicate=False))
     layers = None
     found = []
-    for p in (p for p in prepared.plan if p.scheme):
+    for p in (p for p in prepared.plan if p.scheme or p.tensor.floating):
         origin = prepared.origin(p.tensor.name)
-        if origin is None:
+        if origin is None and p.scheme:
             raise NoBlocks(f"'{p.tensor.name}' is made of several matrices")
-        parameter = parameters.get(origin)
-        if parameter is None:
+        parameter = parameters.get(origin or "")
+        if parameter is None and origin and p.scheme:
             layers = linear_layers(checkpoint, plain) if layers is None else layers
             layer = layers.get(origin.removesuffix(".weight"))
             whole = layer is not None and layer.module is not None and not layer.partial
             parameter = layer.module.weight if layer and whole else None
         if parameter is None or tuple(parameter.shape) != p.tensor.shape:
-            raise NoBlocks(f"the running model has '{origin}' in another form")
-        readers = owners.get(id(parameter), [])
-        own = len(readers) == 1 and id(parameter) not in looked_up
-        rows, added = _mapped(prepared.model, p.tensor)
-        found.append(_Place(p, parameter, readers[0] if own else None, rows, added))
+            if p.scheme:
+                raise NoBlocks(f"the running model has '{origin}' in another form")
+            continue
+        readers, table = owners.get(id(parameter), []), id(parameter) in looked_up
+        module = readers[0] if p.scheme and len(readers) == 1 and not table else None
+        found.append(_Place(p, parameter, module, table, *_mapped(prepared.model, p.tensor)))
     return found
 
 
@@ -248,7 +267,7 @@ class _Run:
         shape = (first.shape[0], first.shape[1])
         file = None if self.held else scratch
         self.before, self.now = (HiddenStates(len(pieces), shape, file) for _ in range(2))
-        self._swapped: dict[int, tuple[Any, Any, Any]] = {}  # parameter, float and decoded values
+        self._swapped: dict[int, _Swapped] = {}  # by the parameter
         at = {id(p): k for k, block in enumerate(chain.blocks) for p in block.parameters()}
         self.inside: list[list[_Place]] = [[] for _ in chain.blocks]
         self.outside: list[_Place] = []
@@ -305,6 +324,7 @@ class _Run:
 
     def _enter(self) -> None:
         """Encode what is outside the blocks, and fill the hidden states."""
+        self._take(self.outside)
         for w in self.windows:
             self.before.put(w, self.chain.entering(self.pieces[w]))
         for place in self.outside:
@@ -313,11 +333,11 @@ class _Run:
         self._use(now=True)
         for w in self.windows:
             self.now.put(w, self.chain.entering(self.pieces[w]))
-        self._forget(p for p in self.outside if self.head is None or p.module is None)
+        self._forget([p for p in self.outside if self.head is None or p.table])
 
     def _block(self, k: int, inside: list[_Place]) -> None:
         """Encode the matrices of a block, and bring hidden states through it."""
-        self._use(now=False)
+        self._take(inside)
         of = {id(p.module): p for p in inside if p.module is not None}
         modules = [p.module for p in inside if p.module is not None]
         groups = self.chain.readers(k, modules, self.before.get(0))
@@ -390,7 +410,8 @@ class _Run:
     def _encode(self, place: _Place, change: F64 | None) -> None:
         """Encode a tensor, and put what it decodes to into the running model."""
         p = place.planned
-        assert p.scheme
+        if p.scheme is None:
+            return
         model, tensor, facts = self.model, p.tensor, self.facts(p, self.workers.map)
         if change is not None:
             aimed = RepairedModel(model, tensor, change)
@@ -402,18 +423,32 @@ class _Run:
             encoder, self.model, p.tensor, mean_square, self.scratch, self.workers.map
         )
         self.encoders[place.name] = ready
-        before = self._swapped.get(id(place.parameter))  # where two tensors are one parameter
-        own = before[1] if before else place.parameter.data
-        self._swapped[id(place.parameter)] = place.parameter, own, place.decoded(values)
+        self._swapped[id(place.parameter)].decoded = place.placed(values)
         self.progress.advance(p.tensor.nbytes, place.name)
 
-    def _use(self, *, now: bool) -> None:
-        """Run the model with what tensors decode to, or with its own weights."""
-        for parameter, own, decoded in self._swapped.values():
-            parameter.data = decoded if now else own
+    def _take(self, places: list[_Place]) -> None:
+        """Run the model with the weights of these tensors, and exchange them from now on."""
+        import torch
 
-    def _forget(self, places: Iterable[_Place]) -> None:
-        """Run the model with its own weights, and let go of what these tensors decode to."""
-        self._use(now=False)
         for place in places:
-            self._swapped.pop(id(place.parameter), None)
+            tensor, parameter = place.planned.tensor, place.parameter
+            own = np.empty(tensor.size, np.float32)
+            for start in range(0, tensor.size, TILE_VALUES):
+                stop = min(start + TILE_VALUES, tensor.size)
+                own[start:stop] = self.model.values(tensor, start, stop)
+            loaded, mine = parameter.data, place.placed(own.reshape(tensor.shape))
+            same = torch.equal(loaded.float(), mine)
+            self._swapped[id(parameter)] = _Swapped(parameter, loaded, loaded if same else mine)
+        self._use(now=False)
+
+    def _use(self, *, now: bool) -> None:
+        """Run the model with what tensors decode to, or with their weights."""
+        for s in self._swapped.values():
+            s.parameter.data = s.decoded if now and s.decoded is not None else s.own
+
+    def _forget(self, places: list[_Place]) -> None:
+        """Run the model as it was loaded where these tensors are, and let go of the rest."""
+        for place in places:
+            swapped = self._swapped.pop(id(place.parameter), None)
+            if swapped:
+                swapped.parameter.data = swapped.loaded

@@ -7,13 +7,14 @@ T = W + W (X'Y - Y'Y) (Y'Y + λ I)^-1. Qronos (Zhang et al., 2025), GPTAQ (Li et
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.codecs.source import rows_of
-from qconvert.geometry import Tile
+from qconvert.geometry import tiles
 from qconvert.kernels.records import F32, F64
 from qconvert.mapper import Mapper
 from qconvert.model import Companion, Model, SourceFile, TensorInfo
@@ -71,7 +72,7 @@ class RepairedModel:
     """A `Model` of one matrix: a weight of another model, changed.
 
     Args:
-        model, tensor: the weight W, (R, C).
+        model, tensor: the weight W, (R, C), with C of at most `MOST_COLUMNS` of compensation.
         change: (C, C); values are W + W · change, rounded to float32.
     """
 
@@ -89,11 +90,15 @@ class RepairedModel:
         """See `Model.values`."""
         columns = tensor.shape[-1]
         first, last = start // columns, -(-stop // columns)
-        tile = Tile(last - first, columns, first * columns, True)
-        weights = rows_of(self._model, self._weight, tile).astype(np.float64)
-        with np.errstate(over="ignore"):  # which whoever takes them finds
-            found = (weights + weights @ self._change).astype(np.float32).ravel()
-        return found[start - tile.start : stop - tile.start]
+        found = np.empty((last - first, columns), np.float32)
+        for part in tiles(last - first, columns):
+            tile = replace(part, start=part.start + first * columns)
+            weights = rows_of(self._model, self._weight, tile).astype(np.float64)
+            row = part.start // columns
+            with np.errstate(over="ignore"):  # which whoever takes them finds
+                found[row : row + part.rows] = weights + weights @ self._change
+        skipped = start - first * columns
+        return found.ravel()[skipped : skipped + stop - start]
 
     def raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
         """See `Model.raw`."""
