@@ -262,6 +262,19 @@ LAYERS = {  # of the second block, which needs all of the first, and in GGUF row
 }
 
 
+NAMES = [
+    *(
+        f"model.layers.{k}.{layer}_proj.weight"
+        for k in range(2)
+        for layer in (
+            *("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
+            *("mlp.gate", "mlp.up", "mlp.down"),
+        )
+    ),
+    "lm_head.weight",
+]  # in the order in which they run
+
+
 @pytest.mark.parametrize(("scheme", "suffix"), CASES)
 def test_targets_are_for_the_inputs_that_the_written_file_gives(
     made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, suffix: str
@@ -326,11 +339,13 @@ def test_report_and_file_say_what_was_done(made: Any, tmp_path: Path) -> None:
     row = next(t for t in report.tensors if t.name == "lm_head.weight")
     assert row.rounding_reason
     assert row.rounding_reason.endswith("makes up for what the tensors before it lost")
+    entry = Qblk(out).tensor("lm_head.weight")
+    assert (entry["decision"]["rounding"], entry["decision"]["damping"]) == ("repaired", 0.01)
     digest = hashlib.sha256(TEXT.read_bytes()).hexdigest()
     assert Qblk(out).header["provenance"]["repair"] == {
         "damping": 0.01,
         "seqlen": LENGTH,
-        "tensors": 15,
+        "tensors": NAMES,
         "text": {"name": TEXT.name, "sha256": digest},
         "windows": WINDOWS,
     }
@@ -380,6 +395,27 @@ def test_a_tied_head_and_few_tokens_are_said(made: Any, tmp_path: Path) -> None:
     assert any(n.startswith("1 are aimed at their own weights, such as") for n in report.notes)
     (warning,) = (w for w in report.warnings if "shorter" in w)
     assert "64 tokens for 96 channels" in warning
+
+
+@pytest.mark.parametrize(("wide", "narrow", "suffix"), [
+    ("q8_block32", "q2_block32", "qblk"), ("q8_0", "q4_0", "gguf"),
+])  # fmt: skip
+def test_weights_that_make_up_for_others_are_not_called_poor(
+    made: Any, tmp_path: Path, wide: str, narrow: str, suffix: str
+) -> None:
+    """Far from their own weights they are, at eight bits as well, and that is no loss of theirs."""
+    one, out = made("llama"), tmp_path / f"out.{suffix}"
+    first = {"qblk": "model.layers.0.*", "gguf": "blk.0.*_*.weight"}[suffix]
+    norms = [] if suffix == "qblk" else ["*norm*"]
+    options = {"tensor_scheme": {first: narrow}, "keep": norms, "text": TEXT}
+    report = one.quantize(out, wide, **options)
+    behind = {t.name: t.sqnr_db for t in report.tensors if "1" in t.name and t.stored[:2] == "q8"}
+    assert min(behind.values()) < 26  # from where on those of eight bits are called poor
+    assert report.warnings == []
+    found = qconvert.verify(out, against=one.model)
+    assert (found.status, [w for w in found.warnings if "poorer" in w]) == ("pass", [])
+    quality = [c.detail for c in found.checks if c.id == "quality"]
+    assert any("make up for what others have lost" in detail for detail in quality)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,19 @@ CLOSE = 1e-4  # of the largest value: what another order of sums may do to a blo
 HIDDEN = "hidden_states"  # the argument of a block, where it is given by its name
 
 
+@contextmanager
+def single_threads() -> Iterator[None]:
+    """Have torch work on one thread for each that calls it; its bits depend on how many it has."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class NoBlocks(Exception):
     """The model is not a chain of blocks; says why."""
 
@@ -103,6 +116,19 @@ class BlockChain:
     def blocks(self) -> list[Any]:
         """Modules of torch."""
         return [call.block for call in self._calls]
+
+    def places(self) -> dict[int, int]:
+        """The block of each parameter, by the `id` of the parameter.
+
+        Raises:
+            NoBlocks: blocks share one.
+        """
+        found: dict[int, int] = {}
+        for k, block in enumerate(self.blocks):
+            for parameter in block.parameters():
+                if found.setdefault(id(parameter), k) != k:
+                    raise NoBlocks("its blocks share weights")
+        return found
 
     def entering(self, tokens: I64) -> F32:
         """Hidden states (T, C) that a window puts into the first block."""
@@ -234,9 +260,9 @@ def _giving(result: Any) -> Callable[..., Any]:
 
 
 def _close(a: F32, b: F32) -> bool:
-    return a.shape == b.shape and bool(
-        np.abs(a - b).max(initial=0) <= CLOSE * np.abs(b).max(initial=0)
-    )
+    if a.shape != b.shape or np.array_equal(a, b, equal_nan=True):
+        return a.shape == b.shape
+    return bool(np.abs(a - b).max(initial=0) <= CLOSE * np.abs(b).max(initial=0))
 
 
 def _same(a: Any, b: Any) -> bool:

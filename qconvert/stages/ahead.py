@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qconvert import kernels
-from qconvert.codecs.codec import Encoder, Encoding, Outcome
+from qconvert.codecs.codec import REPAIRED, Encoder, Encoding, Outcome
 from qconvert.codecs.source import rows_of
 from qconvert.files.scratch import Scratch
 from qconvert.geometry import Tile, row_length, tiles
@@ -69,10 +69,12 @@ class Ahead:
 
     Attributes:
         encoders: of tensors that are encoded, by their names.
+        repaired: names of those that stand for other weights than their own.
         provenance: what there is to record.
     """
 
     encoders: dict[str, Encoder] = field(default_factory=dict)
+    repaired: frozenset[str] = frozenset()
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,13 +85,16 @@ def encoded_ahead(
     mean_square: F32 | None,
     scratch: Scratch,
     mapper: Mapper,
+    *,
+    repaired: bool,
 ) -> tuple[ReadyEncoder, F32]:
     """Encode a tensor, and decode it again.
 
     Args:
-        encoder: may have been given other values than the tensor's, and their dtype.
+        encoder: of the tensor.
         model, tensor: the weights that errors are reported against.
         mean_square: of the input channels, (columns,), where the encoder weighs by them.
+        repaired: whether the encoder was given other values than the tensor's.
 
     Returns:
         What the conversion takes, and the decoded values in the shape of the tensor.
@@ -124,6 +129,8 @@ def encoded_ahead(
         error += more
     if outcome.error is not None:
         outcome = replace(outcome, error=replace(error, clipped=outcome.error.clipped))
+    if repaired:
+        outcome = replace(outcome, decision={**(outcome.decision or {}), "rounding": REPAIRED})
     pieces = {
         tile: {kind: _kept(scratch, data) for kind, data in done.segments.items()}
         for tile, done in parts

@@ -331,9 +331,12 @@ class Job:
         )
         if outcome.weighted:
             row.weighted_sqnr_db = error.weighted_sqnr_db
-        compensated = row.rounding == COMPENSATED
         self.measured.append(
-            Measured(row.name, row.stored, encoding.bits, row.sqnr_db, compensated)
+            Measured(
+                *(row.name, row.stored, encoding.bits, row.sqnr_db),
+                compensated=row.rounding == COMPENSATED,
+                repaired=row.name in self.ahead.repaired,
+            )
         )
         self.target.finish(self._notes(row))
 

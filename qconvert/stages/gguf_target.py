@@ -79,7 +79,9 @@ class GgufTarget:
             provenance={"imatrix": {"sha256": imatrix.sha256}} if imatrix else {},
             warnings=warnings,
             notes=notes,
-            overhead=partial(_overhead, source.metadata | keys, tensors),
+            overhead=partial(
+                _overhead, source.metadata | keys, tensors, options.repair is not None
+            ),
         )
 
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
@@ -274,12 +276,17 @@ def _sink(
     return _GgufSink(target, paths, counts, {**metadata, PROVENANCE: noted}, tensors)
 
 
-def _overhead(metadata: Mapping[str, MetadataValue], tensors: Sequence[GgufTensor]) -> int:
+def _overhead(
+    metadata: Mapping[str, MetadataValue], tensors: Sequence[GgufTensor], repaired: bool
+) -> int:
     """What a file takes at most besides the bytes of its tensors: its header is made to see."""
     with TemporaryDirectory() as directory:
         path = Path(directory) / "header.gguf"
         with machine_errors(path):
-            writer = GgufWriter(path, {**metadata, PROVENANCE: " " * PROVENANCE_BYTES}, tensors)
+            wide = " " * PROVENANCE_BYTES
+            if repaired:  # whose names are listed
+                wide += json.dumps([t.name for t in tensors], ensure_ascii=False)
+            writer = GgufWriter(path, {**metadata, PROVENANCE: wide}, tensors)
             writer.close()
     size: int = writer.header_size
     return size + PADDING * len(tensors)

@@ -30,7 +30,7 @@ from qconvert.mapper import Mapper
 from qconvert.model import Model, TensorInfo
 from qconvert.progress import Progress
 from qconvert.report import QuantizeReport
-from qconvert.running.blocks import BlockChain, NoBlocks
+from qconvert.running.blocks import BlockChain, NoBlocks, single_threads
 from qconvert.running.hidden_states import HiddenStates
 from qconvert.running.hugging_face import Checkpoint, open_checkpoint
 from qconvert.running.layers import linear_layers
@@ -47,7 +47,7 @@ from qconvert.stages.target import Prepared
 WINDOWS = 64  # of the text, where nothing else is asked for
 TOGETHER = 4096  # tokens whose inputs of a layer are in memory at once; sums depend on it
 HELD_BYTES = 1 << 30  # of hidden states in memory; more of them are in a file
-REPAIRED = "its target makes up for what the tensors before it lost"
+REASON = "its target makes up for what the tensors before it lost"
 
 I64 = NDArray[np.int64]
 
@@ -128,9 +128,11 @@ def repaired(
         WeightError: see `Encoder.encode`; or an activation is NaN or Inf.
         MachineError: torch or transformers is not installed, or the disk refuses.
     """
-    # Each window is run by one thread, and sums are cut alike for any number of them.
-    checkpoint = open_checkpoint(plain.path, threads=1, streamed=True)
+    text = {"name": utf8_name(repair.text), "sha256": file_sha256(repair.text)}
+    checkpoint = open_checkpoint(plain.path, streamed=True)
     with ExitStack() as stack:
+        # Each window is run by one thread, and sums are cut alike for any number of them.
+        stack.enter_context(single_threads())
         stack.enter_context(threadpool_limits(1, "blas"))
         workers = stack.enter_context(Workers(threads))
         try:
@@ -150,17 +152,18 @@ def repaired(
             return Ahead()
     for name in run.repaired:
         before = roundings.of[name]
-        roundings.of[name] = replace(before, reason=f"{before.reason}; {REPAIRED}")
+        roundings.of[name] = replace(before, reason=f"{before.reason}; {REASON}")
     report.notes += run.notes(repair)
     report.warnings += run.warnings()
     return Ahead(
         run.encoders,
+        frozenset(run.repaired),
         {
             "repair": {
-                "text": {"name": utf8_name(repair.text), "sha256": file_sha256(repair.text)},
+                "text": text,
                 "windows": len(pieces),
                 "seqlen": repair.seqlen,
-                "tensors": len(run.repaired),
+                "tensors": list(run.repaired),
                 "damping": DAMPING,
             }
         },
@@ -268,7 +271,7 @@ class _Run:
         file = None if self.held else scratch
         self.before, self.now = (HiddenStates(len(pieces), shape, file) for _ in range(2))
         self._swapped: dict[int, _Swapped] = {}  # by the parameter
-        at = {id(p): k for k, block in enumerate(chain.blocks) for p in block.parameters()}
+        at = chain.places()
         self.inside: list[list[_Place]] = [[] for _ in chain.blocks]
         self.outside: list[_Place] = []
         for place in places:
@@ -281,7 +284,8 @@ class _Run:
     def go(self) -> None:
         """Encode everything."""
         places = [p for block in (self.outside, *self.inside) for p in block]
-        self.progress.begin("repair", sum(p.planned.tensor.nbytes for p in places), "bytes")
+        coded = (p.planned.tensor.nbytes for p in places if p.planned.scheme)
+        self.progress.begin("repair", sum(coded), "bytes")
         self._enter()
         for k, inside in enumerate(self.inside):
             self._block(k, inside)
@@ -420,7 +424,8 @@ class _Run:
         encoder = codec_of(p.scheme).encoder(model, tensor, p.scheme, facts)
         mean_square = facts.mean_square(row_length(tensor.shape))
         ready, values = encoded_ahead(
-            encoder, self.model, p.tensor, mean_square, self.scratch, self.workers.map
+            *(encoder, self.model, p.tensor, mean_square, self.scratch, self.workers.map),
+            repaired=change is not None,
         )
         self.encoders[place.name] = ready
         self._swapped[id(place.parameter)].decoded = place.placed(values)
