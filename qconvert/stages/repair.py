@@ -146,8 +146,8 @@ def repaired(
             run.go()
         except NoBlocks as e:
             report.warnings.append(
-                f"no target is repaired, and the text was not used: {e}; calibrated roundings are "
-                "as they are without --text"
+                f"--text has no effect, for the model is not run block by block: {e}; tensors are "
+                "rounded as without it"
             )
             return Ahead()
     for name in run.repaired:
