@@ -18,6 +18,9 @@ LOST_DB = 6.0
 # By how much both floors are lower for codes that make up for each other's errors: these give up
 # weights for the output of the layer, 2 to 3 dB of them in what was measured.
 COMPENSATED_DB = 4.0
+# The same for weights that give others' errors back as well: how far they are from their own is no
+# loss; but they are to be nearer than zeros, which come to 0 dB.
+REPAIRED_DB = LOST_DB
 
 # By the bits of a code.
 _EXPECTED = ((16, 45.0), (8, 30.0), (6, 26.0), (5, 20.0), (4, 15.0), (3, 10.0))
@@ -37,6 +40,7 @@ class Measured:
         bits: of a code; of a block type with all that the block stores.
         sqnr_db: in dB; None for no loss.
         compensated: whether its codes make up for each other's errors.
+        repaired: whether they stand for other weights, which make up for what was lost elsewhere.
     """
 
     name: str
@@ -44,10 +48,13 @@ class Measured:
     bits: float
     sqnr_db: float | None
     compensated: bool = False
+    repaired: bool = False
 
     @property
     def allowance_db(self) -> float:
         """How much lower its floors are."""
+        if self.repaired:
+            return REPAIRED_DB
         return COMPENSATED_DB if self.compensated else 0.0
 
 
@@ -70,7 +77,8 @@ def judge(tensors: Iterable[Measured]) -> Judged:
     """Hold tensors against the floors."""
     lossy = [(t.sqnr_db, t) for t in tensors if t.sqnr_db is not None]
     found = sorted(lossy, key=lambda f: (f[0], f[1].name))
-    poor = [(db, t) for db, t in found if LOST_DB <= db + t.allowance_db < expected_db(t.bits)]
+    judged = [(db, t) for db, t in found if not t.repaired]
+    poor = [(db, t) for db, t in judged if LOST_DB <= db + t.allowance_db < expected_db(t.bits)]
     warning = None
     if poor:
         db, worst = poor[0]

@@ -363,6 +363,23 @@ def quantize(
             "clearly less error; the model's function stays the same [auto]",
         ),
     ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="run MODEL over this text while it is quantized, and aim each compensated tensor "
+            "at its float outputs on the inputs that the tensors before it now give; the "
+            "calibration's text will do, measure on another (needs qconvert[hf])",
+        ),
+    ] = None,
+    nsamples: Annotated[
+        int | None,
+        typer.Option("--nsamples", min=1, metavar="N", help="windows of --text [64 or all]"),
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option("--seqlen", min=2, metavar="N", help="tokens of a window [256]")
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option("--keep", metavar="GLOB", help="keep these tensors bit for bit; repeatable"),
@@ -521,7 +538,7 @@ def quantize(
     from qconvert.cli import render
     from qconvert.commands.quantize import quantize as command
 
-    inputs = [model, *(path for path in (calibration, imatrix) if path)]
+    inputs = [model, *(path for path in (calibration, imatrix, text) if path)]
     with render.Emitter(json, report, force, quiet, strict, inputs) as emitter:
         done = command(
             model,
@@ -534,6 +551,9 @@ def quantize(
             no_weighting=no_weighting,
             rounding=rounding,
             equalise=equalise,
+            text=text,
+            nsamples=nsamples,
+            seqlen=seqlen,
             keep=keep,
             tensor_scheme=tensor_scheme,
             min_values=min_values,

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 
 NEAREST = "nearest"  # the code next to a weight, whatever became of other weights
+REPAIRED = "repaired"  # codes that make up for each other's errors, of other weights than its own
 
 
 # --- a tensor in a file ---------------------------------------------------------------------------

@@ -22,10 +22,12 @@ from qconvert.errors import UsageError
 from qconvert.mixes import parse_ggml_type, parse_tensor_type
 from qconvert.progress import Progress
 from qconvert.report import QuantizeReport
+from qconvert.running.text import DEFAULT_SEQLEN
 from qconvert.schemes import parse_scheme
 from qconvert.stages.plan import MIN_VALUES
 from qconvert.stages.quantize import GgufOptions, QuantizeOptions
 from qconvert.stages.quantize import quantize as stage
+from qconvert.stages.quantize_options import RepairText
 
 
 def quantize(
@@ -40,6 +42,9 @@ def quantize(
     no_weighting: bool = False,
     rounding: str | None = None,
     equalise: str | None = None,
+    text: Path | str | None = None,
+    nsamples: int | None = None,
+    seqlen: int | None = None,
     keep: str | Iterable[str] | None = None,
     tensor_scheme: Mapping[str, str] | str | Iterable[str] | None = None,
     min_values: int = MIN_VALUES,
@@ -93,6 +98,11 @@ def quantize(
         equalise: ``auto``, the default, to rescale channels between tensors by powers of two where
             that leaves clearly less error and the architecture is known, or ``off``. The model's
             function stays the same.
+        text: run the model over it, and aim each tensor that is rounded so at the outputs that it
+            had before, on the inputs that the tensors before it now give it: they make up for what
+            those have lost. The calibration's text will do; measure the result on another one.
+        nsamples, seqlen: windows of ``text``, and tokens of each: 64, or all that there are, and
+            256 by default.
         keep: keep tensors that match this glob, or one of these, bit for bit.
         tensor_scheme: another scheme for tensors that match a glob: ``{glob: scheme}``, or texts
             ``"GLOB=SCHEME"``; the first match wins.
@@ -128,6 +138,9 @@ def quantize(
     """
     check_bounds("--min-values", min_values, 0)
     check_bounds("--threads", threads, 1)
+    check_bounds("--nsamples", nsamples, 1)
+    check_bounds("--seqlen", seqlen, 2)
+    repair = _repair(as_path(text), nsamples, seqlen)
     container = container_name(format)
     gguf = container == "gguf" or (container is None and str(output).lower().endswith(".gguf"))
     budget = budget_of(
@@ -152,6 +165,7 @@ def quantize(
         weighting=not no_weighting,
         rounding=rounding_method(rounding),
         equalise=equalise_asked(equalise),
+        repair=repair,
         keep=as_texts(keep),
         tensor_schemes=tuple(map(parse_tensor_scheme, as_assignments(tensor_scheme))),
         min_values=min_values,
@@ -175,3 +189,13 @@ def quantize(
         ),
     )
     return stage(Path(model), options, progress).judged(strict)
+
+
+def _repair(text: Path | None, nsamples: int | None, seqlen: int | None) -> RepairText | None:
+    """The text to run the model over."""
+    if text is not None:
+        return RepairText(text, seqlen or DEFAULT_SEQLEN, nsamples)
+    for name, given in (("--nsamples", nsamples), ("--seqlen", seqlen)):
+        if given is not None:
+            raise UsageError(f"{name} goes with --text")
+    return None

@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.codecs.codec import NEAREST, Stored
+from qconvert.codecs.codec import NEAREST, REPAIRED, Stored
 from qconvert.codecs.compensation import COMPENSATED
 from qconvert.codecs.ggml import encoding_of
 from qconvert.errors import FormatError, UnsupportedError
@@ -83,8 +83,19 @@ def compensated_tensors(provenance: str | None) -> frozenset[str]:
     """Names of the tensors whose codes make up for each other's errors, as the provenance of a file
     of ours lists them; none where it is no such JSON.
     """
+    return _listed(provenance, "rounding", COMPENSATED)
+
+
+def repaired_tensors(provenance: str | None) -> frozenset[str]:
+    """The same of those among them that were aimed at other weights than their own."""
+    return _listed(provenance, "repair", "tensors")
+
+
+def _listed(provenance: str | None, *keys: str) -> frozenset[str]:
     try:
-        names = json.loads(provenance or "{}")["rounding"][COMPENSATED]
+        names = json.loads(provenance or "{}")
+        for key in keys:
+            names = names[key]
         return frozenset(name for name in names if isinstance(name, str))
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
         return frozenset()
@@ -110,6 +121,7 @@ class GgufModel:
         self._file = file
         self._header = header
         self._compensated = compensated_tensors(self.metadata.get(PROVENANCE))
+        self._repaired = repaired_tensors(self.metadata.get(PROVENANCE))
         self._starts = {
             tensor.name: header.data_start + offset for tensor, offset in header.tensors
         }
@@ -138,6 +150,8 @@ class GgufModel:
 
     def rounding(self, tensor: TensorInfo) -> str:
         """How the codes of a tensor were chosen, as far as the file's provenance says."""
+        if tensor.name in self._repaired:
+            return REPAIRED
         return COMPENSATED if tensor.name in self._compensated else NEAREST
 
     def check_payload(self, advance: Callable[[int], None]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.files.atomic import machine_errors
+from qconvert.kernels.records import Bytes
 
 
 class Scratch:
@@ -44,3 +47,44 @@ class Scratch:
             self._file.write(np.ascontiguousarray(array).data.cast("B"))
             self._file.flush()
             return np.memmap(self._file, array.dtype, "r", offset, array.shape)
+
+    def append(self, data: Bytes) -> int:
+        """Put bytes behind all others; where they begin, for `read` and `write`. One thread at a
+        time.
+
+        Raises:
+            MachineError: the disk is full, or refuses.
+        """
+        with machine_errors(self.output):
+            offset = self._file.seek(0, 2)
+            self._file.write(data)
+            self._file.flush()
+        return offset
+
+    def write(self, offset: int, data: Bytes) -> None:
+        """Other bytes in the place of some.
+
+        Raises:
+            MachineError: the disk refuses.
+        """
+        with machine_errors(self.output):
+            view = memoryview(data).cast("B")
+            while view:
+                done = os.pwrite(self._file.fileno(), view, offset)
+                view, offset = view[done:], offset + done
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes that were put there; by several threads at once if need be.
+
+        Raises:
+            MachineError: the disk refuses.
+        """
+        parts = []
+        with machine_errors(self.output):
+            while size:
+                part = os.pread(self._file.fileno(), size, offset)
+                if not part:
+                    raise OSError(errno.EIO, "a scratch file has lost its end")
+                parts.append(part)
+                offset, size = offset + len(part), size - len(part)
+        return b"".join(parts)

@@ -6,7 +6,7 @@ What was done so far lies beside the output, see `qconvert.calibration.saved_sta
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -197,7 +197,9 @@ class _Run:
         self.model = model
         self.state = state
         self.progress = progress
-        self.pieces = _pieces(options, checkpoint)
+        self.pieces = text_pieces(
+            *(checkpoint, options.texts, options.seqlen, options.nsamples, options.seed)
+        )
         self.layers = linear_layers(
             checkpoint, model, {t.name for t in model.tensors if no_matrix(t)}
         )
@@ -437,29 +439,41 @@ class _Run:
         self.resumed_at = theirs.groups * theirs.chunks + theirs.done
 
 
-def _pieces(options: TextOptions, checkpoint: Checkpoint) -> list[NDArray[np.int64]]:
-    """Windows or lines of all texts, checked against the model."""
+def text_pieces(
+    checkpoint: Checkpoint,
+    texts: Iterable[Path],
+    seqlen: int,
+    nsamples: int | None = None,
+    seed: int = 0,
+) -> list[NDArray[np.int64]]:
+    """Windows or lines of all texts, checked against the model.
+
+    Args:
+        seqlen, nsamples, seed: see `token_chunks`.
+
+    Raises:
+        UnsupportedError: windows longer than the model takes, or a tokenizer of another model.
+        UsageError, InputError: see `token_chunks`.
+    """
     longest = checkpoint.config.get("max_position_embeddings")
-    if isinstance(longest, int) and options.seqlen > longest:
+    if isinstance(longest, int) and seqlen > longest:
         raise UnsupportedError(
             "the model does not take windows that long",
-            path=options.model,
-            found=f"--seqlen {options.seqlen:,}",
+            path=checkpoint.path,
+            found=f"--seqlen {seqlen:,}",
             wanted=f"at most {longest:,}",
             code="TEXT-SEQLEN",
         )
     cut = token_chunks if checkpoint.kind == "causal" else sentences
     pieces = [
-        piece
-        for text in options.texts
-        for piece in cut(checkpoint.tokenizer, text, options.seqlen, options.nsamples, options.seed)
+        piece for text in texts for piece in cut(checkpoint.tokenizer, text, seqlen, nsamples, seed)
     ]
     known = embeddings(checkpoint)
     largest = max(int(piece.max()) for piece in pieces)
     if largest >= known:
         raise UnsupportedError(
             "the tokenizer is of another model",
-            path=options.model,
+            path=checkpoint.path,
             found=f"token {largest:,}",
             wanted=f"below {known:,}, the size of the embedding",
             code="HF-VOCABULARY",

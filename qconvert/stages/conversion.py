@@ -23,6 +23,7 @@ from qconvert.codecs.raw import KeptEncoder
 from qconvert.errors import WeightError
 from qconvert.files.atomic import AtomicOutput, AtomicSet, check_space
 from qconvert.files.regular import file_sha256, utf8_name
+from qconvert.files.scratch import Scratch
 from qconvert.floors import Measured, judge
 from qconvert.geometry import TILE_VALUES, Tile
 from qconvert.kernels.records import Encoded, ErrorSums
@@ -30,9 +31,10 @@ from qconvert.mapper import Mapper
 from qconvert.model import Model, SourceFile
 from qconvert.progress import Progress
 from qconvert.report import QuantizedTensor, QuantizeReport
+from qconvert.stages.ahead import Ahead
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import MIN_VALUES, PlannedTensor
-from qconvert.stages.quantize_options import QuantizeOptions
+from qconvert.stages.quantize_options import QuantizeOptions, RepairText
 from qconvert.stages.rounding import Roundings
 from qconvert.stages.target import Prepared, Sink, TensorTarget
 
@@ -90,7 +92,11 @@ class Job:
     Workers encode tiles, ahead of each other and across tensors; their results arrive in order on
     the main thread, which hashes and writes.
 
+    Args:
+        plain: the source under its own names, to be run where that is asked for.
+
     Attributes:
+        ahead: tensors that were encoded before the output was begun.
         target: where the tensor under way is written.
         seen: what its pieces have told so far.
     """
@@ -101,6 +107,7 @@ class Job:
     def __init__(
         self,
         prepared: Prepared,
+        plain: Model,
         options: QuantizeOptions,
         calibration: Calibration | None,
         roundings: Roundings,
@@ -109,6 +116,7 @@ class Job:
     ) -> None:
         self.prepared = prepared
         self.model = prepared.model
+        self.plain = plain
         self.options = options
         self.calibration = calibration
         self.roundings = roundings
@@ -116,6 +124,7 @@ class Job:
         self.progress = progress
         self.total = ErrorSums()
         self.measured: list[Measured] = []
+        self.ahead = Ahead()
 
     def write(self, name: Path) -> None:
         """Convert.
@@ -126,6 +135,7 @@ class Job:
         sources = _source_paths(self.model)
         inputs = [self.model.path, *sources]
         inputs += [p for p in (self.options.calibration, self.options.gguf.imatrix) if p]
+        inputs += [self.options.repair.text] if self.options.repair else []
         paths, force = self.prepared.outputs, self.options.force
         with ExitStack() as stack:
             out: AtomicOutput | AtomicSet
@@ -134,8 +144,12 @@ class Job:
             else:
                 out = stack.enter_context(AtomicSet(name, paths, overwrite=force, inputs=inputs))
             check_space(paths[0], sum(p.encoding.size(p.tensor.shape) for p in self.prepared.plan))
-            sink = self.prepared.sink(out, self._provenance(sources))
             threads = self.options.threads or available_threads()
+            if self.options.repair:
+                self.ahead = self._repaired(
+                    self.options.repair, threads, stack.enter_context(Scratch(paths[0]))
+                )
+            sink = self.prepared.sink(out, self._provenance(sources))
             self.progress.begin(_title(self.report), self.report.source_bytes, "bytes")
             if self.roundings.compensated:
                 # Or the bits of factors would depend on the number of BLAS's threads.
@@ -162,6 +176,15 @@ class Job:
     def _encoded(self, encoder: Encoder, tile: Tile) -> Encoded:
         with self.roundings.room(encoder.tensor.name):
             return encoder.encode(tile)
+
+    def _repaired(self, text: RepairText, threads: int, scratch: Scratch) -> Ahead:
+        """Encode tensors on the inputs that those before them give."""
+        from qconvert.stages.repair import repaired  # 0.1 s
+
+        return repaired(
+            *(text, self.plain, self.prepared, self.roundings, self.report, self.progress),
+            *(threads, scratch, self._facts),
+        )
 
     def _judge(self) -> None:
         """Warn of weights that are lost or poorer than they should be."""
@@ -217,7 +240,7 @@ class Job:
             if swept := set(self.roundings.swept):
                 by_row = [name for name in names if name not in swept]
                 found["rounding"] |= {"by_row": by_row, "row_damping": ROW_DAMPING}
-        return found
+        return found | self.ahead.provenance
 
     # --- on the main thread, ahead of the work: encoders, and the tiles of all tensors in order ---
 
@@ -247,16 +270,21 @@ class Job:
     def _encoder(self, p: PlannedTensor, workers: Workers, mapper: Mapper = map) -> Encoder:
         if p.scheme is None:
             return KeptEncoder(self.model, p.tensor, p.encoding)
+        if p.tensor.name in self.ahead.encoders:
+            return self.ahead.encoders[p.tensor.name]
+        facts = self._facts(p, workers, mapper)
+        return codec_of(p.scheme).encoder(self.model, p.tensor, p.scheme, facts)
+
+    def _facts(self, p: PlannedTensor, workers: Workers, mapper: Mapper) -> Facts:
         calibration = self.calibration if self.options.weighting else None
         layer = self.roundings.layers.get(p.tensor.name)
-        facts = Facts(
+        return Facts(
             self.options.range,
             partial(calibration.mean_squares, layer) if calibration and layer else lambda _: None,
             self.prepared.importance(p.tensor),
             self.roundings.rounder(p.tensor.name, workers.map),
             mapper,
         )
-        return codec_of(p.scheme).encoder(self.model, p.tensor, p.scheme, facts)
 
     # --- on the main thread, behind the work: writing, in order ---
 
@@ -311,9 +339,12 @@ class Job:
         )
         if outcome.weighted:
             row.weighted_sqnr_db = error.weighted_sqnr_db
-        compensated = row.rounding == COMPENSATED
         self.measured.append(
-            Measured(row.name, row.stored, encoding.bits, row.sqnr_db, compensated)
+            Measured(
+                *(row.name, row.stored, encoding.bits, row.sqnr_db),
+                compensated=row.rounding == COMPENSATED,
+                repaired=row.name in self.ahead.repaired,
+            )
         )
         self.target.finish(self._notes(row))
 

@@ -88,7 +88,7 @@ class GgufTarget:
                 source.metadata | keys,
                 tensors,
                 rescaled,
-                calibrated=bool(options.calibration),
+                lists=2 * bool(options.calibration) + bool(options.repair),
             ),
         )
 
@@ -326,15 +326,16 @@ def _overhead(
     tensors: Sequence[GgufTensor],
     known: dict[str, Any],
     *,
-    calibrated: bool,
+    lists: int,
 ) -> int:
     """What a file takes at most besides the bytes of its tensors: its header is made to see.
 
     Args:
         known: members of the provenance that are not in its bound.
+        lists: how often provenance may name every tensor.
     """
-    names = [t.name for t in tensors if calibrated]  # that provenance may have twice
-    provenance = " " * (PROVENANCE_BYTES + 2 * len(json.dumps(names))) + _text(known)
+    names = [t.name for t in tensors]
+    provenance = " " * (PROVENANCE_BYTES + lists * len(_text({"": names}))) + _text(known)
     with TemporaryDirectory() as directory:
         path = Path(directory) / "header.gguf"
         with machine_errors(path):

@@ -83,7 +83,13 @@ class QblkTarget:
             companions=len(model.companions),
             companion_bytes=sum(c.size for c in model.companions),
             warnings=_module_warnings(opened),
-            overhead=partial(_overhead, model, plan, calibrated=options.calibration is not None),
+            overhead=partial(
+                _overhead,
+                model,
+                plan,
+                calibrated=options.calibration is not None,
+                repaired=options.repair is not None,
+            ),
         )
 
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
@@ -149,15 +155,19 @@ def _header_bound(
     return header_bound(bounds, files, model.metadata, provenance, features)
 
 
-def _overhead(model: Model, plan: tuple[PlannedTensor, ...], *, calibrated: bool) -> int:
+def _overhead(
+    model: Model, plan: tuple[PlannedTensor, ...], *, calibrated: bool, repaired: bool
+) -> int:
     """What the file takes at most besides the bytes of its tensors."""
     names = [p.tensor.name for p in plan if calibrated]  # that may be rounded so
-    wide = {
+    wide: dict[str, Any] = {
         "": "x" * PROVENANCE_BYTES,
         "sources": [s.name for s in model.sources],
         "rounding": {**WIDEST_ROUNDING, **WIDEST_SWEEP, "compensated": names, "by_row": names},
         **noted(model),
     }
+    if repaired:
+        wide["repair"] = names
     header = PREAMBLE.size + _header_bound(model, plan, wide, calibrated, names, names)
     segments = sum(len(p.encoding.segments(p.tensor.shape)) for p in plan)
     segments += len(model.companions)

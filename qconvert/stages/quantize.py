@@ -23,8 +23,8 @@ from qconvert.stages.budget import unknown_sensitivities, within_budget
 from qconvert.stages.conversion import Job, fill_totals, planned_row
 from qconvert.stages.equalisation import rescaled
 from qconvert.stages.plan import PlannedTensor, check_schemes
-from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
-from qconvert.stages.rounding import plan_roundings
+from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions, RepairText
+from qconvert.stages.rounding import Roundings, plan_roundings
 from qconvert.stages.sources import examined
 from qconvert.stages.target import Prepared, model_name, target_of
 
@@ -89,6 +89,8 @@ def quantize(
             *(prepared.plan, calibration, tables | layers),
             *(options.rounding, options.weighting, prepared.model),
         )
+        if options.repair:
+            _check_repair(options.repair, roundings)
         report.warnings += roundings.warnings()
         report.notes += roundings.notes()
         if isinstance(calibration, EqualisedCalibration):
@@ -102,6 +104,8 @@ def quantize(
             )
         if options.range and not prepared.ranged:
             report.warnings.append("--range has no effect: no tensor takes a scheme with ranges")
+        if options.dry_run and options.repair:
+            report.warnings.append("--text has no effect on a dry run: the model is not run")
         if options.dry_run:
             report.tensors = [
                 planned_row(p, roundings, sizes.get(p.tensor.name)) for p in prepared.plan
@@ -109,7 +113,7 @@ def quantize(
             report.output_bytes = sum(t.nbytes for t in report.tensors) + prepared.companion_bytes
             fill_totals(report, ErrorSums())
         else:
-            Job(prepared, options, calibration, roundings, report, progress).write(output)
+            Job(prepared, plain, options, calibration, roundings, report, progress).write(output)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -200,6 +204,23 @@ def _check_calibration(
         )
     for tensor in used:
         calibration.check(tensor, layers[tensor.name])
+
+
+def _check_repair(repair: RepairText, roundings: Roundings) -> None:
+    """Refuse a text where no target could be other than its weight.
+
+    Raises:
+        UsageError: no tensor is rounded so that codes make up for each other's errors.
+    """
+    if roundings.compensated:
+        return
+    reasons = dict.fromkeys(r.reason for r in roundings.of.values())
+    raise UsageError(
+        "--text without a tensor whose codes make up for each other's errors",
+        found="; ".join(reasons) or None,
+        hint="give --calibration a file with Gram matrices, made with: qconvert calibrate "
+        f"MODEL --text {repair.text.name} --gram",
+    )
 
 
 def _unused(

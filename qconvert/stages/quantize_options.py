@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qconvert.mixes import TensorTypeRule
 from qconvert.ranges import RangeMethod
+from qconvert.running.text import DEFAULT_SEQLEN
 from qconvert.schemes import Scheme, TensorScheme
 from qconvert.stages.plan import MIN_VALUES
 
@@ -66,6 +67,20 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class RepairText:
+    """A text on which tensors are aimed at the outputs of the float model.
+
+    Attributes:
+        seqlen: tokens of a window.
+        nsamples: windows; None for the usual number, or as many as there are.
+    """
+
+    text: Path
+    seqlen: int = DEFAULT_SEQLEN
+    nsamples: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizeOptions:
     """Options of ``qconvert quantize``; the command line's help describes each.
 
@@ -83,6 +98,7 @@ class QuantizeOptions:
     weighting: bool = True
     rounding: str | None = None
     equalise: bool = True
+    repair: RepairText | None = None
     keep: tuple[str, ...] = ()
     tensor_schemes: tuple[tuple[str, TensorScheme], ...] = ()
     min_values: int = MIN_VALUES

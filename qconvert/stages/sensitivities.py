@@ -19,14 +19,14 @@ import numpy as np
 from qconvert.calibration.file import Calibration
 from qconvert.calibration.fisher import Sensitivity, stacked
 from qconvert.codecs import codec_of
-from qconvert.codecs.codec import Encoder, Facts, Stored
+from qconvert.codecs.codec import Encoder, Encoding, Facts, Stored
 from qconvert.codecs.source import rows_of
 from qconvert.errors import FormatError, UnsupportedError, WeightError
 from qconvert.files.atomic import AtomicOutput
 from qconvert.files.qblk_writer import packed
 from qconvert.files.strict_json import read_object
 from qconvert.geometry import row_length, tiles
-from qconvert.kernels.records import Encoded
+from qconvert.kernels.records import Bytes, Encoded
 from qconvert.model import Model, TensorInfo
 from qconvert.progress import Progress
 from qconvert.schemes import TENSOR_SCHEMES
@@ -252,18 +252,7 @@ class Measuring:
         settled = encoder.settled(seen)
         if settled.encoding != encoder.encoding:
             parts, _ = _encoded(settled)
-        for kind, data in settled.shared().items():
-            parts.setdefault(kind, []).append(bytes(data))
-        whole = {kind: b"".join(data) for kind, data in parts.items()}
-        for segment in settled.encoding.segments(tensor.shape):
-            if segment.width:
-                values = np.frombuffer(whole[segment.kind], np.uint8)
-                whole[segment.kind] = packed(values, segment.width)
-
-        def read(kind: str, offset: int, size: int) -> bytes:
-            return whole[kind][offset : offset + size]
-
-        return Stored(tensor.name, tensor.shape, settled.encoding, read, self.model.path)
+        return as_stored(tensor, settled.encoding, [*parts, settled.shared()], self.model.path)
 
     def _loss(self, tensor: TensorInfo, stored: Stored, d: Sensitivity | None) -> Loss:
         """What the decoded tensor has lost."""
@@ -282,16 +271,35 @@ class Measuring:
         return Loss(nbytes, noise / signal if signal else 0.0, None if d is None else kl)
 
 
-def _encoded(encoder: Encoder) -> tuple[dict[str, list[bytes]], Encoded]:
-    """All of a tensor, by segments, and what was seen of it."""
-    parts: dict[str, list[bytes]] = {}
+def _encoded(encoder: Encoder) -> tuple[list[dict[str, Bytes]], Encoded]:
+    """The segments of all tiles of a tensor, and what was seen of it."""
+    parts = []
     seen = Encoded()
     for tile in encoder.tiles():
         done = encoder.encode(tile)
-        for kind, data in done.segments.items():
-            parts.setdefault(kind, []).append(bytes(data))
+        parts.append(done.segments)
         seen += done
     return parts, seen
+
+
+def as_stored(
+    tensor: TensorInfo, encoding: Encoding, parts: Iterable[Mapping[str, Bytes]], path: Path
+) -> Stored:
+    """A tensor as it will be in a file, from the segments of its tiles and those they share."""
+    pieces: dict[str, list[Bytes]] = {}
+    for segments in parts:
+        for kind, data in segments.items():
+            pieces.setdefault(kind, []).append(data)
+    whole = {kind: b"".join(data) for kind, data in pieces.items()}
+    for segment in encoding.segments(tensor.shape):
+        if segment.width:
+            values = np.frombuffer(whole[segment.kind], np.uint8)
+            whole[segment.kind] = packed(values, segment.width)
+
+    def read(kind: str, offset: int, size: int) -> bytes:
+        return whole[kind][offset : offset + size]
+
+    return Stored(tensor.name, tensor.shape, encoding, read, path)
 
 
 def sensitivity_of(

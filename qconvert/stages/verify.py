@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from qconvert import kernels
 from qconvert.calibration.recorded import check_activations, read_batches
-from qconvert.codecs.codec import NEAREST, Coded, Stored
+from qconvert.codecs.codec import NEAREST, REPAIRED, Coded, Stored
 from qconvert.codecs.compensation import COMPENSATED
 from qconvert.codecs.source import F32_MAX
 from qconvert.containers import CONTAINERS
@@ -31,7 +31,7 @@ from qconvert.files.gguf import PROVENANCE
 from qconvert.files.qblk import QblkModel
 from qconvert.files.strict_json import strict_json
 from qconvert.files.transposed import input_first
-from qconvert.floors import COMPENSATED_DB, LOST_DB, Measured, judge
+from qconvert.floors import COMPENSATED_DB, LOST_DB, REPAIRED_DB, Measured, judge
 from qconvert.geometry import TILE_VALUES, Tile, tiles
 from qconvert.kernels.activations import DynamicInput, StaticInput, as_bytes
 from qconvert.kernels.arithmetic import CAST_NUMPY, cast_values
@@ -504,11 +504,12 @@ class _Job:
 
     def _quality_floors(self, rows: list[VerifiedTensor]) -> None:
         """Fail where weights are lost, warn where a width does worse than it should."""
-        compensated = {r.name for r in rows if self.stored[r.name].rounding == COMPENSATED}
+        roundings = {r.name: self.stored[r.name].rounding for r in rows}
         judged = judge(
             Measured(
                 *(r.name, r.stored, self.stored[r.name].encoding.bits, r.sqnr_db),
-                compensated=r.name in compensated,
+                compensated=roundings[r.name] == COMPENSATED,
+                repaired=roundings[r.name] == REPAIRED,
             )
             for r in rows
         )
@@ -517,13 +518,20 @@ class _Job:
             detail = f"the weights of {len(judged.lost)} of {len(rows)} tensors are lost: {detail}"
             if len(judged.lost) > len(rows) / 2:
                 detail += "; is --against the model that the file was made from?"
-        plain = {name: db for db, name in judged.figures if name not in compensated}
-        others = {name: db for db, name in judged.figures if name in compensated}
-        if plain or not others:
+        figures: dict[str, dict[str, float]] = {}
+        for db, name in judged.figures:
+            figures.setdefault(roundings[name], {})[name] = db
+        others = {
+            COMPENSATED: (COMPENSATED_DB, "of those whose codes make up for each other's errors"),
+            REPAIRED: (REPAIRED_DB, "of those that make up for what others have lost"),
+        }
+        plain = {n: db for how, of in figures.items() if how not in others for n, db in of.items()}
+        if plain or not figures:
             self._limit("quality", detail, plain, LOST_DB, min)
-        if others:
-            detail += ", of those whose codes make up for each other's errors"
-            self._limit("quality", detail, others, LOST_DB - COMPENSATED_DB, min)
+        for how, (allowance, which) in others.items():
+            if how in figures:
+                of_them = f"{detail}, {which}"
+                self._limit("quality", of_them, figures[how], LOST_DB - allowance, min)
         if judged.warning:
             self.report.warnings.append(judged.warning)
 
