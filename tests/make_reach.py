@@ -4,7 +4,8 @@
 
 The calibration (128 windows of 256 tokens, --gram --fisher) is made once in DIR and kept there, as
 is what each tensor loses under each scheme. Text of the calibration and of the measurement have to
-differ. GGUF budgets are the sizes of the files of llama.cpp's mixes, which are made first. An
+differ. Files but those called nearest are aimed at the float outputs over the calibration's text
+(--text). GGUF budgets are the sizes of the files of llama.cpp's mixes, which are made first. An
 encoder, which predicts no tokens, gets the mean SQNR of its matrices, without data.
 """
 
@@ -55,13 +56,16 @@ def asked(model: Path, work: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield f"--preset {preset}", suffix, {"preset": preset, "sensitivities": losses}
 
 
-def rows(model: Path, calibration: Path, text: Path, work: Path, windows: int) -> Iterator[str]:
+def rows(
+    model: Path, calibration: Path, aim: Path, text: Path, work: Path, windows: int
+) -> Iterator[str]:
     yield "| file | container | bits | bytes | predicted KL | KL, nats |\n"
     yield "|---|---|---|---|---|---|\n"
     for name, suffix, options in asked(model, work):
         path = work / f"{name}.{suffix}"
+        aimed = None if "nearest" in name.split() else aim
         done = qconvert.quantize(
-            *(model,), output=path, calibration=calibration, force=True, **options
+            *(model,), output=path, calibration=calibration, text=aimed, force=True, **options
         )
         proof = qconvert.verify(
             *(path,), against=model, text=text, scoring="second-half", nsamples=windows,
@@ -100,7 +104,8 @@ def main() -> None:
         found = encoder_rows(given.model, given.work)
     else:
         calibration = calibrated(given.model, given.calibration_text, given.work)
-        found = rows(given.model, calibration, given.text, given.work, given.windows)
+        texts = given.calibration_text, given.text
+        found = rows(given.model, calibration, *texts, given.work, given.windows)
     print(f"{config['model_type']}, {given.model.name}\n")
     for line in found:
         print(line, end="", flush=True)
