@@ -468,6 +468,32 @@ def quantize(
             help="budget by name: small, balanced or near-lossless",
         ),
     ] = None,
+    finetune: Annotated[
+        int,
+        typer.Option(
+            "--finetune",
+            metavar="N",
+            help="tune the scales of rows by N steps of gradient descent on --text, usually 20; "
+            "codes and size stay [0, none] (needs qconvert[hf])",
+        ),
+    ] = 0,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text", metavar="FILE", help="what --finetune tunes by, a part of it judges"
+        ),
+    ] = None,
+    seqlen: Annotated[
+        int | None,
+        typer.Option("--seqlen", metavar="N", help="tokens of a window of --text [256]"),
+    ] = None,
+    nsamples: Annotated[
+        int | None,
+        typer.Option("--nsamples", metavar="N", help="windows of --text, drawn [all]"),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="of the draw and the order of windows [0]")
+    ] = 0,
     sensitivities: Annotated[
         Path | None,
         typer.Option(
@@ -512,7 +538,7 @@ def quantize(
     from qconvert.cli import render
     from qconvert.commands.quantize import quantize as command
 
-    inputs = [model, *(path for path in (calibration, imatrix) if path)]
+    inputs = [model, *(path for path in (calibration, imatrix, text) if path)]
     with render.Emitter(json, report, force, quiet, strict, inputs) as emitter:
         done = command(
             model,
@@ -542,6 +568,11 @@ def quantize(
             target_size=target_size,
             max_kl=max_kl,
             preset=preset,
+            finetune=finetune,
+            text=text,
+            seqlen=seqlen,
+            nsamples=nsamples,
+            seed=seed,
             sensitivities=sensitivities,
             threads=threads,
             dry_run=dry_run,

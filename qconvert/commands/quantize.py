@@ -12,6 +12,7 @@ from qconvert.commands.arguments import (
     budget_of,
     check_bounds,
     container_name,
+    finetune_of,
     parse_tensor_scheme,
     range_method,
     rounding_method,
@@ -56,6 +57,11 @@ def quantize(
     target_size: str | int | None = None,
     max_kl: float | None = None,
     preset: str | None = None,
+    finetune: int = 0,
+    text: Path | str | None = None,
+    seqlen: int | None = None,
+    nsamples: int | None = None,
+    seed: int = 0,
     sensitivities: Path | str | None = None,
     threads: int | None = None,
     dry_run: bool = False,
@@ -108,6 +114,13 @@ def quantize(
             file, or the predicted divergence of next tokens in nats. By the ``calibration`` where
             it was made with ``fisher``, else by what tensors of each role usually need.
         preset: a budget by name: ``small``, ``balanced`` or ``near-lossless``.
+        finetune: tune the scales of rows for so many steps of gradient descent, usually 20, so that
+            the model predicts next tokens as its source does; codes and size stay. The model is a
+            directory that transformers runs, twice in memory as float32. Needs qconvert[hf].
+        text: a UTF-8 file to tune by; a part of it judges.
+        seqlen: tokens of a window of ``text``, 256 by default.
+        nsamples: windows of the text, drawn; all by default.
+        seed: of that draw, and of the order of windows.
         sensitivities: of a budget: a file of what each tensor loses under each scheme, read where
             it is there and written where not.
         threads: all available processors by default.
@@ -156,6 +169,7 @@ def quantize(
         hash_source=hash_source,
         allow_requantize=allow_requantize,
         budget=budget,
+        finetune=finetune_of(finetune, text, seqlen, nsamples, seed),
         gguf=GgufOptions(
             raw=raw,
             pre_tokenizer=pre_tokenizer,

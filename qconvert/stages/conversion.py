@@ -121,22 +121,26 @@ class Job:
         self.total = ErrorSums()
         self.measured: list[Measured] = []
 
-    def write(self, name: Path) -> None:
+    def write(self, name: Path, *, interim: bool = False) -> None:
         """Convert.
 
         Args:
             name: of the output, whole or in several files.
+            interim: as of `AtomicOutput`.
         """
         sources = _source_paths(self.model)
         inputs = [self.model.path, *sources]
         inputs += [p for p in (self.options.calibration, self.options.gguf.imatrix) if p]
+        if self.options.finetune:
+            inputs.append(self.options.finetune.text)
         paths, force = self.prepared.outputs, self.options.force
         with ExitStack() as stack:
             out: AtomicOutput | AtomicSet
             if len(paths) == 1:
-                out = stack.enter_context(AtomicOutput(paths[0], overwrite=force, inputs=inputs))
+                out = AtomicOutput(paths[0], overwrite=force, inputs=inputs, interim=interim)
             else:
-                out = stack.enter_context(AtomicSet(name, paths, overwrite=force, inputs=inputs))
+                out = AtomicSet(name, paths, overwrite=force, inputs=inputs, interim=interim)
+            stack.enter_context(out)
             check_space(paths[0], sum(p.encoding.size(p.tensor.shape) for p in self.prepared.plan))
             sink = self.prepared.sink(out, self._provenance(sources))
             threads = self.options.threads or available_threads()

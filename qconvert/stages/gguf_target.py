@@ -79,7 +79,9 @@ class GgufTarget:
             provenance={"imatrix": {"sha256": imatrix.sha256}} if imatrix else {},
             warnings=warnings,
             notes=notes,
-            overhead=partial(_overhead, source.metadata | keys, tensors),
+            overhead=partial(
+                _overhead, source.metadata | keys, tensors, options.finetune is not None
+            ),
         )
 
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
@@ -274,12 +276,21 @@ def _sink(
     return _GgufSink(target, paths, counts, {**metadata, PROVENANCE: noted}, tensors)
 
 
-def _overhead(metadata: Mapping[str, MetadataValue], tensors: Sequence[GgufTensor]) -> int:
-    """What a file takes at most besides the bytes of its tensors: its header is made to see."""
+def _overhead(
+    metadata: Mapping[str, MetadataValue], tensors: Sequence[GgufTensor], tuned: bool
+) -> int:
+    """What a file takes at most besides the bytes of its tensors: its header is made to see.
+
+    Args:
+        tuned: whether the provenance lists tensors that are.
+    """
+    noted = PROVENANCE_BYTES
+    if tuned:
+        noted += sum(len(json.dumps(t.name)) + 2 for t in tensors)
     with TemporaryDirectory() as directory:
         path = Path(directory) / "header.gguf"
         with machine_errors(path):
-            writer = GgufWriter(path, {**metadata, PROVENANCE: " " * PROVENANCE_BYTES}, tensors)
+            writer = GgufWriter(path, {**metadata, PROVENANCE: " " * noted}, tensors)
             writer.close()
     size: int = writer.header_size
     return size + PADDING * len(tensors)

@@ -10,6 +10,7 @@ from typing import Any
 from qconvert.calibration.document import MAX_OBSERVER
 from qconvert.codecs.codec import Encoding
 from qconvert.codecs.compensation import COMPENSATED
+from qconvert.codecs.rescaled import PROVENANCE_KEY
 from qconvert.errors import FormatError, UsageError
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicOutput, AtomicSet
@@ -80,7 +81,11 @@ class QblkTarget:
             companions=len(model.companions),
             companion_bytes=sum(c.size for c in model.companions),
             warnings=_module_warnings(opened),
-            overhead=partial(_overhead, model, plan, calibrated=options.calibration is not None),
+            overhead=partial(
+                _overhead,
+                *(model, plan, options.finetune is not None),
+                calibrated=options.calibration is not None,
+            ),
         )
 
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
@@ -142,7 +147,9 @@ def _header_bound(
     return header_bound(bounds, files, model.metadata, provenance, features)
 
 
-def _overhead(model: Model, plan: tuple[PlannedTensor, ...], *, calibrated: bool) -> int:
+def _overhead(
+    model: Model, plan: tuple[PlannedTensor, ...], tuned: bool, *, calibrated: bool
+) -> int:
     """What the file takes at most besides the bytes of its tensors."""
     names = [p.tensor.name for p in plan if calibrated]  # that may be rounded so
     wide = {
@@ -150,6 +157,8 @@ def _overhead(model: Model, plan: tuple[PlannedTensor, ...], *, calibrated: bool
         "sources": [s.name for s in model.sources],
         "rounding": {**WIDEST_ROUNDING, "compensated": names},
     }
+    if tuned:
+        wide[PROVENANCE_KEY] = {"tensors": [p.tensor.name for p in plan]}
     header = PREAMBLE.size + _header_bound(model, plan, wide, calibrated, names)
     segments = sum(len(p.encoding.segments(p.tensor.shape)) for p in plan)
     segments += len(model.companions)

@@ -46,6 +46,10 @@ def quantize(
         raise UsageError(
             "--no-weighting without a calibration", hint="weights come with --calibration FILE"
         )
+    if options.finetune:
+        from qconvert.stages.finetune import check_source, convert_tuned  # what runs models
+
+        check_source(source)
     check_schemes((options.scheme, *(s for _, s in options.tensor_schemes)), container)
     with ExitStack() as files, about(source):
         opened = open_model(source)
@@ -97,7 +101,11 @@ def quantize(
             report.output_bytes = sum(t.nbytes for t in report.tensors) + prepared.companion_bytes
             fill_totals(report, ErrorSums())
         else:
-            Job(prepared, options, calibration, roundings, report, progress).write(output)
+            job = prepared, options, calibration, roundings, report, progress
+            if options.finetune:
+                convert_tuned(source, output, *job)
+            else:
+                Job(*job).write(output)
     report.seconds = time.perf_counter() - started
     return report
 
