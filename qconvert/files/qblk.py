@@ -14,7 +14,6 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qconvert.codecs.codec import NEAREST, Stored
-from qconvert.codecs.rescaled import TUNED, tuned_tensors
 from qconvert.files.qblk_check import check_payload
 from qconvert.files.qblk_header import SLASH, StoredFile, StoredTensor, read_header
 from qconvert.files.regular import RegularFile
@@ -37,7 +36,6 @@ class QblkModel:
             self._file.close()
             raise
         self._entries = {t.name: t for t in self.header.tensors}
-        self._tuned = tuned_tensors(self.header.provenance)
         self.tensors = tuple(_info(t) for t in self.header.tensors)
         self.metadata = self.header.metadata
         self.companions = tuple(
@@ -65,12 +63,8 @@ class QblkModel:
             source_dtype=entry.source_dtype,
             activation=entry.activation,
             error=entry.error,
-            rounding=str(entry.decision.get("rounding", self._unsaid(entry.name))),
+            rounding=str(entry.decision.get("rounding", NEAREST)),
         )
-
-    def _unsaid(self, name: str) -> str:
-        """How codes were chosen of which the decision says nothing."""
-        return TUNED if name in self._tuned else NEAREST
 
     def _read(self, entry: StoredTensor, kind: str, offset: int, size: int) -> bytes:
         return self.read_at(entry.segment(kind).offset + offset, size)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from qconvert.calibration.file import Calibration
 from qconvert.codecs.codec import Encoder, Outcome
 from qconvert.codecs.raw import RawEncoding
-from qconvert.codecs.rescaled import PROVENANCE_KEY, RescaledEncoder
+from qconvert.codecs.rescaled import PROVENANCE_KEY, TUNED, RescaledEncoder
+from qconvert.codecs.source import RUN_VALUES
 from qconvert.errors import InputError, UnsupportedError, UsageError
 from qconvert.files import OpenModel, open_model
 from qconvert.files.atomic import check_target, draft_directory
@@ -105,6 +106,7 @@ def convert_tuned(
             tuned = _tuned(imitated, made, prepared, options, windows, progress)
             report.finetuning = tuned.report
             report.notes += _notes(tuned.report)
+            del imitated  # its memory
             rows = {row.name: row for row in said.tensors}
             job = _TunedJob(prepared, options, *rest, report, progress)
             job.made, job.tuned, job.rows = made, tuned, rows
@@ -233,8 +235,12 @@ def _places(
         place = layer_name(origin) if origin else ""
         module = modules.get(place)
         why = stored.encoding.unscalable(stored.shape)
-        if why is None and type(module) is not nn.Linear:
+        if why is None and isinstance(module, nn.Embedding):
+            why = "its rows are looked up"
+        elif why is None and type(module) is not nn.Linear:
             why = "no linear layer of its own has it"
+        elif why is None and stored.encoding.columns(stored.shape) > RUN_VALUES:
+            why = "its rows are too long to be measured whole"
         elif why is None and module is not None and uses[module.weight.data_ptr()] > 1:
             why = "several layers share it"
         if why is None and module is not None:
@@ -308,8 +314,10 @@ class _TunedJob(Job):
         if row.weighted and layer and self.calibration:
             columns = stored.encoding.columns(stored.shape)
             squares = self.calibration.mean_squares(layer, columns)
-        said = Outcome(ErrorSums(), row.decision, row.clipped, row.weighted)
-        factors = self.tuned.factors.get(name)
+        factors, decision = self.tuned.factors.get(name), row.decision
+        if factors is not None:
+            decision = {"rounding": TUNED} | (decision or {})  # unless it was another
+        said = Outcome(ErrorSums(), decision, row.clipped, row.weighted)
         return RescaledEncoder(self.model, p.tensor, stored, factors, said, squares)
 
     def _provenance(self, sources: list[Path]) -> dict[str, Any]:

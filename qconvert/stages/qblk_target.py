@@ -10,7 +10,7 @@ from typing import Any
 from qconvert.calibration.document import MAX_OBSERVER
 from qconvert.codecs.codec import Encoding
 from qconvert.codecs.compensation import COMPENSATED
-from qconvert.codecs.rescaled import PROVENANCE_KEY
+from qconvert.codecs.rescaled import PROVENANCE_KEY, tuned_tensors
 from qconvert.errors import FormatError, UsageError
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicOutput, AtomicSet
@@ -106,10 +106,9 @@ class _QblkSink:
         self.model = model
         self.provenance = provenance
         calibrated = "calibration" in provenance
-        compensated = set(provenance.get("rounding", {}).get("compensated", ()))
-        self.writer = QblkWriter(
-            out, _header_bound(model, plan, provenance, calibrated, compensated)
-        )
+        rounded = set(provenance.get("rounding", {}).get("compensated", ()))
+        rounded |= tuned_tensors(provenance)
+        self.writer = QblkWriter(out, _header_bound(model, plan, provenance, calibrated, rounded))
 
     def begin(self, tensor: TensorInfo, encoding: Encoding) -> TensorWriter:
         return self.writer.begin(tensor.name, tensor.shape, tensor.dtype, encoding)
@@ -158,7 +157,8 @@ def _overhead(
         "rounding": {**WIDEST_ROUNDING, "compensated": names},
     }
     if tuned:
-        wide[PROVENANCE_KEY] = {"tensors": [p.tensor.name for p in plan]}
+        names = [p.tensor.name for p in plan]
+        wide[PROVENANCE_KEY] = {"tensors": names}
     header = PREAMBLE.size + _header_bound(model, plan, wide, calibrated, names)
     segments = sum(len(p.encoding.segments(p.tensor.shape)) for p in plan)
     segments += len(model.companions)

@@ -100,6 +100,8 @@ def quantize(
             ]
             report.output_bytes = sum(t.nbytes for t in report.tensors) + prepared.companion_bytes
             fill_totals(report, ErrorSums())
+            if options.finetune:
+                report.notes.append("scales of rows are not tuned in a dry run")
         else:
             job = prepared, options, calibration, roundings, report, progress
             if options.finetune:
