@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -370,6 +371,16 @@ def test_refusals(
     assert output.read_bytes() == b"mine"
 
 
+def test_a_model_that_predicts_nothing_is_refused(
+    directory: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = tuning.Tuning({}, 0, float("nan"), float("nan"))
+    monkeypatch.setattr(finetune, "tune", lambda *given: nothing)
+    with pytest.raises(UnsupportedError, match="no numbers"):
+        made(directory("llama"), "q4_block32", tmp_path / "m.qblk")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("noted", [None, {}, {"finetune": 3}, {"finetune": {"tensors": {"a": 1}}}])
 def test_provenance_of_others_says_nothing_of_tuning(noted: object) -> None:
     assert tuned_tensors(noted) == frozenset()
@@ -390,6 +401,8 @@ def test_the_command_line(directory: Callable[[str], Path], tmp_path: Path, call
     assert noted["steps"] == STEPS
     assert len(noted["tensors"]) == 15
     assert "lm_head.weight" in noted["tensors"]
+    assert noted["text_sha256"] == hashlib.sha256(TEXT.read_bytes()).hexdigest()
+    assert noted["nsamples"] == WINDOWS
     assert noted["held_out_kl"][1] < noted["held_out_kl"][0]
     again = call(*words, "--force", "--json")
     assert again.json["finetuning"]["kl"] == pytest.approx(noted["held_out_kl"][1], rel=1e-5)

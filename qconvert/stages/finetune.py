@@ -4,6 +4,7 @@ its codes and other scales of rows.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -16,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.calibration.file import Calibration
-from qconvert.codecs.codec import Encoder, Outcome
+from qconvert.codecs.codec import Encoder, Outcome, Stored
 from qconvert.codecs.raw import RawEncoding
 from qconvert.codecs.rescaled import PROVENANCE_KEY, TUNED, RescaledEncoder
 from qconvert.codecs.source import RUN_VALUES
 from qconvert.errors import InputError, UnsupportedError, UsageError
 from qconvert.files import OpenModel, open_model
 from qconvert.files.atomic import check_target, draft_directory
+from qconvert.files.regular import file_sha256
 from qconvert.kernels.records import F32, ErrorSums
 from qconvert.model import TensorInfo, layer_name
 from qconvert.progress import Progress
@@ -109,7 +111,8 @@ def convert_tuned(
             del imitated  # its memory
             rows = {row.name: row for row in said.tensors}
             job = _TunedJob(prepared, options, *rest, report, progress)
-            job.made, job.tuned, job.rows = made, tuned, rows
+            job.tuned, job.rows, job.windows = tuned, rows, windows
+            job.made = {t.name: made.stored(t) for t in made.tensors}
             job.write(output)
 
 
@@ -159,7 +162,11 @@ def _tuned(
     windows: _Windows,
     progress: Progress,
 ) -> _Tuned:
-    """Run the first version, and tune it."""
+    """Run the first version, and tune it.
+
+    Raises:
+        UnsupportedError: what it predicts is not finite.
+    """
     assert options.finetune
     steps = options.finetune.steps
     quantized = open_quantized(
@@ -186,6 +193,13 @@ def _tuned(
         progress.advance,
     )
     progress.end()
+    if not math.isfinite(done.before):
+        raise UnsupportedError(
+            "the quantized model predicts no numbers that could be tuned",
+            path=source.path,
+            found=f"a divergence of {done.before} on the held-out windows",
+            hint="leave out --finetune, and look at the model with verify --text",
+        )
     factors = {}
     if done.factors:
         for i, (place, order) in found.items():
@@ -202,7 +216,7 @@ def _rate(tensors: list[PlannedTensor]) -> float:
     weights = sum(p.tensor.size for p in tensors)
     nbytes = sum(p.encoding.size(p.tensor.shape) for p in tensors)
     bits = 8 * nbytes / weights if weights else 0.0
-    return min(1.25e-3 * 2.0 ** (4.4 - bits), MOST_RATE)
+    return min(1.25e-3 * math.exp2(4.4 - bits), MOST_RATE)
 
 
 Place = tuple[str, I64]
@@ -292,11 +306,13 @@ class _TunedJob(Job):
     """Writes the first version once more with other scales.
 
     Attributes:
-        made: the first version.
-        rows: what was reported of its tensors.
+        made: tensors of the first version.
+        rows: what was reported of them.
+        windows: that the text gave.
     """
 
-    made: OpenModel
+    made: Mapping[str, Stored]
+    windows: _Windows
     tuned: _Tuned
     rows: Mapping[str, QuantizedTensor]
 
@@ -307,8 +323,7 @@ class _TunedJob(Job):
 
     def _rescaled(self, p: PlannedTensor) -> Encoder:
         name = p.tensor.name
-        row = self.rows[name]
-        stored = self.made.stored(next(t for t in self.made.tensors if t.name == name))
+        row, stored = self.rows[name], self.made[name]
         layer = self.roundings.layers.get(name)
         squares = None
         if row.weighted and layer and self.calibration:
@@ -321,12 +336,15 @@ class _TunedJob(Job):
         return RescaledEncoder(self.model, p.tensor, stored, factors, said, squares)
 
     def _provenance(self, sources: list[Path]) -> dict[str, Any]:
-        t = self.tuned.report
+        t, asked = self.tuned.report, self.options.finetune
+        assert asked
         noted: dict[str, Any] = {
             "steps": t.steps,
             "step": t.step,
-            "seed": self.options.finetune.seed if self.options.finetune else 0,
+            "seed": asked.seed,
             "seqlen": t.seqlen,
+            "nsamples": len(self.windows.training) + len(self.windows.held_out),
+            "text_sha256": file_sha256(asked.text),
             "tensors": list(self.tuned.factors),
         }
         if t.kl is not None and t.kl_before is not None:
