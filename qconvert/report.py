@@ -166,6 +166,34 @@ class QuantizedTensor:
 
 
 @dataclass
+class Finetuning:
+    """What tuning the scales of rows led to.
+
+    Attributes:
+        steps: of gradient descent that were run; ``step`` is the one that was kept, 0 for none.
+        rate: of the logarithms of the factors.
+        training_windows, held_out_windows: of ``seqlen`` tokens, that steps were made by, and that
+            judged.
+        tensors: how many have other scales now.
+        kl_before, kl: mean divergence of the held-out windows from the source in nats, before and
+            now; None where there was nothing to tune.
+        left: why quantized tensors were not tuned, by their names.
+    """
+
+    text: str
+    steps: int
+    rate: float
+    seqlen: int
+    training_windows: int
+    held_out_windows: int
+    left: dict[str, str]
+    step: int = 0
+    tensors: int = 0
+    kl_before: float | None = None
+    kl: float | None = None
+
+
+@dataclass
 class Prediction:
     """What a budget led to.
 
@@ -258,6 +286,7 @@ class QuantizeReport(Report):
     notes: list[str] = field(default_factory=list)
     prediction: Prediction | None = None
     equalisation: Equalisation | None = None
+    finetuning: Finetuning | None = None
 
     def _said(self) -> Iterator[str]:
         yield repr(self.output) if self.written else f"{self.output!r} not written"

@@ -283,7 +283,7 @@ def test_the_curve_says_what_each_budget_will_cost_and_lose(
         assert done.prediction
         assert done.prediction.measured == 0  # the curve has left them in the file
         assert done.prediction.kl == point.kl
-        assert done.output_bytes <= point.nbytes < done.output_bytes + 10_000  # of the header
+        assert done.output_bytes <= point.nbytes < done.output_bytes + 15_000  # of the header
 
 
 @pytest.mark.parametrize("name", ["m.qblk", "m.gguf"])

@@ -375,7 +375,12 @@ def quantize(
     ] = None,
     nsamples: Annotated[
         int | None,
-        typer.Option("--nsamples", min=1, metavar="N", help="windows of --text [64 or all]"),
+        typer.Option(
+            "--nsamples",
+            min=1,
+            metavar="N",
+            help="windows of --text, drawn [of a long one 64, and all for --finetune]",
+        ),
     ] = None,
     seqlen: Annotated[
         int | None, typer.Option("--seqlen", min=2, metavar="N", help="tokens of a window [256]")
@@ -494,6 +499,19 @@ def quantize(
             help="budget by name: small, balanced or near-lossless",
         ),
     ] = None,
+    finetune: Annotated[
+        int,
+        typer.Option(
+            "--finetune",
+            metavar="N",
+            help="tune the scales of rows by N steps of gradient descent on --text, usually 20; "
+            "codes and size stay [0, none] (needs qconvert[hf])",
+        ),
+    ] = 0,
+    seed: Annotated[
+        int,
+        typer.Option("--seed", metavar="N", help="of --finetune: windows and order [0]"),
+    ] = 0,
     sensitivities: Annotated[
         Path | None,
         typer.Option(
@@ -572,6 +590,8 @@ def quantize(
             target_size=target_size,
             max_kl=max_kl,
             preset=preset,
+            finetune=finetune,
+            seed=seed,
             sensitivities=sensitivities,
             threads=threads,
             dry_run=dry_run,

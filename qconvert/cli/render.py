@@ -25,6 +25,7 @@ from qconvert.report import (
     EmbeddingQuality,
     Equalisation,
     Execution,
+    Finetuning,
     Histogram,
     InspectReport,
     Prediction,
@@ -252,6 +253,8 @@ def quantize_text(r: QuantizeReport) -> str:
             f"rounding   {_count(compensated)} compensated, "
             f"{_count([t for t in quantized if t.rounding == 'nearest'])} to the nearest\n"
         )
+    if r.finetuning:
+        lines.append(_finetuning(r.finetuning))
     lines.append(
         f"range      {r.range}\nkernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
     )
@@ -285,6 +288,16 @@ def _prediction(p: Prediction) -> str:
         told = f"predicted divergence {p.kl:.3g} nats by the Fisher information"
     best = "no better mix" if p.optimal else "the best mix found"
     return f"budget     {p.budget}: {told}; {best} of the schemes\n"
+
+
+def _finetuning(f: Finetuning) -> str:
+    if f.kl is None or f.kl_before is None:
+        return "tuned      nothing\n"
+    told = (
+        f"scales of {f.tensors} tensors by step {f.step} of {f.steps}" if f.tensors else "nothing"
+    )
+    gain = f"{f.kl_before:.4g} -> {f.kl:.4g} nats on {f.held_out_windows} held-out windows"
+    return f"tuned      {told}: divergence {gain}\n"
 
 
 def _count(tensors: Sequence[QuantizedTensor]) -> str:

@@ -24,6 +24,7 @@ from qconvert.codecs.codec import (
     Outcome,
     Segment,
     Stored,
+    rescaled_numbers,
     smaller,
 )
 from qconvert.codecs.codes import Codes
@@ -135,6 +136,19 @@ class CodebookEncoding(Encoding):
             *(codes.reshape(-1, columns), scales, np.zeros_like(scales), self.block, 4),
             table_of(self.book),
         )
+
+    def unscalable(self, shape: tuple[int, ...]) -> str | None:
+        if self.double:
+            return "its scales are quantized in turn"
+        if self.columns(shape) % self.block:
+            return "its blocks cross rows"
+        return None
+
+    def rescaled(self, stored: Stored, first: int, factors: F32) -> dict[str, Bytes]:
+        size = 4 * self.columns(stored.shape) // self.block
+        raw = stored.read("scales", first * size, len(factors) * size)
+        scales = np.frombuffer(raw, _LITTLE).reshape(len(factors), -1)
+        return {"scales": rescaled_numbers(scales, factors).tobytes()}
 
     def _packed(self, stored: Stored, begin: int, end: int) -> U8:
         """The bytes of values ``begin..end`` of the flattened tensor; ``begin`` is even."""

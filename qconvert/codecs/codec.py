@@ -82,7 +82,7 @@ class Stored:
         activation: static activation parameters of the layer, as the container noted them.
         error: that the container noted.
         rounding: how codes were chosen; `NEAREST` promises that a weight that was not clipped is
-            half a step off at most.
+            half a step off at most, which no tensor does whose scales were tuned.
     """
 
     name: str
@@ -229,6 +229,17 @@ class Encoding(ABC):
         """
         raise NotImplementedError
 
+    def unscalable(self, shape: tuple[int, ...]) -> str | None:
+        """Why rows cannot be multiplied by a number each while codes stay; None where they can."""
+        return "it has no scales"
+
+    def rescaled(self, stored: Stored, first: int, factors: F32) -> dict[str, Bytes]:
+        """Other bytes of rows from ``first`` on, multiplied by ``factors``, (rows,): of the
+        segments that change, which consist of rows of equal size. Only where nothing is
+        `unscalable`.
+        """
+        raise NotImplementedError
+
     def check(self, stored: Stored) -> None:
         """Hold the payload against the rules of its encoding, if there are any.
 
@@ -236,6 +247,17 @@ class Encoding(ABC):
             FormatError: a rule is broken; the code names it.
         """
         return
+
+
+@np.errstate(over="ignore")
+def rescaled_numbers(numbers: NDArray[Any], factors: F32) -> NDArray[Any]:
+    """Stored scales (R, n) times a factor a row, in their dtype; one that would become infinite or
+    0 stays as it is.
+    """
+    found = (numbers.astype(np.float32) * factors[:, None]).astype(numbers.dtype)
+    wide = found.astype(np.float32)
+    kept: NDArray[Any] = np.where(np.isfinite(wide) & (wide != 0), found, numbers)
+    return kept
 
 
 # --- a tensor on its way into a file --------------------------------------------------------------

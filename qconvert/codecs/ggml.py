@@ -21,6 +21,7 @@ from qconvert.codecs.codec import (
     Outcome,
     Segment,
     Stored,
+    rescaled_numbers,
     smaller,
 )
 from qconvert.codecs.compensation import Rounder, values_at_once
@@ -38,6 +39,7 @@ from qconvert.ggml_types import GGML_TYPES, GgmlType
 from qconvert.kernels.records import (
     F32,
     U8,
+    Bytes,
     CodeGrid,
     Encoded,
     ErrorSums,
@@ -49,6 +51,14 @@ from qconvert.kernels.reference.ggml.codes import CODE_LAYOUTS
 from qconvert.kernels.reference.ggml.scales import HALF_SCALES, STEPS, with_half
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.schemes import GgmlScheme
+
+# Where a block has the float16 numbers that all of its values are multiples of, d and, of types
+# with minima, m: the first byte and how many (block structures in ggml-common.h at 0c1e57098).
+HALVES: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0, 1)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    **{"Q2_K": (80, 2), "Q3_K": (108, 1), "Q6_K": (208, 1), "TQ1_0": (52, 1), "TQ2_0": (64, 1)},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +122,19 @@ class GgmlEncoding(Encoding):
             offset_rounding=by_group(of_offset),
         )
         return Coded(self._decoded(data, stored).reshape(shape), integers, grid)
+
+    def unscalable(self, shape: tuple[int, ...]) -> str | None:
+        return None if self.type.name in HALVES else "its scales are not numbers of 16 bits"
+
+    def rescaled(self, stored: Stored, first: int, factors: F32) -> dict[str, Bytes]:
+        count = stored.shape[-1] // self.type.block
+        place, halves = HALVES[self.type.name]
+        part = slice(place, place + 2 * halves)
+        blocks = self._blocks(stored, first * count, (first + len(factors)) * count).copy()
+        scales = np.ascontiguousarray(blocks[:, part]).view("<f2")
+        scaled = rescaled_numbers(scales, np.repeat(factors, count))
+        blocks[:, part] = scaled.view(np.uint8)
+        return {"data": blocks.reshape(-1).data}
 
     def _blocks(self, stored: Stored, first: int, last: int) -> U8:
         """Blocks ``first..last``, one a row."""

@@ -23,6 +23,7 @@ from qconvert.codecs.codec import (
     Outcome,
     Segment,
     Stored,
+    rescaled_numbers,
     smaller,
 )
 from qconvert.codecs.codes import Codes
@@ -145,6 +146,14 @@ class LevelEncoding(Encoding):
         tile = Tile(last - first, self.row_length, first * self.row_length, True)
         packed, steps = self._packed(stored, tile), self._steps(stored, tile)
         return kernels.levels_product(packed, self.row_length, steps, self.code, a)
+
+    def unscalable(self, shape: tuple[int, ...]) -> str | None:
+        return None
+
+    def rescaled(self, stored: Stored, first: int, factors: F32) -> dict[str, Bytes]:
+        raw = stored.read("row_scales", 2 * first, 2 * len(factors))
+        scales = np.frombuffer(raw, "<f2").reshape(-1, 1)
+        return {"row_scales": rescaled_numbers(scales, factors).tobytes()}
 
     def _packed(self, stored: Stored, tile: Tile) -> U8:
         """The codes of a tile, whose first column is a multiple of 32."""

@@ -14,7 +14,7 @@ from qconvert.containers import WRITTEN
 from qconvert.errors import UsageError
 from qconvert.ranges import DEFAULT_PERCENTILE, RANGE_METHODS, RangeMethod
 from qconvert.schemes import MixScheme, TensorScheme, parse_scheme
-from qconvert.stages.quantize_options import PRESETS, Budget
+from qconvert.stages.quantize_options import PRESETS, Budget, FinetuneOptions
 from qconvert.stages.rounding import METHODS
 
 EQUALISE = ("auto", "off")
@@ -196,6 +196,35 @@ def budget_of(
         as_float(divergence),
         as_path(sensitivities),
         preset,
+    )
+
+
+def finetune_of(
+    steps: int,
+    text: Path | str | None,
+    seqlen: int | None,
+    nsamples: int | None,
+    seed: int,
+) -> FinetuneOptions | None:
+    """How scales are to be tuned, None if not at all.
+
+    Raises:
+        UsageError: a number out of range, no text, or no steps for what goes with them.
+    """
+    check_bounds("--finetune", steps, 0)
+    if not steps:
+        if seed:
+            raise UsageError("--seed goes with --finetune", hint="such as --finetune 20")
+        return None
+    if text is None:
+        raise UsageError("--finetune needs a text", hint="give it with --text FILE")
+    check_bounds("--seqlen", seqlen, 4)
+    check_bounds("--nsamples", nsamples, 2)
+    check_bounds("--seed", seed, 0)
+    from qconvert.running.text import DEFAULT_SEQLEN
+
+    return FinetuneOptions(
+        steps, Path(text), DEFAULT_SEQLEN if seqlen is None else seqlen, nsamples, seed
     )
 
 

@@ -13,6 +13,7 @@ from qconvert.commands.arguments import (
     check_bounds,
     container_name,
     equalise_asked,
+    finetune_of,
     parse_tensor_scheme,
     range_method,
     rounding_method,
@@ -63,6 +64,8 @@ def quantize(
     target_size: str | int | None = None,
     max_kl: float | None = None,
     preset: str | None = None,
+    finetune: int = 0,
+    seed: int = 0,
     sensitivities: Path | str | None = None,
     threads: int | None = None,
     dry_run: bool = False,
@@ -101,8 +104,8 @@ def quantize(
         text: run the model over it, and aim each tensor that is rounded so at the outputs that it
             had before, on the inputs that the tensors before it now give it: they make up for what
             those have lost. The calibration's text will do; measure the result on another one.
-        nsamples, seqlen: windows of ``text``, and tokens of each: 64, or all that there are, and
-            256 by default.
+        nsamples, seqlen: windows of ``text``, and tokens of each, 256 by default. Of a long text 64
+            windows aim tensors by default, and all of them ``finetune``.
         keep: keep tensors that match this glob, or one of these, bit for bit.
         tensor_scheme: another scheme for tensors that match a glob: ``{glob: scheme}``, or texts
             ``"GLOB=SCHEME"``; the first match wins.
@@ -123,6 +126,11 @@ def quantize(
             file, or the predicted divergence of next tokens in nats. By the ``calibration`` where
             it was made with ``fisher``, else by what tensors of each role usually need.
         preset: a budget by name: ``small``, ``balanced`` or ``near-lossless``.
+        finetune: tune the scales of rows for so many steps of gradient descent, usually 20, so that
+            the model predicts next tokens as its source does; codes and size stay. The model is a
+            directory that transformers runs, twice in memory as float32. By ``text``, a part of
+            which judges. Needs qconvert[hf].
+        seed: of ``finetune``: of the windows that are drawn, and of their order.
         sensitivities: of a budget: a file of what each tensor loses under each scheme, read where
             it is there and written where not.
         threads: all available processors by default.
@@ -176,6 +184,7 @@ def quantize(
         hash_source=hash_source,
         allow_requantize=allow_requantize,
         budget=budget,
+        finetune=finetune_of(finetune, text, seqlen, nsamples, seed),
         gguf=GgufOptions(
             raw=raw,
             pre_tokenizer=pre_tokenizer,

@@ -23,7 +23,9 @@ __all__ = [
     "AtomicOutput",
     "AtomicSet",
     "check_space",
+    "check_target",
     "completed",
+    "draft_directory",
     "machine_errors",
     "remove_partial_files",
 ]
@@ -154,6 +156,8 @@ class _Together(ABC):
         overwrite, inputs: as of `AtomicOutput`.
     """
 
+    interim = False  # as of `AtomicOutput`
+
     def __init__(
         self, name: Path, targets: Sequence[Path], *, overwrite: bool, inputs: Sequence[Path]
     ) -> None:
@@ -197,7 +201,8 @@ class _Together(ABC):
             except BaseException:
                 self._put_back(home)
                 raise
-            completed.append(self.targets[0])
+            if not self.interim:
+                completed.append(self.targets[0])
             with machine_errors(self.name, AFTER):
                 _flush(home)
                 beside.give_up(self.directory)
@@ -271,8 +276,10 @@ class AtomicSet(_Together):
         *,
         overwrite: bool,
         inputs: Sequence[Path] = (),
+        interim: bool = False,
     ) -> None:
         super().__init__(name, targets, overwrite=overwrite, inputs=inputs)
+        self.interim = interim
 
     def _check(self, target: Path) -> None:
         check_target(target, self.overwrite, self._inputs)
@@ -325,6 +332,22 @@ class AtomicDirectory(_Together):
         if os.path.lexists(target):  # an empty directory would be replaced
             raise _appeared(target)
         os.rename(path, target)
+
+
+@contextmanager
+def draft_directory(output: Path) -> Iterator[Path]:
+    """A directory beside an output for a first version of it, gone after the block."""
+    place = output.with_name(f"{output.name}.draft")
+    with machine_errors(output):
+        _check_name(output)
+        beside.remove_leftovers(place)
+        directory, lock = beside.temporary_directory(place)
+    try:
+        yield directory
+    finally:
+        beside.remove(directory)
+        beside.finished(directory)
+        os.close(lock)
 
 
 def _check_name(target: Path) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from qconvert.codecs.codec import NEAREST, REPAIRED, Stored
 from qconvert.codecs.compensation import COMPENSATED
 from qconvert.codecs.ggml import encoding_of
+from qconvert.codecs.rescaled import TUNED, tuned_tensors
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.regular import RegularFile
 from qconvert.ggml_types import GGML_TYPES, GgmlType
@@ -79,6 +80,14 @@ _SCALARS: dict[int, tuple[struct.Struct, Callable[..., str]]] = {
 _BY_NUMBER = {t.number: t for t in GGML_TYPES.values()}
 
 
+def _noted(provenance: str | None) -> object:
+    """A provenance as JSON, None where it is none."""
+    try:
+        return json.loads(provenance or "{}")
+    except (ValueError, RecursionError):
+        return None
+
+
 def compensated_tensors(provenance: str | None) -> frozenset[str]:
     """Names of the tensors whose codes make up for each other's errors, as the provenance of a file
     of ours lists them; none where it is no such JSON.
@@ -122,6 +131,7 @@ class GgufModel:
         self._header = header
         self._compensated = compensated_tensors(self.metadata.get(PROVENANCE))
         self._repaired = repaired_tensors(self.metadata.get(PROVENANCE))
+        self._tuned = tuned_tensors(_noted(self.metadata.get(PROVENANCE)))
         self._starts = {
             tensor.name: header.data_start + offset for tensor, offset in header.tensors
         }
@@ -152,7 +162,9 @@ class GgufModel:
         """How the codes of a tensor were chosen, as far as the file's provenance says."""
         if tensor.name in self._repaired:
             return REPAIRED
-        return COMPENSATED if tensor.name in self._compensated else NEAREST
+        if tensor.name in self._compensated:
+            return COMPENSATED
+        return TUNED if tensor.name in self._tuned else NEAREST
 
     def check_payload(self, advance: Callable[[int], None]) -> str:
         """See `OpenModel.check_payload`."""

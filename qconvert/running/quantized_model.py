@@ -70,6 +70,7 @@ def open_quantized(
     directory: Path | None = None,
     threads: int | None = None,
     check: bool = True,
+    decoded: bool = False,
 ) -> QuantizedCheckpoint:
     """Build the model of a file, with its own config and tokenizer.
 
@@ -83,6 +84,8 @@ def open_quantized(
         directory: where config and tokenizer are, for a file that carries none.
         threads: of torch, for the whole process.
         check: whether to hold a .qblk file against its digests first.
+        decoded: whether all weights are float32 in memory and their modules torch's own, which
+            gradients go through; with ``none`` only.
 
     Raises:
         InputError: the file is damaged or carries no config, its tensors are not those of the
@@ -108,7 +111,7 @@ def open_quantized(
         if check:
             model.check_payload(lambda _: None)
         with _directory(model, directory) as place:
-            return _Builder(model, activations).build(place, threads)
+            return _Builder(model, activations, decoded).build(place, threads)
     finally:
         model.close()
 
@@ -170,11 +173,11 @@ def _parts(name: str) -> list[str]:
 
 
 class _Builder:
-    def __init__(self, model: OpenModel, activations: str) -> None:
+    def __init__(self, model: OpenModel, activations: str, decoded: bool) -> None:
         self.model: Model = model
         self.activations = activations
         self.tensors = {t.name: t for t in model.tensors}
-        stored = {t.name: model.stored(t) for t in model.tensors}
+        stored = {} if decoded else {t.name: model.stored(t) for t in model.tensors}
         self.codes = {n: s for n, s in stored.items() if s.encoding.multiplies}
         self.matrices: dict[str, StoredMatrix] = {}
         self.values: dict[str, Any] = {}  # torch tensors

@@ -71,11 +71,14 @@ class Ahead:
         encoders: of tensors that are encoded, by their names.
         repaired: names of those that stand for other weights than their own.
         provenance: what there is to record.
+        notes, warnings: for the report.
     """
 
     encoders: dict[str, Encoder] = field(default_factory=dict)
     repaired: frozenset[str] = frozenset()
     provenance: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def encoded_ahead(

@@ -126,29 +126,34 @@ class Job:
         self.measured: list[Measured] = []
         self.ahead = Ahead()
 
-    def write(self, name: Path) -> None:
+    def write(self, name: Path, *, interim: bool = False) -> None:
         """Convert.
 
         Args:
             name: of the output, whole or in several files.
+            interim: as of `AtomicOutput`.
         """
         sources = _source_paths(self.model)
         inputs = [self.model.path, *sources]
         inputs += [p for p in (self.options.calibration, self.options.gguf.imatrix) if p]
-        inputs += [self.options.repair.text] if self.options.repair else []
+        texts = self.options.repair, self.options.finetune
+        inputs += [given.text for given in texts if given]
         paths, force = self.prepared.outputs, self.options.force
         with ExitStack() as stack:
             out: AtomicOutput | AtomicSet
             if len(paths) == 1:
-                out = stack.enter_context(AtomicOutput(paths[0], overwrite=force, inputs=inputs))
+                out = AtomicOutput(paths[0], overwrite=force, inputs=inputs, interim=interim)
             else:
-                out = stack.enter_context(AtomicSet(name, paths, overwrite=force, inputs=inputs))
+                out = AtomicSet(name, paths, overwrite=force, inputs=inputs, interim=interim)
+            stack.enter_context(out)
             check_space(paths[0], sum(p.encoding.size(p.tensor.shape) for p in self.prepared.plan))
             threads = self.options.threads or available_threads()
             if self.options.repair:
                 self.ahead = self._repaired(
                     self.options.repair, threads, stack.enter_context(Scratch(paths[0]))
                 )
+            self.report.notes += self.ahead.notes
+            self.report.warnings += self.ahead.warnings
             sink = self.prepared.sink(out, self._provenance(sources))
             self.progress.begin(_title(self.report), self.report.source_bytes, "bytes")
             if self.roundings.compensated:
@@ -182,7 +187,7 @@ class Job:
         from qconvert.stages.repair import repaired  # 0.1 s
 
         return repaired(
-            *(text, self.plain, self.prepared, self.roundings, self.report, self.progress),
+            *(text, self.plain, self.prepared, self.roundings, self.progress),
             *(threads, scratch, self._facts),
         )
 

@@ -88,7 +88,7 @@ class GgufTarget:
                 source.metadata | keys,
                 tensors,
                 rescaled,
-                lists=2 * bool(options.calibration) + bool(options.repair),
+                lists=2 * bool(options.calibration) + bool(options.repair) + bool(options.finetune),
             ),
         )
 

@@ -10,6 +10,7 @@ from typing import Any
 from qconvert.calibration.document import MAX_OBSERVER
 from qconvert.codecs.codec import Encoding
 from qconvert.codecs.compensation import COMPENSATED
+from qconvert.codecs.rescaled import PROVENANCE_KEY, tuned_tensors
 from qconvert.errors import FormatError, UsageError
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicOutput, AtomicSet
@@ -89,6 +90,7 @@ class QblkTarget:
                 plan,
                 calibrated=options.calibration is not None,
                 repaired=options.repair is not None,
+                tuned=options.finetune is not None,
             ),
         )
 
@@ -113,7 +115,8 @@ class _QblkSink:
         rounding = provenance.get("rounding", {})
         compensated = set(rounding.get("compensated", ()))
         swept = compensated - set(rounding["by_row"]) if "by_row" in rounding else set()
-        bound = _header_bound(model, plan, provenance, calibrated, compensated, swept)
+        rounded = compensated | tuned_tensors(provenance)
+        bound = _header_bound(model, plan, provenance, calibrated, rounded, swept)
         self.writer = QblkWriter(out, bound)
 
     def begin(self, tensor: TensorInfo, encoding: Encoding) -> TensorWriter:
@@ -156,7 +159,12 @@ def _header_bound(
 
 
 def _overhead(
-    model: Model, plan: tuple[PlannedTensor, ...], *, calibrated: bool, repaired: bool
+    model: Model,
+    plan: tuple[PlannedTensor, ...],
+    *,
+    calibrated: bool,
+    repaired: bool,
+    tuned: bool,
 ) -> int:
     """What the file takes at most besides the bytes of its tensors."""
     names = [p.tensor.name for p in plan if calibrated]  # that may be rounded so
@@ -168,7 +176,11 @@ def _overhead(
     }
     if repaired:
         wide["repair"] = names
-    header = PREAMBLE.size + _header_bound(model, plan, wide, calibrated, names, names)
+    rounded = names
+    if tuned:
+        rounded = [p.tensor.name for p in plan]
+        wide[PROVENANCE_KEY] = {"tensors": rounded}
+    header = PREAMBLE.size + _header_bound(model, plan, wide, calibrated, rounded, names)
     segments = sum(len(p.encoding.segments(p.tensor.shape)) for p in plan)
     segments += len(model.companions)
     return align(header) + ALIGNMENT * segments + sum(c.size for c in model.companions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +50,10 @@ def quantize(
         raise UsageError(
             "--no-weighting without a calibration", hint="weights come with --calibration FILE"
         )
+    if options.finetune:
+        from qconvert.stages.finetune import check_source, convert_tuned  # what runs models
+
+        check_source(source)
     check_schemes((options.scheme, *(s for _, s in options.tensor_schemes)), container)
     with ExitStack() as files, about(source):
         opened = open_model(source)
@@ -89,6 +94,8 @@ def quantize(
             *(prepared.plan, calibration, tables | layers),
             *(options.rounding, options.weighting, prepared.model),
         )
+        if options.repair and options.finetune and not roundings.compensated:
+            options = replace(options, repair=None)  # the text is for tuning alone
         if options.repair:
             _check_repair(options.repair, roundings)
         report.warnings += roundings.warnings()
@@ -112,8 +119,14 @@ def quantize(
             ]
             report.output_bytes = sum(t.nbytes for t in report.tensors) + prepared.companion_bytes
             fill_totals(report, ErrorSums())
+            if options.finetune:
+                report.notes.append("scales of rows are not tuned in a dry run")
         else:
-            Job(prepared, plain, options, calibration, roundings, report, progress).write(output)
+            job = prepared, plain, options, calibration, roundings, report, progress
+            if options.finetune:
+                convert_tuned(source, output, *job)
+            else:
+                Job(*job).write(output)
     report.seconds = time.perf_counter() - started
     return report
 

@@ -81,6 +81,24 @@ class RepairText:
 
 
 @dataclass(frozen=True, slots=True)
+class FinetuneOptions:
+    """How scales of rows are tuned once the model is quantized.
+
+    Attributes:
+        steps: at least 1.
+        text: a UTF-8 file; a part of its windows of ``seqlen`` tokens judges.
+        nsamples: windows that are drawn, None for all.
+        seed: of that draw, and of what is trained on when.
+    """
+
+    steps: int
+    text: Path
+    seqlen: int
+    nsamples: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizeOptions:
     """Options of ``qconvert quantize``; the command line's help describes each.
 
@@ -110,6 +128,7 @@ class QuantizeOptions:
     allow_requantize: bool = False
     gguf: GgufOptions = GgufOptions()
     budget: Budget | None = None
+    finetune: FinetuneOptions | None = None
     assigned: Mapping[str, TensorScheme | None] = field(default_factory=dict)
 
     @property

@@ -29,7 +29,6 @@ from qconvert.kernels.records import F32, F64
 from qconvert.mapper import Mapper
 from qconvert.model import Model, TensorInfo
 from qconvert.progress import Progress
-from qconvert.report import QuantizeReport
 from qconvert.running.blocks import BlockChain, NoBlocks, single_threads
 from qconvert.running.hidden_states import HiddenStates
 from qconvert.running.hugging_face import Checkpoint, open_checkpoint
@@ -109,7 +108,6 @@ def repaired(
     plain: Model,
     prepared: Prepared,
     roundings: Roundings,
-    report: QuantizeReport,
     progress: Progress,
     threads: int,
     scratch: Scratch,
@@ -120,7 +118,6 @@ def repaired(
     Args:
         plain: the source, under its own names.
         roundings: those of repaired tensors are told so.
-        report: is told what was done, and what was not.
         facts: of a tensor, as the conversion has them.
 
     Raises:
@@ -145,16 +142,14 @@ def repaired(
             run.facts, run.progress = facts, progress
             run.go()
         except NoBlocks as e:
-            report.warnings.append(
+            told = (
                 f"--text has no effect, for the model is not run block by block: {e}; tensors are "
                 "rounded as without it"
             )
-            return Ahead()
+            return Ahead(warnings=(told,))
     for name in run.repaired:
         before = roundings.of[name]
         roundings.of[name] = replace(before, reason=f"{before.reason}; {REASON}")
-    report.notes += run.notes(repair)
-    report.warnings += run.warnings()
     return Ahead(
         run.encoders,
         frozenset(run.repaired),
@@ -167,6 +162,8 @@ def repaired(
                 "damping": DAMPING,
             }
         },
+        tuple(run.notes(repair)),
+        tuple(run.warnings()),
     )
 
 

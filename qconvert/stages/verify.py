@@ -568,13 +568,13 @@ class _Job:
         }
         others = len(bounded) - len(steps)
         if not steps:
-            why = "no tensor has codes that were rounded to the nearest" if others else NO_CODES
-            self.skip("error-bound", why)
+            why = "no tensor has codes that were rounded to the nearest with its scales"
+            self.skip("error-bound", why if others else NO_CODES)
             return
         detail = "largest error of an unclipped weight, in steps"
         if others:
             left = "1 tensor" if others == 1 else f"{others} tensors"
-            detail += f", without {left} whose codes were not rounded to the nearest"
+            detail += f", without {left} whose codes are not the nearest with these scales"
         self._limit("error-bound", detail, steps, HALF_STEP, max)
 
     def _recorded(self, rows: list[VerifiedTensor]) -> None:

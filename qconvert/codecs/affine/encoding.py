@@ -11,12 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from qconvert import kernels
-from qconvert.codecs.codec import Coded, Encoding, Grid, HeaderFields, Segment, Stored
+from qconvert.codecs.codec import (
+    Coded,
+    Encoding,
+    Grid,
+    HeaderFields,
+    Segment,
+    Stored,
+    rescaled_numbers,
+)
 from qconvert.codecs.codes import Codes
 from qconvert.encoding import BITS, BLOCKS, GRANULARITIES, SCALE_SIZES, AffineEncoding
 from qconvert.geometry import PACK_GROUP, Tile, tiles
 from qconvert.kernels.arithmetic import SCALE_NUMPY, SIGN, integer_rows, zero_steps
-from qconvert.kernels.records import F32, I32, U8, Activations
+from qconvert.kernels.records import F32, I32, U8, Activations, Bytes
 from qconvert.model import DTYPES
 
 CHECKED_BYTES = 1 << 20  # of the payload that are looked at at once
@@ -178,6 +186,15 @@ class Affine(AffineEncoding, Encoding):
         shape = (last - first, self.row_groups)
         scale, zero = self.parameters(stored, first * self.row_groups, math.prod(shape))
         return kernels.product(packed, scale.reshape(shape), zero.reshape(shape), self, a)
+
+    def unscalable(self, shape: tuple[int, ...]) -> str | None:
+        return "all rows have one scale" if self.granularity == "tensor" else None
+
+    def rescaled(self, stored: Stored, first: int, factors: F32) -> dict[str, Bytes]:
+        size = SCALE_SIZES[self.scale_dtype] * self.row_groups
+        raw = stored.read("scales", first * size, len(factors) * size)
+        scales = np.frombuffer(raw, SCALE_NUMPY[self.scale_dtype]).reshape(len(factors), -1)
+        return {"scales": rescaled_numbers(scales, factors).tobytes()}
 
     # --- rules of the payload ---
 
