@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny_models
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
@@ -272,6 +273,18 @@ def small_gguf(small: Path, tmp_path_factory: pytest.TempPathFactory, done: Run)
     path = tmp_path_factory.mktemp("small-gguf") / "s.gguf"
     done("quantize", small, "--scheme", "q8_0", "--raw", "-o", path)
     return path
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes a tiny model of an architecture, once, and says where it is."""
+    home = tmp_path_factory.mktemp("models")
+
+    def model(name: str) -> Path:
+        place = home / name
+        return place if place.exists() else tiny_models.write_directory(place, name)
+
+    return model
 
 
 @pytest.fixture(scope="session")

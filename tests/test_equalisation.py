@@ -48,17 +48,6 @@ GROUPS = {
 PLUS_ONE = ("gemma2", "gemma3")
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    home = tmp_path_factory.mktemp("models")
-
-    def model(name: str) -> Path:
-        place = home / name
-        return place if place.exists() else tiny_models.write_directory(place, name)
-
-    return model
-
-
 def rescaled(model: Model, seed: int, most: int = 3) -> EqualisedModel:
     """A model with every group rescaled by random powers of two."""
     random = np.random.default_rng(seed)

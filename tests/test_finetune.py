@@ -11,7 +11,6 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import tiny_models
 from conftest import ROOT, Call, gaussian, read_independently, save
 from safetensors.numpy import load_file
 from stored import in_memory, named
@@ -119,17 +118,6 @@ def test_scales_stay_finite_and_above_0() -> None:
 
 
 # --- whole models ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    home = tmp_path_factory.mktemp("models")
-
-    def model(name: str) -> Path:
-        place = home / name
-        return place if place.exists() else tiny_models.write_directory(place, name)
-
-    return model
 
 
 @pytest.fixture

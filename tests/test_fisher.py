@@ -33,17 +33,6 @@ F64 = NDArray[np.float64]
 LENGTH, WINDOWS, SEED = 16, 3, 5
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    home = tmp_path_factory.mktemp("models")
-
-    def model(name: str) -> Path:
-        place = home / name
-        return place if place.exists() else tiny_models.write_directory(place, name)
-
-    return model
-
-
 @pytest.fixture
 def options(tmp_path: Path) -> Callable[..., TextOptions]:
     def make(model: Path, **changes: Any) -> TextOptions:

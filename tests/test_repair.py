@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 from conftest import ROOT, Call, Qblk, gaussian, listing, save
 from numpy.typing import NDArray
 
@@ -111,17 +110,6 @@ def test_hidden_states_in_a_file_are_those_in_memory(tmp_path: Path) -> None:
 
 
 # --- the blocks of a model ------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    home = tmp_path_factory.mktemp("models")
-
-    def model(name: str) -> Path:
-        place = home / name
-        return place if place.exists() else tiny_models.write_directory(place, name)
-
-    return model
 
 
 def tokens_of(model: Path) -> NDArray[np.int64]:
