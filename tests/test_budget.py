@@ -303,6 +303,13 @@ def test_a_preset_is_a_budget_with_a_name(name: str, make: Make, tmp_path: Path)
     assert sizes[0] < sizes[2]
 
 
+def test_the_help_names_the_bits_of_the_presets(run: Run) -> None:
+    told = " ".join(run("quantize", "--help").out.split())
+    qblk, gguf = ([f"{bits[name]:g}" for bits in PRESETS.values()] for name in ("qblk", "gguf"))
+    assert f"a budget of {qblk[0]}, {qblk[1]} or {qblk[2]} bits per weight" in told
+    assert f"in GGUF {gguf[0]}, {gguf[1]} or {gguf[2]}" in told
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 

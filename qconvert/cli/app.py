@@ -495,8 +495,8 @@ def quantize(
         str | None,
         typer.Option(
             "--preset",
-            metavar="NAME",
-            help="budget by name: small, balanced or near-lossless",
+            metavar="small|balanced|near-lossless",
+            help="a budget of 3.4, 4.3 or 6.4 bits per weight; in GGUF 3.9, 4.6 or 6.6",
         ),
     ] = None,
     finetune: Annotated[
@@ -505,12 +505,12 @@ def quantize(
             "--finetune",
             metavar="N",
             help="tune the scales of rows by N steps of gradient descent on --text, usually 20; "
-            "codes and size stay [0, none] (needs qconvert[hf])",
+            "codes and size stay (needs qconvert[hf])",
         ),
     ] = 0,
     seed: Annotated[
         int,
-        typer.Option("--seed", metavar="N", help="of --finetune: windows and order [0]"),
+        typer.Option("--seed", metavar="N", help="of --finetune: windows and order"),
     ] = 0,
     sensitivities: Annotated[
         Path | None,
@@ -547,6 +547,7 @@ def quantize(
     \b
     Examples:
       qconvert quantize model.safetensors --scheme q4_block64
+      qconvert quantize model-directory --preset balanced -o model.gguf
       qconvert quantize model-directory --scheme q4_k_m -o model.gguf
       qconvert quantize model.safetensors --scheme q3_block32 \\
           --tensor-scheme '*down_proj*=q6_block32' --keep 'lm_head.*'
