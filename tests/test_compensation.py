@@ -16,7 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from conftest import Call, Qblk, read_independently, save
+from conftest import Call, Qblk, gaussian, read_independently, save
 from numpy.typing import NDArray
 
 import qconvert
@@ -573,6 +573,16 @@ def test_factors_of_few_layers_are_kept_and_each_is_prepared_once(
     tensors, inputs = model_of(17, *[(300, 64)] * 5)
     written(tmp_path, tensors, inputs, "q4_block64", threads=1)
     assert asked == [*inputs]
+
+
+def test_tensors_without_factors_are_named_where_they_were_asked_for(tmp_path: Path) -> None:
+    tensors, inputs = model_of(19, (40, 64))
+    tensors["other.weight"] = gaussian(20, 32, 64)
+    report, _ = written(tmp_path, tensors, inputs, "q4_block64")
+    assert not any("no factors" in w for w in report.warnings)
+    report, _ = written(tmp_path, tensors, inputs, "q4_block64", rounding=COMPENSATED)
+    assert [w for w in report.warnings if "1 tensors are rounded to the nearest" in w]
+    assert any("'other.weight'" in w for w in report.warnings)
 
 
 def test_the_command_line(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

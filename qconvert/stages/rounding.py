@@ -34,6 +34,8 @@ from qconvert.model import Model, TensorInfo
 from qconvert.stages.plan import PlannedTensor
 
 METHODS = (NEAREST, COMPENSATED)
+NO_LAYER = "the calibration has no layer of it"
+NO_GRAM = "the calibration has no Gram matrix of its input: calibrate --gram"
 KEPT_FACTORS = 2  # of layers at a time: the one under way, and the one whose last tiles still run
 PREPARING, PREPARED = 36, 8  # bytes of memory for each pair of channels
 # Bytes of memory for each weight of a matrix whose rows make up for each other's errors, and for
@@ -67,11 +69,13 @@ class Roundings:
         of: by the name of the tensor; not of those that have no codes.
         layers: of tensors that a calibration has the layer of.
         calibration: None without one.
+        asked: for compensated codes, and not left to what the calibration has.
     """
 
     of: dict[str, Rounding] = field(default_factory=dict)
     layers: Mapping[str, str] = field(default_factory=dict)
     calibration: Calibration | None = None
+    asked: bool = False
 
     def __post_init__(self) -> None:
         self._lock = Lock()
@@ -197,9 +201,19 @@ class Roundings:
         return self.calibration.tables[layer][1]
 
     def warnings(self) -> list[str]:
-        """Layers that saw fewer rows of input than they have channels."""
+        """Tensors without factors, where they were asked for, and layers that saw fewer rows of
+        input than they have channels.
+        """
         if self.calibration is None:
             return []
+        missing = [n for n, r in self.of.items() if r.reason in (NO_LAYER, NO_GRAM)]
+        said = []
+        if self.asked and missing:
+            said.append(
+                f"{len(missing)} tensors are rounded to the nearest, such as '{missing[0]}': the "
+                "calibration has no factors for them; leave out --rounding, or calibrate what "
+                "it lacks"
+            )
         found = [
             (layer.samples, layer.features, name)
             for name in self.compensated
@@ -207,12 +221,13 @@ class Roundings:
             and layer.samples < layer.features
         ]
         if not found:
-            return []
+            return said
         samples, features, name = min(found)
         return [
+            *said,
             f"the Gram matrices of {len(found)} tensors are singular but for the damping, such as "
             f"that of '{name}': {samples:,} rows of input for {features:,} channels; calibrate "
-            "with more text"
+            "with more text",
         ]
 
 
@@ -245,7 +260,7 @@ def plan_roundings(
     Raises:
         UsageError: asked for and impossible for every tensor.
     """
-    found = Roundings({}, layers, calibration)
+    found = Roundings({}, layers, calibration, asked == COMPENSATED)
     for p in plan:
         if p.scheme is None or p.scheme.for_vectors:
             continue
@@ -325,12 +340,12 @@ def _not_compensated(
     if len(shape) != 2:
         return "it is no matrix, but several of them" if len(shape) > 2 else "it is no matrix"
     if layer is None:
-        return "the calibration has no layer of it"
+        return NO_LAYER
     known = calibration.layers.get(layer)
     if known is not None and known.transposed:
         return "it is stored (in, out): a row meets one channel of the input"
     if not calibration.has_gram(layer) and not calibration.has_input_fisher(layer):
-        return "the calibration has no Gram matrix of its input: calibrate --gram"
+        return NO_GRAM
     if known is None and (width := calibration.tables[layer][1]) != shape[1]:
         return f"it has {shape[1]:,} columns, and the calibration gradients of {width:,}"
     if shape[1] > MOST_COLUMNS:
