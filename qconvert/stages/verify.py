@@ -23,7 +23,7 @@ from qconvert.codecs.codec import NEAREST, REPAIRED, Coded, Stored
 from qconvert.codecs.compensation import COMPENSATED
 from qconvert.codecs.source import F32_MAX
 from qconvert.containers import CONTAINERS
-from qconvert.errors import FormatError, UsageError, WeightError
+from qconvert.errors import FormatError, UnsupportedError, UsageError, WeightError
 from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
 from qconvert.files.equalised import Exponents, equalised, read_exponents
@@ -199,12 +199,25 @@ def _predicted(model: OpenModel) -> float | None:
 
 
 def _source(path: Path, model: OpenModel, exponents: Mapping[str, Exponents]) -> Model:
-    """The source under the names of the file that was made from it, and equalised as that was."""
+    """The source under the names of the file that was made from it, and equalised as that was.
+
+    Raises:
+        UnsupportedError: the file's factors are of other tensors than these, although it is made of
+            tensors like these.
+    """
     opened = open_model(path)
     try:
         examined(opened)
-        target = target_of(CONTAINERS[model.kind])
-        return target.source_of(model, opened, equalised(dequantized(opened), exponents))
+        target, plain = target_of(CONTAINERS[model.kind]), dequantized(opened)
+        try:
+            return target.source_of(model, opened, equalised(plain, exponents))
+        except UnsupportedError:
+            named = target.source_of(model, opened, plain)
+            if {(t.name, t.shape) for t in named.tensors} == {
+                (t.name, t.shape) for t in model.tensors
+            }:
+                raise
+            return named  # which has other tensors than the file: a check will say so
     except BaseException:
         opened.close()
         raise
