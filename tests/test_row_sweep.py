@@ -32,7 +32,8 @@ from qconvert.files import open_model
 from qconvert.kernels.records import CodeGrid
 from qconvert.kernels.reference import compensation
 from qconvert.stages import rounding
-from qconvert.stages.rounding import Rounding, Roundings, located_rows
+from qconvert.stages.made_from import made_from
+from qconvert.stages.rounding import Rounding, Roundings
 
 F64 = NDArray[np.float64]
 TOKENS = 300
@@ -402,7 +403,7 @@ def test_rows_of_a_gguf_are_found_among_those_of_their_layer(tmp_path: Path) -> 
             origin = mapped.origin(tensor.name)
             if origin is None or len(tensor.shape) != 2:
                 continue
-            located = located_rows(mapped, tensor)
+            located = made_from(mapped, tensor).rows
             t = stored[origin]
             wanted = source.values(t, 0, t.size).reshape(t.shape)
             given = mapped.values(tensor, 0, tensor.size).reshape(tensor.shape)

@@ -13,8 +13,9 @@ from qconvert.calibration.observers import DEFAULT_OBSERVER, EMA_MOMENTUM, Obser
 from qconvert.containers import WRITTEN
 from qconvert.errors import UsageError
 from qconvert.ranges import DEFAULT_PERCENTILE, RANGE_METHODS, RangeMethod
+from qconvert.running.text import DEFAULT_SEQLEN
 from qconvert.schemes import MixScheme, TensorScheme, parse_scheme
-from qconvert.stages.quantize_options import PRESETS, Budget, FinetuneOptions
+from qconvert.stages.quantize_options import PRESETS, Budget, FinetuneOptions, RepairText
 from qconvert.stages.rounding import METHODS
 
 EQUALISE = ("auto", "off")
@@ -199,6 +200,22 @@ def budget_of(
     )
 
 
+def repair_of(
+    text: Path | str | None, seqlen: int | None, nsamples: int | None
+) -> RepairText | None:
+    """The text that tensors are aimed on, None without one.
+
+    Raises:
+        UsageError: what goes with a text, without one.
+    """
+    if text is not None:
+        return RepairText(Path(text), DEFAULT_SEQLEN if seqlen is None else seqlen, nsamples)
+    for name, given in (("--nsamples", nsamples), ("--seqlen", seqlen)):
+        if given is not None:
+            raise UsageError(f"{name} goes with --text")
+    return None
+
+
 def finetune_of(
     steps: int,
     text: Path | str | None,
@@ -221,8 +238,6 @@ def finetune_of(
     check_bounds("--seqlen", seqlen, 4)
     check_bounds("--nsamples", nsamples, 2)
     check_bounds("--seed", seed, 0)
-    from qconvert.running.text import DEFAULT_SEQLEN
-
     return FinetuneOptions(
         steps, Path(text), DEFAULT_SEQLEN if seqlen is None else seqlen, nsamples, seed
     )

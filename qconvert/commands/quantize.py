@@ -16,6 +16,7 @@ from qconvert.commands.arguments import (
     finetune_of,
     parse_tensor_scheme,
     range_method,
+    repair_of,
     rounding_method,
     size_in_bytes,
 )
@@ -23,12 +24,11 @@ from qconvert.errors import UsageError
 from qconvert.mixes import parse_ggml_type, parse_tensor_type
 from qconvert.progress import Progress
 from qconvert.report import QuantizeReport
-from qconvert.running.text import DEFAULT_SEQLEN
 from qconvert.schemes import parse_scheme
 from qconvert.stages.plan import MIN_VALUES
 from qconvert.stages.quantize import GgufOptions, QuantizeOptions
 from qconvert.stages.quantize import quantize as stage
-from qconvert.stages.quantize_options import RepairText
+from qconvert.stages.quantize_options import UNDER_BUDGET
 
 
 def quantize(
@@ -148,12 +148,11 @@ def quantize(
     check_bounds("--threads", threads, 1)
     check_bounds("--nsamples", nsamples, 1)
     check_bounds("--seqlen", seqlen, 2)
-    repair = _repair(as_path(text), nsamples, seqlen)
+    repair = repair_of(text, seqlen, nsamples)
     container = container_name(format)
     gguf = container == "gguf" or (container is None and str(output).lower().endswith(".gguf"))
-    budget = budget_of(
-        target_bpw, target_size, max_kl, sensitivities, preset, "gguf" if gguf else "qblk"
-    )
+    written = "gguf" if gguf else "qblk"
+    budget = budget_of(target_bpw, target_size, max_kl, sensitivities, preset, written)
     if (scheme is None) == (budget is None):
         raise UsageError(
             "what the weights become",
@@ -163,7 +162,7 @@ def quantize(
     if budget and (pure or no_fallback):
         raise UsageError("--pure and --no-fallback go with --scheme, not with a budget")
     if scheme is None:  # which tensors are quantized at all; what they take is chosen
-        scheme = "q4_k_m" if gguf else "q4_block32"
+        scheme = UNDER_BUDGET[written]
     options = QuantizeOptions(
         scheme=parse_scheme(scheme),
         output=as_path(output),
@@ -198,13 +197,3 @@ def quantize(
         ),
     )
     return stage(Path(model), options, progress).judged(strict)
-
-
-def _repair(text: Path | None, nsamples: int | None, seqlen: int | None) -> RepairText | None:
-    """The text to run the model over."""
-    if text is not None:
-        return RepairText(text, seqlen or DEFAULT_SEQLEN, nsamples)
-    for name, given in (("--nsamples", nsamples), ("--seqlen", seqlen)):
-        if given is not None:
-            raise UsageError(f"{name} goes with --text")
-    return None

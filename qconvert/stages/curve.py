@@ -19,7 +19,7 @@ from qconvert.report import CurvePoint, SizeCurve
 from qconvert.schemes import parse_scheme
 from qconvert.stages.budget import INFORMED, Choices, choices_of
 from qconvert.stages.equalisation import rescaled
-from qconvert.stages.quantize_options import PRESETS, Budget, QuantizeOptions
+from qconvert.stages.quantize_options import PRESETS, UNDER_BUDGET, Budget, QuantizeOptions
 from qconvert.stages.target import Prepared, target_of
 
 FINE, MIDDLE, COARSE = 0.25, 0.5, 1.0  # bits between budgets: up to 5, up to 7, up to 9
@@ -44,7 +44,7 @@ def size_curve(source: Path, options: CurveOptions, progress: Progress) -> SizeC
         InputError: the model, the calibration or the sensitivities cannot be used.
     """
     asked = QuantizeOptions(
-        scheme=parse_scheme("q4_k_m" if options.container == "gguf" else "q4_block32"),
+        scheme=parse_scheme(UNDER_BUDGET[options.container]),
         container=options.container,
         calibration=options.calibration,
         threads=options.threads,

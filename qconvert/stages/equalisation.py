@@ -37,10 +37,11 @@ from qconvert.stages.equalisation_factors import (
     column_logarithms,
     powers_of_two,
 )
+from qconvert.stages.made_from import made_from
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.quantize_options import QuantizeOptions
 from qconvert.stages.sensitivities import Measuring
-from qconvert.stages.target import Prepared, sources_of
+from qconvert.stages.target import Prepared
 
 if TYPE_CHECKING:
     from qconvert.architectures.equalisation import ChannelGroup, Part
@@ -96,7 +97,7 @@ def inputs_of(prepared: Prepared, calibration: Calibration | None) -> Inputs:
         found = prepared.importance(p.tensor) if p.scheme else None
         if found is not None:
             rows = np.atleast_2d(found).astype(np.float64)
-            names = sources_of(prepared.model, p.tensor)
+            names = [source.name for source in made_from(prepared.model, p.tensor).sources]
             for i, name in enumerate(names):
                 importance[name] = rows[i : i + 1] if len(names) == len(rows) > 1 else rows
     if importance:
@@ -121,10 +122,10 @@ def equalise(
         The model, itself where nothing gains, and what was done.
     """
     schemes = {
-        name: p.scheme
+        source.name: p.scheme
         for p in prepared.plan
         if p.scheme and not p.scheme.for_vectors
-        for name in sources_of(prepared.model, p.tensor)
+        for source in made_from(prepared.model, p.tensor).sources
     }
     inputs = inputs_of(prepared, calibration if options.weighting else None)
     report = Equalisation(inputs.basis)

@@ -28,9 +28,10 @@ from qconvert.mixes import MIXES, Mix, MixOptions, ModelFacts, parse_mix
 from qconvert.model import Model, TensorInfo
 from qconvert.schemes import MixScheme
 from qconvert.stages.gguf_sources import PRE_TOKENIZER, TOKENIZER, GgufModelSource, as_gguf
+from qconvert.stages.made_from import made_from
 from qconvert.stages.plan import MIN_VALUES, PlannedTensor, PlanOptions, make_plan, plan_mix
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
-from qconvert.stages.target import Prepared, Sink, Target, model_name, sources_of
+from qconvert.stages.target import Prepared, Sink, Target, model_name
 
 PROVENANCE_BYTES = 4096  # for a bound before it is known
 PADDING = 32  # at most, behind a tensor
@@ -222,7 +223,7 @@ def importance_of(
             return None
         columns = [
             e.columns if (e := exponents.get(name)) and e.columns is not None else np.zeros((1, 1))
-            for name in sources_of(named, tensor)
+            for name in (source.name for source in made_from(named, tensor).sources)
         ]
         width = tensor.shape[-1]
         halves = np.concatenate([np.broadcast_to(c, (len(c), width)) for c in columns])

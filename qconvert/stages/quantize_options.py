@@ -28,6 +28,9 @@ class GgufOptions:
     shard_size: int | None = None
 
 
+# What says which tensors are quantized at all where a budget chooses what they take.
+UNDER_BUDGET: Mapping[str, str] = {"qblk": "q4_block32", "gguf": "q4_k_m"}
+
 # Bits per weight over the whole file, by container. A GGUF file needs more for the same loss, and
 # its types for rows that do not divide into blocks of 256 begin at 4.5.
 PRESETS: Mapping[str, Mapping[str, float]] = {

@@ -27,7 +27,7 @@ from qconvert.files.scratch import Scratch
 from qconvert.geometry import TILE_VALUES, row_length
 from qconvert.kernels.records import F32, F64
 from qconvert.mapper import Mapper
-from qconvert.model import Model, TensorInfo
+from qconvert.model import Model
 from qconvert.progress import Progress
 from qconvert.running.blocks import BlockChain, NoBlocks, single_threads
 from qconvert.running.hidden_states import HiddenStates
@@ -36,6 +36,7 @@ from qconvert.running.layers import linear_layers
 from qconvert.running.text import drawn
 from qconvert.stages.ahead import Ahead, encoded_ahead
 from qconvert.stages.calibrate_text import text_pieces
+from qconvert.stages.made_from import made_from
 from qconvert.stages.parallel import Workers
 from qconvert.stages.plan import PlannedTensor
 from qconvert.stages.quantize_options import RepairText
@@ -209,23 +210,9 @@ def _places(checkpoint: Checkpoint, plain: Model, prepared: Prepared) -> list[_P
             continue
         readers, table = owners.get(id(parameter), []), id(parameter) in looked_up
         module = readers[0] if p.scheme and len(readers) == 1 and not table else None
-        found.append(_Place(p, parameter, module, table, *_mapped(prepared.model, p.tensor)))
+        made = made_from(prepared.model, p.tensor)
+        found.append(_Place(p, parameter, module, table, made.rows, made.added))
     return found
-
-
-def _mapped(model: Model, tensor: TensorInfo) -> tuple[I64 | None, float]:
-    """Rows of the source that a tensor of the plan has, None for all in their order, and what is
-    added to their values.
-    """
-    from qconvert.architectures.mapped import MappedModel  # 0.1 s, and known where it is needed
-
-    if not isinstance(model, MappedModel):
-        return None, 0.0
-    made = model.made(tensor)
-    if made.locate is None:
-        return None, made.added
-    count = tensor.size // row_length(tensor.shape)
-    return made.locate(np.arange(count, dtype=np.int64)), made.added
 
 
 class _Run:

@@ -31,6 +31,7 @@ from qconvert.errors import FormatError, UsageError
 from qconvert.kernels.records import F32, Factors
 from qconvert.mapper import Mapper
 from qconvert.model import Model, TensorInfo
+from qconvert.stages.made_from import made_from
 from qconvert.stages.plan import PlannedTensor
 
 METHODS = (NEAREST, COMPENSATED)
@@ -271,7 +272,7 @@ def plan_roundings(
             continue
         assert calibration
         assert layer
-        located = located_rows(model, p.tensor)
+        located = made_from(model, p.tensor).rows
         reason, whole = _default(calibration, layer), 0
         by_row = no_output_factor(calibration, layer)
         if by_row is None:
@@ -294,16 +295,6 @@ def _default(calibration: Calibration, layer: str) -> str:
     if layer in calibration.tables:
         return "the calibration has the Fisher information of what is looked up in it"
     return "the calibration has the Gram matrix of its input"
-
-
-def located_rows(model: Model, tensor: TensorInfo) -> NDArray[np.int64] | None:
-    """Where the rows of a tensor that is made from one lie in that; None where it is the same."""
-    from qconvert.architectures.mapped import MappedModel  # 0.1 s, and known where it is needed
-
-    if not isinstance(model, MappedModel) or (locate := model.made(tensor).locate) is None:
-        return None
-    rows: NDArray[np.int64] = locate(np.arange(tensor.shape[0], dtype=np.int64))
-    return rows
 
 
 def _not_swept(

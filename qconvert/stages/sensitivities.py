@@ -30,6 +30,7 @@ from qconvert.kernels.records import Bytes, Encoded
 from qconvert.model import Model, TensorInfo
 from qconvert.progress import Progress
 from qconvert.schemes import TENSOR_SCHEMES
+from qconvert.stages.made_from import made_from
 from qconvert.stages.parallel import Workers
 
 SCHEMA = "qconvert.sensitivities/1"
@@ -312,21 +313,15 @@ def sensitivity_of(
     Raises:
         UnsupportedError: the calibration has it for another shape.
     """
-    from qconvert.architectures.mapped import MappedModel  # 0.1 s, and known where it is needed
-
-    sources: tuple[TensorInfo, ...] = (tensor,)
-    locate = None
-    if isinstance(model, MappedModel):
-        made = model.made(tensor)
-        sources, locate = made.sources, made.locate
-    parts = [calibration.sensitivity(source.name) for source in sources]
+    made = made_from(model, tensor)
+    parts = [calibration.sensitivity(source.name) for source in made.sources]
     known = [part for part in parts if part is not None]
     if not known or len(known) < len(parts):
         return None
     found = stacked(known)
     columns = row_length(tensor.shape)
-    if locate is not None:
-        found = found.taken(locate(np.arange(tensor.size // columns, dtype=np.int64)))
+    if made.rows is not None:
+        found = found.taken(made.rows)
     if found.shape != (tensor.size // columns, columns):
         raise UnsupportedError(
             "the calibration does not fit the weight",

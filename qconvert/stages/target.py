@@ -125,15 +125,6 @@ class Target(Protocol):
         ...
 
 
-def sources_of(model: Model, tensor: TensorInfo) -> list[str]:
-    """The tensors of a source that a tensor is made of, of a model under the names of an output."""
-    from qconvert.architectures.mapped import MappedModel  # 0.1 s, and known where it is needed
-
-    if isinstance(model, MappedModel):
-        return [source.name for source in model.made(tensor).sources]
-    return [tensor.name]
-
-
 def target_of(container: Container) -> Target:
     """The target of a container that is written."""
     found: Target = importlib.import_module(container.target).TARGET
