@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qconvert.exchange_schemes import COMPRESSED_TENSORS
 from qconvert.schemes import FAMILIES
 
 
@@ -17,9 +18,10 @@ class Container:
 
     Attributes:
         name: as ``--format`` and reports have it, and `Model.kind`.
-        suffix: of a file that is written.
+        suffix: of a file that is written; none of a directory.
         magic, at: what a file has at this place; empty for what is told by nothing else.
-        reader: ``module:function``, from a path to a `qconvert.files.OpenModel`.
+        reader: ``module:function``, from a path to a `qconvert.files.OpenModel`; none of a
+            directory that another tool loads, which is opened as safetensors and then recognised.
         takes: families of schemes (`qconvert.schemes.FAMILIES`, and ``mix``) that it is written
             with; none: it is only read.
         target: module of a `qconvert.stages.target.Target` named ``TARGET``, if it is written.
@@ -32,6 +34,16 @@ class Container:
     reader: str
     takes: tuple[str, ...] = ()
     target: str = ""
+
+    @property
+    def directory(self) -> bool:
+        """Whether it is a directory of safetensors files."""
+        return bool(self.takes) and not self.suffix
+
+    @property
+    def article(self) -> str:
+        """What one of it is called in a sentence."""
+        return f"a {self.name} directory" if self.directory else f"a {self.suffix} file"
 
 
 CONTAINERS = {
@@ -51,7 +63,13 @@ CONTAINERS = {
         ),
         Container(
             *("safetensors", ".safetensors", b"", 0),
-            reader="qconvert.files.safetensors:open_safetensors",
+            reader="qconvert.files.exchange:open_weights",
+        ),
+        Container(
+            *(COMPRESSED_TENSORS, "", b"", 0),
+            reader="",
+            takes=(COMPRESSED_TENSORS,),
+            target="qconvert.stages.directories.compressed_tensors",
         ),
     )
 }

@@ -7,11 +7,18 @@ this table; a new family is a class here, its row in `FAMILIES`, and a codec: `q
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 from qconvert.encoding import BITS, BLOCKS
 from qconvert.errors import UsageError
+from qconvert.exchange_schemes import (
+    COMPRESSED_TENSORS,
+    EXCHANGE_GRAMMAR,
+    EXCHANGE_SCHEMES,
+    counterpart,
+)
 from qconvert.ggml_types import CASTS, WRITTEN
 from qconvert.mixes import MIXES
 from qconvert.ranges import RangeMethod, default_method
@@ -39,6 +46,7 @@ FAMILIES = {
     "codebook": Family("qconvert.codecs.codebook", described=True, feature="codebook-1.2"),
     "levels": Family("qconvert.codecs.levels", described=True, feature="levels-1.3"),
     "ggml": Family("qconvert.codecs.ggml", described=False),
+    COMPRESSED_TENSORS: Family("qconvert.codecs.exchange.compressed_tensors", described=False),
 }
 
 # bitsandbytes' tables, by code: create_normal_map in QLoRA (Dettmers et al., 2023), section 3, to
@@ -236,6 +244,7 @@ _ALL: tuple[TensorScheme, ...] = (
     LevelScheme(4, 16, shifted=True),
     *(CastScheme(dtype.lower(), dtype) for dtype in CASTS),
     *(GgmlScheme(t.name.lower(), t.name) for t in WRITTEN),
+    *EXCHANGE_SCHEMES,
 )
 
 TENSOR_SCHEMES = {s.name: s for s in _ALL}
@@ -247,8 +256,22 @@ SCHEMES: dict[str, Scheme] = {
 SCHEME_GRAMMAR = (
     "q{2,3,4,5,6,8}_{tensor|channel|block16|block32|block64|block128|block256}[_sym|_asym], "
     "{nf4|fp4}_block{32|64|128|256}[_dq], {c2|c3|c4}_block{16|32}, c4s_block16, f32, f16, bf16; "
+    f"directories: {EXCHANGE_GRAMMAR}; "
     "GGUF: " + ", ".join(dict.fromkeys((*MIXES, *(s.name for s in _ALL if s.family == "ggml"))))
 )
+
+
+def adapted(scheme: Scheme, families: Collection[str]) -> Scheme:
+    """A scheme as a container of these families has it: one with the same grid in place of ours.
+
+    Itself where it is of these families already, or has no counterpart among them.
+    """
+    if scheme.family in families or not isinstance(scheme, AffineScheme):
+        return scheme
+    if scheme.granularity == "tensor":
+        return scheme
+    found = (counterpart(f, scheme.bits, scheme.block, scheme.symmetric) for f in families)
+    return next((other for other in found if other), scheme)
 
 
 def parse_scheme(text: str) -> Scheme:

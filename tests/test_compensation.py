@@ -404,7 +404,7 @@ def test_all_files_of_a_set_know_how_they_were_rounded(tmp_path: Path) -> None:
     "text", ["", "[]", "[" * 9000, '{"rounding": 3}', "nan", '{"rounding": {}}']
 )
 def test_provenance_of_others_says_nothing_of_rounding(text: str) -> None:
-    from qconvert.files.gguf import compensated_tensors
+    from qconvert.files.provenance import compensated_tensors
 
     assert compensated_tensors(text) == frozenset()
 

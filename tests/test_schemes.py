@@ -35,10 +35,18 @@ OTHERS = ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 OTHERS += ["iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "tq1_0", "tq2_0"]
 OTHERS += ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 OTHERS += ["q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "mxfp4_moe"]
+# formats/exchange
+COMPRESSED_TENSORS = [
+    f"w{bits}a16{asym}{group}"
+    for bits, asym, group in itertools.product(
+        (4, 8), ("", "_asym"), ("", "_g32", "_g64", "_g128", "_channel")
+    )
+]
+EXCHANGE = [*COMPRESSED_TENSORS]
 
 
 def test_the_table_holds_the_names_of_the_specification_and_no_others() -> None:
-    assert sorted(SCHEMES) == sorted(AFFINE + CODEBOOKS + LEVELS + OTHERS)
+    assert sorted(SCHEMES) == sorted(AFFINE + CODEBOOKS + LEVELS + OTHERS + EXCHANGE)
     assert all(name == scheme.name for name, scheme in SCHEMES.items())
 
 

@@ -6,7 +6,6 @@ its counts and offsets unchecked, and dies with the process when the file shrink
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Callable
@@ -18,17 +17,15 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.codecs.codec import NEAREST, REPAIRED, Stored
-from qconvert.codecs.compensation import COMPENSATED
+from qconvert.codecs.codec import Stored
 from qconvert.codecs.ggml import encoding_of
-from qconvert.codecs.rescaled import TUNED, tuned_tensors
 from qconvert.errors import FormatError, UnsupportedError
+from qconvert.files.provenance import PROVENANCE, NotedRoundings
 from qconvert.files.regular import RegularFile
 from qconvert.ggml_types import GGML_TYPES, GgmlType
 from qconvert.model import Companion, SourceFile, TensorInfo
 
 ARCHITECTURE = "general.architecture"
-PROVENANCE = "qconvert.provenance"  # a JSON object, in files of ours
 RAW = "raw"  # the architecture of a file of ours that nobody is to run
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -80,36 +77,6 @@ _SCALARS: dict[int, tuple[struct.Struct, Callable[..., str]]] = {
 _BY_NUMBER = {t.number: t for t in GGML_TYPES.values()}
 
 
-def _noted(provenance: str | None) -> object:
-    """A provenance as JSON, None where it is none."""
-    try:
-        return json.loads(provenance or "{}")
-    except (ValueError, RecursionError):
-        return None
-
-
-def compensated_tensors(provenance: str | None) -> frozenset[str]:
-    """Names of the tensors whose codes make up for each other's errors, as the provenance of a file
-    of ours lists them; none where it is no such JSON.
-    """
-    return _listed(provenance, "rounding", COMPENSATED)
-
-
-def repaired_tensors(provenance: str | None) -> frozenset[str]:
-    """The same of those among them that were aimed at other weights than their own."""
-    return _listed(provenance, "repair", "tensors")
-
-
-def _listed(provenance: str | None, *keys: str) -> frozenset[str]:
-    try:
-        names = json.loads(provenance or "{}")
-        for key in keys:
-            names = names[key]
-        return frozenset(name for name in names if isinstance(name, str))
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
-        return frozenset()
-
-
 class GgufModel:
     """A GGUF file, opened: implements `qconvert.model.Model`.
 
@@ -129,9 +96,7 @@ class GgufModel:
         )
         self._file = file
         self._header = header
-        self._compensated = compensated_tensors(self.metadata.get(PROVENANCE))
-        self._repaired = repaired_tensors(self.metadata.get(PROVENANCE))
-        self._tuned = tuned_tensors(_noted(self.metadata.get(PROVENANCE)))
+        self._roundings = NotedRoundings(self.metadata.get(PROVENANCE))
         self._starts = {
             tensor.name: header.data_start + offset for tensor, offset in header.tensors
         }
@@ -160,11 +125,7 @@ class GgufModel:
 
     def rounding(self, tensor: TensorInfo) -> str:
         """How the codes of a tensor were chosen, as far as the file's provenance says."""
-        if tensor.name in self._repaired:
-            return REPAIRED
-        if tensor.name in self._compensated:
-            return COMPENSATED
-        return TUNED if tensor.name in self._tuned else NEAREST
+        return self._roundings.of(tensor.name)
 
     def check_payload(self, advance: Callable[[int], None]) -> str:
         """See `OpenModel.check_payload`."""

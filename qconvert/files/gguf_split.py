@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qconvert.errors import UnsupportedError
-from qconvert.files.gguf import ARCHITECTURE, PROVENANCE
+from qconvert.files.gguf import ARCHITECTURE
 from qconvert.files.gguf_writer import (
     FIXED_BYTES,
     GgufTensor,
@@ -24,6 +24,7 @@ from qconvert.files.gguf_writer import (
     check_gguf,
     string_key_bytes,
 )
+from qconvert.files.provenance import PROVENANCE
 
 _SET = '{"set": "'  # how it begins in a file of several; then comes the digest
 _UNKNOWN = "0" * 64  # stands for the digest until all is written

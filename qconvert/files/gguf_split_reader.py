@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from qconvert.codecs.codec import Stored
 from qconvert.errors import FormatError, InputError
-from qconvert.files.gguf import MAX_TENSORS, PROVENANCE, GgufModel, open_gguf
+from qconvert.files.gguf import MAX_TENSORS, GgufModel, open_gguf
 from qconvert.files.gguf_split import set_of
+from qconvert.files.provenance import PROVENANCE
 from qconvert.model import Companion, SourceFile, TensorInfo
 
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"

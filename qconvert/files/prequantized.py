@@ -64,15 +64,9 @@ def recognised(model: Model) -> Prequantized | None:
     Raises:
         FormatError: a small file that would tell is no JSON.
     """
-    files = {c.name: c for c in model.companions if c.name in (CONFIG, MODELOPT)}
     stated = None
-    for name, file in files.items():
-        data = file.read()
-        if not any(word in data for word in _STATING):
-            continue  # most are so, and need not be parsed for this
-        fields = strict_json(data, model.path / name)
-        if isinstance(fields, dict):
-            stated = stated or stated_method(fields, name)
+    for name, fields in _small_files(model):
+        stated = stated or stated_method(fields, name)
     found = _by_tensors(model.tensors)
     if found is None and COMFY_METADATA in model.metadata:
         found = Prequantized("ComfyUI", f"the file's metadata has '{COMFY_METADATA}'")
@@ -81,6 +75,53 @@ def recognised(model: Model) -> Prequantized | None:
     if stated is None:
         return found
     return Prequantized(stated.method, f"{found.evidence}; {stated.evidence}", found.tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The quantization block of a configuration.
+
+    Attributes:
+        method: as it calls itself; ``mlx`` and ``modelopt`` where the block is the sign.
+        settings: the block.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+
+
+def settings_of(model: Model) -> Settings | None:
+    """What the configuration of a model says of its quantization; None where it says nothing.
+
+    Raises:
+        FormatError: a small file that would tell is no JSON.
+    """
+    for name, fields in _small_files(model):
+        if name == MODELOPT:
+            inner = fields.get("quantization")
+            if isinstance(inner, dict):
+                return Settings("modelopt", fields)
+            continue
+        for _, section in _sections(fields):
+            entry = section.get("quantization_config", section.get("compression_config"))
+            method = entry.get("quant_method") if isinstance(entry, dict) else None
+            if isinstance(entry, dict) and isinstance(method, str):
+                return Settings(method, entry)
+            mlx = section.get("quantization")
+            if isinstance(mlx, dict) and {"bits", "group_size"} & mlx.keys():
+                return Settings("mlx", mlx)
+    return None
+
+
+def _small_files(model: Model) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Small files that may state a quantization: their names and fields."""
+    for file in model.companions:
+        if file.name in (CONFIG, MODELOPT):
+            data = file.read()
+            if any(word in data for word in _STATING):  # most have none, and need not be parsed
+                fields = strict_json(data, model.path / file.name)
+                if isinstance(fields, dict):
+                    yield file.name, fields
 
 
 def refuse_prequantized(model: Model) -> None:
@@ -239,9 +280,11 @@ def _last(name: str) -> str:
 
 __all__ = [
     "Prequantized",
+    "Settings",
     "plain_f8",
     "recognised",
     "refusal",
     "refuse_prequantized",
+    "settings_of",
     "stated_method",
 ]

@@ -21,7 +21,7 @@ from qconvert.codecs.codec import Encoder, Facts
 from qconvert.codecs.compensation import COMPENSATED, DAMPING, ROW_DAMPING
 from qconvert.codecs.raw import KeptEncoder
 from qconvert.errors import WeightError
-from qconvert.files.atomic import AtomicOutput, AtomicSet, check_space
+from qconvert.files.atomic import AtomicDirectory, AtomicOutput, AtomicSet, check_space
 from qconvert.files.regular import file_sha256, utf8_name
 from qconvert.files.scratch import Scratch
 from qconvert.floors import Measured, judge
@@ -36,7 +36,7 @@ from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import MIN_VALUES, PlannedTensor
 from qconvert.stages.quantize_options import QuantizeOptions, RepairText
 from qconvert.stages.rounding import Roundings
-from qconvert.stages.target import Prepared, Sink, TensorTarget
+from qconvert.stages.target import Atomic, Prepared, Sink, TensorTarget
 
 SMALL_TILES = 4  # tensors of at most so many tiles are analysed by one thread
 NOTHING = Encoded()
@@ -140,8 +140,10 @@ class Job:
         inputs += [given.text for given in texts if given]
         paths, force = self.prepared.outputs, self.options.force
         with ExitStack() as stack:
-            out: AtomicOutput | AtomicSet
-            if len(paths) == 1:
+            out: Atomic
+            if self.prepared.directory:
+                out = AtomicDirectory(paths[0], overwrite=force, inputs=inputs)
+            elif len(paths) == 1:
                 out = AtomicOutput(paths[0], overwrite=force, inputs=inputs, interim=interim)
             else:
                 out = AtomicSet(name, paths, overwrite=force, inputs=inputs, interim=interim)

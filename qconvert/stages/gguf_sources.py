@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from qconvert.errors import UnsupportedError, UsageError
-from qconvert.files.gguf import ARCHITECTURE, PROVENANCE, RAW
+from qconvert.files.gguf import ARCHITECTURE, RAW
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
+from qconvert.files.provenance import PROVENANCE
 from qconvert.mixes import ModelFacts
 from qconvert.model import DTYPES, Model
 

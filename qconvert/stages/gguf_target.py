@@ -16,13 +16,14 @@ import numpy as np
 from qconvert.codecs.codec import Encoding
 from qconvert.errors import UsageError
 from qconvert.files import OpenModel
-from qconvert.files.atomic import AtomicOutput, AtomicSet, machine_errors
+from qconvert.files.atomic import AtomicDirectory, AtomicOutput, machine_errors
 from qconvert.files.equalised import EqualisedModel, noted
-from qconvert.files.gguf import ARCHITECTURE, PROVENANCE, RAW
+from qconvert.files.gguf import ARCHITECTURE, RAW
 from qconvert.files.gguf_split import SplitGgufWriter, plan_shards, shard_path
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import GgufTensor, GgufWriter, MetadataValue, check_gguf
 from qconvert.files.imatrix import Imatrix, read_imatrix
+from qconvert.files.provenance import PROVENANCE
 from qconvert.kernels.records import F32, Bytes
 from qconvert.mixes import MIXES, Mix, MixOptions, ModelFacts, parse_mix
 from qconvert.model import Model, TensorInfo
@@ -31,7 +32,7 @@ from qconvert.stages.gguf_sources import PRE_TOKENIZER, TOKENIZER, GgufModelSour
 from qconvert.stages.made_from import made_from
 from qconvert.stages.plan import MIN_VALUES, PlannedTensor, PlanOptions, make_plan, plan_mix
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
-from qconvert.stages.target import Prepared, Sink, Target, model_name
+from qconvert.stages.target import Atomic, Prepared, Sink, Target, model_name
 
 PROVENANCE_BYTES = 4096  # for a bound before it is known
 PADDING = 32  # at most, behind a tensor
@@ -309,9 +310,10 @@ def _sink(
     counts: Sequence[int],
     metadata: Mapping[str, MetadataValue],
     tensors: Sequence[GgufTensor],
-    out: AtomicOutput | AtomicSet,
+    out: Atomic,
     provenance: dict[str, Any],
 ) -> Sink:
+    assert not isinstance(out, AtomicDirectory)
     paths = (out.path,) if isinstance(out, AtomicOutput) else out.paths
     keys = {**metadata, PROVENANCE: _text(provenance)}
     return _GgufSink(target, paths, counts, keys, tensors)

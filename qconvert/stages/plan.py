@@ -103,10 +103,13 @@ def check_schemes(schemes: Iterable[Scheme], container: Container) -> None:
     """
     for scheme in schemes:
         if scheme.family not in container.takes:
-            other = container_for(scheme.family).suffix
+            other = container_for(scheme.family)
+            hint = f"write a {other.suffix} file with -o NAME{other.suffix}"
+            if other.directory:
+                hint = f"write a directory with --format {other.name}"
             raise UsageError(
-                f"scheme {scheme.name} does not go into a {container.suffix} file",
-                hint=f"write a {other} file with -o NAME{other}, or choose another scheme",
+                f"scheme {scheme.name} does not go into {container.article}",
+                hint=f"{hint}, or choose another scheme",
             )
 
 

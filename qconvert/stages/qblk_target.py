@@ -13,7 +13,7 @@ from qconvert.codecs.compensation import COMPENSATED
 from qconvert.codecs.rescaled import PROVENANCE_KEY, tuned_tensors
 from qconvert.errors import FormatError, UsageError
 from qconvert.files import OpenModel
-from qconvert.files.atomic import AtomicOutput, AtomicSet
+from qconvert.files.atomic import AtomicOutput
 from qconvert.files.equalised import noted
 from qconvert.files.qblk_header import ALIGNMENT, PREAMBLE, SLASH, align
 from qconvert.files.qblk_writer import (
@@ -29,7 +29,7 @@ from qconvert.model import Companion, Model, TensorInfo
 from qconvert.schemes import MixScheme
 from qconvert.stages.plan import PlannedTensor, PlanOptions, make_plan
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
-from qconvert.stages.target import Prepared, Sink, Target
+from qconvert.stages.target import Atomic, Prepared, Sink, Target
 
 # The longest notes that a tensor can carry, to bound the header; numbers are widened by
 # `tensor_bound`.
@@ -134,7 +134,7 @@ class _QblkSink:
 def _sink(
     model: Model,
     plan: tuple[PlannedTensor, ...],
-    out: AtomicOutput | AtomicSet,
+    out: Atomic,
     provenance: dict[str, Any],
 ) -> Sink:
     assert isinstance(out, AtomicOutput)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import typing
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,6 +21,7 @@ from qconvert.kernels.records import ErrorSums
 from qconvert.model import DTYPES, Model
 from qconvert.progress import Progress, Silent
 from qconvert.report import QuantizeReport
+from qconvert.schemes import CastScheme, MixScheme, TensorScheme, adapted
 from qconvert.stages.budget import unknown_sensitivities, within_budget
 from qconvert.stages.conversion import Job, fill_totals, planned_row
 from qconvert.stages.equalisation import rescaled
@@ -30,6 +32,8 @@ from qconvert.stages.sources import examined
 from qconvert.stages.target import Prepared, model_name, target_of
 
 __all__ = ["GgufOptions", "QuantizeOptions", "quantize"]
+
+_FILES = tuple(c for c in WRITTEN if not c.directory)
 
 
 def quantize(
@@ -54,6 +58,7 @@ def quantize(
         from qconvert.stages.finetune import check_source, convert_tuned  # what runs models
 
         check_source(source)
+    options = _adapted(options, container)
     check_schemes((options.scheme, *(s for _, s in options.tensor_schemes)), container)
     with ExitStack() as files, about(source):
         opened = open_model(source)
@@ -165,15 +170,42 @@ def _plain(opened: OpenModel, options: QuantizeOptions) -> Model:
         UsageError: it is quantized, and nobody said that it may be quantized again.
     """
     quantized = next((t for t in opened.tensors if t.dtype not in DTYPES), None)
-    if quantized and not options.allow_requantize:
+    schemes = (options.scheme, *(s for _, s in options.tensor_schemes))
+    cast = all(isinstance(s, CastScheme) for s in schemes)
+    if quantized and not (cast or options.allow_requantize):
         raise UsageError(
             "the source is quantized already",
             path=opened.path,
             tensor=quantized.name,
             found=quantized.dtype,
-            hint="convert the original, or accept the loss with --allow-requantize",
+            hint="convert the original, decode it with --scheme bf16, or accept that more is lost "
+            "with --allow-requantize",
         )
     return dequantized(opened)
+
+
+def _adapted(options: QuantizeOptions, container: Container) -> QuantizeOptions:
+    """Options with the schemes that the container has in place of those on the same grid.
+
+    Raises:
+        UsageError: an option that a directory of another tool has no place for.
+    """
+    if not container.directory:
+        return options
+    for given, name in ((options.budget, "a budget"), (options.finetune, "--finetune")):
+        if given:
+            raise UsageError(
+                f"{name} goes with .qblk and .gguf files",
+                found=f"--format {container.name}",
+                hint="choose schemes with --scheme and --tensor-scheme",
+            )
+    schemes = [(glob, adapted(s, container.takes)) for glob, s in options.tensor_schemes]
+    assert not any(isinstance(s, MixScheme) for _, s in schemes)
+    return replace(
+        options,
+        scheme=adapted(options.scheme, container.takes),
+        tensor_schemes=tuple((glob, typing.cast(TensorScheme, s)) for glob, s in schemes),
+    )
 
 
 def _output(source: Path, options: QuantizeOptions) -> tuple[Path, Container]:
@@ -183,11 +215,14 @@ def _output(source: Path, options: QuantizeOptions) -> tuple[Path, Container]:
     if output is None:
         container = asked or container_for(options.scheme.family)
         parent = source.parent if source.name not in ("", "..") else source.resolve().parent
-        name = f"{model_name(source)}.{options.name}{container.suffix}"
+        dot = "-" if container.directory else "."  # a name with a suffix looks like a file's
+        name = f"{model_name(source)}{dot}{options.name}{container.suffix}"
         return parent / name, container
-    found = asked or next((c for c in WRITTEN if c.suffix == output.suffix.lower()), None)
+    found = asked or next((c for c in _FILES if c.suffix == output.suffix.lower()), None)
+    if found is None and container_for(options.scheme.family).directory:
+        found = container_for(options.scheme.family)
     if found is None:
-        suffixes = " or ".join(c.suffix for c in WRITTEN)
+        suffixes = " or ".join(c.suffix for c in _FILES)
         formats = " or ".join(f"--format {c.name}" for c in WRITTEN)
         raise UsageError(
             f"cannot tell the container from the name '{output.name}'",

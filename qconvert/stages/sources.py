@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qconvert.files.exchange import QuantizedModel
 from qconvert.files.prequantized import Prequantized, plain_f8, recognised, refusal
 from qconvert.files.safetensors import SafetensorsModel
 from qconvert.model import Model
@@ -38,7 +39,7 @@ def examined(model: Model) -> Remarks:
 def described(model: Model) -> tuple[Remarks, Prequantized | None]:
     """The same of a model that may be quantized already, and whether it is."""
     found, quantized = Remarks([], []), recognised(model)
-    if isinstance(model, SafetensorsModel):
+    if isinstance(model, SafetensorsModel | QuantizedModel):
         found.notes.extend(model.notes)
         found.warnings.extend(model.warnings)
     if quantized:

@@ -14,11 +14,13 @@ from typing import Any, Protocol
 from qconvert.codecs.codec import Encoding
 from qconvert.containers import Container
 from qconvert.files import OpenModel
-from qconvert.files.atomic import AtomicOutput, AtomicSet
+from qconvert.files.atomic import AtomicDirectory, AtomicOutput, AtomicSet
 from qconvert.kernels.records import F32, Bytes
 from qconvert.model import Model, TensorInfo, layer_name
 from qconvert.stages.plan import PlannedTensor
 from qconvert.stages.quantize_options import QuantizeOptions
+
+Atomic = AtomicOutput | AtomicSet | AtomicDirectory
 
 
 class TensorTarget(Protocol):
@@ -56,7 +58,7 @@ class Prepared:
     Attributes:
         model: the source, with the names and shapes of the output.
         plan: of its tensors, in the order of the output.
-        outputs: the files to be written.
+        outputs: the files to be written, or a directory.
         sink: writes them; takes where they are made, and the provenance.
         importance: of the input channels of a tensor, where it is known; see `Facts`.
         origin: the name in the source of a tensor of the plan; None where it is made of several.
@@ -65,12 +67,13 @@ class Prepared:
         companions: files that are carried along, and ``companion_bytes`` their size.
         warnings, notes: for the report.
         overhead: gives what the files take at most besides the bytes of their tensors.
+        directory: whether the output is one.
     """
 
     model: Model
     plan: tuple[PlannedTensor, ...]
     outputs: tuple[Path, ...]
-    sink: Callable[[AtomicOutput | AtomicSet, dict[str, Any]], Sink]
+    sink: Callable[[Atomic, dict[str, Any]], Sink]
     importance: Callable[[TensorInfo], F32 | None] = lambda tensor: None
     origin: Callable[[str], str | None] = lambda name: name
     options: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +83,7 @@ class Prepared:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     overhead: Callable[[], int] = lambda: 0
+    directory: bool = False
 
     def layers_of(self, calibrated: AbstractSet[str]) -> dict[str, str]:
         """The layers that tensors of the plan are weights of, by the tensors' names, where they are

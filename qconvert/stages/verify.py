@@ -27,7 +27,7 @@ from qconvert.errors import FormatError, UnsupportedError, UsageError, WeightErr
 from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
 from qconvert.files.equalised import Exponents, equalised, read_exponents
-from qconvert.files.gguf import PROVENANCE
+from qconvert.files.provenance import PROVENANCE
 from qconvert.files.qblk import QblkModel
 from qconvert.files.strict_json import strict_json
 from qconvert.files.transposed import input_first

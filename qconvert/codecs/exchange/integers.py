@@ -1,0 +1,288 @@
+"""Layouts of integer codes with a scale, and perhaps a zero point, for each group of columns.
+
+Codes here are unsigned, 0..2^bits - 1, and zero points whole codes: value = (code - zero) · scale,
+as every format has them that is made of such groups. What differs is how they are packed.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert import kernels
+from qconvert.codecs.affine.compensated import compensated, stored_parameters
+from qconvert.codecs.affine.encoding import Affine
+from qconvert.codecs.affine.weighting import weighting
+from qconvert.codecs.codec import Coded, Encoder, Facts, Grid, Outcome, Stored, smaller
+from qconvert.codecs.compensation import Rounder, values_at_once
+from qconvert.codecs.exchange.layout import Layout, refuse_values
+from qconvert.codecs.source import RUN_VALUES, finite_weights, source_rows, tiles_of
+from qconvert.encoding import BITS, BLOCKS
+from qconvert.exchange_schemes import ExchangeScheme
+from qconvert.geometry import Tile, spans_tiles
+from qconvert.kernels.arithmetic import SCALE_NUMPY, round_scale, to_groups, zero_steps
+from qconvert.kernels.records import (
+    F32,
+    I32,
+    U8,
+    Bytes,
+    Encoded,
+    IntegerRows,
+    Parameters,
+    Weighting,
+)
+from qconvert.model import Model, TensorInfo
+from qconvert.ranges import RangeMethod, default_method
+
+EVERYWHERE = (-np.inf, np.inf)  # no value is an outlier: nothing is decided by them here
+
+
+@dataclass(frozen=True)
+class IntegerLayout(Layout):
+    """Integer codes.
+
+    Attributes:
+        width: bits of a code.
+        group: columns that share a scale; 0 where a row has one.
+        symmetric: whether all zero points are the middle code, 2^(bits - 1).
+        scale_dtype: of scales, a name of `qconvert.model.DTYPES`.
+        gathers: of ``codes``, ``scale`` and ``zero``, what `whole` needs of all rows.
+    """
+
+    gathers: ClassVar[tuple[str, ...]] = ()
+    width: int
+    group: int
+    symmetric: bool
+    scale_dtype: str
+
+    @property
+    def bits(self) -> float:
+        return self.width
+
+    def groups(self, columns: int) -> int:
+        """Scales of a row."""
+        return -(-columns // self.group) if self.group else 1
+
+    @abstractmethod
+    def integers(self, stored: Stored, rows: slice, columns: slice) -> IntegerRows:
+        """What is stored of some rows and columns; these begin at a multiple of 256 and of the
+        group.
+        """
+
+    def pieces(self, rows: IntegerRows) -> dict[str, Bytes]:
+        """Parts of whole rows that follow each other in their tensors, by kind."""
+        return {}
+
+    def whole(self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]) -> dict[str, Bytes]:
+        """The other parts, of a weight of this shape and what was gathered of its rows: codes and
+        zero points uint8, (R, C) and (R, G), scales float32 (R, G).
+        """
+        return {}
+
+    def coded(self, stored: Stored, tile: Tile) -> Coded:
+        first, low = divmod(tile.start, stored.shape[-1])
+        rows, columns = slice(first, first + tile.rows), slice(low, low + tile.columns)
+        found = self.integers(stored, rows, columns)
+        # The least code of 8 symmetric bits is one that our encoder leaves out.
+        least = int(self.symmetric and self.width == 8)
+        grid = Grid(found.scale, least, (1 << self.width) - 1, always_scaled=False)
+        return Coded(decoded(found), found, grid)
+
+    def affine(self, columns: int) -> Affine:
+        """The same grid as ours, whose search and kernels find codes for it."""
+        return Affine(
+            bits=self.width,
+            granularity="block" if self.group else "channel",
+            block=self.group,
+            symmetric=self.symmetric,
+            scale_dtype=self.scale_dtype if self.group else "F32",
+            row_length=columns,
+        )
+
+    def scales_from(self, stored: Stored, kind: str, data: bytes) -> F32:
+        """Scales as they are stored, float32; raises a FormatError where one is not finite."""
+        found = np.frombuffer(data, SCALE_NUMPY[self.scale_dtype]).astype(np.float32)
+        if not np.isfinite(found).all():
+            refuse_values(
+                stored, f"a number of {kind} is not finite", "NaN or Inf", "finite scales"
+            )
+        return found
+
+
+def decoded(rows: IntegerRows) -> F32:
+    """(codes - zero) · scale, with the offset added where there is one, float32 (R, C)."""
+    count, columns = rows.codes.shape
+    length = min(rows.group, columns)
+    padded = -(-columns // length) * length
+    codes = rows.codes
+    if padded != columns:
+        codes = np.pad(codes, ((0, 0), (0, padded - columns)))
+    steps = codes.reshape(count, -1, length) - rows.zero[:, :, None]
+    values = steps.astype(np.float32) * rows.scale[:, :, None]
+    if rows.offset is not None:
+        values += rows.offset[:, :, None]
+    return np.ascontiguousarray(values.reshape(count, padded)[:, :columns])
+
+
+def misfit(layout: IntegerLayout, tensor: TensorInfo, scheme: str) -> str | None:
+    """Why a tensor cannot take an integer layout, or would not be smaller; None where it can."""
+    if len(tensor.shape) != 2:
+        return "no matrix of two dimensions, which is what readers of the format quantize"
+    columns = tensor.shape[1]
+    if layout.group and columns % layout.group:
+        return f"rows of {columns:,} values do not divide into groups of {layout.group}"
+    if spans_tiles(columns):
+        return f"rows of {columns:,} values are too long"
+    return smaller(layout, tensor, scheme)
+
+
+def writable(scheme: ExchangeScheme) -> bool:
+    """Whether our search has a grid like the scheme's."""
+    return scheme.bits in BITS and (not scheme.group or scheme.group in BLOCKS)
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerEncoder(Encoder):
+    """Codes of the grid that our affine schemes have, in another tool's layout.
+
+    Attributes:
+        code: the grid.
+        weights: by the mean squares of the input channels, where known.
+        rounder: see `Facts`.
+        gathered: of all rows, what the layout gathers.
+    """
+
+    model: Model
+    tensor: TensorInfo
+    layout: IntegerLayout
+    code: Affine
+    method: RangeMethod
+    weights: Weighting | None
+    rounder: Rounder | None
+    gathered: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def encoding(self) -> IntegerLayout:
+        return self.layout
+
+    def tiles(self) -> Iterator[Tile]:
+        return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, RUN_VALUES))
+
+    def encode(self, tile: Tile) -> Encoded:
+        rows, code, weights = source_rows(self.model, self.tensor, tile), self.code, self.weights
+        with finite_weights(self.model, self.tensor):
+            done = kernels.quantize_rows(rows, code, self.method, EVERYWHERE, weights)
+        squares = None if weights is None else weights.mean_square
+        p = found = stored_parameters(done.segments, code)
+        if not self.layout.group:
+            shown = round_scale(found.scale, self.layout.scale_dtype, np.abs(found.scale))
+            p = Parameters(shown, found.zero)
+        x = kernels.values(rows)
+        if not self.layout.symmetric:
+            p = whole_zero_points(x, code, p, weights)
+        if p is not found:
+            done = replace(done, **_again(x, code, p, squares))
+        if self.rounder:
+            done = compensated(x, done, p, code, self.rounder, squares)
+            if code.block:
+                p = Parameters(stored_parameters(done.segments, code).scale, p.zero)
+        integers = self._integers(done, p, tile)
+        self._gather(integers, tile)
+        return replace(done, segments=self.layout.pieces(integers))
+
+    def _integers(self, done: Encoded, p: Parameters, tile: Tile) -> IntegerRows:
+        code = self.code
+        codes = kernels.load_codes(bytes(done.segments["codes"]), code).reshape(tile.rows, -1)
+        shape = (tile.rows, code.row_groups)
+        middle = 1 << (code.bits - 1)
+        zero = np.full(shape, middle) if code.symmetric else p.zero // zero_steps(code.bits)
+        return IntegerRows(
+            codes=codes[:, : tile.columns].astype(np.int16),
+            zero=zero.reshape(shape).astype(np.int32),
+            scale=p.scale.reshape(shape),
+            offset=None,
+            group=code.block or tile.columns,
+        )
+
+    def _gather(self, rows: IntegerRows, tile: Tile) -> None:
+        first = tile.start // tile.columns
+        for kind, whole in self.gathered.items():
+            whole[first : first + tile.rows] = getattr(rows, kind)
+
+    def shared(self) -> dict[str, Bytes]:
+        return self.layout.whole(self.tensor.shape, self.gathered)
+
+    def outcome(self, seen: Encoded) -> Outcome:
+        note: dict[str, Any] = {"range": self.method.describe()}
+        if self.rounder:
+            note |= self.rounder.note()
+        weighted = self.weights is not None
+        return Outcome(seen.error, note, clipped=seen.error.clipped, weighted=weighted)
+
+
+def _again(x: F32, code: Affine, p: Parameters, squares: F32 | None) -> dict[str, Any]:
+    """Segments and error of rows encoded with other parameters than those found for them."""
+    done = kernels.encode_rows(x, code, p, squares)
+    return {"segments": done.segments, "error": done.error}
+
+
+def whole_zero_points(x: F32, code: Affine, p: Parameters, weights: Weighting | None) -> Parameters:
+    """Zero points that are whole codes: of the two about each, whichever leaves less error in its
+    group, the lower one of two equal ones.
+    """
+    steps = zero_steps(code.bits)
+    if steps == 1:
+        return p
+    groups, counts = to_groups(x, code.block)
+    weight = np.ones_like(groups)
+    if counts is not None:
+        weight[np.arange(groups.shape[1]) >= counts[:, None]] = 0
+    if weights is not None:
+        repeats = len(groups) // len(weights.weight)
+        weight = np.tile(weights.weight, (repeats, 1))
+    lower = p.zero // steps * steps
+    upper = np.minimum(lower + steps, code.levels * steps).astype(np.int32)
+    noises = [_noise(groups, weight, code, p.scale, zero) for zero in (lower, upper)]
+    return Parameters(p.scale, np.where(noises[1] < noises[0], upper, lower).astype(np.int32))
+
+
+def _noise(groups: F32, weight: F32, code: Affine, scale: F32, zero: I32) -> NDArray[np.float64]:
+    """Σ w (x - x')² of each group, (G,)."""
+    codes, _ = kernels.encode(groups, scale, zero, code.bits, code.symmetric)
+    difference = groups - kernels.decode(codes, scale, zero, code.bits, code.symmetric)
+    found: NDArray[np.float64] = (weight * difference * difference).sum(axis=1, dtype=np.float64)
+    return found
+
+
+def integer_encoder(
+    model: Model, tensor: TensorInfo, layout: IntegerLayout, facts: Facts
+) -> IntegerEncoder:
+    """The encoder of a matrix that has no `misfit`."""
+    rows, columns = tensor.shape
+    code = layout.affine(columns)
+    mean_square = facts.mean_square(columns)
+    shapes: dict[str, tuple[type, int]] = {
+        "codes": (np.uint8, columns),
+        "scale": (np.float32, layout.groups(columns)),
+        "zero": (np.uint8, layout.groups(columns)),
+    }
+    return IntegerEncoder(
+        model,
+        tensor,
+        layout,
+        code,
+        facts.method or default_method(code.bits),
+        None if mean_square is None else weighting(mean_square[None, :], code),
+        facts.rounder,
+        {k: np.zeros((rows, shapes[k][1]), shapes[k][0]) for k in layout.gathers},
+    )
+
+
+def as_codes(rows: IntegerRows) -> U8:
+    """Codes of rows as bytes, (R, C)."""
+    return rows.codes.astype(np.uint8)

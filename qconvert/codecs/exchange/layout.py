@@ -1,0 +1,63 @@
+"""A layout: which tensors of a safetensors file a matrix is stored as."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import NoReturn
+
+from qconvert.codecs.codec import Encoding, Segment, Stored
+from qconvert.errors import FormatError
+from qconvert.model import DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the tensors that a matrix is stored as.
+
+    Attributes:
+        suffix: what its name adds to that of the module, with the dot in between; the kind of a
+            segment, too.
+        dtype, shape: as in a safetensors header.
+    """
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return DTYPES[self.dtype].nbytes(math.prod(self.shape))
+
+
+class Layout(Encoding):
+    """How a weight (out, in) lies in the tensors of its module."""
+
+    @abstractmethod
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """What a weight of this shape is stored as."""
+
+    def segments(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
+        return tuple(Segment(part.suffix, part.size) for part in self.parts(shape))
+
+    def to_json(self) -> dict[str, object]:
+        raise AssertionError("no qblk file has layouts of other tools")
+
+
+def refuse_values(stored: Stored, message: str, found: object, wanted: str) -> NoReturn:
+    """Refuse numbers of a part that no such matrix may have.
+
+    Raises:
+        FormatError: always.
+    """
+    raise FormatError(
+        message,
+        path=stored.path,
+        tensor=stored.name,
+        found=found,
+        wanted=wanted,
+        hint="the checkpoint is damaged or was written wrongly: download or save it again",
+        code="EXCHANGE-VALUES",
+    )

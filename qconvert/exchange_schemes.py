@@ -1,0 +1,90 @@
+"""Schemes of directories that other tools load: rows of a table for each of their formats.
+
+A format is a container, a family of schemes and a codec of the same name. What a scheme writes is
+told in formats/exchange; its name is the format's own word for it where there is one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from qconvert.ranges import RangeMethod, default_method
+
+# Families, by what people and configurations call them.
+COMPRESSED_TENSORS = "compressed-tensors"
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeScheme:
+    """A scheme of another tool's format.
+
+    Attributes:
+        name: as on the command line.
+        bits: of a code.
+        group: columns that share a scale; 0 where a row has one.
+        symmetric: whether zero points are fixed.
+        number: what codes are: ``int``, or the name of a floating type.
+        scale_dtype: of scales, where that is the model's; settled when a model is at hand.
+    """
+
+    family: ClassVar[str]
+    for_vectors: ClassVar[bool] = False
+    name: str
+    bits: int
+    group: int
+    symmetric: bool = True
+    number: str = "int"
+    scale_dtype: str = "BF16"
+
+    @property
+    def default_range(self) -> RangeMethod | None:
+        """How ranges are chosen unless somebody says so."""
+        return default_method(self.bits) if self.number == "int" else None
+
+    def at_least(self, bits: int) -> Self:
+        """This scheme: a directory keeps to the schemes that its readers know."""
+        return self
+
+    def with_scales(self, dtype: str) -> Self:
+        """This scheme for a model whose numbers are of this dtype."""
+        return replace(self, scale_dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedTensorsScheme(ExchangeScheme):
+    """A scheme of compressed-tensors; names are those of its presets, W4A16 and so on."""
+
+    family: ClassVar[str] = COMPRESSED_TENSORS
+
+
+def _compressed_tensors() -> tuple[CompressedTensorsScheme, ...]:
+    groups = {"": 128, "_g32": 32, "_g64": 64, "_g128": 128, "_channel": 0}
+    return tuple(
+        CompressedTensorsScheme(f"w{bits}a16{asym}{suffix}", bits, group, symmetric=not asym)
+        for bits in (4, 8)
+        for asym in ("", "_asym")
+        for suffix, group in groups.items()
+    )
+
+
+EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (*_compressed_tensors(),)
+
+# What is written of them where all names are listed.
+EXCHANGE_GRAMMAR = "w{4|8}a16[_asym][_g32|_g64|_g128|_channel]"
+
+
+def counterpart(
+    family: str, bits: int, group: int, symmetric: bool | None
+) -> ExchangeScheme | None:
+    """The scheme of a family whose integer codes stand on the same grid, None where it has none.
+
+    Args:
+        group: columns that share a scale, 0 where a row has one.
+        symmetric: None where either will do: the first in the table then.
+    """
+    for scheme in EXCHANGE_SCHEMES:
+        alike = scheme.number == "int" and (scheme.bits, scheme.group) == (bits, group)
+        if scheme.family == family and alike and symmetric in (None, scheme.symmetric):
+            return scheme
+    return None

@@ -1,0 +1,291 @@
+"""A directory of safetensors shards with configuration, tokenizer and the other small files of the
+model, as its readers expect it.
+
+What a reader would refuse, or take wrongly in silence, is refused here before a byte is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qconvert.codecs.codec import Encoding
+from qconvert.codecs.exchange.layout import Layout
+from qconvert.errors import FormatError, UnsupportedError, UsageError
+from qconvert.exchange_schemes import ExchangeScheme
+from qconvert.files import OpenModel
+from qconvert.files.atomic import AtomicDirectory, machine_errors
+from qconvert.files.equalised import noted
+from qconvert.files.provenance import PROVENANCE
+from qconvert.files.safetensors_writer import Entry, SafetensorsWriter, planned_shards
+from qconvert.files.shards import CONFIG
+from qconvert.files.strict_json import strict_json
+from qconvert.kernels.records import Bytes
+from qconvert.model import WEIGHT, Companion, Model, TensorInfo, layer_name
+from qconvert.schemes import MixScheme, TensorScheme
+from qconvert.stages.plan import PlannedTensor, PlanOptions, make_plan
+from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
+from qconvert.stages.target import Atomic, Prepared, Sink
+
+SHARD_SIZE = 5 * 10**9  # bytes, as transformers has it
+# What parts of a fused layer are called: readers multiply them as one matrix.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+EMBEDDINGS = ("*embed*.weight", "*wte.weight", "*wpe.weight")
+HEADS = ("lm_head.weight", "*.lm_head.weight", "*embed_out.weight")
+ROUTERS = ("*.gate.weight", "*.router.weight", "*.shared_expert_gate.weight")
+VISION = ("*vision*", "*visual*", "*audio*", "*multi_modal_projector*")
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Tensors that stay as they are.
+
+    Attributes:
+        globs: of their names.
+        reason: for the report.
+    """
+
+    globs: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """What tools make of a directory.
+
+    Attributes:
+        notes: which of them load it.
+        warnings: which do not, and what else is to be known.
+    """
+
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryTarget:
+    """See `qconvert.stages.target.Target`.
+
+    Attributes:
+        name: of the format.
+        settings: gives the members that config.json gets, of the plan and the configuration.
+        readers: says who loads what was planned.
+        dense: what stays as it is.
+        fused: names of modules that take one scheme.
+        metadata: of the headers of the files.
+    """
+
+    name: str
+    settings: Callable[[Sequence[PlannedTensor], Mapping[str, Any]], dict[str, Any]]
+    readers: Callable[[Sequence[PlannedTensor]], Readers]
+    dense: tuple[Rule, ...]
+    fused: tuple[tuple[str, ...], ...] = FUSED
+    metadata: tuple[tuple[str, str], ...] = (("format", "pt"),)
+
+    def prepare(
+        self, opened: OpenModel, model: Model, options: QuantizeOptions, output: Path
+    ) -> Prepared:
+        if replace(options.gguf, shard_size=None) != GgufOptions():
+            raise UsageError(
+                "options of GGUF files have no place in a directory", hint="write a .gguf file"
+            )
+        assert not isinstance(options.scheme, MixScheme)
+        config = _config(model)
+        dtype = _dtype(config, model)
+        scales = partial(_with_scales, dtype=dtype)
+        asked = PlanOptions(
+            options.keep,
+            tuple((glob, scales(s)) for glob, s in options.tensor_schemes),
+            options.min_values,
+        )
+        plan = tuple(
+            self._checked(p) for p in make_plan(model.tensors, scales(options.scheme), asked)
+        )
+        self._check_fused(plan, model.path)
+        quantized = [p for p in plan if p.scheme]
+        if not quantized:
+            raise UnsupportedError(
+                f"no tensor of the model goes into a {self.name} directory quantized",
+                path=model.path,
+                wanted="linear layers: matrices of two dimensions called MODULE.weight",
+                hint="the reasons are shown with --format qblk --dry-run",
+            )
+        readers = self.readers(plan)
+        config |= self.settings(plan, config)
+        files = _files(model.companions, config)
+        groups = [_entries(p) for p in plan]
+        shards = planned_shards(groups, options.gguf.shard_size or SHARD_SIZE)
+        return Prepared(
+            model,
+            plan,
+            (output,),
+            partial(_sink, shards, dict(self.metadata), files),
+            options={"format": self.name},
+            provenance=noted(model),
+            companions=len(files),
+            companion_bytes=sum(len(data) for data in files.values()),
+            warnings=list(readers.warnings),
+            notes=list(readers.notes),
+            directory=True,
+        )
+
+    def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
+        return model
+
+    def _checked(self, p: PlannedTensor) -> PlannedTensor:
+        """A planned tensor by the rules of the format."""
+        if p.scheme is None:
+            return p
+        name = p.tensor.name
+        if not name.endswith(WEIGHT):
+            return PlannedTensor(p.tensor, None, "no weight of a module, by its name")
+        rule = next((r for r in self.dense if any(fnmatchcase(name, g) for g in r.globs)), None)
+        return PlannedTensor(p.tensor, None, rule.reason) if rule else p
+
+    def _check_fused(self, plan: Sequence[PlannedTensor], path: Path) -> None:
+        """Refuse parts of one layer that take several schemes.
+
+        Raises:
+            UsageError: names two of them.
+        """
+        by_name = {layer_name(p.tensor.name): p for p in plan}
+        for module, p in by_name.items():
+            place, _, last = module.rpartition(".")
+            for names in self.fused:
+                if last != names[0]:
+                    continue
+                for other in names[1:]:
+                    q = by_name.get(f"{place}.{other}")
+                    if q is not None and q.scheme != p.scheme:
+                        found = (x.scheme.name if x.scheme else "dense" for x in (p, q))
+                        raise UsageError(
+                            f"readers of {self.name} multiply {' '.join(names)} as one matrix, so "
+                            "that all of them take one scheme",
+                            path=path,
+                            tensor=q.tensor.name,
+                            found=" and ".join(found),
+                            hint="give them the same with --tensor-scheme, or keep them all",
+                        )
+
+
+def _with_scales(scheme: TensorScheme, dtype: str) -> TensorScheme:
+    assert isinstance(scheme, ExchangeScheme)
+    return scheme.with_scales(dtype)
+
+
+def _config(model: Model) -> dict[str, Any]:
+    """The model's configuration, which readers need.
+
+    Raises:
+        UnsupportedError: there is none.
+        FormatError: it is no JSON object.
+    """
+    found = next((c for c in model.companions if c.name == CONFIG), None)
+    if found is None:
+        raise UnsupportedError(
+            f"the model has no {CONFIG}, without which no tool loads a directory",
+            path=model.path,
+            hint="give the model's directory rather than one file of it",
+        )
+    fields = strict_json(found.read(), model.path / CONFIG)
+    if not isinstance(fields, dict):
+        raise FormatError(f"{CONFIG} is no object", path=model.path / CONFIG)
+    return fields
+
+
+def _dtype(config: Mapping[str, Any], model: Model) -> str:
+    """Of the model's numbers, which readers load scales in: as the configuration says, or as most
+    values have it.
+    """
+    inner = config.get("text_config")
+    for section in (config, inner if isinstance(inner, dict) else {}):
+        named = section.get("dtype", section.get("torch_dtype"))
+        if isinstance(named, str) and named.removeprefix("torch.") in _DTYPES:
+            return _DTYPES[named.removeprefix("torch.")]
+    sizes = dict.fromkeys(_DTYPES.values(), 0)
+    for t in model.tensors:
+        if t.dtype in sizes:
+            sizes[t.dtype] += t.size
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _files(companions: Sequence[Companion], config: Mapping[str, Any]) -> dict[str, bytes]:
+    """Small files of the output by their names."""
+    found = {c.name: c.read() for c in companions if c.name != CONFIG}
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return {**found, CONFIG: text.encode()}
+
+
+def _entries(p: PlannedTensor) -> list[Entry]:
+    """What a planned tensor is stored as."""
+    encoding, tensor = p.encoding, p.tensor
+    if not isinstance(encoding, Layout):
+        return [Entry(tensor.name, tensor.dtype, tensor.shape)]
+    module = layer_name(tensor.name)
+    return [Entry(module + x.suffix, x.dtype, x.shape) for x in encoding.parts(tensor.shape)]
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+class _DirectorySink:
+    def __init__(
+        self,
+        directory: Path,
+        shards: Sequence[Sequence[Entry]],
+        metadata: Mapping[str, str],
+        files: Mapping[str, bytes],
+    ) -> None:
+        self.directory = directory
+        self.files = files
+        self.writer = SafetensorsWriter(directory, shards, metadata)
+
+    def begin(self, tensor: TensorInfo, encoding: Encoding) -> _Parts:
+        return _Parts(self.writer, tensor, encoding)
+
+    def finish(self) -> int:
+        size = self.writer.finish()
+        for name, data in self.files.items():
+            path = self.directory.joinpath(*name.split("/"))
+            with machine_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        return size + sum(len(data) for data in self.files.values())
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Parts:
+    """The tensors of one weight being written."""
+
+    def __init__(self, writer: SafetensorsWriter, tensor: TensorInfo, encoding: Encoding) -> None:
+        self.writer = writer
+        plain = not isinstance(encoding, Layout)
+        self.name = tensor.name if plain else layer_name(tensor.name)
+        self.plain = plain
+
+    def append(self, segments: Mapping[str, Bytes]) -> None:
+        for kind, data in segments.items():
+            self.writer.append(self.name if self.plain else self.name + kind, data)
+
+    def finish(self, notes: dict[str, Any]) -> None:
+        pass  # safetensors has no place for notes on a tensor; they are in the report
+
+
+def _sink(
+    shards: Sequence[Sequence[Entry]],
+    metadata: Mapping[str, str],
+    files: Mapping[str, bytes],
+    out: Atomic,
+    provenance: dict[str, Any],
+) -> Sink:
+    assert isinstance(out, AtomicDirectory)
+    text = json.dumps(provenance, sort_keys=True, ensure_ascii=False)
+    return _DirectorySink(out.path, shards, {**metadata, PROVENANCE: text}, files)
