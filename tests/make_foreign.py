@@ -108,16 +108,16 @@ def config(weights: Weights, **more: Any) -> dict[str, Any]:
 
 
 def write(
-    directory: Path, tensors: Weights, config: dict[str, Any], **documents: dict[str, Any]
+    directory: Path, tensors: Weights, document: dict[str, Any], **documents: dict[str, Any]
 ) -> None:
-    """The checkpoint. `documents` are further JSON files, by their stem."""
+    """The checkpoint; `document` is config.json, `documents` further JSON files by their stem."""
     safetensors.torch.save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
         directory / "model.safetensors",
         metadata={"format": "pt"},
     )
-    for stem, document in {"config": config, **documents}.items():
-        (directory / f"{stem}.json").write_text(json.dumps(document, indent=2) + "\n")
+    for stem, content in {"config": document, **documents}.items():
+        (directory / f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def expect(directory: Path, decoded: Weights) -> None:
@@ -327,12 +327,355 @@ def preset_of(weights: Weights, name: str) -> Case:
     return lambda directory: compressed_tensors(directory, weights, {"group_0": scheme})
 
 
+# --- bitsandbytes ---------------------------------------------------------------------------------
+
+
+def bitsandbytes_cases() -> Iterator[tuple[str, Case]]:
+    small = weights(q_proj=(32, 64), k_proj=(16, 64))
+    # 16500 values: the last of 258 blocks of 64 is cut short, so is the second of 256 such blocks.
+    ragged = weights(q_proj=(32, 64), down_proj=(66, 250))
+    for kind in ("nf4", "fp4"):
+        yield f"bnb_{kind}", four_bits(small, kind, double=False)
+        yield f"bnb_{kind}_double", four_bits(small, kind, double=True)
+    yield "bnb_nf4_double_ragged", four_bits(ragged, "nf4", double=True)
+    yield "bnb_nf4_block128", four_bits(small, "nf4", double=False, blocksize=128)
+    yield "bnb_int8", eight_bits(small)
+
+
+def four_bits(weights: Weights, kind: str, *, double: bool, blocksize: int = 64) -> Case:
+    def case(directory: Path) -> None:
+        import bitsandbytes as bnb
+
+        tensors, decoded = dict(weights), dict(weights)
+        for name, weight in matrices(weights):
+            linear = bnb.nn.Linear4bit(*weight.shape[::-1], bias=False)
+            linear.weight = bnb.nn.Params4bit(
+                weight.clone(),
+                requires_grad=False,
+                quant_type=kind,
+                compress_statistics=double,
+                blocksize=blocksize,
+            )
+            linear.to("cpu")
+            module = name.removesuffix("weight")
+            saved = {module + key: tensor for key, tensor in linear.state_dict().items()}
+            tensors |= saved
+            stored = bnb.functional.QuantState.from_dict(
+                {key.removeprefix(f"{module}weight."): t for key, t in saved.items() if key != name},
+                device=torch.device("cpu"),
+            )
+            stored.dtype = torch.float32
+            decoded[name] = bnb.functional.dequantize_4bit(saved[name], stored)
+        write(directory, tensors, config(weights, quantization_config=bnb_config(4, kind, double)))
+        expect(directory, decoded)
+
+    return case
+
+
+def eight_bits(weights: Weights) -> Case:
+    def case(directory: Path) -> None:
+        import bitsandbytes as bnb
+
+        tensors, decoded = dict(weights), dict(weights)
+        for name, weight in matrices(weights):
+            linear = bnb.nn.Linear8bitLt(*weight.shape[::-1], bias=False, has_fp16_weights=False)
+            linear.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False)
+            linear.to("cpu")
+            saved = linear.state_dict()
+            tensors |= {name.removesuffix("weight") + key: saved[key] for key in saved}
+            decoded[name] = bnb.functional.int8_vectorwise_dequant(saved["weight"], saved["SCB"])
+        write(directory, tensors, config(weights, quantization_config=bnb_config(8, "fp4", False)))
+        expect(directory, decoded)
+
+    return case
+
+
+def bnb_config(bits: int, kind: str, double: bool) -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype="bfloat16",
+        llm_int8_skip_modules=["lm_head"],
+    ).to_dict()
+
+
+def matrices(weights: Weights) -> list[tuple[str, torch.Tensor]]:
+    return [(name, weight) for name, weight in weights.items() if weight.ndim == 2]
+
+
+# --- MLX ------------------------------------------------------------------------------------------
+
+
+def mlx_cases() -> Iterator[tuple[str, Case]]:
+    small = weights(q_proj=(32, 64), k_proj=(16, 64))
+    long = weights(q_proj=(32, 128), down_proj=(48, 256), norm=128)
+    for bits in (2, 3, 5, 6, 8):
+        yield f"mlx_affine{bits}_g64", mlx(small, 64, bits)
+    yield "mlx_affine4_g64", mlx(weights(q_proj=(32, 64), down_proj=(64, 128)), 64, 4)
+    yield "mlx_affine4_g32", mlx(weights(q_proj=(32, 64), down_proj=(64, 96)), 32, 4)
+    yield "mlx_affine4_g128", mlx(long, 128, 4)
+    yield "mlx_affine3_g32", mlx(small, 32, 3)
+    overrides: dict[str, Any] = {Q_PROJ: {"group_size": 32, "bits": 8}, K_PROJ: False}
+    mixed = weights(q_proj=(32, 64), k_proj=(16, 64), down_proj=(64, 128))
+    yield "mlx_affine4_overrides", mlx(mixed, 64, 4, overrides)
+    halves = weights(q_proj=(32, 64), k_proj=(16, 64), dtype=torch.float16)
+    yield "mlx_affine4_float16", mlx(halves, 64, 4)
+    for mode, group, bits in (("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)):
+        yield f"mlx_{mode}", mlx(small, group, bits, mode=mode)
+
+
+def mlx(
+    weights: Weights,
+    group: int,
+    bits: int,
+    overrides: dict[str, Any] | None = None,
+    mode: str = "affine",
+) -> Case:
+    """Through mlx-lm. `overrides` gives single modules other bits and groups, or leaves them out."""
+
+    def case(directory: Path) -> None:
+        import mlx.core as mx
+        from mlx_lm.utils import quantize_model, save_config, save_model
+
+        model = mlx_modules(weights)
+        model, saved = quantize_model(
+            model,
+            config(weights),
+            group,
+            bits,
+            mode,
+            quant_predicate=lambda path, _: (overrides or {}).get(path, True),
+        )
+        save_model(directory, model)
+        save_config(saved, directory / "config.json")
+        stored = mx.load(str(directory / "model.safetensors"))
+        decoded = {}
+        for name, weight in weights.items():
+            module = name.removesuffix(".weight")
+            if f"{module}.scales" not in stored:
+                decoded[name] = weight
+                continue
+            how = saved["quantization"] | (saved["quantization"].get(module) or {})
+            scales, biases = stored[f"{module}.scales"], stored.get(f"{module}.biases")
+            if biases is not None:
+                scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+            decoded[name] = torch.from_numpy(
+                np.array(
+                    mx.dequantize(
+                        stored[name],
+                        scales,
+                        biases,
+                        how["group_size"],
+                        how["bits"],
+                        mode,
+                        dtype=mx.float32,
+                    )
+                )
+            )
+        expect(directory, decoded)
+
+    return case
+
+
+def mlx_modules(weights: Weights) -> Any:
+    """The nest of mlx modules with these weights."""
+    import mlx.core as mx
+    import mlx.nn
+
+    root = mlx.nn.Module()
+    for name, weight in weights.items():
+        *path, leaf, _ = name.split(".")
+        at = root
+        for part, following in zip(path, [*path[1:], leaf], strict=True):
+            if part.isdigit():
+                at = at[int(part)]
+                continue
+            if part not in at:
+                at[part] = [mlx.nn.Module()] if following.isdigit() else mlx.nn.Module()
+            at = at[part]
+        kind = mx.float16 if weight.dtype == torch.float16 else mx.bfloat16
+        values = mx.array(weight.float().numpy()).astype(kind)
+        if weight.ndim == 2:
+            at[leaf] = mlx.nn.Linear(*weight.shape[::-1], bias=False)
+        else:
+            at[leaf] = mlx.nn.RMSNorm(weight.shape[0])
+        at[leaf].weight = values
+    return root
+
+
+# --- GPTQ and AWQ ---------------------------------------------------------------------------------
+
+
+def gptq_cases() -> Iterator[tuple[str, Case]]:
+    kind = {"dtype": torch.float16}
+    small = weights(q_proj=(32, 64), k_proj=(32, 64), **kind)
+    wide = weights(q_proj=(32, 64), down_proj=(64, 128), **kind)
+    long = weights(q_proj=(32, 128), down_proj=(32, 256), norm=128, **kind)
+    yield "gptq_4_sym_g64", gptq(wide, 4, 64)
+    yield "gptq_4_sym_g128", gptq(long, 4, 128)
+    yield "gptq_8_sym_g32", gptq(small, 8, 32)
+    yield "gptq_4_sym_channel", gptq(small, 4, -1)
+    yield "gptq_4_act_order", gptq(wide, 4, 32, act_order=True)
+    yield "gptq_4_asym_v1", gptq(small, 4, 32, symmetric=False)
+    yield "gptq_4_asym_v2", gptq(small, 4, 32, symmetric=False, version="gptq_v2")
+    yield "gptq_2_sym_g32", gptq(small, 2, 32)
+    yield "gptq_3_sym_g32", gptq(small, 3, 32)
+    yield "gptq_3_asym_v2", gptq(small, 3, 32, symmetric=False, version="gptq_v2")
+    yield "awq_asym_g64", awq(wide, 64)
+    yield "awq_asym_g128", awq(long, 128)
+    yield "awq_sym_g32", awq(small, 32, symmetric=True)
+
+
+def grid(
+    weight: torch.Tensor, bits: int, group: torch.Tensor, *, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float16 scales and zero points [out, groups] over the columns of each group.
+
+    `group` says of every column which group it belongs to.
+    """
+    levels = 2**bits - 1
+    count = int(group.max()) + 1
+    parts = [weight.float()[:, group == at] for at in range(count)]
+    lowest = torch.stack([part.amin(1) for part in parts], 1).clamp(max=0)
+    highest = torch.stack([part.amax(1) for part in parts], 1).clamp(min=0)
+    if symmetric:
+        highest = torch.maximum(highest, -lowest)
+        lowest = -highest
+    scale = ((highest - lowest) / levels).half().clamp(min=1e-6)
+    if symmetric:
+        return scale, torch.full_like(scale, 2 ** (bits - 1))
+    return scale, (-lowest / scale.float()).round().clamp(0, levels).half()
+
+
+def gptq(
+    weights: Weights,
+    bits: int,
+    group_size: int,
+    *,
+    symmetric: bool = True,
+    act_order: bool = False,
+    version: str = "gptq",
+) -> Case:
+    def case(directory: Path) -> None:
+        from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+        from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+
+        tensors, decoded = dict(weights), dict(weights)
+        for name, weight in matrices(weights):
+            out, wide = weight.shape
+            group = torch.arange(wide, dtype=torch.int32) // (group_size if group_size > 0 else wide)
+            if act_order:
+                shuffled = np.random.default_rng(7).permutation(wide)
+                group = group[torch.from_numpy(shuffled)]
+            scale, zero = grid(weight, bits, group, symmetric=symmetric)
+            linear = torch.nn.Linear(wide, out, bias=False)
+            linear.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+            packed = TorchLinear(bits, group_size, symmetric, act_order, wide, out)
+            packed.pack_original(linear, scale.float(), zero.float().to(torch.int32), group)
+            packed.scales = packed.scales.float()
+            decoded[name] = packed.dequantize_weight().T
+            packed.scales = packed.scales.half()
+            if version == "gptq":
+                convert_gptq_v2_to_v1_format_module(packed, mock.Mock(bits=bits))
+            del tensors[name]
+            for part in ("qweight", "qzeros", "scales", "g_idx"):
+                tensors[name.removesuffix("weight") + part] = getattr(packed, part)
+        described = {
+            "bits": bits,
+            "group_size": group_size,
+            "desc_act": act_order,
+            "sym": symmetric,
+            "lm_head": False,
+            "quant_method": "gptq",
+            "checkpoint_format": version,
+            "pack_dtype": "int32",
+            "meta": {"quantizer": ["gptqmodel:7.7.0"], "damp_percent": 0.05, "true_sequential": True},
+        }
+        write(
+            directory,
+            tensors,
+            config(weights, quantization_config=described),
+            quantize_config=described,
+        )
+        expect(directory, decoded)
+
+    return case
+
+
+def awq(weights: Weights, group_size: int, *, symmetric: bool = False) -> Case:
+    """AutoAWQ packs and its own dequantize_gemm decodes; GPTQModel and CT have to agree."""
+
+    def case(directory: Path) -> None:
+        from awq.modules.linear.gemm import WQLinear_GEMM
+        from awq.utils.packing_utils import dequantize_gemm
+
+        tensors, decoded = dict(weights), dict(weights)
+        for name, weight in matrices(weights):
+            out, wide = weight.shape
+            group = torch.arange(wide) // group_size
+            scale, zero = grid(weight, 4, group, symmetric=symmetric)
+            linear = torch.nn.Linear(wide, out, bias=False)
+            linear.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+            # AutoAWQ does not clamp: the codes have to come out in 0..15 by themselves.
+            linear.weight.data = on_grid(weight.float(), scale, zero, group)
+            packed = WQLinear_GEMM.from_linear(
+                linear, 4, group_size, scales=scale.T.float(), zeros=zero.T.float()
+            )
+            decoded[name] = dequantize_gemm(
+                packed.qweight, packed.qzeros, packed.scales.float(), 4, group_size
+            ).T
+            agree_on_awq(packed, group_size, decoded[name])
+            del tensors[name]
+            for part in ("qweight", "qzeros", "scales"):
+                tensors[name.removesuffix("weight") + part] = getattr(packed, part)
+        described = {
+            "bits": 4,
+            "group_size": group_size,
+            "modules_to_not_convert": ["lm_head"],
+            "quant_method": "awq",
+            "version": "gemm",
+            "zero_point": not symmetric,
+        }
+        write(directory, tensors, config(weights, quantization_config=described))
+        expect(directory, decoded)
+
+    return case
+
+
+def on_grid(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group: torch.Tensor
+) -> torch.Tensor:
+    """Weights clipped to what the codes 0..15 can say."""
+    scale, zero = scale.float()[:, group], zero.float()[:, group]
+    return torch.clamp(weight, -zero * scale, (15 - zero) * scale)
+
+
+def agree_on_awq(packed: Any, group_size: int, decoded: torch.Tensor) -> None:
+    """Stops if GPTQModel's or compressed-tensors' reading of the same words differs."""
+    from compressed_tensors.entrypoints.convert import AutoAWQConverter
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    scales = packed.scales.float()
+    theirs = dequantize_gemm(packed.qweight, packed.qzeros, scales, 4, group_size).T
+    codes, zeros = AutoAWQConverter.reverse_awq_order(
+        *AutoAWQConverter.unpack_awq(packed.qweight, packed.qzeros, 4), 4
+    )
+    group = torch.arange(codes.shape[0]) // group_size
+    again = (((codes & 15) - (zeros & 15)[group]) * scales[group]).T
+    if not torch.equal(theirs, decoded) or not torch.equal(again, decoded):
+        raise SystemExit("the readers of AWQ do not agree")
+
+
 # --- run ------------------------------------------------------------------------------------------
 
 
 def cases() -> dict[str, Case]:
     made: dict[str, Case] = {}
-    for family in (compressed_tensors_cases,):
+    for family in (compressed_tensors_cases, bitsandbytes_cases, mlx_cases, gptq_cases):
         made |= dict(family())
     return made
 
