@@ -670,12 +670,238 @@ def agree_on_awq(packed: Any, group_size: int, decoded: torch.Tensor) -> None:
         raise SystemExit("the readers of AWQ do not agree")
 
 
+# --- FP8 and FP4 without a library's config ---------------------------------------------------------
+
+
+def fp8_cases() -> Iterator[tuple[str, Case]]:
+    blocks = weights(q_proj=(32, 256), down_proj=(128, 128), norm=256)
+    yield "fp8_block", fp8_block(blocks, 128)
+    yield "fp8_block_e8m0", fp8_block(blocks, 128, power_of_two=True)
+    yield "fp8_block_ragged", fp8_block(weights(q_proj=(48, 64), down_proj=(64, 160)), 64)
+    small = weights(q_proj=(32, 64), k_proj=(16, 64))
+    yield "fp8_mistral", fp8_mistral(small, "weight_scale_inv", "activation_scale")
+    yield "fp8_mistral_qscale", fp8_mistral(small, "qscale_weight", "qscale_act")
+    yield "gpt_oss_mxfp4", gpt_oss
+    yield "deepseek_v4_fp4", deepseek_v4
+
+
+def fp8_block(weights: Weights, side: int, *, power_of_two: bool = False) -> Case:
+    """DeepSeek V3's names; transformers quantizes whole blocks, so edges are padded and cut."""
+
+    def case(directory: Path) -> None:
+        from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
+
+        tensors, decoded = dict(weights), dict(weights)
+        for name, weight in matrices(weights):
+            quantized, scale = fp8_blocks(weight, side, power_of_two)
+            tensors |= {name: quantized, f"{name}_scale_inv": scale}
+            reader = FP8BlockDequantizer(weight_block_size=(side, side), dtype=torch.float32)
+            decoded[name] = reader.process({name: quantized, f"{name}_scale_inv": scale})[name]
+            rows, columns = weight.shape
+            if rows <= side and columns % side == 0 or (rows % side, columns % side) == (0, 0):
+                theirs = fp8_dequantized(quantized, scale)
+                if not torch.equal(theirs, decoded[name]):
+                    raise SystemExit("transformers and compressed-tensors do not agree")
+        described = fp8_config(weight_block_size=[side, side])
+        if power_of_two:
+            described["scale_fmt"] = "ue8m0"
+        write(directory, tensors, config(weights, quantization_config=described))
+        expect(directory, decoded)
+
+    return case
+
+
+def fp8_blocks(
+    weight: torch.Tensor, side: int, power_of_two: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FP8 codes [out, in] and the multiplier of each block, by transformers."""
+    from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -columns % side, 0, -rows % side))
+    asked = mock.Mock(weight_block_size=[side, side], scale_fmt="ue8m0" if power_of_two else None)
+    made = Fp8Quantize(mock.Mock(quantization_config=asked)).convert({"weight": padded})
+    return made["weight"][:rows, :columns].contiguous(), made["weight_scale_inv"]
+
+
+def fp8_dequantized(quantized: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    weight: torch.Tensor = Fp8Dequantize(None)._dequantize_one(
+        quantized, scale, output_dtype=torch.float32
+    )
+    return weight
+
+
+def fp8_config(**more: Any) -> dict[str, Any]:
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "modules_to_not_convert": ["lm_head"],
+        "quant_method": "fp8",
+        **more,
+    }
+
+
+def fp8_mistral(weights: Weights, scale_name: str, activation_name: str) -> Case:
+    """One bfloat16 scale a tensor, and a scale of the activations that no weight needs."""
+
+    def case(directory: Path) -> None:
+        tensors, decoded = dict(weights), dict(weights)
+        for name, weight in matrices(weights):
+            scale = (weight.float().abs().max() / 448).bfloat16()
+            quantized = (weight.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+            module = name.removesuffix("weight")
+            activation = torch.tensor(0.0123, dtype=torch.bfloat16)
+            tensors |= {
+                name: quantized,
+                module + scale_name: scale,
+                module + activation_name: activation,
+            }
+            decoded[name] = fp8_dequantized(quantized, scale)
+        described = fp8_config(weight_block_size=None) | {"activation_scheme": "static"}
+        write(directory, tensors, config(weights, quantization_config=described))
+        expect(directory, decoded)
+
+    return case
+
+
+def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed E2M1 codes [out, in / 2] and E8M0 bytes [out, in / 32], by compressed-tensors."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    scheme = preset_name_to_scheme("MXFP4A16", ["Linear"])
+    lowest, highest = weight.float().unflatten(-1, (-1, 32)).aminmax(dim=-1)
+    scale, _ = calculate_qparams(lowest, highest, scheme.weights)
+    made = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized").compress(
+        {"weight": weight.float(), "weight_scale": scale}, scheme
+    )
+    return made["weight_packed"], made["weight_scale"]
+
+
+def gpt_oss(directory: Path) -> None:
+    """Two experts of gpt-oss. Expected values have transformers' shape, [experts, in, out]."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    tensors: Weights = {}
+    decoded: Weights = {}
+    experts = "model.layers.0.mlp.experts"
+    for name, rows, columns in (("gate_up_proj", 64, 64), ("down_proj", 64, 32)):
+        whole = trained_like(name, (2, rows, columns))
+        codes, scales = mxfp4(whole.flatten(0, 1))
+        blocks = codes.reshape(2, rows, columns // 32, 16)
+        scales = scales.reshape(2, rows, columns // 32)
+        tensors |= {f"{experts}.{name}_blocks": blocks, f"{experts}.{name}_scales": scales}
+        decoded[f"{experts}.{name}"] = convert_moe_packed_tensors(
+            blocks, scales, dtype=torch.float32
+        )
+        bias = trained_like(f"{name}_bias", (2, rows)).bfloat16()
+        decoded[f"{experts}.{name}_bias"] = tensors[f"{experts}.{name}_bias"] = bias
+    plain = {
+        "model.layers.0.mlp.router.weight": (2, 64),
+        "model.layers.0.mlp.router.bias": (1, 2 + 4),
+        "model.layers.0.self_attn.sinks": (1, 2 + 4),
+        f"{Q_PROJ}.weight": (32, 64),
+        f"{NORM}.weight": (1, 64),
+    }
+    for name, shape in plain.items():
+        value = trained_like(name, shape).bfloat16()
+        if name.endswith(("bias", "sinks")):
+            value = value[:, :2]
+        decoded[name] = tensors[name] = value[0] if shape[0] == 1 else value
+    described = {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    }
+    document = {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "dtype": "bfloat16",
+        "head_dim": 16,
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "layer_types": ["sliding_attention"],
+        "max_position_embeddings": 128,
+        "model_type": "gpt_oss",
+        "num_attention_heads": 2,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 2,
+        "num_local_experts": 2,
+        "quantization_config": described,
+        "rms_norm_eps": 1e-05,
+        "sliding_window": 16,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 32,
+    }
+    write(directory, tensors, document)
+    expect(directory, decoded)
+
+
+def deepseek_v4(directory: Path) -> None:
+    """DeepSeek V4's own names: FP4 experts with a scale for 32 columns, FP8 for the dense ones.
+
+    `hc_attn_scale` is a tensor of the model and no scale of a weight.
+    """
+    tensors: Weights = {}
+    decoded: Weights = {}
+    for expert in range(2):
+        for part, shape in (("w1", (32, 64)), ("w2", (64, 32)), ("w3", (32, 64))):
+            module = f"layers.0.ffn.experts.{expert}.{part}"
+            codes, scales = mxfp4(trained_like(module, shape))
+            tensors[f"{module}.weight"] = codes.view(torch.int8)
+            tensors[f"{module}.scale"] = scales.view(torch.float8_e8m0fnu)
+    quantized, scale = fp8_blocks(trained_like("wq_a", (32, 256)), 128, power_of_two=True)
+    tensors |= {"layers.0.attn.wq_a.weight": quantized, "layers.0.attn.wq_a.scale": scale}
+    for name, tensor in tensors.items():
+        if name.endswith(".weight"):
+            decoded[name] = fp8_dequantized(tensor, tensors[name.removesuffix("weight") + "scale"])
+    plain = {
+        "layers.0.attn_norm.weight": trained_like("attn_norm", (1, 64))[0].bfloat16(),
+        "layers.0.hc_attn_scale": torch.tensor([0.5, 0.25, 1.5]),
+    }
+    document = {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "dtype": "bfloat16",
+        "expert_dtype": "fp4",
+        "hidden_size": 64,
+        "model_type": "deepseek_v4",
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 2,
+        "num_hidden_layers": 1,
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [128, 128],
+        },
+        "vocab_size": 32,
+    }
+    write(directory, tensors | plain, document)
+    expect(directory, decoded | plain)
+
+
 # --- run ------------------------------------------------------------------------------------------
 
 
 def cases() -> dict[str, Case]:
     made: dict[str, Case] = {}
-    for family in (compressed_tensors_cases, bitsandbytes_cases, mlx_cases, gptq_cases):
+    for family in (
+        compressed_tensors_cases,
+        bitsandbytes_cases,
+        mlx_cases,
+        gptq_cases,
+        fp8_cases,
+    ):
         made |= dict(family())
     return made
 
