@@ -75,7 +75,7 @@ def weights(
 def trained_like(seed: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Float32 values with heavy tails and an outlier column, the same for the same name."""
     drawn = np.random.default_rng(zlib.crc32(seed.encode())).standard_t(5, size=shape) * 0.02
-    drawn[..., 5] *= 8
+    drawn[..., 5:6] *= 8
     if shape[-2] > 32:
         drawn[..., 3, :32] = 0
     return torch.from_numpy(drawn.astype(np.float32))
@@ -156,37 +156,44 @@ def nested(weights: Weights) -> torch.nn.Module:
 def compressed_tensors(
     directory: Path, weights: Weights, schemes: dict[str, Any], ignore: tuple[str, ...] = ()
 ) -> None:
-    """Through the pipeline of the library: apply the config, observe minimum and maximum, compress.
-
-    `schemes` are the arguments of a QuantizationScheme by the name of its group.
-    """
+    """Through the pipeline of the library: apply the config, observe minimum and maximum, compress."""
     from compressed_tensors.compressors import ModelCompressor
+
+    model = nested(weights)
+    apply_schemes(model, schemes, ignore)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    write(directory, model.state_dict(), config(weights))
+    compressor.update_config(str(directory))
+    expect(directory, weights | decompressed_weights(model))
+
+
+def apply_schemes(
+    model: torch.nn.Module, schemes: dict[str, Any], ignore: tuple[str, ...]
+) -> None:
+    """`schemes` are the arguments of a QuantizationScheme by the name of its group."""
     from compressed_tensors.quantization import (
         QuantizationConfig,
         QuantizationScheme,
         apply_quantization_config,
     )
 
-    model = nested(weights)
     groups = {
         name: QuantizationScheme(**{"targets": ["Linear"], **scheme})
         for name, scheme in schemes.items()
     }
-    apply_quantization_config(
-        model, QuantizationConfig(config_groups=groups, ignore=list(ignore))
-    )
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=list(ignore)))
     for module in model.modules():
         if hasattr(module, "quantization_scheme"):
             observe(module)
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    write(directory, model.state_dict(), config(weights))
-    compressor.update_config(str(directory))
-    decoded = {name: weight for name, weight in weights.items()}
-    for name, module in model.named_modules():
-        if hasattr(module, "quantization_scheme"):
-            decoded[f"{name}.weight"] = decompressed(module)
-    expect(directory, decoded)
+
+
+def decompressed_weights(model: torch.nn.Module) -> Weights:
+    return {
+        f"{name}.weight": decompressed(module)
+        for name, module in model.named_modules()
+        if hasattr(module, "quantization_scheme")
+    }
 
 
 def observe(module: Any) -> None:
@@ -358,18 +365,26 @@ def four_bits(weights: Weights, kind: str, *, double: bool, blocksize: int = 64)
             )
             linear.to("cpu")
             module = name.removesuffix("weight")
-            saved = {module + key: tensor for key, tensor in linear.state_dict().items()}
-            tensors |= saved
-            stored = bnb.functional.QuantState.from_dict(
-                {key.removeprefix(f"{module}weight."): t for key, t in saved.items() if key != name},
-                device=torch.device("cpu"),
-            )
-            stored.dtype = torch.float32
-            decoded[name] = bnb.functional.dequantize_4bit(saved[name], stored)
+            tensors |= {module + key: tensor for key, tensor in linear.state_dict().items()}
+            decoded[name] = bnb_decoded(tensors, name)
         write(directory, tensors, config(weights, quantization_config=bnb_config(4, kind, double)))
         expect(directory, decoded)
 
     return case
+
+
+def bnb_decoded(tensors: Weights, name: str) -> torch.Tensor:
+    import bitsandbytes as bnb
+
+    parts = {
+        key.removeprefix(f"{name}."): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(f"{name}.")
+    }
+    state = bnb.functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+    state.dtype = torch.float32
+    weight: torch.Tensor = bnb.functional.dequantize_4bit(tensors[name], state)
+    return weight
 
 
 def eight_bits(weights: Weights) -> Case:
@@ -438,7 +453,6 @@ def mlx(
     """Through mlx-lm. `overrides` gives single modules other bits and groups, or leaves them out."""
 
     def case(directory: Path) -> None:
-        import mlx.core as mx
         from mlx_lm.utils import quantize_model, save_config, save_model
 
         model = mlx_modules(weights)
@@ -452,33 +466,37 @@ def mlx(
         )
         save_model(directory, model)
         save_config(saved, directory / "config.json")
-        stored = mx.load(str(directory / "model.safetensors"))
-        decoded = {}
-        for name, weight in weights.items():
-            module = name.removesuffix(".weight")
-            if f"{module}.scales" not in stored:
-                decoded[name] = weight
-                continue
-            how = saved["quantization"] | (saved["quantization"].get(module) or {})
-            scales, biases = stored[f"{module}.scales"], stored.get(f"{module}.biases")
-            if biases is not None:
-                scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-            decoded[name] = torch.from_numpy(
-                np.array(
-                    mx.dequantize(
-                        stored[name],
-                        scales,
-                        biases,
-                        how["group_size"],
-                        how["bits"],
-                        mode,
-                        dtype=mx.float32,
-                    )
-                )
-            )
-        expect(directory, decoded)
+        expect(directory, mlx_decoded(directory, weights))
 
     return case
+
+
+def mlx_decoded(directory: Path, weights: Weights) -> Weights:
+    """`weights` with the quantized ones as the written file has them."""
+    import mlx.core as mx
+
+    how = json.loads((directory / "config.json").read_text())["quantization"]
+    stored = mx.load(str(directory / "model.safetensors"))
+    decoded = dict(weights)
+    for name in weights:
+        module = name.removesuffix(".weight")
+        if f"{module}.scales" not in stored:
+            continue
+        args = how | (how.get(module) or {})
+        scales, biases = stored[f"{module}.scales"], stored.get(f"{module}.biases")
+        if biases is not None:
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        values = mx.dequantize(
+            stored[name],
+            scales,
+            biases,
+            args["group_size"],
+            args["bits"],
+            args["mode"],
+            dtype=mx.float32,
+        )
+        decoded[name] = torch.from_numpy(np.array(values))
+    return decoded
 
 
 def mlx_modules(weights: Weights) -> Any:
@@ -674,10 +692,10 @@ def agree_on_awq(packed: Any, group_size: int, decoded: torch.Tensor) -> None:
 
 
 def fp8_cases() -> Iterator[tuple[str, Case]]:
-    blocks = weights(q_proj=(32, 256), down_proj=(128, 128), norm=256)
+    blocks = weights(q_proj=(32, 256), down_proj=(64, 128), norm=256)
     yield "fp8_block", fp8_block(blocks, 128)
     yield "fp8_block_e8m0", fp8_block(blocks, 128, power_of_two=True)
-    yield "fp8_block_ragged", fp8_block(weights(q_proj=(48, 64), down_proj=(64, 160)), 64)
+    yield "fp8_block_ragged", fp8_block(weights(q_proj=(48, 64), down_proj=(80, 96)), 64)
     small = weights(q_proj=(32, 64), k_proj=(16, 64))
     yield "fp8_mistral", fp8_mistral(small, "weight_scale_inv", "activation_scale")
     yield "fp8_mistral_qscale", fp8_mistral(small, "qscale_weight", "qscale_act")
@@ -799,17 +817,15 @@ def gpt_oss(directory: Path) -> None:
         )
         bias = trained_like(f"{name}_bias", (2, rows)).bfloat16()
         decoded[f"{experts}.{name}_bias"] = tensors[f"{experts}.{name}_bias"] = bias
-    plain = {
+    dense = {
         "model.layers.0.mlp.router.weight": (2, 64),
-        "model.layers.0.mlp.router.bias": (1, 2 + 4),
-        "model.layers.0.self_attn.sinks": (1, 2 + 4),
+        "model.layers.0.mlp.router.bias": (1, 2),
+        "model.layers.0.self_attn.sinks": (1, 2),
         f"{Q_PROJ}.weight": (32, 64),
         f"{NORM}.weight": (1, 64),
     }
-    for name, shape in plain.items():
+    for name, shape in dense.items():
         value = trained_like(name, shape).bfloat16()
-        if name.endswith(("bias", "sinks")):
-            value = value[:, :2]
         decoded[name] = tensors[name] = value[0] if shape[0] == 1 else value
     described = {
         "modules_to_not_convert": [
@@ -864,7 +880,7 @@ def deepseek_v4(directory: Path) -> None:
     for name, tensor in tensors.items():
         if name.endswith(".weight"):
             decoded[name] = fp8_dequantized(tensor, tensors[name.removesuffix("weight") + "scale"])
-    plain = {
+    dense = {
         "layers.0.attn_norm.weight": trained_like("attn_norm", (1, 64))[0].bfloat16(),
         "layers.0.hc_attn_scale": torch.tensor([0.5, 0.25, 1.5]),
     }
@@ -886,8 +902,146 @@ def deepseek_v4(directory: Path) -> None:
         },
         "vocab_size": 32,
     }
-    write(directory, tensors | plain, document)
-    expect(directory, decoded | plain)
+    write(directory, tensors | dense, document)
+    expect(directory, decoded | dense)
+
+
+# --- whole models ---------------------------------------------------------------------------------
+
+
+def whole_cases() -> Iterator[tuple[str, Case]]:
+    yield "modelopt_fp8", modelopt("FP8_DEFAULT_CFG", "FP8_KV_CFG")
+    yield "modelopt_fp8_channel", modelopt("FP8_PER_CHANNEL_PER_TOKEN_CFG")
+    yield "modelopt_nvfp4", modelopt("NVFP4_DEFAULT_CFG")
+    yield "whole_ct_w4a16", whole_compressed_tensors
+    yield "whole_bnb_nf4", whole_bitsandbytes
+    yield "whole_mlx_4bit", whole_mlx
+
+
+def tiny_llama() -> Any:
+    """A Llama of one layer with trained-like weights in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            vocab_size=32,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            dtype=torch.bfloat16,
+        )
+    )
+    for name, parameter in model.named_parameters():
+        drawn = trained_like(name.removesuffix(".weight"), (1, *parameter.shape)[-2:])
+        parameter.data = (drawn if parameter.ndim == 2 else 1 + 10 * drawn[0]).bfloat16()
+    return model.eval()
+
+
+def plain(model: Any) -> Weights:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def modelopt(config_name: str, cache_config_name: str | None = None) -> Case:
+    """Through ModelOpt's own export_hf_checkpoint."""
+
+    def case(directory: Path) -> None:
+        import modelopt.torch.quantization as mtq
+        from modelopt.torch.export import export_hf_checkpoint
+
+        model = tiny_llama()
+        decoded = plain(model)
+        asked = getattr(mtq, config_name)
+        if cache_config_name:
+            asked = mtq.utils.update_quant_cfg_with_kv_cache_quant(
+                asked, getattr(mtq, cache_config_name)["quant_cfg"]
+            )
+        mtq.quantize(model, asked, lambda model: model(torch.arange(32)[None]))
+        export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=directory)
+        (directory / "generation_config.json").unlink()
+        tensors = safetensors.torch.load_file(directory / "model.safetensors")
+        for name in decoded:
+            module = name.removesuffix("weight")
+            if f"{module}weight_scale" in tensors:
+                decoded[name] = modelopt_decoded(tensors, module)
+        expect(directory, decoded)
+
+    return case
+
+
+def modelopt_decoded(tensors: Weights, module: str) -> torch.Tensor:
+    from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
+
+    stored, scale = tensors[f"{module}weight"], tensors[f"{module}weight_scale"]
+    weight: torch.Tensor
+    if stored.dtype == torch.uint8:
+        shape = (*stored.shape[:-1], 2 * stored.shape[-1])
+        weight = NVFP4QTensor(shape, torch.float32, stored).dequantize(
+            scale=scale, double_scale=tensors[f"{module}weight_scale_2"], block_sizes={-1: 16}
+        )
+    else:
+        rows = scale.reshape(-1, 1) if scale.ndim else scale
+        weight = FP8QTensor(stored.shape, torch.float32, stored).dequantize(scale=rows)
+    return weight
+
+
+def whole_compressed_tensors(directory: Path) -> None:
+    """As llm-compressor saves: compressed by the library, written by transformers."""
+    from compressed_tensors.compressors import ModelCompressor
+
+    model = tiny_llama()
+    decoded = plain(model)
+    apply_schemes(model, {"group_0": {"weights": integers(4, group=32)}}, ("lm_head",))
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(directory)
+    compressor.update_config(str(directory))
+    (directory / "generation_config.json").unlink()
+    expect(directory, decoded | decompressed_weights(model))
+
+
+def whole_bitsandbytes(directory: Path) -> None:
+    """Quantized by transformers while it loads, and saved by it."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    model = tiny_llama()
+    decoded = plain(model)
+    with tempfile.TemporaryDirectory() as source:
+        model.save_pretrained(source)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source,
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype="bfloat16",
+            ),
+            device_map="cpu",
+        )
+    loaded.save_pretrained(directory)
+    (directory / "generation_config.json").unlink()
+    tensors = safetensors.torch.load_file(directory / "model.safetensors")
+    for name in decoded:
+        if f"{name}.absmax" in tensors:
+            decoded[name] = bnb_decoded(tensors, name)
+    expect(directory, decoded)
+
+
+def whole_mlx(directory: Path) -> None:
+    """Embedding and head too, as mlx_lm.convert does."""
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    model = tiny_llama()
+    with tempfile.TemporaryDirectory() as source:
+        model.save_pretrained(source)
+        loaded, read = load_model(Path(source), lazy=False)
+    quantized, saved = quantize_model(loaded, read, 32, 4)
+    save_model(directory, quantized)
+    save_config(saved, directory / "config.json")
+    expect(directory, mlx_decoded(directory, plain(model)))
 
 
 # --- run ------------------------------------------------------------------------------------------
@@ -901,6 +1055,7 @@ def cases() -> dict[str, Case]:
         mlx_cases,
         gptq_cases,
         fp8_cases,
+        whole_cases,
     ):
         made |= dict(family())
     return made
