@@ -124,7 +124,9 @@ def expect(directory: Path, decoded: Weights) -> None:
     """The plain model: what a reader has to give, as float32."""
     for name, tensor in decoded.items():
         if not torch.isfinite(tensor.float()).all():
-            raise SystemExit(f"{directory.name}: {name}: the decoder gave a value that is not finite")
+            raise SystemExit(
+                f"{directory.name}: {name}: the decoder gave a value that is not finite"
+            )
     safetensors.torch.save_file(
         {name: tensor.float().contiguous() for name, tensor in decoded.items()},
         directory / "expected.safetensors",
@@ -168,9 +170,7 @@ def compressed_tensors(
     expect(directory, weights | decompressed_weights(model))
 
 
-def apply_schemes(
-    model: torch.nn.Module, schemes: dict[str, Any], ignore: tuple[str, ...]
-) -> None:
+def apply_schemes(model: torch.nn.Module, schemes: dict[str, Any], ignore: tuple[str, ...]) -> None:
     """`schemes` are the arguments of a QuantizationScheme by the name of its group."""
     from compressed_tensors.quantization import (
         QuantizationConfig,
@@ -303,8 +303,11 @@ def compressed_tensors_cases() -> Iterator[tuple[str, Case]]:
     yield "ct_fp8_block", activations(blocks, block, by_group)
     for preset in ("NVFP4A16", "NVFP4", "MXFP4A16", "MXFP6A16", "MXFP8A16"):
         yield f"ct_{preset.lower()}", preset_of(narrow, preset)
-    yield "ct_ignored_head", pack(
-        weights(q_proj=(32, 64), lm_head=(32, 64)), integers(4, group=32), ignore=("lm_head",)
+    yield (
+        "ct_ignored_head",
+        pack(
+            weights(q_proj=(32, 64), lm_head=(32, 64)), integers(4, group=32), ignore=("lm_head",)
+        ),
     )
 
 
@@ -585,7 +588,9 @@ def gptq(
         tensors, decoded = dict(weights), dict(weights)
         for name, weight in matrices(weights):
             out, wide = weight.shape
-            group = torch.arange(wide, dtype=torch.int32) // (group_size if group_size > 0 else wide)
+            group = torch.arange(wide, dtype=torch.int32) // (
+                group_size if group_size > 0 else wide
+            )
             if act_order:
                 shuffled = np.random.default_rng(7).permutation(wide)
                 group = group[torch.from_numpy(shuffled)]
@@ -611,7 +616,11 @@ def gptq(
             "quant_method": "gptq",
             "checkpoint_format": version,
             "pack_dtype": "int32",
-            "meta": {"quantizer": ["gptqmodel:7.7.0"], "damp_percent": 0.05, "true_sequential": True},
+            "meta": {
+                "quantizer": ["gptqmodel:7.7.0"],
+                "damp_percent": 0.05,
+                "true_sequential": True,
+            },
         }
         write(
             directory,

@@ -17,6 +17,7 @@ from conftest import FORMATS, ROOT, environment
 PACKAGE = ROOT / "qconvert"
 DATA = (
     "errors",
+    "exchange_schemes",
     "floors",
     "model",
     "schemes",
