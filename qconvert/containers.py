@@ -71,6 +71,12 @@ CONTAINERS = {
             takes=(COMPRESSED_TENSORS,),
             target="qconvert.stages.directories.compressed_tensors",
         ),
+        Container(
+            *("hf", "", b"", 0),
+            reader="",
+            takes=("raw",),
+            target="qconvert.stages.directories.plain",
+        ),
     )
 }
 WRITTEN = tuple(c for c in CONTAINERS.values() if c.takes)

@@ -46,6 +46,7 @@ FAMILIES = {
     "codebook": Family("qconvert.codecs.codebook", described=True, feature="codebook-1.2"),
     "levels": Family("qconvert.codecs.levels", described=True, feature="levels-1.3"),
     "ggml": Family("qconvert.codecs.ggml", described=False),
+    "moved": Family("qconvert.codecs.moving", described=False),
     COMPRESSED_TENSORS: Family("qconvert.codecs.exchange.compressed_tensors", described=False),
 }
 
@@ -213,7 +214,16 @@ class MixScheme:
     name: str
 
 
-Scheme = TensorScheme | MixScheme
+@dataclass(frozen=True, slots=True)
+class KeepScheme:
+    """What is quantized stays so, in the codes that it has: see `qconvert.codecs.moving`."""
+
+    family: ClassVar[str] = "keep"  # of a file, so that it has no codec
+    default_range: ClassVar[RangeMethod | None] = None
+    name: str = "keep"
+
+
+Scheme = TensorScheme | MixScheme | KeepScheme
 
 
 def affine_scheme(bits: int, granularity: str, block: int, symmetric: bool | None) -> AffineScheme:
@@ -251,12 +261,13 @@ TENSOR_SCHEMES = {s.name: s for s in _ALL}
 SCHEMES: dict[str, Scheme] = {
     **TENSOR_SCHEMES,
     **{name: MixScheme(name) for name in MIXES if name not in TENSOR_SCHEMES},
+    "keep": KeepScheme(),
 }
 
 SCHEME_GRAMMAR = (
     "q{2,3,4,5,6,8}_{tensor|channel|block16|block32|block64|block128|block256}[_sym|_asym], "
     "{nf4|fp4}_block{32|64|128|256}[_dq], {c2|c3|c4}_block{16|32}, c4s_block16, f32, f16, bf16; "
-    f"directories: {EXCHANGE_GRAMMAR}; "
+    f"directories: {EXCHANGE_GRAMMAR}; keep, of a quantized source; "
     "GGUF: " + ", ".join(dict.fromkeys((*MIXES, *(s.name for s in _ALL if s.family == "ggml"))))
 )
 

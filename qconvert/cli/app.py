@@ -410,6 +410,10 @@ def quantize(
         bool,
         typer.Option("--allow-requantize", help="take a source that is quantized already"),
     ] = False,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="of --scheme keep: refuse tensors whose codes cannot move"),
+    ] = False,
     tensor_type: Annotated[
         list[str] | None,
         typer.Option(
@@ -578,6 +582,7 @@ def quantize(
             min_values=min_values,
             hash_source=hash_source,
             allow_requantize=allow_requantize,
+            exact=exact,
             tensor_type=tensor_type,
             output_tensor_type=output_tensor_type,
             token_embedding_type=token_embedding_type,
@@ -619,6 +624,10 @@ def verify(
         float | None,
         typer.Option("--min-output-sqnr", metavar="DB", help="fail when a product is below"),
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="fail when a decoded value is not that of --against"),
+    ] = False,
     rows: Annotated[
         int,
         typer.Option("--rows", min=1, metavar="N", help="activation rows of the integer product"),
@@ -718,6 +727,7 @@ def verify(
             min_sqnr=min_sqnr,
             max_nmse=max_nmse,
             min_output_sqnr=min_output_sqnr,
+            exact=exact,
             rows=rows,
             activations=activations,
             samples=samples,

@@ -189,6 +189,11 @@ def decibels(value: float | None) -> str:
     return "exact" if value is None else f"{value:.2f}"
 
 
+def in_decibels(value: float | None) -> str:
+    """With its unit, where there is a number."""
+    return decibels(value) + ("" if value is None else " dB")
+
+
 def shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) if shape else "scalar"
 
@@ -233,7 +238,7 @@ def quantize_text(r: QuantizeReport) -> str:
     bits = number(r.quantized_bits_per_weight), number(r.model_bits_per_weight)
     lines.append(f"bits       {bits[0]} per quantized weight, {bits[1]} over the whole model\n")
     if not r.dry_run and quantized:
-        lines.append(f"SQNR       {decibels(r.sqnr_db)} dB overall\n")
+        lines.append(f"SQNR       {in_decibels(r.sqnr_db)} overall\n")
         lossy = sorted(
             (t for t in quantized if t.sqnr_db is not None), key=lambda t: t.sqnr_db or 0.0
         )
@@ -499,7 +504,7 @@ def verify_text(r: VerifyReport) -> str:
         lines.append(f"{marks[c.status]}  {c.id:<15} {printable(c.detail)}{figures}{where}\n")
     lossy = [t for t in r.tensors if t.sqnr_db is not None]
     if lossy:
-        lines.append(f"\nSQNR       {decibels(r.sqnr_db)} dB overall, {len(lossy)} tensors\n")
+        lines.append(f"\nSQNR       {in_decibels(r.sqnr_db)} overall, {len(lossy)} tensors\n")
     failing = sorted((t for t in r.tensors if t.fails), key=_worse)
     good = sorted((t for t in lossy if not t.fails), key=_worse)
     shown = [*failing[:FAILING_SHOWN], *good[: max(WORST_SHOWN - len(failing), 0)]]

@@ -159,6 +159,21 @@ class Coded:
         return math.inf if unscaled and g.always_scaled else worst
 
 
+@dataclass(frozen=True, slots=True)
+class Grain:
+    """What codes are that can move to another encoding.
+
+    Attributes:
+        number: ``int``, or the name of a small floating type.
+        bits: of a code.
+        group: columns that share a scale; 0 where a row has one.
+    """
+
+    number: str
+    bits: int
+    group: int
+
+
 class Encoding(ABC):
     """How a tensor lies in a file: frozen data, equal where the bytes mean the same.
 
@@ -228,6 +243,41 @@ class Encoding(ABC):
         (M, last - first). Only where the encoding `multiplies`.
         """
         raise NotImplementedError
+
+    # --- codes that move to another encoding: `qconvert.codecs.moving` ---
+
+    @property
+    def grain(self) -> Grain | None:
+        """What its codes are, where they can move; None where they cannot."""
+        return None
+
+    def movable(self, rows: IntegerRows) -> IntegerRows | None:
+        """Rows of `coded` with unsigned codes below 2^bits of the `grain` and whole zero points, as
+        all encodings of a number agree on; None where they are not such.
+        """
+        raise NotImplementedError
+
+    def held(self, rows: IntegerRows) -> IntegerRows | None:
+        """`movable` rows of an encoding in the units of this one; None where it has no such codes,
+        scales or zero points.
+        """
+        raise NotImplementedError
+
+    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
+        """Segments of whole rows that it has `held`."""
+        raise NotImplementedError
+
+    def gathered(self, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+        """Room for what `laid_together` needs of all rows, by the names that `IntegerRows` has."""
+        return {}
+
+    def laid_together(
+        self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]
+    ) -> dict[str, Bytes]:
+        """Segments that are no rows one after the other, of a tensor of this shape and what was
+        gathered of it.
+        """
+        return {}
 
     def unscalable(self, shape: tuple[int, ...]) -> str | None:
         """Why rows cannot be multiplied by a number each while codes stay; None where they can."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from qconvert.codecs.codec import (
     Encoder,
     Encoding,
     Facts,
+    Grain,
     Grid,
     Outcome,
     Segment,
@@ -33,6 +34,7 @@ from qconvert.codecs.source import (
     source_rows,
     tiles_of,
 )
+from qconvert.codecs.units import centred, exact_scales, regrouped, with_offset
 from qconvert.errors import UnsupportedError, WeightError
 from qconvert.geometry import Tile
 from qconvert.ggml_types import GGML_TYPES, GgmlType
@@ -59,6 +61,8 @@ HALVES: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
     **{"Q2_K": (80, 2), "Q3_K": (108, 1), "Q6_K": (208, 1), "TQ1_0": (52, 1), "TQ2_0": (64, 1)},
 }
+# Types whose codes can move to another encoding, and how many bits these have.
+MOVABLE = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,41 @@ class GgmlEncoding(Encoding):
             offset_rounding=by_group(of_offset),
         )
         return Coded(self._decoded(data, stored).reshape(shape), integers, grid)
+
+    @property
+    def grain(self) -> Grain | None:
+        bits = MOVABLE.get(self.type.name)
+        return Grain("int", bits, self.type.block) if bits else None
+
+    def movable(self, rows: IntegerRows) -> IntegerRows | None:
+        if rows.offset is not None:  # codes are unsigned
+            return rows
+        middle = 1 << (MOVABLE[self.type.name] - 1)
+        return replace(rows, codes=rows.codes + np.int16(middle), zero=rows.zero + middle)
+
+    def held(self, rows: IntegerRows) -> IntegerRows | None:
+        found = regrouped(rows, self.type.block)
+        if found is None or not exact_scales(found, "F16"):
+            return None
+        bits = MOVABLE[self.type.name]
+        return with_offset(found, bits, "F16") if self._has_offset else centred(found, bits)
+
+    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
+        layout, block = CODE_LAYOUTS[self.type.name], self.type.block
+        data = np.zeros((rows.codes.size // block, self.type.nbytes), np.uint8)
+        halves = [rows.scale] if rows.offset is None else [rows.scale, rows.offset]
+        numbers = np.stack([h.ravel() for h in halves], axis=1).astype("<f2")
+        data[:, : 2 * len(halves)] = numbers.view(np.uint8)
+        codes = rows.codes.reshape(-1, block)
+        if self.type.name == "Q8_0":  # -128 as well, which is read though ggml does not write it
+            data[:, 2:] = (codes - np.int16(128)).astype(np.int8).view(np.uint8)
+        else:
+            data = layout.written(data, codes.astype(np.uint8))
+        return {"data": data.reshape(-1).data}
+
+    @property
+    def _has_offset(self) -> bool:
+        return HALVES[self.type.name][1] > 1
 
     def unscalable(self, shape: tuple[int, ...]) -> str | None:
         return None if self.type.name in HALVES else "its scales are not numbers of 16 bits"

@@ -14,7 +14,7 @@ from qconvert.containers import WRITTEN
 from qconvert.errors import UsageError
 from qconvert.ranges import DEFAULT_PERCENTILE, RANGE_METHODS, RangeMethod
 from qconvert.running.text import DEFAULT_SEQLEN
-from qconvert.schemes import MixScheme, TensorScheme, parse_scheme
+from qconvert.schemes import KeepScheme, MixScheme, TensorScheme, parse_scheme
 from qconvert.stages.quantize_options import PRESETS, Budget, FinetuneOptions, RepairText
 from qconvert.stages.rounding import METHODS
 
@@ -141,8 +141,8 @@ def parse_tensor_scheme(text: str) -> tuple[str, TensorScheme]:
     if not equals or not glob:
         raise UsageError("--tensor-scheme", found=text, wanted="GLOB=NAME")
     scheme = parse_scheme(name)
-    if isinstance(scheme, MixScheme):
-        raise UsageError("--tensor-scheme", found=text, wanted="a single type, not a mix")
+    if isinstance(scheme, MixScheme | KeepScheme):
+        raise UsageError("--tensor-scheme", found=text, wanted="what a single tensor takes")
     return glob, scheme
 
 

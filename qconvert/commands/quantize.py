@@ -51,6 +51,7 @@ def quantize(
     min_values: int = MIN_VALUES,
     hash_source: bool = False,
     allow_requantize: bool = False,
+    exact: bool = False,
     tensor_type: Mapping[str, str] | str | Iterable[str] | None = None,
     output_tensor_type: str | None = None,
     token_embedding_type: str | None = None,
@@ -112,6 +113,8 @@ def quantize(
         min_values: keep tensors of fewer values.
         hash_source: record the SHA-256 of the source files, which reads them again.
         allow_requantize: take a source that is quantized already.
+        exact: of ``scheme="keep"``, which moves codes as they are: refuse a source that has some
+            which the output cannot hold; otherwise they are decoded.
         tensor_type: GGUF: another ggml type where a regular expression is found in the name:
             ``{regex: type}``, or texts ``"REGEX=TYPE"``; the first match wins.
         output_tensor_type, token_embedding_type: GGUF: ggml types of these two.
@@ -182,6 +185,7 @@ def quantize(
         strict=strict,
         hash_source=hash_source,
         allow_requantize=allow_requantize,
+        exact=exact,
         budget=budget,
         finetune=finetune_of(finetune, text, seqlen, nsamples, seed),
         gguf=GgufOptions(

@@ -21,6 +21,7 @@ def verify(
     min_sqnr: float | None = None,
     max_nmse: float | None = None,
     min_output_sqnr: float | None = None,
+    exact: bool = False,
     rows: int = 8,
     activations: str | None = None,
     samples: Path | str | Iterable[Path | str] | None = None,
@@ -56,6 +57,7 @@ def verify(
         min_sqnr: fail when a tensor has less, in dB.
         max_nmse: fail when a tensor's relative squared error is above.
         min_output_sqnr: fail when an integer product has less, in dB.
+        exact: fail when a decoded value is not that of ``against``.
         rows: of activations of the integer product.
         activations: of integer products ``static``, ``dynamic``, ``dynamic_asym`` or ``auto``
             (static where the file has parameters, else dynamic), the default; with ``text`` also
@@ -114,6 +116,7 @@ def verify(
         min_sqnr=as_float(min_sqnr),
         max_nmse=as_float(max_nmse),
         min_output_sqnr=as_float(min_output_sqnr),
+        exact=exact,
         rows=rows,
         seed=seed,
         activations=products,

@@ -227,6 +227,8 @@ class Job:
             used["min_values"] = o.min_values
         if o.allow_requantize:
             used["allow_requantize"] = True
+        if o.exact:
+            used["exact"] = True
         used |= self.prepared.options
         found: dict[str, Any] = {
             "options": used,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from qconvert.codecs.codec import Encoding
+from qconvert.containers import CONTAINERS
 from qconvert.errors import UsageError
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicDirectory, AtomicOutput, machine_errors
@@ -27,9 +28,10 @@ from qconvert.files.provenance import PROVENANCE
 from qconvert.kernels.records import F32, Bytes
 from qconvert.mixes import MIXES, Mix, MixOptions, ModelFacts, parse_mix
 from qconvert.model import Model, TensorInfo
-from qconvert.schemes import MixScheme
+from qconvert.schemes import TENSOR_SCHEMES, KeepScheme, MixScheme
 from qconvert.stages.gguf_sources import PRE_TOKENIZER, TOKENIZER, GgufModelSource, as_gguf
 from qconvert.stages.made_from import made_from
+from qconvert.stages.moving import Moving, check_moved, config_of, model_dtype
 from qconvert.stages.plan import MIN_VALUES, PlannedTensor, PlanOptions, make_plan, plan_mix
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
 from qconvert.stages.target import Atomic, Prepared, Sink, Target, model_name
@@ -53,6 +55,10 @@ class GgufTarget:
         notes, warnings = [*source.notes], [*source.warnings]
         if source.facts is None and options.budget:
             raise UsageError("a raw file takes no budget", hint="choose types with --scheme")
+        keep = isinstance(options.scheme, KeepScheme)
+        if keep:
+            dtype = model_dtype(config_of(model) or {}, opened)
+            options = replace(options, scheme=TENSOR_SCHEMES[dtype.lower()])
         if source.facts is None:
             plan = _plain_plan(source, options)
         else:
@@ -61,6 +67,9 @@ class GgufTarget:
             )
             keys["general.file_type"] = file_type
             warnings += more
+        if keep:
+            plan = _moved_plan(plan, opened, source.model, dtype, options.exact)
+            keys |= _kept_file_type(plan, keys)
         if imatrix:
             imatrix, said, more = _fitting(imatrix, plan, source.model)
             notes += said
@@ -123,6 +132,7 @@ def _plain_plan(source: GgufModelSource, options: QuantizeOptions) -> tuple[Plan
             "a raw file has no architecture, to whose tensors the options of mixes apply",
             hint="choose types with --scheme, --tensor-scheme and --keep",
         )
+    assert not isinstance(options.scheme, KeepScheme)  # but what it stands for
     if isinstance(options.scheme, MixScheme):
         raise UsageError(
             f"{options.scheme.name} is a mix, which a raw file does not have",
@@ -163,6 +173,32 @@ def _mixed_plan(
             "not divide into its blocks"
         )
     return plan, mix.file_type, warnings
+
+
+def _moved_plan(
+    plan: tuple[PlannedTensor, ...], opened: OpenModel, named: Model, dtype: str, exact: bool
+) -> tuple[PlannedTensor, ...]:
+    """A plan of casts with codes in their place that the file takes as they are."""
+    if isinstance(opened, AnyGgufModel):
+        stored = {t.name: t for t in opened.tensors}
+        return tuple(
+            PlannedTensor(stored[p.tensor.name], None, f"is {stored[p.tensor.name].dtype} already")
+            for p in plan
+        )
+    moving = Moving(opened, named, CONTAINERS["gguf"], dtype)
+    found = tuple(moving.of(p.tensor, p.scheme) or p for p in plan)
+    check_moved(found, opened, exact)
+    return found
+
+
+def _kept_file_type(
+    plan: tuple[PlannedTensor, ...], keys: Mapping[str, MetadataValue]
+) -> dict[str, MetadataValue]:
+    """``general.file_type`` of a file whose codes were moved, where it has one."""
+    if "general.file_type" not in keys:
+        return {}
+    base = next(m for m in MIXES.values() if m.file_type == keys["general.file_type"])
+    return {"general.file_type": _nearest_mix(plan, base).file_type}
 
 
 def _nearest_mix(plan: tuple[PlannedTensor, ...], mix: Mix) -> Mix:

@@ -22,7 +22,7 @@ from qconvert.mapper import Mapper
 from qconvert.model import Model, TensorInfo
 from qconvert.progress import Progress, Silent
 from qconvert.report import Histogram, InspectReport, TensorSummary
-from qconvert.schemes import MixScheme, Scheme
+from qconvert.schemes import KeepScheme, MixScheme, Scheme
 from qconvert.stages.budget import unknown_sensitivities
 from qconvert.stages.curve import CurveOptions, size_curve
 from qconvert.stages.parallel import Workers, available_threads
@@ -57,7 +57,7 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
     started = time.perf_counter()
     progress = progress or Silent()
     scheme = options.scheme
-    if isinstance(scheme, MixScheme) or codec_of(scheme).look is None:
+    if isinstance(scheme, MixScheme | KeepScheme) or codec_of(scheme).look is None:
         raise UsageError(
             f"inspect cannot suggest {scheme.name}",
             wanted="a scheme with scales, such as q4_block64",

@@ -16,7 +16,7 @@ from qconvert.geometry import CONVOLUTION_DIM
 from qconvert.mix_rules import assign_types
 from qconvert.mixes import MixOptions, ModelFacts, TensorTypeRule, parse_ggml_type
 from qconvert.model import DTYPES, TensorInfo
-from qconvert.schemes import TENSOR_SCHEMES, Scheme, TensorScheme
+from qconvert.schemes import TENSOR_SCHEMES, KeepScheme, Scheme, TensorScheme
 
 MIN_VALUES = 1024  # smaller tensors: the bytes saved do not matter, the error may
 BUDGETED = "chosen for the budget"
@@ -102,7 +102,7 @@ def check_schemes(schemes: Iterable[Scheme], container: Container) -> None:
         UsageError: names the first one.
     """
     for scheme in schemes:
-        if scheme.family not in container.takes:
+        if scheme.family not in (*container.takes, KeepScheme.family):
             other = container_for(scheme.family)
             hint = f"write a {other.suffix} file with -o NAME{other.suffix}"
             if other.directory:

@@ -11,6 +11,7 @@ from qconvert.calibration.document import MAX_OBSERVER
 from qconvert.codecs.codec import Encoding
 from qconvert.codecs.compensation import COMPENSATED
 from qconvert.codecs.rescaled import PROVENANCE_KEY, tuned_tensors
+from qconvert.containers import CONTAINERS
 from qconvert.errors import FormatError, UsageError
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicOutput
@@ -26,7 +27,8 @@ from qconvert.files.qblk_writer import (
 )
 from qconvert.files.shards import MAX_COMPANION_BYTES, MODULES, companion_too_large
 from qconvert.model import Companion, Model, TensorInfo
-from qconvert.schemes import MixScheme
+from qconvert.schemes import KeepScheme, MixScheme
+from qconvert.stages.moving import Moving, config_of, model_dtype
 from qconvert.stages.plan import PlannedTensor, PlanOptions, make_plan
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
 from qconvert.stages.target import Atomic, Prepared, Sink, Target
@@ -67,10 +69,14 @@ class QblkTarget:
                 "options of GGUF files have no place in a .qblk file", hint="write a .gguf file"
             )
         assert not isinstance(options.scheme, MixScheme)  # which qblk does not take
-        asked = PlanOptions(
-            options.keep, options.tensor_schemes, options.min_values, options.assigned
-        )
-        plan = make_plan(model.tensors, options.scheme, asked)
+        if isinstance(options.scheme, KeepScheme):
+            dtype = model_dtype(config_of(model) or {}, opened)
+            plan = Moving(opened, model, CONTAINERS["qblk"], dtype).plan(options.exact)
+        else:
+            asked = PlanOptions(
+                options.keep, options.tensor_schemes, options.min_values, options.assigned
+            )
+            plan = make_plan(model.tensors, options.scheme, asked)
         check_qblk(model.tensors, model.path)
         for companion in model.companions:
             if companion.size > MAX_COMPANION_BYTES:

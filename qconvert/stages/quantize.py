@@ -21,10 +21,11 @@ from qconvert.kernels.records import ErrorSums
 from qconvert.model import DTYPES, Model
 from qconvert.progress import Progress, Silent
 from qconvert.report import QuantizeReport
-from qconvert.schemes import CastScheme, MixScheme, TensorScheme, adapted
+from qconvert.schemes import CastScheme, KeepScheme, MixScheme, TensorScheme, adapted
 from qconvert.stages.budget import unknown_sensitivities, within_budget
 from qconvert.stages.conversion import Job, fill_totals, planned_row
 from qconvert.stages.equalisation import rescaled
+from qconvert.stages.moving import moved_note
 from qconvert.stages.plan import PlannedTensor, check_schemes
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions, RepairText
 from qconvert.stages.rounding import Roundings, plan_roundings
@@ -58,7 +59,7 @@ def quantize(
         from qconvert.stages.finetune import check_source, convert_tuned  # what runs models
 
         check_source(source)
-    options = _adapted(options, container)
+    options = _adapted(_kept(options), container)
     check_schemes((options.scheme, *(s for _, s in options.tensor_schemes)), container)
     with ExitStack() as files, about(source):
         opened = open_model(source)
@@ -86,6 +87,8 @@ def quantize(
         report.equalisation = equalisation
         report.warnings = said.warnings + report.warnings
         report.notes = said.notes + report.notes
+        if isinstance(options.scheme, KeepScheme):
+            report.notes.append(moved_note(prepared.plan))
         layers: dict[str, str] = {}
         tables: dict[str, str] = {}
         if calibration:
@@ -171,17 +174,32 @@ def _plain(opened: OpenModel, options: QuantizeOptions) -> Model:
     """
     quantized = next((t for t in opened.tensors if t.dtype not in DTYPES), None)
     schemes = (options.scheme, *(s for _, s in options.tensor_schemes))
-    cast = all(isinstance(s, CastScheme) for s in schemes)
+    cast = all(isinstance(s, CastScheme | KeepScheme) for s in schemes)
     if quantized and not (cast or options.allow_requantize):
         raise UsageError(
             "the source is quantized already",
             path=opened.path,
             tensor=quantized.name,
             found=quantized.dtype,
-            hint="convert the original, decode it with --scheme bf16, or accept that more is lost "
-            "with --allow-requantize",
+            hint="convert the original; move its codes with --scheme keep, decode it with --scheme "
+            "bf16, or accept that more is lost with --allow-requantize",
         )
     return dequantized(opened)
+
+
+def _kept(options: QuantizeOptions) -> QuantizeOptions:
+    """Options of a conversion that keeps the codes of its source: nothing is rescaled then.
+
+    Raises:
+        UsageError: ``--exact`` without it, or schemes for single tensors with it.
+    """
+    if not isinstance(options.scheme, KeepScheme):
+        if options.exact:
+            raise UsageError("--exact goes with --scheme keep")
+        return options
+    if options.tensor_schemes or options.keep:
+        raise UsageError("--scheme keep moves all tensors: no --tensor-scheme or --keep with it")
+    return replace(options, equalise=False)
 
 
 def _adapted(options: QuantizeOptions, container: Container) -> QuantizeOptions:
@@ -212,6 +230,9 @@ def _output(source: Path, options: QuantizeOptions) -> tuple[Path, Container]:
     """Where the result goes and in which container: by the suffix, unless said otherwise."""
     output = options.output
     asked = CONTAINERS[options.container] if options.container else None
+    formats = " or ".join(f"--format {c.name}" for c in WRITTEN)
+    if output is None and asked is None and isinstance(options.scheme, KeepScheme):
+        raise UsageError("--scheme keep into what?", wanted=formats)
     if output is None:
         container = asked or container_for(options.scheme.family)
         parent = source.parent if source.name not in ("", "..") else source.resolve().parent
@@ -219,11 +240,12 @@ def _output(source: Path, options: QuantizeOptions) -> tuple[Path, Container]:
         name = f"{model_name(source)}{dot}{options.name}{container.suffix}"
         return parent / name, container
     found = asked or next((c for c in _FILES if c.suffix == output.suffix.lower()), None)
+    if found is None and isinstance(options.scheme, KeepScheme):
+        raise UsageError("--scheme keep into what?", wanted=formats)
     if found is None and container_for(options.scheme.family).directory:
         found = container_for(options.scheme.family)
     if found is None:
         suffixes = " or ".join(c.suffix for c in _FILES)
-        formats = " or ".join(f"--format {c.name}" for c in WRITTEN)
         raise UsageError(
             f"cannot tell the container from the name '{output.name}'",
             wanted=f"a name that ends in {suffixes}",

@@ -108,6 +108,7 @@ class QuantizeOptions:
     Attributes:
         scheme: under a budget, what says which tensors are quantized at all.
         equalise: whether to rescale channels where that gains.
+        exact: whether all codes have to stay what they are, where they are to be kept.
         assigned: what a budget has chosen for tensors by their names; None keeps one as it is.
     """
 
@@ -129,6 +130,7 @@ class QuantizeOptions:
     strict: bool = False
     hash_source: bool = False
     allow_requantize: bool = False
+    exact: bool = False
     gguf: GgufOptions = GgufOptions()
     budget: Budget | None = None
     finetune: FinetuneOptions | None = None

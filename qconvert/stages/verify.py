@@ -63,6 +63,7 @@ class VerifyOptions:
             ``auto`` for static where the file has parameters and dynamic elsewhere.
         samples: recorded activations to use instead of Gaussian ones.
         quality: what to measure by running the models; None for tensors alone.
+        exact: whether every decoded value has to be that of the source.
     """
 
     against: Path | None = None
@@ -74,6 +75,7 @@ class VerifyOptions:
     activations: str = "auto"
     samples: tuple[Path, ...] = ()
     quality: QualityOptions | None = None
+    exact: bool = False
     threads: int | None = None
 
 
@@ -135,6 +137,8 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
     limits = (options.min_sqnr, options.max_nmse, options.min_output_sqnr)
     if options.against is None and any(limit is not None for limit in limits):
         raise UsageError("limits on errors need the source", hint="give it with --against")
+    if options.exact and options.against is None:
+        raise UsageError("--exact needs what to compare with", hint="give it with --against")
     if options.quality is not None:
         if options.against is None:
             raise UsageError("--text needs the source", hint="give it with --against")
@@ -164,7 +168,7 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
             raise UsageError(
                 "verify takes a quantized file",
                 found=f"{path}: {container.name}",
-                wanted="a .qblk or .gguf file",
+                wanted="a .qblk or .gguf file, or a directory of codes that is read",
                 hint="give the source with --against",
             )
         source = _source(options.against, model, exponents) if options.against else None
@@ -491,6 +495,12 @@ class _Job:
         if self.source:
             self._quality_floors(rows)
             self._casts(rows)
+            if self.options.exact:
+                wrong = [r for r in rows if r.max_error != 0]
+                detail = f"decoded values of {len(rows)} tensors are those of --against"
+                if wrong:
+                    detail += f"; {len(wrong)} have others"
+                self._of_tensors("exact", detail, wrong)
             self._error_bound(rows)
             self._recorded(rows)
         else:

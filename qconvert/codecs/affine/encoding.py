@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from qconvert import kernels
 from qconvert.codecs.codec import (
     Coded,
     Encoding,
+    Grain,
     Grid,
     HeaderFields,
     Segment,
@@ -21,10 +22,18 @@ from qconvert.codecs.codec import (
     rescaled_numbers,
 )
 from qconvert.codecs.codes import Codes
+from qconvert.codecs.units import centred, exact_scales, regrouped
 from qconvert.encoding import BITS, BLOCKS, GRANULARITIES, SCALE_SIZES, AffineEncoding
 from qconvert.geometry import PACK_GROUP, Tile, tiles
-from qconvert.kernels.arithmetic import SCALE_NUMPY, SIGN, integer_rows, zero_steps
-from qconvert.kernels.records import F32, I32, U8, Activations, Bytes
+from qconvert.kernels.arithmetic import (
+    SCALE_NUMPY,
+    SIGN,
+    integer_rows,
+    padded_codes,
+    stored_zero_points,
+    zero_steps,
+)
+from qconvert.kernels.records import F32, I32, U8, Activations, Bytes, IntegerRows
 from qconvert.model import DTYPES
 
 CHECKED_BYTES = 1 << 20  # of the payload that are looked at at once
@@ -186,6 +195,48 @@ class Affine(AffineEncoding, Encoding):
         shape = (last - first, self.row_groups)
         scale, zero = self.parameters(stored, first * self.row_groups, math.prod(shape))
         return kernels.product(packed, scale.reshape(shape), zero.reshape(shape), self, a)
+
+    # --- codes that move ---
+
+    @property
+    def grain(self) -> Grain | None:
+        return None if self.granularity == "tensor" else Grain("int", self.bits, self.block)
+
+    def movable(self, rows: IntegerRows) -> IntegerRows | None:
+        if self.symmetric:
+            middle = 1 << (self.bits - 1)
+            return replace(rows, codes=rows.codes + np.int16(middle), zero=rows.zero + middle)
+        steps = zero_steps(self.bits)
+        if (rows.zero % steps).any():  # zero points between codes, which others do not have
+            return None
+        scale = rows.scale * np.float32(steps)
+        codes = rows.codes // np.int16(steps)
+        return replace(rows, codes=codes, zero=rows.zero // steps, scale=scale)
+
+    def held(self, rows: IntegerRows) -> IntegerRows | None:
+        found = regrouped(rows, self.block)
+        if found is None or not exact_scales(found, self.scale_dtype):
+            return None
+        if self.symmetric:
+            found = centred(found, self.bits)
+            # SPEC.md section 3: eight bits have no code -128, and no scales below 0.
+            if self.bits < 8 or found is None:
+                return found
+            return None if (found.codes == 0).any() or (found.scale < 0).any() else found
+        if found.offset is not None or (found.scale < 0).any():
+            return None
+        fits = found.zero.min() >= 0 and max(found.zero.max(), found.codes.max()) <= self.levels
+        return found if fits else None
+
+    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
+        codes = padded_codes(rows.codes.astype(np.uint8), rows.codes.shape[1], self)
+        packed = codes if self.bits == 8 else kernels.pack(codes, self.bits)
+        scales = rows.scale.astype(SCALE_NUMPY[self.scale_dtype]).tobytes()
+        segments: dict[str, Bytes] = {"codes": packed.data, "scales": scales}
+        if not self.symmetric:
+            zero = rows.zero.ravel() * zero_steps(self.bits)
+            segments["zero_points"] = stored_zero_points(zero, self).data
+        return segments
 
     def unscalable(self, shape: tuple[int, ...]) -> str | None:
         return "all rows have one scale" if self.granularity == "tensor" else None

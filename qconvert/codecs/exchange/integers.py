@@ -18,10 +18,11 @@ from qconvert import kernels
 from qconvert.codecs.affine.compensated import compensated, stored_parameters
 from qconvert.codecs.affine.encoding import Affine
 from qconvert.codecs.affine.weighting import weighting
-from qconvert.codecs.codec import Coded, Encoder, Facts, Grid, Outcome, Stored, smaller
+from qconvert.codecs.codec import Coded, Encoder, Facts, Grain, Grid, Outcome, Stored, smaller
 from qconvert.codecs.compensation import Rounder, values_at_once
 from qconvert.codecs.exchange.layout import Layout, refuse_values
 from qconvert.codecs.source import RUN_VALUES, finite_weights, source_rows, tiles_of
+from qconvert.codecs.units import centred, exact_scales, regrouped, values_of
 from qconvert.encoding import BITS, BLOCKS
 from qconvert.exchange_schemes import ExchangeScheme
 from qconvert.geometry import Tile, spans_tiles
@@ -84,6 +85,42 @@ class IntegerLayout(Layout):
         """
         return {}
 
+    @property
+    def grain(self) -> Grain:
+        return Grain("int", self.width, self.group)
+
+    def movable(self, rows: IntegerRows) -> IntegerRows | None:
+        return rows
+
+    def held(self, rows: IntegerRows) -> IntegerRows | None:
+        found = regrouped(rows, self.group)
+        if found is None or not exact_scales(found, self.scale_dtype):
+            return None
+        if self.symmetric:
+            return centred(found, self.width)
+        if found.offset is not None or not found.zero.size:
+            return None
+        most = (1 << self.width) - 1
+        fits = found.zero.min() >= 0 and max(found.zero.max(), found.codes.max()) <= most
+        return found if fits else None
+
+    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
+        return self.pieces(rows)
+
+    def gathered(self, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+        rows, columns = shape
+        sizes: dict[str, tuple[type, int]] = {
+            "codes": (np.uint8, columns),
+            "scale": (np.float32, self.groups(columns)),
+            "zero": (np.uint8, self.groups(columns)),
+        }
+        return {k: np.zeros((rows, sizes[k][1]), sizes[k][0]) for k in self.gathers}
+
+    def laid_together(
+        self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]
+    ) -> dict[str, Bytes]:
+        return self.whole(shape, rows)
+
     def coded(self, stored: Stored, tile: Tile) -> Coded:
         first, low = divmod(tile.start, stored.shape[-1])
         rows, columns = slice(first, first + tile.rows), slice(low, low + tile.columns)
@@ -91,7 +128,7 @@ class IntegerLayout(Layout):
         # The least code of 8 symmetric bits is one that our encoder leaves out.
         least = int(self.symmetric and self.width == 8)
         grid = Grid(found.scale, least, (1 << self.width) - 1, always_scaled=False)
-        return Coded(decoded(found), found, grid)
+        return Coded(values_of(found), found, grid)
 
     def affine(self, columns: int) -> Affine:
         """The same grid as ours, whose search and kernels find codes for it."""
@@ -112,21 +149,6 @@ class IntegerLayout(Layout):
                 stored, f"a number of {kind} is not finite", "NaN or Inf", "finite scales"
             )
         return found
-
-
-def decoded(rows: IntegerRows) -> F32:
-    """(codes - zero) · scale, with the offset added where there is one, float32 (R, C)."""
-    count, columns = rows.codes.shape
-    length = min(rows.group, columns)
-    padded = -(-columns // length) * length
-    codes = rows.codes
-    if padded != columns:
-        codes = np.pad(codes, ((0, 0), (0, padded - columns)))
-    steps = codes.reshape(count, -1, length) - rows.zero[:, :, None]
-    values = steps.astype(np.float32) * rows.scale[:, :, None]
-    if rows.offset is not None:
-        values += rows.offset[:, :, None]
-    return np.ascontiguousarray(values.reshape(count, padded)[:, :columns])
 
 
 def misfit(layout: IntegerLayout, tensor: TensorInfo, scheme: str) -> str | None:
@@ -263,14 +285,9 @@ def integer_encoder(
     model: Model, tensor: TensorInfo, layout: IntegerLayout, facts: Facts
 ) -> IntegerEncoder:
     """The encoder of a matrix that has no `misfit`."""
-    rows, columns = tensor.shape
+    columns = tensor.shape[1]
     code = layout.affine(columns)
     mean_square = facts.mean_square(columns)
-    shapes: dict[str, tuple[type, int]] = {
-        "codes": (np.uint8, columns),
-        "scale": (np.float32, layout.groups(columns)),
-        "zero": (np.uint8, layout.groups(columns)),
-    }
     return IntegerEncoder(
         model,
         tensor,
@@ -279,7 +296,7 @@ def integer_encoder(
         facts.method or default_method(code.bits),
         None if mean_square is None else weighting(mean_square[None, :], code),
         facts.rounder,
-        {k: np.zeros((rows, shapes[k][1]), shapes[k][0]) for k in layout.gathers},
+        layout.gathered(tensor.shape),
     )
 
 

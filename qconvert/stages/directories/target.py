@@ -16,7 +16,9 @@ from typing import Any
 
 from qconvert.codecs.codec import Encoding
 from qconvert.codecs.exchange.layout import Layout
-from qconvert.errors import FormatError, UnsupportedError, UsageError
+from qconvert.codecs.moving import MovedScheme
+from qconvert.containers import CONTAINERS
+from qconvert.errors import UnsupportedError, UsageError
 from qconvert.exchange_schemes import ExchangeScheme
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicDirectory, machine_errors
@@ -24,10 +26,10 @@ from qconvert.files.equalised import noted
 from qconvert.files.provenance import PROVENANCE
 from qconvert.files.safetensors_writer import Entry, SafetensorsWriter, planned_shards
 from qconvert.files.shards import CONFIG
-from qconvert.files.strict_json import strict_json
 from qconvert.kernels.records import Bytes
 from qconvert.model import WEIGHT, Companion, Model, TensorInfo, layer_name
-from qconvert.schemes import MixScheme, TensorScheme
+from qconvert.schemes import KeepScheme, MixScheme, TensorScheme
+from qconvert.stages.moving import Moving, config_of, model_dtype
 from qconvert.stages.plan import PlannedTensor, PlanOptions, make_plan
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
 from qconvert.stages.target import Atomic, Prepared, Sink
@@ -39,7 +41,6 @@ EMBEDDINGS = ("*embed*.weight", "*wte.weight", "*wpe.weight")
 HEADS = ("lm_head.weight", "*.lm_head.weight", "*embed_out.weight")
 ROUTERS = ("*.gate.weight", "*.router.weight", "*.shared_expert_gate.weight")
 VISION = ("*vision*", "*visual*", "*audio*", "*multi_modal_projector*")
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class DirectoryTarget:
         dense: what stays as it is.
         fused: names of modules that take one scheme.
         metadata: of the headers of the files.
+        quantizes: whether there are codes in it.
     """
 
     name: str
@@ -87,6 +89,7 @@ class DirectoryTarget:
     dense: tuple[Rule, ...]
     fused: tuple[tuple[str, ...], ...] = FUSED
     metadata: tuple[tuple[str, str], ...] = (("format", "pt"),)
+    quantizes: bool = True
 
     def prepare(
         self, opened: OpenModel, model: Model, options: QuantizeOptions, output: Path
@@ -95,21 +98,17 @@ class DirectoryTarget:
             raise UsageError(
                 "options of GGUF files have no place in a directory", hint="write a .gguf file"
             )
-        assert not isinstance(options.scheme, MixScheme)
-        config = _config(model)
-        dtype = _dtype(config, model)
-        scales = partial(_with_scales, dtype=dtype)
-        asked = PlanOptions(
-            options.keep,
-            tuple((glob, scales(s)) for glob, s in options.tensor_schemes),
-            options.min_values,
-        )
-        plan = tuple(
-            self._checked(p) for p in make_plan(model.tensors, scales(options.scheme), asked)
-        )
-        self._check_fused(plan, model.path)
-        quantized = [p for p in plan if p.scheme]
-        if not quantized:
+        config = config_of(model)
+        if config is None:
+            raise UnsupportedError(
+                f"the model has no {CONFIG}, without which no tool loads a directory",
+                path=model.path,
+                hint="give the model's directory rather than one file of it",
+            )
+        planned = self._planned(opened, model, options, model_dtype(config, model))
+        self._check_fused(planned, model.path)
+        plan = [replace(p, scheme=_like(p.scheme)) for p in planned]
+        if self.quantizes and not any(isinstance(p.scheme, ExchangeScheme) for p in plan):
             raise UnsupportedError(
                 f"no tensor of the model goes into a {self.name} directory quantized",
                 path=model.path,
@@ -117,13 +116,12 @@ class DirectoryTarget:
                 hint="the reasons are shown with --format qblk --dry-run",
             )
         readers = self.readers(plan)
-        config |= self.settings(plan, config)
-        files = _files(model.companions, config)
-        groups = [_entries(p) for p in plan]
+        files = _files(model.companions, {**config, **self.settings(plan, config)})
+        groups = [_entries(p) for p in planned]
         shards = planned_shards(groups, options.gguf.shard_size or SHARD_SIZE)
         return Prepared(
             model,
-            plan,
+            planned,
             (output,),
             partial(_sink, shards, dict(self.metadata), files),
             options={"format": self.name},
@@ -135,18 +133,38 @@ class DirectoryTarget:
             directory=True,
         )
 
+    def _planned(
+        self, opened: OpenModel, model: Model, options: QuantizeOptions, dtype: str
+    ) -> tuple[PlannedTensor, ...]:
+        """What becomes of every tensor."""
+        if isinstance(options.scheme, KeepScheme):
+            moving = Moving(opened, model, CONTAINERS[self.name], dtype, self._dense)
+            return moving.plan(options.exact)
+        scales = partial(_with_scales, dtype=dtype)
+        asked = PlanOptions(
+            options.keep,
+            tuple((glob, scales(s)) for glob, s in options.tensor_schemes),
+            options.min_values,
+        )
+        assert not isinstance(options.scheme, MixScheme)
+        return tuple(
+            self._checked(p) for p in make_plan(model.tensors, scales(options.scheme), asked)
+        )
+
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
         return model
 
     def _checked(self, p: PlannedTensor) -> PlannedTensor:
         """A planned tensor by the rules of the format."""
-        if p.scheme is None:
-            return p
-        name = p.tensor.name
+        why = self._dense(p.tensor.name) if isinstance(p.scheme, ExchangeScheme) else None
+        return p if why is None else PlannedTensor(p.tensor, None, why)
+
+    def _dense(self, name: str) -> str | None:
+        """Why a tensor has no codes in a directory of the format; None where it may."""
         if not name.endswith(WEIGHT):
-            return PlannedTensor(p.tensor, None, "no weight of a module, by its name")
-        rule = next((r for r in self.dense if any(fnmatchcase(name, g) for g in r.globs)), None)
-        return PlannedTensor(p.tensor, None, rule.reason) if rule else p
+            return "no weight of a module, by its name"
+        found = (r.reason for r in self.dense if any(fnmatchcase(name, g) for g in r.globs))
+        return next(found, None)
 
     def _check_fused(self, plan: Sequence[PlannedTensor], path: Path) -> None:
         """Refuse parts of one layer that take several schemes.
@@ -162,7 +180,7 @@ class DirectoryTarget:
                     continue
                 for other in names[1:]:
                     q = by_name.get(f"{place}.{other}")
-                    if q is not None and q.scheme != p.scheme:
+                    if q is not None and _like(q.scheme) != _like(p.scheme):
                         found = (x.scheme.name if x.scheme else "dense" for x in (p, q))
                         raise UsageError(
                             f"readers of {self.name} multiply {' '.join(names)} as one matrix, so "
@@ -175,44 +193,12 @@ class DirectoryTarget:
 
 
 def _with_scales(scheme: TensorScheme, dtype: str) -> TensorScheme:
-    assert isinstance(scheme, ExchangeScheme)
-    return scheme.with_scales(dtype)
+    return scheme.with_scales(dtype) if isinstance(scheme, ExchangeScheme) else scheme
 
 
-def _config(model: Model) -> dict[str, Any]:
-    """The model's configuration, which readers need.
-
-    Raises:
-        UnsupportedError: there is none.
-        FormatError: it is no JSON object.
-    """
-    found = next((c for c in model.companions if c.name == CONFIG), None)
-    if found is None:
-        raise UnsupportedError(
-            f"the model has no {CONFIG}, without which no tool loads a directory",
-            path=model.path,
-            hint="give the model's directory rather than one file of it",
-        )
-    fields = strict_json(found.read(), model.path / CONFIG)
-    if not isinstance(fields, dict):
-        raise FormatError(f"{CONFIG} is no object", path=model.path / CONFIG)
-    return fields
-
-
-def _dtype(config: Mapping[str, Any], model: Model) -> str:
-    """Of the model's numbers, which readers load scales in: as the configuration says, or as most
-    values have it.
-    """
-    inner = config.get("text_config")
-    for section in (config, inner if isinstance(inner, dict) else {}):
-        named = section.get("dtype", section.get("torch_dtype"))
-        if isinstance(named, str) and named.removeprefix("torch.") in _DTYPES:
-            return _DTYPES[named.removeprefix("torch.")]
-    sizes = dict.fromkeys(_DTYPES.values(), 0)
-    for t in model.tensors:
-        if t.dtype in sizes:
-            sizes[t.dtype] += t.size
-    return max(sizes, key=lambda name: sizes[name])
+def _like(scheme: TensorScheme | None) -> TensorScheme | None:
+    """What quantizing would be called that gives such codes as were moved."""
+    return scheme.like if isinstance(scheme, MovedScheme) else scheme
 
 
 def _files(companions: Sequence[Companion], config: Mapping[str, Any]) -> dict[str, bytes]:
@@ -226,7 +212,7 @@ def _entries(p: PlannedTensor) -> list[Entry]:
     """What a planned tensor is stored as."""
     encoding, tensor = p.encoding, p.tensor
     if not isinstance(encoding, Layout):
-        return [Entry(tensor.name, tensor.dtype, tensor.shape)]
+        return [Entry(tensor.name, encoding.name, tensor.shape)]
     module = layer_name(tensor.name)
     return [Entry(module + x.suffix, x.dtype, x.shape) for x in encoding.parts(tensor.shape)]
 

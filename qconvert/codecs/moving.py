@@ -1,0 +1,104 @@
+"""Codes and scales that move from one encoding to another and stay the same numbers.
+
+What moves are rows as `Encoding.movable` gives them: unsigned codes with whole zero points. An
+encoding that can take some puts them into its own units with `Encoding.held`, or finds that it
+cannot, and lays them down with `Encoding.laid`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconvert.codecs.codec import Codec, Encoder, Encoding, Facts, Outcome
+from qconvert.codecs.units import values_of
+from qconvert.exchange_schemes import ExchangeScheme
+from qconvert.geometry import Tile, tiles
+from qconvert.kernels.records import Bytes, Encoded, ErrorSums, IntegerRows
+from qconvert.model import Model, TensorInfo
+from qconvert.ranges import RangeMethod
+
+MOVED = "moved"
+MOVED_VALUES = 1 << 20  # of a tile: rows of codes take twelve bytes a value while they are moved
+
+
+@dataclass(frozen=True, slots=True)
+class MovedScheme:
+    """Codes of a quantized source in another encoding, the same numbers; made for one tensor, and
+    never named by a user.
+
+    Attributes:
+        encoding: that they move to.
+        rows: gives rows ``first..last`` of the source, which are `Encoding.movable`.
+        like: what quantizing to that encoding would be called, where a directory has to say it.
+    """
+
+    family: ClassVar[str] = MOVED
+    for_vectors: ClassVar[bool] = False
+    default_range: ClassVar[RangeMethod | None] = None
+    encoding: Encoding
+    rows: Callable[[int, int], IntegerRows | None]
+    like: ExchangeScheme | None = None
+
+    @property
+    def name(self) -> str:
+        return self.encoding.name.lower()
+
+    def at_least(self, bits: int) -> MovedScheme:
+        """This scheme: what moves stays as it is."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class MovedEncoder(Encoder):
+    """Codes of a quantized source in another encoding, which `Encoding.held` was asked about.
+
+    Attributes:
+        rows: gives rows ``first..last`` of the tensor as they are in the source.
+        gathered: of all rows, what the encoding lays down as a whole.
+    """
+
+    model: Model
+    tensor: TensorInfo
+    moved: Encoding
+    rows: Callable[[int, int], IntegerRows | None]
+    gathered: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def encoding(self) -> Encoding:
+        return self.moved
+
+    def tiles(self) -> Iterator[Tile]:
+        columns = self.tensor.shape[-1]
+        return tiles(self.tensor.size // columns, columns, max(MOVED_VALUES, columns))
+
+    def encode(self, tile: Tile) -> Encoded:
+        first = tile.start // tile.columns
+        source = self.rows(first, first + tile.rows)
+        rows = None if source is None else self.moved.held(source)
+        assert source is not None  # or it would not have been planned so
+        assert rows is not None
+        for kind, whole in self.gathered.items():
+            whole[first : first + tile.rows] = getattr(rows, kind)
+        signal = float(np.square(values_of(source), dtype=np.float64).sum())
+        return Encoded(self.moved.laid(rows), ErrorSums(tile.rows * tile.columns, signal))
+
+    def shared(self) -> dict[str, Bytes]:
+        return self.moved.laid_together(self.tensor.shape, self.gathered)
+
+    def outcome(self, seen: Encoded) -> Outcome:
+        return Outcome(seen.error, {"rule": MOVED})
+
+
+def _encoder(model: Model, tensor: TensorInfo, scheme: MovedScheme, facts: Facts) -> Encoder:
+    gathered = scheme.encoding.gathered(tensor.shape)
+    return MovedEncoder(model, tensor, scheme.encoding, scheme.rows, gathered)
+
+
+CODEC: Codec[MovedScheme] = Codec(
+    "moved", lambda scheme, tensor: scheme.encoding, lambda scheme, tensor: None, _encoder
+)

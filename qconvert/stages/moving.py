@@ -1,0 +1,253 @@
+"""Which codes of a quantized source an output can take as they are: `--scheme keep`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from qconvert.codecs import codec_of
+from qconvert.codecs.affine.encoding import Affine
+from qconvert.codecs.codec import Encoding, Grain
+from qconvert.codecs.ggml import MOVABLE, GgmlEncoding
+from qconvert.codecs.moving import MOVED_VALUES, MovedScheme
+from qconvert.codecs.units import values_of
+from qconvert.containers import Container
+from qconvert.encoding import BITS, BLOCKS
+from qconvert.errors import FormatError, UnsupportedError
+from qconvert.exchange_schemes import EXCHANGE_SCHEMES, ExchangeScheme
+from qconvert.files import OpenModel
+from qconvert.files.shards import CONFIG
+from qconvert.files.strict_json import strict_json
+from qconvert.geometry import Tile, row_length, tiles
+from qconvert.ggml_types import GGML_TYPES
+from qconvert.kernels.records import IntegerRows
+from qconvert.model import DTYPES, Model, TensorInfo
+from qconvert.schemes import TENSOR_SCHEMES, TensorScheme
+from qconvert.stages.made_from import I64, made_from
+from qconvert.stages.plan import PlannedTensor
+
+_DECODED = "decoded from "
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+FIRST_VALUES = 1 << 12  # of a tensor that tell most encodings that cannot hold it
+
+
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """What codes move from and to.
+
+    Attributes:
+        opened: the source as it was opened.
+        named: the same under the names of the output, every tensor in a plain dtype.
+        container: of the output.
+        dtype: that tensors are decoded to which cannot move; of scales of directories, too.
+        dense: why a tensor cannot have codes in the output, by its name; None where it can.
+    """
+
+    opened: OpenModel
+    named: Model
+    container: Container
+    dtype: str
+    dense: Callable[[str], str | None] = lambda name: None
+
+    def plan(self, exact: bool) -> tuple[PlannedTensor, ...]:
+        """What becomes of every tensor where plain ones stay as they are.
+
+        Args:
+            exact: whether tensors that cannot move are refused.
+
+        Raises:
+            UnsupportedError: some are, or the source has nothing quantized.
+        """
+        found = tuple(
+            self.of(t) or PlannedTensor(t, None, "plain in the source") for t in self.named.tensors
+        )
+        check_moved(found, self.opened, exact)
+        return found
+
+    def of(self, tensor: TensorInfo, decoded: TensorScheme | None = None) -> PlannedTensor | None:
+        """What becomes of a tensor that is made from quantized ones; None where it is not.
+
+        Args:
+            decoded: what is made of it where its codes cannot move; by default the dtype.
+        """
+        made = made_from(self.named, tensor)
+        stored = {t.name: t for t in self.opened.tensors}
+        sources = [stored[t.name] for t in made.sources if t.name in stored]
+        if not any(t.dtype not in DTYPES for t in sources):
+            return None
+        found = self._moved(tensor, sources, made.rows, made.added)
+        if isinstance(found, MovedScheme):
+            return PlannedTensor(tensor, found, f"moved exactly from {sources[0].dtype}")
+        scheme = decoded or TENSOR_SCHEMES[self.dtype.lower()]
+        return PlannedTensor(tensor, scheme, f"{_DECODED}{sources[0].dtype}: {found}")
+
+    def _moved(
+        self, tensor: TensorInfo, sources: Sequence[TensorInfo], order: I64 | None, added: float
+    ) -> MovedScheme | str:
+        """The codes in an encoding of the output, or why there is none."""
+        kinds = {t.dtype for t in sources}
+        if len(kinds) > 1:
+            return "its parts are of several types"
+        encoding = self.opened.stored(sources[0]).encoding
+        grain = encoding.grain
+        if added or grain is None:
+            return "its codes are no integers with scales of their own"
+        if (why := self.dense(tensor.name)) is not None:
+            return why
+        rows = partial(_rows, self.opened, tuple(sources), order)
+        candidates = sorted(self._candidates(grain, tensor), key=lambda c: c[0].size(tensor.shape))
+        for candidate, like in candidates:
+            if _holds(candidate, tensor, rows):
+                return MovedScheme(candidate, rows, like)
+        return f"{self.container.article} has no such codes, scales or zero points"
+
+    def _candidates(
+        self, grain: Grain, tensor: TensorInfo
+    ) -> Iterator[tuple[Encoding, ExchangeScheme | None]]:
+        """Encodings of the output that may hold codes of a grain."""
+        columns = row_length(tensor.shape)
+        if self.container.name == "qblk":
+            for bits in (b for b in BITS if b >= grain.bits):
+                for symmetric in (True, False):
+                    if not grain.group:
+                        yield Affine(bits, "channel", 0, symmetric, "F32", columns), None
+                    for block in BLOCKS:
+                        for dtype in ("F16", "BF16", "F32"):
+                            yield Affine(bits, "block", block, symmetric, dtype, columns), None
+        elif self.container.name == "gguf":
+            for name, bits in MOVABLE.items():
+                block = GGML_TYPES[name].block
+                if bits >= grain.bits and columns % block == 0:
+                    yield GgmlEncoding(GGML_TYPES[name]), None
+        for scheme in EXCHANGE_SCHEMES:
+            if scheme.family in self.container.takes and scheme.bits >= grain.bits:
+                like = scheme.with_scales(self.dtype)
+                codec = codec_of(like)
+                planned = codec.planned(like, tensor)
+                if planned.grain is not None and codec.refuses(like, tensor) is None:
+                    yield planned, like
+
+
+def _rows(
+    opened: OpenModel, sources: tuple[TensorInfo, ...], order: I64 | None, first: int, last: int
+) -> IntegerRows | None:
+    """Rows of a tensor whose rows are those of the sources in some order, as they can move."""
+    columns = row_length(sources[0].shape)
+    each = sources[0].size // columns
+    wanted = np.arange(first, last) if order is None else order[first:last]
+    found: list[IntegerRows] = []
+    breaks = np.flatnonzero((np.diff(wanted) != 1) | (wanted[1:] % each == 0)) + 1
+    for run in np.split(wanted, breaks):
+        index, row = divmod(int(run[0]), each)
+        stored = opened.stored(sources[index])
+        coded = stored.encoding.coded(stored, Tile(len(run), columns, row * columns, True))
+        rows = None if coded.integers is None else stored.encoding.movable(coded.integers)
+        if rows is None:
+            return None
+        found.append(rows)
+    return _joined(found)
+
+
+def _joined(parts: Sequence[IntegerRows]) -> IntegerRows:
+    offsets = [p.offset for p in parts if p.offset is not None]
+    return replace(
+        parts[0],
+        codes=np.concatenate([p.codes for p in parts]),
+        zero=np.concatenate([p.zero for p in parts]),
+        scale=np.concatenate([p.scale for p in parts]),
+        offset=np.concatenate(offsets) if offsets else None,
+    )
+
+
+def _holds(
+    encoding: Encoding, tensor: TensorInfo, rows: Callable[[int, int], IntegerRows | None]
+) -> bool:
+    """Whether an encoding holds all of a tensor as it is: values are held against values."""
+    columns = row_length(tensor.shape)
+    count = tensor.size // columns
+    some = min(count, max(1, FIRST_VALUES // columns))
+    pieces = [Tile(some, columns, 0, True), *tiles(count, columns, max(MOVED_VALUES, columns))]
+    for tile in pieces:
+        first = tile.start // columns
+        source = rows(first, first + tile.rows)
+        held = None if source is None else encoding.held(source)
+        if source is None or held is None or (values_of(held) != values_of(source)).any():
+            return False
+    return True
+
+
+def check_moved(plan: Sequence[PlannedTensor], opened: OpenModel, exact: bool) -> None:
+    """Refuse to move what is not there, or, if asked, what is decoded in part.
+
+    Raises:
+        UnsupportedError: the source has nothing quantized; or a tensor does not move, and all
+            should: the first is named, and how many there are.
+    """
+    moved, decoded = _moved_and_decoded(plan)
+    if not moved and not decoded:
+        raise UnsupportedError(
+            "nothing in the source is quantized, so that nothing can be kept so",
+            path=opened.path,
+            hint="choose what the weights become with --scheme NAME",
+        )
+    if exact and decoded:
+        raise UnsupportedError(
+            f"{len(decoded)} of {len(moved) + len(decoded)} quantized tensors do not move exactly",
+            path=opened.path,
+            tensor=decoded[0].tensor.name,
+            found=decoded[0].reason,
+            wanted="codes that the output holds as they are",
+            hint="without --exact they are decoded; another --format may hold them",
+        )
+
+
+def moved_note(plan: Sequence[PlannedTensor]) -> str:
+    """How many tensors moved, and what became of the others."""
+    moved, decoded = _moved_and_decoded(plan)
+    plain = len(plan) - len(moved) - len(decoded)
+    return f"{len(moved)} quantized tensors moved exactly, {len(decoded)} decoded, {plain} plain"
+
+
+def _moved_and_decoded(
+    plan: Sequence[PlannedTensor],
+) -> tuple[list[PlannedTensor], list[PlannedTensor]]:
+    moved = [p for p in plan if isinstance(p.scheme, MovedScheme)]
+    return moved, [p for p in plan if p.reason.startswith(_DECODED)]
+
+
+# --- the dtype of a model ---
+
+
+def config_of(model: Model) -> dict[str, Any] | None:
+    """The model's configuration, None without one.
+
+    Raises:
+        FormatError: it is no JSON object.
+    """
+    found = next((c for c in model.companions if c.name == CONFIG), None)
+    if found is None:
+        return None
+    fields = strict_json(found.read(), model.path / CONFIG)
+    if not isinstance(fields, dict):
+        raise FormatError(f"{CONFIG} is no object", path=model.path / CONFIG)
+    return fields
+
+
+def model_dtype(config: Mapping[str, Any], model: Model) -> str:
+    """Of the model's numbers, which readers load scales in: as the configuration says, or as most
+    plain values have it.
+    """
+    inner = config.get("text_config")
+    for section in (config, inner if isinstance(inner, dict) else {}):
+        named = section.get("dtype", section.get("torch_dtype"))
+        if isinstance(named, str) and named.removeprefix("torch.") in _DTYPES:
+            return _DTYPES[named.removeprefix("torch.")]
+    sizes = dict.fromkeys(_DTYPES.values(), 0)
+    for t in model.tensors:
+        if t.dtype in sizes:
+            sizes[t.dtype] += t.size
+    return max(sizes, key=lambda name: sizes[name])
