@@ -24,15 +24,12 @@ directories, and what is in each, says tests/data/foreign/README.md.
 | whole_*      | as ct, bnb, mlx           | as ct, bnb, mlx    | as ct, bnb, mlx                  |
 
 CT is compressed-tensors. "=" says that the script stops unless the decoders agree in every bit.
-"Here" is this script after the published layouts; config.json of a model itself, without its quantization, is always from here
-but in the whole models.
+"Here" is this script after the published layouts; so is what config.json says of the model itself,
+but in modelopt_* and whole_*.
 
-Float32 values: where a decoder works in the dtype of the scales, the scales are widened to float32
-first, which is exact, so that the values are those of the stored numbers, rounded once by float32.
-Where a value is a product of three numbers the order counts, and the decoders differ: NVFP4 is
-code * (scale / global scale) in compressed-tensors, code * (scale * scale_2) in ModelOpt; int8 of
-bitsandbytes is (code * SCB) * float32(1 / 127); MLX adds code * scale + bias with one rounding or
-two, as its CPU build does.
+Where a decoder works in the dtype of the scales, the scales are widened to float32 first, which is
+exact, so that the values are those of the stored numbers, computed in float32. The order of the
+operations is the decoder's and differs between tools; tests/data/foreign/README.md has it.
 
 Weights are Student t with 5 degrees of freedom, times 0.02, with one column eight times as large,
 in bfloat16 (float16 for GPTQ and AWQ). In modules of more than 32 rows, row 3 begins with zeros.
@@ -133,13 +130,32 @@ def write(
     directory: Path, tensors: Weights, document: dict[str, Any], **documents: dict[str, Any]
 ) -> None:
     """The checkpoint; `document` is config.json, `documents` further JSON files by their stem."""
-    safetensors.torch.save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        directory / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    save(directory / "model.safetensors", tensors)
     for stem, content in {"config": document, **documents}.items():
         (directory / f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save(file: Path, tensors: Weights) -> None:
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(whole, file, metadata={"format": "pt"})
+
+
+def shard(directory: Path) -> None:
+    """Moves the scales of the written checkpoint into a shard of their own."""
+    single = directory / "model.safetensors"
+    tensors = safetensors.torch.load_file(single)
+    single.unlink()
+    homes = {name: 2 if "scale" in name else 1 for name in sorted(tensors)}
+    for number in (1, 2):
+        part = {name: tensors[name] for name in homes if homes[name] == number}
+        save(directory / f"model-{number:05}-of-00002.safetensors", part)
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {
+            name: f"model-{home:05}-of-00002.safetensors" for name, home in homes.items()
+        },
+    }
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def expect(directory: Path, decoded: Weights) -> None:
@@ -755,15 +771,18 @@ def fp8_cases() -> Iterator[tuple[str, Case]]:
     blocks = weights(q_proj=(16, 256), down_proj=(20, 128), norm=256)
     yield "fp8_block", fp8_block(blocks, 128)
     yield "fp8_block_e8m0", fp8_block(blocks, 128, power_of_two=True)
-    yield "fp8_block_ragged", fp8_block(weights(q_proj=(48, 64), down_proj=(80, 96)), 64)
     small = weights(q_proj=(16, 64), k_proj=(16, 64))
+    yield "fp8_block_shards", fp8_block(small, 128, shards=True)
+    yield "fp8_block_ragged", fp8_block(weights(q_proj=(48, 64), down_proj=(80, 96)), 64)
     yield "fp8_mistral", fp8_mistral(small, "weight_scale_inv", "activation_scale")
     yield "fp8_mistral_qscale", fp8_mistral(small, "qscale_weight", "qscale_act")
     yield "gpt_oss_mxfp4", gpt_oss
     yield "deepseek_v4_fp4", deepseek_v4
 
 
-def fp8_block(weights: Weights, side: int, *, power_of_two: bool = False) -> Case:
+def fp8_block(
+    weights: Weights, side: int, *, power_of_two: bool = False, shards: bool = False
+) -> Case:
     """DeepSeek V3's names; transformers quantizes whole blocks, so edges are padded and cut."""
 
     def case(directory: Path) -> None:
@@ -784,6 +803,8 @@ def fp8_block(weights: Weights, side: int, *, power_of_two: bool = False) -> Cas
         if power_of_two:
             described["scale_fmt"] = "ue8m0"
         write(directory, tensors, config(weights, quantization_config=described))
+        if shards:
+            shard(directory)
         expect(directory, decoded)
 
     return case
@@ -973,6 +994,7 @@ def whole_cases() -> Iterator[tuple[str, Case]]:
     yield "modelopt_fp8", modelopt("FP8_DEFAULT_CFG", "FP8_KV_CFG")
     yield "modelopt_fp8_channel", modelopt("FP8_PER_CHANNEL_PER_TOKEN_CFG")
     yield "modelopt_nvfp4", modelopt("NVFP4_DEFAULT_CFG")
+    yield "modelopt_mixed", modelopt("FP8_DEFAULT_CFG", "NVFP4_MLP_ONLY_CFG")
     yield "whole_ct_w4a16", whole_compressed_tensors(integers(4, group=32))
     fixed = floats("tensor")
     yield "whole_ct_fp8_kv", whole_compressed_tensors(fixed, inputs=fixed, cache=fixed)
@@ -1014,8 +1036,11 @@ def plain(model: Any) -> Weights:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def modelopt(config_name: str, cache_config_name: str | None = None) -> Case:
-    """Through ModelOpt's own export_hf_checkpoint."""
+def modelopt(first: str, *others: str) -> Case:
+    """Through ModelOpt's own export_hf_checkpoint.
+
+    The names are those of its configs: what the others quantize comes on top of the first.
+    """
 
     def case(directory: Path) -> None:
         import modelopt.torch.quantization as mtq
@@ -1023,11 +1048,10 @@ def modelopt(config_name: str, cache_config_name: str | None = None) -> Case:
 
         model = tiny_llama()
         decoded = plain(model)
-        asked = getattr(mtq, config_name)
-        if cache_config_name:
-            asked = mtq.utils.update_quant_cfg_with_kv_cache_quant(
-                asked, getattr(mtq, cache_config_name)["quant_cfg"]
-            )
+        rules = list(getattr(mtq, first)["quant_cfg"])
+        for other in others:
+            rules += [rule for rule in getattr(mtq, other)["quant_cfg"] if "cfg" in rule]
+        asked = {"quant_cfg": rules, "algorithm": "max"}
         mtq.quantize(model, asked, lambda model: model(torch.arange(32)[None]))
         export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=directory)
         (directory / "generation_config.json").unlink()
