@@ -57,7 +57,6 @@ import torch
 HERE = Path(__file__).parent / "data" / "foreign"
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 K_PROJ = "model.layers.0.self_attn.k_proj"
-DOWN_PROJ = "model.layers.0.mlp.down_proj"
 NORM = "model.norm"
 Weights = dict[str, torch.Tensor]
 Case = Callable[[Path], None]
@@ -380,12 +379,12 @@ def preset_of(weights: Weights, name: str) -> Case:
 
 def bitsandbytes_cases() -> Iterator[tuple[str, Case]]:
     small = weights(q_proj=(16, 64), k_proj=(16, 64), bias=True)
-    # 16500 values: the last of 258 blocks of 64 is cut short, so is the second of 256 such blocks.
-    ragged = weights(q_proj=(16, 64), down_proj=(66, 250))
+    # 8500 values: the last of 266 blocks of 32 is cut short, so is the second of 256 such blocks.
+    ragged = weights(q_proj=(16, 64), down_proj=(34, 250))
     for kind in ("nf4", "fp4"):
         yield f"bnb_{kind}", four_bits(small, kind, double=False)
         yield f"bnb_{kind}_double", four_bits(small, kind, double=True)
-    yield "bnb_nf4_double_ragged", four_bits(ragged, "nf4", double=True)
+    yield "bnb_nf4_double_ragged", four_bits(ragged, "nf4", double=True, blocksize=32)
     yield "bnb_nf4_block128", four_bits(small, "nf4", double=False, blocksize=128)
     yield "bnb_nf4_stored_bf16", four_bits(small, "nf4", double=True, storage=torch.bfloat16)
     yield "bnb_int8", eight_bits(small)
@@ -1196,7 +1195,7 @@ def tiny_qwen3_moe() -> Any:
             num_experts_per_tok=1,
             num_hidden_layers=1,
             num_attention_heads=2,
-            num_key_value_heads=2,
+            num_key_value_heads=1,
             head_dim=16,
             max_position_embeddings=128,
             dtype=torch.bfloat16,
