@@ -6,28 +6,33 @@
 Each directory holds `config.json` and `model.safetensors` as the tool named below writes them, and
 `expected.safetensors`: every tensor of the plain model as float32, under its plain name, as the
 decoder named below gives it. Nothing here is computed by qconvert, so that a test which reads a
-directory compares with the outside. Tests need none of the libraries; to build, they are
-compressed-tensors 0.20.1, bitsandbytes 0.50.2, mlx 0.32.4, mlx-lm 0.32.2, GPTQModel 7.7.0,
-transformers 5.24.0 and torch 2.13.0 (see tests/data/foreign/README.md for how to install them).
+directory compares with the outside. Tests need none of the libraries; what to install to build the
+directories, and what is in each, says tests/data/foreign/README.md.
 
-Float32 values: where a decoder works in the dtype of the scales, the scales are widened to float32
-first, which is exact, so that the values are those of the stored numbers, rounded once by float32.
+| directories  | codes and layout by       | config.json by     | decoded by                       |
+|--------------|---------------------------|--------------------|----------------------------------|
+| ct_*         | compressed-tensors        | compressed-tensors | compressed-tensors               |
+| bnb_*        | bitsandbytes              | transformers       | bitsandbytes                     |
+| mlx_*        | mlx                       | mlx-lm             | mlx                              |
+| gptq_*       | GPTQModel (grid: here)    | here               | GPTQModel                        |
+| awq_*        | AutoAWQ (grid: here)      | here               | AutoAWQ = GPTQModel = CT         |
+| fp8_block*   | transformers              | here               | CT (= transformers)              |
+| fp8_mistral* | torch's cast              | here               | transformers                     |
+| gpt_oss_*    | compressed-tensors        | here               | transformers                     |
+| deepseek_*   | CT's MXFP4, transformers  | here               | transformers                     |
+| modelopt_*   | ModelOpt                  | ModelOpt           | ModelOpt                         |
+| whole_*      | as ct, bnb, mlx           | as ct, bnb, mlx    | as ct, bnb, mlx                  |
+
+CT is compressed-tensors. "=" says that the script stops unless the decoders agree in every bit.
+"Here" is this script after the published layouts; so is what config.json says of the model itself,
+but in modelopt_* and whole_*.
+
+Where a decoder works in the dtype of the scales, the scales are widened to float32 first, which is
+exact, so that the values are those of the stored numbers, computed in float32. The order of the
+operations is the decoder's and differs between tools; tests/data/foreign/README.md has it.
 
 Weights are Student t with 5 degrees of freedom, times 0.02, with one column eight times as large,
 in bfloat16 (float16 for GPTQ and AWQ). In modules of more than 32 rows, row 3 begins with zeros.
-
-Who wrote what, and whose decoder gives the expected values:
-
-| directories          | codes and layout by                | config.json by     | decoded by           |
-|----------------------|------------------------------------|--------------------|----------------------|
-| ct_*                 | compressed-tensors                 | compressed-tensors | compressed-tensors   |
-| bnb_*                | bitsandbytes                       | this script        | bitsandbytes         |
-| mlx_*                | mlx                                | mlx-lm             | mlx                  |
-| gptq_*               | GPTQModel (scales by this script)  | this script        | GPTQModel            |
-| awq_*                | GPTQModel (scales by this script)  | this script        | GPTQModel, and CT's  |
-| fp8_block*, deepseek*| this script                        | this script        | transformers         |
-| fp8_mistral, modelopt| this script                        | this script        | torch, CT's tables   |
-| gpt_oss              | this script                        | this script        | transformers         |
 """
 
 from __future__ import annotations
@@ -52,7 +57,6 @@ import torch
 HERE = Path(__file__).parent / "data" / "foreign"
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 K_PROJ = "model.layers.0.self_attn.k_proj"
-DOWN_PROJ = "model.layers.0.mlp.down_proj"
 NORM = "model.norm"
 Weights = dict[str, torch.Tensor]
 Case = Callable[[Path], None]
@@ -60,14 +64,23 @@ CASES: dict[str, Case] = {}
 
 
 def weights(
-    *, dtype: torch.dtype = torch.bfloat16, norm: int = 64, **shapes: tuple[int, int]
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    norm: int = 64,
+    bias: bool = False,
+    **shapes: tuple[int, int],
 ) -> Weights:
-    """Weights of the modules q_proj, k_proj, ... of one layer, a norm of width `norm` beside them."""
-    parts = {"q_proj": "self_attn", "k_proj": "self_attn", "o_proj": "self_attn"}
+    """Weights of the modules q_proj, k_proj, ... of one layer, a norm of width `norm` beside them.
+
+    With `bias`, modules of the attention have one.
+    """
     made = {}
     for leaf, shape in shapes.items():
-        name = leaf if leaf == "lm_head" else f"model.layers.0.{parts.get(leaf, 'mlp')}.{leaf}"
+        part = "self_attn" if leaf in ("q_proj", "k_proj", "v_proj") else "mlp"
+        name = leaf if leaf == "lm_head" else f"model.layers.0.{part}.{leaf}"
         made[f"{name}.weight"] = trained_like(name, shape).to(dtype)
+        if bias and part == "self_attn":
+            made[f"{name}.bias"] = trained_like(f"{name}.bias", (1, shape[0]))[0].to(dtype)
     made[f"{NORM}.weight"] = (1 + 10 * trained_like(NORM, (1, norm))[0]).to(dtype)
     return made
 
@@ -83,10 +96,15 @@ def trained_like(seed: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def config(weights: Weights, **more: Any) -> dict[str, Any]:
     """config.json of a one-layer Llama around these weights."""
-    widths = {name.split(".")[-2]: tuple(weight.shape) for name, weight in weights.items()}
+    widths = {
+        name.split(".")[-2]: tuple(weight.shape)
+        for name, weight in weights.items()
+        if name.endswith("weight")
+    }
     hidden = widths["norm"][0]
     return {
         "architectures": ["LlamaForCausalLM"],
+        "attention_bias": f"{Q_PROJ}.bias" in weights,
         "bos_token_id": 1,
         "dtype": {torch.float16: "float16"}.get(weights[f"{NORM}.weight"].dtype, "bfloat16"),
         "eos_token_id": 2,
@@ -111,22 +129,39 @@ def write(
     directory: Path, tensors: Weights, document: dict[str, Any], **documents: dict[str, Any]
 ) -> None:
     """The checkpoint; `document` is config.json, `documents` further JSON files by their stem."""
-    safetensors.torch.save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        directory / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    save(directory / "model.safetensors", tensors)
     for stem, content in {"config": document, **documents}.items():
         (directory / f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save(file: Path, tensors: Weights) -> None:
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(whole, file, metadata={"format": "pt"})
+
+
+def shard(directory: Path) -> None:
+    """Moves the scales of the written checkpoint into a shard of their own."""
+    single = directory / "model.safetensors"
+    tensors = safetensors.torch.load_file(single)
+    single.unlink()
+    homes = {name: 2 if "scale" in name else 1 for name in sorted(tensors)}
+    for number in (1, 2):
+        part = {name: tensors[name] for name in homes if homes[name] == number}
+        save(directory / f"model-{number:05}-of-00002.safetensors", part)
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {
+            name: f"model-{home:05}-of-00002.safetensors" for name, home in homes.items()
+        },
+    }
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def expect(directory: Path, decoded: Weights) -> None:
     """The plain model: what a reader has to give, as float32."""
     for name, tensor in decoded.items():
         if not torch.isfinite(tensor.float()).all():
-            raise SystemExit(
-                f"{directory.name}: {name}: the decoder gave a value that is not finite"
-            )
+            raise SystemExit(f"{directory.name}: {name}: a decoded value is not finite")
     safetensors.torch.save_file(
         {name: tensor.float().contiguous() for name, tensor in decoded.items()},
         directory / "expected.safetensors",
@@ -137,12 +172,15 @@ def nested(weights: Weights) -> torch.nn.Module:
     """Modules under the names of the weights: Linear for matrices, a bare one for the norm."""
     root = torch.nn.Module()
     for name, weight in weights.items():
-        *path, leaf, _ = name.split(".")
+        *path, leaf, kind = name.split(".")
         at = root
         for part in path:
             if not hasattr(at, part):
                 at.add_module(part, torch.nn.Module())
             at = getattr(at, part)
+        if kind == "bias":
+            getattr(at, leaf).bias = torch.nn.Parameter(weight, requires_grad=False)
+            continue
         if weight.ndim == 2:
             module: torch.nn.Module = torch.nn.Linear(*weight.shape[::-1], bias=False)
         else:
@@ -158,7 +196,7 @@ def nested(weights: Weights) -> torch.nn.Module:
 def compressed_tensors(
     directory: Path, weights: Weights, schemes: dict[str, Any], ignore: tuple[str, ...] = ()
 ) -> None:
-    """Through the pipeline of the library: apply the config, observe minimum and maximum, compress."""
+    """Through the pipeline of the library: apply the config, observe the extremes, compress."""
     from compressed_tensors.compressors import ModelCompressor
 
     model = nested(weights)
@@ -183,17 +221,20 @@ def apply_schemes(model: torch.nn.Module, schemes: dict[str, Any], ignore: tuple
         for name, scheme in schemes.items()
     }
     apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=list(ignore)))
-    for module in model.modules():
-        if hasattr(module, "quantization_scheme"):
-            observe(module)
+    for _, module in quantized(model):
+        observe(module)
+
+
+def quantized(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "quantization_scheme")
+    ]
 
 
 def decompressed_weights(model: torch.nn.Module) -> Weights:
-    return {
-        f"{name}.weight": decompressed(module)
-        for name, module in model.named_modules()
-        if hasattr(module, "quantization_scheme")
-    }
+    return {f"{name}.weight": decompressed(module) for name, module in quantized(model)}
 
 
 def observe(module: Any) -> None:
@@ -271,12 +312,12 @@ def floats(strategy: str, **more: Any) -> dict[str, Any]:
 
 
 def compressed_tensors_cases() -> Iterator[tuple[str, Case]]:
-    narrow = weights(q_proj=(32, 64), down_proj=(64, 96))
-    halves = weights(q_proj=(32, 64), down_proj=(64, 128))
-    long = weights(q_proj=(32, 128), down_proj=(48, 256), norm=128)
-    ragged = weights(q_proj=(48, 80), down_proj=(40, 100), norm=80)
-    blocks = weights(q_proj=(64, 128), down_proj=(80, 160), norm=128)
-    small = weights(q_proj=(32, 64), k_proj=(16, 64))
+    narrow = weights(q_proj=(16, 64), down_proj=(40, 96))
+    halves = weights(q_proj=(16, 64), down_proj=(40, 128), bias=True)
+    long = weights(q_proj=(16, 128), down_proj=(20, 256), norm=128)
+    ragged = weights(q_proj=(32, 80), down_proj=(36, 100), norm=80)
+    blocks = weights(q_proj=(32, 128), down_proj=(80, 96), norm=128)
+    small = weights(q_proj=(16, 64), k_proj=(16, 64))
     for group, used in ((32, narrow), (64, halves), (128, long)):
         yield f"ct_pack4_sym_g{group}", pack(used, integers(4, group=group))
     yield "ct_pack4_sym_channel", pack(ragged, integers(4))
@@ -303,12 +344,8 @@ def compressed_tensors_cases() -> Iterator[tuple[str, Case]]:
     yield "ct_fp8_block", activations(blocks, block, by_group)
     for preset in ("NVFP4A16", "NVFP4", "MXFP4A16", "MXFP6A16", "MXFP8A16"):
         yield f"ct_{preset.lower()}", preset_of(narrow, preset)
-    yield (
-        "ct_ignored_head",
-        pack(
-            weights(q_proj=(32, 64), lm_head=(32, 64)), integers(4, group=32), ignore=("lm_head",)
-        ),
-    )
+    headed = weights(q_proj=(16, 64), lm_head=(32, 64))
+    yield "ct_ignored_head", pack(headed, integers(4, group=32), ignore=("lm_head",))
 
 
 def pack(weights: Weights, args: dict[str, Any], ignore: tuple[str, ...] = ()) -> Case:
@@ -341,18 +378,28 @@ def preset_of(weights: Weights, name: str) -> Case:
 
 
 def bitsandbytes_cases() -> Iterator[tuple[str, Case]]:
-    small = weights(q_proj=(32, 64), k_proj=(16, 64))
-    # 16500 values: the last of 258 blocks of 64 is cut short, so is the second of 256 such blocks.
-    ragged = weights(q_proj=(32, 64), down_proj=(66, 250))
+    small = weights(q_proj=(16, 64), k_proj=(16, 64), bias=True)
+    # 8500 values: the last of 266 blocks of 32 is cut short, so is the second of 256 such blocks.
+    ragged = weights(q_proj=(16, 64), down_proj=(34, 250))
     for kind in ("nf4", "fp4"):
         yield f"bnb_{kind}", four_bits(small, kind, double=False)
         yield f"bnb_{kind}_double", four_bits(small, kind, double=True)
-    yield "bnb_nf4_double_ragged", four_bits(ragged, "nf4", double=True)
+    yield "bnb_nf4_double_ragged", four_bits(ragged, "nf4", double=True, blocksize=32)
     yield "bnb_nf4_block128", four_bits(small, "nf4", double=False, blocksize=128)
+    yield "bnb_nf4_stored_bf16", four_bits(small, "nf4", double=True, storage=torch.bfloat16)
     yield "bnb_int8", eight_bits(small)
 
 
-def four_bits(weights: Weights, kind: str, *, double: bool, blocksize: int = 64) -> Case:
+def four_bits(
+    weights: Weights,
+    kind: str,
+    *,
+    double: bool,
+    blocksize: int = 64,
+    storage: torch.dtype = torch.uint8,
+) -> Case:
+    """`storage` is the dtype under which the packed bytes are stored."""
+
     def case(directory: Path) -> None:
         import bitsandbytes as bnb
 
@@ -365,12 +412,14 @@ def four_bits(weights: Weights, kind: str, *, double: bool, blocksize: int = 64)
                 quant_type=kind,
                 compress_statistics=double,
                 blocksize=blocksize,
+                quant_storage=storage,
             )
             linear.to("cpu")
             module = name.removesuffix("weight")
             tensors |= {module + key: tensor for key, tensor in linear.state_dict().items()}
             decoded[name] = bnb_decoded(tensors, name)
-        write(directory, tensors, config(weights, quantization_config=bnb_config(4, kind, double)))
+        described = bnb_config(4, kind, double, storage)
+        write(directory, tensors, config(weights, quantization_config=described))
         expect(directory, decoded)
 
     return case
@@ -402,13 +451,15 @@ def eight_bits(weights: Weights) -> Case:
             saved = linear.state_dict()
             tensors |= {name.removesuffix("weight") + key: saved[key] for key in saved}
             decoded[name] = bnb.functional.int8_vectorwise_dequant(saved["weight"], saved["SCB"])
-        write(directory, tensors, config(weights, quantization_config=bnb_config(8, "fp4", False)))
+        write(directory, tensors, config(weights, quantization_config=bnb_config(8)))
         expect(directory, decoded)
 
     return case
 
 
-def bnb_config(bits: int, kind: str, double: bool) -> dict[str, Any]:
+def bnb_config(
+    bits: int, kind: str = "fp4", double: bool = False, storage: torch.dtype = torch.uint8
+) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -417,6 +468,7 @@ def bnb_config(bits: int, kind: str, double: bool) -> dict[str, Any]:
         bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype="bfloat16",
+        bnb_4bit_quant_storage=storage,
         llm_int8_skip_modules=["lm_head"],
     ).to_dict()
 
@@ -429,18 +481,18 @@ def matrices(weights: Weights) -> list[tuple[str, torch.Tensor]]:
 
 
 def mlx_cases() -> Iterator[tuple[str, Case]]:
-    small = weights(q_proj=(32, 64), k_proj=(16, 64))
-    long = weights(q_proj=(32, 128), down_proj=(48, 256), norm=128)
+    small = weights(q_proj=(16, 64), k_proj=(16, 64))
+    long = weights(q_proj=(16, 128), down_proj=(20, 256), norm=128)
     for bits in (2, 3, 5, 6, 8):
         yield f"mlx_affine{bits}_g64", mlx(small, 64, bits)
-    yield "mlx_affine4_g64", mlx(weights(q_proj=(32, 64), down_proj=(64, 128)), 64, 4)
-    yield "mlx_affine4_g32", mlx(weights(q_proj=(32, 64), down_proj=(64, 96)), 32, 4)
+    yield "mlx_affine4_g64", mlx(weights(q_proj=(16, 64), down_proj=(40, 128), bias=True), 64, 4)
+    yield "mlx_affine4_g32", mlx(weights(q_proj=(16, 64), down_proj=(40, 96)), 32, 4)
     yield "mlx_affine4_g128", mlx(long, 128, 4)
     yield "mlx_affine3_g32", mlx(small, 32, 3)
     overrides: dict[str, Any] = {Q_PROJ: {"group_size": 32, "bits": 8}, K_PROJ: False}
-    mixed = weights(q_proj=(32, 64), k_proj=(16, 64), down_proj=(64, 128))
+    mixed = weights(q_proj=(16, 64), k_proj=(16, 64), down_proj=(40, 128))
     yield "mlx_affine4_overrides", mlx(mixed, 64, 4, overrides)
-    halves = weights(q_proj=(32, 64), k_proj=(16, 64), dtype=torch.float16)
+    halves = weights(q_proj=(16, 64), k_proj=(16, 64), dtype=torch.float16)
     yield "mlx_affine4_float16", mlx(halves, 64, 4)
     for mode, group, bits in (("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)):
         yield f"mlx_{mode}", mlx(small, group, bits, mode=mode)
@@ -453,7 +505,7 @@ def mlx(
     overrides: dict[str, Any] | None = None,
     mode: str = "affine",
 ) -> Case:
-    """Through mlx-lm. `overrides` gives single modules other bits and groups, or leaves them out."""
+    """Through mlx-lm. `overrides` gives modules other bits and groups, or leaves them out."""
 
     def case(directory: Path) -> None:
         from mlx_lm.utils import quantize_model, save_config, save_model
@@ -509,7 +561,7 @@ def mlx_modules(weights: Weights) -> Any:
 
     root = mlx.nn.Module()
     for name, weight in weights.items():
-        *path, leaf, _ = name.split(".")
+        *path, leaf, own = name.split(".")
         at = root
         for part, following in zip(path, [*path[1:], leaf], strict=True):
             if part.isdigit():
@@ -520,11 +572,11 @@ def mlx_modules(weights: Weights) -> Any:
             at = at[part]
         kind = mx.float16 if weight.dtype == torch.float16 else mx.bfloat16
         values = mx.array(weight.float().numpy()).astype(kind)
-        if weight.ndim == 2:
+        if own == "weight" and weight.ndim == 2:
             at[leaf] = mlx.nn.Linear(*weight.shape[::-1], bias=False)
-        else:
+        elif own == "weight":
             at[leaf] = mlx.nn.RMSNorm(weight.shape[0])
-        at[leaf].weight = values
+        at[leaf][own] = values
     return root
 
 
@@ -534,8 +586,8 @@ def mlx_modules(weights: Weights) -> Any:
 def gptq_cases() -> Iterator[tuple[str, Case]]:
     kind = {"dtype": torch.float16}
     small = weights(q_proj=(32, 64), k_proj=(32, 64), **kind)
-    wide = weights(q_proj=(32, 64), down_proj=(64, 128), **kind)
-    long = weights(q_proj=(32, 128), down_proj=(32, 256), norm=128, **kind)
+    wide = weights(q_proj=(32, 64), down_proj=(32, 128), bias=True, **kind)
+    long = weights(q_proj=(32, 256), norm=256, **kind)
     yield "gptq_4_sym_g64", gptq(wide, 4, 64)
     yield "gptq_4_sym_g128", gptq(long, 4, 128)
     yield "gptq_8_sym_g32", gptq(small, 8, 32)
@@ -546,6 +598,9 @@ def gptq_cases() -> Iterator[tuple[str, Case]]:
     yield "gptq_2_sym_g32", gptq(small, 2, 32)
     yield "gptq_3_sym_g32", gptq(small, 3, 32)
     yield "gptq_3_asym_v2", gptq(small, 3, 32, symmetric=False, version="gptq_v2")
+    three = weights(q_proj=(32, 64), k_proj=(32, 64), v_proj=(32, 64), **kind)
+    dynamic = {r"+:.*\.k_proj": {"bits": 8, "group_size": 64}, r"-:.*\.v_proj": {}}
+    yield "gptq_4_dynamic", gptq(three, 4, 32, dynamic=dynamic)
     yield "awq_asym_g64", awq(wide, 64)
     yield "awq_asym_g128", awq(long, 128)
     yield "awq_sym_g32", awq(small, 32, symmetric=True)
@@ -580,33 +635,45 @@ def gptq(
     symmetric: bool = True,
     act_order: bool = False,
     version: str = "gptq",
+    dynamic: dict[str, Any] | None = None,
 ) -> Case:
+    """`dynamic` gives modules other bits and groups (+:regex) or leaves them dense (-:regex)."""
+
     def case(directory: Path) -> None:
         from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+        from gptqmodel.quantization.config import dynamic_get
         from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
 
         tensors, decoded = dict(weights), dict(weights)
         for name, weight in matrices(weights):
+            module = name.removesuffix(".weight")
+            own = {"bits": bits, "group_size": group_size}
+            if dynamic:
+                found = dynamic_get(dynamic, module)
+                if found is False:
+                    continue
+                own |= found or {}
             out, wide = weight.shape
-            group = torch.arange(wide, dtype=torch.int32) // (
-                group_size if group_size > 0 else wide
-            )
+            size = own["group_size"] if own["group_size"] > 0 else wide
+            group = torch.arange(wide, dtype=torch.int32) // size
             if act_order:
                 shuffled = np.random.default_rng(7).permutation(wide)
                 group = group[torch.from_numpy(shuffled)]
-            scale, zero = grid(weight, bits, group, symmetric=symmetric)
+            scale, zero = grid(weight, own["bits"], group, symmetric=symmetric)
             linear = torch.nn.Linear(wide, out, bias=False)
             linear.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
-            packed = TorchLinear(bits, group_size, symmetric, act_order, wide, out)
+            packed = TorchLinear(
+                **own, sym=symmetric, desc_act=act_order, in_features=wide, out_features=out
+            )
             packed.pack_original(linear, scale.float(), zero.float().to(torch.int32), group)
             packed.scales = packed.scales.float()
             decoded[name] = packed.dequantize_weight().T
             packed.scales = packed.scales.half()
             if version == "gptq":
-                convert_gptq_v2_to_v1_format_module(packed, mock.Mock(bits=bits))
+                convert_gptq_v2_to_v1_format_module(packed, mock.Mock())
             del tensors[name]
             for part in ("qweight", "qzeros", "scales", "g_idx"):
-                tensors[name.removesuffix("weight") + part] = getattr(packed, part)
+                tensors[f"{module}.{part}"] = getattr(packed, part)
         described = {
             "bits": bits,
             "group_size": group_size,
@@ -616,6 +683,7 @@ def gptq(
             "quant_method": "gptq",
             "checkpoint_format": version,
             "pack_dtype": "int32",
+            **({"dynamic": dynamic} if dynamic else {}),
             "meta": {
                 "quantizer": ["gptqmodel:7.7.0"],
                 "damp_percent": 0.05,
@@ -634,8 +702,6 @@ def gptq(
 
 
 def awq(weights: Weights, group_size: int, *, symmetric: bool = False) -> Case:
-    """AutoAWQ packs and its own dequantize_gemm decodes; GPTQModel and CT have to agree."""
-
     def case(directory: Path) -> None:
         from awq.modules.linear.gemm import WQLinear_GEMM
         from awq.utils.packing_utils import dequantize_gemm
@@ -646,9 +712,9 @@ def awq(weights: Weights, group_size: int, *, symmetric: bool = False) -> Case:
             group = torch.arange(wide) // group_size
             scale, zero = grid(weight, 4, group, symmetric=symmetric)
             linear = torch.nn.Linear(wide, out, bias=False)
-            linear.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
             # AutoAWQ does not clamp: the codes have to come out in 0..15 by themselves.
-            linear.weight.data = on_grid(weight.float(), scale, zero, group)
+            clipped = on_grid(weight.float(), scale, zero, group)
+            linear.weight = torch.nn.Parameter(clipped, requires_grad=False)
             packed = WQLinear_GEMM.from_linear(
                 linear, 4, group_size, scales=scale.T.float(), zeros=zero.T.float()
             )
@@ -697,22 +763,25 @@ def agree_on_awq(packed: Any, group_size: int, decoded: torch.Tensor) -> None:
         raise SystemExit("the readers of AWQ do not agree")
 
 
-# --- FP8 and FP4 without a library's config ---------------------------------------------------------
+# --- FP8 and FP4 whose config.json no library here writes -----------------------------------------
 
 
 def fp8_cases() -> Iterator[tuple[str, Case]]:
-    blocks = weights(q_proj=(32, 256), down_proj=(64, 128), norm=256)
+    blocks = weights(q_proj=(16, 256), down_proj=(20, 128), norm=256)
     yield "fp8_block", fp8_block(blocks, 128)
     yield "fp8_block_e8m0", fp8_block(blocks, 128, power_of_two=True)
+    small = weights(q_proj=(16, 64), k_proj=(16, 64))
+    yield "fp8_block_shards", fp8_block(small, 128, shards=True)
     yield "fp8_block_ragged", fp8_block(weights(q_proj=(48, 64), down_proj=(80, 96)), 64)
-    small = weights(q_proj=(32, 64), k_proj=(16, 64))
     yield "fp8_mistral", fp8_mistral(small, "weight_scale_inv", "activation_scale")
     yield "fp8_mistral_qscale", fp8_mistral(small, "qscale_weight", "qscale_act")
     yield "gpt_oss_mxfp4", gpt_oss
     yield "deepseek_v4_fp4", deepseek_v4
 
 
-def fp8_block(weights: Weights, side: int, *, power_of_two: bool = False) -> Case:
+def fp8_block(
+    weights: Weights, side: int, *, power_of_two: bool = False, shards: bool = False
+) -> Case:
     """DeepSeek V3's names; transformers quantizes whole blocks, so edges are padded and cut."""
 
     def case(directory: Path) -> None:
@@ -724,15 +793,17 @@ def fp8_block(weights: Weights, side: int, *, power_of_two: bool = False) -> Cas
             tensors |= {name: quantized, f"{name}_scale_inv": scale}
             reader = FP8BlockDequantizer(weight_block_size=(side, side), dtype=torch.float32)
             decoded[name] = reader.process({name: quantized, f"{name}_scale_inv": scale})[name]
+            # transformers takes the block from the grid: right but where an edge is cut.
             rows, columns = weight.shape
-            if rows <= side and columns % side == 0 or (rows % side, columns % side) == (0, 0):
-                theirs = fp8_dequantized(quantized, scale)
-                if not torch.equal(theirs, decoded[name]):
-                    raise SystemExit("transformers and compressed-tensors do not agree")
+            whole = columns % side == 0 and (rows <= side or rows % side == 0)
+            if whole and not torch.equal(fp8_dequantized(quantized, scale), decoded[name]):
+                raise SystemExit("transformers and compressed-tensors do not agree")
         described = fp8_config(weight_block_size=[side, side])
         if power_of_two:
             described["scale_fmt"] = "ue8m0"
         write(directory, tensors, config(weights, quantization_config=described))
+        if shards:
+            shard(directory)
         expect(directory, decoded)
 
     return case
@@ -884,7 +955,7 @@ def deepseek_v4(directory: Path) -> None:
             codes, scales = mxfp4(trained_like(module, shape))
             tensors[f"{module}.weight"] = codes.view(torch.int8)
             tensors[f"{module}.scale"] = scales.view(torch.float8_e8m0fnu)
-    quantized, scale = fp8_blocks(trained_like("wq_a", (32, 256)), 128, power_of_two=True)
+    quantized, scale = fp8_blocks(trained_like("wq_a", (16, 256)), 128, power_of_two=True)
     tensors |= {"layers.0.attn.wq_a.weight": quantized, "layers.0.attn.wq_a.scale": scale}
     for name, tensor in tensors.items():
         if name.endswith(".weight"):
@@ -922,9 +993,13 @@ def whole_cases() -> Iterator[tuple[str, Case]]:
     yield "modelopt_fp8", modelopt("FP8_DEFAULT_CFG", "FP8_KV_CFG")
     yield "modelopt_fp8_channel", modelopt("FP8_PER_CHANNEL_PER_TOKEN_CFG")
     yield "modelopt_nvfp4", modelopt("NVFP4_DEFAULT_CFG")
-    yield "whole_ct_w4a16", whole_compressed_tensors
+    yield "modelopt_mixed", modelopt("FP8_DEFAULT_CFG", "NVFP4_MLP_ONLY_CFG")
+    yield "whole_ct_w4a16", whole_compressed_tensors(integers(4, group=32))
+    fixed = floats("tensor")
+    yield "whole_ct_fp8_kv", whole_compressed_tensors(fixed, inputs=fixed, cache=fixed)
     yield "whole_bnb_nf4", whole_bitsandbytes
-    yield "whole_mlx_4bit", whole_mlx
+    yield "whole_mlx_4bit", whole_mlx(tiny_llama)
+    yield "whole_mlx_experts", whole_mlx(tiny_qwen3_moe, num_experts=2, rope_theta=10000.0)
 
 
 def tiny_llama() -> Any:
@@ -936,7 +1011,7 @@ def tiny_llama() -> Any:
             architectures=["LlamaForCausalLM"],
             vocab_size=32,
             hidden_size=32,
-            intermediate_size=64,
+            intermediate_size=32,
             num_hidden_layers=1,
             num_attention_heads=2,
             num_key_value_heads=2,
@@ -944,9 +1019,15 @@ def tiny_llama() -> Any:
             dtype=torch.bfloat16,
         )
     )
+    return fill(model)
+
+
+def fill(model: Any) -> Any:
+    """The model with trained-like weights in bfloat16."""
     for name, parameter in model.named_parameters():
-        drawn = trained_like(name.removesuffix(".weight"), (1, *parameter.shape)[-2:])
-        parameter.data = (drawn if parameter.ndim == 2 else 1 + 10 * drawn[0]).bfloat16()
+        shape = tuple(parameter.shape)
+        drawn = trained_like(name.removesuffix(".weight"), shape if len(shape) > 1 else (1, *shape))
+        parameter.data = (drawn if len(shape) > 1 else 1 + 10 * drawn[0]).bfloat16()
     return model.eval()
 
 
@@ -954,8 +1035,11 @@ def plain(model: Any) -> Weights:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def modelopt(config_name: str, cache_config_name: str | None = None) -> Case:
-    """Through ModelOpt's own export_hf_checkpoint."""
+def modelopt(first: str, *others: str) -> Case:
+    """Through ModelOpt's own export_hf_checkpoint.
+
+    The names are those of its configs: what the others quantize comes on top of the first.
+    """
 
     def case(directory: Path) -> None:
         import modelopt.torch.quantization as mtq
@@ -963,11 +1047,10 @@ def modelopt(config_name: str, cache_config_name: str | None = None) -> Case:
 
         model = tiny_llama()
         decoded = plain(model)
-        asked = getattr(mtq, config_name)
-        if cache_config_name:
-            asked = mtq.utils.update_quant_cfg_with_kv_cache_quant(
-                asked, getattr(mtq, cache_config_name)["quant_cfg"]
-            )
+        rules = list(getattr(mtq, first)["quant_cfg"])
+        for other in others:
+            rules += [rule for rule in getattr(mtq, other)["quant_cfg"] if "cfg" in rule]
+        asked = {"quant_cfg": rules, "algorithm": "max"}
         mtq.quantize(model, asked, lambda model: model(torch.arange(32)[None]))
         export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=directory)
         (directory / "generation_config.json").unlink()
@@ -997,19 +1080,39 @@ def modelopt_decoded(tensors: Weights, module: str) -> torch.Tensor:
     return weight
 
 
-def whole_compressed_tensors(directory: Path) -> None:
-    """As llm-compressor saves: compressed by the library, written by transformers."""
-    from compressed_tensors.compressors import ModelCompressor
+def whole_compressed_tensors(
+    args: dict[str, Any],
+    *,
+    inputs: dict[str, Any] | None = None,
+    cache: dict[str, Any] | None = None,
+) -> Case:
+    """As llm-compressor saves: compressed by the library, written by transformers.
 
-    model = tiny_llama()
-    decoded = plain(model)
-    apply_schemes(model, {"group_0": {"weights": integers(4, group=32)}}, ("lm_head",))
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    model.save_pretrained(directory)
-    compressor.update_config(str(directory))
-    (directory / "generation_config.json").unlink()
-    expect(directory, decoded | decompressed_weights(model))
+    The scales of the KV cache are put in here: compressed-tensors 0.20.1 does not recognise the
+    attention of transformers 5.24, whose argument `past_key_values` is now called `cache`.
+    """
+
+    def case(directory: Path) -> None:
+        from compressed_tensors.compressors import ModelCompressor
+        from compressed_tensors.quantization import QuantizationArgs
+
+        model = tiny_llama()
+        decoded = plain(model)
+        scheme = {"weights": args, "input_activations": inputs}
+        apply_schemes(model, {"group_0": scheme}, ("lm_head",))
+        compressor = ModelCompressor.from_pretrained_model(model)
+        compressor.compress_model(model)
+        if cache:
+            compressor.quantization_config.kv_cache_scheme = QuantizationArgs(**cache)
+            for name in ("k_scale", "v_scale"):
+                fixed = torch.nn.Parameter(torch.tensor([0.0625]).bfloat16(), requires_grad=False)
+                model.model.layers[0].self_attn.register_parameter(name, fixed)
+        model.save_pretrained(directory)
+        compressor.update_config(str(directory))
+        (directory / "generation_config.json").unlink()
+        expect(directory, decoded | decompressed_weights(model))
+
+    return case
 
 
 def whole_bitsandbytes(directory: Path) -> None:
@@ -1039,18 +1142,66 @@ def whole_bitsandbytes(directory: Path) -> None:
     expect(directory, decoded)
 
 
-def whole_mlx(directory: Path) -> None:
-    """Embedding and head too, as mlx_lm.convert does."""
-    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+def whole_mlx(make: Callable[[], Any], **released: Any) -> Case:
+    """Embedding and head too, as mlx_lm.convert does; experts stacked, under mlx's names.
 
-    model = tiny_llama()
-    with tempfile.TemporaryDirectory() as source:
-        model.save_pretrained(source)
-        loaded, read = load_model(Path(source), lazy=False)
-    quantized, saved = quantize_model(loaded, read, 32, 4)
-    save_model(directory, quantized)
-    save_config(saved, directory / "config.json")
-    expect(directory, mlx_decoded(directory, plain(model)))
+    `released` are keys of config.json that mlx-lm wants and that transformers 5 writes no more.
+    """
+
+    def case(directory: Path) -> None:
+        from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+        model = make()
+        with tempfile.TemporaryDirectory() as source:
+            model.save_pretrained(source)
+            decoded = safetensors.torch.load_file(Path(source) / "model.safetensors")
+            written = Path(source) / "config.json"
+            written.write_text(json.dumps(json.loads(written.read_text()) | released))
+            loaded, read = load_model(Path(source), lazy=False)
+        quantized, saved = quantize_model(loaded, read, 32, 4)
+        save_model(directory, quantized)
+        save_config(saved, directory / "config.json")
+        expect(directory, mlx_decoded(directory, stacked(decoded)))
+
+    return case
+
+
+def stacked(weights: Weights) -> Weights:
+    """Weights of single experts as mlx names and stacks them: [experts, out, in]."""
+    made: Weights = {}
+    experts: dict[str, list[torch.Tensor]] = {}
+    for name, weight in sorted(weights.items()):
+        before, found, after = name.partition(".experts.")
+        if found:
+            whole = f"{before}.switch_mlp.{after.partition('.')[2]}"
+            experts.setdefault(whole, []).append(weight)
+        else:
+            made[name] = weight
+    return made | {name: torch.stack(parts) for name, parts in experts.items()}
+
+
+def tiny_qwen3_moe() -> Any:
+    """Two experts, in bfloat16."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            architectures=["Qwen3MoeForCausalLM"],
+            vocab_size=16,
+            hidden_size=64,
+            intermediate_size=64,
+            moe_intermediate_size=32,
+            num_experts=2,
+            num_experts_per_tok=1,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=128,
+            dtype=torch.bfloat16,
+        )
+    )
+    return fill(model)
 
 
 # --- run ------------------------------------------------------------------------------------------
