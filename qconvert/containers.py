@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qconvert.exchange_schemes import COMPRESSED_TENSORS
+from qconvert.exchange_schemes import COMPRESSED_TENSORS, FP8
 from qconvert.schemes import FAMILIES
 
 
@@ -70,6 +70,12 @@ CONTAINERS = {
             reader="",
             takes=(COMPRESSED_TENSORS,),
             target="qconvert.stages.directories.compressed_tensors",
+        ),
+        Container(
+            *(FP8, "", b"", 0),
+            reader="",
+            takes=(FP8,),
+            target="qconvert.stages.directories.fp8",
         ),
         Container(
             *("hf", "", b"", 0),

@@ -13,6 +13,7 @@ from qconvert.ranges import RangeMethod, default_method
 
 # Families, by what people and configurations call them.
 COMPRESSED_TENSORS = "compressed-tensors"
+FP8 = "fp8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class ExchangeScheme:
         symmetric: whether zero points are fixed.
         number: what codes are: ``int``, or the name of a floating type.
         scale_dtype: of scales, where that is the model's; settled when a model is at hand.
+        activations: ``dynamic`` where readers make the layer's input eight bits as it comes.
     """
 
     family: ClassVar[str]
@@ -36,6 +38,7 @@ class ExchangeScheme:
     symmetric: bool = True
     number: str = "int"
     scale_dtype: str = "BF16"
+    activations: str = ""
 
     @property
     def default_range(self) -> RangeMethod | None:
@@ -58,6 +61,13 @@ class CompressedTensorsScheme(ExchangeScheme):
     family: ClassVar[str] = COMPRESSED_TENSORS
 
 
+@dataclass(frozen=True, slots=True)
+class Fp8Scheme(ExchangeScheme):
+    """A scheme of FP8 checkpoints with ``weight_scale_inv``."""
+
+    family: ClassVar[str] = FP8
+
+
 def _compressed_tensors() -> tuple[CompressedTensorsScheme, ...]:
     groups = {"": 128, "_g32": 32, "_g64": 64, "_g128": 128, "_channel": 0}
     return tuple(
@@ -68,10 +78,18 @@ def _compressed_tensors() -> tuple[CompressedTensorsScheme, ...]:
     )
 
 
-EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (*_compressed_tensors(),)
+EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
+    *_compressed_tensors(),
+    CompressedTensorsScheme("w8a8", 8, 0, activations="dynamic"),
+    CompressedTensorsScheme("fp8_dynamic", 8, 0, number="e4m3", activations="dynamic"),
+    CompressedTensorsScheme("fp8_block", 8, 128, number="e4m3", activations="dynamic"),
+    Fp8Scheme("fp8_block128", 8, 128, number="e4m3", activations="dynamic"),
+)
 
 # What is written of them where all names are listed.
-EXCHANGE_GRAMMAR = "w{4|8}a16[_asym][_g32|_g64|_g128|_channel]"
+EXCHANGE_GRAMMAR = (
+    "w{4|8}a16[_asym][_g32|_g64|_g128|_channel], w8a8, fp8_dynamic, fp8_block, fp8_block128"
+)
 
 
 def counterpart(
@@ -84,7 +102,8 @@ def counterpart(
         symmetric: None where either will do: the first in the table then.
     """
     for scheme in EXCHANGE_SCHEMES:
-        alike = scheme.number == "int" and (scheme.bits, scheme.group) == (bits, group)
+        alike = (scheme.number, scheme.activations) == ("int", "")
+        alike = alike and (scheme.bits, scheme.group) == (bits, group)
         if scheme.family == family and alike and symmetric in (None, scheme.symmetric):
             return scheme
     return None

@@ -17,6 +17,7 @@ from qconvert.exchange_schemes import (
     COMPRESSED_TENSORS,
     EXCHANGE_GRAMMAR,
     EXCHANGE_SCHEMES,
+    FP8,
     counterpart,
 )
 from qconvert.ggml_types import CASTS, WRITTEN
@@ -48,6 +49,7 @@ FAMILIES = {
     "ggml": Family("qconvert.codecs.ggml", described=False),
     "moved": Family("qconvert.codecs.moving", described=False),
     COMPRESSED_TENSORS: Family("qconvert.codecs.exchange.compressed_tensors", described=False),
+    FP8: Family("qconvert.codecs.exchange.fp8", described=False),
 }
 
 # bitsandbytes' tables, by code: create_normal_map in QLoRA (Dettmers et al., 2023), section 3, to

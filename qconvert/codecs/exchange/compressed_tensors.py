@@ -14,15 +14,18 @@ from numpy.typing import NDArray
 
 from qconvert.codecs.codec import Codec, Encoder, Facts, Stored
 from qconvert.codecs.exchange.bits import WORD, packed_rows, row_bytes, unpacked_rows
-from qconvert.codecs.exchange.integers import IntegerLayout, as_codes, integer_encoder, misfit
-from qconvert.codecs.exchange.layout import Part
+from qconvert.codecs.exchange.floats import WEIGHT, Float8, Float8Encoder, misfit
+from qconvert.codecs.exchange.integers import IntegerLayout, as_codes, integer_encoder
+from qconvert.codecs.exchange.integers import misfit as integers_misfit
+from qconvert.codecs.exchange.layout import Layout, Part, check_scales
 from qconvert.exchange_schemes import CompressedTensorsScheme
 from qconvert.kernels.arithmetic import SCALE_NUMPY
 from qconvert.kernels.records import I32, U8, Bytes, IntegerRows
-from qconvert.model import DTYPES, Model, TensorInfo
+from qconvert.model import Model, TensorInfo
 
 PACKED, SCALE = ".weight_packed", ".weight_scale"
 ZERO_POINT, SHAPE = ".weight_zero_point", ".weight_shape"
+MIDDLE = 128  # of unsigned bytes
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class PackedIntegers(IntegerLayout):
     @property
     def name(self) -> str:
         unit = f"g{self.group}" if self.group else "channel"
+        unit = "tensor" if self.shared else unit
         return f"w{self.width}a16{'' if self.symmetric else '_asym'}_{unit}"
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
@@ -43,7 +47,7 @@ class PackedIntegers(IntegerLayout):
         groups = self.groups(columns)
         found = [
             Part(PACKED, "I32", (rows, row_bytes(columns, self.width) * 8 // WORD)),
-            Part(SCALE, self.scale_dtype, (rows, groups)),
+            Part(SCALE, self.scale_dtype, (1,) if self.shared else (rows, groups)),
             Part(SHAPE, "I64", (2,)),
         ]
         if not self.symmetric:
@@ -61,18 +65,19 @@ class PackedIntegers(IntegerLayout):
             size = min(row_bytes(width, self.width), whole - begin)
             data = stored.read(PACKED, rows.start * whole + begin, size)
         packed = np.frombuffer(data, np.uint8).reshape(count, -1)
-        groups = self.groups(stored.shape[1])
-        size = DTYPES[self.scale_dtype].size * groups
-        scale = self.scales_from(stored, SCALE, stored.read(SCALE, rows.start * size, count * size))
         group = self.group or stored.shape[1]
         part = slice(columns.start // group, -(-columns.stop // group))
         return IntegerRows(
             codes=unpacked_rows(packed, self.width, width).astype(np.int16),
-            zero=self._zeros(stored, rows, groups)[:, part],
-            scale=scale.reshape(count, groups)[:, part],
+            zero=self._zeros(stored, rows, self.groups(stored.shape[1]))[:, part],
+            scale=self.scales(stored, SCALE, rows)[:, part],
             offset=None,
             group=group,
         )
+
+    def check(self, stored: Stored) -> None:
+        count = 1 if self.shared else stored.shape[0] * self.groups(stored.shape[1])
+        check_scales(stored, SCALE, self.scale_dtype, count)
 
     def _zeros(self, stored: Stored, rows: slice, groups: int) -> I32:
         """Zero points of some rows, (R, G)."""
@@ -103,26 +108,97 @@ class PackedIntegers(IntegerLayout):
         return found
 
 
-def layout_of(scheme: CompressedTensorsScheme) -> IntegerLayout:
-    """What a scheme writes."""
-    return PackedIntegers(scheme.bits, scheme.group, scheme.symmetric, scheme.scale_dtype)
+@dataclass(frozen=True)
+class PlainIntegers(IntegerLayout):
+    """``int-quantized``: signed bytes with a scale a row, for products with bytes."""
+
+    @property
+    def name(self) -> str:
+        unit = f"g{self.group}" if self.group else "tensor" if self.shared else "channel"
+        return f"w8a8{'' if self.symmetric else '_asym'}_{unit}"
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        numbers = (1,) if self.shared else (shape[0], self.groups(shape[1]))
+        found = [Part(WEIGHT, "I8", shape), Part(SCALE, self.scale_dtype, numbers)]
+        if not self.symmetric:
+            found.append(Part(ZERO_POINT, "I8", numbers))
+        return tuple(found)
+
+    def integers(self, stored: Stored, rows: slice, columns: slice) -> IntegerRows:
+        count, width = rows.stop - rows.start, columns.stop - columns.start
+        begin = rows.start * stored.shape[1] + columns.start  # of whole rows, or of a part of one
+        raw = stored.read(WEIGHT, begin, count * width)
+        codes = np.frombuffer(raw, np.int8).reshape(count, width).astype(np.int16)
+        group = self.group or stored.shape[1]
+        part = slice(columns.start // group, -(-columns.stop // group))
+        return IntegerRows(
+            codes=codes + np.int16(MIDDLE),
+            zero=self._zeros(stored, rows)[:, part],
+            scale=self.scales(stored, SCALE, rows)[:, part],
+            offset=None,
+            group=group,
+        )
+
+    def _zeros(self, stored: Stored, rows: slice) -> I32:
+        groups, count = self.groups(stored.shape[1]), rows.stop - rows.start
+        if self.symmetric:
+            return np.full((count, groups), MIDDLE, np.int32)
+        begin, size = (0, groups) if self.shared else (rows.start * groups, count * groups)
+        zero = np.frombuffer(stored.read(ZERO_POINT, begin, size), np.int8).astype(np.int32)
+        return np.broadcast_to(zero.reshape(-1, groups) + MIDDLE, (count, groups))
+
+    def pieces(self, rows: IntegerRows) -> dict[str, Bytes]:
+        scales = rows.scale.astype(SCALE_NUMPY[self.scale_dtype])
+        codes = (rows.codes - np.int16(MIDDLE)).astype(np.int8)
+        found: dict[str, Bytes] = {WEIGHT: codes.tobytes(), SCALE: scales.tobytes()}
+        if not self.symmetric:
+            found[ZERO_POINT] = (rows.zero - MIDDLE).astype(np.int8).tobytes()
+        return found
+
+    def check(self, stored: Stored) -> None:
+        count = 1 if self.shared else stored.shape[0] * self.groups(stored.shape[1])
+        check_scales(stored, SCALE, self.scale_dtype, count)
 
 
-def _planned(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> IntegerLayout:
-    return layout_of(scheme)
+def integer_layout(scheme: CompressedTensorsScheme) -> IntegerLayout | None:
+    """What a scheme of integers writes; None of another number."""
+    if scheme.number != "int":
+        return None
+    layout = PlainIntegers if scheme.activations else PackedIntegers
+    return layout(scheme.bits, scheme.group, scheme.symmetric, scheme.scale_dtype)
+
+
+def float8_layout(scheme: CompressedTensorsScheme) -> Float8:
+    """What a scheme of eight floating bits writes."""
+    return Float8(
+        SCALE, scheme.scale_dtype, (scheme.group, scheme.group) if scheme.group else (1, 0)
+    )
+
+
+def _planned(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> Layout:
+    return integer_layout(scheme) or float8_layout(scheme)
 
 
 def _refuses(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> str | None:
-    return misfit(layout_of(scheme), tensor, scheme.name)
+    integers = integer_layout(scheme)
+    if integers is not None:
+        return integers_misfit(integers, tensor, scheme.name)
+    return misfit(float8_layout(scheme), tensor, scheme.name)
 
 
 def _encoder(
     model: Model, tensor: TensorInfo, scheme: CompressedTensorsScheme, facts: Facts
 ) -> Encoder:
-    return integer_encoder(model, tensor, layout_of(scheme), facts)
+    integers = integer_layout(scheme)
+    if integers is not None:
+        return integer_encoder(model, tensor, integers, facts)
+    return Float8Encoder(model, tensor, float8_layout(scheme))
+
+
+def _uncompensated(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> str | None:
+    return None if scheme.number == "int" else "its numbers are not rounded that way"
 
 
 CODEC: Codec[CompressedTensorsScheme] = Codec(
-    *("compressed-tensors", _planned, _refuses, _encoder),
-    uncompensated=lambda scheme, tensor: None,
+    *("compressed-tensors", _planned, _refuses, _encoder), uncompensated=_uncompensated
 )

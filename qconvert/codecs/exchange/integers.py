@@ -20,7 +20,7 @@ from qconvert.codecs.affine.encoding import Affine
 from qconvert.codecs.affine.weighting import weighting
 from qconvert.codecs.codec import Coded, Encoder, Facts, Grain, Grid, Outcome, Stored, smaller
 from qconvert.codecs.compensation import Rounder, values_at_once
-from qconvert.codecs.exchange.layout import Layout, refuse_values
+from qconvert.codecs.exchange.layout import Layout
 from qconvert.codecs.source import RUN_VALUES, finite_weights, source_rows, tiles_of
 from qconvert.codecs.units import centred, exact_scales, regrouped, values_of
 from qconvert.encoding import BITS, BLOCKS
@@ -52,6 +52,7 @@ class IntegerLayout(Layout):
         group: columns that share a scale; 0 where a row has one.
         symmetric: whether all zero points are the middle code, 2^(bits - 1).
         scale_dtype: of scales, a name of `qconvert.model.DTYPES`.
+        shared: whether all rows have one scale, and one zero point.
         gathers: of ``codes``, ``scale`` and ``zero``, what `whole` needs of all rows.
     """
 
@@ -60,13 +61,14 @@ class IntegerLayout(Layout):
     group: int
     symmetric: bool
     scale_dtype: str
+    shared: bool = False
 
     @property
     def bits(self) -> float:
         return self.width
 
     def groups(self, columns: int) -> int:
-        """Scales of a row."""
+        """Scales of a row, or of all rows."""
         return -(-columns // self.group) if self.group else 1
 
     @abstractmethod
@@ -141,14 +143,17 @@ class IntegerLayout(Layout):
             row_length=columns,
         )
 
-    def scales_from(self, stored: Stored, kind: str, data: bytes) -> F32:
-        """Scales as they are stored, float32; raises a FormatError where one is not finite."""
+    def scales(self, stored: Stored, kind: str, rows: slice) -> F32:
+        """Scales of some rows, where they lie row by row, (R, G)."""
+        groups = self.groups(stored.shape[1])
+        size = SCALE_NUMPY[self.scale_dtype].itemsize * groups
+        count = rows.stop - rows.start
+        if self.shared:
+            data = stored.read(kind, 0, size)
+        else:
+            data = stored.read(kind, rows.start * size, count * size)
         found = np.frombuffer(data, SCALE_NUMPY[self.scale_dtype]).astype(np.float32)
-        if not np.isfinite(found).all():
-            refuse_values(
-                stored, f"a number of {kind} is not finite", "NaN or Inf", "finite scales"
-            )
-        return found
+        return np.broadcast_to(found.reshape(-1, groups), (count, groups))
 
 
 def misfit(layout: IntegerLayout, tensor: TensorInfo, scheme: str) -> str | None:

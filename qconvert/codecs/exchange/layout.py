@@ -7,9 +7,14 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import NoReturn
 
+import numpy as np
+
+from qconvert import kernels
 from qconvert.codecs.codec import Encoding, Segment, Stored
 from qconvert.errors import FormatError
 from qconvert.model import DTYPES
+
+CHECKED = 1 << 18  # numbers that are looked at at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +66,16 @@ def refuse_values(stored: Stored, message: str, found: object, wanted: str) -> N
         hint="the checkpoint is damaged or was written wrongly: download or save it again",
         code="EXCHANGE-VALUES",
     )
+
+
+def check_scales(stored: Stored, kind: str, dtype: str, count: int) -> None:
+    """Refuse scales that are not finite.
+
+    Raises:
+        FormatError: one is NaN or infinite.
+    """
+    size = DTYPES[dtype].size
+    for start in range(0, count, CHECKED):
+        data = stored.read(kind, start * size, min(CHECKED, count - start) * size)
+        if not np.isfinite(kernels.widen(data, dtype)).all():
+            refuse_values(stored, f"a number of {kind} is not finite", "NaN or Inf", "finite ones")

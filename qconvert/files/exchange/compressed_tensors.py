@@ -6,7 +6,7 @@ formats/exchange/compressed-tensors.md says which of them are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,14 @@ from qconvert.codecs.exchange.compressed_tensors import (
     SHAPE,
     ZERO_POINT,
     PackedIntegers,
+    PlainIntegers,
 )
+from qconvert.codecs.exchange.floats import Float8
+from qconvert.codecs.exchange.layout import Layout
+from qconvert.encoding import SCALE_SIZES
 from qconvert.errors import FormatError
 from qconvert.files.exchange import Checkpoint, Found, Matrix
+from qconvert.files.exchange.activations import ACTIVATIONS, dropped_note
 from qconvert.files.exchange.settings import (
     check_keys,
     flag,
@@ -36,6 +41,7 @@ from qconvert.model import WEIGHT
 
 KIND = "compressed-tensors"
 SUFFIXES = (PACKED, SCALE, SHAPE, ZERO_POINT)
+_CODES = ("I32", "I8", "F8_E4M3")
 # Fields of a group's weights: QuantizationArgs of compressed-tensors 0.20.
 _ARGUMENTS = frozenset(
     {
@@ -79,33 +85,86 @@ def find(checkpoint: Checkpoint) -> Found | None:
     """
     groups = _groups(checkpoint)
     matrices = []
-    for name in checkpoint.tensors:
-        if name.endswith(PACKED):
-            module = name.removesuffix(PACKED)
-            group = next((g for g in groups if g.has(module)), None)
-            if group is None:
-                raise FormatError(
-                    "a quantized weight is in none of the groups of the configuration",
-                    path=checkpoint.path,
-                    tensor=module,
-                    code="EXCHANGE-GROUP",
-                )
-            matrices.append(_packed(checkpoint, module, group))
-    return Found(KIND, matrices, SUFFIXES)
+    for name, info in checkpoint.tensors.items():
+        for suffix, made in _MODULES.items():
+            module = name.removesuffix(suffix)
+            if module == name or info.dtype not in _CODES:
+                continue
+            if suffix == PACKED or module + SCALE in checkpoint.tensors:
+                matrices.append(made(checkpoint, module, _group_of(checkpoint, module, groups)))
+    dropped = [name for name in checkpoint.tensors if name.endswith(ACTIVATIONS)]
+    return Found(KIND, matrices, SUFFIXES, frozenset(dropped), dropped_note(dropped))
+
+
+def _group_of(checkpoint: Checkpoint, module: str, groups: Sequence[Group]) -> Group:
+    """The first group that a module belongs to.
+
+    Raises:
+        FormatError: there is none.
+    """
+    group = next((g for g in groups if g.has(module)), None)
+    if group is None:
+        raise FormatError(
+            "a quantized weight is in none of the groups of the configuration",
+            path=checkpoint.path,
+            tensor=module,
+            code="EXCHANGE-GROUP",
+        )
+    return group
 
 
 def _packed(checkpoint: Checkpoint, module: str, group: Group) -> Matrix:
-    parts = {s: module + s for s in SUFFIXES if module + s in checkpoint.tensors}
-    weights, path = group.weights, checkpoint.path
+    """A weight in ``weight_packed``."""
+    weights = group.weights
     if group.format != "pack-quantized" or weights["type"] != "int":
-        raise unsupported(path, "format of a group", group.format, "pack-quantized")
-    shape = _shape(checkpoint, module)
-    size = weights["group_size"] if weights["strategy"] == "group" else 0
-    scale = checkpoint.tensors.get(module + SCALE)
+        raise unsupported(
+            checkpoint.path, "format of packed weights", group.format, "pack-quantized"
+        )
     layout = PackedIntegers(
-        weights["num_bits"], size, weights["symmetric"], scale.dtype if scale else "BF16"
+        *(weights["num_bits"], weights["group_size"], weights["symmetric"]),
+        *(_scale_dtype(checkpoint, module), weights["strategy"] == "tensor"),
     )
-    return Matrix(module + WEIGHT, shape, layout, parts)
+    return Matrix(module + WEIGHT, _shape(checkpoint, module), layout, _parts(checkpoint, module))
+
+
+def _plain(checkpoint: Checkpoint, module: str, group: Group) -> Matrix:
+    """A weight in ``weight``: signed bytes, or E4M3."""
+    weights, path = group.weights, checkpoint.path
+    info = checkpoint.tensors[module + WEIGHT]
+    wanted = {"int": "I8", "float": "F8_E4M3"}.get(weights["type"])
+    plain = group.format in ("int-quantized", "float-quantized", "naive-quantized")
+    if not plain or weights["num_bits"] != 8 or wanted != info.dtype or len(info.shape) != 2:
+        found = f"{info.dtype} {list(info.shape)} in a group of {group.format}"
+        raise unsupported(path, "a weight of codes", found, "I8 or F8_E4M3, of two dimensions")
+    dtype, strategy = _scale_dtype(checkpoint, module), weights["strategy"]
+    layout: Layout
+    if info.dtype == "I8":
+        layout = PlainIntegers(
+            *(8, weights["group_size"], weights["symmetric"], dtype, strategy == "tensor")
+        )
+    else:
+        blocks = {"tensor": (0, 0), "channel": (1, 0), "block": weights["block"]}
+        if strategy not in blocks:
+            raise unsupported(path, "strategy of E4M3 weights", strategy, " ".join(blocks))
+        layout = Float8(SCALE, dtype, blocks[strategy], 1 if strategy == "tensor" else 2)
+    return Matrix(module + WEIGHT, info.shape, layout, _parts(checkpoint, module))
+
+
+_MODULES: Mapping[str, Callable[[Checkpoint, str, Group], Matrix]] = {
+    PACKED: _packed,
+    WEIGHT: _plain,
+}
+
+
+def _parts(checkpoint: Checkpoint, module: str) -> dict[str, str]:
+    """Tensors of a module by their suffixes."""
+    return {s: module + s for s in (WEIGHT, *SUFFIXES) if module + s in checkpoint.tensors}
+
+
+def _scale_dtype(checkpoint: Checkpoint, module: str) -> str:
+    """Of a module's scales; of one without any some dtype, for it will be refused."""
+    scale = checkpoint.tensors.get(module + SCALE)
+    return scale.dtype if scale and scale.dtype in SCALE_SIZES else "BF16"
 
 
 def _shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
@@ -161,10 +220,16 @@ def _group(path: Path, name: str, fields: Mapping[str, Any], overall: str) -> Gr
         "type": text(path, "type", weights.get("type", "int")),
         "symmetric": flag(path, "symmetric", weights.get("symmetric", True)),
         "strategy": strategy,
-        "group_size": None,
+        "group_size": 0,
+        "block": (0, 0),
     }
     if strategy in ("group", "tensor_group"):
         checked["group_size"] = integer(path, "group_size", weights.get("group_size"), 1, 1 << 20)
+    if strategy == "block":
+        block = weights.get("block_structure")
+        if not isinstance(block, list) or len(block) != 2:
+            refuse_setting(path, "block_structure", block, "two sizes")
+        checked["block"] = tuple(integer(path, "block_structure", n, 1, 1 << 20) for n in block)
     return Group(targets, text(path, "format", format or overall), checked)
 
 

@@ -33,32 +33,29 @@ def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[s
     compressed-tensors 0.20.
     """
     modules: dict[ExchangeScheme, list[str]] = {}
-    dense = {HEAD}
     for p in plan:
-        name = layer_name(p.tensor.name)
         if isinstance(p.scheme, ExchangeScheme):
-            modules.setdefault(p.scheme, []).append(name)
-        elif p.tensor.name.endswith(WEIGHT) and len(p.tensor.shape) == 2:
-            dense.add(name)
+            modules.setdefault(p.scheme, []).append(layer_name(p.tensor.name))
     groups = {
         f"group_{i}": {
             # A class of modules where one scheme is for all: what is not of it is ignored by name.
             "targets": ["Linear"] if len(modules) == 1 else names,
-            "format": "pack-quantized",
+            "format": _format(scheme),
             "weights": _weights(scheme),
-            "input_activations": None,
+            "input_activations": _inputs(scheme),
             "output_activations": None,
         }
         for i, (scheme, names) in enumerate(modules.items())
     }
+    formats = {_format(scheme) for scheme in modules}
     return {
         "quantization_config": {
             "quant_method": COMPRESSED_TENSORS,
             "version": VERSION,
-            "format": "pack-quantized",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": sorted(dense),
+            "ignore": dense_modules(plan),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
             "sparsity_config": {},
@@ -67,16 +64,49 @@ def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[s
     }
 
 
+def dense_modules(plan: Sequence[PlannedTensor]) -> list[str]:
+    """Modules of matrices that stay as they are; the head, whose weight may be the embedding's."""
+    kept = (p.tensor for p in plan if not isinstance(p.scheme, ExchangeScheme))
+    matrices = (t.name for t in kept if t.name.endswith(WEIGHT) and len(t.shape) == 2)
+    return sorted({HEAD, *map(layer_name, matrices)})
+
+
+def _format(scheme: ExchangeScheme) -> str:
+    if scheme.number != "int":
+        return "float-quantized"
+    return "int-quantized" if scheme.activations else "pack-quantized"
+
+
 def _weights(scheme: ExchangeScheme) -> dict[str, Any]:
     """QuantizationArgs of a scheme's weights."""
-    return {
+    found: dict[str, Any] = {
         "num_bits": scheme.bits,
-        "type": "int",
+        "type": "int" if scheme.number == "int" else "float",
         "symmetric": scheme.symmetric,
         "strategy": "group" if scheme.group else "channel",
         "group_size": scheme.group or None,
         "dynamic": False,
     }
+    if scheme.number != "int" and scheme.group:
+        found |= {"strategy": "block", "group_size": None}
+        found["block_structure"] = [scheme.group, scheme.group]
+    return found
+
+
+def _inputs(scheme: ExchangeScheme) -> dict[str, Any] | None:
+    """QuantizationArgs of inputs that readers make eight bits."""
+    if not scheme.activations:
+        return None
+    found = {
+        "num_bits": 8,
+        "type": "int" if scheme.number == "int" else "float",
+        "symmetric": True,
+        "strategy": "token",
+        "dynamic": True,
+    }
+    if scheme.number != "int" and scheme.group:
+        found |= {"strategy": "group", "group_size": scheme.group}
+    return found
 
 
 def readers(plan: Sequence[PlannedTensor]) -> Readers:

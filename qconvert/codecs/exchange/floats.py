@@ -1,0 +1,161 @@
+"""Weights of eight bits and floating, E4M3, with a scale for the tensor, for each row or block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from qconvert import kernels
+from qconvert.codecs.codec import Coded, Encoder, Outcome, Stored, smaller
+from qconvert.codecs.exchange.layout import Layout, Part, check_scales
+from qconvert.codecs.source import RUN_VALUES, rows_of, tiles_of
+from qconvert.geometry import Tile, spans_tiles
+from qconvert.kernels.arithmetic import round_scale
+from qconvert.kernels.records import F32, Encoded, ErrorSums
+from qconvert.model import DTYPES, Model, TensorInfo
+
+WEIGHT = ".weight"
+E4M3 = "F8_E4M3"
+LARGEST = np.float32(448)  # of E4M3
+
+
+@dataclass(frozen=True)
+class Float8(Layout):
+    """E4M3 numbers times scales.
+
+    Attributes:
+        suffix: of the scales.
+        scale_dtype: of `qconvert.model.DTYPES`; F8_E8M0 for powers of two.
+        block: rows and columns that share a scale, 0 for all of them.
+        dimensions: of the tensor of scales: formats write a single scale, and one a row, each in
+            several ways.
+    """
+
+    suffix: str
+    scale_dtype: str
+    block: tuple[int, int]
+    dimensions: int = 2
+
+    @property
+    def name(self) -> str:
+        rows, columns = self.block
+        if not columns:
+            return "fp8_channel" if rows else "fp8_tensor"
+        return f"fp8_block{rows}" if rows == columns else f"fp8_block{rows}x{columns}"
+
+    @property
+    def bits(self) -> float:
+        return 8
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """How many scales there are, down and across."""
+        rows, columns = self.block
+        return -(-shape[0] // rows) if rows else 1, -(-shape[1] // columns) if columns else 1
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        return (
+            Part(WEIGHT, E4M3, shape),
+            Part(self.suffix, self.scale_dtype, self.grid(shape)[: self.dimensions]),
+        )
+
+    def coded(self, stored: Stored, tile: Tile) -> Coded:
+        columns = stored.shape[1]
+        first, low = divmod(tile.start, columns)
+        raw = stored.read(WEIGHT, tile.start, tile.rows * tile.columns)
+        values = kernels.widen(raw, E4M3).reshape(tile.rows, tile.columns)
+        scale = self._scales(stored, first, first + tile.rows)
+        if self.block[1]:
+            scale = np.repeat(scale, self.block[1], axis=1)[:, low : low + tile.columns]
+        with np.errstate(over="ignore", invalid="ignore"):
+            return Coded(values * scale)
+
+    def _scales(self, stored: Stored, first: int, last: int) -> F32:
+        """Of rows ``first..last``, (rows, scales across); a single one, (1, 1), of the tensor."""
+        down, across = self.grid(stored.shape)
+        size = DTYPES[self.scale_dtype].size * across
+        rows = self.block[0]
+        begin, end = (first // rows, -(-last // rows)) if rows else (0, down)
+        data = stored.read(self.suffix, begin * size, (end - begin) * size)
+        scale = kernels.widen(data, self.scale_dtype).astype(np.float32).reshape(-1, across)
+        if rows <= 1:
+            return scale
+        return np.repeat(scale, rows, axis=0)[first - begin * rows : last - begin * rows]
+
+    def check(self, stored: Stored) -> None:
+        check_scales(stored, self.suffix, self.scale_dtype, math.prod(self.grid(stored.shape)))
+
+
+@dataclass(frozen=True, slots=True)
+class Float8Encoder(Encoder):
+    """The nearest numbers with the largest of what shares a scale at the end of their range.
+
+    FP8 Formats for Deep Learning (Micikevicius et al., 2022): as the format is floating, where its
+    range ends makes no difference to the error of most weights.
+    """
+
+    model: Model
+    tensor: TensorInfo
+    layout: Float8
+
+    @property
+    def encoding(self) -> Float8:
+        return self.layout
+
+    def tiles(self) -> Iterator[Tile]:
+        whole = self.layout.block[0] * self.tensor.shape[1]  # rows that share scales
+        return tiles_of(self.tensor, max(RUN_VALUES // whole, 1) * whole)
+
+    def encode(self, tile: Tile) -> Encoded:
+        x = rows_of(self.model, self.tensor, tile)
+        magnitude = block_maxima(np.abs(x), self.layout.block)
+        scale = round_scale(magnitude / LARGEST, self.layout.scale_dtype, magnitude)
+        scale = np.where(magnitude > 0, scale, np.float32(1))
+        each = spread(scale, self.layout.block, x.shape)
+        with np.errstate(over="ignore"):  # weights of 2^120 and more, whose scale is rounded down
+            near = np.clip(x / each, -LARGEST, LARGEST).astype(ml_dtypes.float8_e4m3fn)
+        sums = kernels.error_sums(x, near.astype(np.float32) * each)
+        numbers = scale.astype(_NUMPY[self.layout.scale_dtype])
+        segments = {WEIGHT: near.tobytes(), self.layout.suffix: numbers.tobytes()}
+        return Encoded({**segments}, ErrorSums(x.size, *sums))
+
+    def outcome(self, seen: Encoded) -> Outcome:
+        return Outcome(seen.error)
+
+
+_NUMPY: dict[str, type | np.dtype[np.generic]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def block_maxima(x: F32, block: tuple[int, int]) -> F32:
+    """The largest number of each block of rows and columns, 0 columns for all of them; rows begin
+    where a block does.
+    """
+    rows = np.maximum.reduceat(x, np.arange(0, len(x), block[0]), axis=0)
+    step = block[1] or x.shape[1]
+    found: F32 = np.maximum.reduceat(rows, np.arange(0, x.shape[1], step), axis=1)
+    return found
+
+
+def spread(scale: F32, block: tuple[int, int], shape: tuple[int, ...]) -> F32:
+    """Scales of blocks for every row, and every column where these have several."""
+    each = np.repeat(scale, block[0], axis=0)[: shape[0]]
+    return np.repeat(each, block[1], axis=1)[:, : shape[1]] if block[1] else each
+
+
+def misfit(layout: Float8, tensor: TensorInfo, scheme: str) -> str | None:
+    """Why a tensor cannot take a layout, or would not be smaller; None where it can."""
+    if len(tensor.shape) != 2:
+        return "no matrix of two dimensions, which is what readers of the format quantize"
+    rows, columns = layout.block
+    if columns and (tensor.shape[0] % rows or tensor.shape[1] % columns):
+        return f"{list(tensor.shape)} does not divide into blocks of {rows} x {columns}"
+    if spans_tiles(tensor.shape[1]):
+        return f"rows of {tensor.shape[1]:,} values are too long"
+    return smaller(layout, tensor, scheme)
