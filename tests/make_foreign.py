@@ -61,7 +61,6 @@ K_PROJ = "model.layers.0.self_attn.k_proj"
 NORM = "model.norm"
 Weights = dict[str, torch.Tensor]
 Case = Callable[[Path], None]
-CASES: dict[str, Case] = {}
 
 
 def weights(
@@ -222,11 +221,11 @@ def apply_schemes(model: torch.nn.Module, schemes: dict[str, Any], ignore: tuple
         for name, scheme in schemes.items()
     }
     apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=list(ignore)))
-    for _, module in quantized(model):
+    for _, module in with_scheme(model):
         observe(module)
 
 
-def quantized(model: torch.nn.Module) -> list[tuple[str, Any]]:
+def with_scheme(model: torch.nn.Module) -> list[tuple[str, Any]]:
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -235,7 +234,7 @@ def quantized(model: torch.nn.Module) -> list[tuple[str, Any]]:
 
 
 def decompressed_weights(model: torch.nn.Module) -> Weights:
-    return {f"{name}.weight": decompressed(module) for name, module in quantized(model)}
+    return {f"{name}.weight": decompressed(module) for name, module in with_scheme(model)}
 
 
 def observe(module: Any) -> None:
