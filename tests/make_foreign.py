@@ -21,7 +21,8 @@ directories, and what is in each, says tests/data/foreign/README.md.
 | gpt_oss_*    | compressed-tensors        | here               | transformers                     |
 | deepseek_*   | CT's MXFP4, transformers  | here               | transformers                     |
 | modelopt_*   | ModelOpt                  | ModelOpt           | ModelOpt                         |
-| whole_*      | as ct, bnb, mlx           | as ct, bnb, mlx    | as ct, bnb, mlx                  |
+| whole_*      | as ct, bnb, mlx, or       | as ct, bnb, mlx,   | as ct, bnb, mlx, gptq, awq       |
+|              | auto-round                | or auto-round      |                                  |
 
 CT is compressed-tensors. "=" says that the script stops unless the decoders agree in every bit.
 "Here" is this script after the published layouts; so is what config.json says of the model itself,
@@ -60,7 +61,6 @@ K_PROJ = "model.layers.0.self_attn.k_proj"
 NORM = "model.norm"
 Weights = dict[str, torch.Tensor]
 Case = Callable[[Path], None]
-CASES: dict[str, Case] = {}
 
 
 def weights(
@@ -221,11 +221,11 @@ def apply_schemes(model: torch.nn.Module, schemes: dict[str, Any], ignore: tuple
         for name, scheme in schemes.items()
     }
     apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=list(ignore)))
-    for _, module in quantized(model):
+    for _, module in with_scheme(model):
         observe(module)
 
 
-def quantized(model: torch.nn.Module) -> list[tuple[str, Any]]:
+def with_scheme(model: torch.nn.Module) -> list[tuple[str, Any]]:
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -234,7 +234,7 @@ def quantized(model: torch.nn.Module) -> list[tuple[str, Any]]:
 
 
 def decompressed_weights(model: torch.nn.Module) -> Weights:
-    return {f"{name}.weight": decompressed(module) for name, module in quantized(model)}
+    return {f"{name}.weight": decompressed(module) for name, module in with_scheme(model)}
 
 
 def observe(module: Any) -> None:
@@ -666,14 +666,12 @@ def gptq(
                 **own, sym=symmetric, desc_act=act_order, in_features=wide, out_features=out
             )
             packed.pack_original(linear, scale.float(), zero.float().to(torch.int32), group)
-            packed.scales = packed.scales.float()
-            decoded[name] = packed.dequantize_weight().T
-            packed.scales = packed.scales.half()
             if version == "gptq":
                 convert_gptq_v2_to_v1_format_module(packed, mock.Mock())
             del tensors[name]
             for part in ("qweight", "qzeros", "scales", "g_idx"):
                 tensors[f"{module}.{part}"] = getattr(packed, part)
+            decoded[name] = gptq_decoded(tensors, module, own["bits"], size, version)
         described = {
             "bits": bits,
             "group_size": group_size,
@@ -701,10 +699,30 @@ def gptq(
     return case
 
 
+def gptq_decoded(
+    tensors: Weights, module: str, bits: int, group_size: int, version: str
+) -> torch.Tensor:
+    """The stored words as GPTQModel reads them; without a g_idx, groups are runs of columns."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+    out = tensors[f"{module}.scales"].shape[1]
+    wide = tensors[f"{module}.qweight"].shape[0] * 32 // bits
+    runs = torch.arange(wide, dtype=torch.int32) // group_size
+    reader = TorchLinear(bits, group_size, False, True, wide, out)
+    reader.qweight = tensors[f"{module}.qweight"]
+    reader.qzeros = tensors[f"{module}.qzeros"].clone()
+    reader.scales = tensors[f"{module}.scales"].float()
+    reader.g_idx = tensors.get(f"{module}.g_idx", runs)
+    if version == "gptq":
+        convert_gptq_v1_to_v2_format_module(reader, bits, torch.int32)
+    weight: torch.Tensor = reader.dequantize_weight().T
+    return weight
+
+
 def awq(weights: Weights, group_size: int, *, symmetric: bool = False) -> Case:
     def case(directory: Path) -> None:
         from awq.modules.linear.gemm import WQLinear_GEMM
-        from awq.utils.packing_utils import dequantize_gemm
 
         tensors, decoded = dict(weights), dict(weights)
         for name, weight in matrices(weights):
@@ -718,13 +736,10 @@ def awq(weights: Weights, group_size: int, *, symmetric: bool = False) -> Case:
             packed = WQLinear_GEMM.from_linear(
                 linear, 4, group_size, scales=scale.T.float(), zeros=zero.T.float()
             )
-            decoded[name] = dequantize_gemm(
-                packed.qweight, packed.qzeros, packed.scales.float(), 4, group_size
-            ).T
-            agree_on_awq(packed, group_size, decoded[name])
             del tensors[name]
             for part in ("qweight", "qzeros", "scales"):
                 tensors[name.removesuffix("weight") + part] = getattr(packed, part)
+            decoded[name] = awq_decoded(tensors, name.removesuffix(".weight"), group_size)
         described = {
             "bits": 4,
             "group_size": group_size,
@@ -747,20 +762,24 @@ def on_grid(
     return torch.clamp(weight, -zero * scale, (15 - zero) * scale)
 
 
-def agree_on_awq(packed: Any, group_size: int, decoded: torch.Tensor) -> None:
-    """Stops if GPTQModel's or compressed-tensors' reading of the same words differs."""
+def awq_decoded(tensors: Weights, module: str, group_size: int) -> torch.Tensor:
+    """As AutoAWQ reads it; stops if GPTQModel or compressed-tensors reads the words otherwise."""
+    from awq.utils.packing_utils import dequantize_gemm
     from compressed_tensors.entrypoints.convert import AutoAWQConverter
-    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+    from gptqmodel.quantization.awq.utils import packing_utils as gptqmodel
 
-    scales = packed.scales.float()
-    theirs = dequantize_gemm(packed.qweight, packed.qzeros, scales, 4, group_size).T
+    words, zero_words = tensors[f"{module}.qweight"], tensors[f"{module}.qzeros"]
+    scales = tensors[f"{module}.scales"].float()
+    weight: torch.Tensor = dequantize_gemm(words, zero_words, scales, 4, group_size)
+    second = gptqmodel.dequantize_gemm(words, zero_words, scales, 4, group_size)
     codes, zeros = AutoAWQConverter.reverse_awq_order(
-        *AutoAWQConverter.unpack_awq(packed.qweight, packed.qzeros, 4), 4
+        *AutoAWQConverter.unpack_awq(words, zero_words, 4), 4
     )
     group = torch.arange(codes.shape[0]) // group_size
-    again = (((codes & 15) - (zeros & 15)[group]) * scales[group]).T
-    if not torch.equal(theirs, decoded) or not torch.equal(again, decoded):
+    third = ((codes & 15) - (zeros & 15)[group]) * scales[group]
+    if not torch.equal(weight, second) or not torch.equal(weight, third):
         raise SystemExit("the readers of AWQ do not agree")
+    return weight.T
 
 
 # --- FP8 and FP4 whose config.json no library here writes -----------------------------------------
@@ -998,6 +1017,10 @@ def whole_cases() -> Iterator[tuple[str, Case]]:
     fixed = floats("tensor")
     yield "whole_ct_fp8_kv", whole_compressed_tensors(fixed, inputs=fixed, cache=fixed)
     yield "whole_bnb_nf4", whole_bitsandbytes
+    for name in ("auto_gptq", "auto_awq"):
+        yield f"whole_{name.removeprefix('auto_')}", whole_auto_round(name, symmetric=True)
+    yield "whole_autoround_sym", whole_auto_round("auto_round", symmetric=True)
+    yield "whole_autoround_asym", whole_auto_round("auto_round", symmetric=False)
     yield "whole_mlx_4bit", whole_mlx(tiny_llama)
     yield "whole_mlx_experts", whole_mlx(tiny_qwen3_moe, num_experts=2, rope_theta=10000.0)
 
@@ -1009,7 +1032,7 @@ def tiny_llama() -> Any:
     model = LlamaForCausalLM(
         LlamaConfig(
             architectures=["LlamaForCausalLM"],
-            vocab_size=32,
+            vocab_size=16,
             hidden_size=32,
             intermediate_size=32,
             num_hidden_layers=1,
@@ -1051,7 +1074,7 @@ def modelopt(first: str, *others: str) -> Case:
         for other in others:
             rules += [rule for rule in getattr(mtq, other)["quant_cfg"] if "cfg" in rule]
         asked = {"quant_cfg": rules, "algorithm": "max"}
-        mtq.quantize(model, asked, lambda model: model(torch.arange(32)[None]))
+        mtq.quantize(model, asked, lambda model: model(torch.arange(16)[None]))
         export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=directory)
         (directory / "generation_config.json").unlink()
         tensors = safetensors.torch.load_file(directory / "model.safetensors")
@@ -1140,6 +1163,44 @@ def whole_bitsandbytes(directory: Path) -> None:
         if f"{name}.absmax" in tensors:
             decoded[name] = bnb_decoded(tensors, name)
     expect(directory, decoded)
+
+
+def whole_auto_round(name: str, *, symmetric: bool) -> Case:
+    """Through auto-round's own export under that name, with rounding to nearest."""
+
+    def case(directory: Path) -> None:
+        from auto_round import AutoRound
+
+        model = tiny_llama().half()
+        decoded = plain(model)
+        with tempfile.TemporaryDirectory() as work:
+            writer = AutoRound(
+                model,
+                mock.Mock(pad_token=None),  # a tokenizer, which nothing here asks for
+                bits=4,
+                group_size=32,
+                sym=symmetric,
+                iters=0,
+                disable_opt_rtn=True,
+                device_map="cpu",
+            )
+            writer.quantize_and_save(work, format=name)
+            (written,) = Path(work).iterdir()
+            for file in written.iterdir():
+                if file.name != "generation_config.json":
+                    shutil.copy(file, directory)
+        tensors = safetensors.torch.load_file(directory / "model.safetensors")
+        for weight in decoded:
+            module = weight.removesuffix(".weight")
+            if f"{module}.qweight" not in tensors:
+                decoded[weight] = tensors[weight]
+            elif tensors[f"{module}.qweight"].shape[0] == decoded[weight].shape[1]:
+                decoded[weight] = awq_decoded(tensors, module, 32)
+            else:
+                decoded[weight] = gptq_decoded(tensors, module, 4, 32, "gptq")
+        expect(directory, decoded)
+
+    return case
 
 
 def whole_mlx(make: Callable[[], Any], **released: Any) -> Case:
