@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from numpy.typing import NDArray
 
@@ -151,7 +151,7 @@ class SafetensorsModel:
         for file in self._files:
             file.close()
 
-    def __enter__(self) -> SafetensorsModel:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

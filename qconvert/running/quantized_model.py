@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from qconvert.codecs.codec import Stored
 from qconvert.errors import QconvertError, UnsupportedError, UsageError
 from qconvert.files import OpenModel, open_model
+from qconvert.files.exchange import QuantizedModel, open_weights
 from qconvert.files.gguf import ARCHITECTURE, RAW
 from qconvert.files.prequantized import refuse_prequantized
 from qconvert.files.qblk_header import SLASH
@@ -29,6 +30,7 @@ from qconvert.running.hugging_face import (
     Checkpoint,
     checked_config,
     model_class,
+    open_checkpoint,
     plain_experts,
     refuse_loading,
     require,
@@ -114,6 +116,20 @@ def open_quantized(
             return _Builder(model, activations, decoded).build(place, threads)
     finally:
         model.close()
+
+
+def open_source(path: Path, *, threads: int | None = None, streamed: bool = False) -> Checkpoint:
+    """A directory as `hugging_face.open_checkpoint` loads it; one of codes that are read as weights
+    with these in memory, float32.
+
+    Args and errors as of `hugging_face.open_checkpoint` and `open_quantized`.
+    """
+    checked_config(path)
+    with open_weights(path) as model:
+        quantized = isinstance(model, QuantizedModel)
+    if quantized:
+        return open_quantized(path, threads=threads, check=False, decoded=True).checkpoint
+    return open_checkpoint(path, threads=threads, streamed=streamed)
 
 
 def open_tokenizer(path: Path, *, directory: Path | None = None) -> Any:

@@ -36,10 +36,11 @@ from qconvert.calibration.observers import ObserverSettings
 from qconvert.calibration.recorded import batches, read_batches, widths
 from qconvert.calibration.saved_state import SAVE_SECONDS, SavedState, check_same_run
 from qconvert.files.atomic import AtomicOutput
+from qconvert.files.exchange import open_weights
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
 from qconvert.files.scratch import Scratch
 from qconvert.files.transposed import input_first
-from qconvert.model import WEIGHT, layer_name
+from qconvert.model import WEIGHT, Model, layer_name
 from qconvert.progress import Progress, Silent
 from qconvert.report import CalibrateReport
 from qconvert.stages.sources import examined
@@ -98,7 +99,7 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
         out = stack.enter_context(
             AtomicOutput(options.output, overwrite=options.force, inputs=read)
         )
-        model = stack.enter_context(open_safetensors(options.model)) if options.model else None
+        model = stack.enter_context(open_weights(options.model)) if options.model else None
         files = [stack.enter_context(open_safetensors(p)) for p in options.activations]
         scratch = stack.enter_context(Scratch(options.output)) if options.gram else None
         run = _Run(options, model, files, scratch, state, progress)
@@ -132,7 +133,7 @@ class _Run:
     def __init__(
         self,
         options: CalibrateOptions,
-        model: SafetensorsModel | None,
+        model: Model | None,
         files: Sequence[SafetensorsModel],
         scratch: Scratch | None,
         state: SavedState,
@@ -230,7 +231,7 @@ def merge_calibrations(options: MergeOptions) -> CalibrateReport:
     started = time.perf_counter()
     read = (options.model, *options.calibrations)
     with ExitStack() as stack:
-        model = stack.enter_context(open_safetensors(options.model))
+        model = stack.enter_context(open_weights(options.model))
         force, other = options.force, None
         out = stack.enter_context(AtomicOutput(options.output, overwrite=force, inputs=read))
         if options.imatrix:

@@ -45,7 +45,7 @@ from qconvert.calibration.observers import ObserverSettings
 from qconvert.calibration.saved_state import SAVE_SECONDS, SavedState, check_same_run, state_path
 from qconvert.errors import UnsupportedError, WeightError
 from qconvert.files.atomic import AtomicOutput, machine_errors
-from qconvert.files.safetensors import open_safetensors
+from qconvert.files.exchange import open_weights
 from qconvert.files.scratch import Scratch
 from qconvert.model import Model, layer_name
 from qconvert.progress import Progress, Silent
@@ -56,8 +56,9 @@ from qconvert.running.gradients import (
     token_tables,
     watching_gradients,
 )
-from qconvert.running.hugging_face import Checkpoint, open_checkpoint
+from qconvert.running.hugging_face import Checkpoint
 from qconvert.running.layers import embeddings, linear_layers, run_tokens, tables, watching
+from qconvert.running.quantized_model import open_source
 from qconvert.running.text import DEFAULT_SEQLEN, sentences, token_chunks
 from qconvert.stages.parallel import available_threads
 from qconvert.stages.plan import no_matrix
@@ -127,12 +128,12 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
         out = opened(options.output)
         imatrix = opened(options.imatrix) if options.imatrix else None
         record = opened(_record_file(options.record)) if options.record else None
-        checkpoint = open_checkpoint(
+        checkpoint = open_source(
             options.model, threads=options.threads or available_threads(), streamed=True
         )
         if options.imatrix:
             layer_places(checkpoint.config, options.model / "config.json")
-        model = stack.enter_context(open_safetensors(options.model))
+        model = stack.enter_context(open_weights(options.model))
         if options.fisher and checkpoint.kind != "causal":
             raise UnsupportedError(
                 "the Fisher information is that of next tokens, of which an encoder has none",

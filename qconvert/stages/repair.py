@@ -31,8 +31,9 @@ from qconvert.model import Model
 from qconvert.progress import Progress
 from qconvert.running.blocks import BlockChain, NoBlocks, single_threads
 from qconvert.running.hidden_states import HiddenStates
-from qconvert.running.hugging_face import Checkpoint, open_checkpoint
+from qconvert.running.hugging_face import Checkpoint
 from qconvert.running.layers import linear_layers
+from qconvert.running.quantized_model import open_source
 from qconvert.running.text import drawn
 from qconvert.stages.ahead import Ahead, encoded_ahead
 from qconvert.stages.calibrate_text import text_pieces
@@ -127,7 +128,7 @@ def repaired(
         MachineError: torch or transformers is not installed, or the disk refuses.
     """
     text = {"name": utf8_name(repair.text), "sha256": file_sha256(repair.text)}
-    checkpoint = open_checkpoint(plain.path, streamed=True)
+    checkpoint = open_source(plain.path, streamed=True)
     with ExitStack() as stack:
         # Each window is run by one thread, and sums are cut alike for any number of them.
         stack.enter_context(single_threads())

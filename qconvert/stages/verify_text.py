@@ -12,7 +12,7 @@ import numpy as np
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.progress import Progress
 from qconvert.report import Check, EmbeddingQuality, Execution, TokenQuality
-from qconvert.running.hugging_face import Checkpoint, open_checkpoint
+from qconvert.running.hugging_face import Checkpoint
 from qconvert.running.quality import (
     SCORINGS,
     BlindGuess,
@@ -23,7 +23,12 @@ from qconvert.running.quality import (
     sentence_cosines,
     windows,
 )
-from qconvert.running.quantized_model import ACTIVATIONS, QuantizedCheckpoint, open_quantized
+from qconvert.running.quantized_model import (
+    ACTIVATIONS,
+    QuantizedCheckpoint,
+    open_quantized,
+    open_source,
+)
 from qconvert.running.text import DEFAULT_SEQLEN, read_text, sentences
 
 ALIKE = 1e-3  # nats, or squared distance of directions
@@ -67,7 +72,7 @@ def measure_quality(
         UsageError: options contradict the model or each other.
         MachineError: torch or transformers is not installed.
     """
-    source = open_checkpoint(against, threads=options.threads)
+    source = open_source(against, threads=options.threads)
     quantized = open_quantized(
         path, options.activations, directory=against, threads=options.threads, check=False
     )

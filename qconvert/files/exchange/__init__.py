@@ -14,13 +14,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from numpy.typing import NDArray
 
 from qconvert.codecs.codec import Stored
 from qconvert.codecs.exchange.layout import Layout
 from qconvert.errors import FormatError
+from qconvert.files import OpenModel
 from qconvert.files.prequantized import MODELOPT, settings_of
 from qconvert.files.provenance import PROVENANCE, NotedRoundings
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
@@ -188,14 +190,43 @@ class QuantizedModel:
         """Close the files; may be called again."""
         self._source.close()
 
-    def __enter__(self) -> QuantizedModel:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
-def open_weights(path: Path) -> SafetensorsModel | QuantizedModel:
+class Weights(OpenModel, Protocol):
+    """A model of safetensors files whose tensors are weights, stored or decoded; a context manager.
+
+    Attributes:
+        notes, warnings: of what was taken.
+    """
+
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def sha256(self) -> str:
+        """Of all bytes of the files, one after the other; read again."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def open_weights(path: Path) -> Weights:
     """Open a safetensors file or directory; one that is quantized in a way that is read as weights.
 
     Raises:
@@ -204,7 +235,8 @@ def open_weights(path: Path) -> SafetensorsModel | QuantizedModel:
     model = open_safetensors(path)
     try:
         found = _found(model)
-        return model if found is None else QuantizedModel(model, found)
+        # A configuration that speaks of codes where there are none is refused by whoever asks.
+        return QuantizedModel(model, found) if found and found.matrices else model
     except BaseException:
         model.close()
         raise
