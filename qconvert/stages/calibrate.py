@@ -36,6 +36,7 @@ from qconvert.calibration.observers import ObserverSettings
 from qconvert.calibration.recorded import batches, read_batches, widths
 from qconvert.calibration.saved_state import SAVE_SECONDS, SavedState, check_same_run
 from qconvert.files.atomic import AtomicOutput
+from qconvert.files.dequantized import dequantized
 from qconvert.files.exchange import open_weights
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
 from qconvert.files.scratch import Scratch
@@ -99,13 +100,14 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
         out = stack.enter_context(
             AtomicOutput(options.output, overwrite=options.force, inputs=read)
         )
-        model = stack.enter_context(open_weights(options.model)) if options.model else None
+        model, warnings = None, []
+        if options.model:
+            opened = stack.enter_context(open_weights(options.model))
+            model, warnings = dequantized(opened), examined(opened).warnings
         files = [stack.enter_context(open_safetensors(p)) for p in options.activations]
         scratch = stack.enter_context(Scratch(options.output)) if options.gram else None
         run = _Run(options, model, files, scratch, state, progress)
-        warnings = []
         if model:
-            warnings += examined(model).warnings
             warnings += model_warnings(model, run.features, run.found.transposed)
         with state.kept():
             run.go()
@@ -231,7 +233,7 @@ def merge_calibrations(options: MergeOptions) -> CalibrateReport:
     started = time.perf_counter()
     read = (options.model, *options.calibrations)
     with ExitStack() as stack:
-        model = stack.enter_context(open_weights(options.model))
+        model = dequantized(stack.enter_context(open_weights(options.model)))
         force, other = options.force, None
         out = stack.enter_context(AtomicOutput(options.output, overwrite=force, inputs=read))
         if options.imatrix:

@@ -45,6 +45,7 @@ from qconvert.calibration.observers import ObserverSettings
 from qconvert.calibration.saved_state import SAVE_SECONDS, SavedState, check_same_run, state_path
 from qconvert.errors import UnsupportedError, WeightError
 from qconvert.files.atomic import AtomicOutput, machine_errors
+from qconvert.files.dequantized import dequantized
 from qconvert.files.exchange import open_weights
 from qconvert.files.scratch import Scratch
 from qconvert.model import Model, layer_name
@@ -133,7 +134,8 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
         )
         if options.imatrix:
             layer_places(checkpoint.config, options.model / "config.json")
-        model = stack.enter_context(open_weights(options.model))
+        opened_model = stack.enter_context(open_weights(options.model))
+        model = dequantized(opened_model)
         if options.fisher and checkpoint.kind != "causal":
             raise UnsupportedError(
                 "the Fisher information is that of next tokens, of which an encoder has none",
@@ -150,7 +152,7 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
             features = features_of(found.finished)
             if not features:
                 raise UnsupportedError("no linear layer was run", path=options.model)
-            warnings = [*examined(model).warnings]
+            warnings = [*examined(opened_model).warnings]
             warnings += model_warnings(model, features, found.transposed)
             warnings += unreached_warnings(found.unreached)
             watched = set(features) | set(found.unreached)

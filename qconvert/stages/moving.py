@@ -124,7 +124,9 @@ class Moving:
                 if bits >= grain.bits and columns % block == 0:
                     yield GgmlEncoding(GGML_TYPES[name]), None
         for scheme in EXCHANGE_SCHEMES:
-            if scheme.family in self.container.takes and scheme.bits >= grain.bits:
+            # Nor do readers make inputs eight bits that came as they are.
+            weights_alone = scheme.family in self.container.takes and not scheme.activations
+            if weights_alone and scheme.bits >= grain.bits:
                 like = scheme.with_scales(self.dtype)
                 codec = codec_of(like)
                 planned = codec.planned(like, tensor)

@@ -119,12 +119,12 @@ class QuantizedModel:
         made: dict[str, TensorInfo] = {}
         used: set[str] = set(found.dropped)
         for m in found.matrices:
-            parts = {suffix: stored[name] for suffix, name in m.parts.items()}
-            _check_parts(m, parts, source.path)
+            parts = _own_parts(m, stored, source.path)
             self._placed[m.name] = _Placed(m.layout, parts)
             nbytes = sum(t.nbytes for t in parts.values())
-            made[next(iter(m.parts.values()))] = TensorInfo(m.name, m.shape, m.layout.name, nbytes)
-            used |= set(m.parts.values())
+            first = next(iter(parts.values()))
+            made[first.name] = TensorInfo(m.name, m.shape, m.layout.name, nbytes)
+            used |= {t.name for t in parts.values()}
         left = [t for t in source.tensors if t.name not in used]
         _refuse_orphans(left, found, source.path)
         clash = next((t.name for t in left if t.name in self._placed), None)
@@ -256,24 +256,27 @@ def _found(model: SafetensorsModel) -> Found | None:
     return found
 
 
-def _check_parts(m: Matrix, parts: Mapping[str, TensorInfo], path: Path) -> None:
-    """Refuse parts that a weight of this shape does not have.
+def _own_parts(m: Matrix, stored: Mapping[str, TensorInfo], path: Path) -> dict[str, TensorInfo]:
+    """The parts that a weight of this layout and shape has; what else there is of its module is
+    left over.
 
     Raises:
         FormatError: one is missing, or of another dtype or shape.
     """
+    found: dict[str, TensorInfo] = {}
     for part in m.layout.parts(m.shape):
-        there = parts.get(part.suffix)
-        if there is None:
+        name = m.parts.get(part.suffix)
+        if name is None:
             raise FormatError(
                 "a quantized weight lacks one of its tensors",
                 path=path,
                 tensor=m.name,
-                found=" ".join(sorted(parts)),
+                found=" ".join(sorted(m.parts)),
                 wanted=part.suffix,
                 hint="the checkpoint is incomplete: download or save it again",
                 code="EXCHANGE-MISSING",
             )
+        there = found[part.suffix] = stored[name]
         if (there.dtype, there.shape) != (part.dtype, part.shape):
             raise FormatError(
                 f"a tensor does not fit the weight {list(m.shape)} that it is a part of",
@@ -284,6 +287,7 @@ def _check_parts(m: Matrix, parts: Mapping[str, TensorInfo], path: Path) -> None
                 hint="tensors and configuration are of different versions: download them again",
                 code="EXCHANGE-SHAPE",
             )
+    return found
 
 
 def _refuse_orphans(left: Sequence[TensorInfo], found: Found, path: Path) -> None:

@@ -40,7 +40,8 @@ from qconvert.files.exchange.settings import (
 from qconvert.model import WEIGHT
 
 KIND = "compressed-tensors"
-SUFFIXES = (PACKED, SCALE, SHAPE, ZERO_POINT)
+ORDER = ".weight_g_idx"  # of columns, where groups are none of neighbours
+SUFFIXES = (PACKED, SCALE, SHAPE, ZERO_POINT, ORDER)
 _CODES = ("I32", "I8", "F8_E4M3")
 # Fields of a group's weights: QuantizationArgs of compressed-tensors 0.20.
 _ARGUMENTS = frozenset(
@@ -225,6 +226,9 @@ def _group(path: Path, name: str, fields: Mapping[str, Any], overall: str) -> Gr
     }
     if strategy in ("group", "tensor_group"):
         checked["group_size"] = integer(path, "group_size", weights.get("group_size"), 1, 1 << 20)
+    if weights.get("actorder") not in (None, False, "static", "weight"):
+        wanted = "columns of a group beside each other"
+        raise unsupported(path, "actorder", weights["actorder"], wanted)
     if strategy == "block":
         block = weights.get("block_structure")
         if not isinstance(block, list) or len(block) != 2:
