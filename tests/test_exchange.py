@@ -19,6 +19,7 @@ from conftest import ROOT, Call, Finished, Tensors, gaussian
 from safetensors.numpy import load_file, save_file
 
 import qconvert
+from qconvert.codecs.exchange.floats import e4m3
 from qconvert.report import QuantizeReport
 
 FOREIGN = ROOT / "tests" / "data" / "foreign"
@@ -144,6 +145,18 @@ def read_tensor(directory: Path, name: str) -> Any:
     begin, end = (start + n for n in entry["data_offsets"])
     kinds = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "BF16": BF16, "F32": np.float32}
     return np.frombuffer(raw[begin:end], kinds[entry["dtype"]]).reshape(entry["shape"])
+
+
+def test_the_nearest_e4m3_is_that_of_ml_dtypes() -> None:
+    numbers = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    numbers = np.sort(numbers[np.isfinite(numbers)])
+    middles = (numbers[1:] + numbers[:-1]) / 2  # ties, and what lies next to them
+    x = np.concatenate(
+        [numbers, middles, *(np.nextafter(middles, np.float32(s)) for s in (-500, 500)),
+         gaussian(5, 4096), gaussian(6, 4096) * np.float32(0.01), np.float32([500, -3e38, -0.0])]
+    )  # fmt: skip
+    wanted = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    np.testing.assert_array_equal(e4m3(x), wanted)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,14 @@ from qconvert.codecs.exchange.layout import Layout, Part, check_scales
 from qconvert.codecs.source import RUN_VALUES, rows_of, tiles_of
 from qconvert.geometry import Tile, spans_tiles
 from qconvert.kernels.arithmetic import round_scale
-from qconvert.kernels.records import F32, Encoded, ErrorSums
+from qconvert.kernels.records import F32, U8, Encoded, ErrorSums
 from qconvert.model import DTYPES, Model, TensorInfo
 
 WEIGHT = ".weight"
 E4M3 = "F8_E4M3"
 LARGEST = np.float32(448)  # of E4M3
+_LEAST_NORMAL = np.float32(2.0**-6)
+_SIGNIFICAND = 23  # bits of binary32
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,10 @@ class Float8Encoder(Encoder):
         scale = round_scale(magnitude / LARGEST, self.layout.scale_dtype, magnitude)
         scale = np.where(magnitude > 0, scale, np.float32(1))
         each = spread(scale, self.layout.block, x.shape)
-        with np.errstate(over="ignore"):  # weights of 2^120 and more, whose scale is rounded down
-            near = np.clip(x / each, -LARGEST, LARGEST).astype(ml_dtypes.float8_e4m3fn)
-        sums = kernels.error_sums(x, near.astype(np.float32) * each)
+        near = e4m3(x / each).tobytes()
+        sums = kernels.error_sums(x, kernels.widen(near, E4M3).reshape(x.shape) * each)
         numbers = scale.astype(_NUMPY[self.layout.scale_dtype])
-        segments = {WEIGHT: near.tobytes(), self.layout.suffix: numbers.tobytes()}
+        segments = {WEIGHT: near, self.layout.suffix: numbers.tobytes()}
         return Encoded({**segments}, ErrorSums(x.size, *sums))
 
     def outcome(self, seen: Encoded) -> Outcome:
@@ -133,13 +134,29 @@ _NUMPY: dict[str, type | np.dtype[np.generic]] = {
 }
 
 
+def e4m3(x: F32) -> U8:
+    """The nearest E4M3 of finite numbers, of two the even one, 448 for what is beyond, as uint8.
+
+    The bits of ml_dtypes, which takes five times as long.
+    """
+    magnitude = np.minimum(np.abs(x), LARGEST)
+    bits = magnitude.view(np.uint32)
+    # Three bits of the significand stay, and the exponent counts from -7 rather than -127.
+    kept = np.uint32(_SIGNIFICAND - 3)
+    half = np.uint32((1 << (_SIGNIFICAND - 4)) - 1)
+    normal = ((bits + half + (bits >> kept & np.uint32(1))) >> kept) - np.uint32((127 - 7) << 3)
+    small = np.rint(magnitude * np.float32(2**9)).astype(np.uint32)  # steps below 2^-6
+    codes = np.where(magnitude < _LEAST_NORMAL, small, normal).astype(np.uint8)
+    return codes | np.signbit(x).astype(np.uint8) << np.uint8(7)
+
+
 def block_maxima(x: F32, block: tuple[int, int]) -> F32:
     """The largest number of each block of rows and columns, 0 columns for all of them; rows begin
     where a block does.
     """
-    rows = np.maximum.reduceat(x, np.arange(0, len(x), block[0]), axis=0)
     step = block[1] or x.shape[1]
-    found: F32 = np.maximum.reduceat(rows, np.arange(0, x.shape[1], step), axis=1)
+    across = np.maximum.reduceat(x, np.arange(0, x.shape[1], step), axis=1)
+    found: F32 = np.maximum.reduceat(across, np.arange(0, len(x), block[0]), axis=0)
     return found
 
 
