@@ -319,9 +319,10 @@ def fit(
     method: RangeMethod,
     counts: I32 | None = None,
     weights: Weighting | None = None,
+    whole: bool = False,
 ) -> Parameters:
     """`reference.fit`."""
-    return composed.fit(_compiled, x, encoding, method, counts, weights)
+    return composed.fit(_compiled, x, encoding, method, counts, weights, whole)
 
 
 # --- codes ----------------------------------------------------------------------------------------

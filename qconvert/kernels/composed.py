@@ -100,14 +100,18 @@ def fit(
     method: RangeMethod,
     counts: I32 | None = None,
     weights: Weighting | None = None,
+    whole: bool = False,
 ) -> Parameters:
     """Scale and zero point of each group of (G, L), formats/schemes/SPEC.md section 5.
 
     Args:
         counts: real values of each group, (G,), or None when all L are.
         weights: of the values, for the ``mse`` method; G is a multiple of their number.
+        whole: whether zero points have to be whole codes, as those of groups with a 0 are.
     """
     e = k.extent(x, counts)
+    if whole:
+        e = Extent(e.low, e.high, np.ones_like(e.has_zero))
     if method.name == "percentile":
         return minmax(or_whole(_percentile_extent(x, method.percentile, e, counts), e), encoding)
     if method.name == "minmax":

@@ -29,12 +29,12 @@ from qconvert.geometry import Tile, spans_tiles
 from qconvert.kernels.arithmetic import SCALE_NUMPY, round_scale, to_groups, zero_steps
 from qconvert.kernels.records import (
     F32,
-    I32,
     U8,
     Bytes,
     Encoded,
     IntegerRows,
     Parameters,
+    SourceRows,
     Weighting,
 )
 from qconvert.model import Model, TensorInfo
@@ -201,26 +201,35 @@ class IntegerEncoder(Encoder):
         return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, RUN_VALUES))
 
     def encode(self, tile: Tile) -> Encoded:
-        rows, code, weights = source_rows(self.model, self.tensor, tile), self.code, self.weights
+        rows, code = source_rows(self.model, self.tensor, tile), self.code
+        squares = None if self.weights is None else self.weights.mean_square
         with finite_weights(self.model, self.tensor):
-            done = kernels.quantize_rows(rows, code, self.method, EVERYWHERE, weights)
-        squares = None if weights is None else weights.mean_square
-        p = found = stored_parameters(done.segments, code)
-        if not self.layout.group:
-            shown = round_scale(found.scale, self.layout.scale_dtype, np.abs(found.scale))
-            p = Parameters(shown, found.zero)
-        x = kernels.values(rows)
-        if not self.layout.symmetric:
-            p = whole_zero_points(x, code, p, weights)
-        if p is not found:
-            done = replace(done, **_again(x, code, p, squares))
+            done, p = self._nearest(rows)
         if self.rounder:
-            done = compensated(x, done, p, code, self.rounder, squares)
+            done = compensated(kernels.values(rows), done, p, code, self.rounder, squares)
             if code.block:
                 p = Parameters(stored_parameters(done.segments, code).scale, p.zero)
         integers = self._integers(done, p, tile)
         self._gather(integers, tile)
-        return replace(done, segments=self.layout.pieces(integers))
+        return replace(done, segments=self.layout.laid(integers))
+
+    def _nearest(self, rows: SourceRows) -> tuple[Encoded, Parameters]:
+        """Whole rows in codes of our grid, and the parameters that these were made with.
+
+        Raises:
+            FloatingPointError: NaN or Inf, or a float64 beyond float32.
+        """
+        code = self.code
+        if code.block and code.symmetric:  # nothing is to be changed in what is found
+            done = kernels.quantize_rows(rows, code, self.method, EVERYWHERE, self.weights)
+            return done, stored_parameters(done.segments, code)
+        x = kernels.values(rows)
+        groups, counts = to_groups(x, code.block)
+        p = kernels.fit(groups, code, self.method, counts, self.weights, whole=True)
+        if not code.block:
+            p = Parameters(round_scale(p.scale, self.layout.scale_dtype, np.abs(p.scale)), p.zero)
+        squares = None if self.weights is None else self.weights.mean_square
+        return kernels.encode_rows(x, code, p, squares), p
 
     def _integers(self, done: Encoded, p: Parameters, tile: Tile) -> IntegerRows:
         code = self.code
@@ -250,80 +259,6 @@ class IntegerEncoder(Encoder):
             note |= self.rounder.note()
         weighted = self.weights is not None
         return Outcome(seen.error, note, clipped=seen.error.clipped, weighted=weighted)
-
-
-def _again(x: F32, code: Affine, p: Parameters, squares: F32 | None) -> dict[str, Any]:
-    """Segments and error of rows encoded with other parameters than those found for them."""
-    done = kernels.encode_rows(x, code, p, squares)
-    return {"segments": done.segments, "error": done.error}
-
-
-def whole_zero_points(x: F32, code: Affine, p: Parameters, weights: Weighting | None) -> Parameters:
-    """Zero points that are whole codes, and scales that suit them, for rows (R, C).
-
-    Tried are the two whole codes about each zero point, with the scale that was found and with one
-    that clips a twelfth of the wider side; either once more with the scale of least squares for the
-    codes that come out. Of all these stays what leaves least error in its group, the first of equal
-    ones: within 0.15 dB of a search through all zero points and scales.
-    """
-    steps = zero_steps(code.bits)
-    if steps == 1:
-        return p
-    groups, counts = to_groups(x, code.block)
-    weight = np.ones_like(groups)
-    if counts is not None:
-        weight[np.arange(groups.shape[1]) >= counts[:, None]] = 0
-    if weights is not None:
-        weight = np.tile(weights.weight, (len(groups) // len(weights.weight), 1))
-    best, least = p, np.full(len(groups), np.inf)
-    lower = p.zero // steps
-    for zero in (lower, np.minimum(lower + 1, code.levels)):
-        for start in (p.scale, _clipping(groups, code, zero, p.scale)):
-            scale = start
-            for last in (False, True):
-                now = Parameters(scale, (zero * steps).astype(np.int32))
-                noise, fitted = _tried(groups, weight, code, now)
-                better = noise < least
-                least = np.where(better, noise, least)
-                best = Parameters(
-                    np.where(better, now.scale, best.scale),
-                    np.where(better, now.zero, best.zero),
-                )
-                scale = scale if last else fitted
-    return best
-
-
-def _clipping(groups: F32, code: Affine, zero: I32, found: F32) -> F32:
-    """Scales that leave a twelfth of the wider side beyond the grid; those found where there is no
-    side.
-    """
-    above, below = code.levels - zero, zero
-    top, bottom = groups.max(axis=1), -groups.min(axis=1)
-    nothing = np.zeros_like(found)
-    up = np.divide(top, above, out=nothing.copy(), where=above > 0, casting="unsafe")
-    down = np.divide(bottom, below, out=nothing, where=below > 0, casting="unsafe")
-    scale = np.maximum(up, down) * np.float32(11 / 12)
-    return _stored_scale(np.where(scale > 0, scale, found), code)
-
-
-def _tried(
-    groups: F32, weight: F32, code: Affine, p: Parameters
-) -> tuple[NDArray[np.float64], F32]:
-    """Σ w (x - x')² of each group, (G,), and the scales of least squares for its codes."""
-    codes, _ = kernels.encode(groups, p.scale, p.zero, code.bits, code.symmetric)
-    steps = codes.astype(np.float32) - (p.zero // zero_steps(code.bits))[:, None]
-    steps = steps.astype(np.float32)
-    difference = groups - steps * p.scale[:, None]
-    noise: NDArray[np.float64] = (weight * difference * difference).sum(axis=1, dtype=np.float64)
-    cross = (weight * groups * steps).sum(axis=1, dtype=np.float64)
-    square = (weight * steps * steps).sum(axis=1, dtype=np.float64)
-    fits = (cross > 0) & (square > 0)
-    scale = np.divide(cross, square, out=p.scale.astype(np.float64), where=fits)
-    return noise, _stored_scale(scale.astype(np.float32), code)
-
-
-def _stored_scale(scale: F32, code: Affine) -> F32:
-    return round_scale(scale, code.scale_dtype, np.abs(scale))
 
 
 def integer_encoder(

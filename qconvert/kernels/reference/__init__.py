@@ -60,9 +60,10 @@ def fit(
     method: RangeMethod,
     counts: I32 | None = None,
     weights: Weighting | None = None,
+    whole: bool = False,
 ) -> Parameters:
     """`composed.fit`."""
-    return composed.fit(_reference, x, encoding, method, counts, weights)
+    return composed.fit(_reference, x, encoding, method, counts, weights, whole)
 
 
 def quantize_rows(
