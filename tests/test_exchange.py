@@ -354,6 +354,24 @@ def test_a_scale_that_is_no_number_fails_the_integrity(model: Path) -> None:
     assert (check.id, check.tensor) == ("integrity", f"{Q}.weight")
 
 
+def test_parts_of_a_layer_in_several_layouts_fail(model: Path) -> None:
+    good = quantized(model, "w4a16_g32", "good")
+    checks = {c.id: c.status for c in qconvert.verify(good).checks}
+    assert checks["fused-layers"] == "pass"
+
+    def widen(fields: dict[str, Any], stored: Tensors) -> None:
+        eight = load_file(quantized(model, "w8a16_g32", "eight") / "model.safetensors")
+        stored |= {k: v for k, v in eight.items() if k.startswith(Q)}
+        other = json.loads(json.dumps(_group(fields)))
+        other["targets"], other["weights"]["num_bits"] = [Q], 8
+        fields["config_groups"] = {"first": other, **fields["config_groups"]}
+
+    done = qconvert.verify(changed(model, widen))
+    (check,) = [c for c in done.checks if c.id == "fused-layers"]
+    assert (check.status, done.status) == ("fail", "fail")
+    assert "w8a16_g32 and w4a16_g32 in one layer" in check.detail
+
+
 # --- codes that move ---
 
 

@@ -34,7 +34,7 @@ from qconvert.stages.made_from import made_from
 from qconvert.stages.moving import Moving, check_moved, config_of, model_dtype
 from qconvert.stages.plan import MIN_VALUES, PlannedTensor, PlanOptions, make_plan, plan_mix
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
-from qconvert.stages.target import Atomic, Prepared, Sink, Target, model_name
+from qconvert.stages.target import Atomic, Finding, Prepared, Sink, Target, model_name
 
 PROVENANCE_BYTES = 4096  # for a bound before it is known
 PADDING = 32  # at most, behind a tensor
@@ -112,6 +112,9 @@ class GgufTarget:
         return as_gguf(
             opened, model, raw=False, name="", pre_tokenizer=pre_tokenizer, compare=False
         ).model
+
+    def examined(self, made: OpenModel) -> Sequence[Finding]:
+        return ()
 
 
 TARGET: Target = GgufTarget()

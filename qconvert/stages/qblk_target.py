@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from qconvert.schemes import KeepScheme, MixScheme
 from qconvert.stages.moving import Moving, config_of, model_dtype
 from qconvert.stages.plan import PlannedTensor, PlanOptions, make_plan
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
-from qconvert.stages.target import Atomic, Prepared, Sink, Target
+from qconvert.stages.target import Atomic, Finding, Prepared, Sink, Target
 
 # The longest notes that a tensor can carry, to bound the header; numbers are widened by
 # `tensor_bound`.
@@ -102,6 +102,9 @@ class QblkTarget:
 
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
         return model
+
+    def examined(self, made: OpenModel) -> Sequence[Finding]:
+        return ()
 
 
 TARGET: Target = QblkTarget()

@@ -5,7 +5,7 @@ takes the bytes of tensors.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +99,23 @@ class Prepared:
         return any(p.scheme and p.scheme.default_range for p in self.plan)
 
 
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a rule of the readers of a container says of a file.
+
+    Attributes:
+        id: of the rule, as a check has it.
+        broken: what breaks it, for people; None where nothing does.
+        detail: what was looked at.
+        tensor: that breaks it.
+    """
+
+    id: str
+    detail: str
+    broken: str | None = None
+    tensor: str | None = None
+
+
 class Target(Protocol):
     """A container, as what is written."""
 
@@ -126,6 +143,10 @@ class Target(Protocol):
             opened: the source as it was opened.
             model: the same, with every tensor in a plain dtype.
         """
+        ...
+
+    def examined(self, made: OpenModel) -> Sequence[Finding]:
+        """A file held against rules that its readers have besides those of the format."""
         ...
 
 

@@ -313,6 +313,9 @@ class _Job:
         finally:
             self.progress.end()
         self.check("integrity", True, held)
+        for found in target_of(CONTAINERS[self.model.kind]).examined(self.model):
+            broken = f": {found.broken}" if found.broken else ""
+            self.check(found.id, not broken, found.detail + broken, tensor=found.tensor)
         return True
 
     def _pairs(self) -> dict[str, TensorInfo]:

@@ -32,8 +32,9 @@ from qconvert.schemes import KeepScheme, MixScheme, TensorScheme
 from qconvert.stages.moving import Moving, config_of, model_dtype
 from qconvert.stages.plan import PlannedTensor, PlanOptions, make_plan
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
-from qconvert.stages.target import Atomic, Prepared, Sink
+from qconvert.stages.target import Atomic, Finding, Prepared, Sink
 
+_FUSED = "parts of a layer that readers multiply as one matrix are stored alike"
 SHARD_SIZE = 5 * 10**9  # bytes, as transformers has it
 # What parts of a fused layer are called: readers multiply them as one matrix.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -153,6 +154,25 @@ class DirectoryTarget:
 
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
         return model
+
+    def examined(self, made: OpenModel) -> Sequence[Finding]:
+        """Parts of fused layers have one layout: vLLM refuses others, or takes one for all."""
+        if not self.fused:
+            return ()
+        stored = {layer_name(t.name): made.stored(t).encoding for t in made.tensors}
+        layers = 0
+        for module, encoding in stored.items():
+            place, _, last = module.rpartition(".")
+            for names in self.fused:
+                if last != names[0]:
+                    continue
+                parts = {n: stored[n] for n in (f"{place}.{x}" for x in names) if n in stored}
+                layers += len(parts) > 1
+                other = next((n for n, e in parts.items() if e != encoding), None)
+                if other is not None:
+                    broken = f"{encoding.name} and {stored[other].name} in one layer"
+                    return (Finding("fused-layers", _FUSED, broken, other),)
+        return (Finding("fused-layers", f"{_FUSED}: {layers} layers"),)
 
     def _checked(self, p: PlannedTensor) -> PlannedTensor:
         """A planned tensor by the rules of the format."""
