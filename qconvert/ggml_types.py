@@ -55,6 +55,7 @@ GGML_TYPES: dict[str, GgmlType] = {
         GgmlType("Q8_1", 9, 32, 40),
         GgmlType("Q8_K", 15, 256, 292),
         GgmlType("Q1_0", 41, 128, 18),
+        GgmlType("Q2_0", 42, 64, 18),
         GgmlType("IQ1_S", 19, 256, 50),
         GgmlType("IQ1_M", 29, 256, 56),
         GgmlType("IQ2_XXS", 16, 256, 66),

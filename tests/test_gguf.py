@@ -566,6 +566,39 @@ def test_other_block_types_are_decoded_by_gguf(tmp_path: Path, ggml_type: str) -
     model.close()
 
 
+@pytest.mark.parametrize(("number", "bits", "values"), [(41, 1, [-1, 1]), (42, 2, [-1, 0, 1, 2])])
+def test_one_and_two_bits_mean_what_llama_cpp_says(
+    tmp_path: Path, number: int, bits: int, values: list[int]
+) -> None:
+    """dequantize_row_q1_0 and _q2_0 of ggml-quants.c, a value at a time."""
+    rng = np.random.default_rng(SEED)
+    halves = np.float16([0.25, -3, 1e-5])
+    codes = rng.integers(0, 256, (3, 16), dtype=np.uint8)
+    block = 128 // bits
+    data = b"".join(h.tobytes() + c.tobytes() for h, c in zip(halves, codes, strict=True))
+    (tmp_path / "m.gguf").write_bytes(one_tensor(number, (3, block), data))
+    model = open_gguf(tmp_path / "m.gguf")
+    found = model.values(model.tensors[0], 0, 3 * block)
+    each = 8 // bits
+    wanted = [
+        values[int(codes[b, j // each]) >> (j % each * bits) & ((1 << bits) - 1)]
+        * np.float32(halves[b])
+        for b in range(3)
+        for j in range(block)
+    ]
+    np.testing.assert_array_equal(found, np.float32(wanted))
+    model.close()
+
+
+def test_the_other_type_of_number_42_is_named(tmp_path: Path) -> None:
+    """PrismML's blocks: 128 values in 34 bytes, where llama.cpp has 2 x 64 in 36."""
+    tensors = [("a", (64, 128), 42, 0), ("b", (64, 128), 42, 64 * 34)]
+    (tmp_path / "m.gguf").write_bytes(gguf_bytes([], tensors, bytes(2 * 64 * 36)))
+    with pytest.raises(FormatError, match="shares bytes") as refusal:
+        open_gguf(tmp_path / "m.gguf")
+    assert "blocks of 128" in str(refusal.value.hint)
+
+
 @pytest.mark.parametrize("ggml_type", ["Q8_K", "Q8_1"])
 def test_a_type_that_nothing_decodes_is_refused_by_name(tmp_path: Path, ggml_type: str) -> None:
     kind = gguf.GGMLQuantizationType[ggml_type]

@@ -26,6 +26,7 @@ from qconvert.codecs.codec import (
     smaller,
 )
 from qconvert.codecs.compensation import Rounder, values_at_once
+from qconvert.codecs.ggml_read import READ
 from qconvert.codecs.raw import RawEncoding
 from qconvert.codecs.source import (
     RUN_VALUES,
@@ -184,6 +185,9 @@ class GgmlEncoding(Encoding):
     def _decoded(self, blocks: U8, stored: Stored) -> F32:
         if self.type.name in GGML_BLOCKS:
             return kernels.ggml_decode(self.type.name, blocks)
+        if self.type.name in READ:
+            with np.errstate(over="ignore", invalid="ignore"):
+                return READ[self.type.name](blocks)
         import gguf  # 0.1 s, for types that nothing here writes
 
         kind = gguf.GGMLQuantizationType[self.type.name]

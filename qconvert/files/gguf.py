@@ -43,6 +43,11 @@ MAX_TEXT_BYTES = 16 << 20  # of all keys and their values together, but for arra
 MAX_ARRAY_VALUES = 2_000_000  # of all arrays together
 MAX_ARRAY_STRING = 1 << 20  # bytes
 
+# A number that two llama.cpps give to two types.
+_OTHER_Q2_0 = (
+    "Q2_0 is read in blocks of 64, as llama.cpp has it; a file of PrismML's has blocks of 128 under "
+    "the same number: convert the model that it was made from"
+)
 _CHUNK = 1 << 20
 _ALIGNMENT_KEY = "general.alignment"
 
@@ -430,6 +435,7 @@ class _Header:
     def _check_places(self) -> None:
         """Refuse tensors that leave the file or share bytes."""
         available = self._file.size - self.data_start
+        hint = _OTHER_Q2_0 if any(t.dtype == "Q2_0" for t, _ in self.tensors) else None
         for tensor, offset in self.tensors:
             if offset + tensor.nbytes > available:
                 raise self._broken(
@@ -438,6 +444,7 @@ class _Header:
                     tensor=tensor.name,
                     found=f"bytes {offset} to {offset + tensor.nbytes}",
                     wanted=f"at most {available} bytes of tensor data",
+                    hint=hint,
                 )
         ordered = sorted((o, o + t.nbytes, t.name) for t, o in self.tensors if t.nbytes)
         for (_, end, before), (start, _, name) in pairwise(ordered):
@@ -448,6 +455,7 @@ class _Header:
                     tensor=name,
                     found=start,
                     wanted=f"at least {end}",
+                    hint=hint,
                 )
 
     def _count(self, what: str, size: int, limit: int = MAX_HEADER) -> int:
@@ -524,7 +532,14 @@ class _Header:
         tensor: str | None = None,
         found: object = None,
         wanted: object = None,
+        hint: str | None = None,
     ) -> FormatError:
         return FormatError(
-            message, path=self._file.path, tensor=tensor, found=found, wanted=wanted, code=code
+            message,
+            path=self._file.path,
+            tensor=tensor,
+            found=found,
+            wanted=wanted,
+            hint=hint,
+            code=code,
         )
