@@ -11,7 +11,6 @@ from qconvert.kernels.reference.ggml import GGML_BLOCKS
 from qconvert.mixes import MIXES
 from qconvert.schemes import SCHEME_GRAMMAR, SCHEMES
 
-
 # That gguf-py may not know yet: ggml.h and ggml-common.h at 0c1e57098.
 NEWER = {"Q2_0": (42, 64, 18)}
 
