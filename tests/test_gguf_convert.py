@@ -262,6 +262,26 @@ def test_pure_gives_one_type_and_refuses_rows_that_do_not_divide(
 # --- an importance matrix -------------------------------------------------------------------------
 
 
+def test_keys_have_the_values_that_are_asked_for(
+    sample: Path, tmp_path: Path, done: Call, call: Call
+) -> None:
+    asked = ("general.name=str:Ada", "llama.rope.freq_base=float:10000", "my.own=bool:true")
+    options = [word for text in asked for word in ("--override-kv", text)]
+    report = done(SAMPLE, "q4_k_m", tmp_path / "m.gguf", *options)
+    keys, before = keys_of(tmp_path / "m.gguf"), keys_of(sample)
+    changed = {k for k in keys if keys[k] != before.get(k)} - {"qconvert.provenance"}
+    assert changed == {"general.name", "llama.rope.freq_base", "my.own"}
+    assert keys["general.name"] == (["STRING"], "Ada")
+    assert keys["llama.rope.freq_base"] == (["FLOAT32"], 10000.0)
+    assert keys["my.own"] == (["BOOL"], True)
+    assert sum("as --override-kv asks" in note for note in report["notes"]) == 3
+    line = ["quantize", SAMPLE, "--scheme", "q4_k_m", "-o", tmp_path / "n.gguf", "--override-kv"]
+    refused(call(*line, "general.architecture=str:bert"), 2, "how the file lies")
+    refused(call(*line, "llama.block_count=str:4"), 2, "of another type")
+    refused(call(*line, "tokenizer.ggml.tokens=str:x"), 2, "of another type")
+    refused(call(*line, "llama.block_count=int:four"), 2, "KEY=int:N")
+
+
 def importance(path: Path, sums: dict[str, NDArray[np.float32]], tokens: int = 4) -> Path:
     """An importance matrix with these mean squares, (matrices, channels) each."""
     whole = {

@@ -458,6 +458,14 @@ def quantize(
             "--raw", help="GGUF: only tensors, under their own names, of any architecture"
         ),
     ] = False,
+    override_kv: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--override-kv",
+            metavar="KEY=TYPE:VALUE",
+            help="GGUF: another value of a key, of type int, float, bool or str; repeatable",
+        ),
+    ] = None,
     pre_tokenizer: Annotated[
         str | None,
         typer.Option(
@@ -591,6 +599,7 @@ def quantize(
             no_fallback=no_fallback,
             raw=raw,
             pre_tokenizer=pre_tokenizer,
+            override_kv=override_kv,
             shard_size=shard_size,
             target_bpw=target_bpw,
             target_size=target_size,

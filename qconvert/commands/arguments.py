@@ -5,6 +5,7 @@ Errors name an option as the command line does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -144,6 +145,26 @@ def parse_tensor_scheme(text: str) -> tuple[str, TensorScheme]:
     if isinstance(scheme, MixScheme | KeepScheme):
         raise UsageError("--tensor-scheme", found=text, wanted="what a single tensor takes")
     return glob, scheme
+
+
+def parse_override(text: str) -> tuple[str, str | int | float | bool]:
+    """``KEY=TYPE:VALUE``, with the types of llama.cpp's option of this name."""
+    key, equals, stated = text.partition("=")
+    kind, colon, value = stated.partition(":")
+    if key and equals and colon:
+        try:
+            if kind == "int":
+                return key, int(value)
+            if kind == "float" and math.isfinite(float(value)):
+                return key, float(value)
+        except ValueError:
+            pass
+        if kind == "bool" and value in ("true", "false"):
+            return key, value == "true"
+        if kind == "str":
+            return key, value
+    wanted = "KEY=int:N, KEY=float:X, KEY=bool:true or KEY=str:TEXT"
+    raise UsageError("--override-kv", found=text, wanted=wanted)
 
 
 def size_in_bytes(option: str, given: str | int | None) -> int | None:

@@ -14,6 +14,7 @@ from qconvert.commands.arguments import (
     container_name,
     equalise_asked,
     finetune_of,
+    parse_override,
     parse_tensor_scheme,
     range_method,
     repair_of,
@@ -61,6 +62,7 @@ def quantize(
     raw: bool = False,
     pre_tokenizer: str | None = None,
     shard_size: str | int | None = None,
+    override_kv: Mapping[str, str] | str | Iterable[str] | None = None,
     target_bpw: float | None = None,
     target_size: str | int | None = None,
     max_kl: float | None = None,
@@ -123,6 +125,8 @@ def quantize(
         no_fallback: GGUF: refuse matrices whose rows do not divide into blocks.
         raw: GGUF: only tensors, under their own names, of any architecture.
         pre_tokenizer: GGUF: llama.cpp's name for it, where it is not recognised.
+        override_kv: GGUF: other values of metadata: ``{key: "TYPE:VALUE"}``, or texts
+            ``"KEY=TYPE:VALUE"``, of type ``int``, ``float``, ``bool`` or ``str``.
         shard_size: GGUF: several files of at most so many bytes, or ``"2G"``.
         target_bpw, target_size, max_kl: in place of a scheme a budget, of which each tensor gets a
             scheme so that the least is lost: bits per weight over the whole file, bytes of the
@@ -198,6 +202,7 @@ def quantize(
             tensor_types=tuple(map(parse_tensor_type, as_assignments(tensor_type))),
             imatrix=as_path(imatrix),
             shard_size=size_in_bytes("--shard-size", shard_size),
+            overrides=tuple(map(parse_override, as_assignments(override_kv))),
         ),
     )
     return stage(Path(model), options, progress).judged(strict)

@@ -45,8 +45,8 @@ MAX_ARRAY_STRING = 1 << 20  # bytes
 
 # A number that two llama.cpps give to two types.
 _OTHER_Q2_0 = (
-    "Q2_0 is read in blocks of 64, as llama.cpp has it; a file of PrismML's has blocks of 128 under "
-    "the same number: convert the model that it was made from"
+    "Q2_0 is read in blocks of 64, as llama.cpp has it; a file of PrismML's has blocks of 128 "
+    "under the same number: convert the model that it was made from"
 )
 _CHUNK = 1 << 20
 _ALIGNMENT_KEY = "general.alignment"

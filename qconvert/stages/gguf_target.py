@@ -22,7 +22,14 @@ from qconvert.files.equalised import EqualisedModel, noted
 from qconvert.files.gguf import ARCHITECTURE, RAW
 from qconvert.files.gguf_split import SplitGgufWriter, plan_shards, shard_path
 from qconvert.files.gguf_split_reader import AnyGgufModel
-from qconvert.files.gguf_writer import GgufTensor, GgufWriter, MetadataValue, check_gguf
+from qconvert.files.gguf_writer import (
+    GgufTensor,
+    GgufValue,
+    GgufWriter,
+    MetadataScalar,
+    MetadataValue,
+    check_gguf,
+)
 from qconvert.files.imatrix import Imatrix, read_imatrix
 from qconvert.files.provenance import PROVENANCE
 from qconvert.kernels.records import F32, Bytes
@@ -38,6 +45,10 @@ from qconvert.stages.target import Atomic, Finding, Prepared, Sink, Target, mode
 
 PROVENANCE_BYTES = 4096  # for a bound before it is known
 PADDING = 32  # at most, behind a tensor
+# Keys that nobody but the writer can set.
+_STRUCTURAL = frozenset(
+    {ARCHITECTURE, PROVENANCE, "general.alignment", "general.quantization_version"}
+)
 
 
 class GgufTarget:
@@ -76,6 +87,9 @@ class GgufTarget:
             warnings += more
         if imatrix:
             keys |= imatrix.keys()
+        overridden, said = _overridden(source.metadata | keys, o.overrides)
+        keys |= overridden
+        notes += said
         rescaled = noted(model)
         tensors = [_tensor(p) for p in plan]
         check_gguf(tensors)
@@ -130,7 +144,7 @@ def _plain_plan(source: GgufModelSource, options: QuantizeOptions) -> tuple[Plan
         UsageError: options or a scheme that need an architecture.
     """
     o = options.gguf
-    if replace(o, raw=False, shard_size=None, imatrix=None) != GgufOptions():
+    if replace(o, raw=False, shard_size=None, imatrix=None, overrides=()) != GgufOptions():
         raise UsageError(
             "a raw file has no architecture, to whose tensors the options of mixes apply",
             hint="choose types with --scheme, --tensor-scheme and --keep",
@@ -176,6 +190,43 @@ def _mixed_plan(
             "not divide into its blocks"
         )
     return plan, mix.file_type, warnings
+
+
+def _overridden(
+    metadata: Mapping[str, MetadataValue], overrides: Sequence[tuple[str, MetadataScalar]]
+) -> tuple[dict[str, MetadataValue], list[str]]:
+    """Keys with the values that somebody asked for, and notes of what they were.
+
+    Raises:
+        UsageError: a key that says how the file lies, or one with a value of another kind.
+    """
+    found: dict[str, MetadataValue] = {}
+    notes = []
+    for key, value in overrides:
+        if key in _STRUCTURAL or key.startswith("split."):
+            raise UsageError(
+                f"--override-kv cannot change '{key}', which says how the file lies",
+                hint="leave it out",
+            )
+        before = metadata.get(key)
+        stated = before.value if isinstance(before, GgufValue) else before
+        alike = isinstance(value, str) == isinstance(stated, str)
+        alike &= isinstance(value, bool) == isinstance(stated, bool)
+        if before is not None and (isinstance(stated, list | tuple) or not alike):
+            kind = "an array" if isinstance(stated, list | tuple) else type(stated).__name__
+            raise UsageError(
+                f"--override-kv of '{key}' is of another type than its value",
+                found=f"{type(value).__name__}, where there is {kind}",
+            )
+        if isinstance(before, GgufValue):
+            found[key] = GgufValue(before.type, value)
+        elif isinstance(stated, float):
+            found[key] = float(value)
+        else:
+            found[key] = value
+        was = "which was not there" if before is None else f"not {stated!r}"
+        notes.append(f"'{key}' is {value!r}, {was}, as --override-kv asks")
+    return found, notes
 
 
 def _moved_plan(
@@ -283,6 +334,7 @@ def _noted(o: GgufOptions) -> dict[str, Any]:
         "token_embedding_type": o.token_embedding_type,
         "tensor_type": [str(rule) for rule in o.tensor_types],
         "shard_size": o.shard_size,
+        "override_kv": [[key, value] for key, value in o.overrides],
     }
     return {k: v for k, v in noted.items() if v}
 

@@ -26,6 +26,7 @@ class GgufOptions:
     tensor_types: tuple[TensorTypeRule, ...] = ()
     imatrix: Path | None = None
     shard_size: int | None = None
+    overrides: tuple[tuple[str, str | int | float | bool], ...] = ()
 
 
 # What says which tensors are quantized at all where a budget chooses what they take.
