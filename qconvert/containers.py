@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qconvert.exchange_schemes import COMPRESSED_TENSORS
+from qconvert.exchange_schemes import COMPRESSED_TENSORS, MLX
 from qconvert.schemes import FAMILIES
 
 
@@ -70,6 +70,12 @@ CONTAINERS = {
             reader="",
             takes=(COMPRESSED_TENSORS,),
             target="qconvert.stages.directories.compressed_tensors",
+        ),
+        Container(
+            *(MLX, "", b"", 0),
+            reader="",
+            takes=(MLX,),
+            target="qconvert.stages.directories.mlx",
         ),
     )
 }

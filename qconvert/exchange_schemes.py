@@ -13,6 +13,7 @@ from qconvert.ranges import RangeMethod, default_method
 
 # Families, by what people and configurations call them.
 COMPRESSED_TENSORS = "compressed-tensors"
+MLX = "mlx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +69,33 @@ def _compressed_tensors() -> tuple[CompressedTensorsScheme, ...]:
     )
 
 
-EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (*_compressed_tensors(),)
+@dataclass(frozen=True, slots=True)
+class MlxScheme(ExchangeScheme):
+    """A scheme of MLX's affine mode: a scale and a bias a group."""
+
+    family: ClassVar[str] = MLX
+
+    def at_least(self, bits: int) -> MlxScheme:
+        """This scheme, or the same with so many bits if it has fewer: modules may differ."""
+        if self.bits >= bits:
+            return self
+        return replace(self, name=f"mlx_{bits}bit_g{self.group}", bits=bits)
+
+
+def _mlx() -> tuple[MlxScheme, ...]:
+    return tuple(
+        MlxScheme(f"mlx_{bits}bit_g{group}", bits, group, symmetric=False)
+        for bits in (2, 3, 4, 5, 6, 8)
+        for group in (32, 64, 128)
+    )
+
+
+EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (*_compressed_tensors(), *_mlx())
 
 # What is written of them where all names are listed.
-EXCHANGE_GRAMMAR = "w{4|8}a16[_asym][_g32|_g64|_g128|_channel]"
+EXCHANGE_GRAMMAR = (
+    "w{4|8}a16[_asym][_g32|_g64|_g128|_channel], mlx_{2|3|4|5|6|8}bit_{g32|g64|g128}"
+)
 
 
 def counterpart(

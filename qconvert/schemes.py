@@ -17,6 +17,7 @@ from qconvert.exchange_schemes import (
     COMPRESSED_TENSORS,
     EXCHANGE_GRAMMAR,
     EXCHANGE_SCHEMES,
+    MLX,
     counterpart,
 )
 from qconvert.ggml_types import CASTS, WRITTEN
@@ -47,6 +48,7 @@ FAMILIES = {
     "levels": Family("qconvert.codecs.levels", described=True, feature="levels-1.3"),
     "ggml": Family("qconvert.codecs.ggml", described=False),
     COMPRESSED_TENSORS: Family("qconvert.codecs.exchange.compressed_tensors", described=False),
+    MLX: Family("qconvert.codecs.exchange.mlx", described=False),
 }
 
 # bitsandbytes' tables, by code: create_normal_map in QLoRA (Dettmers et al., 2023), section 3, to

@@ -42,7 +42,11 @@ COMPRESSED_TENSORS = [
         (4, 8), ("", "_asym"), ("", "_g32", "_g64", "_g128", "_channel")
     )
 ]
-EXCHANGE = [*COMPRESSED_TENSORS]
+MLX = [
+    f"mlx_{bits}bit_g{group}"
+    for bits, group in itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128))
+]
+EXCHANGE = [*COMPRESSED_TENSORS, *MLX]
 
 
 def test_the_table_holds_the_names_of_the_specification_and_no_others() -> None:

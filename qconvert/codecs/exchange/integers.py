@@ -122,8 +122,10 @@ def decoded(rows: IntegerRows) -> F32:
     codes = rows.codes
     if padded != columns:
         codes = np.pad(codes, ((0, 0), (0, padded - columns)))
-    steps = codes.reshape(count, -1, length) - rows.zero[:, :, None]
-    values = steps.astype(np.float32) * rows.scale[:, :, None]
+    values = codes.astype(np.float32).reshape(count, -1, length)
+    if rows.zero.any():
+        values -= rows.zero.astype(np.float32)[:, :, None]  # whole numbers below 2^24: exact
+    values *= rows.scale[:, :, None]
     if rows.offset is not None:
         values += rows.offset[:, :, None]
     return np.ascontiguousarray(values.reshape(count, padded)[:, :columns])

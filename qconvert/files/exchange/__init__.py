@@ -32,6 +32,7 @@ from qconvert.model import Companion, SourceFile, TensorInfo
 # None for what it does not read; by the names of methods in configurations.
 METHODS: dict[str, str] = {
     "compressed-tensors": "qconvert.files.exchange.compressed_tensors",
+    "mlx": "qconvert.files.exchange.mlx",
 }
 
 
