@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qconvert.exchange_schemes import COMPRESSED_TENSORS, MLX
+from qconvert.exchange_schemes import AWQ, COMPRESSED_TENSORS, GPTQ, MLX
 from qconvert.schemes import FAMILIES
 
 
@@ -76,6 +76,18 @@ CONTAINERS = {
             reader="",
             takes=(MLX,),
             target="qconvert.stages.directories.mlx",
+        ),
+        Container(
+            *(GPTQ, "", b"", 0),
+            reader="",
+            takes=(GPTQ,),
+            target="qconvert.stages.directories.gptq",
+        ),
+        Container(
+            *(AWQ, "", b"", 0),
+            reader="",
+            takes=(AWQ,),
+            target="qconvert.stages.directories.awq",
         ),
     )
 }

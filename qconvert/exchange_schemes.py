@@ -14,6 +14,8 @@ from qconvert.ranges import RangeMethod, default_method
 # Families, by what people and configurations call them.
 COMPRESSED_TENSORS = "compressed-tensors"
 MLX = "mlx"
+GPTQ = "gptq"
+AWQ = "awq"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +92,56 @@ def _mlx() -> tuple[MlxScheme, ...]:
     )
 
 
-EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (*_compressed_tensors(), *_mlx())
+@dataclass(frozen=True, slots=True)
+class GptqScheme(ExchangeScheme):
+    """A scheme of GPTQ: symmetric, for that is all that vLLM and SGLang take."""
+
+    family: ClassVar[str] = GPTQ
+
+    def with_scales(self, dtype: str) -> GptqScheme:
+        """This scheme, whose scales are F16 whatever the model has."""
+        return replace(self, scale_dtype="F16")
+
+
+def _gptq() -> tuple[GptqScheme, ...]:
+    groups = {"g128": 128, "g64": 64, "g32": 32, "channel": 0}
+    return tuple(
+        GptqScheme(f"gptq_{bits}bit_{unit}", bits, group)
+        for bits in (4, 8)
+        for unit, group in groups.items()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AwqScheme(ExchangeScheme):
+    """A scheme of AWQ."""
+
+    family: ClassVar[str] = AWQ
+
+    def with_scales(self, dtype: str) -> AwqScheme:
+        """This scheme, whose scales are F16 whatever the model has."""
+        return replace(self, scale_dtype="F16")
+
+
+def _awq() -> tuple[AwqScheme, ...]:
+    return tuple(
+        AwqScheme(f"awq_4bit_g{group}{sym}", 4, group, symmetric=bool(sym))
+        for sym in ("", "_sym")
+        for group in (128, 64, 32)
+    )
+
+
+EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
+    *_compressed_tensors(),
+    *_mlx(),
+    *_gptq(),
+    *_awq(),
+)
 
 # What is written of them where all names are listed.
 EXCHANGE_GRAMMAR = (
-    "w{4|8}a16[_asym][_g32|_g64|_g128|_channel], mlx_{2|3|4|5|6|8}bit_{g32|g64|g128}"
+    "w{4|8}a16[_asym][_g32|_g64|_g128|_channel], mlx_{2|3|4|5|6|8}bit_{g32|g64|g128}, "
+    "gptq_{4|8}bit_{g32|g64|g128|channel}, awq_4bit_{g32|g64|g128}[_sym]"
 )
 
 

@@ -14,9 +14,11 @@ from typing import ClassVar, Protocol
 from qconvert.encoding import BITS, BLOCKS
 from qconvert.errors import UsageError
 from qconvert.exchange_schemes import (
+    AWQ,
     COMPRESSED_TENSORS,
     EXCHANGE_GRAMMAR,
     EXCHANGE_SCHEMES,
+    GPTQ,
     MLX,
     counterpart,
 )
@@ -49,6 +51,8 @@ FAMILIES = {
     "ggml": Family("qconvert.codecs.ggml", described=False),
     COMPRESSED_TENSORS: Family("qconvert.codecs.exchange.compressed_tensors", described=False),
     MLX: Family("qconvert.codecs.exchange.mlx", described=False),
+    GPTQ: Family("qconvert.codecs.exchange.gptq", described=False),
+    AWQ: Family("qconvert.codecs.exchange.awq", described=False),
 }
 
 # bitsandbytes' tables, by code: create_normal_map in QLoRA (Dettmers et al., 2023), section 3, to

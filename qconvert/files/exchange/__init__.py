@@ -33,6 +33,8 @@ from qconvert.model import Companion, SourceFile, TensorInfo
 METHODS: dict[str, str] = {
     "compressed-tensors": "qconvert.files.exchange.compressed_tensors",
     "mlx": "qconvert.files.exchange.mlx",
+    "gptq": "qconvert.files.exchange.gptq",
+    "awq": "qconvert.files.exchange.awq",
 }
 
 

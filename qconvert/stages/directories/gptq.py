@@ -1,0 +1,80 @@
+"""GPTQ directories, for vLLM, SGLang, transformers with GPTQModel, and others."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qconvert.exchange_schemes import GPTQ, ExchangeScheme
+from qconvert.model import layer_name
+from qconvert.stages.directories.modules import HEAD, dense_modules
+from qconvert.stages.directories.target import (
+    EMBEDDINGS,
+    HEADS,
+    ROUTERS,
+    VISION,
+    DirectoryTarget,
+    Readers,
+    Rule,
+)
+from qconvert.stages.plan import PlannedTensor
+from qconvert.stages.target import Target
+
+DENSE = (
+    Rule((*EMBEDDINGS, *HEADS), "embeddings and head stay as they are: readers want them dense"),
+    Rule(ROUTERS, "a router stays as it is: readers multiply it as it is"),
+    Rule(VISION, "parts for images and sound stay as they are, as in published checkpoints"),
+)
+LEFT = {rule.reason for rule in DENSE}
+
+
+def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``quantization_config`` of a plan: what most weights have, and in ``dynamic`` the modules
+    that differ, QuantizeConfig of GPTQModel 7.7.
+    """
+    schemes = [p.scheme for p in plan if isinstance(p.scheme, ExchangeScheme)]
+    usual, _ = Counter(schemes).most_common(1)[0]
+    block: dict[str, Any] = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        **_entry(usual),
+        "sym": True,
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "true_sequential": True,
+        "damp_percent": 0.01,
+    }
+    # What readers leave dense by themselves needs no word.
+    dense = {*dense_modules([p for p in plan if p.reason not in LEFT])} - {HEAD}
+    dynamic: dict[str, dict[str, Any]] = {}
+    for p in plan:
+        name = layer_name(p.tensor.name)
+        pattern = re.escape(name) + "$"
+        if isinstance(p.scheme, ExchangeScheme):
+            if p.scheme != usual:
+                dynamic["+:" + pattern] = _entry(p.scheme)
+        elif name in dense:
+            dynamic["-:" + pattern] = {}
+    if dynamic:
+        block["dynamic"] = dynamic
+    return {"quantization_config": block}
+
+
+def _entry(scheme: ExchangeScheme) -> dict[str, Any]:
+    return {"bits": scheme.bits, "group_size": scheme.group or -1}
+
+
+def readers(plan: Sequence[PlannedTensor]) -> Readers:
+    """Who loads it: the rules of vLLM 0.32, SGLang 0.5.23 and mlx-lm 0.32."""
+    notes = (
+        "the directory is for vLLM, SGLang, transformers (with GPTQModel), auto-round and "
+        "onnxruntime-genai's builder; not for MLX, which takes no g_idx",
+        "scales are float16: readers that compute in bfloat16 round them",
+    )
+    return Readers(notes)
+
+
+TARGET: Target = DirectoryTarget(GPTQ, settings, readers, DENSE)
