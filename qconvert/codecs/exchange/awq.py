@@ -22,19 +22,21 @@ IN_WORD = len(ORDER)
 
 
 def _in_words(codes: U8) -> U32:
-    """Codes (n, R), R a multiple of 8, in words (n, R / 8)."""
-    words = np.zeros((len(codes), codes.shape[1] // IN_WORD), np.uint32)
+    """Codes (R, n), R a multiple of 8, in words (n, R / 8)."""
+    rows = codes.reshape(-1, IN_WORD, codes.shape[1])
+    words = np.zeros((len(rows), codes.shape[1]), np.uint32)
     for place, k in enumerate(ORDER):
-        words |= codes[:, k::IN_WORD].astype(np.uint32) << np.uint32(4 * place)
-    return words
+        words |= rows[:, k].astype(np.uint32) << np.uint32(4 * place)
+    return words.T
 
 
 def _of_words(words: U32) -> U8:
-    """Codes (n, R) in words (n, R / 8)."""
-    codes = np.empty((len(words), words.shape[1], IN_WORD), np.uint8)
+    """Codes (R, n) in words (n, R / 8)."""
+    rows = np.ascontiguousarray(words.T)
+    codes = np.empty((len(rows), IN_WORD, rows.shape[1]), np.uint8)
     for place, k in enumerate(ORDER):
-        codes[:, :, k] = words >> np.uint32(4 * place) & np.uint32(15)
-    return codes.reshape(len(words), -1)
+        codes[:, k] = rows >> np.uint32(4 * place) & np.uint32(15)
+    return codes.reshape(-1, rows.shape[1])
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,16 @@ class Awq(ColumnGroups):
         shape = self.words_shape(*stored.shape)
         some = slice(rows.start // IN_WORD, rows.stop // IN_WORD)
         words = columns_of(stored, CODES, shape, some, WORDS)
-        return np.ascontiguousarray(_of_words(words).T)
-
-    def zero_points(self, words: U32, count: int) -> U8:
         return _of_words(words)
 
+    def zero_points(self, words: U32, count: int) -> U8:
+        return _of_words(words).T
+
     def code_words(self, codes: U8) -> U32:
-        return _in_words(codes.T)
+        return _in_words(codes)
 
     def zero_words(self, zero: U8) -> U32:
-        return _in_words(zero)
+        return _in_words(zero.T)
 
 
 def _planned(scheme: AwqScheme, tensor: TensorInfo) -> Awq:

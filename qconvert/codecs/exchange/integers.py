@@ -25,10 +25,9 @@ from qconvert.codecs.source import RUN_VALUES, finite_weights, source_rows, tile
 from qconvert.encoding import BITS, BLOCKS
 from qconvert.exchange_schemes import ExchangeScheme
 from qconvert.geometry import Tile, spans_tiles
-from qconvert.kernels.arithmetic import SCALE_NUMPY, round_scale, to_groups, zero_steps
+from qconvert.kernels.arithmetic import SCALE_NUMPY, minmax, round_scale, to_groups, zero_steps
 from qconvert.kernels.records import (
     F32,
-    I32,
     U8,
     Bytes,
     Encoded,
@@ -36,6 +35,7 @@ from qconvert.kernels.records import (
     Parameters,
     Weighting,
 )
+from qconvert.kernels.scale_search import settled
 from qconvert.model import Model, TensorInfo
 from qconvert.ranges import RangeMethod, default_method
 
@@ -177,16 +177,18 @@ class IntegerEncoder(Encoder):
 
     def encode(self, tile: Tile) -> Encoded:
         rows, code, weights = source_rows(self.model, self.tensor, tile), self.code, self.weights
-        with finite_weights(self.model, self.tensor):
-            done = kernels.quantize_rows(rows, code, self.method, EVERYWHERE, weights)
         squares = None if weights is None else weights.mean_square
-        p = found = stored_parameters(done.segments, code)
+        with finite_weights(self.model, self.tensor):
+            x = kernels.values(rows)
+            if code.symmetric or code.bits == 8:  # zero points are whole codes anyway
+                done = kernels.quantize_rows(rows, code, self.method, EVERYWHERE, weights)
+                p = found = stored_parameters(done.segments, code)
+            else:
+                done = Encoded()
+                found, p = None, whole_zero_points(x, code, self.method, weights)
         if not self.layout.group:
-            shown = round_scale(found.scale, self.layout.scale_dtype, np.abs(found.scale))
-            p = Parameters(shown, found.zero)
-        x = kernels.values(rows)
-        if not self.layout.symmetric:
-            p = whole_zero_points(x, code, p, weights)
+            shown = round_scale(p.scale, self.layout.scale_dtype, np.abs(p.scale))
+            p = Parameters(shown, p.zero)
         if p is not found:
             done = replace(done, **_again(x, code, p, squares))
         if self.rounder:
@@ -233,32 +235,21 @@ def _again(x: F32, code: Affine, p: Parameters, squares: F32 | None) -> dict[str
     return {"segments": done.segments, "error": done.error}
 
 
-def whole_zero_points(x: F32, code: Affine, p: Parameters, weights: Weighting | None) -> Parameters:
-    """Zero points that are whole codes: of the two about each, whichever leaves less error in its
-    group, the lower one of two equal ones.
+def whole_zero_points(
+    x: F32, code: Affine, method: RangeMethod, weights: Weighting | None
+) -> Parameters:
+    """Scales and zero points of rows x (R, C) as our search finds them where zero points are whole
+    codes, as it has them for groups in which a zero must stay zero.
     """
-    steps = zero_steps(code.bits)
-    if steps == 1:
-        return p
     groups, counts = to_groups(x, code.block)
-    weight = np.ones_like(groups)
-    if counts is not None:
-        weight[np.arange(groups.shape[1]) >= counts[:, None]] = 0
-    if weights is not None:
-        repeats = len(groups) // len(weights.weight)
-        weight = np.tile(weights.weight, (repeats, 1))
-    lower = p.zero // steps * steps
-    upper = np.minimum(lower + steps, code.levels * steps).astype(np.int32)
-    noises = [_noise(groups, weight, code, p.scale, zero) for zero in (lower, upper)]
-    return Parameters(p.scale, np.where(noises[1] < noises[0], upper, lower).astype(np.int32))
-
-
-def _noise(groups: F32, weight: F32, code: Affine, scale: F32, zero: I32) -> NDArray[np.float64]:
-    """Σ w (x - x')² of each group, (G,)."""
-    codes, _ = kernels.encode(groups, scale, zero, code.bits, code.symmetric)
-    difference = groups - kernels.decode(codes, scale, zero, code.bits, code.symmetric)
-    found: NDArray[np.float64] = (weight * difference * difference).sum(axis=1, dtype=np.float64)
-    return found
+    if method.name == "percentile":
+        p, steps = kernels.fit(groups, code, method, counts), zero_steps(code.bits)
+        return Parameters(p.scale, (np.rint(p.zero / steps) * steps).astype(np.int32))
+    e = kernels.extent(groups, counts)
+    e = replace(e, has_zero=np.ones(len(groups), np.bool_))
+    if method.name == "minmax":
+        return minmax(e, code)
+    return settled(e, code, kernels.search(groups, counts, e, code, weights))
 
 
 def integer_encoder(
