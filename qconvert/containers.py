@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qconvert.exchange_schemes import AWQ, COMPRESSED_TENSORS, GPTQ, MLX
+from qconvert.exchange_schemes import AWQ, BNB, COMPRESSED_TENSORS, GPTQ, MLX
 from qconvert.schemes import FAMILIES
 
 
@@ -88,6 +88,12 @@ CONTAINERS = {
             reader="",
             takes=(AWQ,),
             target="qconvert.stages.directories.awq",
+        ),
+        Container(
+            *(BNB, "", b"", 0),
+            reader="",
+            takes=(BNB,),
+            target="qconvert.stages.directories.bitsandbytes",
         ),
     )
 }

@@ -16,6 +16,7 @@ COMPRESSED_TENSORS = "compressed-tensors"
 MLX = "mlx"
 GPTQ = "gptq"
 AWQ = "awq"
+BNB = "bnb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +132,42 @@ def _awq() -> tuple[AwqScheme, ...]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class BnbScheme(ExchangeScheme):
+    """A scheme of bitsandbytes.
+
+    Attributes:
+        double: whether scales are quantized in turn.
+    """
+
+    family: ClassVar[str] = BNB
+    double: bool = False
+
+
+def _bnb() -> tuple[BnbScheme, ...]:
+    return (
+        *(
+            BnbScheme(f"bnb_{book}{'_dq' if double else ''}", 4, 64, number=book, double=double)
+            for book in ("nf4", "fp4")
+            for double in (False, True)
+        ),
+        BnbScheme("bnb_int8", 8, 0),
+    )
+
+
 EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
     *_compressed_tensors(),
     *_mlx(),
     *_gptq(),
     *_awq(),
+    *_bnb(),
 )
 
 # What is written of them where all names are listed.
 EXCHANGE_GRAMMAR = (
     "w{4|8}a16[_asym][_g32|_g64|_g128|_channel], mlx_{2|3|4|5|6|8}bit_{g32|g64|g128}, "
-    "gptq_{4|8}bit_{g32|g64|g128|channel}, awq_4bit_{g32|g64|g128}[_sym]"
+    "gptq_{4|8}bit_{g32|g64|g128|channel}, awq_4bit_{g32|g64|g128}[_sym], "
+    "bnb_{nf4|fp4}[_dq], bnb_int8"
 )
 
 
@@ -158,4 +184,16 @@ def counterpart(
         alike = scheme.number == "int" and (scheme.bits, scheme.group) == (bits, group)
         if scheme.family == family and alike and symmetric in (None, scheme.symmetric):
             return scheme
+    return None
+
+
+def table_counterpart(family: str, table: str, block: int, double: bool) -> ExchangeScheme | None:
+    """The scheme of a family with the same table of codes, blocks and scales; None if there is
+    none.
+    """
+    for scheme in EXCHANGE_SCHEMES:
+        if isinstance(scheme, BnbScheme) and scheme.family == family:
+            found = scheme.number, scheme.group, scheme.double
+            if found == (table, block, double):
+                return scheme
     return None

@@ -22,7 +22,7 @@ CHECKPOINTS = sorted(p.name for p in FOREIGN.iterdir() if p.is_dir()) if FOREIGN
 # What is read, by the start of the name of a checkpoint; anything else is refused.
 KINDS = ("ct_pack2", "ct_pack3", "ct_pack4_sym_g", "ct_pack4_sym_c", "ct_pack4_asym", "ct_pack5")
 KINDS += ("ct_pack6", "ct_pack7", "ct_pack8", "ct_mixed", "ct_ignored", "whole_ct")
-KINDS += ("mlx_", "whole_mlx", "gptq_", "awq_")
+KINDS += ("mlx_", "whole_mlx", "gptq_", "awq_", "bnb_", "whole_bnb")
 READ = [name for name in CHECKPOINTS if name.startswith(KINDS)]
 
 

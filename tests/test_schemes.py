@@ -46,7 +46,10 @@ MLX = [
     f"mlx_{bits}bit_g{group}"
     for bits, group in itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128))
 ]
-EXCHANGE = [*COMPRESSED_TENSORS, *MLX]
+GPTQ = [f"gptq_{bits}bit_{unit}" for bits in (4, 8) for unit in ("g32", "g64", "g128", "channel")]
+AWQ = [f"awq_4bit_g{group}{sym}" for group in (32, 64, 128) for sym in ("", "_sym")]
+BNB = ["bnb_nf4", "bnb_nf4_dq", "bnb_fp4", "bnb_fp4_dq", "bnb_int8"]
+EXCHANGE = [*COMPRESSED_TENSORS, *MLX, *GPTQ, *AWQ, *BNB]
 
 
 def test_the_table_holds_the_names_of_the_specification_and_no_others() -> None:

@@ -35,6 +35,7 @@ METHODS: dict[str, str] = {
     "mlx": "qconvert.files.exchange.mlx",
     "gptq": "qconvert.files.exchange.gptq",
     "awq": "qconvert.files.exchange.awq",
+    "bitsandbytes": "qconvert.files.exchange.bitsandbytes",
 }
 
 
