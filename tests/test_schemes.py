@@ -104,7 +104,7 @@ def test_case_and_surrounding_blanks_do_not_matter(text: str) -> None:
         ("q4_K_N", "q4_k_m"),
         ("fp16", "f16"),
         ("bfloat16", "bf16"),
-        ("int8", None),
+        ("int8", "bnb_int8"),
         ("", None),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from qconvert.exchange_schemes import GPTQ, ExchangeScheme
@@ -22,12 +23,12 @@ from qconvert.stages.directories.target import (
 from qconvert.stages.plan import PlannedTensor
 from qconvert.stages.target import Target
 
+NO_LINEAR = (*EMBEDDINGS, *HEADS)  # layers that readers quantize only if they are told to
 DENSE = (
-    Rule((*EMBEDDINGS, *HEADS), "embeddings and head stay as they are: readers want them dense"),
+    Rule(NO_LINEAR, "embeddings and head stay as they are: readers want them dense"),
     Rule(ROUTERS, "a router stays as it is: readers multiply it as it is"),
     Rule(VISION, "parts for images and sound stay as they are, as in published checkpoints"),
 )
-LEFT = {rule.reason for rule in DENSE}
 
 
 def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,8 +48,8 @@ def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[s
         "true_sequential": True,
         "damp_percent": 0.01,
     }
-    # What readers leave dense by themselves needs no word.
-    dense = {*dense_modules([p for p in plan if p.reason not in LEFT])} - {HEAD}
+    linear = [p for p in plan if not any(fnmatchcase(p.tensor.name, g) for g in NO_LINEAR)]
+    dense = {*dense_modules(linear)} - {HEAD}
     dynamic: dict[str, dict[str, Any]] = {}
     for p in plan:
         name = layer_name(p.tensor.name)
