@@ -725,7 +725,7 @@ def fp8_block(weights: Weights, side: int, *, power_of_two: bool = False) -> Cas
             reader = FP8BlockDequantizer(weight_block_size=(side, side), dtype=torch.float32)
             decoded[name] = reader.process({name: quantized, f"{name}_scale_inv": scale})[name]
             rows, columns = weight.shape
-            if (rows <= side and columns % side == 0) or (rows % side, columns % side) == (0, 0):
+            if rows <= side and columns % side == 0 or (rows % side, columns % side) == (0, 0):
                 theirs = fp8_dequantized(quantized, scale)
                 if not torch.equal(theirs, decoded[name]):
                     raise SystemExit("transformers and compressed-tensors do not agree")
