@@ -277,11 +277,20 @@ def test_mlx_says_twice_what_modules_have(llama: Path, tmp_path: Path, call: Cal
 def test_gptq_names_modules_that_differ(llama: Path, tmp_path: Path, call: Call) -> None:
     own = ("--tensor-scheme", "*down_proj.weight=gptq_8bit_g32", "--keep", "*0*o_proj.weight")
     out = quantized(call, llama, "gptq_4bit_g32", tmp_path / "o", *own)
-    assert stored(out)[1]["quantization_config"]["dynamic"] == {
+    block = stored(out)[1]["quantization_config"]
+    assert block["dynamic"] == {
         r"+:model\.layers\.0\.mlp\.down_proj$": {"bits": 8, "group_size": 32},
         r"+:model\.layers\.1\.mlp\.down_proj$": {"bits": 8, "group_size": 32},
         r"-:model\.layers\.0\.self_attn\.o_proj$": {},
     }
+    assert "self_attn.o_proj" in block["modules_in_block_to_quantize"][0], "in the other block"
+    line = ("quantize", llama, "--scheme", "gptq_4bit_g64", "-o", tmp_path / "p", "--json")
+    told = call(*line)  # rows of 96 values, of down_proj, do not divide
+    assert not any("dynamic" in w for w in told.json["warnings"])
+    attention = {f"self_attn.{k}_proj" for k in "qkvo"}
+    named = stored(tmp_path / "p")[1]["quantization_config"]["modules_in_block_to_quantize"]
+    assert set(named[0]) == attention | {"mlp.gate_proj", "mlp.up_proj"}
+    assert any("dynamic" in w for w in call(*line, "--force", *own).json["warnings"])
     assert call("verify", out, "--against", llama).code == 0
     with open_model(out) as model:  # type: ignore[attr-defined]
         kinds = {t.name.split(".")[-2]: t.dtype for t in model.tensors}

@@ -48,8 +48,7 @@ def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[s
         "true_sequential": True,
         "damp_percent": 0.01,
     }
-    linear = [p for p in plan if not any(fnmatchcase(p.tensor.name, g) for g in NO_LINEAR)]
-    dense = {*dense_modules(linear)} - {HEAD}
+    dense = _dense_linear(plan)
     dynamic: dict[str, dict[str, Any]] = {}
     for p in plan:
         name = layer_name(p.tensor.name)
@@ -61,7 +60,25 @@ def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[s
             dynamic["-:" + pattern] = {}
     if dynamic:
         block["dynamic"] = dynamic
+    if dense:
+        block["modules_in_block_to_quantize"] = [sorted(_places(plan))]
     return {"quantization_config": block}
+
+
+def _dense_linear(plan: Sequence[PlannedTensor]) -> set[str]:
+    """Modules that readers would expect codes of."""
+    linear = [p for p in plan if not any(fnmatchcase(p.tensor.name, g) for g in NO_LINEAR)]
+    return {*dense_modules(linear)} - {HEAD}
+
+
+def _place(module: str) -> str:
+    """Where in its block a module is: its name behind the number of the block."""
+    return re.sub(r"^.*?\.\d+\.", "", module)
+
+
+def _places(plan: Sequence[PlannedTensor]) -> set[str]:
+    """Of modules that are quantized."""
+    return {_place(layer_name(p.tensor.name)) for p in plan if p.scheme is not None}
 
 
 def _entry(scheme: ExchangeScheme) -> dict[str, Any]:
@@ -75,7 +92,14 @@ def readers(plan: Sequence[PlannedTensor]) -> Readers:
         "onnxruntime-genai's builder; not for MLX, which takes no g_idx",
         "scales are float16: readers that compute in bfloat16 round them",
     )
-    return Readers(notes)
+    warnings = []
+    same = _places(plan) & {_place(m) for m in _dense_linear(plan)}
+    if same or len({p.scheme for p in plan if p.scheme}) > 1:
+        warnings.append(
+            "transformers does not read 'dynamic', which names modules that differ from others: "
+            "load with vLLM, SGLang or GPTQModel, or give all weights one scheme"
+        )
+    return Readers(notes, tuple(warnings))
 
 
 TARGET: Target = DirectoryTarget(GPTQ, settings, readers, DENSE)
