@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qconvert.codecs.codec import Codec, Encoder, Facts, Stored
+from qconvert.codecs.exchange.bits import unpacked_rows
 from qconvert.codecs.exchange.columns import CODES, U32, WORDS, ColumnGroups, columns_of
 from qconvert.codecs.exchange.integers import integer_encoder, misfit
 from qconvert.exchange_schemes import AwqScheme
@@ -19,6 +20,7 @@ from qconvert.model import Model, TensorInfo
 # Which of eight rows lies in each four bits of a word, from the lowest on.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 IN_WORD = len(ORDER)
+AT_ONCE = 16 * IN_WORD  # rows that are packed at once
 
 
 def _in_words(codes: U8) -> U32:
@@ -59,8 +61,12 @@ class Awq(ColumnGroups):
     def zero_points(self, words: U32, count: int) -> U8:
         return _of_words(words).T
 
-    def code_words(self, codes: U8) -> U32:
-        return _in_words(codes)
+    def code_words(self, packed: U8, columns: int) -> U32:
+        words = np.empty((len(packed) // IN_WORD, columns), np.uint32)
+        for first in range(0, len(packed), AT_ONCE):
+            some = unpacked_rows(packed[first : first + AT_ONCE], self.width, columns)
+            words[first // IN_WORD : (first + AT_ONCE) // IN_WORD] = _in_words(some).T
+        return words.T
 
     def zero_words(self, zero: U8) -> U32:
         return _in_words(zero.T)

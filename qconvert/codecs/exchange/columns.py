@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.codecs.codec import Stored
-from qconvert.codecs.exchange.bits import WORD, row_bytes
-from qconvert.codecs.exchange.integers import IntegerLayout
+from qconvert.codecs.exchange.bits import WORD, packed_rows, row_bytes
+from qconvert.codecs.exchange.integers import IntegerLayout, as_codes
 from qconvert.codecs.exchange.layout import Part
 from qconvert.kernels.arithmetic import SCALE_NUMPY
 from qconvert.kernels.records import F32, I32, U8, Bytes, IntegerRows
@@ -66,7 +66,6 @@ class ColumnGroups(IntegerLayout):
         bands: of the checkpoint.
     """
 
-    gathers: ClassVar[tuple[str, ...]] = ("codes", "scale", "zero")
     bands: Bands = field(default_factory=Bands, compare=False, repr=False)
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
@@ -92,8 +91,8 @@ class ColumnGroups(IntegerLayout):
         """Zero points (G, count) from their words (G, W)."""
 
     @abstractmethod
-    def code_words(self, codes: U8) -> U32:
-        """Codes (R, C) as they are stored."""
+    def code_words(self, packed: U8, columns: int) -> U32:
+        """Codes of rows, packed as `packed_rows` does it, as they are stored."""
 
     @abstractmethod
     def zero_words(self, zero: U8) -> U32:
@@ -132,12 +131,19 @@ class ColumnGroups(IntegerLayout):
             np.ascontiguousarray(zero.T).astype(np.int32),
         )
 
-    def whole(self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]) -> dict[str, Bytes]:
-        scales = rows["scale"].astype(SCALE_NUMPY[self.scale_dtype])
+    def gathered(self, rows: IntegerRows) -> dict[str, NDArray[Any]]:
         return {
-            CODES: self.code_words(rows["codes"]).tobytes(),
-            ZEROS: self.zero_words(np.ascontiguousarray(rows["zero"].T)).tobytes(),
-            SCALES: np.ascontiguousarray(scales.T).tobytes(),
+            "packed": packed_rows(as_codes(rows), self.width),
+            "scale": rows.scale.astype(SCALE_NUMPY[self.scale_dtype]),
+            "zero": rows.zero.astype(np.uint8),
+        }
+
+    def whole(self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]) -> dict[str, Bytes]:
+        zero = self.zero_words(np.ascontiguousarray(rows["zero"].T))
+        return {
+            CODES: np.ascontiguousarray(self.code_words(rows["packed"], shape[1])).data,
+            ZEROS: zero.tobytes(),
+            SCALES: rows["scale"].T.tobytes(),
         }
 
 

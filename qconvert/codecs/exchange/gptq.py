@@ -82,8 +82,9 @@ class Gptq(ColumnGroups):
         ones = packed_rows(np.ones((1, WORD // self.width), np.uint8), self.width)
         return np.uint32(ones.view("<u4")[0, 0])
 
-    def code_words(self, codes: U8) -> U32:
-        return np.ascontiguousarray(packed_rows(codes, self.width).view("<u4").T)
+    def code_words(self, packed: U8, columns: int) -> U32:
+        words: U32 = packed.view(WORDS).T
+        return words
 
     def zero_words(self, zero: U8) -> U32:
         words: U32 = packed_rows(zero, self.width).view("<u4")

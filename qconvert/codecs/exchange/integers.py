@@ -78,10 +78,17 @@ class IntegerLayout(Layout):
         """Parts of whole rows that follow each other in their tensors, by kind."""
         return {}
 
+    def gathered(self, rows: IntegerRows) -> dict[str, NDArray[Any]]:
+        """What `whole` needs of some rows, (R, n) each, by kind."""
+        kept: dict[str, NDArray[Any]] = {
+            "codes": as_codes(rows),
+            "scale": rows.scale,
+            "zero": rows.zero.astype(np.uint8),
+        }
+        return {kind: kept[kind] for kind in self.gathers}
+
     def whole(self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]) -> dict[str, Bytes]:
-        """The other parts, of a weight of this shape and what was gathered of its rows: codes and
-        zero points uint8, (R, C) and (R, G), scales float32 (R, G).
-        """
+        """The other parts, of a weight of this shape and what was `gathered` of all its rows."""
         return {}
 
     def coded(self, stored: Stored, tile: Tile) -> Coded:
@@ -215,8 +222,11 @@ class IntegerEncoder(Encoder):
 
     def _gather(self, rows: IntegerRows, tile: Tile) -> None:
         first = tile.start // tile.columns
-        for kind, whole in self.gathered.items():
-            whole[first : first + tile.rows] = getattr(rows, kind)
+        for kind, some in self.layout.gathered(rows).items():
+            if kind not in self.gathered:  # another thread may be quicker
+                whole = np.zeros((self.tensor.shape[0], some.shape[1]), some.dtype)
+                self.gathered.setdefault(kind, whole)
+            self.gathered[kind][first : first + tile.rows] = some
 
     def shared(self) -> dict[str, Bytes]:
         return self.layout.whole(self.tensor.shape, self.gathered)
@@ -256,14 +266,9 @@ def integer_encoder(
     model: Model, tensor: TensorInfo, layout: IntegerLayout, facts: Facts
 ) -> IntegerEncoder:
     """The encoder of a matrix that has no `misfit`."""
-    rows, columns = tensor.shape
+    columns = tensor.shape[1]
     code = layout.affine(columns)
     mean_square = facts.mean_square(columns)
-    shapes: dict[str, tuple[type, int]] = {
-        "codes": (np.uint8, columns),
-        "scale": (np.float32, layout.groups(columns)),
-        "zero": (np.uint8, layout.groups(columns)),
-    }
     return IntegerEncoder(
         model,
         tensor,
@@ -272,7 +277,6 @@ def integer_encoder(
         facts.method or default_method(code.bits),
         None if mean_square is None else weighting(mean_square[None, :], code),
         facts.rounder,
-        {k: np.zeros((rows, shapes[k][1]), shapes[k][0]) for k in layout.gathers},
     )
 
 
