@@ -27,7 +27,7 @@ from qconvert.codecs.exchange.integers import integer_encoder, misfit
 from qconvert.codecs.exchange.layout import Part, refuse_values
 from qconvert.exchange_schemes import GptqScheme
 from qconvert.geometry import Tile
-from qconvert.kernels.records import I32, U8, Bytes
+from qconvert.kernels.records import U8, Bytes
 from qconvert.model import Model, TensorInfo
 
 ORDER = ".g_idx"
@@ -41,18 +41,18 @@ class Gptq(ColumnGroups):
     Attributes:
         less_one: whether zero points are stored less one, as version 1 has them.
         indexed: whether there is a tensor that says which group each column belongs to.
-        order: that tensor, (C,), where groups are no runs of columns.
+        order: that tensor, int32 (C,), where groups are no runs of columns.
     """
 
     less_one: bool = True
     indexed: bool = True
-    order: I32 | None = field(default=None, compare=False, repr=False)
+    order: bytes = field(default=b"", repr=False)
 
     @property
     def name(self) -> str:
         unit = f"g{self.group}" if self.group else "channel"
         asym = "" if self.symmetric else "_asym"
-        return f"gptq_{self.width}bit{asym}_{unit}{'' if self.order is None else '_act_order'}"
+        return f"gptq_{self.width}bit{asym}_{unit}{'_act_order' if self.order else ''}"
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         found = super().parts(shape)
@@ -106,12 +106,12 @@ class Gptq(ColumnGroups):
         return found
 
     def coded(self, stored: Stored, tile: Tile) -> Coded:
-        if self.order is None:
+        if not self.order:
             return super().coded(stored, tile)
         first, low = divmod(tile.start, stored.shape[1])
         found = self.rows(stored, slice(first, first + tile.rows))
         columns = slice(low, low + tile.columns)
-        group = self.order[columns]
+        group = np.frombuffer(self.order, "<i4")[columns]
         values = found.codes[:, columns].astype(np.float32)
         values -= found.zero.astype(np.float32)[:, group]
         values *= found.scale[:, group]

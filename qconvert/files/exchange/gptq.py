@@ -26,7 +26,6 @@ from qconvert.files.exchange.settings import (
     text,
     unsupported,
 )
-from qconvert.kernels.records import I32
 from qconvert.model import WEIGHT, TensorInfo
 
 KIND = "gptq"
@@ -183,18 +182,19 @@ def _scale_dtype(checkpoint: Checkpoint, scales: TensorInfo | None) -> str:
     return scales.dtype
 
 
-def _order(checkpoint: Checkpoint, module: str, layout: Gptq, columns: int) -> I32 | None:
-    """Which group each column belongs to; None where groups are runs of columns.
+def _order(checkpoint: Checkpoint, module: str, layout: Gptq, columns: int) -> bytes:
+    """Which group each column belongs to; empty where groups are runs of columns.
 
     Raises:
         FormatError: a group that there is not.
     """
     info = checkpoint.tensors[module + ORDER]
     if (info.dtype, info.shape) != ("I32", (columns,)):
-        return None  # and refused as a part that does not fit
-    order = np.frombuffer(checkpoint.read(info.name), "<i4").astype(np.int32)
+        return b""  # and refused as a part that does not fit
+    data = checkpoint.read(info.name)
+    order = np.frombuffer(data, "<i4")
     if (order == np.arange(columns) // (layout.group or columns)).all():
-        return None
+        return b""
     groups = layout.groups(columns)
     if order.min() < 0 or order.max() >= groups:
         raise FormatError(
@@ -205,4 +205,4 @@ def _order(checkpoint: Checkpoint, module: str, layout: Gptq, columns: int) -> I
             wanted=f"0 to {groups - 1}",
             code="EXCHANGE-VALUES",
         )
-    return order
+    return data

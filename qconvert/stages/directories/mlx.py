@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from qconvert.errors import UnsupportedError
+from qconvert.errors import UnsupportedError, UsageError
 from qconvert.exchange_schemes import MLX, ExchangeScheme
 from qconvert.model import WEIGHT, layer_name
 from qconvert.stages.directories.target import ROUTERS, VISION, DirectoryTarget, Readers, Rule
@@ -29,6 +29,7 @@ KNOWN = frozenset(
     }
 )
 EXPERTS = "*.experts.*"
+HEAD = "lm_head.weight"
 
 
 def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,8 +37,10 @@ def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[s
 
     Raises:
         UnsupportedError: mlx-lm has the model's weights under other names, or stacked.
+        UsageError: the head is the embedding's, and there is a quantized one beside it.
     """
     _check_names(plan, config)
+    _check_head(plan, config)
     schemes = [p.scheme for p in plan if isinstance(p.scheme, ExchangeScheme)]
     usual, _ = Counter(schemes).most_common(1)[0]
     block: dict[str, Any] = {**_entry(usual), "mode": "affine"}
@@ -70,6 +73,17 @@ def _check_names(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> No
         hint="convert it with mlx_lm.convert, or choose another --format",
         code="EXCHANGE-MODEL",
     )
+
+
+def _check_head(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> None:
+    """mlx-lm drops the weight of a head that is the embedding's, and stumbles over its scales."""
+    head = next((p.tensor.name for p in plan if p.scheme and p.tensor.name == HEAD), None)
+    if head and config.get("tie_word_embeddings"):
+        raise UsageError(
+            "the head is stored although the configuration says that it is the embedding's",
+            tensor=head,
+            hint=f"keep it, and mlx-lm drops it: --keep {head}",
+        )
 
 
 def readers(plan: Sequence[PlannedTensor]) -> Readers:
