@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qconvert.exchange_schemes import COMPRESSED_TENSORS, FP8
+from qconvert.exchange_schemes import AWQ, BNB, COMPRESSED_TENSORS, FP8, GPTQ, MLX
 from qconvert.schemes import FAMILIES
 
 
@@ -76,6 +76,30 @@ CONTAINERS = {
             reader="",
             takes=(FP8,),
             target="qconvert.stages.directories.fp8",
+        ),
+        Container(
+            *(MLX, "", b"", 0),
+            reader="",
+            takes=(MLX,),
+            target="qconvert.stages.directories.mlx",
+        ),
+        Container(
+            *(GPTQ, "", b"", 0),
+            reader="",
+            takes=(GPTQ,),
+            target="qconvert.stages.directories.gptq",
+        ),
+        Container(
+            *(AWQ, "", b"", 0),
+            reader="",
+            takes=(AWQ,),
+            target="qconvert.stages.directories.awq",
+        ),
+        Container(
+            *(BNB, "", b"", 0),
+            reader="",
+            takes=(BNB,),
+            target="qconvert.stages.directories.bitsandbytes",
         ),
         Container(
             *("hf", "", b"", 0),

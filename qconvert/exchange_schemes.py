@@ -14,6 +14,10 @@ from qconvert.ranges import RangeMethod, default_method
 # Families, by what people and configurations call them.
 COMPRESSED_TENSORS = "compressed-tensors"
 FP8 = "fp8"
+MLX = "mlx"
+GPTQ = "gptq"
+AWQ = "awq"
+BNB = "bnb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +82,106 @@ def _compressed_tensors() -> tuple[CompressedTensorsScheme, ...]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class MlxScheme(ExchangeScheme):
+    """A scheme of MLX's affine mode: a scale and a bias a group."""
+
+    family: ClassVar[str] = MLX
+
+    def at_least(self, bits: int) -> MlxScheme:
+        """This scheme, or the same with so many bits if it has fewer: modules may differ."""
+        if self.bits >= bits:
+            return self
+        return replace(self, name=f"mlx_{bits}bit_g{self.group}", bits=bits)
+
+
+def _mlx() -> tuple[MlxScheme, ...]:
+    return tuple(
+        MlxScheme(f"mlx_{bits}bit_g{group}", bits, group, symmetric=False)
+        for bits in (2, 3, 4, 5, 6, 8)
+        for group in (32, 64, 128)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GptqScheme(ExchangeScheme):
+    """A scheme of GPTQ: symmetric, for that is all that vLLM and SGLang take."""
+
+    family: ClassVar[str] = GPTQ
+
+    def with_scales(self, dtype: str) -> GptqScheme:
+        """This scheme, whose scales are F16 whatever the model has."""
+        return replace(self, scale_dtype="F16")
+
+
+def _gptq() -> tuple[GptqScheme, ...]:
+    groups = {"g128": 128, "g64": 64, "g32": 32, "channel": 0}
+    return tuple(
+        GptqScheme(f"gptq_{bits}bit_{unit}", bits, group)
+        for bits in (4, 8)
+        for unit, group in groups.items()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AwqScheme(ExchangeScheme):
+    """A scheme of AWQ."""
+
+    family: ClassVar[str] = AWQ
+
+    def with_scales(self, dtype: str) -> AwqScheme:
+        """This scheme, whose scales are F16 whatever the model has."""
+        return replace(self, scale_dtype="F16")
+
+
+def _awq() -> tuple[AwqScheme, ...]:
+    return tuple(
+        AwqScheme(f"awq_4bit_g{group}{sym}", 4, group, symmetric=bool(sym))
+        for sym in ("", "_sym")
+        for group in (128, 64, 32)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class BnbScheme(ExchangeScheme):
+    """A scheme of bitsandbytes.
+
+    Attributes:
+        double: whether scales are quantized in turn.
+    """
+
+    family: ClassVar[str] = BNB
+    double: bool = False
+
+
+def _bnb() -> tuple[BnbScheme, ...]:
+    return (
+        *(
+            BnbScheme(f"bnb_{book}{'_dq' if double else ''}", 4, 64, number=book, double=double)
+            for book in ("nf4", "fp4")
+            for double in (False, True)
+        ),
+        BnbScheme("bnb_int8", 8, 0),
+    )
+
+
 EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
     *_compressed_tensors(),
     CompressedTensorsScheme("w8a8", 8, 0, activations="dynamic"),
     CompressedTensorsScheme("fp8_dynamic", 8, 0, number="e4m3", activations="dynamic"),
     CompressedTensorsScheme("fp8_block", 8, 128, number="e4m3", activations="dynamic"),
     Fp8Scheme("fp8_block128", 8, 128, number="e4m3", activations="dynamic"),
+    *_mlx(),
+    *_gptq(),
+    *_awq(),
+    *_bnb(),
 )
 
 # What is written of them where all names are listed.
 EXCHANGE_GRAMMAR = (
-    "w{4|8}a16[_asym][_g32|_g64|_g128|_channel], w8a8, fp8_dynamic, fp8_block, fp8_block128"
+    "w{4|8}a16[_asym][_g32|_g64|_g128|_channel], w8a8, fp8_dynamic, fp8_block, fp8_block128, "
+    "mlx_{2|3|4|5|6|8}bit_{g32|g64|g128}, gptq_{4|8}bit_{g32|g64|g128|channel}, "
+    "awq_4bit_{g32|g64|g128}[_sym], bnb_{nf4|fp4}[_dq], bnb_int8"
 )
 
 
@@ -106,4 +199,16 @@ def counterpart(
         alike = alike and (scheme.bits, scheme.group) == (bits, group)
         if scheme.family == family and alike and symmetric in (None, scheme.symmetric):
             return scheme
+    return None
+
+
+def table_counterpart(family: str, table: str, block: int, double: bool) -> ExchangeScheme | None:
+    """The scheme of a family with the same table of codes, blocks and scales; None if there is
+    none.
+    """
+    for scheme in EXCHANGE_SCHEMES:
+        if isinstance(scheme, BnbScheme) and scheme.family == family:
+            found = scheme.number, scheme.group, scheme.double
+            if found == (table, block, double):
+                return scheme
     return None

@@ -14,11 +14,16 @@ from typing import ClassVar, Protocol
 from qconvert.encoding import BITS, BLOCKS
 from qconvert.errors import UsageError
 from qconvert.exchange_schemes import (
+    AWQ,
+    BNB,
     COMPRESSED_TENSORS,
     EXCHANGE_GRAMMAR,
     EXCHANGE_SCHEMES,
     FP8,
+    GPTQ,
+    MLX,
     counterpart,
+    table_counterpart,
 )
 from qconvert.ggml_types import CASTS, WRITTEN
 from qconvert.mixes import MIXES
@@ -50,6 +55,10 @@ FAMILIES = {
     "moved": Family("qconvert.codecs.moving", described=False),
     COMPRESSED_TENSORS: Family("qconvert.codecs.exchange.compressed_tensors", described=False),
     FP8: Family("qconvert.codecs.exchange.fp8", described=False),
+    MLX: Family("qconvert.codecs.exchange.mlx", described=False),
+    GPTQ: Family("qconvert.codecs.exchange.gptq", described=False),
+    AWQ: Family("qconvert.codecs.exchange.awq", described=False),
+    BNB: Family("qconvert.codecs.exchange.bitsandbytes", described=False),
 }
 
 # bitsandbytes' tables, by code: create_normal_map in QLoRA (Dettmers et al., 2023), section 3, to
@@ -279,9 +288,13 @@ def adapted(scheme: Scheme, families: Collection[str]) -> Scheme:
 
     Itself where it is of these families already, or has no counterpart among them.
     """
-    if scheme.family in families or not isinstance(scheme, AffineScheme):
+    if scheme.family in families:
         return scheme
-    if scheme.granularity == "tensor":
+    if isinstance(scheme, CodebookScheme):
+        book, block, double = scheme.book, scheme.block, scheme.double
+        tables = (table_counterpart(f, book, block, double) for f in families)
+        return next((other for other in tables if other), scheme)
+    if not isinstance(scheme, AffineScheme) or scheme.granularity == "tensor":
         return scheme
     found = (counterpart(f, scheme.bits, scheme.block, scheme.symmetric) for f in families)
     return next((other for other in found if other), scheme)

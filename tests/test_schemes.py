@@ -44,7 +44,14 @@ COMPRESSED_TENSORS = [
     )
 ]
 COMPRESSED_TENSORS += ["w8a8", "fp8_dynamic", "fp8_block"]
-EXCHANGE = [*COMPRESSED_TENSORS, "fp8_block128"]
+MLX = [
+    f"mlx_{bits}bit_g{group}"
+    for bits, group in itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128))
+]
+GPTQ = [f"gptq_{bits}bit_{unit}" for bits in (4, 8) for unit in ("g32", "g64", "g128", "channel")]
+AWQ = [f"awq_4bit_g{group}{sym}" for group in (32, 64, 128) for sym in ("", "_sym")]
+BNB = ["bnb_nf4", "bnb_nf4_dq", "bnb_fp4", "bnb_fp4_dq", "bnb_int8"]
+EXCHANGE = [*COMPRESSED_TENSORS, "fp8_block128", *MLX, *GPTQ, *AWQ, *BNB]
 
 
 def test_the_table_holds_the_names_of_the_specification_and_no_others() -> None:
@@ -99,7 +106,7 @@ def test_case_and_surrounding_blanks_do_not_matter(text: str) -> None:
         ("q4_K_N", "q4_k_m"),
         ("fp16", "f16"),
         ("bfloat16", "bf16"),
-        ("int8", None),
+        ("int8", "bnb_int8"),
         ("", None),
     ],
 )

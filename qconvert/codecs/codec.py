@@ -267,8 +267,8 @@ class Encoding(ABC):
         """Segments of whole rows that it has `held`."""
         raise NotImplementedError
 
-    def gathered(self, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
-        """Room for what `laid_together` needs of all rows, by the names that `IntegerRows` has."""
+    def gathered(self, rows: IntegerRows) -> dict[str, NDArray[Any]]:
+        """What `laid_together` needs of some rows, (R, n) each, by kind."""
         return {}
 
     def laid_together(

@@ -8,16 +8,16 @@ cannot, and lays them down with `Encoding.laid`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qconvert.codecs.codec import Codec, Encoder, Encoding, Facts, Outcome
+from qconvert.codecs.gathered import Gathered
 from qconvert.codecs.units import values_of
 from qconvert.exchange_schemes import ExchangeScheme
-from qconvert.geometry import Tile, tiles
+from qconvert.geometry import Tile, row_length, tiles
 from qconvert.kernels.records import Bytes, Encoded, ErrorSums, IntegerRows
 from qconvert.model import Model, TensorInfo
 from qconvert.ranges import RangeMethod
@@ -59,14 +59,14 @@ class MovedEncoder(Encoder):
 
     Attributes:
         rows: gives rows ``first..last`` of the tensor as they are in the source.
-        gathered: of all rows, what the encoding lays down as a whole.
+        gathered: of all rows, what the encoding lays down together.
     """
 
     model: Model
     tensor: TensorInfo
     moved: Encoding
     rows: Callable[[int, int], IntegerRows | None]
-    gathered: dict[str, NDArray[Any]] = field(default_factory=dict)
+    gathered: Gathered
 
     @property
     def encoding(self) -> Encoding:
@@ -82,21 +82,20 @@ class MovedEncoder(Encoder):
         rows = None if source is None else self.moved.held(source)
         assert source is not None  # or it would not have been planned so
         assert rows is not None
-        for kind, whole in self.gathered.items():
-            whole[first : first + tile.rows] = getattr(rows, kind)
+        self.gathered.add(first, self.moved.gathered(rows))
         signal = float(np.square(values_of(source), dtype=np.float64).sum())
         return Encoded(self.moved.laid(rows), ErrorSums(tile.rows * tile.columns, signal))
 
     def shared(self) -> dict[str, Bytes]:
-        return self.moved.laid_together(self.tensor.shape, self.gathered)
+        return self.moved.laid_together(self.tensor.shape, self.gathered.arrays)
 
     def outcome(self, seen: Encoded) -> Outcome:
         return Outcome(seen.error, {"rule": MOVED})
 
 
 def _encoder(model: Model, tensor: TensorInfo, scheme: MovedScheme, facts: Facts) -> Encoder:
-    gathered = scheme.encoding.gathered(tensor.shape)
-    return MovedEncoder(model, tensor, scheme.encoding, scheme.rows, gathered)
+    rows = tensor.size // row_length(tensor.shape)
+    return MovedEncoder(model, tensor, scheme.encoding, scheme.rows, Gathered(rows))
 
 
 CODEC: Codec[MovedScheme] = Codec(

@@ -20,8 +20,10 @@ def values_of(rows: IntegerRows) -> F32:
     codes = rows.codes
     if padded != columns:
         codes = np.pad(codes, ((0, 0), (0, padded - columns)))
-    steps = codes.reshape(count, -1, length) - rows.zero[:, :, None]
-    values = steps.astype(np.float32) * rows.scale[:, :, None]
+    values = codes.astype(np.float32).reshape(count, -1, length)
+    if rows.zero.any():
+        values -= rows.zero.astype(np.float32)[:, :, None]  # whole numbers below 2^24: exact
+    values *= rows.scale[:, :, None]
     if rows.offset is not None:
         values += rows.offset[:, :, None]
     return np.ascontiguousarray(values.reshape(count, padded)[:, :columns])
@@ -81,3 +83,19 @@ def with_offset(rows: IntegerRows, bits: int, dtype: str) -> IntegerRows | None:
     found = replace(rows, zero=np.zeros_like(rows.zero), offset=offset)
     same = (narrow == offset).all() and (values_of(found) == values_of(rows)).all()
     return found if same else None
+
+
+def without_offset(rows: IntegerRows, bits: int) -> IntegerRows:
+    """The same rows with zero points in place of what is added to values, where all of that is a
+    multiple of the scale from 0 to the largest code; else these rows.
+    """
+    if rows.offset is None:
+        return rows
+    steps = np.divide(
+        -rows.offset, rows.scale, out=np.zeros_like(rows.scale), where=rows.scale != 0
+    )
+    zero = np.rint(steps)
+    if (zero < 0).any() or (zero >= 1 << bits).any() or (zero * rows.scale != -rows.offset).any():
+        return rows
+    found = replace(rows, zero=rows.zero + zero.astype(np.int32), offset=None)
+    return found if (values_of(found) == values_of(rows)).all() else rows

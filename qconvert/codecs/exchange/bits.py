@@ -4,11 +4,14 @@ pack rows as, in words of 32 bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from qconvert.kernels.records import U8
 
 WORD = 32
+TOGETHER = 8  # codes that fill whole bytes, whatever their bits
 
 
 def row_bytes(columns: int, bits: int) -> int:
@@ -29,8 +32,15 @@ def packed_rows(codes: U8, bits: int) -> U8:
             part = codes[:, k::each]
             out[:, : part.shape[1]] |= part << np.uint8(k * bits)
         return out
-    single = np.unpackbits(codes[:, :, None], axis=2, count=bits, bitorder="little")
-    found = np.packbits(single.reshape(rows, columns * bits), axis=1, bitorder="little")
+    groups = -(-columns // TOGETHER)
+    wide = np.zeros((rows, groups, TOGETHER), np.uint8)
+    wide.reshape(rows, -1)[:, :columns] = codes
+    words = wide.view("<u8")
+    for low, apart, away in reversed(list(_halves(bits))):
+        high = words & (low << apart)
+        words &= low
+        words |= high >> away
+    found = wide[:, :, :bits].reshape(rows, -1)[:, : out.shape[1]]
     out[:, : found.shape[1]] = found
     return out
 
@@ -46,6 +56,25 @@ def unpacked_rows(data: U8, bits: int, columns: int) -> U8:
         for k in range(each):
             out[:, :, k] = data >> np.uint8(k * bits) & mask
         return np.ascontiguousarray(out.reshape(rows, -1)[:, :columns])
-    single = np.unpackbits(data, axis=1, count=columns * bits, bitorder="little")
-    codes: U8 = np.packbits(single.reshape(rows, columns, bits), axis=2, bitorder="little")
-    return codes[:, :, 0]
+    groups = -(-columns // TOGETHER)
+    short = groups * bits - data.shape[1]
+    if short > 0:
+        data = np.pad(data, ((0, 0), (0, short)))
+    wide = np.zeros((rows, groups, TOGETHER), np.uint8)
+    wide[:, :, :bits] = data[:, : groups * bits].reshape(rows, groups, bits)
+    words = wide.view("<u8")
+    for low, apart, away in _halves(bits):
+        high = words & (low << apart >> away)
+        words &= low
+        words |= high << away
+    return np.ascontiguousarray(wide.reshape(rows, -1)[:, :columns])
+
+
+def _halves(bits: int) -> Iterator[tuple[np.uint64, np.uint64, np.uint64]]:
+    """How eight codes of a word of 64 bits come apart, until each is a byte: of each part, what is
+    its lower half, where the upper one will be, and how far that is from where it is.
+    """
+    for count in (4, 2, 1):
+        width, room = count * bits, count * 8
+        low = sum((1 << width) - 1 << at for at in range(0, 64, 2 * room))
+        yield np.uint64(low), np.uint64(room), np.uint64(room - width)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +20,8 @@ from qconvert.codecs.affine.encoding import Affine
 from qconvert.codecs.affine.weighting import weighting
 from qconvert.codecs.codec import Coded, Encoder, Facts, Grain, Grid, Outcome, Stored, smaller
 from qconvert.codecs.compensation import Rounder, values_at_once
-from qconvert.codecs.exchange.layout import Layout
+from qconvert.codecs.exchange.layout import Layout, refuse_values
+from qconvert.codecs.gathered import Gathered
 from qconvert.codecs.source import RUN_VALUES, finite_weights, source_rows, tiles_of
 from qconvert.codecs.units import centred, exact_scales, regrouped, values_of
 from qconvert.encoding import BITS, BLOCKS
@@ -81,14 +82,21 @@ class IntegerLayout(Layout):
         """Parts of whole rows that follow each other in their tensors, by kind."""
         return {}
 
+    def gathered(self, rows: IntegerRows) -> dict[str, NDArray[Any]]:
+        """What `whole` needs of some rows, (R, n) each, by kind."""
+        kept: dict[str, NDArray[Any]] = {
+            "codes": as_codes(rows),
+            "scale": rows.scale,
+            "zero": rows.zero.astype(np.uint8),
+        }
+        return {kind: kept[kind] for kind in self.gathers}
+
     def whole(self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]) -> dict[str, Bytes]:
-        """The other parts, of a weight of this shape and what was gathered of its rows: codes and
-        zero points uint8, (R, C) and (R, G), scales float32 (R, G).
-        """
+        """The other parts, of a weight of this shape and what was `gathered` of all its rows."""
         return {}
 
     @property
-    def grain(self) -> Grain:
+    def grain(self) -> Grain | None:
         return Grain("int", self.width, self.group)
 
     def movable(self, rows: IntegerRows) -> IntegerRows | None:
@@ -108,15 +116,6 @@ class IntegerLayout(Layout):
 
     def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
         return self.pieces(rows)
-
-    def gathered(self, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
-        rows, columns = shape
-        sizes: dict[str, tuple[type, int]] = {
-            "codes": (np.uint8, columns),
-            "scale": (np.float32, self.groups(columns)),
-            "zero": (np.uint8, self.groups(columns)),
-        }
-        return {k: np.zeros((rows, sizes[k][1]), sizes[k][0]) for k in self.gathers}
 
     def laid_together(
         self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]
@@ -152,8 +151,17 @@ class IntegerLayout(Layout):
             data = stored.read(kind, 0, size)
         else:
             data = stored.read(kind, rows.start * size, count * size)
-        found = np.frombuffer(data, SCALE_NUMPY[self.scale_dtype]).astype(np.float32)
+        found = self.scales_from(stored, kind, data)
         return np.broadcast_to(found.reshape(-1, groups), (count, groups))
+
+    def scales_from(self, stored: Stored, kind: str, data: bytes) -> F32:
+        """Scales as they are stored, float32; raises a FormatError where one is not finite."""
+        found = np.frombuffer(data, SCALE_NUMPY[self.scale_dtype]).astype(np.float32)
+        if not np.isfinite(found).all():
+            refuse_values(
+                stored, f"a number of {kind} is not finite", "NaN or Inf", "finite scales"
+            )
+        return found
 
 
 def misfit(layout: IntegerLayout, tensor: TensorInfo, scheme: str) -> str | None:
@@ -191,7 +199,7 @@ class IntegerEncoder(Encoder):
     method: RangeMethod
     weights: Weighting | None
     rounder: Rounder | None
-    gathered: dict[str, NDArray[Any]] = field(default_factory=dict)
+    gathered: Gathered
 
     @property
     def encoding(self) -> IntegerLayout:
@@ -210,7 +218,7 @@ class IntegerEncoder(Encoder):
             if code.block:
                 p = Parameters(stored_parameters(done.segments, code).scale, p.zero)
         integers = self._integers(done, p, tile)
-        self._gather(integers, tile)
+        self.gathered.add(tile.start // tile.columns, self.layout.gathered(integers))
         return replace(done, segments=self.layout.laid(integers))
 
     def _nearest(self, rows: SourceRows) -> tuple[Encoded, Parameters]:
@@ -245,13 +253,8 @@ class IntegerEncoder(Encoder):
             group=code.block or tile.columns,
         )
 
-    def _gather(self, rows: IntegerRows, tile: Tile) -> None:
-        first = tile.start // tile.columns
-        for kind, whole in self.gathered.items():
-            whole[first : first + tile.rows] = getattr(rows, kind)
-
     def shared(self) -> dict[str, Bytes]:
-        return self.layout.whole(self.tensor.shape, self.gathered)
+        return self.layout.whole(self.tensor.shape, self.gathered.arrays)
 
     def outcome(self, seen: Encoded) -> Outcome:
         note: dict[str, Any] = {"range": self.method.describe()}
@@ -276,7 +279,7 @@ def integer_encoder(
         facts.method or default_method(code.bits),
         None if mean_square is None else weighting(mean_square[None, :], code),
         facts.rounder,
-        layout.gathered(tensor.shape),
+        Gathered(tensor.shape[0]),
     )
 
 

@@ -35,6 +35,10 @@ from qconvert.model import Companion, SourceFile, TensorInfo
 METHODS: dict[str, str] = {
     "compressed-tensors": "qconvert.files.exchange.compressed_tensors",
     "fp8": "qconvert.files.exchange.fp8",
+    "mlx": "qconvert.files.exchange.mlx",
+    "gptq": "qconvert.files.exchange.gptq",
+    "awq": "qconvert.files.exchange.awq",
+    "bitsandbytes": "qconvert.files.exchange.bitsandbytes",
 }
 
 

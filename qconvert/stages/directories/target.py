@@ -168,7 +168,7 @@ class DirectoryTarget:
                     continue
                 parts = {n: stored[n] for n in (f"{place}.{x}" for x in names) if n in stored}
                 layers += len(parts) > 1
-                other = next((n for n, e in parts.items() if e != encoding), None)
+                other = next((n for n, e in parts.items() if e.name != encoding.name), None)
                 if other is not None:
                     broken = f"{encoding.name} and {stored[other].name} in one layer"
                     return (Finding("fused-layers", _FUSED, broken, other),)

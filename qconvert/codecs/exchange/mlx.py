@@ -1,0 +1,271 @@
+"""MLX, which mlx-lm, mlx-vlm and LM Studio load.
+
+The law is formats/exchange/mlx.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from qconvert import kernels
+from qconvert.codecs.affine.compensated import stored_parameters
+from qconvert.codecs.affine.encoding import Affine
+from qconvert.codecs.affine.weighting import weighting
+from qconvert.codecs.codec import Codec, Coded, Encoder, Facts, Outcome, Stored
+from qconvert.codecs.compensation import Rounder, values_at_once, weighted_noise
+from qconvert.codecs.exchange.bits import WORD, packed_rows, row_bytes, unpacked_rows
+from qconvert.codecs.exchange.integers import (
+    EVERYWHERE,
+    IntegerLayout,
+    as_codes,
+    misfit,
+)
+from qconvert.codecs.exchange.layout import Layout, Part, refuse_values
+from qconvert.codecs.source import RUN_VALUES, finite_weights, source_rows, tiles_of
+from qconvert.codecs.units import exact_scales, regrouped, values_of, with_offset, without_offset
+from qconvert.exchange_schemes import MlxScheme
+from qconvert.geometry import Tile
+from qconvert.kernels.arithmetic import SCALE_NUMPY, real_zero, to_groups
+from qconvert.kernels.records import (
+    F32,
+    U8,
+    Bytes,
+    CodeGrid,
+    Encoded,
+    IntegerRows,
+    Weighting,
+)
+from qconvert.model import DTYPES, Model, TensorInfo
+from qconvert.ranges import RangeMethod, default_method
+
+WORDS, SCALES, BIASES = ".weight", ".scales", ".biases"
+
+
+def packed_shape(shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
+    """Of the words of a weight, whose rows are dense streams of bits."""
+    return (*shape[:-1], row_bytes(shape[-1], bits) * 8 // WORD)
+
+
+def read_codes(stored: Stored, rows: slice, columns: slice, bits: int) -> U8:
+    """Codes of some rows and columns, which begin at a byte, (R, C)."""
+    whole = row_bytes(stored.shape[-1], bits)
+    count, width = rows.stop - rows.start, columns.stop - columns.start
+    begin = columns.start * bits // 8
+    size = min(row_bytes(width, bits), whole - begin) if count == 1 else whole
+    data = stored.read(WORDS, rows.start * whole + begin, (count - 1) * whole + size)
+    return unpacked_rows(np.frombuffer(data, np.uint8).reshape(count, -1), bits, width)
+
+
+# --- a scale and a bias a group -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AffineGroups(IntegerLayout):
+    """Mode ``affine``: value = code · scale + bias."""
+
+    @property
+    def name(self) -> str:
+        return f"mlx_{self.width}bit_g{self.group}"
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        numbers = (*shape[:-1], self.groups(shape[-1]))
+        return (
+            Part(WORDS, "U32", packed_shape(shape, self.width)),
+            Part(SCALES, self.scale_dtype, numbers),
+            Part(BIASES, self.scale_dtype, numbers),
+        )
+
+    def movable(self, rows: IntegerRows) -> IntegerRows | None:
+        return without_offset(rows, self.width)
+
+    def held(self, rows: IntegerRows) -> IntegerRows | None:
+        found = regrouped(rows, self.group)
+        if found is None or not exact_scales(found, self.scale_dtype):
+            return None
+        return with_offset(found, self.width, self.scale_dtype)
+
+    def integers(self, stored: Stored, rows: slice, columns: slice) -> IntegerRows:
+        codes = read_codes(stored, rows, columns, self.width)
+        scale, bias = (self._numbers(stored, kind, rows, columns) for kind in (SCALES, BIASES))
+        zero = np.zeros(scale.shape, np.int32)
+        return IntegerRows(codes.astype(np.int16), zero, scale, bias, self.group)
+
+    def _numbers(self, stored: Stored, kind: str, rows: slice, columns: slice) -> F32:
+        groups = self.groups(stored.shape[-1])
+        size = DTYPES[self.scale_dtype].size * groups
+        data = stored.read(kind, rows.start * size, (rows.stop - rows.start) * size)
+        part = slice(columns.start // self.group, -(-columns.stop // self.group))
+        return self.scales_from(stored, kind, data).reshape(-1, groups)[:, part]
+
+    def pieces(self, rows: IntegerRows) -> dict[str, Bytes]:
+        assert rows.offset is not None
+        dtype = SCALE_NUMPY[self.scale_dtype]
+        return {
+            WORDS: packed_rows(as_codes(rows), self.width).data,
+            SCALES: rows.scale.astype(dtype).tobytes(),
+            BIASES: rows.offset.astype(dtype).tobytes(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class MlxEncoder(Encoder):
+    """The grid that our asymmetric scheme finds, its zero point as a bias that is rounded as it is
+    stored; codes are chosen with what is stored.
+
+    Attributes:
+        code: our grid of the same width and groups.
+        weights: by the mean squares of the input channels, where known.
+        rounder: see `Facts`.
+    """
+
+    model: Model
+    tensor: TensorInfo
+    layout: AffineGroups
+    code: Affine
+    method: RangeMethod
+    weights: Weighting | None
+    rounder: Rounder | None
+
+    @property
+    def encoding(self) -> AffineGroups:
+        return self.layout
+
+    def tiles(self) -> Iterator[Tile]:
+        return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, RUN_VALUES))
+
+    def encode(self, tile: Tile) -> Encoded:
+        rows, code, weights = source_rows(self.model, self.tensor, tile), self.code, self.weights
+        with finite_weights(self.model, self.tensor):
+            done = kernels.quantize_rows(rows, code, self.method, EVERYWHERE, weights)
+        found = stored_parameters(done.segments, code)
+        x = kernels.values(rows)
+        dtype = SCALE_NUMPY[code.scale_dtype]
+        bias = (-real_zero(found.zero, code.bits) * found.scale).astype(dtype).astype(np.float32)
+        groups, _ = to_groups(x, code.block)
+        zero = np.zeros(len(groups), np.int32)
+        nearest, _ = kernels.encode(groups - bias[:, None], found.scale, zero, code.bits, False)
+        codes = nearest.reshape(tile.rows, -1)
+        scale, bias = found.scale.reshape(tile.rows, -1), bias.reshape(tile.rows, -1)
+        if self.rounder:
+            levels = np.arange(1 << code.bits, dtype=np.float32)
+            grid = CodeGrid(levels, scale, np.zeros_like(scale), bias, code.block)
+            codes, grid = self.rounder.codes(x, codes, grid, code.scale_dtype)
+            scale = grid.scale
+        zero = zero.reshape(scale.shape)
+        integers = IntegerRows(codes.astype(np.int16), zero, scale, bias, code.block)
+        values = values_of(integers)
+        _, noise, worst = kernels.error_sums(x, values)
+        error = replace(done.error, noise=noise, worst=worst)
+        if weights is not None:
+            weighted = weighted_noise(x, values, weights.mean_square)
+            error = replace(error, weighted_noise=weighted)
+        return replace(done, segments=self.layout.pieces(integers), error=error)
+
+    def outcome(self, seen: Encoded) -> Outcome:
+        note: dict[str, Any] = {"range": self.method.describe()}
+        if self.rounder:
+            note |= self.rounder.note()
+        weighted = self.weights is not None
+        return Outcome(seen.error, note, clipped=seen.error.clipped, weighted=weighted)
+
+
+# --- floating codes ---
+
+
+@dataclass(frozen=True)
+class FloatGroups(Layout):
+    """Modes ``mxfp4``, ``mxfp8`` and ``nvfp4``: floating codes, and a floating byte of scale a
+    group.
+
+    Attributes:
+        mode: a key of `MODES`.
+    """
+
+    mode: str
+
+    @property
+    def name(self) -> str:
+        return f"mlx_{self.mode}"
+
+    @property
+    def bits(self) -> float:
+        return DTYPES[MODES[self.mode].codes].bits
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        mode = MODES[self.mode]
+        return (
+            Part(WORDS, "U32", packed_shape(shape, DTYPES[mode.codes].bits)),
+            Part(SCALES, "U8", (*shape[:-1], shape[-1] // mode.group)),
+        )
+
+    def coded(self, stored: Stored, tile: Tile) -> Coded:
+        mode = MODES[self.mode]
+        first, low = divmod(tile.start, stored.shape[-1])
+        rows, columns = slice(first, first + tile.rows), slice(low, low + tile.columns)
+        codes = read_codes(stored, rows, columns, DTYPES[mode.codes].bits)
+        groups = stored.shape[-1] // mode.group
+        data = stored.read(SCALES, first * groups, tile.rows * groups)
+        scale = kernels.widen(data, mode.scales).reshape(tile.rows, groups)
+        if not np.isfinite(scale).all():
+            refuse_values(stored, f"a number of {SCALES} is not finite", "NaN", "finite scales")
+        table = kernels.widen(bytes(range(256)), "F8_E4M3")
+        if mode.codes == "F4":
+            table = kernels.widen(bytes([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]), "F4")
+        values = table[codes]
+        each = scale[:, low // mode.group : -(-(low + tile.columns) // mode.group)]
+        values *= np.repeat(each, mode.group, axis=1)[:, : tile.columns]
+        if not np.isfinite(values).all():
+            refuse_values(stored, f"a code of {WORDS} is not finite", "NaN", "finite codes")
+        return Coded(values)
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """How a mode of floating codes has them.
+
+    Attributes:
+        codes, scales: names of `DTYPES`.
+        group: columns that share a scale.
+    """
+
+    codes: str
+    scales: str
+    group: int
+
+
+MODES = {
+    "mxfp4": Mode("F4", "F8_E8M0", 32),
+    "mxfp8": Mode("F8_E4M3", "F8_E8M0", 32),
+    "nvfp4": Mode("F4", "F8_E4M3", 16),
+}
+
+
+# --- the codec ---
+
+
+def _planned(scheme: MlxScheme, tensor: TensorInfo) -> AffineGroups:
+    return AffineGroups(scheme.bits, scheme.group, scheme.symmetric, scheme.scale_dtype)
+
+
+def _refuses(scheme: MlxScheme, tensor: TensorInfo) -> str | None:
+    return misfit(_planned(scheme, tensor), tensor, scheme.name)
+
+
+def _encoder(model: Model, tensor: TensorInfo, scheme: MlxScheme, facts: Facts) -> Encoder:
+    layout = _planned(scheme, tensor)
+    columns = tensor.shape[-1]
+    code = layout.affine(columns)
+    mean_square = facts.mean_square(columns)
+    weights = None if mean_square is None else weighting(mean_square[None, :], code)
+    method = facts.method or default_method(code.bits)
+    return MlxEncoder(model, tensor, layout, code, method, weights, facts.rounder)
+
+
+CODEC: Codec[MlxScheme] = Codec(
+    *("mlx", _planned, _refuses, _encoder),
+    uncompensated=lambda scheme, tensor: None,
+)

@@ -1,0 +1,209 @@
+"""GPTQ checkpoints, as GPTQModel, AutoGPTQ, transformers and others write them.
+
+formats/exchange/gptq.md says which of them are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qconvert.codecs.exchange.columns import CODES, SCALES, ZEROS, Bands
+from qconvert.codecs.exchange.gptq import ORDER, Gptq
+from qconvert.errors import FormatError
+from qconvert.files.exchange import Checkpoint, Found, Matrix
+from qconvert.files.exchange.settings import (
+    check_keys,
+    flag,
+    integer,
+    refuse_setting,
+    section,
+    text,
+    unsupported,
+)
+from qconvert.model import WEIGHT, TensorInfo
+
+KIND = "gptq"
+WIDTHS = (2, 3, 4, 8)
+VERSIONS = {"gptq": True, "gptq_v2": False}  # whether zero points are stored less one
+SUFFIXES = (CODES, ZEROS, SCALES, ORDER)
+# Fields that say how codes were found, by whom, or how to compute with them: not what they mean.
+ASIDE = frozenset(
+    {
+        *("quant_method", "method", "desc_act", "act_group_aware", "static_groups", "hyb_act"),
+        *("true_sequential", "damp_percent", "damp_auto_increment", "mse", "meta", "dataset"),
+        *("tokenizer", "model_name_or_path", "model_file_base_name", "model_seqlen", "batch_size"),
+        *("block_name_to_quantize", "module_name_preceding_first_block", "pad_token_id"),
+        *("max_input_length", "cache_block_outputs", "modules_in_block_to_quantize", "backend"),
+        *("use_exllama", "use_cuda_fp16", "disable_exllama", "exllama_config", "max_length"),
+        *("lm_head", "offload_to_disk", "offload_to_disk_path", "modules_to_not_convert"),
+    }
+)
+_FIELDS = ASIDE | {"bits", "group_size", "sym", "checkpoint_format", "format", "pack_dtype"}
+_FIELDS |= {"dynamic", "is_marlin_format"}
+_OWN = frozenset(
+    {"bits", "group_size", "sym", "desc_act", "act_group_aware", "damp_percent", "mse"}
+)
+MAX_PATTERN = 1000  # characters of a regular expression
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How a module is quantized."""
+
+    bits: int
+    group: int
+    symmetric: bool
+
+
+def find(checkpoint: Checkpoint) -> Found | None:
+    """What a checkpoint holds; see `qconvert.files.exchange`.
+
+    Raises:
+        FormatError, UnsupportedError: its configuration is none, or means what is not read here.
+    """
+    path, settings = checkpoint.path, checkpoint.settings
+    check_keys(path, "the quantization block", settings, _FIELDS)
+    version = text(
+        path, "format", settings.get("checkpoint_format", settings.get("format", "gptq"))
+    )
+    if version not in VERSIONS:
+        raise unsupported(path, "version of GPTQ", version, " ".join(VERSIONS))
+    if settings.get("is_marlin_format"):
+        raise unsupported(path, "layout of GPTQ", "Marlin", " ".join(VERSIONS))
+    if (packed := settings.get("pack_dtype", "int32")) != "int32":
+        raise unsupported(path, "words of GPTQ", packed, "int32")
+    overall = _how(path, settings)
+    rules = [
+        (_pattern(path, pattern), entry)
+        for pattern, entry in section(path, "dynamic", settings.get("dynamic") or {}).items()
+    ]
+    bands, matrices = Bands(), []
+    for name, info in checkpoint.tensors.items():
+        if name.endswith(CODES):
+            module = name.removesuffix(CODES)
+            how = overall
+            rule = next((r for r in rules if r[0][1].match(module)), None)
+            if rule is not None:
+                how = _own(checkpoint, module, rule, overall)
+            matrices.append(_matrix(checkpoint, module, info, how, VERSIONS[version], bands))
+    return Found(KIND, matrices, SUFFIXES)
+
+
+def _how(path: Path, fields: Mapping[str, Any]) -> How:
+    bits = integer(path, "bits", fields.get("bits"), 1, 32)
+    if bits not in WIDTHS:
+        raise unsupported(path, "bits of GPTQ", bits, " ".join(map(str, WIDTHS)))
+    group = integer(path, "group_size", fields.get("group_size", 128), -1, 1 << 20)
+    if group == 0:
+        refuse_setting(path, "group_size", group, "-1, or columns of a group")
+    return How(bits, max(group, 0), flag(path, "sym", fields.get("sym", True)))
+
+
+def _pattern(path: Path, text: str) -> tuple[bool, re.Pattern[str]]:
+    """Whether a rule of ``dynamic`` leaves modules as they are, and which modules it is for."""
+    expression = text[2:] if text.startswith(("+:", "-:")) else text
+    try:
+        if len(expression) > MAX_PATTERN:
+            raise re.error("too long")
+        return text.startswith("-:"), re.compile(expression)
+    except re.error as e:
+        refuse_setting(path, "dynamic", text, f"a regular expression ({e})")
+
+
+def _own(
+    checkpoint: Checkpoint,
+    module: str,
+    rule: tuple[tuple[bool, re.Pattern[str]], Any],
+    overall: How,
+) -> How:
+    (excluded, pattern), entry = rule
+    if excluded:
+        raise FormatError(
+            "a weight is quantized that the configuration says is not",
+            path=checkpoint.path,
+            tensor=module,
+            found=f"'-:{pattern.pattern}'",
+            code="EXCHANGE-CONFIG",
+        )
+    path = checkpoint.path
+    fields = section(path, "dynamic", entry)
+    check_keys(path, "dynamic", fields, _OWN)
+    group = overall.group or -1
+    return _how(
+        path, {"bits": overall.bits, "group_size": group, "sym": overall.symmetric, **fields}
+    )
+
+
+def _matrix(
+    checkpoint: Checkpoint, module: str, codes: TensorInfo, how: How, less_one: bool, bands: Bands
+) -> Matrix:
+    tensors = checkpoint.tensors
+    parts = {s: module + s for s in SUFFIXES if module + s in tensors}
+    if len(codes.shape) != 2 or codes.shape[0] * 32 % how.bits or 0 in codes.shape:
+        raise FormatError(
+            "words of codes that make no matrix",
+            path=checkpoint.path,
+            tensor=codes.name,
+            found=f"{codes.dtype} {list(codes.shape)}",
+            wanted=f"columns of {how.bits}-bit codes in words of 32 bits",
+            code="EXCHANGE-SHAPE",
+        )
+    shape = (codes.shape[1], codes.shape[0] * 32 // how.bits)
+    scales = tensors.get(module + SCALES)
+    layout = Gptq(
+        *(how.bits, how.group, how.symmetric, _scale_dtype(checkpoint, scales)),
+        bands=bands,
+        less_one=less_one,
+        indexed=ORDER in parts,
+    )
+    if layout.indexed:
+        layout = replace(layout, order=_order(checkpoint, module, layout, shape[1]))
+    return Matrix(module + WEIGHT, shape, layout, parts)
+
+
+def _scale_dtype(checkpoint: Checkpoint, scales: TensorInfo | None) -> str:
+    """Of scales, which are F16, or what a model was cast to."""
+    if scales is None:
+        return "F16"
+    if scales.dtype not in ("F16", "BF16", "F32"):
+        raise FormatError(
+            "scales of another dtype than the format has",
+            path=checkpoint.path,
+            tensor=scales.name,
+            found=scales.dtype,
+            wanted="F16, BF16 or F32",
+            code="EXCHANGE-SHAPE",
+        )
+    return scales.dtype
+
+
+def _order(checkpoint: Checkpoint, module: str, layout: Gptq, columns: int) -> bytes:
+    """Which group each column belongs to; empty where groups are runs of columns.
+
+    Raises:
+        FormatError: a group that there is not.
+    """
+    info = checkpoint.tensors[module + ORDER]
+    if (info.dtype, info.shape) != ("I32", (columns,)):
+        return b""  # and refused as a part that does not fit
+    data = checkpoint.read(info.name)
+    order = np.frombuffer(data, "<i4")
+    if (order == np.arange(columns) // (layout.group or columns)).all():
+        return b""
+    groups = layout.groups(columns)
+    if order.min() < 0 or order.max() >= groups:
+        raise FormatError(
+            "a column belongs to a group that there is not",
+            path=checkpoint.path,
+            tensor=info.name,
+            found=int(order.min() if order.min() < 0 else order.max()),
+            wanted=f"0 to {groups - 1}",
+            code="EXCHANGE-VALUES",
+        )
+    return data
