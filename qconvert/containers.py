@@ -43,7 +43,7 @@ class Container:
     @property
     def article(self) -> str:
         """What one of it is called in a sentence."""
-        return f"a {self.name} directory" if self.directory else f"a {self.suffix} file"
+        return f"a directory for {self.name}" if self.directory else f"a {self.suffix} file"
 
 
 CONTAINERS = {

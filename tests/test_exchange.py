@@ -417,6 +417,52 @@ def test_codes_move_to_gguf_as_gguf_py_reads_them(scheme: str, type_: str, model
     assert kinds.count(type_) == (6 if scheme == "w4a16_g64" else 7)  # 96 columns stay dense
 
 
+# What holds the codes of what, of a model of float16: every directory has scales of that then.
+SYMMETRIC = ("w4a16_g32", "gptq_4bit_g32", "awq_4bit_g32_sym")
+TARGETS = ("compressed-tensors", "mlx", "gptq", "awq", "qblk")
+PAIRS = [(scheme, target, True) for scheme in SYMMETRIC for target in TARGETS]
+PAIRS += [("awq_4bit_g32", target, target in ("compressed-tensors", "awq", "qblk"))
+          for target in TARGETS]  # fmt: skip
+PAIRS += [("mlx_4bit_g32", target, target == "mlx") for target in TARGETS]  # any number added
+
+
+@pytest.mark.parametrize(("scheme", "target", "moves"), PAIRS)
+def test_codes_move_between_all_that_hold_them(
+    scheme: str, target: str, moves: bool, half_sources: Callable[[str], Path], call: Call,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    source = half_sources(scheme)
+    out = tmp_path / ("out.qblk" if target == "qblk" else "out")
+    done = call(
+        *("quantize", source, "--scheme", "keep", "--exact", "--format", target, "-o", out),
+    )
+    assert done.code == (0 if moves else 3), done.err
+    if moves:
+        assert same_values(source, out) == 9
+    else:
+        assert "moves into" in done.err or "do not move exactly" in done.err
+        assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def half_sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directories by the schemes that they were quantized with, of a model of float16."""
+    home = tmp_path_factory.mktemp("half")
+    model = home / "model"
+    model.mkdir()
+    half = {k: v.astype(np.float16) for k, v in tensors().items()}
+    save_file(half, model / "model.safetensors", {"format": "pt"})
+    (model / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": "float16"}))
+
+    def made(scheme: str) -> Path:
+        place = home / scheme
+        if not place.exists():
+            qconvert.quantize(model, scheme, output=place)
+        return place
+
+    return made
+
+
 def test_rows_in_another_order_move_too(tmp_path: Path) -> None:
     """GGUF has the rows of q and k in another order: of a whole Llama, which has a tokenizer."""
     out = tmp_path / "ct"

@@ -103,7 +103,8 @@ class Moving:
         for candidate, like in candidates:
             if _holds(candidate, tensor, rows):
                 return MovedScheme(candidate, rows, like)
-        return f"{self.container.article} has no such codes, scales or zero points"
+        of_scales = f"scales of {self.dtype}" if self.container.directory else "such scales"
+        return f"{self.container.article} has no such codes, {of_scales}, or no such zero points"
 
     def _candidates(
         self, grain: Grain, tensor: TensorInfo

@@ -110,8 +110,17 @@ class DirectoryTarget:
         self._check_fused(planned, model.path)
         plan = [replace(p, scheme=_like(p.scheme)) for p in planned]
         if self.quantizes and not any(isinstance(p.scheme, ExchangeScheme) for p in plan):
+            decoded = next((p.reason for p in plan if p.reason.startswith("decoded")), None)
+            if decoded:
+                raise UnsupportedError(
+                    f"no quantized tensor moves into a directory for {self.name}",
+                    path=model.path,
+                    found=decoded,
+                    hint="decode them with --format hf --scheme bf16, or quantize them again with "
+                    "--allow-requantize and a scheme",
+                )
             raise UnsupportedError(
-                f"no tensor of the model goes into a {self.name} directory quantized",
+                f"no tensor of the model goes into a directory for {self.name} quantized",
                 path=model.path,
                 wanted="linear layers: matrices of two dimensions called MODULE.weight",
                 hint="the reasons are shown with --format qblk --dry-run",
