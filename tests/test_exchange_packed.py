@@ -439,6 +439,13 @@ def state(c: Checkpoint, **fields: Any) -> None:
     c.tensors[name] = np.frombuffer(changed, np.uint8)
 
 
+def renamed(c: Checkpoint, start: str, other: str) -> None:
+    """As of tensors that are no weights of modules."""
+    for name in [n for n in c.tensors if n.startswith(start)]:
+        end = name.removeprefix(start).replace("weight", "experts", 1)
+        c.tensors[other + end] = c.tensors.pop(name)
+
+
 NAN = np.float32("nan")
 REFUSED: list[tuple[str, str, Callable[[Checkpoint], Any], str]] = [
     ("mlx_affine4_g64", "no scales", lambda c: c.drop(f"{Q}.scales"), "EXCHANGE-MISSING"),
@@ -490,6 +497,7 @@ REFUSED: list[tuple[str, str, Callable[[Checkpoint], Any], str]] = [
         lambda c: c.drop(f"{Q}.weight.quant_state.bitsandbytes__nf4"),
         "EXCHANGE-MISSING",
     ),
+    ("bnb_nf4", "another name", lambda c: renamed(c, f"{Q}.", "up_proj_"), "EXCHANGE-ORPHAN"),
     ("bnb_nf4", "absmax", lambda c: c.put(f"{Q}.weight.absmax", 0, NAN), "EXCHANGE-VALUES"),
     ("bnb_nf4", "table", lambda c: c.put(f"{Q}.weight.quant_map", 0, 0), "EXCHANGE-UNSUPPORTED"),
     ("bnb_nf4", "blocks", lambda c: state(c, blocksize=48), "EXCHANGE-CONFIG"),
