@@ -25,6 +25,7 @@ from qconvert.codecs.exchange import columns
 from qconvert.files import open_model
 
 FOREIGN = ROOT / "tests" / "data" / "foreign"
+Q = "model.layers.0.self_attn.q_proj"
 Array = NDArray[Any]
 DTYPES = {
     **{
@@ -186,6 +187,23 @@ def test_what_is_written_means_what_we_say(
     names = [f"{m}.weight" for m in modules if "embed" not in m and m != "lm_head"]
     whole = [np.concatenate([v[n].ravel() for n in names]) for v in (plain, found, theirs)]
     assert sqnr(whole[0], whole[1]) >= sqnr(whole[0], whole[2]) - less
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+def test_codes_of_awq_are_the_nearest(method: str, llama: Path, tmp_path: Path, call: Call) -> None:
+    """With zero points that are whole codes, by every way of choosing ranges."""
+    out = quantized(call, llama, "awq_4bit_g32", tmp_path / "o", "--range", method)
+    tensors, _ = stored(out)
+    module = "model.layers.0.mlp.up_proj"
+    x, y = (values(p)[f"{module}.weight"].astype(np.float64) for p in (llama, out))
+    step = np.repeat(tensors[f"{module}.scales"].T.astype(np.float64), 32, axis=1)
+    inside = np.abs(x - y) <= step * 0.5001
+    assert inside.mean() > 0.9
+    group = y.reshape(len(y), -1, 32)
+    ends = (y == np.repeat(group.min(2), 32, 1)) | (y == np.repeat(group.max(2), 32, 1))
+    assert (inside | ends).all(), "but for what is clipped"
+    assert sqnr(x, y) > {"minmax": 20, "percentile": 20, "mse": 21}[method]
+    assert call("verify", out, "--against", llama).code == 0
 
 
 @pytest.mark.parametrize("scheme", ["mlx_3bit_g32", "gptq_4bit_g32", "awq_4bit_g32", "bnb_nf4_dq"])
@@ -384,6 +402,16 @@ def test_stacked_experts_of_mlx_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(values(tmp_path)[module + ".weight"], wanted)
 
 
+@pytest.mark.parametrize("name", ["gptq_4_sym_g64", "awq_asym_g64"])
+def test_scales_may_be_cast(name: str, tmp_path: Path) -> None:
+    tensors, config = stored(FOREIGN / name)
+    cast = {k: t.astype(np.float32) if k.endswith(".scales") else t for k, t in tensors.items()}
+    save(tmp_path / "model.safetensors", cast)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found, wanted = values(tmp_path), values(FOREIGN / name)
+    np.testing.assert_array_equal(found[f"{Q}.weight"], wanted[f"{Q}.weight"])
+
+
 def test_codes_of_bitsandbytes_may_be_wrapped_in_another_dtype(tmp_path: Path) -> None:
     source = FOREIGN / "bnb_nf4"
     tensors, config = stored(source)
@@ -406,8 +434,6 @@ def test_plain_weights_that_are_to_be_quantized_while_they_load(
 
 
 # --- refusals -------------------------------------------------------------------------------------
-
-Q = "model.layers.0.self_attn.q_proj"
 
 
 class Checkpoint:

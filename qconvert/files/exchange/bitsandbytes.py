@@ -45,7 +45,7 @@ KIND = "bnb"
 SUFFIXES: tuple[str, ...] = (SCALES, TABLE, SCALES_OF_SCALES, TABLE_OF_SCALES, ROW_SCALES, FORMAT)
 SUFFIXES += tuple(STATE + book for book in CODEBOOKS)
 # Ends of what only quantized tensors have, whatever these are called.
-_ENDS = tuple(suffix.removeprefix(CODES) for suffix in SUFFIXES if suffix != FORMAT) + (FORMAT,)
+_ENDS = tuple(s.removeprefix(CODES) if s.startswith(CODES + ".") else s for s in SUFFIXES)
 BLOCKS = tuple(1 << n for n in range(5, 13))  # 32 to 4096
 STATE_BYTES = 4096  # at most
 # Fields of BitsAndBytesConfig in transformers: codes say the same of themselves.
