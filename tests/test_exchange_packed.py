@@ -25,6 +25,7 @@ from qconvert.codecs.exchange import columns
 from qconvert.files import open_model
 
 FOREIGN = ROOT / "tests" / "data" / "foreign"
+Q = "model.layers.0.self_attn.q_proj"
 Array = NDArray[Any]
 DTYPES = {
     **{
@@ -188,6 +189,23 @@ def test_what_is_written_means_what_we_say(
     assert sqnr(whole[0], whole[1]) >= sqnr(whole[0], whole[2]) - less
 
 
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+def test_codes_of_awq_are_the_nearest(method: str, llama: Path, tmp_path: Path, call: Call) -> None:
+    """With zero points that are whole codes, by every way of choosing ranges."""
+    out = quantized(call, llama, "awq_4bit_g32", tmp_path / "o", "--range", method)
+    tensors, _ = stored(out)
+    module = "model.layers.0.mlp.up_proj"
+    x, y = (values(p)[f"{module}.weight"].astype(np.float64) for p in (llama, out))
+    step = np.repeat(tensors[f"{module}.scales"].T.astype(np.float64), 32, axis=1)
+    inside = np.abs(x - y) <= step * 0.5001
+    assert inside.mean() > 0.9
+    group = y.reshape(len(y), -1, 32)
+    ends = (y == np.repeat(group.min(2), 32, 1)) | (y == np.repeat(group.max(2), 32, 1))
+    assert (inside | ends).all(), "but for what is clipped"
+    assert sqnr(x, y) > {"minmax": 20, "percentile": 20, "mse": 21}[method]
+    assert call("verify", out, "--against", llama).code == 0
+
+
 @pytest.mark.parametrize("scheme", ["mlx_3bit_g32", "gptq_4bit_g32", "awq_4bit_g32", "bnb_nf4_dq"])
 def test_threads_change_no_byte(scheme: str, llama: Path, tmp_path: Path, call: Call) -> None:
     files = [
@@ -223,7 +241,7 @@ def test_other_grids_are_refused(scheme: str, llama: Path, tmp_path: Path, call:
     for format in ("mlx", "bnb"):
         done = call("quantize", llama, "--format", format, "--scheme", scheme, "-o", tmp_path / "o")
         assert done.code == 2
-        assert f"does not go into a {format} directory" in done.err
+        assert f"does not go into a directory for {format}" in done.err
 
 
 # --- calibration ----------------------------------------------------------------------------------
@@ -384,6 +402,16 @@ def test_stacked_experts_of_mlx_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(values(tmp_path)[module + ".weight"], wanted)
 
 
+@pytest.mark.parametrize("name", ["gptq_4_sym_g64", "awq_asym_g64"])
+def test_scales_may_be_cast(name: str, tmp_path: Path) -> None:
+    tensors, config = stored(FOREIGN / name)
+    cast = {k: t.astype(np.float32) if k.endswith(".scales") else t for k, t in tensors.items()}
+    save(tmp_path / "model.safetensors", cast)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found, wanted = values(tmp_path), values(FOREIGN / name)
+    np.testing.assert_array_equal(found[f"{Q}.weight"], wanted[f"{Q}.weight"])
+
+
 def test_codes_of_bitsandbytes_may_be_wrapped_in_another_dtype(tmp_path: Path) -> None:
     source = FOREIGN / "bnb_nf4"
     tensors, config = stored(source)
@@ -406,8 +434,6 @@ def test_plain_weights_that_are_to_be_quantized_while_they_load(
 
 
 # --- refusals -------------------------------------------------------------------------------------
-
-Q = "model.layers.0.self_attn.q_proj"
 
 
 class Checkpoint:
@@ -437,6 +463,13 @@ def state(c: Checkpoint, **fields: Any) -> None:
     name = f"{Q}.weight.quant_state.bitsandbytes__nf4"
     changed = json.dumps(json.loads(c.tensors[name].tobytes()) | fields).encode()
     c.tensors[name] = np.frombuffer(changed, np.uint8)
+
+
+def renamed(c: Checkpoint, start: str, other: str) -> None:
+    """As of tensors that are no weights of modules."""
+    for name in [n for n in c.tensors if n.startswith(start)]:
+        end = name.removeprefix(start).replace("weight", "experts", 1)
+        c.tensors[other + end] = c.tensors.pop(name)
 
 
 NAN = np.float32("nan")
@@ -490,6 +523,7 @@ REFUSED: list[tuple[str, str, Callable[[Checkpoint], Any], str]] = [
         lambda c: c.drop(f"{Q}.weight.quant_state.bitsandbytes__nf4"),
         "EXCHANGE-MISSING",
     ),
+    ("bnb_nf4", "another name", lambda c: renamed(c, f"{Q}.", "up_proj_"), "EXCHANGE-ORPHAN"),
     ("bnb_nf4", "absmax", lambda c: c.put(f"{Q}.weight.absmax", 0, NAN), "EXCHANGE-VALUES"),
     ("bnb_nf4", "table", lambda c: c.put(f"{Q}.weight.quant_map", 0, 0), "EXCHANGE-UNSUPPORTED"),
     ("bnb_nf4", "blocks", lambda c: state(c, blocksize=48), "EXCHANGE-CONFIG"),

@@ -47,7 +47,7 @@ class Awq(ColumnGroups):
 
     @property
     def name(self) -> str:
-        return f"awq_4bit_g{self.group}{'_sym' if self.symmetric else ''}"
+        return f"awq_4bit_{self.unit}{'_sym' if self.symmetric else ''}"
 
     def words_shape(self, rows: int, columns: int) -> tuple[int, int]:
         return columns, rows // IN_WORD

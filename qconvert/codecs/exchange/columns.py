@@ -68,6 +68,11 @@ class ColumnGroups(IntegerLayout):
 
     bands: Bands = field(default_factory=Bands, compare=False, repr=False)
 
+    @property
+    def unit(self) -> str:
+        """What shares a scale, as names have it."""
+        return f"g{self.group}" if self.group else "channel"
+
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         rows, columns = shape
         groups = self.groups(columns)

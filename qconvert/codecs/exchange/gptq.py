@@ -54,9 +54,8 @@ class Gptq(ColumnGroups):
 
     @property
     def name(self) -> str:
-        unit = f"g{self.group}" if self.group else "channel"
         asym = "" if self.symmetric else "_asym"
-        return f"gptq_{self.width}bit{asym}_{unit}{'_act_order' if self.order else ''}"
+        return f"gptq_{self.width}bit{asym}_{self.unit}{'_act_order' if self.order else ''}"
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         found = super().parts(shape)

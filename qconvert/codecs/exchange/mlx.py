@@ -6,27 +6,25 @@ The law is formats/exchange/mlx.md.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from qconvert import kernels
-from qconvert.codecs.affine.compensated import stored_parameters
 from qconvert.codecs.affine.encoding import Affine
 from qconvert.codecs.affine.weighting import weighting
 from qconvert.codecs.codec import Codec, Coded, Encoder, Facts, Outcome, Stored
-from qconvert.codecs.compensation import Rounder, values_at_once, weighted_noise
+from qconvert.codecs.compensation import Rounder, values_at_once
 from qconvert.codecs.exchange.bits import WORD, packed_rows, row_bytes, unpacked_rows
 from qconvert.codecs.exchange.integers import (
-    EVERYWHERE,
     IntegerLayout,
     as_codes,
     misfit,
 )
 from qconvert.codecs.exchange.layout import Layout, Part, refuse_values
 from qconvert.codecs.source import RUN_VALUES, finite_weights, source_rows, tiles_of
-from qconvert.codecs.units import exact_scales, regrouped, values_of, with_offset, without_offset
+from qconvert.codecs.units import exact_scales, regrouped, with_offset, without_offset
 from qconvert.exchange_schemes import MlxScheme
 from qconvert.geometry import Tile
 from qconvert.kernels.arithmetic import SCALE_NUMPY, real_zero, to_groups
@@ -36,9 +34,11 @@ from qconvert.kernels.records import (
     Bytes,
     CodeGrid,
     Encoded,
+    ErrorSums,
     IntegerRows,
     Weighting,
 )
+from qconvert.kernels.reference.statistics import weighted_error_sums
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.ranges import RangeMethod, default_method
 
@@ -101,13 +101,17 @@ class AffineGroups(IntegerLayout):
         part = slice(columns.start // self.group, -(-columns.stop // self.group))
         return self.scales_from(stored, kind, data).reshape(-1, groups)[:, part]
 
-    def pieces(self, rows: IntegerRows) -> dict[str, Bytes]:
+    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
         assert rows.offset is not None
+        return self.packed(as_codes(rows), rows.scale, rows.offset)
+
+    def packed(self, codes: U8, scale: F32, bias: F32) -> dict[str, Bytes]:
+        """The parts of some rows: codes (R, C), scales and biases (R, G)."""
         dtype = SCALE_NUMPY[self.scale_dtype]
         return {
-            WORDS: packed_rows(as_codes(rows), self.width).data,
-            SCALES: rows.scale.astype(dtype).tobytes(),
-            BIASES: rows.offset.astype(dtype).tobytes(),
+            WORDS: packed_rows(codes, self.width).data,
+            SCALES: scale.astype(dtype).tobytes(),
+            BIASES: bias.astype(dtype).tobytes(),
         }
 
 
@@ -138,16 +142,17 @@ class MlxEncoder(Encoder):
         return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, RUN_VALUES))
 
     def encode(self, tile: Tile) -> Encoded:
-        rows, code, weights = source_rows(self.model, self.tensor, tile), self.code, self.weights
+        code = self.code
         with finite_weights(self.model, self.tensor):
-            done = kernels.quantize_rows(rows, code, self.method, EVERYWHERE, weights)
-        found = stored_parameters(done.segments, code)
-        x = kernels.values(rows)
+            x = kernels.values(source_rows(self.model, self.tensor, tile))
+        groups, counts = to_groups(x, code.block)
+        found = kernels.fit(groups, code, self.method, counts, self.weights)
         dtype = SCALE_NUMPY[code.scale_dtype]
         bias = (-real_zero(found.zero, code.bits) * found.scale).astype(dtype).astype(np.float32)
-        groups, _ = to_groups(x, code.block)
         zero = np.zeros(len(groups), np.int32)
-        nearest, _ = kernels.encode(groups - bias[:, None], found.scale, zero, code.bits, False)
+        nearest, clipped = kernels.encode(
+            groups - bias[:, None], found.scale, zero, code.bits, False
+        )
         codes = nearest.reshape(tile.rows, -1)
         scale, bias = found.scale.reshape(tile.rows, -1), bias.reshape(tile.rows, -1)
         if self.rounder:
@@ -155,15 +160,15 @@ class MlxEncoder(Encoder):
             grid = CodeGrid(levels, scale, np.zeros_like(scale), bias, code.block)
             codes, grid = self.rounder.codes(x, codes, grid, code.scale_dtype)
             scale = grid.scale
-        zero = zero.reshape(scale.shape)
-        integers = IntegerRows(codes.astype(np.int16), zero, scale, bias, code.block)
-        values = values_of(integers)
-        _, noise, worst = kernels.error_sums(x, values)
-        error = replace(done.error, noise=noise, worst=worst)
-        if weights is not None:
-            weighted = weighted_noise(x, values, weights.mean_square)
-            error = replace(error, weighted_noise=weighted)
-        return replace(done, segments=self.layout.pieces(integers), error=error)
+        numbers = codes.reshape(groups.shape), scale.ravel(), zero
+        values = kernels.decode(*numbers, code.bits, False)
+        values += bias.reshape(-1, 1)
+        values = values.reshape(x.shape)
+        sums, weighted = kernels.error_sums(x, values), (0.0, 0.0)
+        if self.weights is not None:
+            weighted = weighted_error_sums(x, values, self.weights.mean_square)
+        error = ErrorSums(x.size, *sums, clipped, *weighted)
+        return Encoded(self.layout.packed(codes, scale, bias), error)
 
     def outcome(self, seen: Encoded) -> Outcome:
         note: dict[str, Any] = {"range": self.method.describe()}

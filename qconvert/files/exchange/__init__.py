@@ -257,7 +257,9 @@ def _found(model: SafetensorsModel) -> Found | None:
 
     module = importlib.import_module(METHODS[stated.method])
     found: Found | None = module.find(Checkpoint(model.path, tensors, stated.settings, read))
-    return found
+    if found is None or found.matrices or any(n.endswith(found.suffixes) for n in tensors):
+        return found
+    return None  # a configuration that speaks of codes, and none there: refused where it is noticed
 
 
 def _own_parts(m: Matrix, stored: Mapping[str, TensorInfo], path: Path) -> dict[str, TensorInfo]:

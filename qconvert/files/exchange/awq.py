@@ -9,7 +9,7 @@ from qconvert.codecs.exchange.awq import IN_WORD, Awq
 from qconvert.codecs.exchange.columns import CODES, SCALES, ZEROS, Bands
 from qconvert.errors import FormatError
 from qconvert.files.exchange import Checkpoint, Found, Matrix
-from qconvert.files.exchange.gptq import ASIDE
+from qconvert.files.exchange.gptq import ASIDE, scale_dtype
 from qconvert.files.exchange.settings import (
     check_keys,
     flag,
@@ -57,7 +57,7 @@ def find(checkpoint: Checkpoint) -> Found | None:
                 wanted="I32 [in, out / 8]",
                 code="EXCHANGE-SHAPE",
             )
-        layout = Awq(4, group, not zeros, "F16", bands=bands)
+        layout = Awq(4, group, not zeros, scale_dtype(checkpoint, module), bands=bands)
         parts = {s: module + s for s in SUFFIXES if module + s in checkpoint.tensors}
         shape = (codes.shape[1] * IN_WORD, codes.shape[0])
         matrices.append(Matrix(module + WEIGHT, shape, layout, parts))

@@ -44,6 +44,8 @@ from qconvert.schemes import CODEBOOKS
 KIND = "bnb"
 SUFFIXES: tuple[str, ...] = (SCALES, TABLE, SCALES_OF_SCALES, TABLE_OF_SCALES, ROW_SCALES, FORMAT)
 SUFFIXES += tuple(STATE + book for book in CODEBOOKS)
+# Ends of what only quantized tensors have, whatever these are called.
+_ENDS = tuple(s.removeprefix(CODES) if s.startswith(CODES + ".") else s for s in SUFFIXES)
 BLOCKS = tuple(1 << n for n in range(5, 13))  # 32 to 4096
 STATE_BYTES = 4096  # at most
 # Fields of BitsAndBytesConfig in transformers: codes say the same of themselves.
@@ -90,10 +92,10 @@ def find(checkpoint: Checkpoint) -> Found | None:
             hint="the checkpoint is incomplete: download or save it again",
             code="EXCHANGE-MISSING",
         )
-    if not matrices and not any(n.endswith(SUFFIXES) for n in checkpoint.tensors):
+    if not matrices and not any(n.endswith(_ENDS) for n in checkpoint.tensors):
         return None
     check_keys(checkpoint.path, "the quantization block", checkpoint.settings, _FIELDS)
-    return Found(KIND, matrices, SUFFIXES)
+    return Found(KIND, matrices, _ENDS)
 
 
 def _parts(checkpoint: Checkpoint, module: str) -> dict[str, str]:

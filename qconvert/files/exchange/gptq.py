@@ -155,9 +155,8 @@ def _matrix(
             code="EXCHANGE-SHAPE",
         )
     shape = (codes.shape[1], codes.shape[0] * 32 // how.bits)
-    scales = tensors.get(module + SCALES)
     layout = Gptq(
-        *(how.bits, how.group, how.symmetric, _scale_dtype(checkpoint, scales)),
+        *(how.bits, how.group, how.symmetric, scale_dtype(checkpoint, module)),
         bands=bands,
         less_one=less_one,
         indexed=ORDER in parts,
@@ -167,8 +166,9 @@ def _matrix(
     return Matrix(module + WEIGHT, shape, layout, parts)
 
 
-def _scale_dtype(checkpoint: Checkpoint, scales: TensorInfo | None) -> str:
-    """Of scales, which are F16, or what a model was cast to."""
+def scale_dtype(checkpoint: Checkpoint, module: str) -> str:
+    """Of a module's scales, which are F16, or what a model was cast to."""
+    scales = checkpoint.tensors.get(module + SCALES)
     if scales is None:
         return "F16"
     if scales.dtype not in ("F16", "BF16", "F32"):
