@@ -217,6 +217,10 @@ class Encoding(ABC):
         multiple of 256.
         """
 
+    def decoded(self, stored: Stored, tile: Tile) -> F32:
+        """The values of `coded` alone, for which some encodings need less."""
+        return self.coded(stored, tile).values
+
     def codes(self, stored: Stored) -> Codes | None:
         """All of a tensor as codes; None where it is not made of any, or of ggml's.
 
@@ -235,7 +239,7 @@ class Encoding(ABC):
             tile = Tile(1, stop - first * columns - low, first * columns + low, True)
         else:
             tile = Tile(last + 1 - first, columns, first * columns, True)
-        found: NDArray[np.floating] = self.coded(stored, tile).values.ravel()
+        found: NDArray[np.floating] = self.decoded(stored, tile).ravel()
         return found[start - tile.start : stop - tile.start]
 
     def product(self, stored: Stored, first: int, last: int, a: Activations) -> F32:

@@ -18,6 +18,7 @@ from qconvert.codecs.exchange.floats import WEIGHT, Float8, Float8Encoder, misfi
 from qconvert.codecs.exchange.integers import IntegerLayout, as_codes, integer_encoder
 from qconvert.codecs.exchange.integers import misfit as integers_misfit
 from qconvert.codecs.exchange.layout import Layout, Part, check_scales
+from qconvert.codecs.exchange.micro import FP4, FP6, FP8, MX_GROUP, NV_GROUP, Micro, Overall
 from qconvert.exchange_schemes import CompressedTensorsScheme
 from qconvert.kernels.arithmetic import SCALE_NUMPY
 from qconvert.kernels.records import I32, U8, Bytes, IntegerRows
@@ -26,6 +27,17 @@ from qconvert.model import Model, TensorInfo
 PACKED, SCALE = ".weight_packed", ".weight_scale"
 ZERO_POINT, SHAPE = ".weight_zero_point", ".weight_shape"
 MIDDLE = 128  # of unsigned bytes
+GLOBAL = ".weight_global_scale"
+
+# Small floating numbers, by the ``format`` that configurations have for them.
+MICRO = {
+    "nvfp4-pack-quantized": Micro(
+        *(FP4, (PACKED, "U8"), (SCALE, FP8), NV_GROUP), Overall(GLOBAL, 1, divides=True)
+    ),
+    "mxfp4-pack-quantized": Micro(FP4, (PACKED, "U8"), (SCALE, "U8"), MX_GROUP),
+    "mxfp6-pack-quantized": Micro(FP6, (PACKED, "U8"), (SCALE, "U8"), MX_GROUP),
+    "mxfp8-quantized": Micro(FP8, (WEIGHT, FP8), (SCALE, "U8"), MX_GROUP),
+}
 
 
 @dataclass(frozen=True)

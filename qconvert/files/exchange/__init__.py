@@ -33,6 +33,8 @@ from qconvert.model import Companion, SourceFile, TensorInfo
 METHODS: dict[str, str] = {
     "compressed-tensors": "qconvert.files.exchange.compressed_tensors",
     "fp8": "qconvert.files.exchange.fp8",
+    "modelopt": "qconvert.files.exchange.modelopt",
+    "mxfp4": "qconvert.files.exchange.mxfp4",
 }
 
 
