@@ -42,7 +42,8 @@ COMPRESSED_TENSORS = [
         (4, 8), ("", "_asym"), ("", "_g32", "_g64", "_g128", "_channel")
     )
 ]
-EXCHANGE = [*COMPRESSED_TENSORS]
+COMPRESSED_TENSORS += ["w8a8", "fp8_dynamic", "fp8_block", "nvfp4a16", "mxfp4a16", "mxfp8a16"]
+EXCHANGE = [*COMPRESSED_TENSORS, "fp8_block128", "keep"]
 
 
 def test_the_table_holds_the_names_of_the_specification_and_no_others() -> None:

@@ -19,6 +19,8 @@ from qconvert.codecs.exchange.integers import IntegerLayout, as_codes, integer_e
 from qconvert.codecs.exchange.integers import misfit as integers_misfit
 from qconvert.codecs.exchange.layout import Layout, Part, check_scales
 from qconvert.codecs.exchange.micro import FP4, FP6, FP8, MX_GROUP, NV_GROUP, Micro, Overall
+from qconvert.codecs.exchange.micro_encoder import micro_encoder
+from qconvert.codecs.exchange.micro_encoder import misfit as micro_misfit
 from qconvert.exchange_schemes import CompressedTensorsScheme
 from qconvert.kernels.arithmetic import SCALE_NUMPY
 from qconvert.kernels.records import I32, U8, Bytes, IntegerRows
@@ -188,10 +190,14 @@ def float8_layout(scheme: CompressedTensorsScheme) -> Float8:
 
 
 def _planned(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> Layout:
+    if scheme.micro:
+        return MICRO[scheme.micro]
     return integer_layout(scheme) or float8_layout(scheme)
 
 
 def _refuses(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> str | None:
+    if scheme.micro:
+        return micro_misfit(MICRO[scheme.micro], tensor, scheme.name)
     integers = integer_layout(scheme)
     if integers is not None:
         return integers_misfit(integers, tensor, scheme.name)
@@ -201,10 +207,17 @@ def _refuses(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> str | None:
 def _encoder(
     model: Model, tensor: TensorInfo, scheme: CompressedTensorsScheme, facts: Facts
 ) -> Encoder:
+    if scheme.micro:
+        return micro_encoder(model, tensor, MICRO[scheme.micro], facts, scheme.parts)
     integers = integer_layout(scheme)
     if integers is not None:
         return integer_encoder(model, tensor, integers, facts)
     return Float8Encoder(model, tensor, float8_layout(scheme))
+
+
+def _passes(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> bool:
+    """Whether there is a scale of the tensor, for which all of it is read."""
+    return bool(scheme.micro) and MICRO[scheme.micro].overall is not None
 
 
 def _uncompensated(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> str | None:
@@ -212,5 +225,7 @@ def _uncompensated(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> str |
 
 
 CODEC: Codec[CompressedTensorsScheme] = Codec(
-    *("compressed-tensors", _planned, _refuses, _encoder), uncompensated=_uncompensated
+    *("compressed-tensors", _planned, _refuses, _encoder),
+    passes=_passes,
+    uncompensated=_uncompensated,
 )

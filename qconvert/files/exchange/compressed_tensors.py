@@ -175,8 +175,10 @@ def _micro(checkpoint: Checkpoint, module: str, group: Group) -> Matrix:
             code="EXCHANGE-SHAPE",
         )
     rows, stored = info.shape
-    columns = stored if dtype == layout.number else stored * 8 // layout.bits
-    return Matrix(module + WEIGHT, (rows, columns), layout, _parts(checkpoint, module))
+    shape = rows, stored if dtype == layout.number else stored * 8 // layout.bits
+    own = [part.suffix for part in layout.parts(shape)]
+    parts = {s: module + s for s in own if module + s in checkpoint.tensors}
+    return Matrix(module + WEIGHT, shape, layout, parts)
 
 
 def _whole(layout: Micro, info: TensorInfo) -> bool:

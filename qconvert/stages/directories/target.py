@@ -7,7 +7,7 @@ What a reader would refuse, or take wrongly in silence, is refused here before a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -107,6 +107,7 @@ class DirectoryTarget:
             )
         planned = self._planned(opened, model, options, model_dtype(config, model))
         self._check_fused(planned, model.path)
+        planned = self._tied(planned)
         plan = [replace(p, scheme=_like(p.scheme)) for p in planned]
         if self.quantizes and not any(isinstance(p.scheme, ExchangeScheme) for p in plan):
             raise UnsupportedError(
@@ -172,24 +173,45 @@ class DirectoryTarget:
         Raises:
             UsageError: names two of them.
         """
+        for names, parts in self._layers(plan):
+            p = parts[0]
+            for q in parts[1:]:
+                if _like(q.scheme) != _like(p.scheme):
+                    found = (x.scheme.name if x.scheme else "dense" for x in (p, q))
+                    raise UsageError(
+                        f"readers of {self.name} multiply {' '.join(names)} as one matrix, so "
+                        "that all of them take one scheme",
+                        path=path,
+                        tensor=q.tensor.name,
+                        found=" and ".join(found),
+                        hint="give them the same with --tensor-scheme, or keep them all",
+                    )
+
+    def _tied(self, plan: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+        """A plan whose schemes know the other parts of their layers."""
+        together = {
+            p.tensor.name: tuple(q.tensor.name for q in parts)
+            for _, parts in self._layers(plan)
+            for p in parts
+        }
+        return tuple(
+            replace(p, scheme=p.scheme.with_parts(together[p.tensor.name]))
+            if isinstance(p.scheme, ExchangeScheme) and p.tensor.name in together
+            else p
+            for p in plan
+        )
+
+    def _layers(
+        self, plan: Sequence[PlannedTensor]
+    ) -> Iterator[tuple[tuple[str, ...], list[PlannedTensor]]]:
+        """Names of modules that readers fuse, and the parts of a layer that are there."""
         by_name = {layer_name(p.tensor.name): p for p in plan}
-        for module, p in by_name.items():
+        for module in by_name:
             place, _, last = module.rpartition(".")
             for names in self.fused:
-                if last != names[0]:
-                    continue
-                for other in names[1:]:
-                    q = by_name.get(f"{place}.{other}")
-                    if q is not None and _like(q.scheme) != _like(p.scheme):
-                        found = (x.scheme.name if x.scheme else "dense" for x in (p, q))
-                        raise UsageError(
-                            f"readers of {self.name} multiply {' '.join(names)} as one matrix, so "
-                            "that all of them take one scheme",
-                            path=path,
-                            tensor=q.tensor.name,
-                            found=" and ".join(found),
-                            hint="give them the same with --tensor-scheme, or keep them all",
-                        )
+                if last == names[0]:
+                    parts = (by_name.get(f"{place}.{name}") for name in names)
+                    yield names, [p for p in parts if p is not None]
 
 
 def _with_scales(scheme: TensorScheme, dtype: str) -> TensorScheme:
