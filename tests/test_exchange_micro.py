@@ -256,6 +256,136 @@ def test_a_calibration_weighs_the_error(
     assert of["weighted"][1] < of["plain"][1]
 
 
+# --- moved ---
+
+
+def notes(source: Path, output: Path, call: Call, *options: str) -> str:
+    """What is said of a move."""
+    done = call("quantize", source, "--scheme", "keep", "-o", output, *options)
+    assert done.code == 0, done.err
+    return " ".join((done.out + done.err).split())
+
+
+def test_mxfp4_moves_to_ggml_and_the_values_stay_for_gguf_py(
+    written: Written, tmp_path: Path, call: Call
+) -> None:
+    place, tensors = written("mxfp4a16")
+    path = tmp_path / "m.gguf"
+    assert "7 quantized tensors moved exactly, 0 decoded" in notes(
+        place, path, call, "--exact", "--raw"
+    )
+    for peer in gguf.GGUFReader(path).tensors:
+        if peer.name.endswith("proj.weight"):
+            assert peer.tensor_type.name == "MXFP4"
+            theirs = gguf.quants.dequantize(peer.data, peer.tensor_type)
+            np.testing.assert_array_equal(
+                theirs, decoded(tensors, peer.name.removesuffix(".weight"))
+            )
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "mxfp4a16"])
+def test_what_moves_to_its_own_format_keeps_every_byte(
+    scheme: str, written: Written, tmp_path: Path, call: Call
+) -> None:
+    place, tensors = written(scheme)
+    options = ("--exact", "--format", "compressed-tensors")
+    assert "7 quantized tensors moved exactly" in notes(place, tmp_path / "m", call, *options)
+    assert raw(tmp_path / "m" / "model.safetensors") == tensors
+    blocks = [
+        json.loads((p / "config.json").read_text())["quantization_config"]
+        for p in (place, tmp_path / "m")
+    ]
+    assert blocks[0] == blocks[1]
+
+
+def test_codes_and_scales_of_packed_experts_move(tmp_path: Path, call: Call) -> None:
+    """DeepSeek's packed experts, of compressed-tensors' own codes."""
+    peer = FOREIGN / "deepseek_v4_fp4"
+    said = notes(peer, tmp_path / "m", call, "--format", "compressed-tensors")
+    assert "6 quantized tensors moved exactly, 1 decoded" in said
+    theirs, ours = raw(peer / "model.safetensors"), raw(tmp_path / "m" / "model.safetensors")
+    expected = raw(peer / "expected.safetensors")
+    for part in ("w1", "w2", "w3"):
+        module = f"layers.0.ffn.experts.1.{part}"
+        assert ours[f"{module}.weight_scale"][2] == theirs[f"{module}.scale"][2]
+        values = array(expected, f"{module}.weight", "<f4")
+        np.testing.assert_array_equal(decoded(ours, module), values)
+
+
+def test_a_factor_becomes_a_divisor_and_where_that_is_rounded_it_is_said(
+    tmp_path: Path, call: Call
+) -> None:
+    peer = FOREIGN / "modelopt_nvfp4"
+    theirs, expected = raw(peer / "model.safetensors"), raw(peer / "expected.safetensors")
+    said = notes(peer, tmp_path / "m", call, "--format", "compressed-tensors")
+    assert "moved exactly" in said
+    assert "but for the scale of the tensor" in said
+    ours, equal, near = raw(tmp_path / "m" / "model.safetensors"), 0, 0
+    for name in (n for n in expected if n.endswith("proj.weight")):
+        module = name.removesuffix(".weight")
+        assert ours[f"{module}.weight_scale"][2] == theirs[f"{module}.weight_scale"][2]
+        codes = array(ours, f"{module}.weight_packed"), array(theirs, f"{module}.weight")
+        pairs = [E2M1[np.stack([c & 15, c >> 4])] for c in codes]
+        np.testing.assert_array_equal(*pairs)
+        values = array(expected, name, "<f4")
+        np.testing.assert_allclose(decoded(ours, module), values, rtol=2.0**-22, atol=0)
+        same = bool((decoded(ours, module) == values).all())
+        equal, near = equal + same, near + (not same)
+    assert f"{equal} quantized tensors moved exactly, {near} but for" in said
+    done = call(
+        *("quantize", peer, "--scheme", "keep", "--exact", "-o", tmp_path / "e"),
+        *("--format", "compressed-tensors"),
+    )
+    assert done.code == 3
+    assert f"{near} of {equal + near} quantized tensors" in done.err
+
+
+def test_nvfp4_with_a_scale_of_the_tensor_does_not_move_to_ggml(
+    written: Written, tmp_path: Path, call: Call
+) -> None:
+    place, _ = written("nvfp4a16")
+    done = call(
+        "quantize", place, "--scheme", "keep", "--exact", "--raw", "-o", tmp_path / "m.gguf"
+    )
+    assert done.code == 3
+    assert "7 of 7 quantized tensors do not move exactly" in done.err
+
+
+def test_nvfp4_of_ggml_moves_with_a_scale_of_one(
+    source: tuple[Path, dict[str, F32]], tmp_path: Path, call: Call
+) -> None:
+    """Through a directory whose scale of the tensor is set to one, and back."""
+    qconvert.quantize(source[0], "nvfp4a16", output=tmp_path / "m")
+    tensors = raw(tmp_path / "m" / "model.safetensors")
+    for name, (dtype, shape, _) in tensors.items():
+        if name.endswith("weight_global_scale"):
+            tensors[name] = dtype, shape, np.float32(1).tobytes()
+    write(tmp_path / "m" / "model.safetensors", tensors)
+    said = notes(tmp_path / "m", tmp_path / "m.gguf", call, "--raw")
+    assert "6 quantized tensors moved exactly, 1 decoded" in said  # rows of 96 values
+    for peer in gguf.GGUFReader(tmp_path / "m.gguf").tensors:
+        if peer.tensor_type.name == "NVFP4":
+            theirs = gguf.quants.dequantize(peer.data, peer.tensor_type)
+            np.testing.assert_array_equal(
+                theirs, decoded(tensors, peer.name.removesuffix(".weight"))
+            )
+
+
+def test_moved_parts_of_one_layer_with_different_scales_are_warned_of(
+    written: Written, tmp_path: Path, call: Call
+) -> None:
+    place, tensors = written("nvfp4a16")
+    shutil.copytree(place, tmp_path / "m")
+    name = f"{LAYER}.self_attn.k_proj.weight_global_scale"
+    write(
+        tmp_path / "m" / "model.safetensors",
+        {**tensors, name: ("F32", [1], np.float32(77).tobytes())},
+    )
+    options = ("--format", "compressed-tensors")
+    assert "vLLM takes the largest" in notes(tmp_path / "m", tmp_path / "a", call, *options)
+    assert "vLLM takes the largest" not in notes(place, tmp_path / "b", call, *options)
+
+
 # --- refused ---
 
 

@@ -164,7 +164,7 @@ class Grain:
     """What codes are that can move to another encoding.
 
     Attributes:
-        number: ``int``, or the name of a small floating type.
+        number: ``int``, or ``e2m1``, whose codes are doubled in `IntegerRows`.
         bits: of a code.
         group: columns that share a scale; 0 where a row has one.
     """
@@ -260,6 +260,14 @@ class Encoding(ABC):
         all encodings of a number agree on; None where they are not such.
         """
         raise NotImplementedError
+
+    def divisor(self, stored: Stored) -> float:
+        """What scales of groups were divided by, all of them; 1 where there is no such number."""
+        return 1.0
+
+    def divided(self, divisor: float) -> Encoding | None:
+        """This encoding for scales that were divided by a number; None without a place for it."""
+        return None
 
     def held(self, rows: IntegerRows) -> IntegerRows | None:
         """`movable` rows of an encoding in the units of this one; None where it has no such codes,

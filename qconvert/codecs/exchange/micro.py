@@ -5,26 +5,34 @@ Microscaling Formats 1.0), and NVFP4, whose tensors have a scale of their own be
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qconvert import kernels
-from qconvert.codecs.codec import Coded, Stored
+from qconvert.codecs.codec import Coded, Grain, Stored
 from qconvert.codecs.exchange.layout import Layout, Part, check_scales, refuse_values
+from qconvert.codecs.units import byte_scales, nearest_bytes, regrouped
 from qconvert.geometry import Tile
-from qconvert.kernels.records import F32, U8, IntegerRows
+from qconvert.kernels.records import F32, U8, Bytes, IntegerRows
 from qconvert.kernels.reference.ggml.codebooks import E2M1
 from qconvert.model import DTYPES
 
 FP4, FP6, FP8 = "F4", "F6_E2M3", "F8_E4M3"  # of `qconvert.model.DTYPES`
 POWERS = "F8_E8M0"
 MX_GROUP, NV_GROUP = 32, 16
+CLOSE = 2.0**-22  # how far scales may be off where a factor becomes a divisor, or is one twice
 PIECE = 256  # a run of columns begins at a multiple of it: whole bytes of all numbers, and groups
 
 # The two numbers of a byte of FP4, the one in the lower bits first.
 _PAIRS = kernels.widen(bytes(range(256)), FP4).astype(np.float32).reshape(256, 2)
 _UNSIGNED_PAIRS = _PAIRS + np.float32(0)  # -0 as 0
+LARGEST_CODE = int(E2M1.max())  # doubled
+_CODE_OF = np.zeros(2 * LARGEST_CODE + 1, np.uint8)  # of doubled codes, from the least on
+_CODE_OF[E2M1[::-1] + LARGEST_CODE] = np.arange(15, -1, -1)  # and 0, not -0, in the middle
 _INTEGER_PAIRS = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=1)
 
 
@@ -54,6 +62,7 @@ class Micro(Layout):
         group: columns that share a scale.
         overall: None where there is no scale of the tensor.
         signed_zero: whether the code of -0 is that, and not 0.
+        divides: scales that are moved here: the scale of the tensor, as a divisor.
     """
 
     number: str
@@ -62,6 +71,7 @@ class Micro(Layout):
     group: int
     overall: Overall | None = None
     signed_zero: bool = True
+    divides: float = 1.0
 
     @property
     def name(self) -> str:
@@ -148,6 +158,60 @@ class Micro(Layout):
             found: F32 = scale / overall if self.overall.divides else scale * overall
         return found
 
+    # --- codes that move to another encoding ---
+
+    @property
+    def grain(self) -> Grain | None:
+        return Grain("e2m1", 4, self.group) if self.number == FP4 else None
+
+    def movable(self, rows: IntegerRows) -> IntegerRows | None:
+        return rows  # where -0 is 0
+
+    def divisor(self, stored: Stored) -> float:
+        if self.overall is None:
+            return 1.0
+        found = np.frombuffer(stored.read(self.overall.suffix, 0, 4), "<f4")[0]
+        return float(found) if self.overall.divides else float(reciprocal(found))
+
+    def divided(self, divisor: float) -> Micro | None:
+        return None if self.overall is None else replace(self, divides=divisor)
+
+    def held(self, rows: IntegerRows) -> IntegerRows | None:
+        """See `Encoding.held`; scales may be a few units in the last place off that are divided."""
+        found = regrouped(rows, self.group)
+        if found is None:
+            return None
+        scale = found.scale * np.float32(2)  # of codes that are not doubled
+        if self.overall is None:
+            return found if byte_scales(scale, self.scale_number) is not None else None
+        stored: F32 = kernels.widen(self._divided(scale).tobytes(), FP8).reshape(scale.shape)
+        each = stored / np.float32(self.divides)
+        close = np.abs(each - scale) <= scale * np.float32(CLOSE)
+        return replace(found, scale=each / np.float32(2)) if close.all() else None
+
+    def _divided(self, scale: F32) -> U8:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return nearest_bytes(scale * np.float32(self.divides), FP8)
+
+    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
+        scale = rows.scale * np.float32(2)
+        if self.overall is None:
+            scales = byte_scales(scale, self.scale_number)
+            assert scales is not None  # or they would not have been held
+        else:
+            scales = self._divided(scale)
+        codes = _CODE_OF[rows.codes + LARGEST_CODE]
+        packed = codes[:, ::2] | codes[:, 1::2] << 4
+        return {self.packed[0]: packed.tobytes(), self.scales[0]: scales.tobytes()}
+
+    def laid_together(
+        self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]
+    ) -> dict[str, Bytes]:
+        if self.overall is None:
+            return {}
+        assert self.overall.divides  # only such are written
+        return {self.overall.suffix: np.float32(self.divides).astype("<f4").tobytes()}
+
     def check(self, stored: Stored) -> None:
         count = math.prod(stored.shape[:-1]) * self.groups(stored.shape[-1])
         check_scales(stored, self.scales[0], self.scale_number, count)
@@ -156,6 +220,22 @@ class Micro(Layout):
             if not 0 < found < math.inf:
                 what = f"the number of {self.overall.suffix}"
                 refuse_values(stored, f"{what} scales nothing", found, "a positive one")
+
+
+def reciprocal(factor: np.float32) -> np.float32:
+    """A divisor that does to every number of E4M3 what a factor does, where there is one near; or
+    else the nearest to its reciprocal.
+    """
+    with np.errstate(all="ignore"):
+        nearest = np.float32(1) / factor
+        if not 0 < nearest < np.inf:
+            return nearest
+        mantissas = np.arange(8, 16, dtype=np.float32)  # the others are these times powers of two
+        for step in (0, 1, -1, 2, -2):
+            near = (nearest.view(np.int32) + np.int32(step)).view(np.float32)
+            if (mantissas / near == mantissas * factor).all():
+                return np.float32(near)
+    return nearest
 
 
 def scaled(codes: F32, scale: F32, group: int) -> F32:

@@ -1,8 +1,8 @@
 """Weights as small floating numbers: scales searched for the least squared error.
 
 Those of four bits are searched, and weighted, as ggml's MXFP4 and NVFP4 are: section 8 of
-formats/schemes/SPEC.md. Its blocks hold the same numbers in another order; its NVFP4 has no scale of
-the tensor, by which rows are multiplied before.
+formats/schemes/SPEC.md. Its blocks hold the same numbers in another order; its NVFP4 has no scale
+of the tensor, by which rows are multiplied before.
 """
 
 from __future__ import annotations

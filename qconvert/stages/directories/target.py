@@ -16,6 +16,7 @@ from typing import Any
 
 from qconvert.codecs.codec import Encoding
 from qconvert.codecs.exchange.layout import Layout
+from qconvert.codecs.exchange.micro import Micro
 from qconvert.codecs.moving import MovedScheme
 from qconvert.containers import CONTAINERS
 from qconvert.errors import UnsupportedError, UsageError
@@ -129,7 +130,7 @@ class DirectoryTarget:
             provenance=noted(model),
             companions=len(files),
             companion_bytes=sum(len(data) for data in files.values()),
-            warnings=list(readers.warnings),
+            warnings=[*readers.warnings, *self._unlike(planned)],
             notes=list(readers.notes),
             directory=True,
         )
@@ -200,6 +201,23 @@ class DirectoryTarget:
             else p
             for p in plan
         )
+
+    def _unlike(self, plan: Sequence[PlannedTensor]) -> list[str]:
+        """A warning of layers whose parts were moved with different scales of the tensor."""
+        found = []
+        for names, parts in self._layers(plan):
+            moved = [p.encoding for p in parts if isinstance(p.scheme, MovedScheme)]
+            if len({e.divides for e in moved if isinstance(e, Micro)}) > 1:
+                found.append((names, parts[0].tensor.name))
+        if not found:
+            return []
+        names, first = found[0]
+        return [
+            f"{len(found)} layers, such as that of '{first}', have parts ({' '.join(names)}) with "
+            "different scales of the tensor, of which vLLM takes the largest for all: weights are "
+            "off there, and right in transformers; convert them with --scheme nvfp4a16 and "
+            "--allow-requantize"
+        ]
 
     def _layers(
         self, plan: Sequence[PlannedTensor]
