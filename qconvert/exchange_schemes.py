@@ -27,7 +27,8 @@ class ExchangeScheme:
         symmetric: whether zero points are fixed.
         number: what codes are: ``int``, or the name of a floating type.
         scale_dtype: of scales, where that is the model's; settled when a model is at hand.
-        activations: ``dynamic`` where readers make the layer's input eight bits as it comes.
+        activations: ``dynamic`` where readers make the layer's input eight bits as it comes,
+            ``static`` where they do with the range of a calibration.
     """
 
     family: ClassVar[str]
@@ -100,6 +101,7 @@ def _compressed_tensors() -> tuple[CompressedTensorsScheme, ...]:
 EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
     *_compressed_tensors(),
     CompressedTensorsScheme("w8a8", 8, 0, activations="dynamic"),
+    CompressedTensorsScheme("w8a8_static", 8, 0, activations="static"),
     CompressedTensorsScheme("fp8_dynamic", 8, 0, number="e4m3", activations="dynamic"),
     CompressedTensorsScheme("fp8_block", 8, 128, number="e4m3", activations="dynamic"),
     CompressedTensorsScheme(
@@ -116,8 +118,8 @@ EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
 
 # What is written of them where all names are listed.
 EXCHANGE_GRAMMAR = (
-    "w{4|8}a16[_asym][_g32|_g64|_g128|_channel], w8a8, fp8_dynamic, fp8_block, nvfp4a16, mxfp4a16, "
-    "mxfp8a16, fp8_block128"
+    "w{4|8}a16[_asym][_g32|_g64|_g128|_channel], w8a8[_static], fp8_dynamic, fp8_block, "
+    "{nvfp4|mxfp4|mxfp8}a16, fp8_block128"
 )
 
 

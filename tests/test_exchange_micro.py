@@ -224,20 +224,32 @@ def test_searched_scales_leave_less_error_than_those_of_the_extremes(
     assert sqnr(x, decoded(tensors, module)) > sqnr(x, plain.reshape(x.shape)) + 0.8
 
 
+@pytest.fixture(scope="module")
+def calibrated(source: tuple[Path, dict[str, F32]]) -> tuple[Path, dict[str, F32]]:
+    """A calibration of all layers, and what it was made of: every fourth column thirty times as
+    large.
+    """
+    rng, inputs = np.random.default_rng(7), {}
+    for module, weight in source[1].items():
+        inputs[module] = rng.normal(0.5, 1, (64, weight.shape[1])).astype(np.float32)
+        inputs[module][:, ::4] *= 30
+    place = source[0].parent
+    save(place / "inputs.safetensors", inputs)
+    path = place / "c.safetensors"
+    qconvert.calibrate(
+        source[0], activations=place / "inputs.safetensors", output=path, observer="minmax"
+    )
+    return path, inputs
+
+
 def test_a_calibration_weighs_the_error(
-    source: tuple[Path, dict[str, F32]], tmp_path: Path, call: Call
+    source: tuple[Path, dict[str, F32]],
+    calibrated: tuple[Path, dict[str, F32]],
+    tmp_path: Path,
+    call: Call,
 ) -> None:
     """Columns whose inputs are thirty times as large come out closer, the others further off."""
-    rng = np.random.default_rng(7)
-    inputs = {}
-    for module, weight in source[1].items():
-        samples = rng.standard_normal((64, weight.shape[1])).astype(np.float32)
-        samples[:, ::4] *= 30
-        inputs[module] = samples
-    save(tmp_path / "inputs.safetensors", inputs)
-    cal = tmp_path / "c.safetensors"
-    done = call("calibrate", source[0], "--activations", tmp_path / "inputs.safetensors", "-o", cal)
-    assert done.code == 0, done.err
+    cal = calibrated[0]
     made = {}
     for name, options in (("plain", ()), ("weighted", ("--calibration", cal))):
         place = tmp_path / name
@@ -254,6 +266,51 @@ def test_a_calibration_weighs_the_error(
     }
     assert of["weighted"][0] > of["plain"][0] + 1
     assert of["weighted"][1] < of["plain"][1]
+
+
+def test_static_inputs_have_the_range_that_was_observed(
+    source: tuple[Path, dict[str, F32]], calibrated: tuple[Path, dict[str, F32]], tmp_path: Path
+) -> None:
+    cal, inputs = calibrated
+    qconvert.quantize(
+        source[0], "w8a8_static", output=tmp_path / "m", calibration=cal, equalise="off"
+    )
+    tensors = raw(tmp_path / "m" / "model.safetensors")
+    for module, x in inputs.items():
+        scale = (max(x.max(), 0) - min(x.min(), 0)) / 255
+        (stored,) = array(tensors, f"{module}.input_scale", ml_dtypes.bfloat16)
+        assert stored == np.float32(scale).astype(ml_dtypes.bfloat16)
+        (zero,) = array(tensors, f"{module}.input_zero_point", np.int8)
+        assert zero == np.rint(-128 - min(x.min(), 0) / scale)
+        codes = array(tensors, f"{module}.weight", np.int8).astype(np.float32)
+        scales = array(tensors, f"{module}.weight_scale", ml_dtypes.bfloat16).astype(np.float32)
+        assert sqnr(source[1][module], codes * scales) > 36
+    block = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    peer = json.loads((FOREIGN / "ct_int8_static_asym" / "config.json").read_text())
+    theirs = peer["quantization_config"]["config_groups"]["group_0"]
+    ours = block["config_groups"]["group_0"]
+    assert ours["input_activations"] == theirs["input_activations"]
+    assert ours["format"] == theirs["format"] == block["format"]
+
+
+def test_static_inputs_need_a_calibration_of_every_layer(
+    source: tuple[Path, dict[str, F32]],
+    calibrated: tuple[Path, dict[str, F32]],
+    tmp_path: Path,
+    call: Call,
+) -> None:
+    command = ("quantize", source[0], "--scheme", "w8a8_static", "-o", tmp_path / "m")
+    done = call(*command)
+    assert (done.code, "--calibration" in done.err) == (2, True)
+    few = dict(list(calibrated[1].items())[:3])
+    save(tmp_path / "few.safetensors", few)
+    qconvert.calibrate(
+        source[0], activations=tmp_path / "few.safetensors", output=tmp_path / "c.safetensors"
+    )
+    done = call(*command, "--calibration", tmp_path / "c.safetensors")
+    assert done.code == 3
+    assert "lacks 4 of 7 layers" in " ".join(done.err.split())
+    assert not (tmp_path / "m").exists()
 
 
 # --- moved ---

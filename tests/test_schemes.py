@@ -43,6 +43,7 @@ COMPRESSED_TENSORS = [
     )
 ]
 COMPRESSED_TENSORS += ["w8a8", "fp8_dynamic", "fp8_block", "nvfp4a16", "mxfp4a16", "mxfp8a16"]
+COMPRESSED_TENSORS += ["w8a8_static"]
 EXCHANGE = [*COMPRESSED_TENSORS, "fp8_block128", "keep"]
 
 

@@ -28,6 +28,7 @@ from qconvert.model import Model, TensorInfo
 
 PACKED, SCALE = ".weight_packed", ".weight_scale"
 ZERO_POINT, SHAPE = ".weight_zero_point", ".weight_shape"
+INPUT_SCALE, INPUT_ZERO_POINT = ".input_scale", ".input_zero_point"
 MIDDLE = 128  # of unsigned bytes
 GLOBAL = ".weight_global_scale"
 
@@ -124,19 +125,37 @@ class PackedIntegers(IntegerLayout):
 
 @dataclass(frozen=True)
 class PlainIntegers(IntegerLayout):
-    """``int-quantized``: signed bytes with a scale a row, for products with bytes."""
+    """``int-quantized``: signed bytes with a scale a row, for products with bytes.
+
+    Attributes:
+        static: whether scale and zero point of the layer's input are beside them, which no encoder
+            knows: `static_input` gives them.
+    """
+
+    static: bool = False
 
     @property
     def name(self) -> str:
         unit = f"g{self.group}" if self.group else "tensor" if self.shared else "channel"
-        return f"w8a8{'' if self.symmetric else '_asym'}_{unit}"
+        static = "_static" if self.static else ""
+        return f"w8a8{static}{'' if self.symmetric else '_asym'}_{unit}"
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         numbers = (1,) if self.shared else (shape[0], self.groups(shape[1]))
         found = [Part(WEIGHT, "I8", shape), Part(SCALE, self.scale_dtype, numbers)]
         if not self.symmetric:
             found.append(Part(ZERO_POINT, "I8", numbers))
+        if self.static:
+            found.append(Part(INPUT_SCALE, self.scale_dtype, (1,)))
+            found.append(Part(INPUT_ZERO_POINT, "I8", (1,)))
         return tuple(found)
+
+    def static_input(self, scale: float, zero_point: int) -> dict[str, Bytes]:
+        """The parts that say how an input becomes bytes."""
+        return {
+            INPUT_SCALE: np.float32(scale).astype(SCALE_NUMPY[self.scale_dtype]).tobytes(),
+            INPUT_ZERO_POINT: np.int8(zero_point).tobytes(),
+        }
 
     def integers(self, stored: Stored, rows: slice, columns: slice) -> IntegerRows:
         count, width = rows.stop - rows.start, columns.stop - columns.start
@@ -178,8 +197,10 @@ def integer_layout(scheme: CompressedTensorsScheme) -> IntegerLayout | None:
     """What a scheme of integers writes; None of another number."""
     if scheme.number != "int":
         return None
-    layout = PlainIntegers if scheme.activations else PackedIntegers
-    return layout(scheme.bits, scheme.group, scheme.symmetric, scheme.scale_dtype)
+    how = scheme.bits, scheme.group, scheme.symmetric, scheme.scale_dtype
+    if scheme.activations:
+        return PlainIntegers(*how, static=scheme.activations == "static")
+    return PackedIntegers(*how)
 
 
 def float8_layout(scheme: CompressedTensorsScheme) -> Float8:

@@ -106,6 +106,9 @@ def _inputs(scheme: ExchangeScheme) -> dict[str, Any] | None:
     """QuantizationArgs of inputs that readers make eight bits."""
     if not scheme.activations:
         return None
+    if scheme.activations == "static":
+        found = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor"}
+        return found | {"group_size": None, "dynamic": False}
     found = {
         "num_bits": 8,
         "type": "int" if scheme.number == "int" else "float",

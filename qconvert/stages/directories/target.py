@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qconvert.calibration.file import Calibration
 from qconvert.codecs.codec import Encoding
+from qconvert.codecs.exchange.compressed_tensors import PlainIntegers
 from qconvert.codecs.exchange.layout import Layout
 from qconvert.codecs.exchange.micro import Micro
 from qconvert.codecs.moving import MovedScheme
@@ -109,6 +111,7 @@ class DirectoryTarget:
         planned = self._planned(opened, model, options, model_dtype(config, model))
         self._check_fused(planned, model.path)
         planned = self._tied(planned)
+        _check_static(planned, options.calibration)
         plan = [replace(p, scheme=_like(p.scheme)) for p in planned]
         if self.quantizes and not any(isinstance(p.scheme, ExchangeScheme) for p in plan):
             raise UnsupportedError(
@@ -241,6 +244,36 @@ def _like(scheme: TensorScheme | None) -> TensorScheme | None:
     return scheme.like if isinstance(scheme, MovedScheme) else scheme
 
 
+def _check_static(plan: Sequence[PlannedTensor], calibration: Path | None) -> None:
+    """Refuse static ranges of inputs that nobody has observed.
+
+    Raises:
+        UsageError: there is no calibration.
+        UnsupportedError: it lacks a layer.
+    """
+    static = [
+        p.tensor.name
+        for p in plan
+        if isinstance(p.scheme, ExchangeScheme) and p.scheme.activations == "static"
+    ]
+    if not static:
+        return
+    if calibration is None:
+        raise UsageError(
+            "static ranges of inputs come from a calibration", hint="give one with --calibration"
+        )
+    with Calibration(calibration) as observed:
+        missing = [name for name in static if observed.find(name) is None]
+    if missing:
+        raise UnsupportedError(
+            f"the calibration lacks {len(missing)} of {len(static)} layers whose inputs have "
+            "static ranges",
+            path=calibration,
+            tensor=missing[0],
+            hint="calibrate all of them, or keep the others with --keep",
+        )
+
+
 def _files(companions: Sequence[Companion], config: Mapping[str, Any]) -> dict[str, bytes]:
     """Small files of the output by their names."""
     found = {c.name: c.read() for c in companions if c.name != CONFIG}
@@ -296,13 +329,17 @@ class _Parts:
         plain = not isinstance(encoding, Layout)
         self.name = tensor.name if plain else layer_name(tensor.name)
         self.plain = plain
+        self.encoding = encoding
 
     def append(self, segments: Mapping[str, Bytes]) -> None:
         for kind, data in segments.items():
             self.writer.append(self.name if self.plain else self.name + kind, data)
 
     def finish(self, notes: dict[str, Any]) -> None:
-        pass  # safetensors has no place for notes on a tensor; they are in the report
+        """Close the tensor; safetensors has no place for notes but static ranges of inputs."""
+        if isinstance(self.encoding, PlainIntegers) and self.encoding.static:
+            found = notes["activation"]
+            self.append(self.encoding.static_input(found["scale"], found["zero_point"]))
 
 
 def _sink(
