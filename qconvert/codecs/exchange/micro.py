@@ -24,6 +24,7 @@ from qconvert.model import DTYPES
 FP4, FP6, FP8 = "F4", "F6_E2M3", "F8_E4M3"  # of `qconvert.model.DTYPES`
 POWERS = "F8_E8M0"
 MX_GROUP, NV_GROUP = 32, 16
+BLOCKS, SCALES = "_blocks", "_scales"  # ends of the names of gpt-oss
 CLOSE = 2.0**-22  # how far scales may be off where a factor becomes a divisor, or is one twice
 PIECE = 256  # a run of columns begins at a multiple of it: whole bytes of all numbers, and groups
 
@@ -109,11 +110,10 @@ class Micro(Layout):
         values = self.decoded(stored, tile)
         if self.number != FP4:
             return Coded(values)
+        codes = _INTEGER_PAIRS[self._bytes(stored, tile)].reshape(tile.rows, -1)
         scale = self._scales(stored, tile)
         integers = IntegerRows(
-            codes=_INTEGER_PAIRS[self._bytes(stored, tile)].reshape(tile.rows, -1)[
-                :, : tile.columns
-            ],
+            codes=codes[:, : tile.columns],
             zero=np.zeros(scale.shape, np.int32),
             scale=scale / np.float32(2),  # of doubled codes, which are integers
             offset=None,
@@ -294,6 +294,3 @@ class Experts(Layout):
     def check(self, stored: Stored) -> None:
         experts, inputs, outputs = stored.shape
         check_scales(stored, SCALES, POWERS, experts * outputs * (inputs // MX_GROUP))
-
-
-BLOCKS, SCALES = "_blocks", "_scales"  # of gpt-oss

@@ -28,7 +28,7 @@ BIAS = 127  # of bytes that are powers of two
 # The largest group takes the scale at the end of E4M3's range.
 LARGEST = LARGEST_FP4 * LARGEST_FP8
 _FINITE = np.finfo(np.float32).max
-_ORDER = {POWERS: "MXFP4", FP8: "NVFP4"}  # ggml's types by the numbers of their scales
+_GGML = {POWERS: "MXFP4", FP8: "NVFP4"}  # ggml's types by the numbers of their scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class MicroEncoder(Encoder):
 
     def _fours(self, x: F32) -> tuple[U8, U8, F32]:
         """Codes two to a byte, scales, and what they are worth."""
-        name = _ORDER[self.layout.scale_number]
+        name = _GGML[self.layout.scale_number]
         wide, weights = x * self.divisor, self.weights
         block = 64 if name == "NVFP4" else 32
         short = -x.shape[1] % block

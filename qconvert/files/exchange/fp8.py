@@ -1,5 +1,5 @@
-"""FP8 checkpoints of ``quant_method: fp8``: blocks with ``weight_scale_inv``, and Mistral with one
-scale a tensor. formats/exchange/fp8.md says which are read.
+"""FP8 checkpoints of ``quant_method: fp8``: in blocks with ``weight_scale_inv``, and those of
+Mistral with one scale a tensor. formats/exchange/fp8.md says which are read.
 """
 
 from __future__ import annotations
