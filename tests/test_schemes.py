@@ -34,6 +34,7 @@ LEVELS += ["c4s_block16"]
 OTHERS = ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 OTHERS += ["iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "tq1_0", "tq2_0"]
 OTHERS += ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+OTHERS += ["keep"]
 OTHERS += ["q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "mxfp4_moe"]
 # formats/exchange
 COMPRESSED_TENSORS = [
@@ -42,9 +43,9 @@ COMPRESSED_TENSORS = [
         (4, 8), ("", "_asym"), ("", "_g32", "_g64", "_g128", "_channel")
     )
 ]
-COMPRESSED_TENSORS += ["w8a8", "fp8_dynamic", "fp8_block", "nvfp4a16", "mxfp4a16", "mxfp8a16"]
-COMPRESSED_TENSORS += ["w8a8_static"]
-EXCHANGE = [*COMPRESSED_TENSORS, "fp8_block128", "keep"]
+COMPRESSED_TENSORS += ["w8a8", "fp8_dynamic", "fp8_block"]
+EXCHANGE = [*COMPRESSED_TENSORS, "fp8_block128"]
+EXCHANGE += ["nvfp4a16", "mxfp4a16", "mxfp8a16", "w8a8_static"]
 
 
 def test_the_table_holds_the_names_of_the_specification_and_no_others() -> None:
