@@ -27,7 +27,7 @@ FP4, FP6, FP8 = "F4", "F6_E2M3", "F8_E4M3"  # of `qconvert.model.DTYPES`
 POWERS = "F8_E8M0"
 MX_GROUP, NV_GROUP = 32, 16
 BLOCKS, SCALES = "_blocks", "_scales"  # ends of the names of gpt-oss
-CLOSE = 2.0**-22  # how far scales may be off where a factor becomes a divisor, or is one twice
+CLOSE = 2.0**-22  # by what part scales may change where a factor becomes a divisor
 PIECE = 256  # a run of columns begins at a multiple of it: whole bytes of all numbers, and groups
 
 # The two numbers of a byte of FP4, the one in the lower bits first.
