@@ -24,7 +24,8 @@ class Container:
             directory that another tool loads, which is opened as safetensors and then recognised.
         takes: families of schemes (`qconvert.schemes.FAMILIES`, and ``mix``) that it is written
             with; none: it is only read.
-        target: module of a `qconvert.stages.target.Target` named ``TARGET``, if it is written.
+        target: module of a `qconvert.stages.target.Target` named ``TARGET``, if it is written; of
+            directories of codes that are only read, the one that knows their names.
     """
 
     name: str
@@ -107,6 +108,8 @@ CONTAINERS = {
             takes=("raw",),
             target="qconvert.stages.directories.plain",
         ),
+        Container(*("modelopt", "", b"", 0), reader="", target="qconvert.stages.directories.plain"),
+        Container(*("mxfp4", "", b"", 0), reader="", target="qconvert.stages.directories.plain"),
     )
 }
 WRITTEN = tuple(c for c in CONTAINERS.values() if c.takes)

@@ -6,7 +6,7 @@ told in formats/exchange; its name is the format's own word for it where there i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from qconvert.ranges import RangeMethod, default_method
@@ -31,7 +31,8 @@ class ExchangeScheme:
         symmetric: whether zero points are fixed.
         number: what codes are: ``int``, or the name of a floating type.
         scale_dtype: of scales, where that is the model's; settled when a model is at hand.
-        activations: ``dynamic`` where readers make the layer's input eight bits as it comes.
+        activations: ``dynamic`` where readers make the layer's input eight bits as it comes,
+            ``static`` where they do with the range of a calibration.
     """
 
     family: ClassVar[str]
@@ -57,12 +58,31 @@ class ExchangeScheme:
         """This scheme for a model whose numbers are of this dtype."""
         return replace(self, scale_dtype=dtype)
 
+    def with_parts(self, names: tuple[str, ...]) -> Self:
+        """This scheme for one of several tensors that readers multiply as one."""
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class CompressedTensorsScheme(ExchangeScheme):
-    """A scheme of compressed-tensors; names are those of its presets, W4A16 and so on."""
+    """A scheme of compressed-tensors; names are those of its presets, W4A16 and so on.
+
+    Attributes:
+        micro: the ``format`` of small floating numbers, whose scales are bytes; none of others.
+        parts: tensors that have one scale of the tensor together.
+    """
 
     family: ClassVar[str] = COMPRESSED_TENSORS
+    micro: str = ""
+    parts: tuple[str, ...] = field(default=(), compare=False)
+
+    def with_scales(self, dtype: str) -> Self:
+        """This scheme for a model whose numbers are of this dtype."""
+        return self if self.micro else replace(self, scale_dtype=dtype)
+
+    def with_parts(self, names: tuple[str, ...]) -> Self:
+        """This scheme for one of several tensors that readers multiply as one."""
+        return replace(self, parts=names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +188,18 @@ def _bnb() -> tuple[BnbScheme, ...]:
 EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
     *_compressed_tensors(),
     CompressedTensorsScheme("w8a8", 8, 0, activations="dynamic"),
+    CompressedTensorsScheme("w8a8_static", 8, 0, activations="static"),
     CompressedTensorsScheme("fp8_dynamic", 8, 0, number="e4m3", activations="dynamic"),
     CompressedTensorsScheme("fp8_block", 8, 128, number="e4m3", activations="dynamic"),
+    CompressedTensorsScheme(
+        *("nvfp4a16", 4, 16), number="e2m1", scale_dtype="F8_E4M3", micro="nvfp4-pack-quantized"
+    ),
+    CompressedTensorsScheme(
+        *("mxfp4a16", 4, 32), number="e2m1", scale_dtype="U8", micro="mxfp4-pack-quantized"
+    ),
+    CompressedTensorsScheme(
+        *("mxfp8a16", 8, 32), number="e4m3", scale_dtype="U8", micro="mxfp8-quantized"
+    ),
     Fp8Scheme("fp8_block128", 8, 128, number="e4m3", activations="dynamic"),
     *_mlx(),
     *_gptq(),
@@ -179,7 +209,8 @@ EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
 
 # What is written of them where all names are listed.
 EXCHANGE_GRAMMAR = (
-    "w{4|8}a16[_asym][_g32|_g64|_g128|_channel], w8a8, fp8_dynamic, fp8_block, fp8_block128, "
+    "w{4|8}a16[_asym][_g32|_g64|_g128|_channel], w8a8[_static], fp8_dynamic, fp8_block, "
+    "{nvfp4|mxfp4|mxfp8}a16, fp8_block128, "
     "mlx_{2|3|4|5|6|8}bit_{g32|g64|g128}, gptq_{4|8}bit_{g32|g64|g128|channel}, "
     "awq_4bit_{g32|g64|g128}[_sym], bnb_{nf4|fp4}[_dq], bnb_int8"
 )

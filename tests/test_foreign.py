@@ -24,6 +24,7 @@ KINDS = ("ct_pack2", "ct_pack3", "ct_pack4_sym_g", "ct_pack4_sym_c", "ct_pack4_a
 KINDS += ("ct_pack6", "ct_pack7", "ct_pack8", "ct_mixed", "ct_ignored", "whole_ct", "ct_fp8")
 KINDS += ("ct_int8", "ct_pack4_sym_t", "fp8_")
 KINDS += ("mlx_", "whole_mlx", "gptq_", "awq_", "bnb_", "whole_bnb")
+KINDS += ("ct_nvfp4", "ct_mxfp", "modelopt", "gpt_oss", "deepseek")
 READ = [name for name in CHECKPOINTS if name.startswith(KINDS)]
 
 

@@ -164,7 +164,7 @@ class Grain:
     """What codes are that can move to another encoding.
 
     Attributes:
-        number: ``int``, or the name of a small floating type.
+        number: ``int``, or ``e2m1``, whose codes are doubled in `IntegerRows`.
         bits: of a code.
         group: columns that share a scale; 0 where a row has one.
     """
@@ -217,6 +217,10 @@ class Encoding(ABC):
         multiple of 256.
         """
 
+    def decoded(self, stored: Stored, tile: Tile) -> F32:
+        """The values of `coded` alone, for which some encodings need less."""
+        return self.coded(stored, tile).values
+
     def codes(self, stored: Stored) -> Codes | None:
         """All of a tensor as codes; None where it is not made of any, or of ggml's.
 
@@ -235,7 +239,7 @@ class Encoding(ABC):
             tile = Tile(1, stop - first * columns - low, first * columns + low, True)
         else:
             tile = Tile(last + 1 - first, columns, first * columns, True)
-        found: NDArray[np.floating] = self.coded(stored, tile).values.ravel()
+        found: NDArray[np.floating] = self.decoded(stored, tile).ravel()
         return found[start - tile.start : stop - tile.start]
 
     def product(self, stored: Stored, first: int, last: int, a: Activations) -> F32:
@@ -256,6 +260,14 @@ class Encoding(ABC):
         all encodings of a number agree on; None where they are not such.
         """
         raise NotImplementedError
+
+    def divisor(self, stored: Stored) -> float:
+        """What scales of groups were divided by, all of them; 1 where there is no such number."""
+        return 1.0
+
+    def divided(self, divisor: float) -> Encoding | None:
+        """This encoding for scales that were divided by a number; None without a place for it."""
+        return None
 
     def held(self, rows: IntegerRows) -> IntegerRows | None:
         """`movable` rows of an encoding in the units of this one; None where it has no such codes,

@@ -35,7 +35,7 @@ from qconvert.codecs.source import (
     source_rows,
     tiles_of,
 )
-from qconvert.codecs.units import centred, exact_scales, regrouped, with_offset
+from qconvert.codecs.units import byte_scales, centred, exact_scales, regrouped, with_offset
 from qconvert.errors import UnsupportedError, WeightError
 from qconvert.geometry import Tile
 from qconvert.ggml_types import GGML_TYPES, GgmlType
@@ -64,6 +64,8 @@ HALVES: dict[str, tuple[int, int]] = {
 }
 # Types whose codes can move to another encoding, and how many bits these have.
 MOVABLE = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}
+# The same of small floating numbers, and the type of the scales in a block's first bytes.
+FLOATING = {"MXFP4": "F8_E8M0", "NVFP4": "F8_E4M3"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,16 +132,21 @@ class GgmlEncoding(Encoding):
 
     @property
     def grain(self) -> Grain | None:
+        if self.type.name in FLOATING:
+            return Grain("e2m1", 4, GGML_BLOCKS[self.type.name].group)
         bits = MOVABLE.get(self.type.name)
         return Grain("int", bits, self.type.block) if bits else None
 
     def movable(self, rows: IntegerRows) -> IntegerRows | None:
-        if rows.offset is not None:  # codes are unsigned
+        if rows.offset is not None or self.type.name in FLOATING:  # codes are as they should be
             return rows
         middle = 1 << (MOVABLE[self.type.name] - 1)
         return replace(rows, codes=rows.codes + np.int16(middle), zero=rows.zero + middle)
 
     def held(self, rows: IntegerRows) -> IntegerRows | None:
+        if self.type.name in FLOATING:
+            small = regrouped(rows, GGML_BLOCKS[self.type.name].group)
+            return None if small is None or self._byte_scales(small) is None else small
         found = regrouped(rows, self.type.block)
         if found is None or not exact_scales(found, "F16"):
             return None
@@ -149,6 +156,12 @@ class GgmlEncoding(Encoding):
     def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
         layout, block = CODE_LAYOUTS[self.type.name], self.type.block
         data = np.zeros((rows.codes.size // block, self.type.nbytes), np.uint8)
+        if self.type.name in FLOATING:
+            scales = self._byte_scales(rows)
+            assert scales is not None  # or they would not have been held
+            data[:, : block // rows.group] = scales.reshape(len(data), -1)
+            data = layout.written(data, layout.places(rows.codes.reshape(-1, block)))
+            return {"data": data.reshape(-1).data}
         halves = [rows.scale] if rows.offset is None else [rows.scale, rows.offset]
         numbers = np.stack([h.ravel() for h in halves], axis=1).astype("<f2")
         data[:, : 2 * len(halves)] = numbers.view(np.uint8)
@@ -158,6 +171,10 @@ class GgmlEncoding(Encoding):
         else:
             data = layout.written(data, codes.astype(np.uint8))
         return {"data": data.reshape(-1).data}
+
+    def _byte_scales(self, rows: IntegerRows) -> U8 | None:
+        """Scales of doubled codes as blocks have them; None where they have no such."""
+        return byte_scales(rows.scale * np.float32(2), FLOATING[self.type.name])
 
     @property
     def _has_offset(self) -> bool:

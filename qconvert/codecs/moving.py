@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from qconvert import kernels
 from qconvert.codecs.codec import Codec, Encoder, Encoding, Facts, Outcome
 from qconvert.codecs.gathered import Gathered
 from qconvert.codecs.units import values_of
@@ -35,6 +36,7 @@ class MovedScheme:
         encoding: that they move to.
         rows: gives rows ``first..last`` of the source, which are `Encoding.movable`.
         like: what quantizing to that encoding would be called, where a directory has to say it.
+        exact: whether values are the same, too: not where a factor becomes a divisor.
     """
 
     family: ClassVar[str] = MOVED
@@ -43,6 +45,7 @@ class MovedScheme:
     encoding: Encoding
     rows: Callable[[int, int], IntegerRows | None]
     like: ExchangeScheme | None = None
+    exact: bool = True
 
     @property
     def name(self) -> str:
@@ -59,6 +62,7 @@ class MovedEncoder(Encoder):
 
     Attributes:
         rows: gives rows ``first..last`` of the tensor as they are in the source.
+        exact: see `MovedScheme`.
         gathered: of all rows, what the encoding lays down together.
     """
 
@@ -66,6 +70,7 @@ class MovedEncoder(Encoder):
     tensor: TensorInfo
     moved: Encoding
     rows: Callable[[int, int], IntegerRows | None]
+    exact: bool
     gathered: Gathered
 
     @property
@@ -83,8 +88,12 @@ class MovedEncoder(Encoder):
         assert source is not None  # or it would not have been planned so
         assert rows is not None
         self.gathered.add(first, self.moved.gathered(rows))
-        signal = float(np.square(values_of(source), dtype=np.float64).sum())
-        return Encoded(self.moved.laid(rows), ErrorSums(tile.rows * tile.columns, signal))
+        values = values_of(source)
+        if self.exact:
+            sums = ErrorSums(values.size, float(np.square(values, dtype=np.float64).sum()))
+        else:
+            sums = ErrorSums(values.size, *kernels.error_sums(values, values_of(rows)))
+        return Encoded(self.moved.laid(rows), sums)
 
     def shared(self) -> dict[str, Bytes]:
         return self.moved.laid_together(self.tensor.shape, self.gathered.arrays)
@@ -94,8 +103,8 @@ class MovedEncoder(Encoder):
 
 
 def _encoder(model: Model, tensor: TensorInfo, scheme: MovedScheme, facts: Facts) -> Encoder:
-    rows = tensor.size // row_length(tensor.shape)
-    return MovedEncoder(model, tensor, scheme.encoding, scheme.rows, Gathered(rows))
+    gathered = Gathered(tensor.size // row_length(tensor.shape))
+    return MovedEncoder(model, tensor, scheme.encoding, scheme.rows, scheme.exact, gathered)
 
 
 CODEC: Codec[MovedScheme] = Codec(

@@ -9,7 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.kernels.arithmetic import SCALE_NUMPY
-from qconvert.kernels.records import F32, IntegerRows
+from qconvert.kernels.records import F32, U8, IntegerRows
+from qconvert.kernels.reference import widening
+
+_BYTES = {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu"}  # names of ml_dtypes
 
 
 def values_of(rows: IntegerRows) -> F32:
@@ -68,6 +71,24 @@ def exact_scales(rows: IntegerRows, dtype: str) -> bool:
     with np.errstate(over="ignore"):
         narrow = rows.scale.astype(SCALE_NUMPY[dtype]).astype(np.float32)
     return bool((narrow == rows.scale).all())
+
+
+def byte_scales(scale: F32, dtype: str) -> U8 | None:
+    """Bytes of a type of eight bits that mean these scales; None where one is negative, or no
+    number of the type.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = nearest_bytes(scale, dtype)
+        same = widening.widen(found.tobytes(), dtype).reshape(scale.shape) == scale
+    return found if same.all() and not np.signbit(scale).any() else None
+
+
+def nearest_bytes(scale: F32, dtype: str) -> U8:
+    """Bytes of the nearest numbers of a type of eight bits."""
+    import ml_dtypes
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        return scale.astype(getattr(ml_dtypes, _BYTES[dtype])).view(np.uint8)
 
 
 def with_offset(rows: IntegerRows, bits: int, dtype: str) -> IntegerRows | None:

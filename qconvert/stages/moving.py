@@ -12,7 +12,7 @@ import numpy as np
 from qconvert.codecs import codec_of
 from qconvert.codecs.affine.encoding import Affine
 from qconvert.codecs.codec import Encoding, Grain
-from qconvert.codecs.ggml import MOVABLE, GgmlEncoding
+from qconvert.codecs.ggml import FLOATING, MOVABLE, GgmlEncoding
 from qconvert.codecs.moving import MOVED_VALUES, MovedScheme
 from qconvert.codecs.units import values_of
 from qconvert.containers import Container
@@ -31,6 +31,7 @@ from qconvert.stages.made_from import I64, made_from
 from qconvert.stages.plan import PlannedTensor
 
 _DECODED = "decoded from "
+_NEARLY = "codes and scales of groups moved from "
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 FIRST_VALUES = 1 << 12  # of a tensor that tell most encodings that cannot hold it
 
@@ -81,7 +82,12 @@ class Moving:
             return None
         found = self._moved(tensor, sources, made.rows, made.added)
         if isinstance(found, MovedScheme):
-            return PlannedTensor(tensor, found, f"moved exactly from {sources[0].dtype}")
+            how = f"moved exactly from {sources[0].dtype}"
+            if not found.exact:
+                how = (
+                    f"{_NEARLY}{sources[0].dtype}: the scale of the tensor is rounded to a divisor"
+                )
+            return PlannedTensor(tensor, found, how)
         scheme = decoded or TENSOR_SCHEMES[self.dtype.lower()]
         return PlannedTensor(tensor, scheme, f"{_DECODED}{sources[0].dtype}: {found}")
 
@@ -92,17 +98,25 @@ class Moving:
         kinds = {t.dtype for t in sources}
         if len(kinds) > 1:
             return "its parts are of several types"
-        encoding = self.opened.stored(sources[0]).encoding
-        grain = encoding.grain
+        grain = self.opened.stored(sources[0]).encoding.grain
         if added or grain is None:
             return "its codes are no integers with scales of their own"
         if (why := self.dense(tensor.name)) is not None:
             return why
+        stored = [self.opened.stored(source) for source in sources]
+        divisors = {s.encoding.divisor(s) for s in stored}
+        if len(divisors) > 1:
+            return "its parts have scales of their own"
         rows = partial(_rows, self.opened, tuple(sources), order)
         candidates = sorted(self._candidates(grain, tensor), key=lambda c: c[0].size(tensor.shape))
-        for candidate, like in candidates:
-            if _holds(candidate, tensor, rows):
-                return MovedScheme(candidate, rows, like)
+        (divisor,) = divisors
+        divided = [(encoding.divided(divisor), encoding, like) for encoding, like in candidates]
+        for encoding, plain, like in divided:
+            if _holds(encoding or plain, tensor, rows, exact=True):
+                return MovedScheme(encoding or plain, rows, like)
+        for encoding, _, like in divided:
+            if encoding and _holds(encoding, tensor, rows, exact=False):
+                return MovedScheme(encoding, rows, like, exact=False)
         of_scales = f"scales of {self.dtype}" if self.container.directory else "such scales"
         return f"{self.container.article} has no such codes, {of_scales}, or no such zero points"
 
@@ -111,7 +125,7 @@ class Moving:
     ) -> Iterator[tuple[Encoding, ExchangeScheme | None]]:
         """Encodings of the output that may hold codes of a grain."""
         columns = row_length(tensor.shape)
-        if self.container.name == "qblk":
+        if self.container.name == "qblk" and grain.number == "int":
             for bits in (b for b in BITS if b >= grain.bits):
                 for symmetric in (True, False):
                     if not grain.group:
@@ -120,10 +134,10 @@ class Moving:
                         for dtype in ("F16", "BF16", "F32"):
                             yield Affine(bits, "block", block, symmetric, dtype, columns), None
         elif self.container.name == "gguf":
-            for name, bits in MOVABLE.items():
-                block = GGML_TYPES[name].block
-                if bits >= grain.bits and columns % block == 0:
-                    yield GgmlEncoding(GGML_TYPES[name]), None
+            for name in (*MOVABLE, *FLOATING):
+                candidate = GgmlEncoding(GGML_TYPES[name])
+                if _finer(candidate.grain, grain) and columns % GGML_TYPES[name].block == 0:
+                    yield candidate, None
         for scheme in EXCHANGE_SCHEMES:
             # Nor do readers make inputs eight bits that came as they are.
             weights_alone = scheme.family in self.container.takes and not scheme.activations
@@ -131,7 +145,7 @@ class Moving:
                 like = scheme.with_scales(self.dtype)
                 codec = codec_of(like)
                 planned = codec.planned(like, tensor)
-                if planned.grain is not None and codec.refuses(like, tensor) is None:
+                if _finer(planned.grain, grain) and codec.refuses(like, tensor) is None:
                     yield planned, like
 
 
@@ -166,10 +180,22 @@ def _joined(parts: Sequence[IntegerRows]) -> IntegerRows:
     )
 
 
+def _finer(grain: Grain | None, than: Grain) -> bool:
+    """Whether codes of a grain may hold those of another one."""
+    return grain is not None and grain.number == than.number and grain.bits >= than.bits
+
+
 def _holds(
-    encoding: Encoding, tensor: TensorInfo, rows: Callable[[int, int], IntegerRows | None]
+    encoding: Encoding,
+    tensor: TensorInfo,
+    rows: Callable[[int, int], IntegerRows | None],
+    exact: bool,
 ) -> bool:
-    """Whether an encoding holds all of a tensor as it is: values are held against values."""
+    """Whether an encoding holds all of a tensor as it is: values are held against values.
+
+    Args:
+        exact: whether these have to be equal; or else what `Encoding.held` allows will do.
+    """
     columns = row_length(tensor.shape)
     count = tensor.size // columns
     some = min(count, max(1, FIRST_VALUES // columns))
@@ -178,7 +204,9 @@ def _holds(
         first = tile.start // columns
         source = rows(first, first + tile.rows)
         held = None if source is None else encoding.held(source)
-        if source is None or held is None or (values_of(held) != values_of(source)).any():
+        if source is None or held is None:
+            return False
+        if exact and (values_of(held) != values_of(source)).any():
             return False
     return True
 
@@ -191,20 +219,23 @@ def check_moved(plan: Sequence[PlannedTensor], opened: OpenModel, exact: bool) -
             should: the first is named, and how many there are.
     """
     moved, decoded = _moved_and_decoded(plan)
+    near = [p for p in moved if p.reason.startswith(_NEARLY)]
     if not moved and not decoded:
         raise UnsupportedError(
             "nothing in the source is quantized, so that nothing can be kept so",
             path=opened.path,
             hint="choose what the weights become with --scheme NAME",
         )
-    if exact and decoded:
+    if exact and (not_exact := decoded + near):
+        count = len(moved) + len(decoded)
         raise UnsupportedError(
-            f"{len(decoded)} of {len(moved) + len(decoded)} quantized tensors do not move exactly",
+            f"{len(not_exact)} of {count} quantized tensors do not move exactly",
             path=opened.path,
-            tensor=decoded[0].tensor.name,
-            found=decoded[0].reason,
+            tensor=not_exact[0].tensor.name,
+            found=not_exact[0].reason,
             wanted="codes that the output holds as they are",
-            hint="without --exact they are decoded; another --format may hold them",
+            hint=f"without --exact they are {'decoded' if decoded else 'rounded so'}; another "
+            "--format may hold them",
         )
 
 
@@ -212,7 +243,11 @@ def moved_note(plan: Sequence[PlannedTensor]) -> str:
     """How many tensors moved, and what became of the others."""
     moved, decoded = _moved_and_decoded(plan)
     plain = len(plan) - len(moved) - len(decoded)
-    return f"{len(moved)} quantized tensors moved exactly, {len(decoded)} decoded, {plain} plain"
+    near = sum(p.reason.startswith(_NEARLY) for p in moved)
+    found = f"{len(moved) - near} quantized tensors moved exactly, "
+    if near:
+        found += f"{near} but for the scale of the tensor, a divisor that was rounded, "
+    return f"{found}{len(decoded)} decoded, {plain} plain"
 
 
 def _moved_and_decoded(

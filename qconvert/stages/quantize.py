@@ -88,7 +88,7 @@ def quantize(
         report.warnings = said.warnings + report.warnings
         report.notes = said.notes + report.notes
         if isinstance(options.scheme, KeepScheme):
-            report.notes.append(moved_note(prepared.plan))
+            report.notes.insert(0, moved_note(prepared.plan))
         layers: dict[str, str] = {}
         tables: dict[str, str] = {}
         if calibration:

@@ -164,7 +164,7 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
     source = None
     try:
         container = CONTAINERS[model.kind]
-        if not container.takes:
+        if not container.target:
             raise UsageError(
                 "verify takes a quantized file",
                 found=f"{path}: {container.name}",

@@ -18,6 +18,9 @@ from qconvert.codecs.exchange.floats import WEIGHT, Float8, Float8Encoder, misfi
 from qconvert.codecs.exchange.integers import IntegerLayout, as_codes, integer_encoder
 from qconvert.codecs.exchange.integers import misfit as integers_misfit
 from qconvert.codecs.exchange.layout import Layout, Part, check_scales
+from qconvert.codecs.exchange.micro import FP4, FP6, FP8, MX_GROUP, NV_GROUP, Micro, Overall
+from qconvert.codecs.exchange.micro_encoder import micro_encoder
+from qconvert.codecs.exchange.micro_encoder import misfit as micro_misfit
 from qconvert.exchange_schemes import CompressedTensorsScheme
 from qconvert.kernels.arithmetic import SCALE_NUMPY
 from qconvert.kernels.records import I32, U8, Bytes, IntegerRows
@@ -25,7 +28,19 @@ from qconvert.model import Model, TensorInfo
 
 PACKED, SCALE = ".weight_packed", ".weight_scale"
 ZERO_POINT, SHAPE = ".weight_zero_point", ".weight_shape"
+INPUT_SCALE, INPUT_ZERO_POINT = ".input_scale", ".input_zero_point"
 MIDDLE = 128  # of unsigned bytes
+GLOBAL = ".weight_global_scale"
+
+# Small floating numbers, by the ``format`` that configurations have for them.
+MICRO = {
+    "nvfp4-pack-quantized": Micro(
+        *(FP4, (PACKED, "U8"), (SCALE, FP8), NV_GROUP), Overall(GLOBAL, 1, divides=True)
+    ),
+    "mxfp4-pack-quantized": Micro(FP4, (PACKED, "U8"), (SCALE, "U8"), MX_GROUP),
+    "mxfp6-pack-quantized": Micro(FP6, (PACKED, "U8"), (SCALE, "U8"), MX_GROUP),
+    "mxfp8-quantized": Micro(FP8, (WEIGHT, FP8), (SCALE, "U8"), MX_GROUP),
+}
 
 
 @dataclass(frozen=True)
@@ -110,19 +125,37 @@ class PackedIntegers(IntegerLayout):
 
 @dataclass(frozen=True)
 class PlainIntegers(IntegerLayout):
-    """``int-quantized``: signed bytes with a scale a row, for products with bytes."""
+    """``int-quantized``: signed bytes with a scale a row, for products with bytes.
+
+    Attributes:
+        static: whether scale and zero point of the layer's input are beside them, which no encoder
+            knows: `static_input` gives them.
+    """
+
+    static: bool = False
 
     @property
     def name(self) -> str:
         unit = f"g{self.group}" if self.group else "tensor" if self.shared else "channel"
-        return f"w8a8{'' if self.symmetric else '_asym'}_{unit}"
+        static = "_static" if self.static else ""
+        return f"w8a8{static}{'' if self.symmetric else '_asym'}_{unit}"
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         numbers = (1,) if self.shared else (shape[0], self.groups(shape[1]))
         found = [Part(WEIGHT, "I8", shape), Part(SCALE, self.scale_dtype, numbers)]
         if not self.symmetric:
             found.append(Part(ZERO_POINT, "I8", numbers))
+        if self.static:
+            found.append(Part(INPUT_SCALE, self.scale_dtype, (1,)))
+            found.append(Part(INPUT_ZERO_POINT, "I8", (1,)))
         return tuple(found)
+
+    def static_input(self, scale: float, zero_point: int) -> dict[str, Bytes]:
+        """The parts that say how an input becomes bytes."""
+        return {
+            INPUT_SCALE: np.float32(scale).astype(SCALE_NUMPY[self.scale_dtype]).tobytes(),
+            INPUT_ZERO_POINT: np.int8(zero_point).tobytes(),
+        }
 
     def integers(self, stored: Stored, rows: slice, columns: slice) -> IntegerRows:
         count, width = rows.stop - rows.start, columns.stop - columns.start
@@ -164,8 +197,10 @@ def integer_layout(scheme: CompressedTensorsScheme) -> IntegerLayout | None:
     """What a scheme of integers writes; None of another number."""
     if scheme.number != "int":
         return None
-    layout = PlainIntegers if scheme.activations else PackedIntegers
-    return layout(scheme.bits, scheme.group, scheme.symmetric, scheme.scale_dtype)
+    how = scheme.bits, scheme.group, scheme.symmetric, scheme.scale_dtype
+    if scheme.activations:
+        return PlainIntegers(*how, static=scheme.activations == "static")
+    return PackedIntegers(*how)
 
 
 def float8_layout(scheme: CompressedTensorsScheme) -> Float8:
@@ -176,10 +211,14 @@ def float8_layout(scheme: CompressedTensorsScheme) -> Float8:
 
 
 def _planned(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> Layout:
+    if scheme.micro:
+        return MICRO[scheme.micro]
     return integer_layout(scheme) or float8_layout(scheme)
 
 
 def _refuses(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> str | None:
+    if scheme.micro:
+        return micro_misfit(MICRO[scheme.micro], tensor, scheme.name)
     integers = integer_layout(scheme)
     if integers is not None:
         return integers_misfit(integers, tensor, scheme.name)
@@ -189,10 +228,17 @@ def _refuses(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> str | None:
 def _encoder(
     model: Model, tensor: TensorInfo, scheme: CompressedTensorsScheme, facts: Facts
 ) -> Encoder:
+    if scheme.micro:
+        return micro_encoder(model, tensor, MICRO[scheme.micro], facts, scheme.parts)
     integers = integer_layout(scheme)
     if integers is not None:
         return integer_encoder(model, tensor, integers, facts)
     return Float8Encoder(model, tensor, float8_layout(scheme))
+
+
+def _passes(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> bool:
+    """Whether there is a scale of the tensor, for which all of it is read."""
+    return bool(scheme.micro) and MICRO[scheme.micro].overall is not None
 
 
 def _uncompensated(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> str | None:
@@ -200,5 +246,7 @@ def _uncompensated(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> str |
 
 
 CODEC: Codec[CompressedTensorsScheme] = Codec(
-    *("compressed-tensors", _planned, _refuses, _encoder), uncompensated=_uncompensated
+    *("compressed-tensors", _planned, _refuses, _encoder),
+    passes=_passes,
+    uncompensated=_uncompensated,
 )

@@ -39,6 +39,8 @@ METHODS: dict[str, str] = {
     "gptq": "qconvert.files.exchange.gptq",
     "awq": "qconvert.files.exchange.awq",
     "bitsandbytes": "qconvert.files.exchange.bitsandbytes",
+    "modelopt": "qconvert.files.exchange.modelopt",
+    "mxfp4": "qconvert.files.exchange.mxfp4",
 }
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from qconvert.codecs.exchange.compressed_tensors import (
+    GLOBAL,
+    MICRO,
     PACKED,
     SCALE,
     SHAPE,
@@ -23,6 +25,7 @@ from qconvert.codecs.exchange.compressed_tensors import (
 )
 from qconvert.codecs.exchange.floats import Float8
 from qconvert.codecs.exchange.layout import Layout
+from qconvert.codecs.exchange.micro import Micro
 from qconvert.encoding import SCALE_SIZES
 from qconvert.errors import FormatError
 from qconvert.files.exchange import Checkpoint, Found, Matrix
@@ -37,12 +40,12 @@ from qconvert.files.exchange.settings import (
     texts,
     unsupported,
 )
-from qconvert.model import WEIGHT
+from qconvert.model import WEIGHT, TensorInfo
 
 KIND = "compressed-tensors"
 ORDER = ".weight_g_idx"  # of columns, where groups are none of neighbours
-SUFFIXES = (PACKED, SCALE, SHAPE, ZERO_POINT, ORDER)
-_CODES = ("I32", "I8", "F8_E4M3")
+SUFFIXES = (PACKED, SCALE, SHAPE, ZERO_POINT, GLOBAL, ORDER)
+_CODES = ("I32", "I8", "F8_E4M3", "U8")
 # Fields of a group's weights: QuantizationArgs of compressed-tensors 0.20.
 _ARGUMENTS = frozenset(
     {
@@ -117,10 +120,11 @@ def _group_of(checkpoint: Checkpoint, module: str, groups: Sequence[Group]) -> G
 def _packed(checkpoint: Checkpoint, module: str, group: Group) -> Matrix:
     """A weight in ``weight_packed``."""
     weights = group.weights
+    if group.format in MICRO:
+        return _micro(checkpoint, module, group)
     if group.format != "pack-quantized" or weights["type"] != "int":
-        raise unsupported(
-            checkpoint.path, "format of packed weights", group.format, "pack-quantized"
-        )
+        wanted = " ".join(("pack-quantized", *MICRO))
+        raise unsupported(checkpoint.path, "format of packed weights", group.format, wanted)
     layout = PackedIntegers(
         *(weights["num_bits"], weights["group_size"], weights["symmetric"]),
         *(_scale_dtype(checkpoint, module), weights["strategy"] == "tensor"),
@@ -132,6 +136,8 @@ def _plain(checkpoint: Checkpoint, module: str, group: Group) -> Matrix:
     """A weight in ``weight``: signed bytes, or E4M3."""
     weights, path = group.weights, checkpoint.path
     info = checkpoint.tensors[module + WEIGHT]
+    if group.format in MICRO:
+        return _micro(checkpoint, module, group)
     wanted = {"int": "I8", "float": "F8_E4M3"}.get(weights["type"])
     plain = group.format in ("int-quantized", "float-quantized", "naive-quantized")
     if not plain or weights["num_bits"] != 8 or wanted != info.dtype or len(info.shape) != 2:
@@ -149,6 +155,36 @@ def _plain(checkpoint: Checkpoint, module: str, group: Group) -> Matrix:
             raise unsupported(path, "strategy of E4M3 weights", strategy, " ".join(blocks))
         layout = Float8(SCALE, dtype, blocks[strategy], 1 if strategy == "tensor" else 2)
     return Matrix(module + WEIGHT, info.shape, layout, _parts(checkpoint, module))
+
+
+def _micro(checkpoint: Checkpoint, module: str, group: Group) -> Matrix:
+    """A weight of small floating numbers."""
+    layout, weights, path = MICRO[group.format], group.weights, checkpoint.path
+    found = (weights["type"], weights["num_bits"], weights["group_size"])
+    wanted = ("float", layout.bits, layout.group)
+    if found != wanted:
+        refuse_setting(path, f"weights of {group.format}", found, f"type, bits and group {wanted}")
+    suffix, dtype = layout.packed
+    info = checkpoint.tensors.get(module + suffix)
+    if info is None or info.dtype != dtype or len(info.shape) != 2 or not _whole(layout, info):
+        raise FormatError(
+            f"codes that are no matrix of {group.format}",
+            path=path,
+            tensor=module + suffix,
+            found=f"{info.dtype} {list(info.shape)}" if info else "no such tensor",
+            wanted=f"{dtype}, rows of whole numbers of {layout.bits} bits",
+            code="EXCHANGE-SHAPE",
+        )
+    rows, stored = info.shape
+    shape = rows, stored if dtype == layout.number else stored * 8 // layout.bits
+    own = [part.suffix for part in layout.parts(shape)]
+    parts = {s: module + s for s in own if module + s in checkpoint.tensors}
+    return Matrix(module + WEIGHT, shape, layout, parts)
+
+
+def _whole(layout: Micro, info: TensorInfo) -> bool:
+    """Whether rows of bytes end where a code ends."""
+    return info.shape[1] * 8 % layout.bits == 0
 
 
 _MODULES: Mapping[str, Callable[[Checkpoint, str, Group], Matrix]] = {

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from qconvert.codecs.exchange.floats import Float8
 from qconvert.codecs.exchange.fp8 import SCALE
-from qconvert.files.exchange import Checkpoint, Found, Matrix
+from qconvert.files.exchange import Checkpoint, Found, Matrix, deepseek_v4
 from qconvert.files.exchange.activations import ACTIVATIONS, dropped_note
 from qconvert.files.exchange.settings import (
     check_keys,
@@ -45,6 +45,8 @@ def find(checkpoint: Checkpoint) -> Found | None:
             refuse_setting(path, "weight_block_size", sizes, "two sizes")
         rows, columns = (integer(path, "weight_block_size", n, 1, 1 << 20) for n in sizes)
         block = (rows, columns)
+    if deepseek_v4.recognised(checkpoint):
+        return deepseek_v4.find(checkpoint, block)
     matrices = []
     for name, info in checkpoint.tensors.items():
         if not name.endswith(WEIGHT) or info.dtype != "F8_E4M3" or len(info.shape) != 2:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qconvert.exchange_schemes import COMPRESSED_TENSORS, ExchangeScheme
+from qconvert.codecs.exchange.micro import FP8
+from qconvert.exchange_schemes import COMPRESSED_TENSORS, CompressedTensorsScheme, ExchangeScheme
 from qconvert.model import WEIGHT, layer_name
 from qconvert.stages.directories.target import (
     EMBEDDINGS,
@@ -19,6 +20,8 @@ from qconvert.stages.directories.target import (
 from qconvert.stages.plan import PlannedTensor
 from qconvert.stages.target import Target
 
+# What scales are called that are bytes.
+SCALE_DTYPES = {FP8: "torch.float8_e4m3fn", "U8": "torch.uint8"}
 VERSION = "0.20.0"  # of the library whose layout this is
 DENSE = (
     Rule((*EMBEDDINGS, *HEADS), "embeddings and head stay as they are: not all readers take codes"),
@@ -72,6 +75,8 @@ def dense_modules(plan: Sequence[PlannedTensor]) -> list[str]:
 
 
 def _format(scheme: ExchangeScheme) -> str:
+    if isinstance(scheme, CompressedTensorsScheme) and scheme.micro:
+        return scheme.micro
     if scheme.number != "int":
         return "float-quantized"
     return "int-quantized" if scheme.activations else "pack-quantized"
@@ -87,7 +92,11 @@ def _weights(scheme: ExchangeScheme) -> dict[str, Any]:
         "group_size": scheme.group or None,
         "dynamic": False,
     }
-    if scheme.number != "int" and scheme.group:
+    if scheme.scale_dtype in SCALE_DTYPES:
+        found["scale_dtype"] = SCALE_DTYPES[scheme.scale_dtype]
+        if scheme.scale_dtype == FP8:
+            found["strategy"] = "tensor_group"  # and a scale of the tensor besides
+    elif scheme.number != "int" and scheme.group:
         found |= {"strategy": "block", "group_size": None}
         found["block_structure"] = [scheme.group, scheme.group]
     return found
@@ -97,6 +106,9 @@ def _inputs(scheme: ExchangeScheme) -> dict[str, Any] | None:
     """QuantizationArgs of inputs that readers make eight bits."""
     if not scheme.activations:
         return None
+    if scheme.activations == "static":
+        found = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor"}
+        return found | {"group_size": None, "dynamic": False}
     found = {
         "num_bits": 8,
         "type": "int" if scheme.number == "int" else "float",

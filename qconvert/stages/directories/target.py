@@ -7,15 +7,18 @@ What a reader would refuse, or take wrongly in silence, is refused here before a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qconvert.calibration.file import Calibration
 from qconvert.codecs.codec import Encoding
+from qconvert.codecs.exchange.compressed_tensors import PlainIntegers
 from qconvert.codecs.exchange.layout import Layout
+from qconvert.codecs.exchange.micro import Micro
 from qconvert.codecs.moving import MovedScheme
 from qconvert.containers import CONTAINERS
 from qconvert.errors import UnsupportedError, UsageError
@@ -108,6 +111,8 @@ class DirectoryTarget:
             )
         planned = self._planned(opened, model, options, model_dtype(config, model))
         self._check_fused(planned, model.path)
+        planned = self._tied(planned)
+        _check_static(planned, options.calibration)
         plan = [replace(p, scheme=_like(p.scheme)) for p in planned]
         if self.quantizes and not any(isinstance(p.scheme, ExchangeScheme) for p in plan):
             decoded = next((p.reason for p in plan if p.reason.startswith("decoded")), None)
@@ -138,7 +143,7 @@ class DirectoryTarget:
             provenance=noted(model),
             companions=len(files),
             companion_bytes=sum(len(data) for data in files.values()),
-            warnings=list(readers.warnings),
+            warnings=[*readers.warnings, *self._unlike(planned)],
             notes=list(readers.notes),
             directory=True,
         )
@@ -201,24 +206,62 @@ class DirectoryTarget:
         Raises:
             UsageError: names two of them.
         """
+        for names, parts in self._layers(plan):
+            p = parts[0]
+            for q in parts[1:]:
+                if _like(q.scheme) != _like(p.scheme):
+                    found = (x.scheme.name if x.scheme else "dense" for x in (p, q))
+                    raise UsageError(
+                        f"readers of {self.name} multiply {' '.join(names)} as one matrix, so "
+                        "that all of them take one scheme",
+                        path=path,
+                        tensor=q.tensor.name,
+                        found=" and ".join(found),
+                        hint="give them the same with --tensor-scheme, or keep them all",
+                    )
+
+    def _tied(self, plan: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+        """A plan whose schemes know the other parts of their layers."""
+        together = {
+            p.tensor.name: tuple(q.tensor.name for q in parts)
+            for _, parts in self._layers(plan)
+            for p in parts
+        }
+        return tuple(
+            replace(p, scheme=p.scheme.with_parts(together[p.tensor.name]))
+            if isinstance(p.scheme, ExchangeScheme) and p.tensor.name in together
+            else p
+            for p in plan
+        )
+
+    def _unlike(self, plan: Sequence[PlannedTensor]) -> list[str]:
+        """A warning of layers whose parts were moved with different scales of the tensor."""
+        found = []
+        for names, parts in self._layers(plan):
+            moved = [p.encoding for p in parts if isinstance(p.scheme, MovedScheme)]
+            if len({e.divides for e in moved if isinstance(e, Micro)}) > 1:
+                found.append((names, parts[0].tensor.name))
+        if not found:
+            return []
+        names, first = found[0]
+        return [
+            f"{len(found)} layers, such as that of '{first}', have parts ({' '.join(names)}) with "
+            "different scales of the tensor, of which vLLM takes the largest for all: weights are "
+            "off there, and right in transformers; convert them with --scheme nvfp4a16 and "
+            "--allow-requantize"
+        ]
+
+    def _layers(
+        self, plan: Sequence[PlannedTensor]
+    ) -> Iterator[tuple[tuple[str, ...], list[PlannedTensor]]]:
+        """Names of modules that readers fuse, and the parts of a layer that are there."""
         by_name = {layer_name(p.tensor.name): p for p in plan}
-        for module, p in by_name.items():
+        for module in by_name:
             place, _, last = module.rpartition(".")
             for names in self.fused:
-                if last != names[0]:
-                    continue
-                for other in names[1:]:
-                    q = by_name.get(f"{place}.{other}")
-                    if q is not None and _like(q.scheme) != _like(p.scheme):
-                        found = (x.scheme.name if x.scheme else "dense" for x in (p, q))
-                        raise UsageError(
-                            f"readers of {self.name} multiply {' '.join(names)} as one matrix, so "
-                            "that all of them take one scheme",
-                            path=path,
-                            tensor=q.tensor.name,
-                            found=" and ".join(found),
-                            hint="give them the same with --tensor-scheme, or keep them all",
-                        )
+                if last == names[0]:
+                    parts = (by_name.get(f"{place}.{name}") for name in names)
+                    yield names, [p for p in parts if p is not None]
 
 
 def _with_scales(scheme: TensorScheme, dtype: str) -> TensorScheme:
@@ -228,6 +271,36 @@ def _with_scales(scheme: TensorScheme, dtype: str) -> TensorScheme:
 def _like(scheme: TensorScheme | None) -> TensorScheme | None:
     """What quantizing would be called that gives such codes as were moved."""
     return scheme.like if isinstance(scheme, MovedScheme) else scheme
+
+
+def _check_static(plan: Sequence[PlannedTensor], calibration: Path | None) -> None:
+    """Refuse static ranges of inputs that nobody has observed.
+
+    Raises:
+        UsageError: there is no calibration.
+        UnsupportedError: it lacks a layer.
+    """
+    static = [
+        p.tensor.name
+        for p in plan
+        if isinstance(p.scheme, ExchangeScheme) and p.scheme.activations == "static"
+    ]
+    if not static:
+        return
+    if calibration is None:
+        raise UsageError(
+            "static ranges of inputs come from a calibration", hint="give one with --calibration"
+        )
+    with Calibration(calibration) as observed:
+        missing = [name for name in static if observed.find(name) is None]
+    if missing:
+        raise UnsupportedError(
+            f"the calibration lacks {len(missing)} of {len(static)} layers whose inputs have "
+            "static ranges",
+            path=calibration,
+            tensor=missing[0],
+            hint="calibrate all of them, or keep the others with --keep",
+        )
 
 
 def _files(companions: Sequence[Companion], config: Mapping[str, Any]) -> dict[str, bytes]:
@@ -285,13 +358,17 @@ class _Parts:
         plain = not isinstance(encoding, Layout)
         self.name = tensor.name if plain else layer_name(tensor.name)
         self.plain = plain
+        self.encoding = encoding
 
     def append(self, segments: Mapping[str, Bytes]) -> None:
         for kind, data in segments.items():
             self.writer.append(self.name if self.plain else self.name + kind, data)
 
     def finish(self, notes: dict[str, Any]) -> None:
-        pass  # safetensors has no place for notes on a tensor; they are in the report
+        """Close the tensor; safetensors has no place for notes but static ranges of inputs."""
+        if isinstance(self.encoding, PlainIntegers) and self.encoding.static:
+            found = notes["activation"]
+            self.append(self.encoding.static_input(found["scale"], found["zero_point"]))
 
 
 def _sink(

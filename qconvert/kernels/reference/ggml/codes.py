@@ -31,7 +31,10 @@ class CodeLayout:
 
     def places(self, codes: NDArray[np.int16]) -> U8:
         """Places among the levels of codes as `Parts` has them."""
-        return np.searchsorted(self.levels, codes).astype(np.uint8)
+        low, high = self.levels[0], self.levels[-1]
+        place: U8 = np.searchsorted(self.levels, np.arange(low, high + 1)).astype(np.uint8)
+        found: U8 = place[codes - low]
+        return found
 
     def written(self, data: U8, places: U8) -> U8:
         """Blocks, (k, nbytes), with codes that have these places among the levels, (k, block)."""

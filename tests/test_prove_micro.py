@@ -1,0 +1,120 @@
+"""compressed-tensors' own decoders, and transformers with them, against what qconvert writes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import qconvert
+from qconvert.model import DTYPES
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("compressed_tensors") is None,
+        reason="install compressed-tensors",
+    ),
+]
+
+
+SAMPLE = ROOT / "samples" / "tiny-llama"
+
+
+def logits(model: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.arange(1, 65)[None]).logits
+
+
+def dense(directory: Path, dtype: Any) -> Any:
+    """The sample with the weights that qconvert reads."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(SAMPLE, dtype=dtype)
+    state = model.state_dict()
+    with qconvert.load(directory) as tensors:
+        for name in tensors:
+            values = np.asarray(tensors[name].dequantize(), np.float32)
+            state[name].copy_(torch.from_numpy(values))
+    return model
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "mxfp4a16", "mxfp8a16"])
+def test_transformers_gives_the_logits_of_the_weights_that_we_read(
+    scheme: str, tmp_path: Path
+) -> None:
+    """As it loads such a directory unless told otherwise, which takes a model in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    place = tmp_path / scheme
+    qconvert.quantize(SAMPLE, scheme, output=place)
+    peer = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16)
+    assert torch.equal(logits(peer), logits(dense(place, torch.bfloat16)))
+
+
+def test_transformers_makes_inputs_bytes_with_the_static_ranges(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    cal, place = tmp_path / "c.safetensors", tmp_path / "m"
+    qconvert.calibrate(SAMPLE, text=ROOT / "samples" / "calibration.txt", nsamples=4, output=cal)
+    qconvert.quantize(SAMPLE, "w8a8_static", output=place, calibration=cal)
+    stored = load_file(place / "model.safetensors")
+    own = dense(place, torch.float32)
+
+    def rounded(scale: Any, zero: Any) -> Any:
+        def hook(module: Any, inputs: Any) -> Any:
+            codes = (inputs[0] / scale + zero).round().clamp(-128, 127)
+            return ((codes - zero) * scale,)
+
+        return hook
+
+    for name, module in own.named_modules():
+        if f"{name}.input_scale" in stored:
+            scale = stored[f"{name}.input_scale"].float()
+            zero = stored[f"{name}.input_zero_point"].float()
+            module.register_forward_pre_hook(rounded(scale, zero))
+    peer = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    torch.testing.assert_close(logits(peer), logits(own), rtol=0, atol=1e-4)
+    plain = AutoModelForCausalLM.from_pretrained(SAMPLE, dtype=torch.float32)
+    assert (logits(peer) - logits(plain)).abs().max() > 0.01  # something was rounded
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "mxfp4a16", "mxfp8a16"])
+def test_the_library_decodes_every_weight_to_the_same_bits(scheme: str, tmp_path: Path) -> None:
+    import torch
+    from compressed_tensors.config import CompressionFormat
+    from compressed_tensors.quantization import QuantizationConfig
+    from make_foreign import decompressed
+    from safetensors.torch import load_file
+
+    place = tmp_path / scheme
+    qconvert.quantize(SAMPLE, scheme, output=place)
+    block = json.loads((place / "config.json").read_text())["quantization_config"]
+    (group,) = QuantizationConfig.model_validate(block).config_groups.values()
+    assert group.format is not None
+    group.format = CompressionFormat(group.format)
+    stored = load_file(place / "model.safetensors")
+    compared = 0
+    with qconvert.load(place) as tensors:
+        for name in (n for n in tensors if tensors[n].dtype not in DTYPES):
+            module: Any = torch.nn.Module()
+            for part, tensor in stored.items():
+                if part.rpartition(".")[0] == name.removesuffix(".weight"):
+                    module.register_buffer(part.rpartition(".")[2], tensor)
+            module.quantization_scheme = group
+            peer = decompressed(module).float().numpy()
+            own = tensors[name].dequantize()
+            np.testing.assert_array_equal(peer.view(np.uint32), own.view(np.uint32), name)
+            compared += 1
+    assert compared == 28
