@@ -9,11 +9,12 @@ from qconvert.codecs.exchange.awq import IN_WORD, Awq
 from qconvert.codecs.exchange.columns import CODES, SCALES, ZEROS, Bands
 from qconvert.errors import FormatError
 from qconvert.files.exchange import Checkpoint, Found, Matrix
-from qconvert.files.exchange.gptq import ASIDE, scale_dtype
+from qconvert.files.exchange.gptq import ASIDE
 from qconvert.files.exchange.settings import (
     check_keys,
     flag,
     integer,
+    scale_dtype,
     text,
     unsupported,
 )
@@ -57,7 +58,8 @@ def find(checkpoint: Checkpoint) -> Found | None:
                 wanted="I32 [in, out / 8]",
                 code="EXCHANGE-SHAPE",
             )
-        layout = Awq(4, group, not zeros, scale_dtype(checkpoint, module), bands=bands)
+        dtype = scale_dtype(path, checkpoint.tensors.get(module + SCALES), "F16")
+        layout = Awq(4, group, not zeros, dtype, bands=bands)
         parts = {s: module + s for s in SUFFIXES if module + s in checkpoint.tensors}
         shape = (codes.shape[1] * IN_WORD, codes.shape[0])
         matrices.append(Matrix(module + WEIGHT, shape, layout, parts))

@@ -22,6 +22,7 @@ from qconvert.files.exchange.settings import (
     flag,
     integer,
     refuse_setting,
+    scale_dtype,
     section,
     text,
     unsupported,
@@ -155,8 +156,9 @@ def _matrix(
             code="EXCHANGE-SHAPE",
         )
     shape = (codes.shape[1], codes.shape[0] * 32 // how.bits)
+    dtype = scale_dtype(checkpoint.path, tensors.get(module + SCALES), "F16")
     layout = Gptq(
-        *(how.bits, how.group, how.symmetric, scale_dtype(checkpoint, module)),
+        *(how.bits, how.group, how.symmetric, dtype),
         bands=bands,
         less_one=less_one,
         indexed=ORDER in parts,
@@ -164,23 +166,6 @@ def _matrix(
     if layout.indexed:
         layout = replace(layout, order=_order(checkpoint, module, layout, shape[1]))
     return Matrix(module + WEIGHT, shape, layout, parts)
-
-
-def scale_dtype(checkpoint: Checkpoint, module: str) -> str:
-    """Of a module's scales, which are F16, or what a model was cast to."""
-    scales = checkpoint.tensors.get(module + SCALES)
-    if scales is None:
-        return "F16"
-    if scales.dtype not in ("F16", "BF16", "F32"):
-        raise FormatError(
-            "scales of another dtype than the format has",
-            path=checkpoint.path,
-            tensor=scales.name,
-            found=scales.dtype,
-            wanted="F16, BF16 or F32",
-            code="EXCHANGE-SHAPE",
-        )
-    return scales.dtype
 
 
 def _order(checkpoint: Checkpoint, module: str, layout: Gptq, columns: int) -> bytes:

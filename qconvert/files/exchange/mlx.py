@@ -17,6 +17,7 @@ from qconvert.files.exchange.settings import (
     check_keys,
     integer,
     refuse_setting,
+    scale_dtype,
     section,
     text,
     unsupported,
@@ -97,16 +98,9 @@ def _matrix(checkpoint: Checkpoint, module: str, how: How) -> Matrix:
     kinds = (WORDS, SCALES, BIASES) if how.mode == AFFINE else (WORDS, SCALES)
     layout: Layout = FloatGroups(how.mode)
     if how.mode == AFFINE:
-        layout = AffineGroups(how.bits, how.group, False, scales.dtype if scales else "BF16")
-        if layout.scale_dtype not in ("BF16", "F16", "F32"):
-            raise FormatError(
-                "scales of another dtype than MLX has",
-                path=checkpoint.path,
-                tensor=module + SCALES,
-                found=layout.scale_dtype,
-                wanted="BF16, F16 or F32",
-                code="EXCHANGE-SHAPE",
-            )
+        layout = AffineGroups(
+            how.bits, how.group, False, scale_dtype(checkpoint.path, scales, "BF16")
+        )
     if len(words.shape) < 2 or words.shape[-1] * 32 % (how.bits * how.group):
         raise FormatError(
             "words of codes do not make whole groups",

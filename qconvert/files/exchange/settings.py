@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.shards import CONFIG
+from qconvert.model import TensorInfo
 
 
 def refuse_setting(path: Path, name: str, found: object, wanted: str) -> NoReturn:
@@ -77,6 +78,24 @@ def section(path: Path, name: str, found: Any) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         refuse_setting(path, name, found, "an object")
     return found
+
+
+def scale_dtype(path: Path, scales: TensorInfo | None, default: str) -> str:
+    """Of scales that are there, or ``default``; raises a FormatError of one that is no floating
+    dtype of weights.
+    """
+    if scales is None:
+        return default
+    if scales.dtype not in ("BF16", "F16", "F32"):
+        raise FormatError(
+            "scales of another dtype than the format has",
+            path=path,
+            tensor=scales.name,
+            found=scales.dtype,
+            wanted="BF16, F16 or F32",
+            code="EXCHANGE-SHAPE",
+        )
+    return scales.dtype
 
 
 def texts(path: Path, name: str, found: Any) -> tuple[str, ...]:
