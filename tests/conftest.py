@@ -54,13 +54,15 @@ Call = Callable[..., Finished]
 
 
 # What these files test does not depend on the kernels: a run that is held to the reference leaves
-# them to the run with native ones.
+# them to the run with native ones. One kernel serves calibrate --text, the histogram that
+# test_observers counts; with the reference it runs in test_budget, test_equalisation, test_fisher.
 WITHOUT_KERNELS = {
     f"test_{name}"
     for name in (
-        *("architectures", "atomic", "config", "config_classes", "config_table", "directories"),
-        *("general_name", "layers", "mixes", "plan", "prequantized", "published_configs", "python"),
-        *("safetensors", "schemes", "sets", "spec", "streams", "style"),
+        *("architectures", "atomic", "calibrate_text", "config", "config_classes", "config_table"),
+        *("directories", "general_name", "layers", "mixes", "plan", "prequantized"),
+        *("published_configs", "python", "safetensors", "schemes", "sets", "spec", "streams"),
+        *("style",),
     )
 }
 
@@ -76,7 +78,10 @@ def pytest_report_header() -> list[str]:
 # The files that take minutes come first: a processor that gets one last keeps the others waiting.
 LONGEST = [
     f"test_{name}"
-    for name in ("native", "config_table", "calibrate_text", "minilm", "codebook", "cli", "torch")
+    for name in (
+        *("native", "calibrate_text", "documents", "cli", "equalisation", "minilm", "config_table"),
+        *("style", "gguf_convert", "budget", "torch"),
+    )
 ]
 
 
