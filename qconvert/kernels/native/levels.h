@@ -14,13 +14,13 @@ typedef struct {
     int16_t middles[MOST_LEVELS - 1][BATCH];             /* places above have the next level, */
     int16_t steps[MOST_LEVELS - 1][BATCH];               /* so much further up; as rows of 16 */
 #ifdef USE_AVX2
-    int binned;                       /* whether tables of 16 bytes find levels: then, by places / 16, */
-    int8_t below[16];                 /* middles below all of the 16 places, */
-    int8_t first[16], second[16];     /* those among them, or 127; by codes, */
-    int8_t levels[MOST_LEVELS];       /* levels, */
+    int binned;                       /* whether look-ups of bytes find levels: then */
+    int8_t below[16];                 /* by 16 places, as signed: middles below all of them, */
+    int8_t first[16], second[16];     /* and those among them, or 127; */
+    int8_t half_below[32], half_middle[32]; /* by 8 places: the same of one middle, in halves; */
+    int8_t levels[MOST_LEVELS];       /* by codes: levels, */
     uint8_t magnitude[MOST_LEVELS];   /* their magnitudes, */
-    uint8_t float2[MOST_LEVELS], float3[MOST_LEVELS]; /* and the upper half of them as binary32 */
-    int8_t half_below[32], half_middle[32]; /* by places / 8, with at most one middle, in halves */
+    uint8_t float2[MOST_LEVELS], float3[MOST_LEVELS]; /* the upper half of them as binary32 */
 #endif
 } LevelTable;
 
@@ -35,7 +35,7 @@ INLINE int middle_below(const int8_t *levels, int k, int shift) {
 /* The tables of bytes of a LevelTable whose middles are set. */
 static void set_level_bins(LevelTable *t, LevelCode code, int shift) {
     const int middles = level_count(code) - 1;
-    t->binned = code.levels[0] + shift >= -127; /* sums of four squares fit 16 bits */
+    t->binned = code.levels[0] + shift >= -127; /* sums of two squares fit 16 bits */
     for (int k = 0; k < MOST_LEVELS; k++) {
         const int level = k <= middles ? code.levels[k] + shift : 0;
         const uint32_t bits = bits_of((float)level); /* the lower half is 0 */
@@ -96,7 +96,7 @@ static void set_level_table(LevelTable *t, LevelCode code, int shift) {
 
 /* 16 blocks side by side. */
 typedef struct {
-    _Alignas(64) float values[LONGEST_LEVEL_BLOCK * BATCH]; /* else loads cross lines of the cache */
+    _Alignas(64) float values[LONGEST_LEVEL_BLOCK * BATCH]; /* no load crosses lines of cache */
     float weights[LONGEST_LEVEL_BLOCK * BATCH];  /* with weights only, */
     float weighted[LONGEST_LEVEL_BLOCK * BATCH]; /* like these: values times weights */
     size_t length;
@@ -262,26 +262,24 @@ APART void load_level_columns(const float *const rows[BATCH], const float *const
 }
 
 /* The value that is furthest from 0, the negative one of two equals: magnitudes with the signs as
- * their lowest bits are in that order. `n` is a multiple of 16. */
+ * their lowest bits are in that order. `n` is a multiple of 8. */
 INLINE float furthest_of(const float *x, size_t n) {
-    uint32_t most[LANES] = {0};
-    for (size_t i = 0; i < n; i += LANES) {
-        EACH_COLUMN {
-            const uint32_t bits = bits_of(x[i + (size_t)j]), turned = bits << 1 | bits >> 31;
-            most[j] = turned > most[j] ? turned : most[j];
-        }
-    }
 #ifdef USE_AVX2
-    __m256i wide = _mm256_max_epu32(_mm256_loadu_si256((const __m256i *)most),
-                                    _mm256_loadu_si256((const __m256i *)(most + 8)));
-    __m128i four = _mm_max_epu32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4E));
-    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0xB1));
-    const uint32_t found = (uint32_t)_mm_cvtsi128_si32(four);
+    __m256i most = _mm256_setzero_si256();
+    for (size_t i = 0; i < n; i += 8) {
+        const __m256i bits = _mm256_loadu_si256((const __m256i *)(x + i));
+        const __m256i sign = _mm256_srli_epi32(bits, 31);
+        most = _mm256_max_epu32(most, _mm256_or_si256(_mm256_slli_epi32(bits, 1), sign));
+    }
+    __m128i few = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    few = _mm_max_epu32(few, _mm_shuffle_epi32(few, 0x4E));
+    few = _mm_max_epu32(few, _mm_shuffle_epi32(few, 0xB1));
+    const uint32_t found = (uint32_t)_mm_cvtsi128_si32(few);
 #else
     uint32_t found = 0;
-    for (int j = 0; j < LANES; j++) {
-        found = most[j] > found ? most[j] : found;
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t bits = bits_of(x[i]), turned = bits << 1 | bits >> 31;
+        found = turned > found ? turned : found;
     }
 #endif
     return from_bits(found >> 1 | found << 31);
@@ -394,7 +392,7 @@ static void sort_blocks(LevelBlocks *b) {
         const float peak = furthest_of(level_block_at(task, row, at, tail), block);
         const uint32_t bits = bits_of(peak), negative = bits >> 31;
         const float place = from_bits(bits & 0x7FFFFFFF) / (task->unit[row] * end);
-        const uint32_t within = place < (float)(BUCKETS / 2 - 1) ? (uint32_t)place : BUCKETS / 2 - 1;
+        const uint32_t within = place < BUCKETS / 2 - 1 ? (uint32_t)place : BUCKETS / 2 - 1;
         bucket[k] = (uint8_t)(within + negative * (BUCKETS / 2));
         starts[bucket[k] + 1]++;
         b->peak[k] = peak;
