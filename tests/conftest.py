@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +54,15 @@ Call = Callable[..., Finished]
 
 
 # What these files test does not depend on the kernels: a run that is held to the reference leaves
-# them to the run with native ones.
+# them to the run with native ones. One kernel serves calibrate --text, the histogram that
+# test_observers counts; with the reference it runs in test_budget, test_equalisation, test_fisher.
 WITHOUT_KERNELS = {
     f"test_{name}"
     for name in (
-        *("architectures", "atomic", "config", "config_classes", "config_table", "directories"),
-        *("general_name", "layers", "mixes", "plan", "prequantized", "published_configs", "python"),
-        *("safetensors", "schemes", "sets", "spec", "streams", "style"),
+        *("architectures", "atomic", "calibrate_text", "config", "config_classes", "config_table"),
+        *("directories", "general_name", "layers", "mixes", "plan", "prequantized"),
+        *("published_configs", "python", "safetensors", "schemes", "sets", "spec", "streams"),
+        *("style",),
     )
 }
 
@@ -74,11 +78,19 @@ def pytest_report_header() -> list[str]:
 # The files that take minutes come first: a processor that gets one last keeps the others waiting.
 LONGEST = [
     f"test_{name}"
-    for name in ("native", "config_table", "calibrate_text", "minilm", "codebook", "cli", "torch")
+    for name in (
+        *("native", "calibrate_text", "documents", "cli", "equalisation", "minilm", "config_table"),
+        *("style", "gguf_convert", "budget", "torch"),
+    )
 ]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Before workers start, which have a processor each: threads there would wait by spinning, on
+    processors that other workers could use.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of torch
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of NumPy, as the command does
     if hasattr(config.option, "loadscopereorder"):  # xdist would begin with the most tests
         config.option.loadscopereorder = False
 
@@ -148,12 +160,16 @@ def run() -> Run:
 
 
 @pytest.fixture(scope="session")
-def done(run: Run) -> Run:
-    """Like ``run``, for commands that have to succeed."""
+def done() -> Call:
+    """Like ``call``, for commands that have to succeed, and for fixtures of any scope."""
+    from qconvert.cli.main import main
 
-    def command(*arguments: Any, **options: Any) -> Finished:
-        result = run(*arguments, **options)
-        assert result.code == 0, f"{arguments}: {result}"
+    def command(*arguments: Any) -> Finished:
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            code = main([str(a) for a in arguments])
+        result = Finished(code, out.getvalue(), err.getvalue())
+        assert code == 0, f"{arguments}: {result}"
         return result
 
     return command
@@ -260,7 +276,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_qblk(small: Path, tmp_path_factory: pytest.TempPathFactory, done: Run) -> Path:
+def small_qblk(small: Path, tmp_path_factory: pytest.TempPathFactory, done: Call) -> Path:
     """``small`` with 4 bits in blocks of 64, asymmetric. Read only."""
     path = tmp_path_factory.mktemp("small-qblk") / "s.qblk"
     done("quantize", small, "--scheme", "q4_block64_asym", "-o", path)
@@ -268,7 +284,7 @@ def small_qblk(small: Path, tmp_path_factory: pytest.TempPathFactory, done: Run)
 
 
 @pytest.fixture(scope="session")
-def small_gguf(small: Path, tmp_path_factory: pytest.TempPathFactory, done: Run) -> Path:
+def small_gguf(small: Path, tmp_path_factory: pytest.TempPathFactory, done: Call) -> Path:
     """``small`` as Q8_0. Read only."""
     path = tmp_path_factory.mktemp("small-gguf") / "s.gguf"
     done("quantize", small, "--scheme", "q8_0", "--raw", "-o", path)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
-from conftest import ROOT, Run
+from conftest import ROOT, Call, Run
 
 from qconvert.architectures import restored
 from qconvert.calibration.file import Calibration
@@ -303,8 +303,8 @@ def test_a_preset_is_a_budget_with_a_name(name: str, make: Make, tmp_path: Path)
     assert sizes[0] < sizes[2]
 
 
-def test_the_help_names_the_bits_of_the_presets(run: Run) -> None:
-    told = " ".join(run("quantize", "--help").out.split())
+def test_the_help_names_the_bits_of_the_presets(call: Call) -> None:
+    told = " ".join(call("quantize", "--help").out.split())
     qblk, gguf = ([f"{bits[name]:g}" for bits in PRESETS.values()] for name in ("qblk", "gguf"))
     assert f"a budget of {qblk[0]}, {qblk[1]} or {qblk[2]} bits per weight" in told
     assert f"in GGUF {gguf[0]}, {gguf[1]} or {gguf[2]}" in told
@@ -345,8 +345,8 @@ def test_a_curve_needs_gradients(model: Path, calibration: Path) -> None:
         inspect(model, calibration=calibration)
 
 
-def test_the_curve_is_drawn(model: Path, calibration: Path, run: Run) -> None:
-    done = run("inspect", model, "--curve", "--calibration", calibration)
+def test_the_curve_is_drawn(model: Path, calibration: Path, call: Call) -> None:
+    done = call("inspect", model, "--curve", "--calibration", calibration)
     assert done.code == 0
     assert "KL, nats" in done.out
     assert "█" in done.out
@@ -373,10 +373,10 @@ def test_no_other_models_sensitivities(make: Make, model: Path, tmp_path: Path) 
 
 
 def test_the_prediction_is_told_before_and_beside_what_is_measured(
-    model: Path, calibration: Path, run: Run, tmp_path: Path
+    model: Path, calibration: Path, run: Run, call: Call, tmp_path: Path
 ) -> None:
     file = tmp_path / "m.gguf"
-    made = run("quantize", model, "--target-bpw", "6", "--calibration", calibration, "-o", file)
+    made = call("quantize", model, "--target-bpw", "6", "--calibration", calibration, "-o", file)
     assert made.code == 0
     assert "quantize, predicted divergence" in made.err
     assert "budget     6bpw: predicted divergence" in made.out

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, Run, save
+from conftest import ROOT, Call, Run, save
 from interrupt import Interrupt
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
@@ -237,8 +237,8 @@ def test_gram_matrices_of_interrupted_grouped_and_merged_runs_are_those_of_one(
 ) -> None:
     data = TEXT.read_bytes()
     texts = tmp_path / "a.txt", tmp_path / "b.txt"
-    texts[0].write_bytes(data[:800])
-    texts[1].write_bytes(data[40000:40600])
+    texts[0].write_bytes(data[:400])
+    texts[1].write_bytes(data[40000:40300])
     more = {"nsamples": None, "gram": True}
     report = calibrate_text(options(texts=texts, output=tmp_path / "both", **more))
     assert report.chunks
@@ -478,7 +478,7 @@ def test_norms_of_an_input_first_weight_are_those_of_its_rows(gpt2: Path) -> Non
 
 
 def test_recorded_inputs_of_gpt2_give_the_same_file_and_it_quantizes(
-    gpt2: Path, options: Callable[..., TextOptions], tmp_path: Path, run: Run
+    gpt2: Path, options: Callable[..., TextOptions], tmp_path: Path, call: Call
 ) -> None:
     """The orientation comes from config.json there, from the running modules here."""
     calibrate_text(options(model=gpt2))
@@ -490,7 +490,7 @@ def test_recorded_inputs_of_gpt2_give_the_same_file_and_it_quantizes(
     assert theirs.keys() < ours.keys()
     assert all(ours[n].tobytes() == theirs[n].tobytes() for n in theirs)
     out = tmp_path / "m.qblk"
-    done = run(
+    done = call(
         *("quantize", gpt2, "--scheme", "q8_block32", "-o", out, "--json"),
         *("--calibration", tmp_path / "c.safetensors"),
     )
@@ -502,7 +502,7 @@ def test_recorded_inputs_of_gpt2_give_the_same_file_and_it_quantizes(
     square = save(
         tmp_path / "square.safetensors", {"transformer.h.0.attn.c_proj": np.ones((4, 32))}
     )
-    checked = run("verify", out, "--against", gpt2, "--samples", square, "--json")
+    checked = call("verify", out, "--against", gpt2, "--samples", square, "--json")
     assert checked.code == 0
     assert any("fit no quantized tensor" in w for w in checked.json["warnings"])
 
@@ -717,13 +717,13 @@ def test_a_state_of_another_run_is_refused(options: Callable[..., TextOptions], 
 
 
 def test_a_calibration_of_another_model_is_refused(
-    options: Callable[..., TextOptions], copy: Path, run: Run, tmp_path: Path
+    options: Callable[..., TextOptions], copy: Path, call: Call, tmp_path: Path
 ) -> None:
     tensors = load_file_any(copy / "model.safetensors")
     other = tmp_path / "c.safetensors"
     calibrate_text(options())
     save(copy / "model.safetensors", tensors, format="pt")  # the same numbers in another dtype
-    done = run(
+    done = call(
         *("quantize", copy, "--scheme", "q8_channel", "-o", tmp_path / "m.qblk"),
         *("--calibration", other),
     )
@@ -755,14 +755,14 @@ def test_calibrations_that_do_not_fit_together_are_refused(
     assert not (tmp_path / "merged").exists()
 
 
-def test_the_command_runs_and_the_result_quantizes(run: Run, tmp_path: Path) -> None:
+def test_the_command_runs_and_the_result_quantizes(run: Run, call: Call, tmp_path: Path) -> None:
     c, q = tmp_path / "c.safetensors", tmp_path / "m.qblk"
     more = ("--record", tmp_path, "--imatrix", tmp_path / "im.gguf", "--json")
     told = run("calibrate", MODEL, "--text", TEXT, "--seqlen", 16, "--nsamples", 4, "-o", c, *more)
     assert told.code == 0, told.err
     assert (told.json["chunks"], told.json["tokens"], len(told.json["layers"])) == (4, 64, 29)
-    assert run("quantize", MODEL, "--scheme", "q8_channel", "--calibration", c, "-o", q).code == 0
+    assert call("quantize", MODEL, "--scheme", "q8_channel", "--calibration", c, "-o", q).code == 0
     samples = tmp_path / "activations.safetensors"
-    checked = run("verify", q, "--against", MODEL, "--samples", samples, "--json")
+    checked = call("verify", q, "--against", MODEL, "--samples", samples, "--json")
     assert checked.code == 0
     assert checked.json["status"] == "pass"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FORMATS, ROOT, Run, gaussian, read_independently, save
+from conftest import FORMATS, ROOT, Call, gaussian, read_independently, save
 from numpy.typing import NDArray
 from stored import in_memory
 
@@ -56,7 +56,7 @@ def test_its_codes_decode_to_its_values(table: str, double: bool) -> None:
 @TABLES
 @DOUBLE
 def test_codes_and_scales_are_those_that_it_makes(
-    table: str, double: bool, tmp_path: Path, done: Run
+    table: str, double: bool, tmp_path: Path, done: Call
 ) -> None:
     x = np.random.default_rng(11).standard_normal(64 * 300).astype(np.float32)
     scheme = f"{table}_block64{'_dq' if double else ''}"
@@ -82,7 +82,7 @@ def test_codes_and_scales_are_those_that_it_makes(
 
 @TABLES
 @DOUBLE
-def test_no_other_code_is_nearer(table: str, double: bool, tmp_path: Path, done: Run) -> None:
+def test_no_other_code_is_nearer(table: str, double: bool, tmp_path: Path, done: Call) -> None:
     x = gaussian(4, 7, 90) * np.exp(gaussian(5, 7, 1))
     source = save(tmp_path / "m.safetensors", {"w": x})
     scheme = f"{table}_block32{'_dq' if double else ''}"
@@ -117,7 +117,7 @@ def test_a_scale_of_0_gives_the_code_of_0() -> None:
 @DOUBLE
 @pytest.mark.parametrize("block", CODEBOOK_BLOCKS)
 def test_a_file_is_what_the_independent_reader_finds(
-    block: int, double: bool, table: str, tmp_path: Path, done: Run
+    block: int, double: bool, table: str, tmp_path: Path, done: Call
 ) -> None:
     scheme = f"{table}_block{block}{'_dq' if double else ''}"
     tensors = {"odd": gaussian(1, 3, 5, 77), "even": gaussian(2, 300, 256), "norm": gaussian(3, 64)}
@@ -145,7 +145,7 @@ def test_a_file_is_what_the_independent_reader_finds(
     assert all(t["worst_step"] is t["integer_exact"] is None for t in rows.values())
 
 
-def test_bits_are_counted_with_all_scales(tmp_path: Path, done: Run) -> None:
+def test_bits_are_counted_with_all_scales(tmp_path: Path, done: Call) -> None:
     source = save(tmp_path / "m.safetensors", {"w": gaussian(1, 512, 512)})
     for scheme, wanted in (
         ("nf4_block64", 4 + 32 / 64),
@@ -157,34 +157,34 @@ def test_bits_are_counted_with_all_scales(tmp_path: Path, done: Run) -> None:
         assert 8 * row["nbytes"] / 512**2 == wanted
 
 
-def test_a_product_in_float_is_said_to_be_one(tmp_path: Path, done: Run) -> None:
+def test_a_product_in_float_is_said_to_be_one(tmp_path: Path, done: Call) -> None:
     done("quantize", LLAMA, "--scheme", "nf4_block64", "-o", tmp_path / "m.qblk")
     told = done("verify", tmp_path / "m.qblk", "--against", LLAMA, "--min-output-sqnr", 15)
     assert "in float: their codes have no integer product" in " ".join(told.out.split())
 
 
-def test_limits_on_products_hold_for_those_in_float(tmp_path: Path, run: Run) -> None:
-    run("quantize", LLAMA, "--scheme", "fp4_block256", "-o", tmp_path / "m.qblk")
+def test_limits_on_products_hold_for_those_in_float(tmp_path: Path, call: Call) -> None:
+    call("quantize", LLAMA, "--scheme", "fp4_block256", "-o", tmp_path / "m.qblk")
     line = ("verify", tmp_path / "m.qblk", "--against", LLAMA, "--json", "--min-output-sqnr", 30)
-    told = run(*line)
+    told = call(*line)
     assert told.code == 1
     (check,) = [c for c in json.loads(told.out)["checks"] if c["id"] == "min-output-sqnr"]
     assert check["status"] == "fail"
 
 
-def test_a_gguf_file_has_none(tmp_path: Path, run: Run) -> None:
-    told = run("quantize", LLAMA, "--scheme", "nf4_block64", "-o", tmp_path / "m.gguf")
+def test_a_gguf_file_has_none(tmp_path: Path, call: Call) -> None:
+    told = call("quantize", LLAMA, "--scheme", "nf4_block64", "-o", tmp_path / "m.gguf")
     assert told.code == 2
     assert "nf4_block64 does not go into a .gguf file" in told.err
 
 
 @DOUBLE
-def test_weights_that_are_not_finite_are_refused(double: bool, tmp_path: Path, run: Run) -> None:
+def test_weights_that_are_not_finite_are_refused(double: bool, tmp_path: Path, call: Call) -> None:
     x = gaussian(1, 64, 64)
     x[3, 5] = np.nan
     source = save(tmp_path / "m.safetensors", {"w": x})
     scheme = f"nf4_block64{'_dq' if double else ''}"
-    told = run("quantize", source, "--scheme", scheme, "-o", tmp_path / "m.qblk")
+    told = call("quantize", source, "--scheme", scheme, "-o", tmp_path / "m.qblk")
     assert told.code == 3
     assert "1 of 4,096 weights are NaN or Inf" in told.err
     assert not (tmp_path / "m.qblk").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, Run, gaussian, save
+from conftest import ROOT, Call, gaussian, save
 from numpy.typing import NDArray
 
 from qconvert.codecs.affine.encoding import Affine
@@ -57,11 +57,11 @@ def test_judged_by_hand() -> None:
 @pytest.mark.parametrize(
     "scheme", ["q2_block32", "q3_block64", "q4_block64", "q5_channel", "q6_block256", "q8_tensor"]
 )
-def test_a_healthy_model_meets_them(scheme: str, tmp_path: Path, run: Run) -> None:
+def test_a_healthy_model_meets_them(scheme: str, tmp_path: Path, call: Call) -> None:
     path = tmp_path / "m.qblk"
-    done = json.loads(run("quantize", LLAMA, "--scheme", scheme, "-o", path, "--json").out)
+    done = json.loads(call("quantize", LLAMA, "--scheme", scheme, "-o", path, "--json").out)
     assert done["warnings"] == []
-    told = json.loads(run("verify", path, "--against", LLAMA, "--json").out)
+    told = json.loads(call("verify", path, "--against", LLAMA, "--json").out)
     (check,) = [c for c in told["checks"] if c["id"] == "quality"]
     assert (check["status"], told["warnings"]) == ("pass", [])
     lossy = [t["sqnr_db"] for t in told["tensors"] if t["sqnr_db"] is not None]
@@ -77,35 +77,35 @@ def underflow() -> dict[str, NDArray[np.float32]]:
     ("scheme", "suffix"), [("f16", "qblk"), ("f16", "gguf"), ("q8_0", "gguf"), ("iq4_nl", "gguf")]
 )
 def test_a_kept_promise_of_nothing_is_no_pass(
-    scheme: str, suffix: str, tmp_path: Path, run: Run
+    scheme: str, suffix: str, tmp_path: Path, call: Call
 ) -> None:
     source, path = save(tmp_path / "m.safetensors", underflow()), tmp_path / f"m.{suffix}"
     options = ("--raw",) if suffix == "gguf" else ()
     line = ("quantize", source, "--scheme", scheme, "-o", path, *options, "--json")
-    (warning,) = json.loads(run(*line).out)["warnings"]
+    (warning,) = json.loads(call(*line).out)["warnings"]
     assert "the weights of 1 tensor are lost: 'gone'" in warning
-    done = run("verify", path, "--against", source, "--json")
+    done = call("verify", path, "--against", source, "--json")
     told = json.loads(done.out)
     assert done.code == 1
     assert {c["id"] for c in told["checks"] if c["status"] == "fail"} == {"quality"}
     assert {t["name"]: t["fails"] for t in told["tensors"]} == {"gone": ["quality"], "there": []}
 
 
-def test_ternary_types_destroy_weights_that_are_not_ternary(tmp_path: Path, run: Run) -> None:
+def test_ternary_types_destroy_weights_that_are_not_ternary(tmp_path: Path, call: Call) -> None:
     path = tmp_path / "m.gguf"
-    done = run("quantize", LLAMA, "--scheme", "tq2_0", "--raw", "-o", path)
+    done = call("quantize", LLAMA, "--scheme", "tq2_0", "--raw", "-o", path)
     assert "warning: the weights of 26 tensors are lost" in done.err
-    verified = run("verify", path, "--against", LLAMA)
+    verified = call("verify", path, "--against", LLAMA)
     assert verified.code == 1
     assert "the weights of 26 of" in verified.out
 
 
-def test_outliers_that_cost_a_tensor_its_bits_are_a_warning(tmp_path: Path, run: Run) -> None:
+def test_outliers_that_cost_a_tensor_its_bits_are_a_warning(tmp_path: Path, call: Call) -> None:
     x = gaussian(1, 64, 64)
     x[0, 0] = 6
     source = save(tmp_path / "m.safetensors", {"w": x})
     line = ("quantize", source, "--scheme", "q8_tensor_sym", "--range", "minmax", "--json")
-    (warning,) = json.loads(run(*line, "-o", tmp_path / "m.qblk").out)["warnings"]
+    (warning,) = json.loads(call(*line, "-o", tmp_path / "m.qblk").out)["warnings"]
     assert "poorer than so many bits should be: 'w' has" in warning
     assert "--tensor-scheme 'w=NAME'" in warning
     # A step is 12 / 254, and its error that of a uniform distribution.
@@ -114,50 +114,50 @@ def test_outliers_that_cost_a_tensor_its_bits_are_a_warning(tmp_path: Path, run:
     assert float(warning.split("has ")[1].split()[0]) == pytest.approx(wanted, abs=0.2)
 
 
-def test_another_model_is_told_in_one_line(tmp_path: Path, run: Run) -> None:
+def test_another_model_is_told_in_one_line(tmp_path: Path, call: Call) -> None:
     names = ("a.weight", "b.weight")
     source = save(tmp_path / "m.safetensors", {n: gaussian(i, 40, 64) for i, n in enumerate(names)})
     other = save(tmp_path / "other.safetensors", {"c.weight": gaussian(5, 40, 64)})
     again = save(tmp_path / "again.safetensors", {n: gaussian(9, 40, 64) for n in names})
     path = tmp_path / "m.qblk"
-    run("quantize", source, "--scheme", "q4_block64", "-o", path)
-    told = run("verify", path, "--against", other)
+    call("quantize", source, "--scheme", "q4_block64", "-o", path)
+    told = call("verify", path, "--against", other)
     assert told.code == 1
     failed = [line for line in told.out.splitlines() if line.startswith("FAIL")]
     assert len(failed) == 1
     assert "0 of 2 tensors have their name and shape in the source" in failed[0]
-    told = run("verify", path, "--against", again)  # names and shapes are the same
+    told = call("verify", path, "--against", again)  # names and shapes are the same
     assert "the weights of 2 of 2 tensors are lost" in told.out
     assert "is --against the model that the file was made from?" in told.out
 
 
-def test_every_tensor_that_fails_is_shown_and_comes_first(tmp_path: Path, run: Run) -> None:
+def test_every_tensor_that_fails_is_shown_and_comes_first(tmp_path: Path, call: Call) -> None:
     tensors = {f"t{i}.weight": gaussian(i, 64, 64) for i in range(9)}
     for i in range(7):
         tensors[f"t{i}.weight"][:, 0] *= 30
     source, path = save(tmp_path / "m.safetensors", tensors), tmp_path / "m.qblk"
-    run("quantize", source, "--scheme", "q4_block64", "--range", "minmax", "-o", path)
+    call("quantize", source, "--scheme", "q4_block64", "--range", "minmax", "-o", path)
     limit = 0.0125
-    told = run("verify", path, "--against", source, "--max-nmse", limit)
+    told = call("verify", path, "--against", source, "--max-nmse", limit)
     assert told.code == 1
     rows = told.out.split("worst tensors")[1].splitlines()[2:]
     failing = [row.split()[0] for row in rows if "max-nmse" in row]
     assert len(failing) == told.out.count("max-nmse") - 1 > 5  # more than are shown of good ones
     assert [row.split()[0] for row in rows[: len(failing)]] == failing
-    good = json.loads(run("verify", path, "--against", source, "--json").out)["tensors"]
+    good = json.loads(call("verify", path, "--against", source, "--json").out)["tensors"]
     assert set(failing) == {t["name"] for t in good if t["nmse"] > limit}
 
 
-def test_strict_says_why_and_leaves_nothing(tmp_path: Path, run: Run) -> None:
+def test_strict_says_why_and_leaves_nothing(tmp_path: Path, call: Call) -> None:
     source = save(tmp_path / "m.safetensors", underflow())
     line = ("quantize", source, "--scheme", "f16", "--strict", "-o", tmp_path / "m.qblk")
-    done = run(*line, "--quiet")
+    done = call(*line, "--quiet")
     assert done.code == 1
     assert done.err.startswith("failed: under --strict a warning is a failure: the weights of 1")
     assert "(nothing written)" in done.out
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
     (tmp_path / "m.qblk").write_bytes(b"old")
-    done = run(*line, "--force", "--json")
+    done = call(*line, "--force", "--json")
     told = json.loads(done.out)
     assert (done.code, told["status"], told["written"]) == (1, "fail", False)
     assert (tmp_path / "m.qblk").read_bytes() == b"old"

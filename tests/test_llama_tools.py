@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from conftest import ROOT, Finished, Run, execute
+from conftest import ROOT, Call, Finished, execute
 from numpy.typing import NDArray
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of other packages are theirs
@@ -49,7 +49,7 @@ PERPLEXITY = ("-f", TEXT, "-c", "256", *COMMON, *EXACT)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, done: Run) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory, done: Call) -> Path:
     """llama.cpp's distributions of every scored token, by the source in float32."""
     need("llama-perplexity", "llama-quantize")
     place = tmp_path_factory.mktemp("base")
@@ -79,7 +79,7 @@ def by_llama_cpp(path: Path, base: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize("scheme", ["f16", "q8_0", "q4_k_m", "q4_0", "q2_k"])
 def test_perplexity_and_divergence_are_those_of_llama_perplexity(
-    scheme: str, base: Path, tmp_path: Path, done: Run
+    scheme: str, base: Path, tmp_path: Path, done: Call
 ) -> None:
     """llama.cpp multiplies ggml's types with activations of 8 bits, which adds a divergence of its
     own; what ggml decodes, in float32, it computes as we do.
@@ -90,7 +90,7 @@ def test_perplexity_and_divergence_are_those_of_llama_perplexity(
 
 
 def test_a_compensated_mix_within_a_budget_loses_what_llama_perplexity_says(
-    base: Path, tmp_path: Path, done: Run
+    base: Path, tmp_path: Path, done: Call
 ) -> None:
     known, path = tmp_path / "c.safetensors", tmp_path / "m.gguf"
     options = ("--text", SAMPLES / "calibration.txt", "--seqlen", 256, "--nsamples", 8)
@@ -103,7 +103,7 @@ def test_a_compensated_mix_within_a_budget_loses_what_llama_perplexity_says(
     check_quality(path, base, done)
 
 
-def check_quality(path: Path, base: Path, done: Run) -> None:
+def check_quality(path: Path, base: Path, done: Call) -> None:
     decoded = path.with_name("decoded.gguf")
     tool("llama-quantize", "--allow-requantize", path, decoded, "F32", "1")
     options = ("--text", TEXT, "--seqlen", 256, "--scoring", "second-half", "--json")
@@ -135,7 +135,7 @@ def sums_of(path: Path) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float
     }
 
 
-def test_the_importance_matrix_is_that_of_llama_imatrix(tmp_path: Path, done: Run) -> None:
+def test_the_importance_matrix_is_that_of_llama_imatrix(tmp_path: Path, done: Call) -> None:
     need("llama-imatrix")
     text, ours, theirs = SAMPLES / "calibration.txt", tmp_path / "a.gguf", tmp_path / "b.gguf"
     done("quantize", LLAMA, "--scheme", "f32", "-o", tmp_path / "f32.gguf")
@@ -160,7 +160,7 @@ def test_the_importance_matrix_is_that_of_llama_imatrix(tmp_path: Path, done: Ru
     ("scheme", "least"), [("f32", 0.99999), ("q8_0", 0.9994), ("q6_k", 0.999), ("q4_k_m", 0.985)]
 )
 def test_embeddings_in_llama_cpp_point_where_those_of_transformers_do(
-    scheme: str, least: float, minilm: Path, tmp_path: Path, done: Run
+    scheme: str, least: float, minilm: Path, tmp_path: Path, done: Call
 ) -> None:
     need("llama-embedding")
     import torch

@@ -7,7 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import Run, every_kind, save
+from conftest import Call, every_kind, save
 
 import qconvert
 from qconvert.errors import InputError, UnsupportedError
@@ -22,7 +22,7 @@ def example(tmp_path: Path) -> Path:
     return save(tmp_path / "e.safetensors", {"w": np.tile(np.asarray(EXAMPLE, "<f4"), (4, 8))})
 
 
-def test_codes_of_8_bits_are_those_of_the_worked_example(example: Path, done: Run) -> None:
+def test_codes_of_8_bits_are_those_of_the_worked_example(example: Path, done: Call) -> None:
     path = example.with_suffix(".qblk")
     done("quantize", example, "--scheme", "q8_channel_sym", "--min-values", 1, "-o", path)
     with qconvert.load(path) as tensors:
@@ -36,7 +36,7 @@ def test_codes_of_8_bits_are_those_of_the_worked_example(example: Path, done: Ru
     assert (found.block, found.bits) == (64, 8)
 
 
-def test_codes_of_4_bits_are_those_of_the_worked_example(example: Path, done: Run) -> None:
+def test_codes_of_4_bits_are_those_of_the_worked_example(example: Path, done: Call) -> None:
     path = example.with_suffix(".qblk")
     options = ("--min-values", 1, "--range", "minmax")
     done("quantize", example, "--scheme", "q4_channel_asym", *options, "-o", path)
@@ -53,7 +53,7 @@ def test_codes_of_4_bits_are_those_of_the_worked_example(example: Path, done: Ru
 @pytest.mark.parametrize("unit", ["tensor", "channel", "block16", "block64"])
 @pytest.mark.parametrize("symmetry", ["sym", "asym"])
 def test_the_formula_of_codes_gives_the_values(
-    small: Path, bits: int, unit: str, symmetry: str, tmp_path: Path, run: Run
+    small: Path, bits: int, unit: str, symmetry: str, tmp_path: Path
 ) -> None:
     """(codes - zero_point) · scale, by hand for one weight and to the last bit for all."""
     from qconvert.schemes import parse_scheme
@@ -76,7 +76,7 @@ def test_the_formula_of_codes_gives_the_values(
 
 
 @pytest.fixture(scope="module")
-def kept(model: Path, tmp_path_factory: pytest.TempPathFactory, done: Run) -> Path:
+def kept(model: Path, tmp_path_factory: pytest.TempPathFactory, done: Call) -> Path:
     """A tensor of every kind, none quantized."""
     path = tmp_path_factory.mktemp("kept") / "m.qblk"
     done("quantize", model, "--scheme", "q8_channel", "--keep", "*", "-o", path)
@@ -116,7 +116,7 @@ def test_the_mapping_has_the_names_of_the_file(small_qblk: Path, small_gguf: Pat
         assert tensors["a.weight"].dequantize().shape == (40, 64)
 
 
-def test_companions_and_calibrations_come_with_the_file(tmp_path: Path, done: Run) -> None:
+def test_companions_and_calibrations_come_with_the_file(tmp_path: Path, done: Call) -> None:
     samples = Path(__file__).parents[1] / "samples"
     calibration, path = tmp_path / "c.safetensors", tmp_path / "m.qblk"
     recorded = samples / "activations.safetensors"

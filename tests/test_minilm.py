@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Run
+from conftest import ROOT, Call
 
 SAMPLES = ROOT / "samples"
 CALIBRATION, SENTENCES = SAMPLES / "calibration.txt", SAMPLES / "sentences.txt"
@@ -34,7 +34,7 @@ def test_the_sentences_are_picked_by_their_rule() -> None:
 
 @pytest.mark.slow
 def test_static_activations_keep_the_embeddings_of_sentences(
-    minilm: Path, tmp_path: Path, done: Run
+    minilm: Path, tmp_path: Path, done: Call
 ) -> None:
     if os.environ.get("QCONVERT_KERNELS") == "reference":
         pytest.skip("native kernels give the same bits: once is enough")

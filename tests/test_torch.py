@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Finished, Qblk, Run, environment, execute
+from conftest import Call, Finished, Qblk, environment, execute
 from tiny_models import CONFIGS, write_directory
 
 import qconvert
@@ -30,7 +30,7 @@ LLAMA, TEXT = SAMPLES / "tiny-llama", SAMPLES / "eval.txt"
 
 
 @pytest.fixture(scope="module")
-def q8(tmp_path_factory: pytest.TempPathFactory, done: Run) -> Path:
+def q8(tmp_path_factory: pytest.TempPathFactory, done: Call) -> Path:
     """The sample with 8 bits a channel and static parameters of all layers but the head."""
     place = tmp_path_factory.mktemp("q8")
     calibration, path = place / "c.safetensors", place / "q8.qblk"
@@ -116,7 +116,7 @@ def test_layers_run_in_integers_within_the_model(q8: Path, ids: Any, activations
             assert out.numpy().tobytes() == wanted.tobytes()
 
 
-def test_codes_stay_packed(tmp_path: Path, done: Run) -> None:
+def test_codes_stay_packed(tmp_path: Path, done: Call) -> None:
     import qconvert.torch
 
     path = tmp_path / "q4.qblk"
@@ -257,7 +257,7 @@ def answers(model: Any, ids: Any) -> Any:
     ],
 )  # fmt: skip
 def test_tensors_that_transformers_renames_or_joins_are_loaded(
-    name: str, joined: int, ids: Any, tmp_path: Path, done: Run
+    name: str, joined: int, ids: Any, tmp_path: Path, done: Call
 ) -> None:
     """As transformers itself loads the same values; ``joined`` tensors become part of others."""
     import qconvert.torch
@@ -318,7 +318,7 @@ def test_a_stand_in_is_told_from_any_rearrangement_of_itself(shape: tuple[int, .
 
 
 def test_a_trained_head_runs_though_the_configuration_ties_it(
-    short: Path, tmp_path: Path, done: Run, verify: Verify
+    short: Path, tmp_path: Path, done: Call, verify: Verify
 ) -> None:
     """In .qblk, in GGUF under llama.cpp's names and raw: perplexity is that of the source."""
     place = checkpoint(tmp_path / "m", biased())
@@ -338,7 +338,7 @@ def test_a_trained_head_runs_though_the_configuration_ties_it(
 
 
 def test_a_file_that_says_nothing_of_its_source_fails_without_any_limit(
-    short: Path, tmp_path: Path, done: Run, verify: Verify
+    short: Path, tmp_path: Path, done: Call, verify: Verify
 ) -> None:
     """Another model of the same configuration and shapes: every other check holds."""
     for k, name in enumerate(("one", "other")):
@@ -374,7 +374,7 @@ def test_a_file_that_says_nothing_of_its_source_fails_without_any_limit(
 
 @pytest.mark.parametrize("config", [tied, biased, transposed])
 def test_models_of_other_shapes_are_those_of_the_dequantized_weights(
-    config: Any, ids: Any, tmp_path: Path, done: Run
+    config: Any, ids: Any, tmp_path: Path, done: Call
 ) -> None:
     import qconvert.torch
 
@@ -389,7 +389,7 @@ def test_models_of_other_shapes_are_those_of_the_dequantized_weights(
 
 
 def test_plain_weights_are_not_quantized_while_they_are_loaded(
-    short: Path, tmp_path: Path, done: Run, verify: Verify
+    short: Path, tmp_path: Path, done: Call, verify: Verify
 ) -> None:
     """bitsandbytes does that, and stays in the configuration of models that were saved plain."""
     place, path = checkpoint(tmp_path / "m", tied()), tmp_path / "m.qblk"
@@ -403,7 +403,7 @@ def test_plain_weights_are_not_quantized_while_they_are_loaded(
     assert found.json["token_quality"]["kl_mean"] < 0.01
 
 
-def test_a_file_made_of_codes_is_not_loaded(tmp_path: Path, done: Run) -> None:
+def test_a_file_made_of_codes_is_not_loaded(tmp_path: Path, done: Call) -> None:
     """Written when nothing looked at its configuration."""
     import qconvert.torch
 
@@ -419,7 +419,7 @@ def test_a_file_made_of_codes_is_not_loaded(tmp_path: Path, done: Run) -> None:
     assert refusal.value.code == "ARCH-QUANTIZED"
 
 
-def test_templates_that_a_file_carries_are_found_again(tmp_path: Path, done: Run) -> None:
+def test_templates_that_a_file_carries_are_found_again(tmp_path: Path, done: Call) -> None:
     """In a folder of their own: names in a container have no slashes."""
     import qconvert.torch
 
@@ -432,7 +432,7 @@ def test_templates_that_a_file_carries_are_found_again(tmp_path: Path, done: Run
     assert tokenizer.chat_template == {"default": "A", "tool_use": "T"}
 
 
-def test_tied_layers_share_their_codes(tmp_path: Path, done: Run) -> None:
+def test_tied_layers_share_their_codes(tmp_path: Path, done: Call) -> None:
     import qconvert.torch
 
     place, path = checkpoint(tmp_path / "m", tied()), tmp_path / "m.qblk"
@@ -519,7 +519,7 @@ def test_a_missed_limit_fails_with_integers(q8: Path, short: Path, verify: Verif
     assert "verdict    fail" in found.out
 
 
-def test_an_encoder_is_held_by_its_embeddings(tmp_path: Path, done: Run, verify: Verify) -> None:
+def test_an_encoder_is_held_by_its_embeddings(tmp_path: Path, done: Call, verify: Verify) -> None:
     place, path = checkpoint(tmp_path / "m", encoder()), tmp_path / "m.qblk"
     done("quantize", place, "--scheme", "q4_block32", "-o", path)
     text = tmp_path / "lines.txt"
@@ -544,7 +544,7 @@ def test_an_encoder_is_held_by_its_embeddings(tmp_path: Path, done: Run, verify:
 
 
 def test_a_gguf_file_with_the_names_of_the_source_is_compared_too(
-    short: Path, tmp_path: Path, done: Run, verify: Verify
+    short: Path, tmp_path: Path, done: Call, verify: Verify
 ) -> None:
     path = tmp_path / "m.gguf"
     done("quantize", LLAMA, "--scheme", "q8_0", "--raw", "-o", path)
@@ -563,7 +563,7 @@ def test_a_gguf_file_with_the_names_of_the_source_is_compared_too(
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_llama_cpp_gets_computes_what_the_source_does(
-    name: str, tmp_path: Path, done: Run
+    name: str, tmp_path: Path, done: Call
 ) -> None:
     """In transformers' modules, whose names and stacks are others than the checkpoint's."""
     import qconvert.torch
@@ -585,7 +585,7 @@ def test_what_llama_cpp_gets_computes_what_the_source_does(
 
 
 def test_a_file_for_llama_cpp_is_compared_as_its_decoded_values_are(
-    short: Path, tmp_path: Path, done: Run, verify: Verify
+    short: Path, tmp_path: Path, done: Call, verify: Verify
 ) -> None:
     """The same types with the names of the source and with llama.cpp's: the same figures."""
     options = ("--against", LLAMA, "--text", short, "--seqlen", 64, "--nsamples", 3, "--json")
@@ -603,7 +603,7 @@ def test_a_file_for_llama_cpp_is_compared_as_its_decoded_values_are(
 
 
 def test_an_encoder_for_llama_cpp_is_held_by_its_embeddings(
-    tmp_path: Path, done: Run, verify: Verify
+    tmp_path: Path, done: Call, verify: Verify
 ) -> None:
     place, text = write_directory(tmp_path / "tiny", "bert"), tmp_path / "lines.txt"
     text.write_text("the quick fox\nover the test\n")
@@ -619,7 +619,7 @@ def test_an_encoder_for_llama_cpp_is_held_by_its_embeddings(
 
 @pytest.mark.parametrize("activations", ["dynamic", "dynamic_asym", "static", "auto"])
 def test_integer_activations_of_ggml_types_are_refused(
-    activations: str, tmp_path: Path, done: Run
+    activations: str, tmp_path: Path, done: Call
 ) -> None:
     import qconvert.torch
 
@@ -648,7 +648,7 @@ def changed(place: Path, **fields: Any) -> Path:
     ],
 )
 def test_a_file_of_another_model_is_refused(
-    fields: dict[str, Any], found: str, tmp_path: Path, done: Run
+    fields: dict[str, Any], found: str, tmp_path: Path, done: Call
 ) -> None:
     import qconvert.torch
 
@@ -658,7 +658,7 @@ def test_a_file_of_another_model_is_refused(
         qconvert.torch.load_model(path)
 
 
-def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path, done: Run) -> None:
+def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path, done: Call) -> None:
     import qconvert.torch
 
     mark = tmp_path / "ran"

@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import Qblk, Run, gaussian, read_independently, save
+from conftest import Call, Qblk, gaussian, read_independently, save
 
 from qconvert import kernels
 from qconvert.errors import UnsupportedError, WeightError
@@ -463,18 +463,18 @@ def test_samples_are_opened_as_often_for_many_tensors_as_for_one(
 
 
 def test_the_command_gives_1_for_a_broken_promise_and_names_the_tensor(
-    small: Path, small_qblk: Path, tmp_path: Path, run: Run
+    small: Path, small_qblk: Path, tmp_path: Path, call: Call
 ) -> None:
     file = Qblk(small_qblk)
     off_by_two(file, "a.weight")
     path = file.write(tmp_path / "t.qblk")
-    told = run("verify", path, "--against", small, "--json")
+    told = call("verify", path, "--against", small, "--json")
     assert told.code == 1
     assert told.json["status"] == "fail"
     bound = next(c for c in told.json["checks"] if c["id"] == "error-bound")
     assert (bound["status"], bound["tensor"]) == ("fail", "a.weight")
     shutil.copy(small_qblk, path)
-    assert run("verify", path, "--against", small).code == 0
+    assert call("verify", path, "--against", small).code == 0
 
 
 # --- products, and what spoils them ---------------------------------------------------------------

@@ -14,9 +14,13 @@ typedef struct {
     int16_t middles[MOST_LEVELS - 1][BATCH];             /* places above have the next level, */
     int16_t steps[MOST_LEVELS - 1][BATCH];               /* so much further up; as rows of 16 */
 #ifdef USE_AVX2
-    int binned;                     /* whether no eight places in a row hold two middles: then */
-    int8_t below[32], middle[32];   /* middles below eight places, and the one among them or 127 */
-    int8_t levels[MOST_LEVELS];
+    int binned;                       /* whether look-ups of bytes find levels: then */
+    int8_t below[16];                 /* by 16 places, as signed: middles below all of them, */
+    int8_t first[16], second[16];     /* and those among them, or 127; */
+    int8_t half_below[32], half_middle[32]; /* by 8 places: the same of one middle, in halves; */
+    int8_t levels[MOST_LEVELS];       /* by codes: levels, */
+    uint8_t magnitude[MOST_LEVELS];   /* their magnitudes, */
+    uint8_t float2[MOST_LEVELS], float3[MOST_LEVELS]; /* the upper half of them as binary32 */
 #endif
 } LevelTable;
 
@@ -25,6 +29,54 @@ INLINE int middle_below(const int8_t *levels, int k, int shift) {
     const int sum = levels[k] + levels[k + 1];
     return (sum - (sum & 1)) / 2 + shift;
 }
+
+#ifdef USE_AVX2
+
+/* The tables of bytes of a LevelTable whose middles are set. */
+static void set_level_bins(LevelTable *t, LevelCode code, int shift) {
+    const int middles = level_count(code) - 1;
+    t->binned = code.levels[0] + shift >= -127; /* sums of two squares fit 16 bits */
+    for (int k = 0; k < MOST_LEVELS; k++) {
+        const int level = k <= middles ? code.levels[k] + shift : 0;
+        const uint32_t bits = bits_of((float)level); /* the lower half is 0 */
+        t->levels[k] = (int8_t)level;
+        t->magnitude[k] = (uint8_t)(level < 0 ? -level : level);
+        t->float2[k] = (uint8_t)(bits >> 16);
+        t->float3[k] = (uint8_t)(bits >> 24);
+    }
+    for (int bin = 0; bin < 16; bin++) {
+        const int low = bin < 8 ? 16 * bin : 16 * bin - 256;
+        int among = 0;
+        t->below[bin] = 0;
+        t->first[bin] = t->second[bin] = 127;
+        for (int k = 0; k < middles; k++) {
+            const int middle = t->middles[k][0];
+            t->below[bin] = (int8_t)(t->below[bin] + (middle < low));
+            if (middle >= low && middle < low + 15) {
+                *(among ? &t->second[bin] : &t->first[bin]) = (int8_t)middle;
+                among++;
+            }
+        }
+        t->binned &= among <= 2;
+    }
+    for (int bin = 0; bin < 32; bin++) {
+        const int low = bin < 16 ? 16 * bin : 16 * bin - 512; /* in halves */
+        int among = 0;
+        t->half_below[bin] = 0;
+        t->half_middle[bin] = 127;
+        for (int k = 0; k < middles; k++) {
+            const int twice = code.levels[k] + code.levels[k + 1];
+            t->half_below[bin] = (int8_t)(t->half_below[bin] + (twice < low));
+            if (twice >= low && twice < low + 15) {
+                t->half_middle[bin] = (int8_t)(twice - low);
+                among++;
+            }
+        }
+        t->binned &= among <= 1;
+    }
+}
+
+#endif
 
 static void set_level_table(LevelTable *t, LevelCode code, int shift) {
     const int middles = level_count(code) - 1;
@@ -38,34 +90,17 @@ static void set_level_table(LevelTable *t, LevelCode code, int shift) {
         }
     }
 #ifdef USE_AVX2
-    t->binned = 1;
-    for (int k = 0; k < MOST_LEVELS; k++) {
-        t->levels[k] = (int8_t)(k <= middles ? code.levels[k] + shift : 0);
-    }
-    for (int bin = 0; bin < 32; bin++) {
-        const int low = 8 * bin - 128;
-        int within = 0;
-        t->below[bin] = 0;
-        t->middle[bin] = 127;
-        for (int k = 0; k < middles; k++) {
-            const int middle = t->middles[k][0];
-            t->below[bin] = (int8_t)(t->below[bin] + (middle < low));
-            if (middle >= low && middle < low + 7) {
-                t->middle[bin] = (int8_t)middle;
-                within++;
-            }
-        }
-        t->binned &= within < 2;
-    }
+    set_level_bins(t, code, shift);
 #endif
 }
 
-/* 16 blocks side by side; weights are those of all of them. */
+/* 16 blocks side by side. */
 typedef struct {
+    _Alignas(64) float values[LONGEST_LEVEL_BLOCK * BATCH]; /* no load crosses lines of cache */
+    float weights[LONGEST_LEVEL_BLOCK * BATCH];  /* with weights only, */
+    float weighted[LONGEST_LEVEL_BLOCK * BATCH]; /* like these: values times weights */
     size_t length;
-    float values[LONGEST_LEVEL_BLOCK * BATCH];
-    float weighted[LONGEST_LEVEL_BLOCK * BATCH]; /* values times weights, with weights only */
-    const float *weights;                        /* (length), or NULL */
+    int has_weights;
 } LevelColumns;
 
 /* Sums of values and of squares by the levels of the places values * inverse, each column's from its
@@ -101,11 +136,11 @@ INLINE void level_sums_compared(const LevelColumns *c, const float inverse[BATCH
     memset(a, 0, BATCH * sizeof *a);
     memset(b, 0, BATCH * sizeof *b);
     for (size_t i = 0; i < c->length; i++) {
-        const float w = weighted ? c->weights[i] : 1.0f;
         EACH_COLUMN {
-            const float q = (float)levels[i * BATCH + (size_t)j];
-            a[j] += x[i * BATCH + (size_t)j] * q;
-            b[j] += weighted ? q * q * w : q * q;
+            const size_t at = i * BATCH + (size_t)j;
+            const float q = (float)levels[at];
+            a[j] += x[at] * q;
+            b[j] += weighted ? q * q * c->weights[at] : q * q;
         }
     }
 }
@@ -122,54 +157,62 @@ APART void weighted_sums_compared(const LevelColumns *c, const float inverse[BAT
 
 #ifdef USE_AVX2
 
-/* The same by look-ups of bytes. */
+#define TWICE(at) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(at)))
+
+/* The same by look-ups of bytes, 8 columns of four lines at once. */
 INLINE void level_sums_looked_up(const LevelColumns *c, const float inverse[BATCH],
                                  const LevelTable *t, int weighted, float a[BATCH],
                                  float b[BATCH]) {
-#define TWICE(at) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(at)))
-    const __m256i below0 = TWICE(t->below), below1 = TWICE(t->below + 16);
-    const __m256i middle0 = TWICE(t->middle), middle1 = TWICE(t->middle + 16);
-    const __m256i levels = TWICE(t->levels);
-#undef TWICE
-    const __m256i sign = _mm256_set1_epi8(-128), five = _mm256_set1_epi8(31);
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    const __m256 inverses[2] = {_mm256_loadu_ps(inverse), _mm256_loadu_ps(inverse + 8)};
-    const float *other = weighted ? c->weighted : c->values;
-    __m256 sum_a[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-    __m256 sum_b[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (size_t i = 0; i < c->length; i += 2) { /* two lines of 16 at once */
-        __m256 x[4];
-        __m256i wide[4];
-        for (int k = 0; k < 4; k++) {
-            x[k] = _mm256_loadu_ps(c->values + i * BATCH + 8 * k);
-            wide[k] = _mm256_cvtps_epi32(_mm256_mul_ps(x[k], inverses[k & 1]));
-        }
-        const __m256i places = _mm256_packs_epi16(_mm256_packs_epi32(wide[0], wide[1]),
-                                                  _mm256_packs_epi32(wide[2], wide[3]));
-        const __m256i above = _mm256_xor_si256(places, sign); /* 0..255 */
-        const __m256i bin = _mm256_and_si256(_mm256_srli_epi16(above, 3), five);
-        const __m256i below = _mm256_blendv_epi8(_mm256_shuffle_epi8(below0, bin),
-                                                 _mm256_shuffle_epi8(below1, bin), above);
-        const __m256i middle = _mm256_blendv_epi8(_mm256_shuffle_epi8(middle0, bin),
-                                                  _mm256_shuffle_epi8(middle1, bin), above);
-        const __m256i code = _mm256_sub_epi8(below, _mm256_cmpgt_epi8(places, middle));
-        const __m256i q = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(levels, code), order);
-        const __m128i low = _mm256_castsi256_si128(q), high = _mm256_extracti128_si256(q, 1);
-        const __m128i parts[4] = {low, _mm_srli_si128(low, 8), high, _mm_srli_si128(high, 8)};
-        for (int k = 0; k < 4; k++) {
-            const __m256 level = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(parts[k]));
-            const __m256 value = weighted ? _mm256_loadu_ps(other + i * BATCH + 8 * k) : x[k];
-            __m256 square = _mm256_mul_ps(level, level);
-            if (weighted) {
-                square = _mm256_mul_ps(square, _mm256_set1_ps(c->weights[i + (size_t)k / 2]));
+    const __m256i below = TWICE(t->below), first = TWICE(t->first), second = TWICE(t->second);
+    const __m256i float2 = TWICE(t->float2), float3 = TWICE(t->float3);
+    const __m256i magnitudes = TWICE(t->magnitude), four = _mm256_set1_epi8(15);
+    const __m256i zero = _mm256_setzero_si256(), one = _mm256_set1_epi16(1);
+    /* From four lines one after the other to fours of a column. */
+    const __m256i fours = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    for (size_t half = 0; half < BATCH; half += 8) {
+        const __m256 inverses = _mm256_loadu_ps(inverse + half);
+        __m256 sum_a = _mm256_setzero_ps(), sum_b = _mm256_setzero_ps();
+        __m256i squares = zero; /* exact: as floats they would not be rounded either */
+        for (size_t i = half; i < c->length * BATCH; i += 4 * BATCH) {
+            __m256i wide[4];
+            for (int k = 0; k < 4; k++) {
+                const __m256 x = _mm256_loadu_ps(c->values + i + BATCH * k);
+                wide[k] = _mm256_cvtps_epi32(_mm256_mul_ps(x, inverses));
             }
-            sum_a[k & 1] = _mm256_add_ps(sum_a[k & 1], _mm256_mul_ps(value, level));
-            sum_b[k & 1] = _mm256_add_ps(sum_b[k & 1], square);
+            const __m256i places = _mm256_packs_epi16(_mm256_packs_epi32(wide[0], wide[1]),
+                                                      _mm256_packs_epi32(wide[2], wide[3]));
+            const __m256i bin = _mm256_and_si256(_mm256_srli_epi16(places, 4), four);
+            const __m256i code = _mm256_sub_epi8(
+                _mm256_sub_epi8(_mm256_shuffle_epi8(below, bin),
+                                _mm256_cmpgt_epi8(places, _mm256_shuffle_epi8(first, bin))),
+                _mm256_cmpgt_epi8(places, _mm256_shuffle_epi8(second, bin)));
+            const __m256i low = _mm256_shuffle_epi8(float2, code);
+            const __m256i high = _mm256_shuffle_epi8(float3, code);
+            const __m256i halves[2] = {_mm256_unpacklo_epi8(low, high),
+                                       _mm256_unpackhi_epi8(low, high)};
+            for (int k = 0; k < 4; k++) {
+                const __m256 level = _mm256_castsi256_ps(
+                    k & 1 ? _mm256_unpackhi_epi16(zero, halves[k / 2])
+                          : _mm256_unpacklo_epi16(zero, halves[k / 2]));
+                const float *values = weighted ? c->weighted : c->values;
+                const __m256 value = _mm256_loadu_ps(values + i + BATCH * k);
+                sum_a = _mm256_add_ps(sum_a, _mm256_mul_ps(value, level));
+                if (weighted) {
+                    const __m256 weight = _mm256_loadu_ps(c->weights + i + BATCH * k);
+                    const __m256 square = _mm256_mul_ps(_mm256_mul_ps(level, level), weight);
+                    sum_b = _mm256_add_ps(sum_b, square);
+                }
+            }
+            if (!weighted) {
+                const __m256i of =
+                    _mm256_shuffle_epi8(magnitudes, _mm256_shuffle_epi8(code, fours));
+                squares = _mm256_add_epi32(
+                    squares, _mm256_madd_epi16(_mm256_maddubs_epi16(of, of), one));
+            }
         }
-    }
-    for (int k = 0; k < 2; k++) {
-        _mm256_storeu_ps(a + 8 * k, sum_a[k]);
-        _mm256_storeu_ps(b + 8 * k, sum_b[k]);
+        _mm256_storeu_ps(a + half, sum_a);
+        _mm256_storeu_ps(b + half, weighted ? sum_b : _mm256_cvtepi32_ps(squares));
     }
 }
 
@@ -205,33 +248,41 @@ typedef struct {
     float step[BATCH], shift[BATCH], gain[BATCH];
 } LevelBest;
 
-APART void load_level_columns(const float *const rows[BATCH], size_t length, const float *weights,
-                              LevelColumns *c) {
+APART void load_level_columns(const float *const rows[BATCH], const float *const weights[BATCH],
+                              size_t length, LevelColumns *c) {
     c->length = length;
-    c->weights = weights;
+    c->has_weights = weights[0] != NULL;
     load_columns(rows, length, c->values);
-    for (size_t i = 0; weights && i < length; i++) {
-        EACH_COLUMN {
-            c->weighted[i * BATCH + (size_t)j] = weights[i] * c->values[i * BATCH + (size_t)j];
+    if (c->has_weights) {
+        load_columns(weights, length, c->weights);
+        for (size_t i = 0; i < length * BATCH; i++) {
+            c->weighted[i] = c->weights[i] * c->values[i];
         }
     }
 }
 
-/* The value of each column that is furthest from 0, the negative one of two equals. */
-APART void furthest_of_columns(const LevelColumns *c, float peak[BATCH]) {
-    float low[BATCH], high[BATCH];
-    memcpy(low, c->values, sizeof low);
-    memcpy(high, c->values, sizeof high);
-    for (size_t i = 1; i < c->length; i++) {
-        EACH_COLUMN {
-            const float v = c->values[i * BATCH + (size_t)j];
-            low[j] = v < low[j] ? v : low[j];
-            high[j] = v > high[j] ? v : high[j];
-        }
+/* The value that is furthest from 0, the negative one of two equals: magnitudes with the signs as
+ * their lowest bits are in that order. `n` is a multiple of 8. */
+INLINE float furthest_of(const float *x, size_t n) {
+#ifdef USE_AVX2
+    __m256i most = _mm256_setzero_si256();
+    for (size_t i = 0; i < n; i += 8) {
+        const __m256i bits = _mm256_loadu_si256((const __m256i *)(x + i));
+        const __m256i sign = _mm256_srli_epi32(bits, 31);
+        most = _mm256_max_epu32(most, _mm256_or_si256(_mm256_slli_epi32(bits, 1), sign));
     }
-    EACH_COLUMN {
-        peak[j] = high[j] > -low[j] ? high[j] : low[j];
+    __m128i few = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    few = _mm_max_epu32(few, _mm_shuffle_epi32(few, 0x4E));
+    few = _mm_max_epu32(few, _mm_shuffle_epi32(few, 0xB1));
+    const uint32_t found = (uint32_t)_mm_cvtsi128_si32(few);
+#else
+    uint32_t found = 0;
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t bits = bits_of(x[i]), turned = bits << 1 | bits >> 31;
+        found = turned > found ? turned : found;
     }
+#endif
+    return from_bits(found >> 1 | found << 31);
 }
 
 /* The first and the last step of one sign to be tried, without the sign; returns how many there are
@@ -276,13 +327,11 @@ APART void keep_better_step(const float step[BATCH], float shift, const float sc
 }
 
 static void search_steps(const LevelColumns *c, const LevelCode *code, const LevelTable tables[2],
-                         const float unit[BATCH], LevelBest *best) {
-    float peak[BATCH];
+                         const float peak[BATCH], const float unit[BATCH], LevelBest *best) {
     memset(best, 0, sizeof *best);
-    furthest_of_columns(c, peak);
     for (int k = 0; k < (code->shift ? 2 : 1); k++) {
         const int shift = k ? code->shift : 0;
-        LevelSums *sums_of = level_sums_for(tables + k, c->weights != NULL);
+        LevelSums *sums_of = level_sums_for(tables + k, c->has_weights);
         for (int negative = 0; negative < 2; negative++) {
             float first[BATCH], last[BATCH];
             const int count = window_of(code, shift, negative, peak, unit, first, last);
@@ -304,34 +353,100 @@ static void search_steps(const LevelColumns *c, const LevelCode *code, const Lev
 
 /* --- rows -------------------------------------------------------------------------------------*/
 
-/* The steps of `n` rows, at most 16, as stored. */
-static void search_level_rows(const LevelRows *task, const LevelTable tables[2], size_t row,
-                              size_t n) {
-    const LevelCode *code = &task->code;
-    const size_t blocks = level_blocks(*code, task->columns);
-    const float half = (float)(1 << (code->step_bits - 1));
-    float unit[BATCH], tail[BATCH][LONGEST_LEVEL_BLOCK];
-    for (size_t j = 0; j < BATCH; j++) {
-        unit[j] = task->unit[row + (j < n ? j : 0)];
+/* Blocks that are put in order at once: those of 4096 columns of 16 rows. */
+enum { SORTED_BLOCKS = 4096, BUCKETS = 256 };
+
+/* Blocks of rows one after the other, of which some are put in order. */
+typedef struct {
+    const LevelRows *task;
+    size_t per_row, first_row;
+    size_t first, n;                       /* at most SORTED_BLOCKS */
+    uint16_t row[SORTED_BLOCKS];           /* of each of them, above the first */
+    uint16_t order[SORTED_BLOCKS + BATCH]; /* behind them the last one is over again */
+    float peak[SORTED_BLOCKS];             /* the value that is furthest from 0 */
+} LevelBlocks;
+
+/* A block that follows others in its row, with zeros behind the end of the row. */
+INLINE const float *level_block_at(const LevelRows *task, size_t row, size_t at, float *tail) {
+    const float *found = task->x + row * task->columns + at;
+    if (task->columns - at >= task->code.block) {
+        return found;
     }
-    for (size_t g = 0; g < blocks; g++) {
-        const size_t at = g * code->block, real = smaller(code->block, task->columns - at);
-        const float *rows[BATCH];
-        LevelColumns c;
-        LevelBest best;
-        for (size_t j = 0; j < BATCH; j++) {
-            rows[j] = task->x + (row + (j < n ? j : 0)) * task->columns + at;
-            if (real < code->block) {
-                memset(tail[j], 0, sizeof tail[j]);
-                memcpy(tail[j], rows[j], real * sizeof *tail[j]);
-                rows[j] = tail[j];
-            }
+    memset(tail, 0, LONGEST_LEVEL_BLOCK * sizeof *tail);
+    memcpy(tail, found, (task->columns - at) * sizeof *tail);
+    return tail;
+}
+
+/* Puts blocks in an order in which neighbours have about as many steps to be tried: by the sign of
+ * the furthest value, and how far it is. */
+static void sort_blocks(LevelBlocks *b) {
+    const LevelRows *task = b->task;
+    const size_t block = task->code.block;
+    /* Steps are at most so many, and the levels at their end are about 127. */
+    const float end = 127.0f / (float)(BUCKETS / 2 >> (task->code.step_bits - 1));
+    uint8_t bucket[SORTED_BLOCKS];
+    uint16_t starts[BUCKETS + 1] = {0};
+    size_t row = b->first / b->per_row, at = b->first % b->per_row * block;
+    for (size_t k = 0; k < b->n; k++) {
+        float tail[LONGEST_LEVEL_BLOCK];
+        const float peak = furthest_of(level_block_at(task, row, at, tail), block);
+        const uint32_t bits = bits_of(peak), negative = bits >> 31;
+        const float place = from_bits(bits & 0x7FFFFFFF) / (task->unit[row] * end);
+        const uint32_t within = place < BUCKETS / 2 - 1 ? (uint32_t)place : BUCKETS / 2 - 1;
+        bucket[k] = (uint8_t)(within + negative * (BUCKETS / 2));
+        starts[bucket[k] + 1]++;
+        b->peak[k] = peak;
+        b->row[k] = (uint16_t)(row - b->first_row);
+        at += block;
+        if (at >= task->columns) {
+            row++;
+            at = 0;
         }
-        load_level_columns(rows, code->block, task->weights ? task->weights + at : NULL, &c);
-        search_steps(&c, code, tables, unit, &best);
-        for (size_t j = 0; j < n; j++) {
+    }
+    for (int i = 0; i < BUCKETS; i++) {
+        starts[i + 1] = (uint16_t)(starts[i + 1] + starts[i]);
+    }
+    for (size_t k = 0; k < b->n; k++) {
+        b->order[starts[bucket[k]]++] = (uint16_t)k;
+    }
+    for (size_t k = b->n; k < b->n + BATCH; k++) {
+        b->order[k] = b->order[b->n - 1];
+    }
+}
+
+/* 16 blocks side by side. */
+static void gather_blocks(const LevelBlocks *b, const uint16_t chosen[BATCH], LevelColumns *c,
+                          float peak[BATCH], float unit[BATCH]) {
+    const LevelRows *task = b->task;
+    const float *rows[BATCH], *weights[BATCH];
+    float tail[BATCH][LONGEST_LEVEL_BLOCK];
+    for (size_t j = 0; j < BATCH; j++) {
+        const size_t row = b->first_row + b->row[chosen[j]];
+        const size_t at = (b->first + chosen[j] - row * b->per_row) * task->code.block;
+        rows[j] = level_block_at(task, row, at, tail[j]);
+        weights[j] = task->weights ? task->weights + at : NULL;
+        peak[j] = b->peak[chosen[j]];
+        unit[j] = task->unit[row];
+    }
+    load_level_columns(rows, weights, task->code.block, c);
+}
+
+/* The steps of blocks as stored. Those with as many steps to be tried are searched side by side: the
+ * longest search of 16 is that of all of them. */
+static void search_blocks(LevelBlocks *b, const LevelTable tables[2]) {
+    const LevelCode *code = &b->task->code;
+    const float half = (float)(1 << (code->step_bits - 1));
+    LevelColumns c;
+    sort_blocks(b);
+    for (size_t k = 0; k < b->n; k += BATCH) {
+        const uint16_t *chosen = b->order + k;
+        float peak[BATCH], unit[BATCH];
+        LevelBest best;
+        gather_blocks(b, chosen, &c, peak, unit);
+        search_steps(&c, code, tables, peak, unit, &best);
+        for (int j = 0; j < BATCH; j++) {
             const float stored = best.step[j] + half + (best.shift[j] > 0 ? 2 * half : 0.0f);
-            task->steps[(row + j) * blocks + g] = (uint8_t)stored;
+            b->task->steps[b->first + chosen[j]] = (uint8_t)stored;
         }
     }
 }
@@ -356,35 +471,9 @@ INLINE LevelRule level_rule(const LevelCode *code, float scale, int shift) {
     return rule;
 }
 
-#ifdef USE_AVX2
-
 /* 16 codes and what they decode to. */
-INLINE void encode_sixteen(const float *x, const LevelRule *rule, int32_t *codes, float *decoded) {
-    const __m256 low = _mm256_loadu_ps(rule->value), high = _mm256_loadu_ps(rule->value + 8);
-    const __m256 inverse = _mm256_set1_ps(rule->inverse);
-    const __m256 v0 = _mm256_mul_ps(_mm256_loadu_ps(x), inverse);
-    const __m256 v1 = _mm256_mul_ps(_mm256_loadu_ps(x + 8), inverse);
-    __m256i code[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    for (int k = 0; k < rule->middles; k++) {
-        const __m256 middle = _mm256_set1_ps(rule->middle[k]);
-        const __m256 above0 = _mm256_cmp_ps(v0, middle, _CMP_GT_OQ);
-        const __m256 above1 = _mm256_cmp_ps(v1, middle, _CMP_GT_OQ);
-        code[0] = _mm256_sub_epi32(code[0], _mm256_castps_si256(above0));
-        code[1] = _mm256_sub_epi32(code[1], _mm256_castps_si256(above1));
-    }
-    for (int i = 0; i < 2; i++) { /* bit 3 of a code, as a sign, chooses the half of the table */
-        const __m256 half = _mm256_castsi256_ps(_mm256_slli_epi32(code[i], 28));
-        const __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code[i]),
-                                              _mm256_permutevar8x32_ps(high, code[i]), half);
-        _mm256_storeu_ps(decoded + 8 * i, value);
-        _mm256_storeu_si256((__m256i *)(codes + 8 * i), code[i]);
-    }
-}
-
-#else
-
 INLINE void encode_sixteen(const float *restrict x, const LevelRule *restrict rule,
-                           int32_t *restrict codes, float *restrict decoded) {
+                           uint8_t *restrict codes, float *restrict decoded) {
     float places[LANES];
     int32_t above[LANES] = {0};
     EACH_COLUMN {
@@ -396,56 +485,126 @@ INLINE void encode_sixteen(const float *restrict x, const LevelRule *restrict ru
         }
     }
     for (int j = 0; j < LANES; j++) {
-        codes[j] = above[j];
+        codes[j] = (uint8_t)above[j];
         decoded[j] = rule->value[above[j]];
+    }
+}
+
+#ifdef USE_AVX2
+
+/* 32 codes and what they decode to, by look-ups of bytes: those of two halves, each with a scale
+ * and a shift. A value is above a middle if twice its place, rounded up, is above twice the middle,
+ * which is a whole number. */
+INLINE void encode_looked_up(const float *x, const LevelTable *t, const float scales[2],
+                             const int shifts[2], uint8_t *codes, float *decoded) {
+    const __m256i sign = _mm256_set1_epi8(-128);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i bins[2], rests[2];
+    for (int h = 0; h < 2; h++) {
+        const __m256 inverse = _mm256_set1_ps(scales[h] != 0.0f ? 1.0f / scales[h] : 0.0f);
+        __m256i wide[2];
+        for (int k = 0; k < 2; k++) {
+            const __m256 place = _mm256_mul_ps(_mm256_loadu_ps(x + 16 * h + 8 * k), inverse);
+            const __m256 twice = _mm256_ceil_ps(_mm256_add_ps(place, place));
+            wide[k] = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_set1_ps(255.0f), twice));
+        }
+        __m256i halves = _mm256_packs_epi32(wide[0], wide[1]);
+        halves = _mm256_subs_epi16(halves, _mm256_set1_epi16((int16_t)(2 * shifts[h])));
+        halves = _mm256_max_epi16(halves, _mm256_set1_epi16(-256));
+        bins[h] = _mm256_srai_epi16(halves, 4);
+        rests[h] = _mm256_and_si256(halves, _mm256_set1_epi16(15));
+    }
+    const __m256i bin = _mm256_packs_epi16(bins[0], bins[1]); /* -16..15: of a byte that is */
+    const __m256i other = _mm256_xor_si256(bin, sign);        /* negative look-ups make 0 */
+    const __m256i rest = _mm256_packs_epi16(rests[0], rests[1]);
+    const __m256i below = _mm256_or_si256(_mm256_shuffle_epi8(TWICE(t->half_below), bin),
+                                          _mm256_shuffle_epi8(TWICE(t->half_below + 16), other));
+    const __m256i middle = _mm256_or_si256(_mm256_shuffle_epi8(TWICE(t->half_middle), bin),
+                                           _mm256_shuffle_epi8(TWICE(t->half_middle + 16), other));
+    const __m256i code = _mm256_permutevar8x32_epi32(
+        _mm256_sub_epi8(below, _mm256_cmpgt_epi8(rest, middle)), order);
+    const __m256i shift = _mm256_set_m128i(_mm_set1_epi8((int8_t)shifts[1]),
+                                           _mm_set1_epi8((int8_t)shifts[0]));
+    int8_t levels[PACK_GROUP];
+    _mm256_storeu_si256((__m256i *)codes, code);
+    _mm256_storeu_si256((__m256i *)levels,
+                        _mm256_add_epi8(_mm256_shuffle_epi8(TWICE(t->levels), code), shift));
+    for (int k = 0; k < 4; k++) {
+        const __m256i level = _mm256_cvtepi8_epi32(_mm_loadl_epi64((__m128i *)(levels + 8 * k)));
+        _mm256_storeu_ps(decoded + 8 * k, _mm256_mul_ps(_mm256_cvtepi32_ps(level),
+                                                        _mm256_set1_ps(scales[k / 2])));
     }
 }
 
 #endif
 
-/* A row to stored codes, by its stored steps. `codes` and `decoded` have room for its padding. */
-static void encode_level_row(const LevelRows *task, size_t row, int32_t *codes, float *decoded) {
+/* A row to stored codes, by its stored steps; `plain` is the table without a shift. `codes` and
+ * `decoded` have room for its padding. */
+static void encode_level_row(const LevelRows *task, const LevelTable *plain, size_t row,
+                             uint8_t *codes, float *decoded) {
     const LevelCode *code = &task->code;
     const size_t columns = task->columns, padded = level_row(columns);
     const size_t blocks = level_blocks(*code, columns);
     const float *x = task->x + row * columns;
     const int half = 1 << (code->step_bits - 1);
-    for (size_t g = 0; g < blocks; g++) {
-        const int stored = task->steps[row * blocks + g];
-        const float scale = task->unit[row] * (float)((stored & (2 * half - 1)) - half);
-        const LevelRule rule = level_rule(code, scale, stored >= 2 * half ? code->shift : 0);
-        for (size_t at = g * code->block; at < (g + 1) * code->block; at += LANES) {
-            float tail[LANES] = {0};
-            if (at + LANES > columns && at < columns) {
-                memcpy(tail, x + at, (columns - at) * sizeof *tail);
-            }
-            encode_sixteen(at + LANES > columns ? tail : x + at, &rule, codes + at, decoded + at);
+    for (size_t at = 0; at < padded; at += PACK_GROUP) {
+        float tail[PACK_GROUP], scales[2];
+        const float *from = x + at;
+        int shifts[2];
+        for (size_t h = 0; h < 2; h++) { /* behind the last block it is over again */
+            const size_t block = smaller((at + 16 * h) / code->block, blocks - 1);
+            const int stored = task->steps[row * blocks + block];
+            scales[h] = task->unit[row] * (float)((stored & (2 * half - 1)) - half);
+            shifts[h] = stored >= 2 * half ? code->shift : 0;
+        }
+        if (at + PACK_GROUP > columns) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, from, (columns - at) * sizeof *tail);
+            from = tail;
+        }
+#ifdef USE_AVX2
+        if (plain->binned) {
+            encode_looked_up(from, plain, scales, shifts, codes + at, decoded + at);
+            continue;
+        }
+#endif
+        (void)plain;
+        for (size_t h = 0; h < 2; h++) {
+            const LevelRule rule = level_rule(code, scales[h], shifts[h]);
+            encode_sixteen(from + 16 * h, &rule, codes + at + 16 * h, decoded + at + 16 * h);
         }
     }
-    for (size_t i = columns; i < padded; i++) {
-        codes[i] = 0;
-    }
-    pack_wide(codes, padded / PACK_GROUP, code->bits,
-              task->codes + row * packed_bytes(padded, code->bits));
+    memset(codes + columns, 0, padded - columns);
+    pack(codes, padded / PACK_GROUP, code->bits,
+         task->codes + row * packed_bytes(padded, code->bits));
 }
 
 static int levels_encode(const LevelRows *task, Errors *found) {
-    const size_t columns = task->columns;
-    int32_t *codes = malloc(level_row(columns) * sizeof *codes);
+    const size_t columns = task->columns, blocks = level_blocks(task->code, columns);
+    const size_t strip = blocks < SORTED_BLOCKS ? SORTED_BLOCKS / blocks : 1; /* rows */
+    LevelBlocks *some = malloc(sizeof *some);
+    uint8_t *codes = malloc(level_row(columns));
     float *decoded = malloc(level_row(columns) * sizeof *decoded);
-    const int failed = !codes || !decoded;
+    const int failed = !codes || !decoded || !some;
     if (!failed) {
         LevelTable tables[2];
         ErrorLanes lanes = {0};
         WeightedLanes weighted = {0};
         set_level_table(tables, task->code, 0);
         set_level_table(tables + 1, task->code, task->code.shift);
-        for (size_t r = 0; r < task->rows; r += BATCH) {
-            const size_t n = smaller(BATCH, task->rows - r);
-            search_level_rows(task, tables, r, n);
-            for (size_t j = 0; j < n; j++) {
-                const float *x = task->x + (r + j) * columns;
-                encode_level_row(task, r + j, codes, decoded);
+        for (size_t r = 0; r < task->rows; r += strip) {
+            const size_t end = smaller(r + strip, task->rows);
+            for (size_t k = r * blocks; k < end * blocks; k += SORTED_BLOCKS) {
+                some->task = task;
+                some->per_row = blocks;
+                some->first_row = r;
+                some->first = k;
+                some->n = smaller(SORTED_BLOCKS, end * blocks - k);
+                search_blocks(some, tables);
+            }
+            for (size_t row = r; row < end; row++) {
+                const float *x = task->x + row * columns;
+                encode_level_row(task, tables, row, codes, decoded);
                 add_errors(&lanes, x, decoded, columns);
                 if (task->mean_square) {
                     add_weighted_errors(&weighted, task->mean_square, x, decoded, columns);
@@ -458,8 +617,13 @@ static int levels_encode(const LevelRows *task, Errors *found) {
     }
     free(codes);
     free(decoded);
+    free(some);
     return failed ? NO_MEMORY : DONE;
 }
+
+#ifdef USE_AVX2
+#undef TWICE
+#endif
 
 static void levels_decode(const StoredLevels *s, float *restrict out) {
     const LevelCode *code = &s->code;
