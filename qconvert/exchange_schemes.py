@@ -96,7 +96,7 @@ def _compressed_tensors() -> tuple[CompressedTensorsScheme, ...]:
     groups = {"": 128, "_g32": 32, "_g64": 64, "_g128": 128, "_channel": 0}
     return tuple(
         CompressedTensorsScheme(f"w{bits}a16{asym}{suffix}", bits, group, symmetric=not asym)
-        for bits in (4, 8)
+        for bits in (4, 8, 2, 3, 5, 6)
         for asym in ("", "_asym")
         for suffix, group in groups.items()
     )
@@ -209,7 +209,7 @@ EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
 
 # What is written of them where all names are listed.
 EXCHANGE_GRAMMAR = (
-    "w{4|8}a16[_asym][_g32|_g64|_g128|_channel], w8a8[_static], fp8_dynamic, fp8_block, "
+    "w{2|3|4|5|6|8}a16[_asym][_g32|_g64|_g128|_channel], w8a8[_static], fp8_dynamic, fp8_block, "
     "{nvfp4|mxfp4|mxfp8}a16, fp8_block128, "
     "mlx_{2|3|4|5|6|8}bit_{g32|g64|g128}, gptq_{4|8}bit_{g32|g64|g128|channel}, "
     "awq_4bit_{g32|g64|g128}[_sym], bnb_{nf4|fp4}[_dq], bnb_int8"

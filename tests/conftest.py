@@ -56,12 +56,14 @@ Call = Callable[..., Finished]
 # What these files test does not depend on the kernels: a run that is held to the reference leaves
 # them to the run with native ones. One kernel serves calibrate --text, the histogram that
 # test_observers counts; with the reference it runs in test_budget, test_equalisation, test_fisher.
+# What decodes for other tools' decoders is what test_foreign runs on.
 WITHOUT_KERNELS = {
     f"test_{name}"
     for name in (
         *("architectures", "atomic", "calibrate_text", "config", "config_classes", "config_table"),
         *("directories", "general_name", "layers", "mixes", "plan", "prequantized"),
-        *("published_configs", "python", "safetensors", "schemes", "sets", "spec", "streams"),
+        *("published_configs", "prove_micro", "prove_packed", "python", "safetensors", "schemes"),
+        *("sets", "spec", "streams"),
         *("style",),
     )
 }

@@ -40,7 +40,7 @@ OTHERS += ["q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m",
 COMPRESSED_TENSORS = [
     f"w{bits}a16{asym}{group}"
     for bits, asym, group in itertools.product(
-        (4, 8), ("", "_asym"), ("", "_g32", "_g64", "_g128", "_channel")
+        (2, 3, 4, 5, 6, 8), ("", "_asym"), ("", "_g32", "_g64", "_g128", "_channel")
     )
 ]
 COMPRESSED_TENSORS += ["w8a8", "fp8_dynamic", "fp8_block"]

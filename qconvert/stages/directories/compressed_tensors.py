@@ -126,6 +126,11 @@ def readers(plan: Sequence[PlannedTensor]) -> Readers:
     schemes = {p.scheme for p in plan if isinstance(p.scheme, ExchangeScheme)}
     notes = ("the directory is for vLLM, SGLang and transformers (with compressed-tensors)",)
     warnings = []
+    if any(s.number == "int" and 8 % s.bits for s in schemes):
+        warnings.append(
+            "codes of 3, 5 and 6 bits are a dense stream of bits, as compressed-tensors 0.20 has "
+            "them; an older reader takes them for others: load with 0.20 or newer"
+        )
     if any(not s.symmetric for s in schemes):
         warnings.append(
             "zero points of asymmetric schemes load in vLLM, but by default not in transformers "
