@@ -190,6 +190,7 @@ EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
     CompressedTensorsScheme("w8a8", 8, 0, activations="dynamic"),
     CompressedTensorsScheme("w8a8_static", 8, 0, activations="static"),
     CompressedTensorsScheme("fp8_dynamic", 8, 0, number="e4m3", activations="dynamic"),
+    CompressedTensorsScheme("fp8_static", 8, 0, number="e4m3", activations="static"),
     CompressedTensorsScheme("fp8_block", 8, 128, number="e4m3", activations="dynamic"),
     CompressedTensorsScheme(
         *("nvfp4a16", 4, 16), number="e2m1", scale_dtype="F8_E4M3", micro="nvfp4-pack-quantized"
@@ -209,8 +210,8 @@ EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
 
 # What is written of them where all names are listed.
 EXCHANGE_GRAMMAR = (
-    "w{2|3|4|5|6|8}a16[_asym][_g32|_g64|_g128|_channel], w8a8[_static], fp8_dynamic, fp8_block, "
-    "{nvfp4|mxfp4|mxfp8}a16, fp8_block128, "
+    "w{2|3|4|5|6|8}a16[_asym][_g32|_g64|_g128|_channel], w8a8[_static], "
+    "fp8_{dynamic|static|block}, {nvfp4|mxfp4|mxfp8}a16, fp8_block128, "
     "mlx_{2|3|4|5|6|8}bit_{g32|g64|g128}, gptq_{4|8}bit_{g32|g64|g128|channel}, "
     "awq_4bit_{g32|g64|g128}[_sym], bnb_{nf4|fp4}[_dq], bnb_int8"
 )

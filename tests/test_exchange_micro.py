@@ -293,6 +293,27 @@ def test_static_inputs_have_the_range_that_was_observed(
     assert ours["format"] == theirs["format"] == block["format"]
 
 
+def test_static_inputs_of_fp8_end_where_the_range_does(
+    source: tuple[Path, dict[str, F32]], calibrated: tuple[Path, dict[str, F32]], tmp_path: Path
+) -> None:
+    cal, inputs = calibrated
+    qconvert.quantize(
+        source[0], "fp8_static", output=tmp_path / "m", calibration=cal, equalise="off"
+    )
+    tensors = raw(tmp_path / "m" / "model.safetensors")
+    for module, x in inputs.items():
+        (stored,) = array(tensors, f"{module}.input_scale", ml_dtypes.bfloat16).astype(np.float32)
+        furthest = np.abs(x).max()
+        # Ranges are known to a step of 255, and bfloat16 has eight significant bits.
+        assert abs(448 * stored - furthest) < furthest * 2.0**-8 + (x.max() - x.min()) / 255
+    block = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    peer = json.loads((FOREIGN / "ct_fp8_static" / "config.json").read_text())
+    theirs = peer["quantization_config"]["config_groups"]["group_0"]
+    ours = block["config_groups"]["group_0"]
+    assert ours["input_activations"] == theirs["input_activations"]
+    assert ours["format"] == theirs["format"] == block["format"]
+
+
 def test_static_inputs_need_a_calibration_of_every_layer(
     source: tuple[Path, dict[str, F32]],
     calibrated: tuple[Path, dict[str, F32]],

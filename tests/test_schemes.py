@@ -52,7 +52,7 @@ GPTQ = [f"gptq_{bits}bit_{unit}" for bits in (4, 8) for unit in ("g32", "g64", "
 AWQ = [f"awq_4bit_g{group}{sym}" for group in (32, 64, 128) for sym in ("", "_sym")]
 BNB = ["bnb_nf4", "bnb_nf4_dq", "bnb_fp4", "bnb_fp4_dq", "bnb_int8"]
 EXCHANGE = [*COMPRESSED_TENSORS, "fp8_block128", *MLX, *GPTQ, *AWQ, *BNB]
-EXCHANGE += ["nvfp4a16", "mxfp4a16", "mxfp8a16", "w8a8_static"]
+EXCHANGE += ["nvfp4a16", "mxfp4a16", "mxfp8a16", "w8a8_static", "fp8_static"]
 
 
 def test_the_table_holds_the_names_of_the_specification_and_no_others() -> None:

@@ -125,12 +125,7 @@ class PackedIntegers(IntegerLayout):
 
 @dataclass(frozen=True)
 class PlainIntegers(IntegerLayout):
-    """``int-quantized``: signed bytes with a scale a row, for products with bytes.
-
-    Attributes:
-        static: whether scale and zero point of the layer's input are beside them, which no encoder
-            knows: `static_input` gives them.
-    """
+    """``int-quantized``: signed bytes with a scale a row, for products with bytes."""
 
     static: bool = False
 
@@ -151,7 +146,6 @@ class PlainIntegers(IntegerLayout):
         return tuple(found)
 
     def static_input(self, scale: float, zero_point: int) -> dict[str, Bytes]:
-        """The parts that say how an input becomes bytes."""
         return {
             INPUT_SCALE: np.float32(scale).astype(SCALE_NUMPY[self.scale_dtype]).tobytes(),
             INPUT_ZERO_POINT: np.int8(zero_point).tobytes(),
@@ -205,9 +199,8 @@ def integer_layout(scheme: CompressedTensorsScheme) -> IntegerLayout | None:
 
 def float8_layout(scheme: CompressedTensorsScheme) -> Float8:
     """What a scheme of eight floating bits writes."""
-    return Float8(
-        SCALE, scheme.scale_dtype, (scheme.group, scheme.group) if scheme.group else (1, 0)
-    )
+    block = (scheme.group, scheme.group) if scheme.group else (1, 0)
+    return Float8(SCALE, scheme.scale_dtype, block, static=scheme.activations == "static")
 
 
 def _planned(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> Layout:

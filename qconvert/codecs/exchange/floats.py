@@ -15,10 +15,10 @@ from qconvert.codecs.exchange.layout import Layout, Part, check_scales
 from qconvert.codecs.source import RUN_VALUES, rows_of, tiles_of
 from qconvert.geometry import Tile, spans_tiles
 from qconvert.kernels.arithmetic import round_scale
-from qconvert.kernels.records import F32, U8, Encoded, ErrorSums
+from qconvert.kernels.records import F32, U8, Bytes, Encoded, ErrorSums
 from qconvert.model import DTYPES, Model, TensorInfo
 
-WEIGHT = ".weight"
+WEIGHT, INPUT_SCALE = ".weight", ".input_scale"
 E4M3 = "F8_E4M3"
 LARGEST = np.float32(448)  # of E4M3
 _LEAST_NORMAL = np.float32(2.0**-6)
@@ -41,10 +41,13 @@ class Float8(Layout):
     scale_dtype: str
     block: tuple[int, int]
     dimensions: int = 2
+    static: bool = False
 
     @property
     def name(self) -> str:
         rows, columns = self.block
+        if self.static:
+            return "fp8_static"
         if not columns:
             return "fp8_channel" if rows else "fp8_tensor"
         return f"fp8_block{rows}" if rows == columns else f"fp8_block{rows}x{columns}"
@@ -59,10 +62,17 @@ class Float8(Layout):
         return -(-shape[0] // rows) if rows else 1, -(-shape[1] // columns) if columns else 1
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        return (
+        found = (
             Part(WEIGHT, E4M3, shape),
             Part(self.suffix, self.scale_dtype, self.grid(shape)[: self.dimensions]),
         )
+        return (*found, Part(INPUT_SCALE, self.scale_dtype, (1,))) if self.static else found
+
+    def static_input(self, scale: float, zero_point: int) -> dict[str, Bytes]:
+        """See `Layout.static_input`: the end of the range furthest from 0 is 448."""
+        furthest = scale * max(128 + zero_point, 127 - zero_point)
+        number = np.float32(furthest / LARGEST).astype(_NUMPY[self.scale_dtype])
+        return {INPUT_SCALE: number.tobytes()}
 
     def coded(self, stored: Stored, tile: Tile) -> Coded:
         columns = stored.shape[1]

@@ -12,6 +12,7 @@ import numpy as np
 from qconvert import kernels
 from qconvert.codecs.codec import Encoding, Segment, Stored
 from qconvert.errors import FormatError
+from qconvert.kernels.records import Bytes
 from qconvert.model import DTYPES
 
 CHECKED = 1 << 18  # numbers that are looked at at once
@@ -38,7 +39,23 @@ class Part:
 
 
 class Layout(Encoding):
-    """How a weight (out, in) lies in the tensors of its module."""
+    """How a weight (out, in) lies in the tensors of its module.
+
+    Attributes:
+        static: whether parts say how an input of the layer becomes eight bits, which no encoder
+            knows: `static_input` gives them.
+    """
+
+    static: bool = False
+
+    def static_input(self, scale: float, zero_point: int) -> dict[str, Bytes]:
+        """The parts that say how an input x becomes eight bits.
+
+        Args:
+            scale, zero_point: of its static range: x is (code - zero_point) · scale with a signed
+                byte for a code.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:

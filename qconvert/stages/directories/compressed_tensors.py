@@ -107,8 +107,9 @@ def _inputs(scheme: ExchangeScheme) -> dict[str, Any] | None:
     if not scheme.activations:
         return None
     if scheme.activations == "static":
-        found = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor"}
-        return found | {"group_size": None, "dynamic": False}
+        integers = scheme.number == "int"
+        found = {"num_bits": 8, "type": "int" if integers else "float", "symmetric": not integers}
+        return found | {"strategy": "tensor", "group_size": None, "dynamic": False}
     found = {
         "num_bits": 8,
         "type": "int" if scheme.number == "int" else "float",

@@ -16,7 +16,6 @@ from typing import Any
 
 from qconvert.calibration.file import Calibration
 from qconvert.codecs.codec import Encoding
-from qconvert.codecs.exchange.compressed_tensors import PlainIntegers
 from qconvert.codecs.exchange.layout import Layout
 from qconvert.codecs.exchange.micro import Micro
 from qconvert.codecs.moving import MovedScheme
@@ -366,7 +365,7 @@ class _Parts:
 
     def finish(self, notes: dict[str, Any]) -> None:
         """Close the tensor; safetensors has no place for notes but static ranges of inputs."""
-        if isinstance(self.encoding, PlainIntegers) and self.encoding.static:
+        if isinstance(self.encoding, Layout) and self.encoding.static:
             found = notes["activation"]
             self.append(self.encoding.static_input(found["scale"], found["zero_point"]))
 
