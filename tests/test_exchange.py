@@ -315,6 +315,22 @@ WRONG: dict[str, tuple[Change, str]] = {
         lambda f, t: _group(f)["weights"].update(rotation=True),
         "[EXCHANGE-UNSUPPORTED]",
     ),
+    "a field of the block that nobody knows": (
+        lambda f, t: f.update(rotation=True),
+        "[EXCHANGE-UNSUPPORTED]",
+    ),
+    "a field of a group that nobody knows": (
+        lambda f, t: _group(f).update(rotation=True),
+        "[EXCHANGE-UNSUPPORTED]",
+    ),
+    "weights in another basis": (
+        lambda f, t: f.update(transform_config={"config_groups": {"u": {"type": "hadamard"}}}),
+        "[EXCHANGE-UNSUPPORTED]",
+    ),
+    "weights without their zeros": (
+        lambda f, t: f.update(sparsity_config={"format": "sparse-24-bitmask"}),
+        "[EXCHANGE-UNSUPPORTED]",
+    ),
     "a width that is no number": (
         lambda f, t: _group(f)["weights"].update(num_bits="4"),
         "[EXCHANGE-CONFIG]",

@@ -46,6 +46,20 @@ KIND = "compressed-tensors"
 ORDER = ".weight_g_idx"  # of columns, where groups are none of neighbours
 SUFFIXES = (PACKED, SCALE, SHAPE, ZERO_POINT, GLOBAL, ORDER)
 _CODES = ("I32", "I8", "F8_E4M3", "U8")
+# Fields of the block: QuantizationConfig of compressed-tensors 0.20, what it writes beside them,
+# and those of transformers' CompressedTensorsConfig, which say how to compute.
+_FIELDS = frozenset(
+    {
+        *("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme", "version"),
+        *("quantization_status", "global_compression_ratio", "sparsity_config"),
+        *("transform_config", "moe_sparsity_config", "run_compressed", "dequantize"),
+        *("use_optimized_inference",),
+    }
+)
+# Of these, what makes other weights of what is stored.
+_CHANGING = ("sparsity_config", "transform_config", "moe_sparsity_config")
+# Fields of a group: QuantizationScheme.
+_GROUP = frozenset({"targets", "weights", "input_activations", "output_activations", "format"})
 # Fields of a group's weights: QuantizationArgs of compressed-tensors 0.20.
 _ARGUMENTS = frozenset(
     {
@@ -238,12 +252,19 @@ def _shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
 
 def _groups(checkpoint: Checkpoint) -> Sequence[Group]:
     path, settings = checkpoint.path, checkpoint.settings
+    check_keys(path, "the quantization block", settings, _FIELDS)
+    for name in _CHANGING:
+        found = settings.get(name)
+        dense = isinstance(found, dict) and found.get("format") == "dense"
+        if found and not dense:
+            raise unsupported(path, f"'{name}' of the quantization block", found, "none, or empty")
     overall = text(path, "format", settings.get("format", "dense"))
     groups = section(path, "config_groups", settings.get("config_groups", {}))
     return [_group(path, name, section(path, name, g), overall) for name, g in groups.items()]
 
 
 def _group(path: Path, name: str, fields: Mapping[str, Any], overall: str) -> Group:
+    check_keys(path, name, fields, _GROUP)
     targets = texts(path, f"{name}.targets", fields.get("targets"))
     for target in targets:
         if target.startswith("re:"):

@@ -42,13 +42,13 @@ def check_keys(path: Path, where: str, fields: Mapping[str, Any], known: frozens
     """Refuse fields that nobody here knows: they may change what codes mean.
 
     Raises:
-        UnsupportedError: names the first one, and how many there are.
+        UnsupportedError: names them, and how many there are.
     """
     unknown = sorted(fields.keys() - known)
     if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        count = f"{len(unknown)} fields" if len(unknown) > 1 else "a field"
         wanted = "fields that are known: " + " ".join(sorted(known))
-        raise unsupported(path, f"unknown field of {where}", unknown[0] + more, wanted)
+        raise unsupported(path, f"{count} of {where} may change what codes mean", unknown, wanted)
 
 
 def integer(path: Path, name: str, found: Any, least: int, most: int) -> int:
