@@ -38,6 +38,7 @@ METHODS: dict[str, str] = {
     "mlx": "qconvert.files.exchange.mlx",
     "gptq": "qconvert.files.exchange.gptq",
     "awq": "qconvert.files.exchange.awq",
+    "auto-round": "qconvert.files.exchange.auto_round",
     "bitsandbytes": "qconvert.files.exchange.bitsandbytes",
     "modelopt": "qconvert.files.exchange.modelopt",
     "mxfp4": "qconvert.files.exchange.mxfp4",

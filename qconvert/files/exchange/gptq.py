@@ -33,7 +33,7 @@ WIDTHS = (2, 3, 4, 8)
 VERSIONS = {"gptq": True, "gptq_v2": False}  # whether zero points are stored less one
 SUFFIXES = (CODES, ZEROS, SCALES, ORDER)
 # Fields that say how codes were found, by whom, or how to compute with them: not what they mean.
-ASIDE = frozenset(
+ASIDE: frozenset[str] = frozenset(
     {
         *("quant_method", "method", "desc_act", "act_group_aware", "static_groups", "hyb_act"),
         *("true_sequential", "damp_percent", "damp_auto_increment", "mse", "meta", "dataset"),
@@ -44,6 +44,15 @@ ASIDE = frozenset(
         *("lm_head", "offload_to_disk", "offload_to_disk_path", "modules_to_not_convert"),
     }
 )
+# The same of auto-round 0.16, which writes both formats, and its own; ``data_type`` is checked.
+_AUTO_ROUND = frozenset(
+    {
+        *("autoround_version", "provider", "amp", "iters", "lr", "minmax_lr", "nsamples", "seqlen"),
+        *("enable_quanted_input", "enable_minmax_tuning", "low_gpu_mem_usage", "scale_dtype"),
+        *("gradient_accumulate_steps", "to_quant_block_names", "data_type"),
+    }
+)
+ASIDE |= _AUTO_ROUND
 _FIELDS = ASIDE | {"bits", "group_size", "sym", "checkpoint_format", "format", "pack_dtype"}
 _FIELDS |= {"dynamic", "is_marlin_format"}
 _OWN = frozenset(
@@ -69,6 +78,7 @@ def find(checkpoint: Checkpoint) -> Found | None:
     """
     path, settings = checkpoint.path, checkpoint.settings
     check_keys(path, "the quantization block", settings, _FIELDS)
+    check_integers(path, settings)
     version = text(
         path, "format", settings.get("checkpoint_format", settings.get("format", "gptq"))
     )
@@ -93,6 +103,16 @@ def find(checkpoint: Checkpoint) -> Found | None:
                 how = _own(checkpoint, module, rule, overall)
             matrices.append(_matrix(checkpoint, module, info, how, VERSIONS[version], bands))
     return Found(KIND, matrices, SUFFIXES)
+
+
+def check_integers(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse other codes than integers, of which auto-round has some in the same words.
+
+    Raises:
+        UnsupportedError: there are some.
+    """
+    if (found := settings.get("data_type", "int")) != "int":
+        raise unsupported(path, "data_type of auto-round", found, "int")
 
 
 def _how(path: Path, fields: Mapping[str, Any]) -> How:
