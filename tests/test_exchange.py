@@ -216,6 +216,27 @@ def test_what_stays_stays_bit_for_bit_and_files_go_along(model: Path) -> None:
     assert all(whole[k].tobytes() == v.tobytes() for k, v in stored.items())
 
 
+def test_the_size_of_a_quantized_source_is_that_of_its_files(model: Path) -> None:
+    out = quantized(model, "w4a16_g32", "out")
+    made = qconvert.quantize(out, "keep", output=model.parent / "o.qblk")
+    stored = sum(t.nbytes for t in load_file(out / "model.safetensors").values())
+    assert made.source_bytes == stored
+
+
+def test_a_name_that_tells_no_container_is_answered_with_those_of_the_scheme(
+    model: Path, call: Call
+) -> None:
+    for scheme, formats in (
+        ("q4_k_m", "gguf"),
+        ("q6_block64", "qblk mlx"),
+        ("bf16", "qblk gguf hf"),
+        ("nf4_block64", "qblk bnb"),
+    ):
+        done = call("quantize", model, "--scheme", scheme, "-o", model.parent / "o")
+        told = " or ".join(f"--format {name}" for name in formats.split())
+        assert (done.code, done.err.splitlines()[-1]) == (2, f"  hint: or say {told}")
+
+
 def test_schemes_of_ours_go_by_their_grid(model: Path) -> None:
     one = load_file(quantized(model, "w4a16_g64", "a") / "model.safetensors")
     two = load_file(

@@ -82,7 +82,7 @@ def quantize(
             )
             options, prepared = decided.options, decided.prepared
             prediction, sizes = decided.prediction, decided.sizes
-        report = _report(source, container, names, options, prepared)
+        report = _report(source, opened, container, names, options, prepared)
         report.prediction = prediction
         report.equalisation = equalisation
         report.warnings = said.warnings + report.warnings
@@ -140,7 +140,12 @@ def quantize(
 
 
 def _report(
-    source: Path, container: Container, names: str, options: QuantizeOptions, prepared: Prepared
+    source: Path,
+    opened: OpenModel,
+    container: Container,
+    names: str,
+    options: QuantizeOptions,
+    prepared: Prepared,
 ) -> QuantizeReport:
     """What is known before anything is converted."""
     default = options.scheme.default_range
@@ -153,7 +158,7 @@ def _report(
         range=(options.range or default).describe() if default else "none",
         dry_run=options.dry_run,
         tensors=[],
-        source_bytes=sum(p.tensor.nbytes for p in prepared.plan),
+        source_bytes=sum(t.nbytes for t in opened.tensors),
         output_bytes=0,
         quantized_bits_per_weight=None,
         model_bits_per_weight=None,
@@ -245,11 +250,13 @@ def _output(source: Path, options: QuantizeOptions) -> tuple[Path, Container]:
     if found is None and container_for(options.scheme.family).directory:
         found = container_for(options.scheme.family)
     if found is None:
-        suffixes = " or ".join(c.suffix for c in _FILES)
+        takes = [c for c in WRITTEN if adapted(options.scheme, c.takes).family in c.takes]
+        takes = [c for c in takes if c.suffix or not options.budget]
+        suffixes = " or ".join(c.suffix for c in takes if c.suffix)
         raise UsageError(
             f"cannot tell the container from the name '{output.name}'",
             wanted=f"a name that ends in {suffixes}",
-            hint=f"or say {formats}",
+            hint=f"or say {' or '.join(f'--format {c.name}' for c in takes)}",
         )
     return output, found
 

@@ -31,6 +31,7 @@ from qconvert.errors import FormatError
 from qconvert.files.exchange import Checkpoint, Found, Matrix
 from qconvert.files.exchange.activations import ACTIVATIONS, dropped_note
 from qconvert.files.exchange.settings import (
+    OTHER_VERSIONS,
     check_keys,
     flag,
     integer,
@@ -126,6 +127,7 @@ def _group_of(checkpoint: Checkpoint, module: str, groups: Sequence[Group]) -> G
             "a quantized weight is in none of the groups of the configuration",
             path=checkpoint.path,
             tensor=module,
+            hint=OTHER_VERSIONS,
             code="EXCHANGE-GROUP",
         )
     return group
@@ -242,6 +244,7 @@ def _shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
             path=checkpoint.path,
             tensor=module + SHAPE,
             found=f"[{rows}, {columns}]",
+            hint="the checkpoint is damaged or was written wrongly: download or save it again",
             code="EXCHANGE-SHAPE",
         )
     return rows, columns

@@ -18,6 +18,7 @@ from qconvert.codecs.exchange.gptq import ORDER, Gptq
 from qconvert.errors import FormatError
 from qconvert.files.exchange import Checkpoint, Found, Matrix
 from qconvert.files.exchange.settings import (
+    OTHER_VERSIONS,
     check_keys,
     flag,
     integer,
@@ -149,6 +150,7 @@ def _own(
             path=checkpoint.path,
             tensor=module,
             found=f"'-:{pattern.pattern}'",
+            hint=OTHER_VERSIONS,
             code="EXCHANGE-CONFIG",
         )
     path = checkpoint.path
@@ -224,6 +226,7 @@ def _order(checkpoint: Checkpoint, module: str, layout: Gptq, columns: int) -> b
             tensor=info.name,
             found=int(order.min() if order.min() < 0 else order.max()),
             wanted=f"0 to {groups - 1}",
+            hint="the checkpoint is damaged or was written wrongly: download or save it again",
             code="EXCHANGE-VALUES",
         )
     return data

@@ -11,6 +11,10 @@ from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.shards import CONFIG
 
 
+# A hint where tensors and configuration contradict each other.
+OTHER_VERSIONS = "tensors and configuration are of different versions: download them again"
+
+
 def refuse_setting(path: Path, name: str, found: object, wanted: str) -> NoReturn:
     """Refuse a field that has another type or value than the format allows.
 

@@ -100,7 +100,8 @@ class DirectoryTarget:
     ) -> Prepared:
         if replace(options.gguf, shard_size=None) != GgufOptions():
             raise UsageError(
-                "options of GGUF files have no place in a directory", hint="write a .gguf file"
+                "options of GGUF files have no place in a directory",
+                hint="leave them out, or write a .gguf file with another scheme",
             )
         config = config_of(model)
         if config is None:
