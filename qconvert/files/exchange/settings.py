@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.shards import CONFIG
 
-
 # A hint where tensors and configuration contradict each other.
 OTHER_VERSIONS = "tensors and configuration are of different versions: download them again"
 
