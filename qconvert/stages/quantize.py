@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import typing
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from qconvert import kernels
 from qconvert.calibration.equalised import EqualisedCalibration
 from qconvert.calibration.file import Calibration
 from qconvert.containers import CONTAINERS, WRITTEN, Container, container_for
-from qconvert.errors import UnsupportedError, UsageError, about
+from qconvert.errors import UnsupportedError, UsageError, WeightError, about
 from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
 from qconvert.kernels.records import ErrorSums
@@ -61,7 +61,7 @@ def quantize(
         check_source(source)
     options = _adapted(_kept(options), container)
     check_schemes((options.scheme, *(s for _, s in options.tensor_schemes)), container)
-    with ExitStack() as files, about(source):
+    with ExitStack() as files, about(source), _hints(options):
         opened = open_model(source)
         files.callback(opened.close)
         said = examined(opened)
@@ -137,6 +137,17 @@ def quantize(
                 Job(*job).write(output)
     report.seconds = time.perf_counter() - started
     return report
+
+
+@contextmanager
+def _hints(options: QuantizeOptions) -> Iterator[None]:
+    """What can be done about weights where ``--keep`` cannot be given."""
+    try:
+        yield
+    except WeightError as e:
+        if isinstance(options.scheme, KeepScheme):
+            e.hint = "the source is damaged or was written wrongly: download or save it again"
+        raise
 
 
 def _report(

@@ -35,6 +35,7 @@ from qconvert.files.exchange.settings import (
     check_keys,
     flag,
     integer,
+    pattern,
     refuse_setting,
     section,
     text,
@@ -68,7 +69,6 @@ _ARGUMENTS = frozenset(
         *("actorder", "scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
     }
 )
-MAX_PATTERN = 1000  # characters of a regular expression
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +271,7 @@ def _group(path: Path, name: str, fields: Mapping[str, Any], overall: str) -> Gr
     targets = texts(path, f"{name}.targets", fields.get("targets"))
     for target in targets:
         if target.startswith("re:"):
-            _check_pattern(path, target)
+            pattern(path, "targets", target.removeprefix("re:"))
     format = fields.get("format")
     weights = section(path, f"{name}.weights", fields.get("weights"))
     check_keys(path, f"{name}.weights", weights, _ARGUMENTS)
@@ -295,12 +295,3 @@ def _group(path: Path, name: str, fields: Mapping[str, Any], overall: str) -> Gr
             refuse_setting(path, "block_structure", block, "two sizes")
         checked["block"] = tuple(integer(path, "block_structure", n, 1, 1 << 20) for n in block)
     return Group(targets, text(path, "format", format or overall), checked)
-
-
-def _check_pattern(path: Path, target: str) -> None:
-    try:
-        if len(target) > MAX_PATTERN:
-            raise re.error("too long")
-        re.compile(target[3:])
-    except re.error as e:
-        refuse_setting(path, "targets", target, f"a regular expression ({e})")

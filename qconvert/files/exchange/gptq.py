@@ -22,6 +22,7 @@ from qconvert.files.exchange.settings import (
     check_keys,
     flag,
     integer,
+    pattern,
     refuse_setting,
     section,
     text,
@@ -59,7 +60,6 @@ _FIELDS |= {"dynamic", "is_marlin_format"}
 _OWN = frozenset(
     {"bits", "group_size", "sym", "desc_act", "act_group_aware", "damp_percent", "mse"}
 )
-MAX_PATTERN = 1000  # characters of a regular expression
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ def find(checkpoint: Checkpoint) -> Found | None:
         raise unsupported(path, "words of GPTQ", packed, "int32")
     overall = _how(path, settings)
     rules = [
-        (_pattern(path, pattern), entry)
-        for pattern, entry in section(path, "dynamic", settings.get("dynamic") or {}).items()
+        (_pattern(path, expression), entry)
+        for expression, entry in section(path, "dynamic", settings.get("dynamic") or {}).items()
     ]
     bands, matrices = Bands(), []
     for name, info in checkpoint.tensors.items():
@@ -129,12 +129,7 @@ def _how(path: Path, fields: Mapping[str, Any]) -> How:
 def _pattern(path: Path, text: str) -> tuple[bool, re.Pattern[str]]:
     """Whether a rule of ``dynamic`` leaves modules as they are, and which modules it is for."""
     expression = text[2:] if text.startswith(("+:", "-:")) else text
-    try:
-        if len(expression) > MAX_PATTERN:
-            raise re.error("too long")
-        return text.startswith("-:"), re.compile(expression)
-    except re.error as e:
-        refuse_setting(path, "dynamic", text, f"a regular expression ({e})")
+    return text.startswith("-:"), pattern(path, "dynamic", expression)
 
 
 def _own(
@@ -143,13 +138,13 @@ def _own(
     rule: tuple[tuple[bool, re.Pattern[str]], Any],
     overall: How,
 ) -> How:
-    (excluded, pattern), entry = rule
+    (excluded, module_names), entry = rule
     if excluded:
         raise FormatError(
             "a weight is quantized that the configuration says is not",
             path=checkpoint.path,
             tensor=module,
-            found=f"'-:{pattern.pattern}'",
+            found=f"'-:{module_names.pattern}'",
             hint=OTHER_VERSIONS,
             code="EXCHANGE-CONFIG",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from qconvert.files.shards import CONFIG
 
 # A hint where tensors and configuration contradict each other.
 OTHER_VERSIONS = "tensors and configuration are of different versions: download them again"
+MAX_PATTERN = 1000  # characters of a regular expression
 
 
 def refuse_setting(path: Path, name: str, found: object, wanted: str) -> NoReturn:
@@ -25,6 +27,7 @@ def refuse_setting(path: Path, name: str, found: object, wanted: str) -> NoRetur
         path=path / CONFIG if path.is_dir() else path,
         found=reprlib.repr(found),
         wanted=wanted,
+        hint="the configuration is damaged or of another version: download it again",
         code="EXCHANGE-CONFIG",
     )
 
@@ -73,6 +76,16 @@ def text(path: Path, name: str, found: Any) -> str:
     if not isinstance(found, str):
         refuse_setting(path, name, found, "a string")
     return found
+
+
+def pattern(path: Path, name: str, found: str) -> re.Pattern[str]:
+    """A regular expression; raises a FormatError."""
+    try:
+        if len(found) > MAX_PATTERN:
+            raise re.error("too long")
+        return re.compile(found)
+    except re.error as e:
+        refuse_setting(path, name, found, f"a regular expression ({e})")
 
 
 def section(path: Path, name: str, found: Any) -> Mapping[str, Any]:
