@@ -124,7 +124,7 @@ class _Sums:
 
 
 def verify(path: Path, options: VerifyOptions, progress: Progress | None = None) -> VerifyReport:
-    """Verify a qblk or GGUF file.
+    """Verify a qblk or GGUF file, or a directory.
 
     A malformed file is the question that is asked, so it gives a report with status ``fail``; a
     missing one, or one of an unknown version, raises.
