@@ -22,10 +22,10 @@ class Container:
         magic, at: what a file has at this place; empty for what is told by nothing else.
         reader: ``module:function``, from a path to a `qconvert.files.OpenModel`; none of a
             directory that another tool loads, which is opened as safetensors and then recognised.
+        target: module of a `qconvert.stages.target.Target` named ``TARGET``; of what is only read,
+            the one that knows its names.
         takes: families of schemes (`qconvert.schemes.FAMILIES`, and ``mix``) that it is written
             with; none: it is only read.
-        target: module of a `qconvert.stages.target.Target` named ``TARGET``, if it is written; of
-            directories of codes that are only read, the one that knows their names.
     """
 
     name: str
@@ -33,8 +33,8 @@ class Container:
     magic: bytes
     at: int
     reader: str
+    target: str
     takes: tuple[str, ...] = ()
-    target: str = ""
 
     @property
     def directory(self) -> bool:
@@ -65,6 +65,7 @@ CONTAINERS = {
         Container(
             *("safetensors", ".safetensors", b"", 0),
             reader="qconvert.files.exchange:open_weights",
+            target="qconvert.stages.directories.plain",
         ),
         Container(
             *(COMPRESSED_TENSORS, "", b"", 0),

@@ -311,4 +311,7 @@ def parse_scheme(text: str) -> Scheme:
         return SCHEMES[name]
     near = difflib.get_close_matches(name, SCHEMES, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"schemes: {SCHEME_GRAMMAR}"
+    begun = [] if near else [n for n in SCHEMES if name and n.startswith(f"{name}_")]
+    if begun:  # the name of a format, or of a part of one
+        hint = f"schemes that begin so: {' '.join(begun)}"
     raise UsageError(f"unknown scheme '{text}'", hint=hint)

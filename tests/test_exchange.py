@@ -216,6 +216,58 @@ def test_what_stays_stays_bit_for_bit_and_files_go_along(model: Path) -> None:
     assert all(whole[k].tobytes() == v.tobytes() for k, v in stored.items())
 
 
+def test_plain_weights_are_verified_against_what_they_were_decoded_from(
+    model: Path, call: Call
+) -> None:
+    codes = quantized(model, "w8a16_g32", "codes")
+    plain = quantized(codes, "f32", "plain", format="hf")
+    line = ("verify", plain, "--against", codes, "--exact")
+    assert call(*line).code == 0
+    whole = load_file(plain / "model.safetensors")
+    changed = whole[f"{LAYER}mlp.up_proj.weight"].copy()
+    changed[3, 3] = np.nextafter(changed[3, 3], np.float32(9))
+    with (plain / "model.safetensors").open("r+b") as f:
+        data = f.read()
+        f.seek(data.index(whole[f"{LAYER}mlp.up_proj.weight"].tobytes()))
+        f.write(changed.tobytes())
+    done = call(*line)
+    assert (done.code, f"[{LAYER}mlp.up_proj.weight]" in done.out) == (1, True)
+
+
+def test_what_does_not_move_is_refused_with_the_reason_of_most(model: Path, call: Call) -> None:
+    source = quantized(model, "q4_block32_sym", "a.qblk")
+    for target, why in (
+        ("compressed-tensors", "no such scales of BF16"),
+        ("fp8", "no such codes"),
+    ):
+        done = call("quantize", source, "--scheme", "keep", "--format", target, "-o", "o")
+        assert (done.code, why in done.err) == (3, True), done.err
+    gguf = quantized(model, "q4_0", "a.gguf", raw=True)
+    done = call("quantize", gguf, "--scheme", "keep", "--format", "gptq", "-o", "o")
+    assert (done.code, "has none, and goes into" in done.err) == (3, True), done.err
+
+
+def test_the_size_of_a_quantized_source_is_that_of_its_files(model: Path) -> None:
+    out = quantized(model, "w4a16_g32", "out")
+    made = qconvert.quantize(out, "keep", output=model.parent / "o.qblk")
+    stored = sum(t.nbytes for t in load_file(out / "model.safetensors").values())
+    assert made.source_bytes == stored
+
+
+def test_a_name_that_tells_no_container_is_answered_with_those_of_the_scheme(
+    model: Path, call: Call
+) -> None:
+    for scheme, formats in (
+        ("q4_k_m", "gguf"),
+        ("q6_block64", "qblk mlx"),
+        ("bf16", "qblk gguf hf"),
+        ("nf4_block64", "qblk bnb"),
+    ):
+        done = call("quantize", model, "--scheme", scheme, "-o", model.parent / "o")
+        told = " or ".join(f"--format {name}" for name in formats.split())
+        assert (done.code, done.err.splitlines()[-1]) == (2, f"  hint: or say {told}")
+
+
 def test_schemes_of_ours_go_by_their_grid(model: Path) -> None:
     one = load_file(quantized(model, "w4a16_g64", "a") / "model.safetensors")
     two = load_file(
@@ -313,6 +365,22 @@ WRONG: dict[str, tuple[Change, str]] = {
     ),
     "a field that nobody knows": (
         lambda f, t: _group(f)["weights"].update(rotation=True),
+        "[EXCHANGE-UNSUPPORTED]",
+    ),
+    "a field of the block that nobody knows": (
+        lambda f, t: f.update(rotation=True),
+        "[EXCHANGE-UNSUPPORTED]",
+    ),
+    "a field of a group that nobody knows": (
+        lambda f, t: _group(f).update(rotation=True),
+        "[EXCHANGE-UNSUPPORTED]",
+    ),
+    "weights in another basis": (
+        lambda f, t: f.update(transform_config={"config_groups": {"u": {"type": "hadamard"}}}),
+        "[EXCHANGE-UNSUPPORTED]",
+    ),
+    "weights without their zeros": (
+        lambda f, t: f.update(sparsity_config={"format": "sparse-24-bitmask"}),
         "[EXCHANGE-UNSUPPORTED]",
     ),
     "a width that is no number": (

@@ -575,6 +575,15 @@ def test_scales_that_are_none_are_found_by_verify(
     assert name.rpartition(".")[2].replace("down_proj", "") in done.out
 
 
+def test_a_hint_names_no_option_that_keep_refuses(tmp_path: Path, call: Call) -> None:
+    source = poisoned("ct_mxfp4a16", f"{Q}.weight_scale", b"\xff", tmp_path / "m")
+    done = call("quantize", source, "--scheme", "keep", "-o", tmp_path / "o.qblk")
+    assert (done.code, "NaN" in done.err, "--keep" in done.err) == (3, True, False)
+    assert not (tmp_path / "o.qblk").exists()
+    done = call("quantize", source, "--scheme", "bf16", "-o", tmp_path / "o.qblk")
+    assert (done.code, "--keep" in done.err) == (3, True)
+
+
 def test_nvfp4_of_llama_cpp_with_a_scale_beside_it_is_refused(tmp_path: Path, call: Call) -> None:
     for name, scaled in (("plain", False), ("scaled", True)):
         writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", "llama")

@@ -511,6 +511,23 @@ REFUSED: list[tuple[str, str, Callable[[Checkpoint], Any], str]] = [
         lambda c: c.block.update(dynamic={"+:(": {}}),
         "EXCHANGE-CONFIG",
     ),
+    ("whole_gptq", "floats", lambda c: c.block.update(data_type="nv_fp"), "EXCHANGE-UNSUPPORTED"),
+    ("whole_awq", "floats", lambda c: c.block.update(data_type="mx_fp"), "EXCHANGE-UNSUPPORTED"),
+    (
+        *("whole_autoround_sym", "words"),
+        lambda c: c.block.update(packing_format="auto_round:llm_compressor"),
+        "EXCHANGE-UNSUPPORTED",
+    ),
+    (
+        *("whole_autoround_sym", "no words"),
+        lambda c: c.block.pop("packing_format"),
+        "EXCHANGE-CONFIG",
+    ),
+    (
+        *("whole_autoround_asym", "layers"),
+        lambda c: c.block.update(extra_config={"lm_head": {"bits": 8}}),
+        "EXCHANGE-UNSUPPORTED",
+    ),
     ("awq_asym_g64", "no scales", lambda c: c.drop(f"{Q}.scales"), "EXCHANGE-MISSING"),
     ("awq_asym_g64", "no codes", lambda c: c.drop(f"{Q}.qweight"), "EXCHANGE-ORPHAN"),
     ("awq_asym_g64", "group", lambda c: c.block.update(group_size=32), "EXCHANGE-SHAPE"),

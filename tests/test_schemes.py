@@ -123,6 +123,14 @@ def test_unknown_names_are_refused_with_the_nearest(text: str, meant: str | None
         assert meant in hint
 
 
+def test_the_name_of_a_format_is_answered_with_its_schemes() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_scheme("AWQ")
+    sizes = ("g128", "g64", "g32")
+    names = [f"awq_4bit_{g}" for g in sizes] + [f"awq_4bit_{g}_sym" for g in sizes]
+    assert caught.value.hint == f"schemes that begin so: {' '.join(names)}"
+
+
 @pytest.mark.parametrize("text", ["q7_block32", "q4_block48", "q4_block32_sym_asym", "q16_tensor"])
 def test_names_outside_the_grammar_are_refused(text: str) -> None:
     with pytest.raises(UsageError):

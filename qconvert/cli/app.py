@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qconvert import __version__
+from qconvert.containers import WRITTEN
 from qconvert.schemes import SCHEME_GRAMMAR
 
 app = typer.Typer(
@@ -17,6 +18,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+_FORMATS = tuple(c.name for c in WRITTEN)
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="safetensors file or model directory")]
 Json = Annotated[bool, typer.Option("--json", help="print the report as one JSON object")]
@@ -312,12 +315,19 @@ def quantize(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="FILE", help=".qblk or .gguf [MODEL.SCHEME.qblk]"),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="PATH",
+            help=".qblk or .gguf file, or a directory [MODEL.SCHEME.qblk, MODEL-SCHEME ...]",
+        ),
     ] = None,
     format: Annotated[
         str | None,
         typer.Option(
-            "--format", metavar="qblk|gguf", help="container, where the name does not say"
+            "--format",
+            metavar="NAME",
+            help=f"container, where name and scheme do not say: {', '.join(_FORMATS)}",
         ),
     ] = None,
     range: Annotated[
@@ -477,7 +487,7 @@ def quantize(
     shard_size: Annotated[
         str | None,
         typer.Option(
-            "--shard-size", metavar="SIZE", help="GGUF: several files of at most 500M, 2G ..."
+            "--shard-size", metavar="SIZE", help="GGUF, directories: files of at most 500M, 2G ..."
         ),
     ] = None,
     target_bpw: Annotated[
@@ -544,7 +554,7 @@ def quantize(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """Quantize a model to .qblk or GGUF.
+    """Quantize a model to .qblk, GGUF, or a directory for vLLM, SGLang, transformers or MLX.
 
     MODEL is a safetensors file, a model directory, or a GGUF or .qblk file.
 
@@ -556,6 +566,8 @@ def quantize(
     Into GGUF, a model directory becomes a file that llama.cpp runs, with the types that
     llama-quantize would choose for the scheme.
 
+    Into a directory of another tool's format, linear layers take the scheme, as its readers want.
+
     \b
     Examples:
       qconvert quantize model.safetensors --scheme q4_block64
@@ -565,6 +577,8 @@ def quantize(
           --tensor-scheme '*down_proj*=q6_block32' --keep 'lm_head.*'
       qconvert quantize model-directory --target-bpw 4.5 \\
           --calibration calibration.safetensors -o model.gguf
+      qconvert quantize model-directory --scheme w4a16 -o model-w4a16
+      qconvert quantize model-w4a16 --scheme keep -o model.gguf
     """
     from qconvert.cli import render
     from qconvert.commands.quantize import quantize as command
@@ -619,7 +633,7 @@ def quantize(
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="qblk or GGUF file")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=".qblk or GGUF file, or directory")],
     against: Annotated[
         Path | None, typer.Option("--against", metavar="MODEL", help="the source it was made from")
     ] = None,

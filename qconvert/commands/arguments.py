@@ -143,7 +143,7 @@ def parse_tensor_scheme(text: str) -> tuple[str, TensorScheme]:
         raise UsageError("--tensor-scheme", found=text, wanted="GLOB=NAME")
     scheme = parse_scheme(name)
     if isinstance(scheme, MixScheme | KeepScheme):
-        raise UsageError("--tensor-scheme", found=text, wanted="what a single tensor takes")
+        raise UsageError("--tensor-scheme", found=text, wanted="a single type, no mix and not keep")
     return glob, scheme
 
 

@@ -76,7 +76,7 @@ def quantize(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeReport:
-    """Convert a model to .qblk or GGUF.
+    """Convert a model to .qblk, GGUF or a directory for other tools.
 
     >>> report = qconvert.quantize(
     ...     "samples/tiny-llama",
@@ -93,8 +93,8 @@ def quantize(
     Args:
         model: a safetensors file, a model directory, or a GGUF or .qblk file.
         scheme: such as ``q4_block64`` or ``q4_k_m``; `qconvert.schemes.SCHEMES` has them all.
-        output: a name that ends in .qblk or .gguf; beside the model by default.
-        format: ``qblk`` or ``gguf`` where the name does not say.
+        output: a name that ends in .qblk or .gguf, or a directory; beside the model by default.
+        format: ``qblk``, ``gguf``, ``mlx`` ... where name and scheme do not say.
         range: ``minmax``, ``percentile`` or ``mse``; mse up to 6 bits, else minmax.
         percentile: of ``range="percentile"``, 99.99 by default.
         calibration: weigh errors by the inputs' mean squares, store static activation parameters.
@@ -127,7 +127,7 @@ def quantize(
         pre_tokenizer: GGUF: llama.cpp's name for it, where it is not recognised.
         override_kv: GGUF: other values of metadata: ``{key: "TYPE:VALUE"}``, or texts
             ``"KEY=TYPE:VALUE"``, of type ``int``, ``float``, ``bool`` or ``str``.
-        shard_size: GGUF: several files of at most so many bytes, or ``"2G"``.
+        shard_size: GGUF, directories: files of at most so many bytes, or ``"2G"``.
         target_bpw, target_size, max_kl: in place of a scheme a budget, of which each tensor gets a
             scheme so that the least is lost: bits per weight over the whole file, bytes of the
             file, or the predicted divergence of next tokens in nats. By the ``calibration`` where

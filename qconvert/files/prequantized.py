@@ -1,7 +1,7 @@
 """Checkpoints whose tensors are codes and scales of some quantization, not weights.
 
-This is the one place that knows them. Those of a method that `qconvert.files.exchange` reads never
-come here as they are; the others are refused by name.
+This is the one place that knows them all. Those that `qconvert.files.exchange` reads, told by their
+`settings_of`, are weights by then and no longer recognised; others are refused by name.
 
 Evidence comes from the tensors and from the small files, and either alone is enough: a single file
 has no configuration, and a configuration may be that of weights stored in a way unknown here.

@@ -157,7 +157,8 @@ class Job:
             self.report.notes += self.ahead.notes
             self.report.warnings += self.ahead.warnings
             sink = self.prepared.sink(out, self._provenance(sources))
-            self.progress.begin(_title(self.report), self.report.source_bytes, "bytes")
+            size = sum(p.tensor.nbytes for p in self.prepared.plan)
+            self.progress.begin(_title(self.report), size, "bytes")
             if self.roundings.compensated:
                 # Or the bits of factors would depend on the number of BLAS's threads.
                 stack.enter_context(threadpool_limits(1, "blas"))

@@ -117,8 +117,11 @@ class Moving:
         for encoding, _, like in divided:
             if encoding and _holds(encoding, tensor, rows, exact=False):
                 return MovedScheme(encoding, rows, like, exact=False)
-        of_scales = f"scales of {self.dtype}" if self.container.directory else "such scales"
-        return f"{self.container.article} has no such codes, {of_scales}, or no such zero points"
+        if not candidates:
+            return f"{self.container.article} has no such codes"
+        dtypes = sorted({like.scale_dtype for _, like in candidates if like})
+        of_scales = f" of {' or '.join(dtypes)}" if dtypes else ""
+        return f"{self.container.article} has no such scales{of_scales}, or no such zero points"
 
     def _candidates(
         self, grain: Grain, tensor: TensorInfo

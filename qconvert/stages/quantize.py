@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import typing
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from qconvert import kernels
 from qconvert.calibration.equalised import EqualisedCalibration
 from qconvert.calibration.file import Calibration
 from qconvert.containers import CONTAINERS, WRITTEN, Container, container_for
-from qconvert.errors import UnsupportedError, UsageError, about
+from qconvert.errors import UnsupportedError, UsageError, WeightError, about
 from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
 from qconvert.kernels.records import ErrorSums
@@ -61,7 +61,7 @@ def quantize(
         check_source(source)
     options = _adapted(_kept(options), container)
     check_schemes((options.scheme, *(s for _, s in options.tensor_schemes)), container)
-    with ExitStack() as files, about(source):
+    with ExitStack() as files, about(source), _hints(options):
         opened = open_model(source)
         files.callback(opened.close)
         said = examined(opened)
@@ -82,7 +82,7 @@ def quantize(
             )
             options, prepared = decided.options, decided.prepared
             prediction, sizes = decided.prediction, decided.sizes
-        report = _report(source, container, names, options, prepared)
+        report = _report(source, opened, container, names, options, prepared)
         report.prediction = prediction
         report.equalisation = equalisation
         report.warnings = said.warnings + report.warnings
@@ -139,8 +139,24 @@ def quantize(
     return report
 
 
+@contextmanager
+def _hints(options: QuantizeOptions) -> Iterator[None]:
+    """What can be done about weights where ``--keep`` cannot be given."""
+    try:
+        yield
+    except WeightError as e:
+        if isinstance(options.scheme, KeepScheme):
+            e.hint = "the source is damaged or was written wrongly: download or save it again"
+        raise
+
+
 def _report(
-    source: Path, container: Container, names: str, options: QuantizeOptions, prepared: Prepared
+    source: Path,
+    opened: OpenModel,
+    container: Container,
+    names: str,
+    options: QuantizeOptions,
+    prepared: Prepared,
 ) -> QuantizeReport:
     """What is known before anything is converted."""
     default = options.scheme.default_range
@@ -153,7 +169,7 @@ def _report(
         range=(options.range or default).describe() if default else "none",
         dry_run=options.dry_run,
         tensors=[],
-        source_bytes=sum(p.tensor.nbytes for p in prepared.plan),
+        source_bytes=sum(t.nbytes for t in opened.tensors),
         output_bytes=0,
         quantized_bits_per_weight=None,
         model_bits_per_weight=None,
@@ -245,11 +261,13 @@ def _output(source: Path, options: QuantizeOptions) -> tuple[Path, Container]:
     if found is None and container_for(options.scheme.family).directory:
         found = container_for(options.scheme.family)
     if found is None:
-        suffixes = " or ".join(c.suffix for c in _FILES)
+        takes = [c for c in WRITTEN if adapted(options.scheme, c.takes).family in c.takes]
+        takes = [c for c in takes if c.suffix or not options.budget]
+        suffixes = " or ".join(c.suffix for c in takes if c.suffix)
         raise UsageError(
             f"cannot tell the container from the name '{output.name}'",
             wanted=f"a name that ends in {suffixes}",
-            hint=f"or say {formats}",
+            hint=f"or say {' or '.join(f'--format {c.name}' for c in takes)}",
         )
     return output, found
 

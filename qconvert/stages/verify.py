@@ -124,7 +124,7 @@ class _Sums:
 
 
 def verify(path: Path, options: VerifyOptions, progress: Progress | None = None) -> VerifyReport:
-    """Verify a qblk or GGUF file.
+    """Verify a qblk or GGUF file, or a directory.
 
     A malformed file is the question that is asked, so it gives a report with status ``fail``; a
     missing one, or one of an unknown version, raises.
@@ -163,13 +163,12 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
         return report
     source = None
     try:
-        container = CONTAINERS[model.kind]
-        if not container.target:
+        if model.kind == "safetensors" and PROVENANCE not in model.metadata:
             raise UsageError(
-                "verify takes a quantized file",
-                found=f"{path}: {container.name}",
-                wanted="a .qblk or .gguf file, or a directory of codes that is read",
-                hint="give the source with --against",
+                "verify takes what was made of a source",
+                found=f"{path}: plain safetensors that qconvert did not write",
+                wanted="a quantized file or directory, or a directory of --format hf",
+                hint="give the source with --against, and before it what was made",
             )
         source = _source(options.against, model, exponents) if options.against else None
         _Job(model, source, exponents, options, report, progress or Silent()).run()

@@ -23,6 +23,7 @@ from qconvert.codecs.codec import Stored
 from qconvert.codecs.exchange.layout import Layout
 from qconvert.errors import FormatError
 from qconvert.files import OpenModel
+from qconvert.files.exchange.settings import OTHER_VERSIONS
 from qconvert.files.prequantized import MODELOPT, settings_of
 from qconvert.files.provenance import PROVENANCE, NotedRoundings
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
@@ -38,6 +39,7 @@ METHODS: dict[str, str] = {
     "mlx": "qconvert.files.exchange.mlx",
     "gptq": "qconvert.files.exchange.gptq",
     "awq": "qconvert.files.exchange.awq",
+    "auto-round": "qconvert.files.exchange.auto_round",
     "bitsandbytes": "qconvert.files.exchange.bitsandbytes",
     "modelopt": "qconvert.files.exchange.modelopt",
     "mxfp4": "qconvert.files.exchange.mxfp4",
@@ -292,7 +294,7 @@ def _own_parts(m: Matrix, stored: Mapping[str, TensorInfo], path: Path) -> dict[
                 tensor=there.name,
                 found=f"{there.dtype} {list(there.shape)}",
                 wanted=f"{part.dtype} {list(part.shape)}",
-                hint="tensors and configuration are of different versions: download them again",
+                hint=OTHER_VERSIONS,
                 code="EXCHANGE-SHAPE",
             )
     return found

@@ -9,7 +9,7 @@ from qconvert.codecs.exchange.awq import IN_WORD, Awq
 from qconvert.codecs.exchange.columns import CODES, SCALES, ZEROS, Bands
 from qconvert.errors import FormatError
 from qconvert.files.exchange import Checkpoint, Found, Matrix
-from qconvert.files.exchange.gptq import ASIDE
+from qconvert.files.exchange.gptq import ASIDE, check_integers
 from qconvert.files.exchange.settings import (
     check_keys,
     flag,
@@ -35,6 +35,7 @@ def find(checkpoint: Checkpoint) -> Found | None:
     """
     path, settings = checkpoint.path, checkpoint.settings
     check_keys(path, "the quantization block", settings, _FIELDS)
+    check_integers(path, settings)
     version = text(path, "version", settings.get("version", settings.get("format", "gemm")))
     if version.lower() != "gemm":
         raise unsupported(path, "version of AWQ", version, "gemm")

@@ -174,8 +174,12 @@ def _check_table(checkpoint: Checkpoint, name: str, table: F32) -> None:
     info = checkpoint.tensors.get(name)
     if info is None or (info.dtype, info.shape) != ("F32", table.shape):
         return
-    if (np.frombuffer(checkpoint.read(name), "<f4") != table).any():
-        raise unsupported(checkpoint.path, f"table {name}", "other numbers", "bitsandbytes' own")
+    found = np.frombuffer(checkpoint.read(name), "<f4")
+    if (found != table).any():
+        i = int(np.flatnonzero(found != table)[0])
+        first = float(found[i])
+        what = f"other numbers than bitsandbytes' own in '{name}'"
+        raise unsupported(checkpoint.path, what, f"{first:g}", f"{table[i]:g} at {i}")
 
 
 # --- 8 bits ---

@@ -31,9 +31,11 @@ from qconvert.errors import FormatError
 from qconvert.files.exchange import Checkpoint, Found, Matrix
 from qconvert.files.exchange.activations import ACTIVATIONS, dropped_note
 from qconvert.files.exchange.settings import (
+    OTHER_VERSIONS,
     check_keys,
     flag,
     integer,
+    pattern,
     refuse_setting,
     section,
     text,
@@ -46,6 +48,20 @@ KIND = "compressed-tensors"
 ORDER = ".weight_g_idx"  # of columns, where groups are none of neighbours
 SUFFIXES = (PACKED, SCALE, SHAPE, ZERO_POINT, GLOBAL, ORDER)
 _CODES = ("I32", "I8", "F8_E4M3", "U8")
+# Fields of the block: QuantizationConfig of compressed-tensors 0.20, what it writes beside them,
+# and those of transformers' CompressedTensorsConfig, which say how to compute.
+_FIELDS = frozenset(
+    {
+        *("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme", "version"),
+        *("quantization_status", "global_compression_ratio", "sparsity_config"),
+        *("transform_config", "moe_sparsity_config", "run_compressed", "dequantize"),
+        *("use_optimized_inference",),
+    }
+)
+# Of these, what makes other weights of what is stored.
+_CHANGING = ("sparsity_config", "transform_config", "moe_sparsity_config")
+# Fields of a group: QuantizationScheme.
+_GROUP = frozenset({"targets", "weights", "input_activations", "output_activations", "format"})
 # Fields of a group's weights: QuantizationArgs of compressed-tensors 0.20.
 _ARGUMENTS = frozenset(
     {
@@ -53,7 +69,6 @@ _ARGUMENTS = frozenset(
         *("actorder", "scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
     }
 )
-MAX_PATTERN = 1000  # characters of a regular expression
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +127,7 @@ def _group_of(checkpoint: Checkpoint, module: str, groups: Sequence[Group]) -> G
             "a quantized weight is in none of the groups of the configuration",
             path=checkpoint.path,
             tensor=module,
+            hint=OTHER_VERSIONS,
             code="EXCHANGE-GROUP",
         )
     return group
@@ -228,6 +244,7 @@ def _shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
             path=checkpoint.path,
             tensor=module + SHAPE,
             found=f"[{rows}, {columns}]",
+            hint="the checkpoint is damaged or was written wrongly: download or save it again",
             code="EXCHANGE-SHAPE",
         )
     return rows, columns
@@ -238,16 +255,23 @@ def _shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
 
 def _groups(checkpoint: Checkpoint) -> Sequence[Group]:
     path, settings = checkpoint.path, checkpoint.settings
+    check_keys(path, "the quantization block", settings, _FIELDS)
+    for name in _CHANGING:
+        found = settings.get(name)
+        dense = isinstance(found, dict) and found.get("format") == "dense"
+        if found and not dense:
+            raise unsupported(path, f"'{name}' of the quantization block", found, "none, or empty")
     overall = text(path, "format", settings.get("format", "dense"))
     groups = section(path, "config_groups", settings.get("config_groups", {}))
     return [_group(path, name, section(path, name, g), overall) for name, g in groups.items()]
 
 
 def _group(path: Path, name: str, fields: Mapping[str, Any], overall: str) -> Group:
+    check_keys(path, name, fields, _GROUP)
     targets = texts(path, f"{name}.targets", fields.get("targets"))
     for target in targets:
         if target.startswith("re:"):
-            _check_pattern(path, target)
+            pattern(path, "targets", target.removeprefix("re:"))
     format = fields.get("format")
     weights = section(path, f"{name}.weights", fields.get("weights"))
     check_keys(path, f"{name}.weights", weights, _ARGUMENTS)
@@ -271,12 +295,3 @@ def _group(path: Path, name: str, fields: Mapping[str, Any], overall: str) -> Gr
             refuse_setting(path, "block_structure", block, "two sizes")
         checked["block"] = tuple(integer(path, "block_structure", n, 1, 1 << 20) for n in block)
     return Group(targets, text(path, "format", format or overall), checked)
-
-
-def _check_pattern(path: Path, target: str) -> None:
-    try:
-        if len(target) > MAX_PATTERN:
-            raise re.error("too long")
-        re.compile(target[3:])
-    except re.error as e:
-        refuse_setting(path, "targets", target, f"a regular expression ({e})")

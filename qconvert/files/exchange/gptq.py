@@ -18,9 +18,11 @@ from qconvert.codecs.exchange.gptq import ORDER, Gptq
 from qconvert.errors import FormatError
 from qconvert.files.exchange import Checkpoint, Found, Matrix
 from qconvert.files.exchange.settings import (
+    OTHER_VERSIONS,
     check_keys,
     flag,
     integer,
+    pattern,
     refuse_setting,
     scale_dtype,
     section,
@@ -34,7 +36,7 @@ WIDTHS = (2, 3, 4, 8)
 VERSIONS = {"gptq": True, "gptq_v2": False}  # whether zero points are stored less one
 SUFFIXES = (CODES, ZEROS, SCALES, ORDER)
 # Fields that say how codes were found, by whom, or how to compute with them: not what they mean.
-ASIDE = frozenset(
+ASIDE: frozenset[str] = frozenset(
     {
         *("quant_method", "method", "desc_act", "act_group_aware", "static_groups", "hyb_act"),
         *("true_sequential", "damp_percent", "damp_auto_increment", "mse", "meta", "dataset"),
@@ -45,12 +47,20 @@ ASIDE = frozenset(
         *("lm_head", "offload_to_disk", "offload_to_disk_path", "modules_to_not_convert"),
     }
 )
+# The same of auto-round 0.16, which writes both formats, and its own; ``data_type`` is checked.
+_AUTO_ROUND = frozenset(
+    {
+        *("autoround_version", "provider", "amp", "iters", "lr", "minmax_lr", "nsamples", "seqlen"),
+        *("enable_quanted_input", "enable_minmax_tuning", "low_gpu_mem_usage", "scale_dtype"),
+        *("gradient_accumulate_steps", "to_quant_block_names", "data_type"),
+    }
+)
+ASIDE |= _AUTO_ROUND
 _FIELDS = ASIDE | {"bits", "group_size", "sym", "checkpoint_format", "format", "pack_dtype"}
 _FIELDS |= {"dynamic", "is_marlin_format"}
 _OWN = frozenset(
     {"bits", "group_size", "sym", "desc_act", "act_group_aware", "damp_percent", "mse"}
 )
-MAX_PATTERN = 1000  # characters of a regular expression
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +80,7 @@ def find(checkpoint: Checkpoint) -> Found | None:
     """
     path, settings = checkpoint.path, checkpoint.settings
     check_keys(path, "the quantization block", settings, _FIELDS)
+    check_integers(path, settings)
     version = text(
         path, "format", settings.get("checkpoint_format", settings.get("format", "gptq"))
     )
@@ -81,8 +92,8 @@ def find(checkpoint: Checkpoint) -> Found | None:
         raise unsupported(path, "words of GPTQ", packed, "int32")
     overall = _how(path, settings)
     rules = [
-        (_pattern(path, pattern), entry)
-        for pattern, entry in section(path, "dynamic", settings.get("dynamic") or {}).items()
+        (_pattern(path, expression), entry)
+        for expression, entry in section(path, "dynamic", settings.get("dynamic") or {}).items()
     ]
     bands, matrices = Bands(), []
     for name, info in checkpoint.tensors.items():
@@ -94,6 +105,16 @@ def find(checkpoint: Checkpoint) -> Found | None:
                 how = _own(checkpoint, module, rule, overall)
             matrices.append(_matrix(checkpoint, module, info, how, VERSIONS[version], bands))
     return Found(KIND, matrices, SUFFIXES)
+
+
+def check_integers(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse other codes than integers, of which auto-round has some in the same words.
+
+    Raises:
+        UnsupportedError: there are some.
+    """
+    if (found := settings.get("data_type", "int")) != "int":
+        raise unsupported(path, "data_type of auto-round", found, "int")
 
 
 def _how(path: Path, fields: Mapping[str, Any]) -> How:
@@ -109,12 +130,7 @@ def _how(path: Path, fields: Mapping[str, Any]) -> How:
 def _pattern(path: Path, text: str) -> tuple[bool, re.Pattern[str]]:
     """Whether a rule of ``dynamic`` leaves modules as they are, and which modules it is for."""
     expression = text[2:] if text.startswith(("+:", "-:")) else text
-    try:
-        if len(expression) > MAX_PATTERN:
-            raise re.error("too long")
-        return text.startswith("-:"), re.compile(expression)
-    except re.error as e:
-        refuse_setting(path, "dynamic", text, f"a regular expression ({e})")
+    return text.startswith("-:"), pattern(path, "dynamic", expression)
 
 
 def _own(
@@ -123,13 +139,14 @@ def _own(
     rule: tuple[tuple[bool, re.Pattern[str]], Any],
     overall: How,
 ) -> How:
-    (excluded, pattern), entry = rule
+    (excluded, module_names), entry = rule
     if excluded:
         raise FormatError(
             "a weight is quantized that the configuration says is not",
             path=checkpoint.path,
             tensor=module,
-            found=f"'-:{pattern.pattern}'",
+            found=f"'-:{module_names.pattern}'",
+            hint=OTHER_VERSIONS,
             code="EXCHANGE-CONFIG",
         )
     path = checkpoint.path
@@ -189,6 +206,7 @@ def _order(checkpoint: Checkpoint, module: str, layout: Gptq, columns: int) -> b
             tensor=info.name,
             found=int(order.min() if order.min() < 0 else order.max()),
             wanted=f"0 to {groups - 1}",
+            hint="the checkpoint is damaged or was written wrongly: download or save it again",
             code="EXCHANGE-VALUES",
         )
     return data

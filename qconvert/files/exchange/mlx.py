@@ -14,6 +14,7 @@ from qconvert.codecs.exchange.mlx import BIASES, MODES, SCALES, WORDS, AffineGro
 from qconvert.errors import FormatError
 from qconvert.files.exchange import Checkpoint, Found, Matrix
 from qconvert.files.exchange.settings import (
+    OTHER_VERSIONS,
     check_keys,
     integer,
     refuse_setting,
@@ -66,6 +67,7 @@ def find(checkpoint: Checkpoint) -> Found | None:
                     "a weight is quantized that the configuration says is not",
                     path=checkpoint.path,
                     tensor=name,
+                    hint=OTHER_VERSIONS,
                     code="EXCHANGE-CONFIG",
                 )
             fields = section(checkpoint.path, module, entry)

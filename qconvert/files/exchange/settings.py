@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import Any, NoReturn
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.shards import CONFIG
 from qconvert.model import TensorInfo
+
+# A hint where tensors and configuration contradict each other.
+OTHER_VERSIONS = "tensors and configuration are of different versions: download them again"
+MAX_PATTERN = 1000  # characters of a regular expression
 
 
 def refuse_setting(path: Path, name: str, found: object, wanted: str) -> NoReturn:
@@ -23,6 +28,7 @@ def refuse_setting(path: Path, name: str, found: object, wanted: str) -> NoRetur
         path=path / CONFIG if path.is_dir() else path,
         found=reprlib.repr(found),
         wanted=wanted,
+        hint="the configuration is damaged or of another version: download it again",
         code="EXCHANGE-CONFIG",
     )
 
@@ -43,13 +49,13 @@ def check_keys(path: Path, where: str, fields: Mapping[str, Any], known: frozens
     """Refuse fields that nobody here knows: they may change what codes mean.
 
     Raises:
-        UnsupportedError: names the first one, and how many there are.
+        UnsupportedError: names them, and how many there are.
     """
     unknown = sorted(fields.keys() - known)
     if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        count = f"{len(unknown)} fields" if len(unknown) > 1 else "a field"
         wanted = "fields that are known: " + " ".join(sorted(known))
-        raise unsupported(path, f"unknown field of {where}", unknown[0] + more, wanted)
+        raise unsupported(path, f"{count} of {where} may change what codes mean", unknown, wanted)
 
 
 def integer(path: Path, name: str, found: Any, least: int, most: int) -> int:
@@ -71,6 +77,16 @@ def text(path: Path, name: str, found: Any) -> str:
     if not isinstance(found, str):
         refuse_setting(path, name, found, "a string")
     return found
+
+
+def pattern(path: Path, name: str, found: str) -> re.Pattern[str]:
+    """A regular expression; raises a FormatError."""
+    try:
+        if len(found) > MAX_PATTERN:
+            raise re.error("too long")
+        return re.compile(found)
+    except re.error as e:
+        refuse_setting(path, name, found, f"a regular expression ({e})")
 
 
 def section(path: Path, name: str, found: Any) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ What a reader would refuse, or take wrongly in silence, is refused here before a
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -99,14 +100,16 @@ class DirectoryTarget:
     ) -> Prepared:
         if replace(options.gguf, shard_size=None) != GgufOptions():
             raise UsageError(
-                "options of GGUF files have no place in a directory", hint="write a .gguf file"
+                "options of GGUF files have no place in a directory",
+                hint="leave them out, or write a .gguf file with another scheme",
             )
         config = config_of(model)
         if config is None:
             raise UnsupportedError(
                 f"the model has no {CONFIG}, without which no tool loads a directory",
                 path=model.path,
-                hint="give the model's directory rather than one file of it",
+                hint="convert the model's directory, in which it lies beside the tensors; a GGUF "
+                "file has none, and goes into .gguf and .qblk",
             )
         planned = self._planned(opened, model, options, model_dtype(config, model))
         self._check_fused(planned, model.path)
@@ -114,12 +117,12 @@ class DirectoryTarget:
         _check_static(planned, options.calibration)
         plan = [replace(p, scheme=_like(p.scheme)) for p in planned]
         if self.quantizes and not any(isinstance(p.scheme, ExchangeScheme) for p in plan):
-            decoded = next((p.reason for p in plan if p.reason.startswith("decoded")), None)
+            decoded = Counter(p.reason for p in plan if p.reason.startswith("decoded"))
             if decoded:
                 raise UnsupportedError(
                     f"no quantized tensor moves into a directory for {self.name}",
                     path=model.path,
-                    found=decoded,
+                    found=decoded.most_common(1)[0][0],
                     hint="decode them with --format hf --scheme bf16, or quantize them again with "
                     "--allow-requantize and a scheme",
                 )
