@@ -259,7 +259,7 @@ def test_a_name_that_tells_no_container_is_answered_with_those_of_the_scheme(
 ) -> None:
     for scheme, formats in (
         ("q4_k_m", "gguf"),
-        ("q6_block64", "qblk mlx"),
+        ("q6_block64", "qblk compressed-tensors mlx"),
         ("bf16", "qblk gguf hf"),
         ("nf4_block64", "qblk bnb"),
     ):
