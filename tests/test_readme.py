@@ -19,6 +19,7 @@ import pytest
 
 import qconvert
 from qconvert.cli.exits import ExitCode
+from qconvert.exchange_schemes import EXCHANGE_SCHEMES
 from qconvert.schemes import SCHEMES
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +119,8 @@ def test_every_scheme_is_of_a_family_that_the_guide_names() -> None:
         for unit in affine[2].split("|")
         for suffix in ("", "_sym", "_asym")
     }
+    assert "](directories.md)" in text
+    named |= {scheme.name for scheme in EXCHANGE_SCHEMES}  # test_schemes has them one by one
     tables = re.search(r"\{(nf4\|fp4)\}_block\{([\d|]+)\}\[_dq\]", text)
     assert tables
     named |= {
