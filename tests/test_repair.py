@@ -370,7 +370,7 @@ def test_the_weights_that_are_converted_run_whatever_was_loaded(
         return found
 
     for opened in (open_checkpoint, loaded):
-        monkeypatch.setattr(repair, "open_checkpoint", opened)
+        monkeypatch.setattr(repair, "open_source", opened)
         out = tmp_path / "out.gguf"  # whose rows are in another order
         one.quantize(out, "q4_0", text=TEXT, force=True)
         files.append(out.read_bytes())

@@ -46,6 +46,9 @@ METHODS: dict[str, str] = {
 }
 
 
+_PLAIN = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})  # that no method has codes in
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A quantized checkpoint, before its weights are known.
@@ -254,6 +257,8 @@ def _found(model: SafetensorsModel) -> Found | None:
     stated = settings_of(model)
     if stated is None or stated.method not in METHODS:
         return None
+    if all(t.dtype in _PLAIN for t in model.tensors):
+        return None  # whoever asks refuses a configuration that speaks of codes
     tensors = {t.name: t for t in model.tensors}
 
     def read(name: str) -> bytes:
