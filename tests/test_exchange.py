@@ -531,6 +531,23 @@ def half_sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     return made
 
 
+def test_what_was_decoded_on_the_way_is_dense_to_readers(
+    half_sources: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One matrix has 8 bits, which AWQ does not hold."""
+    source, wide = half_sources("w4a16_g32").parent / "model", {"*o_proj*": "q8_block32_sym"}
+    qconvert.quantize(
+        *(source, "q4_block32_sym"),
+        output=tmp_path / "m.qblk",
+        tensor_scheme=wide,
+        keep=("*embed*", "lm_head*"),
+    )
+    report = qconvert.quantize(tmp_path / "m.qblk", "keep", output=tmp_path / "out", format="awq")
+    assert "6 quantized tensors moved exactly, 1 decoded, 3 plain" in report.notes
+    dense = block(tmp_path / "out")["modules_to_not_convert"]
+    assert dense == ["lm_head", "model.embed_tokens", f"{LAYER}self_attn.o_proj"]
+
+
 def test_rows_in_another_order_move_too(tmp_path: Path) -> None:
     """GGUF has the rows of q and k in another order: of a whole Llama, which has a tokenizer."""
     out = tmp_path / "ct"

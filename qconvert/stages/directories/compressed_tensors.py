@@ -7,7 +7,7 @@ from typing import Any
 
 from qconvert.codecs.exchange.micro import FP8
 from qconvert.exchange_schemes import COMPRESSED_TENSORS, CompressedTensorsScheme, ExchangeScheme
-from qconvert.model import WEIGHT, layer_name
+from qconvert.stages.directories.modules import dense_modules, quantized_modules
 from qconvert.stages.directories.target import (
     EMBEDDINGS,
     HEADS,
@@ -28,7 +28,6 @@ DENSE = (
     Rule(ROUTERS, "a router stays as it is: readers multiply it as it is"),
     Rule(VISION, "parts for images and sound stay as they are, as in published checkpoints"),
 )
-HEAD = "lm_head"  # a module even where its weight is the embedding's
 
 
 def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,9 +35,8 @@ def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[s
     compressed-tensors 0.20.
     """
     modules: dict[ExchangeScheme, list[str]] = {}
-    for p in plan:
-        if isinstance(p.scheme, ExchangeScheme):
-            modules.setdefault(p.scheme, []).append(layer_name(p.tensor.name))
+    for name, scheme in quantized_modules(plan).items():
+        modules.setdefault(scheme, []).append(name)
     groups = {
         f"group_{i}": {
             # A class of modules where one scheme is for all: what is not of it is ignored by name.
@@ -65,13 +63,6 @@ def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[s
             "transform_config": {},
         }
     }
-
-
-def dense_modules(plan: Sequence[PlannedTensor]) -> list[str]:
-    """Modules of matrices that stay as they are; the head, whose weight may be the embedding's."""
-    kept = (p.tensor for p in plan if not isinstance(p.scheme, ExchangeScheme))
-    matrices = (t.name for t in kept if t.name.endswith(WEIGHT) and len(t.shape) == 2)
-    return sorted({HEAD, *map(layer_name, matrices)})
 
 
 def _format(scheme: ExchangeScheme) -> str:
@@ -124,7 +115,7 @@ def _inputs(scheme: ExchangeScheme) -> dict[str, Any] | None:
 
 def readers(plan: Sequence[PlannedTensor]) -> Readers:
     """Who loads it: the rules of vLLM 0.32, SGLang 0.5.23 and transformers 5.24."""
-    schemes = {p.scheme for p in plan if isinstance(p.scheme, ExchangeScheme)}
+    schemes = {*quantized_modules(plan).values()}
     notes = ("the directory is for vLLM, SGLang and transformers (with compressed-tensors)",)
     warnings = []
     if any(s.number == "int" and 8 % s.bits for s in schemes):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qconvert.exchange_schemes import FP8, ExchangeScheme
-from qconvert.stages.directories.compressed_tensors import DENSE, dense_modules
+from qconvert.exchange_schemes import FP8
+from qconvert.stages.directories.compressed_tensors import DENSE
+from qconvert.stages.directories.modules import dense_modules, one_scheme
 from qconvert.stages.directories.target import DirectoryTarget, Readers
 from qconvert.stages.plan import PlannedTensor
 from qconvert.stages.target import Target
@@ -14,7 +15,7 @@ from qconvert.stages.target import Target
 
 def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[str, Any]:
     """The ``quantization_config`` of a plan, FineGrainedFP8Config of transformers 5.24."""
-    group = next(p.scheme.group for p in plan if isinstance(p.scheme, ExchangeScheme))
+    group = one_scheme(plan, FP8).group
     return {
         "quantization_config": {
             "quant_method": FP8,

@@ -10,7 +10,7 @@ from typing import Any
 
 from qconvert.exchange_schemes import GPTQ, ExchangeScheme
 from qconvert.model import layer_name
-from qconvert.stages.directories.modules import HEAD, dense_modules
+from qconvert.stages.directories.modules import HEAD, dense_modules, quantized_modules
 from qconvert.stages.directories.target import (
     EMBEDDINGS,
     HEADS,
@@ -35,8 +35,7 @@ def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[s
     """The ``quantization_config`` of a plan: what most weights have, and in ``dynamic`` the modules
     that differ, QuantizeConfig of GPTQModel 7.7.
     """
-    schemes = [p.scheme for p in plan if isinstance(p.scheme, ExchangeScheme)]
-    usual, _ = Counter(schemes).most_common(1)[0]
+    usual, _ = Counter(quantized_modules(plan).values()).most_common(1)[0]
     block: dict[str, Any] = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -78,7 +77,7 @@ def _place(module: str) -> str:
 
 def _places(plan: Sequence[PlannedTensor]) -> set[str]:
     """Of modules that are quantized."""
-    return {_place(layer_name(p.tensor.name)) for p in plan if p.scheme is not None}
+    return {_place(name) for name in quantized_modules(plan)}
 
 
 def _entry(scheme: ExchangeScheme) -> dict[str, Any]:
@@ -94,7 +93,7 @@ def readers(plan: Sequence[PlannedTensor]) -> Readers:
     )
     warnings = []
     same = _places(plan) & {_place(m) for m in _dense_linear(plan)}
-    if same or len({p.scheme for p in plan if p.scheme}) > 1:
+    if same or len({*quantized_modules(plan).values()}) > 1:
         warnings.append(
             "transformers does not read 'dynamic', which names modules that differ from others: "
             "load with vLLM, SGLang or GPTQModel, or give all weights one scheme"

@@ -10,6 +10,7 @@ from typing import Any
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.exchange_schemes import MLX, ExchangeScheme
 from qconvert.model import WEIGHT, layer_name
+from qconvert.stages.directories.modules import quantized_modules
 from qconvert.stages.directories.target import ROUTERS, VISION, DirectoryTarget, Readers, Rule
 from qconvert.stages.plan import PlannedTensor
 from qconvert.stages.target import Target
@@ -41,8 +42,7 @@ def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[s
     """
     _check_names(plan, config)
     _check_head(plan, config)
-    schemes = [p.scheme for p in plan if isinstance(p.scheme, ExchangeScheme)]
-    usual, _ = Counter(schemes).most_common(1)[0]
+    usual, _ = Counter(quantized_modules(plan).values()).most_common(1)[0]
     block: dict[str, Any] = {**_entry(usual), "mode": "affine"}
     for p in plan:
         module = layer_name(p.tensor.name)

@@ -12,16 +12,18 @@ from qconvert.stages.plan import PlannedTensor
 HEAD = "lm_head"  # a module even where its weight is the embedding's
 
 
+def quantized_modules(plan: Sequence[PlannedTensor]) -> dict[str, ExchangeScheme]:
+    """Schemes of modules that have codes; others are dense, decoded ones among them."""
+    return {
+        layer_name(p.tensor.name): p.scheme for p in plan if isinstance(p.scheme, ExchangeScheme)
+    }
+
+
 def dense_modules(plan: Sequence[PlannedTensor]) -> list[str]:
-    """Modules with a matrix that stays as it is, sorted, and the head if it is not quantized."""
-    found, quantized = {HEAD}, set()
-    for p in plan:
-        name = layer_name(p.tensor.name)
-        if p.scheme is not None:
-            quantized.add(name)
-        elif p.tensor.name.endswith(WEIGHT) and len(p.tensor.shape) == 2:
-            found.add(name)
-    return sorted(found - quantized)
+    """Modules with a matrix that has no codes, sorted, and the head if it has none."""
+    matrices = (p.tensor for p in plan if len(p.tensor.shape) == 2)
+    found = {layer_name(t.name) for t in matrices if t.name.endswith(WEIGHT)}
+    return sorted({HEAD, *found} - quantized_modules(plan).keys())
 
 
 def check_parts_of_names(plan: Sequence[PlannedTensor], dense: Sequence[str]) -> None:
@@ -31,7 +33,7 @@ def check_parts_of_names(plan: Sequence[PlannedTensor], dense: Sequence[str]) ->
     Raises:
         UsageError: names both.
     """
-    quantized = [layer_name(p.tensor.name) for p in plan if p.scheme is not None]
+    quantized = quantized_modules(plan)
     together = "\n".join(quantized)
     for name in dense:
         if name in together:
@@ -50,7 +52,7 @@ def one_scheme(plan: Sequence[PlannedTensor], name: str) -> ExchangeScheme:
     Raises:
         UsageError: there are several, and the format has room for one.
     """
-    schemes = list(dict.fromkeys(p.scheme for p in plan if isinstance(p.scheme, ExchangeScheme)))
+    schemes = list(dict.fromkeys(quantized_modules(plan).values()))
     if len(schemes) > 1:
         raise UsageError(
             f"all quantized weights of a {name} directory have one scheme",

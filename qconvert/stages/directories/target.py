@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -176,19 +176,15 @@ class DirectoryTarget:
         if not self.fused:
             return ()
         stored = {layer_name(t.name): made.stored(t).encoding for t in made.tensors}
-        layers = 0
-        for module, encoding in stored.items():
-            place, _, last = module.rpartition(".")
-            for names in self.fused:
-                if last != names[0]:
-                    continue
-                parts = {n: stored[n] for n in (f"{place}.{x}" for x in names) if n in stored}
-                layers += len(parts) > 1
-                other = next((n for n, e in parts.items() if e.name != encoding.name), None)
-                if other is not None:
-                    broken = f"{encoding.name} and {stored[other].name} in one layer"
-                    return (Finding("fused-layers", _FUSED, broken, other),)
-        return (Finding("fused-layers", f"{_FUSED}: {layers} layers"),)
+        layers = [parts for _, parts in self._layers(stored)]
+        for first, *others in layers:
+            name = stored[first].name
+            other = next((m for m in others if stored[m].name != name), None)
+            if other is not None:
+                broken = f"{name} and {stored[other].name} in one layer"
+                return (Finding("fused-layers", _FUSED, broken, other),)
+        count = sum(len(parts) > 1 for parts in layers)
+        return (Finding("fused-layers", f"{_FUSED}: {count} layers"),)
 
     def _checked(self, p: PlannedTensor) -> PlannedTensor:
         """A planned tensor by the rules of the format."""
@@ -208,7 +204,7 @@ class DirectoryTarget:
         Raises:
             UsageError: names two of them.
         """
-        for names, parts in self._layers(plan):
+        for names, parts in self._planned_layers(plan):
             p = parts[0]
             for q in parts[1:]:
                 if _like(q.scheme) != _like(p.scheme):
@@ -226,7 +222,7 @@ class DirectoryTarget:
         """A plan whose schemes know the other parts of their layers."""
         together = {
             p.tensor.name: tuple(q.tensor.name for q in parts)
-            for _, parts in self._layers(plan)
+            for _, parts in self._planned_layers(plan)
             for p in parts
         }
         return tuple(
@@ -239,7 +235,7 @@ class DirectoryTarget:
     def _unlike(self, plan: Sequence[PlannedTensor]) -> list[str]:
         """A warning of layers whose parts were moved with different scales of the tensor."""
         found = []
-        for names, parts in self._layers(plan):
+        for names, parts in self._planned_layers(plan):
             moved = [p.encoding for p in parts if isinstance(p.scheme, MovedScheme)]
             if len({e.divides for e in moved if isinstance(e, Micro)}) > 1:
                 found.append((names, parts[0].tensor.name))
@@ -253,17 +249,22 @@ class DirectoryTarget:
             "--allow-requantize"
         ]
 
-    def _layers(
+    def _planned_layers(
         self, plan: Sequence[PlannedTensor]
     ) -> Iterator[tuple[tuple[str, ...], list[PlannedTensor]]]:
-        """Names of modules that readers fuse, and the parts of a layer that are there."""
+        """See `_layers`."""
         by_name = {layer_name(p.tensor.name): p for p in plan}
-        for module in by_name:
+        for names, parts in self._layers(by_name):
+            yield names, [by_name[module] for module in parts]
+
+    def _layers(self, modules: Collection[str]) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+        """What readers call the modules that they fuse, and those of a layer that are there."""
+        for module in modules:
             place, _, last = module.rpartition(".")
             for names in self.fused:
                 if last == names[0]:
-                    parts = (by_name.get(f"{place}.{name}") for name in names)
-                    yield names, [p for p in parts if p is not None]
+                    parts = (f"{place}.{name}" for name in names)
+                    yield names, [part for part in parts if part in modules]
 
 
 def _with_scales(scheme: TensorScheme, dtype: str) -> TensorScheme:
