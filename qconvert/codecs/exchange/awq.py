@@ -12,7 +12,7 @@ import numpy as np
 from qconvert.codecs.codec import Codec, Encoder, Facts, Stored
 from qconvert.codecs.exchange.bits import unpacked_rows
 from qconvert.codecs.exchange.columns import CODES, U32, WORDS, ColumnGroups, columns_of
-from qconvert.codecs.exchange.integers import integer_encoder, misfit
+from qconvert.codecs.exchange.integers import integer_encoder
 from qconvert.exchange_schemes import AwqScheme
 from qconvert.kernels.records import U8
 from qconvert.model import Model, TensorInfo
@@ -79,7 +79,7 @@ def _planned(scheme: AwqScheme, tensor: TensorInfo) -> Awq:
 def _refuses(scheme: AwqScheme, tensor: TensorInfo) -> str | None:
     if len(tensor.shape) == 2 and tensor.shape[0] % IN_WORD:
         return f"its rows do not divide into words of {IN_WORD}"
-    return misfit(_planned(scheme, tensor), tensor, scheme.name)
+    return _planned(scheme, tensor).misfit(tensor, scheme.name)
 
 
 def _encoder(model: Model, tensor: TensorInfo, scheme: AwqScheme, facts: Facts) -> Encoder:

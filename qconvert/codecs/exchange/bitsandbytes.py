@@ -18,7 +18,7 @@ from qconvert import kernels
 from qconvert.codecs import codebook
 from qconvert.codecs.codebook import CodebookEncoder, CodebookEncoding, scale_table, table_of
 from qconvert.codecs.codec import Codec, Coded, Encoder, Encoding, Facts, Outcome, Stored, smaller
-from qconvert.codecs.exchange.integers import IntegerLayout, integer_encoder, misfit
+from qconvert.codecs.exchange.integers import IntegerLayout, integer_encoder
 from qconvert.codecs.exchange.layout import Layout, Part, refuse_values
 from qconvert.exchange_schemes import BnbScheme
 from qconvert.geometry import Tile
@@ -205,11 +205,13 @@ class Int8Rows(IntegerLayout):
         values *= STEP
         return replace(super().coded(stored, tile), values=values)
 
-    def pieces(self, rows: IntegerRows) -> dict[str, Bytes]:
+    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
         codes = (rows.codes - np.int16(128)).astype(np.int8)
         return {CODES: codes.tobytes(), ROW_SCALES: (rows.scale / STEP).astype("<f4").tobytes()}
 
-    def whole(self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]) -> dict[str, Bytes]:
+    def laid_together(
+        self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]
+    ) -> dict[str, Bytes]:
         return {FORMAT: b"\0"}
 
 
@@ -225,7 +227,7 @@ def _planned(scheme: BnbScheme, tensor: TensorInfo) -> FourBits | Int8Rows:
 def _refuses(scheme: BnbScheme, tensor: TensorInfo) -> str | None:
     layout = _planned(scheme, tensor)
     if isinstance(layout, Int8Rows):
-        return misfit(layout, tensor, scheme.name)
+        return layout.misfit(tensor, scheme.name)
     if len(tensor.shape) != 2:
         return "no matrix of two dimensions, which is what readers of the format quantize"
     if tensor.size % 2:

@@ -143,7 +143,9 @@ class ColumnGroups(IntegerLayout):
             "zero": rows.zero.astype(np.uint8),
         }
 
-    def whole(self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]) -> dict[str, Bytes]:
+    def laid_together(
+        self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]
+    ) -> dict[str, Bytes]:
         zero = self.zero_words(np.ascontiguousarray(rows["zero"].T))
         return {
             CODES: np.ascontiguousarray(self.code_words(rows["packed"], shape[1])).data,

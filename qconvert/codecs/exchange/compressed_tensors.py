@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 
 from qconvert.codecs.codec import Codec, Encoder, Facts, Stored
 from qconvert.codecs.exchange.bits import WORD, packed_rows, row_bytes, unpacked_rows
-from qconvert.codecs.exchange.floats import WEIGHT, Float8, Float8Encoder, misfit
+from qconvert.codecs.exchange.floats import WEIGHT, Float8, Float8Encoder
 from qconvert.codecs.exchange.integers import IntegerLayout, as_codes, integer_encoder
-from qconvert.codecs.exchange.integers import misfit as integers_misfit
 from qconvert.codecs.exchange.layout import Layout, Part, check_scales
 from qconvert.codecs.exchange.micro import FP4, FP6, FP8, MX_GROUP, NV_GROUP, Micro, Overall
 from qconvert.codecs.exchange.micro_encoder import micro_encoder
-from qconvert.codecs.exchange.micro_encoder import misfit as micro_misfit
 from qconvert.exchange_schemes import CompressedTensorsScheme
 from qconvert.kernels.arithmetic import SCALE_NUMPY
 from qconvert.kernels.records import I32, U8, Bytes, IntegerRows
@@ -99,22 +97,21 @@ class PackedIntegers(IntegerLayout):
         count = rows.stop - rows.start
         if self.symmetric:
             return np.full((count, groups), 1 << (self.width - 1), np.int32)
-        first = rows.start * self.width // WORD  # of the words
+        begin = rows.start // WORD * WORD  # where codes begin with a word
+        first = begin * self.width // WORD  # of the words
         size = 4 * (-(-rows.stop * self.width // WORD) - first) * groups
         words = np.frombuffer(stored.read(ZERO_POINT, 4 * first * groups, size), "<u4")
         data = np.ascontiguousarray(words.reshape(-1, groups).T).view(np.uint8)
-        single = np.unpackbits(data, axis=1, bitorder="little")
-        begin = rows.start * self.width - first * WORD
-        single = single[:, begin : begin + count * self.width]
-        single = single.reshape(groups, count, self.width)
-        zero = np.packbits(single, axis=2, bitorder="little")[:, :, 0]
+        zero = unpacked_rows(data, self.width, rows.stop - begin)[:, rows.start - begin :]
         return np.ascontiguousarray(zero.T).astype(np.int32)
 
-    def pieces(self, rows: IntegerRows) -> dict[str, Bytes]:
+    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
         scales = rows.scale.astype(SCALE_NUMPY[self.scale_dtype])
         return {PACKED: packed_rows(as_codes(rows), self.width).data, SCALE: scales.tobytes()}
 
-    def whole(self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]) -> dict[str, Bytes]:
+    def laid_together(
+        self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]
+    ) -> dict[str, Bytes]:
         found: dict[str, Bytes] = {SHAPE: np.array(shape, "<i8").tobytes()}
         if not self.symmetric:
             zero: U8 = np.ascontiguousarray(rows["zero"].T)
@@ -174,7 +171,7 @@ class PlainIntegers(IntegerLayout):
         zero = np.frombuffer(stored.read(ZERO_POINT, begin, size), np.int8).astype(np.int32)
         return np.broadcast_to(zero.reshape(-1, groups) + MIDDLE, (count, groups))
 
-    def pieces(self, rows: IntegerRows) -> dict[str, Bytes]:
+    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
         scales = rows.scale.astype(SCALE_NUMPY[self.scale_dtype])
         codes = (rows.codes - np.int16(MIDDLE)).astype(np.int8)
         found: dict[str, Bytes] = {WEIGHT: codes.tobytes(), SCALE: scales.tobytes()}
@@ -210,12 +207,7 @@ def _planned(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> Layout:
 
 
 def _refuses(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> str | None:
-    if scheme.micro:
-        return micro_misfit(MICRO[scheme.micro], tensor, scheme.name)
-    integers = integer_layout(scheme)
-    if integers is not None:
-        return integers_misfit(integers, tensor, scheme.name)
-    return misfit(float8_layout(scheme), tensor, scheme.name)
+    return _planned(scheme, tensor).misfit(tensor, scheme.name)
 
 
 def _encoder(

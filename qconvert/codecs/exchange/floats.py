@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 
 from qconvert import kernels
-from qconvert.codecs.codec import Coded, Encoder, Outcome, Stored, smaller
+from qconvert.codecs.codec import Coded, Encoder, Outcome, Stored
 from qconvert.codecs.exchange.layout import Layout, Part, check_scales
 from qconvert.codecs.source import RUN_VALUES, rows_of, tiles_of
-from qconvert.geometry import Tile, spans_tiles
+from qconvert.geometry import Tile
 from qconvert.kernels.arithmetic import round_scale
 from qconvert.kernels.records import F32, U8, Bytes, Encoded, ErrorSums
 from qconvert.model import DTYPES, Model, TensorInfo
@@ -60,6 +60,12 @@ class Float8(Layout):
         """How many scales there are, down and across."""
         rows, columns = self.block
         return -(-shape[0] // rows) if rows else 1, -(-shape[1] // columns) if columns else 1
+
+    def uneven(self, shape: tuple[int, ...]) -> str | None:
+        rows, columns = self.block
+        if columns and (shape[0] % rows or shape[1] % columns):
+            return f"{list(shape)} does not divide into blocks of {rows} x {columns}"
+        return None
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         found = (
@@ -174,15 +180,3 @@ def spread(scale: F32, block: tuple[int, int], shape: tuple[int, ...]) -> F32:
     """Scales of blocks for every row, and every column where these have several."""
     each = np.repeat(scale, block[0], axis=0)[: shape[0]]
     return np.repeat(each, block[1], axis=1)[:, : shape[1]] if block[1] else each
-
-
-def misfit(layout: Float8, tensor: TensorInfo, scheme: str) -> str | None:
-    """Why a tensor cannot take a layout, or would not be smaller; None where it can."""
-    if len(tensor.shape) != 2:
-        return "no matrix of two dimensions, which is what readers of the format quantize"
-    rows, columns = layout.block
-    if columns and (tensor.shape[0] % rows or tensor.shape[1] % columns):
-        return f"{list(tensor.shape)} does not divide into blocks of {rows} x {columns}"
-    if spans_tiles(tensor.shape[1]):
-        return f"rows of {tensor.shape[1]:,} values are too long"
-    return smaller(layout, tensor, scheme)

@@ -6,7 +6,7 @@ The law is formats/exchange/fp8.md.
 from __future__ import annotations
 
 from qconvert.codecs.codec import Codec, Encoder, Facts
-from qconvert.codecs.exchange.floats import Float8, Float8Encoder, misfit
+from qconvert.codecs.exchange.floats import Float8, Float8Encoder
 from qconvert.exchange_schemes import Fp8Scheme
 from qconvert.model import Model, TensorInfo
 
@@ -23,7 +23,7 @@ def _planned(scheme: Fp8Scheme, tensor: TensorInfo) -> Float8:
 
 
 def _refuses(scheme: Fp8Scheme, tensor: TensorInfo) -> str | None:
-    return misfit(layout_of(scheme), tensor, scheme.name)
+    return layout_of(scheme).misfit(tensor, scheme.name)
 
 
 def _encoder(model: Model, tensor: TensorInfo, scheme: Fp8Scheme, facts: Facts) -> Encoder:

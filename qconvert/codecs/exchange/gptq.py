@@ -23,7 +23,7 @@ from qconvert.codecs.exchange.columns import (
     ColumnGroups,
     columns_of,
 )
-from qconvert.codecs.exchange.integers import integer_encoder, misfit
+from qconvert.codecs.exchange.integers import integer_encoder
 from qconvert.codecs.exchange.layout import Part, refuse_values
 from qconvert.exchange_schemes import GptqScheme
 from qconvert.geometry import Tile
@@ -93,10 +93,12 @@ class Gptq(ColumnGroups):
         words: U32 = packed_rows(zero, self.width).view("<u4")
         return words - self._ones if self.less_one else words
 
-    def whole(self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]) -> dict[str, Bytes]:
+    def laid_together(
+        self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]
+    ) -> dict[str, Bytes]:
         columns = shape[1]
         order = (np.arange(columns) // (self.group or columns)).astype("<i4")
-        return {**super().whole(shape, rows), ORDER: order.tobytes()}
+        return {**super().laid_together(shape, rows), ORDER: order.tobytes()}
 
     def rows(self, stored: Stored, rows: slice) -> Band:
         found = super().rows(stored, rows)
@@ -128,7 +130,7 @@ def _planned(scheme: GptqScheme, tensor: TensorInfo) -> Gptq:
 def _refuses(scheme: GptqScheme, tensor: TensorInfo) -> str | None:
     if len(tensor.shape) == 2 and any(n % UNIT for n in tensor.shape):
         return f"its rows and columns do not divide into words of {UNIT}"
-    return misfit(_planned(scheme, tensor), tensor, scheme.name)
+    return _planned(scheme, tensor).misfit(tensor, scheme.name)
 
 
 def _encoder(model: Model, tensor: TensorInfo, scheme: GptqScheme, facts: Facts) -> Encoder:

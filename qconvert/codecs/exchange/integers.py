@@ -7,7 +7,7 @@ as every format has them that is made of such groups. What differs is how they a
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,15 +18,13 @@ from qconvert import kernels
 from qconvert.codecs.affine.compensated import compensated, stored_parameters
 from qconvert.codecs.affine.encoding import Affine
 from qconvert.codecs.affine.weighting import weighting
-from qconvert.codecs.codec import Coded, Encoder, Facts, Grain, Grid, Outcome, Stored, smaller
+from qconvert.codecs.codec import Coded, Encoder, Facts, Grain, Grid, Outcome, Stored
 from qconvert.codecs.compensation import Rounder, values_at_once
-from qconvert.codecs.exchange.layout import Layout, refuse_values
+from qconvert.codecs.exchange.layout import Layout, refuse_values, ungrouped
 from qconvert.codecs.gathered import Gathered
 from qconvert.codecs.source import RUN_VALUES, finite_weights, source_rows, tiles_of
 from qconvert.codecs.units import centred, exact_scales, regrouped, values_of
-from qconvert.encoding import BITS, BLOCKS
-from qconvert.exchange_schemes import ExchangeScheme
-from qconvert.geometry import Tile, spans_tiles
+from qconvert.geometry import Tile
 from qconvert.kernels.arithmetic import SCALE_NUMPY, round_scale, to_groups, zero_steps
 from qconvert.kernels.records import (
     F32,
@@ -54,7 +52,7 @@ class IntegerLayout(Layout):
         symmetric: whether all zero points are the middle code, 2^(bits - 1).
         scale_dtype: of scales, a name of `qconvert.model.DTYPES`.
         shared: whether all rows have one scale, and one zero point.
-        gathers: of ``codes``, ``scale`` and ``zero``, what `whole` needs of all rows.
+        gathers: of ``codes``, ``scale`` and ``zero``, what `laid_together` needs of all rows.
     """
 
     gathers: ClassVar[tuple[str, ...]] = ()
@@ -72,28 +70,27 @@ class IntegerLayout(Layout):
         """Scales of a row, or of all rows."""
         return -(-columns // self.group) if self.group else 1
 
+    def uneven(self, shape: tuple[int, ...]) -> str | None:
+        return ungrouped(shape[1], self.group)
+
     @abstractmethod
     def integers(self, stored: Stored, rows: slice, columns: slice) -> IntegerRows:
         """What is stored of some rows and columns; these begin at a multiple of 256 and of the
         group.
         """
 
-    def pieces(self, rows: IntegerRows) -> dict[str, Bytes]:
+    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
         """Parts of whole rows that follow each other in their tensors, by kind."""
         return {}
 
     def gathered(self, rows: IntegerRows) -> dict[str, NDArray[Any]]:
-        """What `whole` needs of some rows, (R, n) each, by kind."""
+        """What `laid_together` needs of some rows, (R, n) each, by kind."""
         kept: dict[str, NDArray[Any]] = {
             "codes": as_codes(rows),
             "scale": rows.scale,
             "zero": rows.zero.astype(np.uint8),
         }
         return {kind: kept[kind] for kind in self.gathers}
-
-    def whole(self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]) -> dict[str, Bytes]:
-        """The other parts, of a weight of this shape and what was `gathered` of all its rows."""
-        return {}
 
     @property
     def grain(self) -> Grain | None:
@@ -113,14 +110,6 @@ class IntegerLayout(Layout):
         most = (1 << self.width) - 1
         fits = found.zero.min() >= 0 and max(found.zero.max(), found.codes.max()) <= most
         return found if fits else None
-
-    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
-        return self.pieces(rows)
-
-    def laid_together(
-        self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]
-    ) -> dict[str, Bytes]:
-        return self.whole(shape, rows)
 
     def coded(self, stored: Stored, tile: Tile) -> Coded:
         first, low = divmod(tile.start, stored.shape[-1])
@@ -162,23 +151,6 @@ class IntegerLayout(Layout):
                 stored, f"a number of {kind} is not finite", "NaN or Inf", "finite scales"
             )
         return found
-
-
-def misfit(layout: IntegerLayout, tensor: TensorInfo, scheme: str) -> str | None:
-    """Why a tensor cannot take an integer layout, or would not be smaller; None where it can."""
-    if len(tensor.shape) != 2:
-        return "no matrix of two dimensions, which is what readers of the format quantize"
-    columns = tensor.shape[1]
-    if layout.group and columns % layout.group:
-        return f"rows of {columns:,} values do not divide into groups of {layout.group}"
-    if spans_tiles(columns):
-        return f"rows of {columns:,} values are too long"
-    return smaller(layout, tensor, scheme)
-
-
-def writable(scheme: ExchangeScheme) -> bool:
-    """Whether our search has a grid like the scheme's."""
-    return scheme.bits in BITS and (not scheme.group or scheme.group in BLOCKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +226,7 @@ class IntegerEncoder(Encoder):
         )
 
     def shared(self) -> dict[str, Bytes]:
-        return self.layout.whole(self.tensor.shape, self.gathered.arrays)
+        return self.layout.laid_together(self.tensor.shape, self.gathered.arrays)
 
     def outcome(self, seen: Encoded) -> Outcome:
         note: dict[str, Any] = {"range": self.method.describe()}
@@ -267,7 +239,7 @@ class IntegerEncoder(Encoder):
 def integer_encoder(
     model: Model, tensor: TensorInfo, layout: IntegerLayout, facts: Facts
 ) -> IntegerEncoder:
-    """The encoder of a matrix that has no `misfit`."""
+    """The encoder of a matrix that is no `Layout.misfit`."""
     columns = tensor.shape[1]
     code = layout.affine(columns)
     mean_square = facts.mean_square(columns)

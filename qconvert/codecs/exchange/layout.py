@@ -10,10 +10,11 @@ from typing import NoReturn
 import numpy as np
 
 from qconvert import kernels
-from qconvert.codecs.codec import Encoding, Segment, Stored
+from qconvert.codecs.codec import Encoding, Segment, Stored, smaller
 from qconvert.errors import FormatError
+from qconvert.geometry import spans_tiles
 from qconvert.kernels.records import Bytes
-from qconvert.model import DTYPES
+from qconvert.model import DTYPES, TensorInfo
 
 CHECKED = 1 << 18  # numbers that are looked at at once
 
@@ -57,6 +58,20 @@ class Layout(Encoding):
         """
         raise NotImplementedError
 
+    def uneven(self, shape: tuple[int, ...]) -> str | None:
+        """Why a shape does not divide into what shares a scale; None where it does."""
+        return None
+
+    def misfit(self, tensor: TensorInfo, scheme: str) -> str | None:
+        """Why a tensor cannot be written so, or would not be smaller; None where it can."""
+        if len(tensor.shape) != 2:
+            return "no matrix of two dimensions, which is what readers of the format quantize"
+        if (why := self.uneven(tensor.shape)) is not None:
+            return why
+        if spans_tiles(tensor.shape[1]):
+            return f"rows of {tensor.shape[1]:,} values are too long"
+        return smaller(self, tensor, scheme)
+
     @abstractmethod
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         """What a weight of this shape is stored as."""
@@ -66,6 +81,13 @@ class Layout(Encoding):
 
     def to_json(self) -> dict[str, object]:
         raise AssertionError("no qblk file has layouts of other tools")
+
+
+def ungrouped(columns: int, group: int) -> str | None:
+    """Why rows do not divide into groups of columns; None where they do, or have one scale, 0."""
+    if group and columns % group:
+        return f"rows of {columns:,} values do not divide into groups of {group}"
+    return None
 
 
 def refuse_values(stored: Stored, message: str, found: object, wanted: str) -> NoReturn:

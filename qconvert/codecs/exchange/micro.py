@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.codecs.codec import Coded, Grain, Stored
-from qconvert.codecs.exchange.layout import Layout, Part, check_scales, refuse_values
+from qconvert.codecs.exchange.layout import Layout, Part, check_scales, refuse_values, ungrouped
 from qconvert.codecs.units import byte_scales, nearest_bytes, regrouped
 from qconvert.geometry import Tile
 from qconvert.kernels.records import F32, U8, Bytes, IntegerRows
@@ -92,6 +92,9 @@ class Micro(Layout):
     def groups(self, columns: int) -> int:
         """Scales of a row."""
         return -(-columns // self.group)
+
+    def uneven(self, shape: tuple[int, ...]) -> str | None:
+        return ungrouped(shape[1], self.group)
 
     def row_bytes(self, columns: int) -> int:
         """Of the codes of a row."""

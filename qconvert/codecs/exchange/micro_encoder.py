@@ -10,23 +10,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
 from qconvert import kernels
-from qconvert.codecs.codec import Encoder, Facts, Outcome, smaller
+from qconvert.codecs.codec import Encoder, Facts, Outcome
+from qconvert.codecs.exchange.floats import LARGEST as LARGEST_E4M3
+from qconvert.codecs.exchange.floats import e4m3
 from qconvert.codecs.exchange.micro import FP4, FP8, POWERS, Micro, scaled
 from qconvert.codecs.source import RUN_VALUES, rows_of, tiles_of
-from qconvert.geometry import Tile, spans_tiles
+from qconvert.geometry import Tile
 from qconvert.kernels.records import F32, U8, Bytes, Encoded, ErrorSums, SourceRows
 from qconvert.mapper import Mapper
 from qconvert.model import Model, TensorInfo
 
-LARGEST_FP4, LARGEST_FP8 = np.float32(6), np.float32(448)
+LARGEST_FP4 = np.float32(6)
 FP8_EXPONENT = 8  # of its largest numbers
 BIAS = 127  # of bytes that are powers of two
 # The largest group takes the scale at the end of E4M3's range.
-LARGEST = LARGEST_FP4 * LARGEST_FP8
+LARGEST = LARGEST_FP4 * LARGEST_E4M3
 _FINITE = np.finfo(np.float32).max
 _GGML = {POWERS: "MXFP4", FP8: "NVFP4"}  # ggml's types by the numbers of their scales
 
@@ -95,11 +96,10 @@ class MicroEncoder(Encoder):
         for step in (0, 1):
             stored = np.clip(exponent + step + BIAS, 0, 2 * BIAS).astype(np.uint8)
             scale = np.ldexp(np.float32(1), stored.astype(np.int32) - BIAS)[:, :, None]
-            near = np.clip(groups / scale, -LARGEST_FP8, LARGEST_FP8)
-            codes = near.astype(ml_dtypes.float8_e4m3fn)
-            values = codes.astype(np.float32) * scale
+            codes = e4m3(groups / scale)
+            values = kernels.widen(codes.tobytes(), FP8).reshape(groups.shape) * scale
             noise: F32 = np.square(groups - values).sum(axis=2)
-            found.append((codes.view(np.uint8), stored, values, noise))
+            found.append((codes, stored, values, noise))
         first, second = found
         better = second[3] < first[3]
         codes = np.where(better[:, :, None], second[0], first[0])
@@ -128,22 +128,10 @@ def unpacked_blocks(name: str, blocks: U8) -> tuple[U8, U8]:
     return codes[:, :, 0] | codes[:, :, 1] << 4, data[:, :, :scales].reshape(rows, -1)
 
 
-def misfit(layout: Micro, tensor: TensorInfo, scheme: str) -> str | None:
-    """Why a tensor cannot take a layout, or would not be smaller; None where it can."""
-    if len(tensor.shape) != 2:
-        return "no matrix of two dimensions, which is what readers of the format quantize"
-    columns = tensor.shape[1]
-    if columns % layout.group:
-        return f"rows of {columns:,} values do not divide into groups of {layout.group}"
-    if spans_tiles(columns):
-        return f"rows of {columns:,} values are too long"
-    return smaller(layout, tensor, scheme)
-
-
 def micro_encoder(
     model: Model, tensor: TensorInfo, layout: Micro, facts: Facts, parts: Sequence[str]
 ) -> MicroEncoder:
-    """The encoder of a matrix that has no `misfit`.
+    """The encoder of a matrix that is no `Layout.misfit`.
 
     Args:
         parts: names of the tensors that have one scale of the tensor with it.

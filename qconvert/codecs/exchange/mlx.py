@@ -20,7 +20,6 @@ from qconvert.codecs.exchange.bits import WORD, packed_rows, row_bytes, unpacked
 from qconvert.codecs.exchange.integers import (
     IntegerLayout,
     as_codes,
-    misfit,
 )
 from qconvert.codecs.exchange.layout import Layout, Part, refuse_values
 from qconvert.codecs.source import RUN_VALUES, finite_weights, source_rows, tiles_of
@@ -257,7 +256,7 @@ def _planned(scheme: MlxScheme, tensor: TensorInfo) -> AffineGroups:
 
 
 def _refuses(scheme: MlxScheme, tensor: TensorInfo) -> str | None:
-    return misfit(_planned(scheme, tensor), tensor, scheme.name)
+    return _planned(scheme, tensor).misfit(tensor, scheme.name)
 
 
 def _encoder(model: Model, tensor: TensorInfo, scheme: MlxScheme, facts: Facts) -> Encoder:

@@ -189,10 +189,6 @@ class QuantizedModel:
             advance(tensor.nbytes)
         return f"structure, and the numbers of {len(self._placed)} quantized matrices"
 
-    def sha256(self) -> str:
-        """See `SafetensorsModel.sha256`."""
-        return self._source.sha256()
-
     def check_unchanged(self) -> None:
         """Refuse files that were written to since they were opened."""
         self._source.check_unchanged()
@@ -223,10 +219,6 @@ class Weights(OpenModel, Protocol):
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
-    def sha256(self) -> str:
-        """Of all bytes of the files, one after the other; read again."""
-        ...
-
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -246,19 +238,21 @@ def open_weights(path: Path) -> Weights:
     model = open_safetensors(path)
     try:
         found = _found(model)
-        # A configuration that speaks of codes where there are none is refused by whoever asks.
-        return QuantizedModel(model, found) if found and found.matrices else model
+        return QuantizedModel(model, found) if found else model
     except BaseException:
         model.close()
         raise
 
 
 def _found(model: SafetensorsModel) -> Found | None:
+    """What a checkpoint of a known method holds; None where there are no codes, for whoever asks
+    refuses a configuration that speaks of some then.
+    """
     stated = settings_of(model)
     if stated is None or stated.method not in METHODS:
         return None
     if all(t.dtype in _PLAIN for t in model.tensors):
-        return None  # whoever asks refuses a configuration that speaks of codes
+        return None
     tensors = {t.name: t for t in model.tensors}
 
     def read(name: str) -> bytes:
@@ -266,9 +260,7 @@ def _found(model: SafetensorsModel) -> Found | None:
 
     module = importlib.import_module(METHODS[stated.method])
     found: Found | None = module.find(Checkpoint(model.path, tensors, stated.settings, read))
-    if found is None or found.matrices or any(n.endswith(found.suffixes) for n in tensors):
-        return found
-    return None  # a configuration that speaks of codes, and none there: refused where it is noticed
+    return found if found and found.matrices else None
 
 
 def _own_parts(m: Matrix, stored: Mapping[str, TensorInfo], path: Path) -> dict[str, TensorInfo]:
