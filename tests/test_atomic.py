@@ -440,7 +440,7 @@ def test_a_signal_while_a_report_is_prepared_leaves_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qconvert.cli.render.Emitter.__enter__", interrupt)
+    monkeypatch.setattr("qconvert.cli.emit.Emitter.__enter__", interrupt)
     monkeypatch.chdir(place)
     assert main([*COMMANDS["report"], "r.json"]) == 130
     assert listing(place) == before

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, Run, gaussian, save
 
 from qconvert import kernels
-from qconvert.cli.render import bench_text
+from qconvert.cli.text.bench import bench_text
 from qconvert.errors import MachineError
 from qconvert.kernels import reference
 from qconvert.progress import Silent

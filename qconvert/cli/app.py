@@ -130,10 +130,11 @@ def inspect(
       qconvert inspect model.q4_block64.qblk --headers-only --json | jq .total_bytes
       qconvert inspect model-dir --curve --calibration fisher.safetensors
     """
-    from qconvert.cli import render
+    from qconvert.cli.emit import Emitter
+    from qconvert.cli.text.inspect import inspect_text
     from qconvert.commands.inspect import inspect as command
 
-    with render.Emitter(json, report, force, quiet, strict, [model]) as emitter:
+    with Emitter(json, report, force, quiet, strict, [model]) as emitter:
         done = command(
             model,
             tensor=tensor,
@@ -148,7 +149,7 @@ def inspect(
             strict=strict,
             progress=emitter.progress,
         )
-        return emitter.emit(done, render.inspect_text)
+        return emitter.emit(done, inspect_text)
 
 
 @app.command()
@@ -270,11 +271,12 @@ def calibrate(
       qconvert calibrate model-directory --merge a.safetensors --merge b.safetensors \\
           -o calibration.safetensors
     """
-    from qconvert.cli import render
+    from qconvert.cli.emit import Emitter
+    from qconvert.cli.text.calibrate import calibrate_text
     from qconvert.commands.calibrate import calibrate as command
 
     inputs = [model, *(text or ()), *(activations or ()), *(merge or ())]
-    with render.Emitter(json, report, force, quiet, strict, inputs) as emitter:
+    with Emitter(json, report, force, quiet, strict, inputs) as emitter:
         done = command(
             model,
             output=output,
@@ -299,7 +301,7 @@ def calibrate(
             strict=strict,
             progress=emitter.progress,
         )
-        return emitter.emit(done, render.calibrate_text)
+        return emitter.emit(done, calibrate_text)
 
 
 @app.command()
@@ -580,11 +582,12 @@ def quantize(
       qconvert quantize model-directory --scheme w4a16 -o model-w4a16
       qconvert quantize model-w4a16 --scheme keep -o model.gguf
     """
-    from qconvert.cli import render
+    from qconvert.cli.emit import Emitter
+    from qconvert.cli.text.quantize import quantize_text
     from qconvert.commands.quantize import quantize as command
 
     inputs = [model, *(path for path in (calibration, imatrix, text) if path)]
-    with render.Emitter(json, report, force, quiet, strict, inputs) as emitter:
+    with Emitter(json, report, force, quiet, strict, inputs) as emitter:
         done = command(
             model,
             scheme,
@@ -628,7 +631,7 @@ def quantize(
             strict=strict,
             progress=emitter.progress,
         )
-        return emitter.emit(done, render.quantize_text)
+        return emitter.emit(done, quantize_text)
 
 
 @app.command()
@@ -739,11 +742,12 @@ def verify(
           --max-kl 0.01 --max-ppl-increase 1%
       qconvert verify model.gguf --against model-directory --text eval.txt --scoring second-half
     """
-    from qconvert.cli import render
+    from qconvert.cli.emit import Emitter
+    from qconvert.cli.text.verify import verify_text
     from qconvert.commands.verify import verify as command
 
     inputs = [file, *(path for path in (against, text) if path), *(samples or ())]
-    with render.Emitter(json, report, force, quiet, strict, inputs) as emitter:
+    with Emitter(json, report, force, quiet, strict, inputs) as emitter:
         done = command(
             file,
             against=against,
@@ -766,7 +770,7 @@ def verify(
             strict=strict,
             progress=emitter.progress,
         )
-        return emitter.emit(done, render.verify_text)
+        return emitter.emit(done, verify_text)
 
 
 @app.command()
@@ -833,11 +837,12 @@ def bench(
       qconvert bench --shape 4096x11008 --scheme q6_block32 --threads 2 --json
       qconvert bench model.safetensors --end-to-end --scheme q8_0 --work-dir /dev/shm
     """
-    from qconvert.cli import render
+    from qconvert.cli.emit import Emitter
+    from qconvert.cli.text.bench import bench_text
     from qconvert.commands.bench import bench as command
 
     inputs = [file] if file else []
-    with render.Emitter(json, report, force, quiet, False, inputs) as emitter:
+    with Emitter(json, report, force, quiet, False, inputs) as emitter:
         done = command(
             file,
             shape=shape,
@@ -850,4 +855,4 @@ def bench(
             threads=threads,
             progress=emitter.progress,
         )
-        return emitter.emit(done, render.bench_text)
+        return emitter.emit(done, bench_text)

@@ -1,0 +1,73 @@
+"""Where a report goes, and the exit code it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from qconvert.cli.exits import ExitCode
+from qconvert.cli.progress import make_progress
+from qconvert.cli.streams import tell, write_stdout
+from qconvert.files.atomic import AtomicOutput
+from qconvert.report import Report
+
+R = TypeVar("R", bound=Report)
+
+
+class Emitter:
+    """Puts a report where the user wants it and turns its status into an exit code.
+
+    Entered before the long work, so that a report file that cannot be written is found out at once.
+    ``inputs`` are files that the report must not replace.
+    """
+
+    def __init__(
+        self,
+        json: bool,
+        report: Path | None,
+        force: bool,
+        quiet: bool,
+        strict: bool,
+        inputs: Sequence[Path],
+    ) -> None:
+        self.json = json
+        self.quiet = quiet
+        self.strict = strict
+        self.progress = make_progress(quiet)
+        self.file = AtomicOutput(report, overwrite=force, inputs=inputs) if report else None
+
+    def emit(self, report: R, text: Callable[[R], str | Iterable[str]]) -> int:
+        if self.file:
+            at = 0
+            for part in report.json_parts():
+                self.file.write_at(at, part.encode())
+                at += len(part)
+            self.file.commit()
+        if not self.quiet:
+            for warning in report.warnings:
+                tell(f"warning: {warning}")
+        if self.strict and report.warnings:
+            # Quiet or not: an exit code of 1 without a word would leave a script in the dark.
+            told = f": {report.warnings[0]}" if self.quiet else ""
+            count = len(report.warnings)
+            which = "a warning is a failure" if count == 1 else f"{count} warnings are a failure"
+            tell(f"failed: under --strict {which}{told}")
+        parts = report.json_parts() if self.json else text(report)
+        if not write_stdout(parts):
+            return ExitCode.READER_GONE
+        return ExitCode.DONE if report.status == "pass" else ExitCode.NO
+
+    def __enter__(self) -> Emitter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.progress.end()  # or an error would leave the terminal without its cursor
+        if self.file:
+            self.file.__exit__(kind, error, tb)

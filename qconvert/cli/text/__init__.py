@@ -1,0 +1,1 @@
+"""Reports as text for people, a module a command."""

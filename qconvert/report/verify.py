@@ -1,0 +1,161 @@
+"""What `verify` found, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from qconvert.report.base import Report, counted
+
+
+@dataclass
+class Check:
+    """One promise that ``verify`` looked at: ``pass``, ``fail`` or ``skip`` (with the reason in
+    ``detail``).
+    """
+
+    id: str
+    status: str
+    detail: str
+    worst: float | None = None
+    limit: float | None = None
+    tensor: str | None = None
+
+
+@dataclass(slots=True)
+class VerifiedTensor:
+    """Measured error of a tensor and of its integer matrix product.
+
+    Attributes:
+        finite: whether every decoded value is.
+        sqnr_db: of the weights against the source; None when lossless or without a source.
+        cast_exact: whether plain numbers are the source's, rounded; None for codes.
+        worst_step: largest error of an unclipped value, in steps (at most 0.5 is promised); None
+            where codes are not evenly spaced.
+        output_sqnr_db: of the product against the float product of the original weights
+            and inputs; None where the activations are static and no inputs are recorded, since no
+            others are known to lie in the calibrated range.
+        integer_exact: whether int32 accumulation equals exact integer arithmetic, and the kernel
+            that runs gives its bits; None where the product is one of floats.
+        float_error: largest difference between the integer path and the float product of the
+            dequantized operands, relative to the sum of magnitudes.
+        activations: where scale and zero point of the inputs come from: ``static`` or ``dynamic``;
+            ``float`` where the codes have no integer product and inputs stay as they are.
+        inputs: ``recorded``, or ``Gaussian`` where there are no samples.
+        fails: ids of the checks that this tensor fails.
+    """
+
+    name: str
+    stored: str
+    finite: bool
+    sqnr_db: float | None = None
+    nmse: float | None = None
+    max_error: float | None = None
+    cast_exact: bool | None = None
+    worst_step: float | None = None
+    output_sqnr_db: float | None = None
+    integer_exact: bool | None = None
+    float_error: float | None = None
+    activations: str | None = None
+    inputs: str | None = None
+    fails: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Execution:
+    """How the layers of a quantized model ran.
+
+    Attributes:
+        activations: as asked for: ``none``, ``dynamic``, ``static`` or ``auto``.
+        static_layers, dynamic_layers: linear layers that ran in integers.
+        float_layers: layers with codes that ran in float: embeddings, and linear layers under
+            ``none``.
+        dequantized_tensors: tensors that no layer of ours takes as codes.
+    """
+
+    activations: str
+    static_layers: int
+    dynamic_layers: int
+    float_layers: int
+    dequantized_tensors: int
+
+
+@dataclass
+class TokenQuality:
+    """A causal language model against its source on a text; errors are standard errors.
+
+    Attributes:
+        scoring: ``all`` tokens of a window or its ``second-half``.
+        tokens: scored.
+        perplexity_increase: of the quantized model over the source's, as a share; its error is
+            that of paired differences.
+        kl_mean, kl_p99, kl_max: KL(source || quantized) of the next token's distribution, in nats,
+            over the scored positions.
+        same_top: share of positions where both find the same token the likeliest.
+        kl_blind: mean KL divergence of the source's distributions from their own mean: that of the
+            best guess that does not look at the text.
+        kl_predicted: mean KL divergence that the file's budget was decided by.
+    """
+
+    text: str
+    windows: int
+    seqlen: int
+    scoring: str
+    tokens: int
+    execution: Execution
+    source_perplexity: float
+    source_perplexity_error: float
+    perplexity: float
+    perplexity_error: float
+    perplexity_increase: float
+    perplexity_increase_error: float
+    kl_mean: float
+    kl_mean_error: float
+    kl_p99: float
+    kl_max: float
+    same_top: float
+    kl_blind: float
+    kl_predicted: float | None = None
+
+
+@dataclass
+class EmbeddingQuality:
+    """An encoder against its source: cosine of both embeddings of each sentence of a text.
+
+    Attributes:
+        cosine_p1: the first percentile.
+        spread: mean squared distance of the source's embeddings, of length 1, from their mean.
+    """
+
+    text: str
+    sentences: int
+    tokens: int
+    execution: Execution
+    cosine_mean: float
+    cosine_p1: float
+    cosine_min: float
+    spread: float
+
+
+@dataclass(repr=False)
+class VerifyReport(Report):
+    SCHEMA: ClassVar[str] = "qconvert.verify/1"
+
+    path: str
+    against: str | None
+    checks: list[Check]
+    tensors: list[VerifiedTensor]
+    sqnr_db: float | None
+    token_quality: TokenQuality | None = None
+    embedding_quality: EmbeddingQuality | None = None
+
+    def _said(self) -> Iterator[str]:
+        yield repr(self.path)
+        failed = [c.id for c in self.checks if c.status == "fail"]
+        held = sum(c.status == "pass" for c in self.checks)
+        yield f"{counted(held, 'check')} passed"
+        if failed:
+            yield f"failed: {' '.join(failed)}"
+        if self.sqnr_db is not None:
+            yield f"SQNR {self.sqnr_db:.2f} dB"
