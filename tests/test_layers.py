@@ -31,6 +31,8 @@ DATA = (
     "ggml_types",
     "containers",
     "progress",
+    "quantities",
+    "roles",
     "interrupts",
 )
 # What each layer may import besides itself; `qconvert` alone is the version.
@@ -48,11 +50,22 @@ for layer, own in (
     ("torch", ("running", "files", "codecs", "kernels")),
     ("stages", ("running", "calibration", "architectures", "files", "codecs", "kernels")),
     ("commands", ("stages", "calibration", "running")),
-    ("cli", ("commands", "files")),
+    ("page", ()),
+    ("cli", ("commands", "page", "files")),
 ):
     BELOW[layer] = (layer, "data", "version", *own)
 HEAVY = {
-    *("numpy", "rich", "pydantic", "gguf", "safetensors", "ml_dtypes", "torch", "transformers"),
+    *(
+        "numpy",
+        "rich",
+        "pydantic",
+        "gguf",
+        "safetensors",
+        "ml_dtypes",
+        "torch",
+        "transformers",
+        "jinja2",
+    ),
     "yaml",
 }
 # Run in a process of their own, whose output qconvert reads.

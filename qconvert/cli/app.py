@@ -27,6 +27,12 @@ ReportFile = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", help="also write the report as JSON to FILE"),
 ]
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", metavar="FILE", help="also write the report as a page for a browser to FILE"
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no warnings on stderr")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks of errors")]
 Threads = Annotated[
@@ -116,6 +122,7 @@ def inspect(
     threads: Threads = None,
     json: Json = False,
     report: ReportFile = None,
+    html: Html = None,
     force: Force = False,
     strict: Strict = False,
     quiet: Quiet = False,
@@ -134,13 +141,14 @@ def inspect(
     from qconvert.cli.text.inspect import inspect_text
     from qconvert.commands.inspect import inspect as command
 
-    with Emitter(json, report, force, quiet, strict, [model]) as emitter:
+    with Emitter(json, report, force, quiet, strict, [model], html) as emitter:
         done = command(
             model,
             tensor=tensor,
             scheme=scheme,
             headers_only=headers_only,
             bins=bins,
+            histograms=html is not None,
             calibration=calibration,
             curve=curve,
             format=format,
@@ -249,6 +257,7 @@ def calibrate(
     threads: Threads = None,
     json: Json = False,
     report: ReportFile = None,
+    html: Html = None,
     force: Force = False,
     strict: Strict = False,
     quiet: Quiet = False,
@@ -276,7 +285,7 @@ def calibrate(
     from qconvert.commands.calibrate import calibrate as command
 
     inputs = [model, *(text or ()), *(activations or ()), *(merge or ())]
-    with Emitter(json, report, force, quiet, strict, inputs) as emitter:
+    with Emitter(json, report, force, quiet, strict, inputs, html) as emitter:
         done = command(
             model,
             output=output,
@@ -553,6 +562,7 @@ def quantize(
     strict: Strict = False,
     json: Json = False,
     report: ReportFile = None,
+    html: Html = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
@@ -587,7 +597,7 @@ def quantize(
     from qconvert.commands.quantize import quantize as command
 
     inputs = [model, *(path for path in (calibration, imatrix, text) if path)]
-    with Emitter(json, report, force, quiet, strict, inputs) as emitter:
+    with Emitter(json, report, force, quiet, strict, inputs, html) as emitter:
         done = command(
             model,
             scheme,
@@ -726,6 +736,7 @@ def verify(
     threads: Threads = None,
     json: Json = False,
     report: ReportFile = None,
+    html: Html = None,
     force: Force = False,
     strict: Strict = False,
     quiet: Quiet = False,
@@ -747,7 +758,7 @@ def verify(
     from qconvert.commands.verify import verify as command
 
     inputs = [file, *(path for path in (against, text) if path), *(samples or ())]
-    with Emitter(json, report, force, quiet, strict, inputs) as emitter:
+    with Emitter(json, report, force, quiet, strict, inputs, html) as emitter:
         done = command(
             file,
             against=against,
@@ -766,6 +777,7 @@ def verify(
             max_ppl_increase=max_ppl_increase,
             min_cosine=min_cosine,
             seed=seed,
+            histograms=html is not None,
             threads=threads,
             strict=strict,
             progress=emitter.progress,
@@ -822,6 +834,7 @@ def bench(
     threads: Annotated[int, typer.Option("--threads", min=1, metavar="N")] = 1,
     json: Json = False,
     report: ReportFile = None,
+    html: Html = None,
     force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -842,7 +855,7 @@ def bench(
     from qconvert.commands.bench import bench as command
 
     inputs = [file] if file else []
-    with Emitter(json, report, force, quiet, False, inputs) as emitter:
+    with Emitter(json, report, force, quiet, False, inputs, html) as emitter:
         done = command(
             file,
             shape=shape,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -10,6 +11,7 @@ from typing import TypeVar
 from qconvert.cli.exits import ExitCode
 from qconvert.cli.progress import make_progress
 from qconvert.cli.streams import tell, write_stdout
+from qconvert.errors import UsageError
 from qconvert.files.atomic import AtomicOutput
 from qconvert.report import Report
 
@@ -20,7 +22,7 @@ class Emitter:
     """Puts a report where the user wants it and turns its status into an exit code.
 
     Entered before the long work, so that a report file that cannot be written is found out at once.
-    ``inputs`` are files that the report must not replace.
+    ``inputs`` are files that the report and the page ``html`` must not replace.
     """
 
     def __init__(
@@ -31,20 +33,29 @@ class Emitter:
         quiet: bool,
         strict: bool,
         inputs: Sequence[Path],
+        html: Path | None = None,
     ) -> None:
         self.json = json
         self.quiet = quiet
         self.strict = strict
         self.progress = make_progress(quiet)
-        self.file = AtomicOutput(report, overwrite=force, inputs=inputs) if report else None
+        if report and html and report.resolve() == html.resolve():
+            raise UsageError("--report and --html name the same file", found=str(html))
+        self.files = ExitStack()
+        self.report, self.page = (
+            self.files.enter_context(AtomicOutput(path, overwrite=force, inputs=inputs))
+            if path
+            else None
+            for path in (report, html)
+        )
 
     def emit(self, report: R, text: Callable[[R], str | Iterable[str]]) -> int:
-        if self.file:
-            at = 0
-            for part in report.json_parts():
-                self.file.write_at(at, part.encode())
-                at += len(part)
-            self.file.commit()
+        if self.report:
+            _write(self.report, report.json_parts())
+        if self.page:
+            from qconvert.page import document
+
+            _write(self.page, document(report))
         if not self.quiet:
             for warning in report.warnings:
                 tell(f"warning: {warning}")
@@ -69,5 +80,13 @@ class Emitter:
         tb: TracebackType | None,
     ) -> None:
         self.progress.end()  # or an error would leave the terminal without its cursor
-        if self.file:
-            self.file.__exit__(kind, error, tb)
+        self.files.__exit__(kind, error, tb)
+
+
+def _write(file: AtomicOutput, parts: Iterable[str]) -> None:
+    at = 0
+    for part in parts:
+        data = part.encode()
+        file.write_at(at, data)
+        at += len(data)
+    file.commit()

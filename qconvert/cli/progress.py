@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qconvert.cli.streams import tell
 from qconvert.errors import printable
 from qconvert.progress import Progress, Silent
+from qconvert.quantities import size
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -29,22 +30,6 @@ def make_progress(quiet: bool) -> Progress:
 
 def amount(value: int, unit: str) -> str:
     return size(value) if unit == "bytes" else f"{value:,}"
-
-
-def size(nbytes: int) -> str:
-    """Bytes in decimal units, three digits."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5 or unit == "GB":
-            break
-        value /= 1000
-    return (
-        f"{nbytes} B"
-        if unit == "B"
-        else f"{value:.3g} {unit}"
-        if value < 1000
-        else f"{value:,.0f} {unit}"
-    )
 
 
 # Bars that are shown: until they end, the terminal has no cursor.

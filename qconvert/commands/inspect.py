@@ -23,6 +23,7 @@ def inspect(
     scheme: str = "q4_block64",
     headers_only: bool = False,
     bins: int = 32,
+    histograms: bool = False,
     calibration: Path | str | None = None,
     curve: bool = False,
     format: str | None = None,
@@ -45,6 +46,7 @@ def inspect(
         scheme: say symmetric or asymmetric for this one.
         headers_only: names, shapes and sizes alone; reads no weights.
         bins: of a histogram, 2 to 200.
+        histograms: of all tensors, not of those alone that ``tensor`` asks for.
         curve: in place of statistics, the predicted loss of files of all sizes.
         calibration: of the curve: of this model, made with ``fisher``.
         format: ``qblk`` (by default) or ``gguf``, of the files of the curve.
@@ -80,6 +82,7 @@ def inspect(
         headers_only=headers_only or curve,
         curve=wanted,
         bins=bins,
+        histograms=histograms,
         threads=threads,
     )
     return stage(Path(model), options, progress).judged(strict)

@@ -22,6 +22,7 @@ def verify(
     max_nmse: float | None = None,
     min_output_sqnr: float | None = None,
     exact: bool = False,
+    histograms: bool = False,
     rows: int = 8,
     activations: str | None = None,
     samples: Path | str | Iterable[Path | str] | None = None,
@@ -58,6 +59,7 @@ def verify(
         max_nmse: fail when a tensor's relative squared error is above.
         min_output_sqnr: fail when an integer product has less, in dB.
         exact: fail when a decoded value is not that of ``against``.
+        histograms: count the values of each tensor before and after, which pages show.
         rows: of activations of the integer product.
         activations: of integer products ``static``, ``dynamic``, ``dynamic_asym`` or ``auto``
             (static where the file has parameters, else dynamic), the default; with ``text`` also
@@ -117,6 +119,7 @@ def verify(
         max_nmse=as_float(max_nmse),
         min_output_sqnr=as_float(min_output_sqnr),
         exact=exact,
+        histograms=histograms,
         rows=rows,
         seed=seed,
         activations=products,

@@ -23,6 +23,21 @@ class Check:
     tensor: str | None = None
 
 
+@dataclass
+class PairedHistogram:
+    """Values of a sample of a tensor, of the source and as they are stored.
+
+    Attributes:
+        low, high: ends of bins of equal width.
+        before, after: counts of the source's and of the stored values.
+    """
+
+    low: float
+    high: float
+    before: list[int]
+    after: list[int]
+
+
 @dataclass(slots=True)
 class VerifiedTensor:
     """Measured error of a tensor and of its integer matrix product.
@@ -44,6 +59,7 @@ class VerifiedTensor:
             ``float`` where the codes have no integer product and inputs stay as they are.
         inputs: ``recorded``, or ``Gaussian`` where there are no samples.
         fails: ids of the checks that this tensor fails.
+        histogram: of the values before and after; None where none was asked for.
     """
 
     name: str
@@ -60,6 +76,7 @@ class VerifiedTensor:
     activations: str | None = None
     inputs: str | None = None
     fails: list[str] = field(default_factory=list)
+    histogram: PairedHistogram | None = None
 
 
 @dataclass

@@ -43,6 +43,7 @@ class InspectOptions:
     tensors: tuple[str, ...] = ()
     headers_only: bool = False
     bins: int = 32
+    histograms: bool = False
     threads: int | None = None
     curve: CurveOptions | None = None
 
@@ -135,7 +136,7 @@ def _describe_all(
             for tensor, row, planned in batch:
                 if tensor.size > SMALL_VALUES and tensor.real:
                     _describe(model, tensor, row, planned, workers.map)
-                if options.tensors and tensor.size:
+                if (options.tensors or options.histograms) and tensor.size:
                     row.histogram = _histogram(model, tensor, row, options.bins, workers)
                 progress.advance(tensor.nbytes, tensor.name)
 

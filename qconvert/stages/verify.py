@@ -40,6 +40,7 @@ from qconvert.model import DTYPES, Model, TensorInfo, layer_name
 from qconvert.progress import Progress, Silent
 from qconvert.report import Check, VerifiedTensor, VerifyReport
 from qconvert.running.hugging_face import require
+from qconvert.stages.paired_histograms import paired_histogram
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.sources import examined
 from qconvert.stages.target import target_of
@@ -64,6 +65,7 @@ class VerifyOptions:
         samples: recorded activations to use instead of Gaussian ones.
         quality: what to measure by running the models; None for tensors alone.
         exact: whether every decoded value has to be that of the source.
+        histograms: whether to count the values of each tensor before and after, for a picture.
     """
 
     against: Path | None = None
@@ -76,6 +78,7 @@ class VerifyOptions:
     samples: tuple[Path, ...] = ()
     quality: QualityOptions | None = None
     exact: bool = False
+    histograms: bool = False
     threads: int | None = None
 
 
@@ -434,6 +437,8 @@ class _Job:
             self.total += total.error
             row.sqnr_db, row.nmse = total.error.sqnr_db, total.error.nmse
             row.max_error, row.worst_step = total.error.worst, total.worst_step
+            if self.options.histograms:
+                row.histogram = paired_histogram(stored, self.source, original, columns)
         if total.product is not None:
             row.inputs = "Gaussian" if recorded is None else "recorded"
             row.activations = "float"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from qconvert.cli.progress import size
 from qconvert.cli.text.pieces import (
     WORST_SHOWN,
     _next,
@@ -13,10 +12,10 @@ from qconvert.cli.text.pieces import (
     duration,
     in_decibels,
     number,
-    shape_text,
     table_lines,
 )
 from qconvert.errors import printable
+from qconvert.quantities import shape_text, size
 from qconvert.report import Equalisation, Finetuning, Prediction, QuantizedTensor, QuantizeReport
 
 NOTES_SHOWN = 3

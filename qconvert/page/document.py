@@ -1,0 +1,63 @@
+"""The page of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import jinja2
+
+from qconvert import __version__
+from qconvert.errors import printable
+from qconvert.page.bench import bench_page
+from qconvert.page.calibrate import calibrate_page
+from qconvert.page.inspect import inspect_page
+from qconvert.page.parts import ROWS_OPENED, Page
+from qconvert.page.quantize import quantize_page
+from qconvert.page.verify import verify_page
+from qconvert.report import (
+    BenchReport,
+    CalibrateReport,
+    InspectReport,
+    QuantizeReport,
+    Report,
+    VerifyReport,
+)
+
+BUILDERS: dict[type[Report], Callable[[Any], Page]] = {
+    BenchReport: bench_page,
+    CalibrateReport: calibrate_page,
+    InspectReport: inspect_page,
+    QuantizeReport: quantize_page,
+    VerifyReport: verify_page,
+}
+LONGEST = 4096  # characters of a name or a reason
+BUFFERED = 1000  # pieces of the template that are written at a time
+
+
+def document(report: Report) -> Iterator[str]:
+    """The page of a report, in pieces of HTML.
+
+    It loads nothing, from the network or from files beside it, and its policy forbids that too.
+    """
+    page = BUILDERS[type(report)](report)
+    parts = _template().stream(page=page, version=__version__, kernels=report.kernels)
+    parts.enable_buffering(BUFFERED)
+    return parts
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("qconvert.page", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    # Names come from files of strangers: what a browser would draw backwards or not at all is
+    # shown by its number, as on a terminal.
+    environment.filters["printable"] = lambda text: printable(str(text), LONGEST)
+    environment.globals["opened"] = ROWS_OPENED
+    return environment.get_template("page.html")

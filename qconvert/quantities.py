@@ -1,0 +1,25 @@
+"""Quantities with their units, as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def size(nbytes: int) -> str:
+    """Bytes in decimal units, three digits."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5 or unit == "GB":
+            break
+        value /= 1000
+    return (
+        f"{nbytes} B"
+        if unit == "B"
+        else f"{value:.3g} {unit}"
+        if value < 1000
+        else f"{value:,.0f} {unit}"
+    )
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) if shape else "scalar"
