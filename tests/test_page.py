@@ -26,7 +26,7 @@ SAMPLE = ROOT / "samples/tiny-llama"
 BROWSER = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
-VOID = {"meta", "link", "input", "br"}
+VOID = {"meta", "link", "input", "br", "wbr"}
 
 
 class Balanced(HTMLParser):

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 from qconvert import __version__
 from qconvert.errors import printable
@@ -47,6 +48,11 @@ def document(report: Report) -> Iterator[str]:
     return parts
 
 
+def _breakable(name: str) -> Markup:
+    """A name whose lines may break after its dots."""
+    return Markup("<wbr>").join(escape(part) for part in name.replace(".", ".\0").split("\0"))
+
+
 @cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
@@ -59,5 +65,6 @@ def _template() -> jinja2.Template:
     # Names come from files of strangers: what a browser would draw backwards or not at all is
     # shown by its number, as on a terminal.
     environment.filters["printable"] = lambda text: printable(str(text), LONGEST)
+    environment.filters["breakable"] = _breakable
     environment.globals["opened"] = ROWS_OPENED
     return environment.get_template("page.html")
