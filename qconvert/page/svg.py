@@ -139,16 +139,24 @@ def bars(
     return _svg(WIDE, len(rows) * CELL, parts, label)
 
 
-def _outline(counts: Sequence[int], width: float, height: float, top: float) -> str:
+def _outline(counts: Sequence[int], width: int, height: int, top: int) -> str:
     """Steps over bins of equal width, as the path of an SVG; heights go by the square root, so
     that tails of few values show.
+
+    In whole pixels and relative moves: a page has thousands of these, and is to be small.
     """
-    step = width / len(counts)
-    path = [f"M0 {height:g}"]
+    path = [f"M0 {height}"]
+    at = before = 0
     for i, count in enumerate(counts):
-        y = height - math.sqrt(count / top) * height
-        path.append(f"L{i * step:.4g} {y:.4g}H{(i + 1) * step:.4g}")
-    path.append(f"L{width:g} {height:g}")
+        now = math.ceil(math.sqrt(count / top) * height)  # of one value too, a pixel
+        end = round((i + 1) * width / len(counts))
+        if now != before:
+            path.append(f"v{before - now}")
+        elif i:  # one line with that of the bin before
+            at -= int(path.pop()[1:])
+        path.append(f"h{end - at}")
+        at, before = end, now
+    path.append(f"V{height}")
     return "".join(path)
 
 
