@@ -23,3 +23,8 @@ def size(nbytes: int) -> str:
 
 def shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) if shape else "scalar"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes where these are many."""
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"

@@ -23,6 +23,7 @@ from conftest import COMMAND, Call, environment, gaussian, listing, save
 
 import qconvert
 from qconvert.cli import main as entry
+from qconvert.cli.progress import LineProgress
 from qconvert.cli.streams import write_stdout
 from qconvert.errors import MachineError
 from qconvert.interrupts import held
@@ -395,3 +396,21 @@ def test_the_entry_imports_next_to_nothing() -> None:
     before_run = text[: text.index("def run()")]
     found = set(re.findall(r"^(?:import|from) (\S+)", before_run, re.MULTILINE))
     assert found == {"__future__", "os", "signal", "sys"}
+
+
+def test_a_log_says_rate_and_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("qconvert.cli.progress.time.monotonic", lambda: now[0])
+    progress = LineProgress()
+    progress.begin("verify", 400_000_000, "bytes")
+    now[0] += 29
+    progress.advance(1)  # too early for another line
+    now[0] += 11
+    progress.advance(99_999_999, "a.weight")  # a quarter in 40 s: 2.5 MB a second, 120 s left
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "verify: 400 MB",
+        "verify: 100 MB of 400 MB, 2.5 MB a second, about 2.0 min left",
+    ]

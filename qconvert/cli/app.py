@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qconvert import __version__
+from qconvert.cli.once import OnceCommand
 from qconvert.containers import WRITTEN
 from qconvert.schemes import SCHEME_GRAMMAR
 
@@ -76,7 +77,7 @@ def root(
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def inspect(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="safetensors, GGUF or qblk file, or directory")
@@ -160,7 +161,7 @@ def inspect(
         return emitter.emit(done, inspect_text)
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def calibrate(
     model: Model,
     output: Annotated[
@@ -313,7 +314,7 @@ def calibrate(
         return emitter.emit(done, calibrate_text)
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def quantize(
     model: Model,
     scheme: Annotated[
@@ -644,7 +645,7 @@ def quantize(
         return emitter.emit(done, quantize_text)
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE", help=".qblk or GGUF file, or directory")],
     against: Annotated[
@@ -785,7 +786,7 @@ def verify(
         return emitter.emit(done, verify_text)
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def bench(
     file: Annotated[
         Path | None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qconvert.cli.streams import tell
 from qconvert.errors import printable
 from qconvert.progress import Progress, Silent
-from qconvert.quantities import size
+from qconvert.quantities import duration, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -43,12 +43,15 @@ def end_bars() -> None:
 
 
 class LineProgress:
-    """One line when a stage begins, and one every 30 seconds: logs show life and stay short."""
+    """One line when a stage begins, and one every 30 seconds: logs show life and stay short.
+
+    The line says how much is done, how fast, and how long the rest takes at that rate.
+    """
 
     def begin(self, title: str, total: int, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = 0
-        self.last = time.monotonic()
+        self.started = self.last = time.monotonic()
         tell(f"{title}: {amount(total, unit)} {'' if unit == 'bytes' else unit}".rstrip())
 
     def advance(self, amount_done: int, item: str = "") -> None:
@@ -56,8 +59,15 @@ class LineProgress:
         now = time.monotonic()
         if now - self.last >= LINE_SECONDS:
             self.last = now
-            text = f"{amount(self.done, self.unit)} of {amount(self.total, self.unit)}"
-            tell(f"{self.title}: {text}")
+            tell(f"{self.title}: {self._state(now - self.started)}")
+
+    def _state(self, seconds: float) -> str:
+        text = f"{amount(self.done, self.unit)} of {amount(self.total, self.unit)}"
+        rate = self.done / seconds
+        if not rate:
+            return text
+        left = duration(max(self.total - self.done, 0) / rate)
+        return f"{text}, {amount(round(rate), self.unit)} a second, about {left} left"
 
     def end(self) -> None:
         pass
@@ -77,16 +87,22 @@ class BarProgress:
             DownloadColumn,
             MofNCompleteColumn,
             Progress,
+            ProgressColumn,
             TextColumn,
             TimeRemainingColumn,
+            TransferSpeedColumn,
         )
 
         self.end()
         _bars.add(self)
+        if unit == "bytes":
+            amounts: tuple[ProgressColumn, ...] = DownloadColumn(), TransferSpeedColumn()
+        else:
+            amounts = (MofNCompleteColumn(),)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            DownloadColumn() if unit == "bytes" else MofNCompleteColumn(),
+            *amounts,
             TimeRemainingColumn(),
             TextColumn("{task.fields[item]}", markup=False),
             console=Console(stderr=True),

@@ -14,6 +14,7 @@ from qconvert.files.prequantized import refuse_prequantized
 from qconvert.files.safetensors import open_safetensors
 from qconvert.files.shards import MAX_COMPANION_BYTES
 from qconvert.files.strict_json import read_object
+from qconvert.progress import Progress, Silent
 from qconvert.running.streaming import stream_weights, widen_if_needed
 
 INSTALL = "pip install torch transformers, or '.[hf]' in a checkout of qconvert"
@@ -127,8 +128,8 @@ def plain_experts(model: Any) -> None:
         model.set_experts_implementation("eager")
 
 
-def require(*packages: str) -> list[Any]:
-    """Import optional packages.
+def require(*packages: str, progress: Progress | None = None) -> list[Any]:
+    """Import optional packages, which takes seconds the first time: ``progress`` is told.
 
     Raises:
         MachineError: one is not installed; says how to install it.
@@ -139,8 +140,13 @@ def require(*packages: str) -> list[Any]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Threads that spin while they wait made a run on a busy machine up to ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    progress = progress or Silent()
+    progress.begin(f"load {' and '.join(packages)}", len(packages), "packages")
+    found = []
     try:
-        return [importlib.import_module(package) for package in packages]
+        for package in packages:
+            found.append(importlib.import_module(package))
+            progress.advance(1, package)
     except ImportError as e:
         raise MachineError(
             f"running a model needs {' and '.join(packages)}",
@@ -148,6 +154,9 @@ def require(*packages: str) -> list[Any]:
             hint=f"install with: {INSTALL}",
             code="HF-INSTALL",
         ) from e
+    finally:
+        progress.end()
+    return found
 
 
 def checked_config(path: Path) -> dict[str, Any]:

@@ -57,7 +57,7 @@ from qconvert.running.gradients import (
     token_tables,
     watching_gradients,
 )
-from qconvert.running.hugging_face import Checkpoint
+from qconvert.running.hugging_face import Checkpoint, require
 from qconvert.running.layers import embeddings, linear_layers, run_tokens, tables, watching
 from qconvert.running.quantized_model import open_source
 from qconvert.running.text import DEFAULT_SEQLEN, sentences, token_chunks
@@ -129,6 +129,7 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
         out = opened(options.output)
         imatrix = opened(options.imatrix) if options.imatrix else None
         record = opened(_record_file(options.record)) if options.record else None
+        require("torch", "transformers", progress=progress)
         checkpoint = open_source(
             options.model, threads=options.threads or available_threads(), streamed=True
         )

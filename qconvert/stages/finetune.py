@@ -52,7 +52,7 @@ MOST_HELD_OUT = 16
 MOST_RATE = 8e-3
 
 
-def check_source(source: Path) -> None:
+def check_source(source: Path, progress: Progress) -> None:
     """Refuse before the long work a model that cannot be run.
 
     Raises:
@@ -61,7 +61,7 @@ def check_source(source: Path) -> None:
         MachineError: torch or transformers is not installed.
     """
     config = checked_config(source)
-    require("torch", "transformers")
+    require("torch", "transformers", progress=progress)
     _, kind = model_class(config, source)
     if kind != "causal":
         raise UnsupportedError(

@@ -58,7 +58,7 @@ def quantize(
     if options.finetune:
         from qconvert.stages.finetune import check_source, convert_tuned  # what runs models
 
-        check_source(source)
+        check_source(source, progress)
     options = _adapted(_kept(options), container)
     check_schemes((options.scheme, *(s for _, s in options.tensor_schemes)), container)
     with ExitStack() as files, about(source), _hints(options):

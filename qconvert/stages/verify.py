@@ -145,7 +145,7 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
     if options.quality is not None:
         if options.against is None:
             raise UsageError("--text needs the source", hint="give it with --against")
-        require("torch", "transformers")  # now, not after the weights
+        require("torch", "transformers", progress=progress)  # now, not after the weights
     report = VerifyReport(
         kernels=kernels.describe(),
         path=str(path),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from qconvert.cli.text.pieces import duration, number, table
+from qconvert.cli.text.pieces import number, table
 from qconvert.errors import printable
+from qconvert.quantities import duration
 from qconvert.report import BenchReport
 
 

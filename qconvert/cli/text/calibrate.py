@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from qconvert.cli.text.pieces import _next, duration, number, table
+from qconvert.cli.text.pieces import _next, number, table
 from qconvert.errors import printable
+from qconvert.quantities import duration
 from qconvert.report import CalibratedFisher, CalibrateReport
 
 

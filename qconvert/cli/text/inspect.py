@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from qconvert.cli.text.pieces import bar, duration, number, table_lines
+from qconvert.cli.text.pieces import bar, number, table_lines
 from qconvert.errors import printable
-from qconvert.quantities import shape_text, size
+from qconvert.quantities import duration, shape_text, size
 from qconvert.report import CurvePoint, Histogram, InspectReport, SizeCurve, TensorSummary
 
 CURVE_BAR = 16  # characters

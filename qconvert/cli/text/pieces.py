@@ -101,10 +101,6 @@ def in_decibels(value: float | None) -> str:
     return decibels(value) + ("" if value is None else " dB")
 
 
-def duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
-
-
 def _next(command: str) -> str:
     return f"next: {command}\n" if sys.stdout.isatty() else ""
 

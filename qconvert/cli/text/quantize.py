@@ -9,13 +9,12 @@ from qconvert.cli.text.pieces import (
     WORST_SHOWN,
     _next,
     decibels,
-    duration,
     in_decibels,
     number,
     table_lines,
 )
 from qconvert.errors import printable
-from qconvert.quantities import shape_text, size
+from qconvert.quantities import duration, shape_text, size
 from qconvert.report import Equalisation, Finetuning, Prediction, QuantizedTensor, QuantizeReport
 
 NOTES_SHOWN = 3
@@ -72,9 +71,9 @@ def quantize_text(r: QuantizeReport) -> str:
         )
     if r.finetuning:
         lines.append(_finetuning(r.finetuning))
-    lines.append(
-        f"range      {r.range}\nkernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
-    )
+    rate = f", {size(round(r.source_bytes / r.seconds))} a second" if r.seconds else ""
+    lines.append(f"range      {r.range}\nkernels    {r.kernels}\n")
+    lines.append(f"time       {duration(r.seconds)}{rate}\n")
     if not r.dry_run:
         lines.append(
             _next(f"qconvert verify {printable(r.output)} --against {printable(r.source)}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from qconvert.cli.text.pieces import WORST_SHOWN, decibels, duration, in_decibels, number, table
+from qconvert.cli.text.pieces import WORST_SHOWN, decibels, in_decibels, number, table
 from qconvert.errors import printable
+from qconvert.quantities import duration
 from qconvert.report import EmbeddingQuality, Execution, TokenQuality, VerifiedTensor, VerifyReport
 
 FAILING_SHOWN = 20
