@@ -15,15 +15,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import ROOT, Run, gaussian, save
+from safetensors.numpy import save_file
 
+import qconvert
 from qconvert import kernels
 from qconvert.cli.text.bench import bench_text
-from qconvert.errors import MachineError
+from qconvert.errors import FormatError, MachineError
 from qconvert.kernels import reference
+from qconvert.processor import features, model_name
 from qconvert.progress import Silent
-from qconvert.report import BenchReport, SkippedLine
+from qconvert.report import BenchReport, Measurement, SkippedLine
 from qconvert.schemes import SCHEMES
 from qconvert.stages.bench import BenchOptions, bench, end_to_end
+from qconvert.stages.bench.compare import compare
 from qconvert.stages.bench.kernel_lines import COPY, nearest_ggml_type
 from qconvert.stages.bench.lines import Line, Section, measure
 from qconvert.stages.bench.peers import Source, gguf_py, llama_quantize
@@ -308,3 +312,117 @@ def test_a_type_that_gguf_py_cannot_quantize_is_named_as_skipped() -> None:
     options = BenchOptions((SCHEMES["q6_k"],), shapes=((8, 256),), rows=1, runs=1)
     skipped = {s.name: s.reason for s in bench(options).skipped}
     assert skipped["gguf-py q6_k"] == "it does not quantize to Q6_K"
+
+
+# --- what a file costs ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "m.qblk"
+    qconvert.quantize(ROOT / "samples/tiny-llama", "q4_block64", output=path)
+    return path
+
+
+def test_a_token_reads_all_matrices_but_the_table_of_embeddings(quantized: Path) -> None:
+    cost = qconvert.bench(quantized, runs=1).file
+    assert cost is not None
+    # 4.34375 bits each: 4 of a code, a scale of 16 and a zero point of 6 bits for 64 of them.
+    weights = 2048 * 256 + 4 * (3 * 704 * 256 + 2 * 256 * 256 + 2 * 128 * 256)
+    assert cost.token_bytes == weights * 4.34375 / 8
+    assert cost.float_nbytes == 4 * 4_000_000
+    assert sum(layer.count for layer in cost.layers) == 1 + 4 * 7
+    assert all(layer.integer for layer in cost.layers)
+    seconds = sum(layer.count * layer.seconds for layer in cost.layers)
+    assert cost.tokens_per_second == pytest.approx(1 / seconds)
+    assert cost.bound_tokens_per_second == pytest.approx(
+        cost.read_gigabytes_per_second * 1e9 / cost.token_bytes
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "counted"),
+    [
+        (["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"], 2),  # tied
+        (["model.embed_tokens.weight", "lm_head.weight"], 1),
+        (["embeddings.word_embeddings.weight", "encoder.layer.0.output.dense.weight"], 1),
+    ],
+)
+def test_a_table_of_embeddings_counts_where_it_is_the_head(
+    names: list[str], counted: int, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    source = tmp_path / "m.safetensors"
+    save_file({n: rng.standard_normal((64, 64), np.float32) for n in names}, source)
+    made = tmp_path / "m.qblk"
+    qconvert.quantize(source, "q8_channel", output=made, tensor_scheme=["*=q8_channel"])
+    cost = qconvert.bench(made, runs=1).file
+    assert cost is not None
+    assert sum(layer.count for layer in cost.layers) == counted
+
+
+def test_types_without_an_integer_product_are_decoded(tmp_path: Path) -> None:
+    save_file({"a.weight": np.ones((256, 256), np.float32)}, tmp_path / "m.safetensors")
+    made = tmp_path / "m.gguf"
+    qconvert.quantize(tmp_path / "m.safetensors", "q6_k", output=made, raw=True)
+    report = qconvert.bench(made, runs=1)
+    assert report.file is not None
+    assert [layer.integer for layer in report.file.layers] == [False]
+    assert "decoded" in bench_text(report)
+
+
+@pytest.mark.parametrize(
+    ("then", "threshold", "slower"),
+    [
+        ([1.0, 1.0, 1.0], 0.1, False),
+        ([0.8, 0.8, 0.8], 0.1, True),  # a quarter slower now
+        ([0.8, 0.8, 0.8], 0.3, False),
+        ([0.4, 0.8, 1.2], 0.1, False),  # by less than the runs differ among themselves
+        ([2.0, 2.0, 2.0], 0.1, False),
+    ],
+)
+def test_a_line_is_slower_beyond_threshold_and_noise(
+    then: list[float], threshold: float, slower: bool, tmp_path: Path
+) -> None:
+    line = Measurement("s", "a", [1.0, 1.0, 1.0], 1.0, 1.0, "Gop/s")
+    report = BenchReport("native", "here", 1, 3, [line], [])
+    old = {"section": "s", "name": "a", "times": then}
+    earlier = {"schema": "qconvert.bench/1", "machine": "here", "threads": 1, "measurements": [old]}
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(earlier))
+    compare(report, path, threshold)
+    assert [c.slower for c in report.compared] == [slower]
+    assert report.compared[0].ratio == pytest.approx(1 / sorted(then)[1])
+    assert (report.status == "fail") == slower
+    assert not report.warnings
+
+
+@pytest.mark.parametrize(
+    ("document", "told"),
+    [
+        ({"schema": "qconvert.verify/1"}, "no report of bench"),
+        ({"schema": "qconvert.bench/1", "measurements": []}, "none of its lines"),
+        ({"schema": "qconvert.bench/1", "measurements": [{"times": [0]}]}, "without times"),
+        ({"schema": "qconvert.bench/1", "measurements": [7]}, "without times"),
+        ({"schema": "qconvert.bench/1"}, "without times"),
+    ],
+)
+def test_a_report_that_cannot_be_compared_is_refused(
+    document: dict[str, object], told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(document))
+    line = Measurement("s", "a", [1.0], 1.0, 1.0, "Gop/s")
+    with pytest.raises(FormatError, match=told):
+        compare(BenchReport("native", "here", 1, 1, [line], []), path, 0.1)
+
+
+def test_a_processor_tells_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    monkeypatch.setattr("qconvert.processor._CPUINFO", path)
+    assert features() == {}
+    path.write_text("processor : 0\nmodel name : Some CPU\nflags : sse avx2 avx512f avx512_vnni\n")
+    assert list(features()) == ["AVX2", "AVX-512", "AVX-512 VNNI"]
+    assert model_name() == "Some CPU"
+    path.write_text("Features : fp asimd asimddp\n")
+    assert list(features()) == ["NEON", "NEON dotprod"]

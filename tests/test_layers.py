@@ -30,6 +30,7 @@ DATA = (
     "encoding",
     "ggml_types",
     "containers",
+    "processor",
     "progress",
     "quantities",
     "roles",

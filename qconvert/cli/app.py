@@ -790,7 +790,11 @@ def verify(
 def bench(
     file: Annotated[
         Path | None,
-        typer.Argument(metavar="MODEL", help="take its largest matrix, or with --end-to-end all"),
+        typer.Argument(
+            metavar="MODEL",
+            help="a quantized file: what a token costs here; of another the largest matrix, or "
+            "with --end-to-end all",
+        ),
     ] = None,
     shape: Annotated[
         list[str] | None,
@@ -831,6 +835,20 @@ def bench(
             "disk plays no part",
         ),
     ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare", metavar="FILE", help="exit 1 if a line is slower than in this --report"
+        ),
+    ] = None,
+    threshold: Annotated[
+        str | None,
+        typer.Option(
+            "--threshold",
+            metavar="SHARE",
+            help="of --compare: by how much, beyond the noise of the runs [10%]",
+        ),
+    ] = None,
     runs: Annotated[int, typer.Option("--runs", min=1, metavar="N", help="medians of so many")] = 5,
     threads: Annotated[int, typer.Option("--threads", min=1, metavar="N")] = 1,
     json: Json = False,
@@ -840,13 +858,14 @@ def bench(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """Measure kernels, the integer matrix product, or whole conversions.
+    """Measure what a quantized file costs here, kernels and products, or whole conversions.
 
     Everything is held against references in the same run: copying, float32 BLAS, gguf-py, and where
     they are installed ONNX Runtime and llama-quantize.
 
     \b
     Examples:
+      qconvert bench model.q4_block64.qblk --threads 2
       qconvert bench
       qconvert bench --shape 4096x11008 --scheme q6_block32 --threads 2 --json
       qconvert bench model.safetensors --end-to-end --scheme q8_0 --work-dir /dev/shm
@@ -855,7 +874,7 @@ def bench(
     from qconvert.cli.text.bench import bench_text
     from qconvert.commands.bench import bench as command
 
-    inputs = [file] if file else []
+    inputs = [path for path in (file, compare) if path]
     with Emitter(json, report, force, quiet, False, inputs, html) as emitter:
         done = command(
             file,
@@ -865,6 +884,8 @@ def bench(
             rows=rows,
             end_to_end=end_to_end,
             work_dir=work_dir,
+            compare=compare,
+            threshold=threshold,
             runs=runs,
             threads=threads,
             progress=emitter.progress,

@@ -12,6 +12,7 @@ from qconvert.commands.arguments import (
     check_bounds,
     matrix_shapes,
     range_method,
+    share,
 )
 from qconvert.errors import UsageError
 from qconvert.progress import Progress
@@ -30,18 +31,21 @@ def bench(
     rows: int = 512,
     end_to_end: bool = False,
     work_dir: Path | str | None = None,
+    compare: Path | str | None = None,
+    threshold: str | float | None = None,
     runs: int = 5,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Measure kernels, the integer matrix product, or whole conversions on this machine.
+    """Measure kernels, the integer matrix product, a quantized file, or whole conversions here.
 
     >>> report = qconvert.bench(shape=(64, 256), scheme="q8_block64", rows=4, runs=1)
     >>> report.measurements[0].section
     'kernels, 64x256 Gaussian'
 
     Args:
-        model: take its largest matrix, or with ``end_to_end`` all of it.
+        model: a quantized file tells what a token costs; of another take its largest matrix, or
+            with ``end_to_end`` all of it.
         shape: of Gaussian weights: ``(rows, columns)``, ``"4096x11008"``, or several of them;
             4096 x 4096 by default.
         scheme: one or several; q4_block64 and q8_block64 by default.
@@ -49,6 +53,8 @@ def bench(
         rows: of activations of the products, besides 1.
         end_to_end: whole conversions of the model instead, against copying it and other programs.
         work_dir: where ``end_to_end`` writes; beside the model by default.
+        compare: an earlier report of the same lines: the status is ``fail`` where one is slower.
+        threshold: by how much it may be, such as ``0.05`` or ``"5%"``; a tenth by default.
         runs: the figures are medians of so many.
         threads: one by default, unlike the other functions.
         progress: is told of the steps of long work.
@@ -68,7 +74,10 @@ def bench(
         raise UsageError("--end-to-end needs a MODEL")
     if work_dir is not None and not end_to_end:
         raise UsageError("--work-dir goes with --end-to-end")
+    if threshold is not None and compare is None:
+        raise UsageError("--threshold goes with --compare")
     default = BenchOptions()
+    slower = share("--threshold", threshold)
     options = BenchOptions(
         schemes=tuple(dict.fromkeys(map(parse_scheme, as_texts(scheme)))) or default.schemes,
         file=as_path(model),
@@ -79,5 +88,7 @@ def bench(
         range=range_method(range, None),
         end_to_end=end_to_end,
         work_dir=as_path(work_dir),
+        compare=as_path(compare),
+        threshold=default.threshold if slower is None else slower,
     )
     return stage(options, progress)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from qconvert.page.parts import Cell, Chart, Column, Fact, Finding, Page, Table, number, warned
 from qconvert.page.svg import bars
-from qconvert.report import BenchReport, Measurement
+from qconvert.quantities import shape_text, size
+from qconvert.report import BenchReport, FileCost, Measurement
 
 COLUMNS = [
     Column("line"),
@@ -14,6 +15,16 @@ COLUMNS = [
     Column("unit"),
     Column("GB/s", "number", "of weights, as the source or the codes hold them"),
     Column("speed", "long", "against other lines of the section, for the same work"),
+]
+LAYERS = [
+    Column("kind of layer"),
+    Column("matrices", "number", "that are alike, of which one was measured"),
+    Column("shape"),
+    Column("stored"),
+    Column("bytes", "number", "of all of them"),
+    Column("ms a token", "number", "of all of them, with one row of inputs"),
+    Column("speed of float32", "number", "against the product of float32 weights by BLAS"),
+    Column("product", "text", "integer, or decoded to float32 where the codes have none"),
 ]
 
 
@@ -31,18 +42,60 @@ def bench_page(r: BenchReport) -> Page:
         tables.append(Table(section, COLUMNS, [_row(m) for m in lines], len(lines)))
     return Page(
         command="bench",
-        title=r.machine,
-        status="done",
+        title=r.file.path if r.file else r.machine,
+        status="fail" if r.status == "fail" else "done",
         verdict=f"{len(r.measurements)} lines, {r.threads} threads, medians of {r.runs} runs",
         findings=[
             *warned(r.warnings),
+            *(
+                Finding("bad", f"{c.name} takes {100 * (c.ratio - 1):+.1f} % against before")
+                for c in r.compared
+                if c.slower
+            ),
             *(Finding("note", f"{s.name} was skipped: {s.reason}") for s in r.skipped),
         ],
-        facts=[Fact("threads", str(r.threads)), Fact("runs", str(r.runs))],
+        facts=[
+            *(_file_facts(r.file) if r.file else ()),
+            Fact("threads", str(r.threads)),
+            Fact("runs", str(r.runs), "of each line, which took turns"),
+        ],
         charts=charts,
-        tables=tables,
+        tables=[*([_layers(r.file)] if r.file else ()), *tables],
         closing=[Fact("machine", r.machine)],
     )
+
+
+def _file_facts(f: FileCost) -> list[Fact]:
+    facts = [
+        Fact("weights in memory", size(f.nbytes), f"{size(f.float_nbytes)} in float32"),
+        Fact("read for a token", size(f.token_bytes)),
+    ]
+    if f.bound_tokens_per_second:
+        told = f"tokens a second, as memory gives {f.read_gigabytes_per_second:.3g} GB a second"
+        facts.append(Fact("no program exceeds", f"{f.bound_tokens_per_second:,.4g}", told))
+    if f.tokens_per_second:
+        told = "tokens a second, by products alone: no attention, norms, sampling"
+        facts.append(Fact("products of qconvert", f"{f.tokens_per_second:,.4g}", told))
+    if f.processor:
+        facts.append(Fact("processor has", ", ".join(f.processor), "for products of bytes"))
+    return facts
+
+
+def _layers(f: FileCost) -> Table:
+    rows = [
+        [
+            Cell(layer.roles),
+            number(layer.count, 9),
+            Cell(shape_text(layer.shape)),
+            Cell(layer.stored),
+            Cell(size(layer.count * layer.nbytes), layer.count * layer.nbytes),
+            number(1000 * layer.count * layer.seconds),
+            number(layer.float_ratio, 3),
+            Cell("integer" if layer.integer else "decoded"),
+        ]
+        for layer in sorted(f.layers, key=lambda layer: -layer.count * layer.seconds)
+    ]
+    return Table("Where a token's time goes", LAYERS, rows, len(rows))
 
 
 def _row(m: Measurement) -> list[Cell]:

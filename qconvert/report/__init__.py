@@ -7,7 +7,14 @@ equal; ``bench`` is the exception.
 from __future__ import annotations
 
 from qconvert.report.base import Report, dump, error_json, finite
-from qconvert.report.bench import BenchReport, Measurement, SkippedLine
+from qconvert.report.bench import (
+    BenchReport,
+    Compared,
+    FileCost,
+    LayerCost,
+    Measurement,
+    SkippedLine,
+)
 from qconvert.report.calibrate import CalibratedFisher, CalibratedLayer, CalibrateReport
 from qconvert.report.inspect import CurvePoint, Histogram, InspectReport, SizeCurve, TensorSummary
 from qconvert.report.quantize import (
@@ -34,14 +41,17 @@ __all__ = [
     "CalibratedFisher",
     "CalibratedLayer",
     "Check",
+    "Compared",
     "CurvePoint",
     "EmbeddingQuality",
     "Equalisation",
     "EqualisedGroup",
     "Execution",
+    "FileCost",
     "Finetuning",
     "Histogram",
     "InspectReport",
+    "LayerCost",
     "Measurement",
     "PairedHistogram",
     "Prediction",

@@ -43,6 +43,73 @@ class SkippedLine:
     reason: str
 
 
+@dataclass
+class LayerCost:
+    """Matrices of one shape and type in a file, of which one was measured.
+
+    Attributes:
+        roles: what they do, for people.
+        count: how many there are.
+        nbytes: of one.
+        seconds: of the product of one with one row of activations.
+        float_ratio: its speed in relation to the product of float32 weights by BLAS.
+        integer: whether the product runs straight from the codes; else they are decoded.
+    """
+
+    roles: str
+    stored: str
+    shape: tuple[int, ...]
+    count: int
+    nbytes: int
+    seconds: float
+    float_ratio: float
+    integer: bool
+
+
+@dataclass
+class FileCost:
+    """What a file costs here, a token at a time.
+
+    Attributes:
+        nbytes: of all tensors, which is the memory they take; ``float_nbytes`` in float32.
+        token_bytes: that are read for a token, by the matrices it goes through.
+        read_gigabytes_per_second: of memory, measured beside the products.
+        bound_tokens_per_second: no program here is faster, since all those bytes have to be read.
+        tokens_per_second: of the products of qconvert alone: without attention over the context,
+            norms and sampling.
+        experts: whether there are experts, all of which are counted although a token meets few.
+        processor: what it has for products of bytes, and what each does.
+    """
+
+    path: str
+    nbytes: int
+    float_nbytes: int
+    token_bytes: int
+    read_gigabytes_per_second: float
+    bound_tokens_per_second: float | None
+    tokens_per_second: float | None
+    layers: list[LayerCost]
+    experts: bool
+    processor: dict[str, str]
+
+
+@dataclass
+class Compared:
+    """A line of an earlier report against the same line now.
+
+    Attributes:
+        ratio: of its time now to its time then; above 1 is slower.
+        noise: the half range of the runs of both, relative to their medians: less than that is no
+            difference.
+    """
+
+    section: str
+    name: str
+    ratio: float
+    noise: float
+    slower: bool
+
+
 @dataclass(repr=False)
 class BenchReport(Report):
     SCHEMA: ClassVar[str] = "qconvert.bench/1"
@@ -52,6 +119,8 @@ class BenchReport(Report):
     runs: int
     measurements: list[Measurement]
     skipped: list[SkippedLine]
+    file: FileCost | None = None
+    compared: list[Compared] = field(default_factory=list)
 
     def _said(self) -> Iterator[str]:
         yield counted(len(self.measurements), "line")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qconvert.cli.text.pieces import number, table
 from qconvert.errors import printable
-from qconvert.quantities import duration
-from qconvert.report import BenchReport
+from qconvert.quantities import duration, shape_text, size
+from qconvert.report import BenchReport, Compared, FileCost
 
 
 def bench_text(r: BenchReport) -> str:
     parts = [f"{r.machine}; {r.threads} threads, medians of {r.runs} runs that took turns\n"]
+    if r.file:
+        parts += _file_cost(r.file)
     sections = dict.fromkeys([m.section for m in r.measurements] + [s.section for s in r.skipped])
     for section in sections:
         rows = []
@@ -25,4 +29,65 @@ def bench_text(r: BenchReport) -> str:
             for s in r.skipped
             if s.section == section
         ]
+    if r.compared:
+        parts.append(_compared_text(r.compared))
     return "".join(parts) + f"\nkernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
+
+
+def _file_cost(f: FileCost) -> list[str]:
+    """What a token costs, in sentences, and where its time goes."""
+    lines = [
+        f"\n{printable(f.path)}: {size(f.nbytes)} of weights, {size(f.float_nbytes)} in float32\n",
+        f"bytes      A token reads {size(f.token_bytes)} of weights.\n",
+    ]
+    rate = f"{f.read_gigabytes_per_second:.3g} GB"
+    if f.bound_tokens_per_second:
+        lines.append(
+            f"bound      Memory gives {rate} a second here, so that no program makes more than "
+            f"{f.bound_tokens_per_second:,.4g} tokens a second of this file.\n"
+        )
+    if f.tokens_per_second:
+        lines.append(
+            f"products   qconvert's take {1000 / f.tokens_per_second:.4g} ms a token, which is "
+            f"{f.tokens_per_second:,.4g} tokens a second without attention, norms and sampling.\n"
+        )
+    if not all(layer.integer for layer in f.layers):
+        lines.append(
+            "           What is marked decoded has no integer product in qconvert: programs that "
+            "have one, such as llama.cpp, are faster.\n"
+        )
+    if f.experts:
+        lines.append("experts    All experts are counted; a token meets few of them.\n")
+    told = ", ".join(f"{name} ({what})" for name, what in f.processor.items())
+    lines.append(f"processor  It has {told or 'nothing that the system tells of'}.\n\n")
+    whole = sum(layer.count * layer.seconds for layer in f.layers) or 1.0
+    rows = [
+        (
+            layer.roles,
+            f"{layer.count} x {shape_text(layer.shape)}",
+            layer.stored,
+            f"{1000 * layer.count * layer.seconds:.3g} ms",
+            f"{100 * layer.count * layer.seconds / whole:.0f} %",
+            f"{layer.float_ratio:.2g} x",
+            "integer" if layer.integer else "decoded",
+        )
+        for layer in sorted(f.layers, key=lambda layer: -layer.count * layer.seconds)
+    ]
+    columns = [("kind of layer", "left"), ("matrices", "right"), ("stored", "left")]
+    columns += [("a token", "right"), ("share", "right"), ("speed of float32", "right")]
+    lines.append(table([*columns, ("product", "left")], rows))
+    return lines
+
+
+def _compared_text(compared: Sequence[Compared]) -> str:
+    slower = [c for c in compared if c.slower]
+    if not slower:
+        return f"\ncompared   None of {len(compared)} lines is slower than before.\n"
+    told = "1 line is" if len(slower) == 1 else f"{len(slower)} lines are"
+    lines = [f"\ncompared   {told} slower than before, of {len(compared)}:\n"]
+    lines += [
+        f"           {printable(c.name)}: {100 * (c.ratio - 1):+.1f} % (noise "
+        f"{100 * c.noise:.1f} %)\n"
+        for c in sorted(slower, key=lambda c: -c.ratio)
+    ]
+    return "".join(lines)

@@ -8,7 +8,6 @@ installed here is named as skipped.
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, closing
@@ -18,10 +17,13 @@ from threadpoolctl import threadpool_limits
 
 from qconvert import kernels
 from qconvert.errors import UsageError
+from qconvert.processor import model_name
 from qconvert.progress import Progress, Silent
 from qconvert.report import BenchReport
 from qconvert.schemes import AffineScheme, LevelScheme
+from qconvert.stages.bench.compare import compare
 from qconvert.stages.bench.end_to_end import end_to_end_section
+from qconvert.stages.bench.file_cost import FileSection, file_section, is_quantized
 from qconvert.stages.bench.kernel_lines import kernel_section
 from qconvert.stages.bench.lines import Section, measure
 from qconvert.stages.bench.options import BenchOptions
@@ -44,7 +46,7 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> BenchRepor
     progress = progress or Silent()
     report = BenchReport(
         kernels=kernels.describe(),
-        machine=f"{platform.machine()}, {os.cpu_count()} processors, NumPy {np.__version__}",
+        machine=f"{model_name()}, {os.cpu_count()} processors, NumPy {np.__version__}",
         threads=options.threads,
         runs=options.runs,
         measurements=[],
@@ -54,9 +56,14 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> BenchRepor
     with closing(sections), threadpool_limits(options.threads):
         for section in sections:
             progress.begin(f"bench {section.name}", options.runs * len(section.lines), "runs")
-            report.measurements += measure(section, options.runs, progress)
+            found = measure(section, options.runs, progress)
+            report.measurements += found
+            if isinstance(section, FileSection) and section.cost:
+                report.file = section.cost(found)
             report.skipped += section.skipped
             progress.end()
+    if options.compare:
+        compare(report, options.compare, options.threshold)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -70,6 +77,11 @@ def _whole(options: BenchOptions) -> Generator[Section]:
 
 def _parts(options: BenchOptions) -> Generator[Section]:
     """Kernels and products; each section frees its memory and files before the next."""
+    if options.file and is_quantized(options.file):
+        with ExitStack() as stack:
+            workers = stack.enter_context(Workers(options.threads))
+            yield file_section(options.file, workers, stack)
+        return
     subjects = [from_file(options.file)] if options.file else map(gaussian, options.shapes)
     for weights in subjects:
         with ExitStack() as stack:

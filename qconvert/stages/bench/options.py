@@ -24,3 +24,5 @@ class BenchOptions:
     range: RangeMethod | None = None
     end_to_end: bool = False
     work_dir: Path | None = None
+    compare: Path | None = None
+    threshold: float = 0.10
