@@ -28,3 +28,8 @@ def shape_text(shape: Sequence[int]) -> str:
 def duration(seconds: float) -> str:
     """Seconds, or minutes where these are many."""
     return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def counted(n: int, noun: str) -> str:
+    """So many of a thing whose plural has an s."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from qconvert.page.parts import Cell, Chart, Column, Fact, Finding, Page, Table, number, warned
 from qconvert.page.svg import bars
-from qconvert.quantities import shape_text, size
-from qconvert.report import BenchReport, FileCost, Measurement
+from qconvert.quantities import counted, shape_text, size
+from qconvert.report import BenchReport, FileCost, Measurement, SkippedLine
 
 COLUMNS = [
     Column("line"),
@@ -40,11 +40,12 @@ def bench_page(r: BenchReport) -> Page:
             caption = f"{unit}: longer is faster. Medians of {r.runs} runs that took turns."
             charts.append(Chart(f"{section}, {unit}", bars(rows, section), caption))
         tables.append(Table(section, COLUMNS, [_row(m) for m in lines], len(lines)))
+    threads = counted(r.threads, "thread")
     return Page(
         command="bench",
         title=r.file.path if r.file else r.machine,
         status="fail" if r.status == "fail" else "done",
-        verdict=f"{len(r.measurements)} lines, {r.threads} threads, medians of {r.runs} runs",
+        verdict=f"{len(r.measurements)} lines, {threads}, medians of {r.runs} runs",
         findings=[
             *warned(r.warnings),
             *(
@@ -52,7 +53,7 @@ def bench_page(r: BenchReport) -> Page:
                 for c in r.compared
                 if c.slower
             ),
-            *(Finding("note", f"{s.name} was skipped: {s.reason}") for s in r.skipped),
+            *(Finding("note", told) for told in dict.fromkeys(map(_skipped, r.skipped))),
         ],
         facts=[
             *(_file_facts(r.file) if r.file else ()),
@@ -63,6 +64,10 @@ def bench_page(r: BenchReport) -> Page:
         tables=[*([_layers(r.file)] if r.file else ()), *tables],
         closing=[Fact("machine", r.machine)],
     )
+
+
+def _skipped(s: SkippedLine) -> str:
+    return f"{s.name} was skipped: {s.reason}"
 
 
 def _file_facts(f: FileCost) -> list[Fact]:

@@ -123,17 +123,18 @@ def bars(
     """
     top = max((v for _, v, _ in rows), default=0.0) or 1.0
     parts = []
-    room = WIDE - LABEL - 130
+    left = LABEL + 70
+    room = WIDE - left - 100
     for i, (name, found, said) in enumerate(rows):
         y = i * CELL
         start = (marked or {}).get(name, 0.0) / top * room
         width = max(found / top * room - start, 1)
         parts.append(
-            f'<text x="{LABEL - 6}" y="{y + 15}" text-anchor="end">{_name(name)}'
+            f'<text x="{left - 6}" y="{y + 15}" text-anchor="end">{_name(name, 42)}'
             f"<title>{escape(printable(name))}</title></text>"
-            f'<rect class="fill" x="{LABEL + start:.4g}" y="{y + 4}" width="{width:.4g}" '
+            f'<rect class="fill" x="{left + start:.4g}" y="{y + 4}" width="{width:.4g}" '
             f'height="{CELL - 8}"/>'
-            f'<text class="soft" x="{LABEL + start + width + 6:.4g}" y="{y + 15}">'
+            f'<text class="soft" x="{left + start + width + 6:.4g}" y="{y + 15}">'
             f"{escape(said)}</text>"
         )
     return _svg(WIDE, len(rows) * CELL, parts, label)

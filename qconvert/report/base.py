@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 
 from qconvert import __version__
 from qconvert.errors import QconvertError, shortened
+from qconvert.quantities import counted
 
 PART_PIECES = 1 << 14  # words and signs of a document that are written at a time
 
@@ -63,10 +64,6 @@ class Report:
         for name in ("status", "seconds"):
             del body[name]
         return dump_parts({**head, **body})
-
-
-def counted(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def finite(value: Any) -> Any:

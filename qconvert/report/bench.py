@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from qconvert.report.base import Report, counted
+from qconvert.quantities import counted
+from qconvert.report.base import Report
 
 
 @dataclass

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from qconvert.cli.text.pieces import number, table
 from qconvert.errors import printable
-from qconvert.quantities import duration, shape_text, size
+from qconvert.quantities import counted, duration, shape_text, size
 from qconvert.report import BenchReport, Compared, FileCost
 
 
 def bench_text(r: BenchReport) -> str:
-    parts = [f"{r.machine}; {r.threads} threads, medians of {r.runs} runs that took turns\n"]
+    threads = counted(r.threads, "thread")
+    parts = [f"{r.machine}; {threads}, medians of {r.runs} runs that took turns\n"]
     if r.file:
         parts += _file_cost(r.file)
     sections = dict.fromkeys([m.section for m in r.measurements] + [s.section for s in r.skipped])

@@ -206,8 +206,9 @@ def _each(mapper: Mapper, work: Callable[[Any], Any], items: list[Any]) -> None:
 def _line(
     name: str, work: Callable[[], object], size: int, total: int, running: str | None = None
 ) -> Line:
+    part = "" if size == total else f", on 1/{total / size:.3g} of it"
     return Line(
-        name=name,
+        name=name + part,
         work=work,
         amount=size / 1e6,
         unit="Mweights/s",
