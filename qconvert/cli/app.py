@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qconvert import __version__
+from qconvert.cli import completion
 from qconvert.cli.once import OnceCommand
 from qconvert.containers import WRITTEN
 from qconvert.schemes import SCHEME_GRAMMAR
@@ -16,7 +17,6 @@ app = typer.Typer(
     name="qconvert",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
@@ -190,6 +190,7 @@ def calibrate(
             metavar="NAME",
             help="minmax, ema, percentile, mse, entropy or nmse: least relative error of a layer's "
             "output, row by row [nmse]",
+            autocompletion=completion.observers,
         ),
     ] = None,
     percentile: Annotated[
@@ -323,6 +324,7 @@ def quantize(
             "--scheme",
             metavar="NAME",
             help=f"one of: {SCHEME_GRAMMAR}; a budget takes its place",
+            autocompletion=completion.schemes,
         ),
     ] = None,
     output: Annotated[
@@ -417,6 +419,7 @@ def quantize(
             "--tensor-scheme",
             metavar="GLOB=NAME",
             help="another scheme for these tensors; repeatable, the first match wins",
+            autocompletion=completion.tensor_schemes,
         ),
     ] = None,
     min_values: Annotated[

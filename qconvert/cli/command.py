@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from qconvert import __version__
+from qconvert.cli.completion import VARIABLE
 from qconvert.cli.exits import ExitCode, as_refusal, code_of
 from qconvert.cli.streams import (
     abandon_stdout,
@@ -99,17 +100,20 @@ def _run(arguments: list[str]) -> int:
         return ExitCode.DONE if write_stdout(f"qconvert {__version__}\n") else ExitCode.READER_GONE
     from qconvert.cli.app import app
 
-    if not arguments:
+    completing = VARIABLE in os.environ
+    if not arguments and not completing:
         sys.stdout, stdout = sys.stderr, sys.stdout
         app(["--help"], prog_name="qconvert", standalone_mode=False)
         sys.stdout = stdout
         return ExitCode.USAGE
-    if not HELP & set(arguments):
+    if not completing and not HELP & set(arguments):
         _load_numpy()
     try:
         result = app(arguments, prog_name="qconvert", standalone_mode=False)
-    except SystemExit:  # Typer's answer to a closed pipe, where the report did not meet it first
-        return ExitCode.READER_GONE
+    except SystemExit:
+        # Typer's answer to a shell's question, or to a closed pipe, where the report did not meet
+        # it first.
+        return ExitCode.DONE if completing else ExitCode.READER_GONE
     except OSError as e:
         if e.filename is None and HELP & set(arguments):
             raise stdout_refusal(e) from e

@@ -113,6 +113,15 @@ class Compared:
 
 @dataclass(repr=False)
 class BenchReport(Report):
+    """Result of ``bench``.
+
+    Attributes:
+        machine: its processor, how many, and the version of NumPy.
+        runs: of each line; figures are their medians.
+        file: what a quantized file costs; None where none was given.
+        compared: lines of an earlier report against these.
+    """
+
     SCHEMA: ClassVar[str] = "qconvert.bench/1"
 
     machine: str

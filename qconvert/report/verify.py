@@ -158,6 +158,12 @@ class EmbeddingQuality:
 
 @dataclass(repr=False)
 class VerifyReport(Report):
+    """Result of ``verify``.
+
+    Attributes:
+        sqnr_db: of all compared weights together; None without a source, or when nothing was lost.
+    """
+
     SCHEMA: ClassVar[str] = "qconvert.verify/1"
 
     path: str
