@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from tiny_models import CONFIGS, GROUPS, HEADS, INNER, WIDTH, byte_level, weights, write_directory
 
+import qconvert
 from qconvert import __version__
 from qconvert.cli.main import main
 from qconvert.errors import FormatError, InputError, QconvertError
@@ -782,10 +783,10 @@ def test_2_3_and_4_are_refused_before_the_work(
 ) -> None:
     code, options, words = BAD_LINES[case]
     monkeypatch.chdir(tmp_path)
-    if case == "qblk option":
-        code = 3  # the file is looked at first, and is not there
     before = listing(tmp_path)
-    line = ["quantize", tiny, "--scheme", "q8_0", "-o", "m.gguf", "-q", *options]
+    usual = {"--scheme": "q8_0", "-o": "m.gguf"}
+    missing = [w for pair in usual.items() if pair[0] not in options for w in pair]
+    line = ["quantize", tiny, *missing, "-q", *options]
     refused(call(*line), code, *words)
     assert listing(tmp_path) == before
 
@@ -855,3 +856,29 @@ def test_every_architecture_is_converted_and_verified(
     done(directory, "q4_k_m", target)
     found = call("verify", target, "--against", directory, "--json", "-q", "--rows", 1)
     assert (found.code, found.json["status"]) == (0, "pass"), found
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        # Names of the source, as inspect lists them, and those of the file.
+        ({"keep": "lm_head.weight"}, {"output.weight": "BF16"}),
+        ({"keep": "output.weight"}, {"output.weight": "BF16"}),
+        (
+            {"tensor_scheme": "model.layers.0.*up_proj*=q8_0"},
+            {"blk.0.ffn_up.weight": "q8_0"},
+        ),
+        # A glob is of a whole name: this one is not of blk.0.attn_output.weight.
+        ({"tensor_scheme": "output.weight=q8_0"}, {"output.weight": "q8_0"}),
+    ],
+)
+def test_globs_are_of_the_source_names_or_of_the_files(
+    options: dict[str, str], wanted: dict[str, str], tmp_path: Path
+) -> None:
+    sample = ROOT / "samples/tiny-llama"
+    plain = qconvert.quantize(sample, "q4_k_m", output=tmp_path / "m.gguf", dry_run=True)
+    out = tmp_path / "m.gguf"
+    asked = qconvert.quantize(sample, "q4_k_m", output=out, dry_run=True, **options)
+    before = {t.name: t.stored for t in plain.tensors}
+    changed = {t.name: t.stored for t in asked.tensors if t.stored != before[t.name]}
+    assert changed == wanted

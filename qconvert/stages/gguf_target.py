@@ -175,7 +175,12 @@ def _mixed_plan(
     )
     # What has its type already in a GGUF file stays bit for bit.
     tensors = opened.tensors if isinstance(opened, AnyGgufModel) else source.model.tensors
-    asked = PlanOptions(options.keep, options.tensor_schemes, assigned=options.assigned)
+    sources = {
+        t.name: [s.name for s in made_from(source.model, t).sources] for t in source.model.tensors
+    }
+    asked = PlanOptions(
+        options.keep, options.tensor_schemes, assigned=options.assigned, sources=sources
+    )
     plan, fell_back = plan_mix(tensors, asked, wanted, facts)
     decoded = {t.name: t for t in source.model.tensors}
     plan = tuple(replace(p, tensor=decoded[p.tensor.name]) if p.scheme else p for p in plan)

@@ -56,12 +56,20 @@ class PlanOptions:
         tensor_schemes: (glob, scheme); the first that matches wins.
         min_values: smallest tensor that is quantized unasked.
         assigned: what a budget has chosen; None keeps a tensor.
+        sources: names in the source by those in the file, where the two differ: globs may be of
+            either, since a user knows the names of one of them.
     """
 
     keep: tuple[str, ...] = ()
     tensor_schemes: tuple[tuple[str, TensorScheme], ...] = ()
     min_values: int = MIN_VALUES
     assigned: Mapping[str, TensorScheme | None] = field(default_factory=dict)
+    sources: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def matches(self, tensor: TensorInfo, glob: str) -> bool:
+        """Whether a glob is of a tensor, by one of its names."""
+        names = (tensor.name, *self.sources.get(tensor.name, ()))
+        return any(fnmatchcase(name, glob) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +137,12 @@ def plan_mix(
         UnsupportedError: see `assign_types`.
     """
     _check_globs(tensors, options)
-    rules = [_rule(glob, scheme) for glob, scheme in options.tensor_schemes]
+    rules = [_rule(tensors, options, *asked) for asked in options.tensor_schemes]
     mix = replace(mix, tensor_types=(*rules, *mix.tensor_types))
     assigned = assign_types(tensors, facts, mix)
     planned = []
     for tensor, found in zip(tensors, assigned, strict=True):
-        kept = next((g for g in options.keep if fnmatchcase(tensor.name, g)), None)
+        kept = next((g for g in options.keep if options.matches(tensor, g)), None)
         if kept is not None:
             planned.append(PlannedTensor(tensor, None, f"--keep '{kept}'"))
             continue
@@ -152,17 +160,24 @@ def plan_mix(
     return tuple(planned), sum(a.fell_back for t, a in pairs if t.name not in options.assigned)
 
 
-def _rule(glob: str, scheme: TensorScheme) -> TensorTypeRule:
-    pattern = re.compile(translate(glob))
+def _rule(
+    tensors: Sequence[TensorInfo], options: PlanOptions, glob: str, scheme: TensorScheme
+) -> TensorTypeRule:
+    """A glob as a rule of a mix, whose expressions know the names of the file alone."""
+    others = [t for t in tensors if not fnmatchcase(t.name, glob) and options.matches(t, glob)]
+    meant = [rf"\A{translate(glob)}", *(rf"\A{re.escape(t.name)}\Z" for t in others)]
+    pattern = re.compile("|".join(meant))
     option = f"--tensor-scheme '{glob}={scheme.name}'"
     return TensorTypeRule(pattern, parse_ggml_type(scheme.name), option)
 
 
 def _check_globs(tensors: Sequence[TensorInfo], options: PlanOptions) -> None:
     for glob in (*options.keep, *(g for g, _ in options.tensor_schemes)):
-        if not any(fnmatchcase(t.name, glob) for t in tensors):
+        if not any(options.matches(t, glob) for t in tensors):
             raise UsageError(
-                f"no tensor matches '{glob}'", hint="see the names with: qconvert inspect MODEL"
+                f"no tensor matches '{glob}'",
+                hint="qconvert inspect MODEL lists names; a tensor that the output does without, "
+                "such as a head that is tied, cannot be named",
             )
 
 
@@ -171,9 +186,9 @@ def _plan_one(tensor: TensorInfo, scheme: TensorScheme, options: PlanOptions) ->
         return PlannedTensor(tensor, None, reason)
 
     for glob in options.keep:
-        if fnmatchcase(tensor.name, glob):
+        if options.matches(tensor, glob):
             return keep(f"--keep '{glob}'")
-    asked = next((g for g in options.tensor_schemes if fnmatchcase(tensor.name, g[0])), None)
+    asked = next((g for g in options.tensor_schemes if options.matches(tensor, g[0])), None)
     if not tensor.floating:
         return keep(f"{tensor.dtype} is not a floating dtype")
     if tensor.size == 0:
