@@ -18,6 +18,8 @@ MLX = "mlx"
 GPTQ = "gptq"
 AWQ = "awq"
 BNB = "bnb"
+MLX_AFFINE = "affine"  # of its modes the one with integers
+NOT_ROUNDED = "its numbers are not rounded that way"  # of floating codes, to make up for errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +106,15 @@ def _compressed_tensors() -> tuple[CompressedTensorsScheme, ...]:
 
 @dataclass(frozen=True, slots=True)
 class MlxScheme(ExchangeScheme):
-    """A scheme of MLX's affine mode: a scale and a bias a group."""
+    """A scheme of MLX.
+
+    Attributes:
+        mode: MLX's word: ``affine`` has a scale and a bias a group, the others small floating
+            numbers.
+    """
 
     family: ClassVar[str] = MLX
+    mode: str = MLX_AFFINE
 
     def at_least(self, bits: int) -> MlxScheme:
         """This scheme, or the same with so many bits if it has fewer: modules may differ."""
@@ -114,12 +122,24 @@ class MlxScheme(ExchangeScheme):
             return self
         return replace(self, name=f"mlx_{bits}bit_g{self.group}", bits=bits)
 
+    def with_scales(self, dtype: str) -> MlxScheme:
+        """This scheme for a model whose numbers are of this dtype."""
+        return replace(self, scale_dtype=dtype) if self.mode == MLX_AFFINE else self
+
 
 def _mlx() -> tuple[MlxScheme, ...]:
     return tuple(
         MlxScheme(f"mlx_{bits}bit_g{group}", bits, group, symmetric=False)
         for bits in (2, 3, 4, 5, 6, 8)
         for group in (32, 64, 128)
+    )
+
+
+def _mlx_floating() -> tuple[MlxScheme, ...]:
+    modes = (("mxfp4", 4, 32, "e2m1"), ("mxfp8", 8, 32, "e4m3"), ("nvfp4", 4, 16, "e2m1"))
+    return tuple(
+        MlxScheme(f"mlx_{mode}", bits, group, number=number, scale_dtype="U8", mode=mode)
+        for mode, bits, group, number in modes
     )
 
 
@@ -203,6 +223,7 @@ EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
     ),
     Fp8Scheme("fp8_block128", 8, 128, number="e4m3", activations="dynamic"),
     *_mlx(),
+    *_mlx_floating(),
     *_gptq(),
     *_awq(),
     *_bnb(),
@@ -212,7 +233,8 @@ EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
 EXCHANGE_GRAMMAR = (
     "w{2|3|4|5|6|8}a16[_asym][_g32|_g64|_g128|_channel], w8a8[_static], "
     "fp8_{dynamic|static|block}, {nvfp4|mxfp4|mxfp8}a16, fp8_block128, "
-    "mlx_{2|3|4|5|6|8}bit_{g32|g64|g128}, gptq_{4|8}bit_{g32|g64|g128|channel}, "
+    "mlx_{2|3|4|5|6|8}bit_{g32|g64|g128}, mlx_{mxfp4|mxfp8|nvfp4}, "
+    "gptq_{4|8}bit_{g32|g64|g128|channel}, "
     "awq_4bit_{g32|g64|g128}[_sym], bnb_{nf4|fp4}[_dq], bnb_int8"
 )
 

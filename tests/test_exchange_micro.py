@@ -576,7 +576,7 @@ def test_scales_that_are_none_are_found_by_verify(
 
 
 def test_a_hint_names_no_option_that_keep_refuses(tmp_path: Path, call: Call) -> None:
-    source = poisoned("ct_mxfp4a16", f"{Q}.weight_scale", b"\xff", tmp_path / "m")
+    source = poisoned("ct_fp8_dynamic", f"{Q}.weight", b"\x7f", tmp_path / "m")
     done = call("quantize", source, "--scheme", "keep", "-o", tmp_path / "o.qblk")
     assert (done.code, "NaN" in done.err, "--keep" in done.err) == (3, True, False)
     assert not (tmp_path / "o.qblk").exists()

@@ -68,7 +68,10 @@ def torch_tensors(directory: Path) -> dict[str, Any]:
 @needs(MLX, "mlx-lm")
 @pytest.mark.parametrize(
     "scheme",
-    [*(f"mlx_{b}bit_g64" for b in (2, 3, 4, 5, 6, 8)), "mlx_4bit_g32", "mlx_3bit_g128"],
+    [
+        *(f"mlx_{b}bit_g64" for b in (2, 3, 4, 5, 6, 8)),
+        *("mlx_4bit_g32", "mlx_3bit_g128", "mlx_mxfp4", "mlx_mxfp8", "mlx_nvfp4"),
+    ],
 )
 def test_mlx_lm_loads_and_decodes(scheme: str, tmp_path: Path, call: Call) -> None:
     import mlx.core as mx
@@ -84,11 +87,14 @@ def test_mlx_lm_loads_and_decodes(scheme: str, tmp_path: Path, call: Call) -> No
             module = modules.get(name.removesuffix(".weight"))
             if module is None or "scales" not in module:
                 continue
-            args = how | (how.get(name.removesuffix(".weight")) or {})
+            args = how | {"mode": "affine", **(how.get(name.removesuffix(".weight")) or how)}
+            affine = args["mode"] == "affine"
+            assert module.mode == args["mode"]
             values = mx.dequantize(
                 module.weight,
-                *(module[k].astype(mx.float32) for k in ("scales", "biases")),
-                *(args["group_size"], args["bits"], "affine"),
+                module.scales.astype(mx.float32) if affine else module.scales,
+                module.biases.astype(mx.float32) if affine else None,
+                *(args["group_size"], args["bits"], args["mode"]),
                 dtype=mx.float32,
             )
             same(values, tensors[name].dequantize(), name)

@@ -119,6 +119,11 @@ class Moving:
                 return MovedScheme(encoding, rows, like, exact=False)
         if not candidates:
             return f"{self.container.article} has no such codes"
+        if divisor != 1 and all(encoding is None for encoding, _, _ in divided):
+            return (
+                f"{self.container.article} has no place for the scale of the tensor, and scales of "
+                "groups do not hold it too"
+            )
         dtypes = sorted({like.scale_dtype for _, like in candidates if like})
         of_scales = f" of {' or '.join(dtypes)}" if dtypes else ""
         return f"{self.container.article} has no such scales{of_scales}, or no such zero points"

@@ -16,10 +16,10 @@ from qconvert.codecs.codec import Codec, Encoder, Facts, Stored
 from qconvert.codecs.exchange.bits import WORD, packed_rows, row_bytes, unpacked_rows
 from qconvert.codecs.exchange.floats import WEIGHT, Float8, Float8Encoder
 from qconvert.codecs.exchange.integers import IntegerLayout, as_codes, integer_encoder
-from qconvert.codecs.exchange.layout import Layout, Part, check_scales
+from qconvert.codecs.exchange.layout import Layout, Part, check_finite
 from qconvert.codecs.exchange.micro import FP4, FP6, FP8, MX_GROUP, NV_GROUP, Micro, Overall
 from qconvert.codecs.exchange.micro_encoder import micro_encoder
-from qconvert.exchange_schemes import CompressedTensorsScheme
+from qconvert.exchange_schemes import NOT_ROUNDED, CompressedTensorsScheme
 from qconvert.kernels.arithmetic import SCALE_NUMPY
 from qconvert.kernels.records import I32, U8, Bytes, IntegerRows
 from qconvert.model import Model, TensorInfo
@@ -90,7 +90,7 @@ class PackedIntegers(IntegerLayout):
 
     def check(self, stored: Stored) -> None:
         count = 1 if self.shared else stored.shape[0] * self.groups(stored.shape[1])
-        check_scales(stored, SCALE, self.scale_dtype, count)
+        check_finite(stored, SCALE, self.scale_dtype, count)
 
     def _zeros(self, stored: Stored, rows: slice, groups: int) -> I32:
         """Zero points of some rows, (R, G)."""
@@ -181,7 +181,7 @@ class PlainIntegers(IntegerLayout):
 
     def check(self, stored: Stored) -> None:
         count = 1 if self.shared else stored.shape[0] * self.groups(stored.shape[1])
-        check_scales(stored, SCALE, self.scale_dtype, count)
+        check_finite(stored, SCALE, self.scale_dtype, count)
 
 
 def integer_layout(scheme: CompressedTensorsScheme) -> IntegerLayout | None:
@@ -227,7 +227,7 @@ def _passes(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> bool:
 
 
 def _uncompensated(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> str | None:
-    return None if scheme.number == "int" else "its numbers are not rounded that way"
+    return None if scheme.number == "int" else NOT_ROUNDED
 
 
 CODEC: Codec[CompressedTensorsScheme] = Codec(

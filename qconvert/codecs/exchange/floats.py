@@ -11,7 +11,7 @@ import numpy as np
 
 from qconvert import kernels
 from qconvert.codecs.codec import Coded, Encoder, Outcome, Stored
-from qconvert.codecs.exchange.layout import Layout, Part, check_scales
+from qconvert.codecs.exchange.layout import Layout, Part, check_finite
 from qconvert.codecs.source import RUN_VALUES, rows_of, tiles_of
 from qconvert.geometry import Tile
 from qconvert.kernels.arithmetic import round_scale
@@ -104,7 +104,7 @@ class Float8(Layout):
         return np.repeat(scale, rows, axis=0)[first - begin * rows : last - begin * rows]
 
     def check(self, stored: Stored) -> None:
-        check_scales(stored, self.suffix, self.scale_dtype, math.prod(self.grid(stored.shape)))
+        check_finite(stored, self.suffix, self.scale_dtype, math.prod(self.grid(stored.shape)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from qconvert.codecs.codec import Codec, Encoder, Facts
 from qconvert.codecs.exchange.floats import Float8, Float8Encoder
-from qconvert.exchange_schemes import Fp8Scheme
+from qconvert.exchange_schemes import NOT_ROUNDED, Fp8Scheme
 from qconvert.model import Model, TensorInfo
 
 SCALE = ".weight_scale_inv"  # which weights are multiplied by, its name notwithstanding
@@ -32,5 +32,5 @@ def _encoder(model: Model, tensor: TensorInfo, scheme: Fp8Scheme, facts: Facts) 
 
 CODEC: Codec[Fp8Scheme] = Codec(
     *("fp8", _planned, _refuses, _encoder),
-    uncompensated=lambda scheme, tensor: "its numbers are not rounded that way",
+    uncompensated=lambda scheme, tensor: NOT_ROUNDED,
 )

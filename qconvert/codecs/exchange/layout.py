@@ -107,8 +107,8 @@ def refuse_values(stored: Stored, message: str, found: object, wanted: str) -> N
     )
 
 
-def check_scales(stored: Stored, kind: str, dtype: str, count: int) -> None:
-    """Refuse scales that are not finite.
+def check_finite(stored: Stored, kind: str, dtype: str, count: int) -> None:
+    """Refuse scales, or codes, that are not finite.
 
     Raises:
         FormatError: one is NaN or infinite.

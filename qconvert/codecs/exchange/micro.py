@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.codecs.codec import Coded, Grain, Stored
-from qconvert.codecs.exchange.layout import Layout, Part, check_scales, refuse_values, ungrouped
+from qconvert.codecs.exchange.layout import Layout, Part, check_finite, refuse_values, ungrouped
 from qconvert.codecs.units import byte_scales, nearest_bytes, regrouped
 from qconvert.geometry import Tile
 from qconvert.kernels.records import F32, U8, Bytes, IntegerRows
@@ -60,9 +60,9 @@ class Micro(Layout):
 
     Attributes:
         number: what codes are: `FP4`, `FP6` or `FP8`.
-        packed, scales: suffix and dtype of the tensors of codes and of scales; bytes of U8 are
-            powers of two as scales.
-        group: columns that share a scale.
+        packed, scales: suffix and dtype of the tensors of codes and of scales.
+        group: columns that share a scale: 16 of NVFP4, whose scales are E4M3, or 32 with powers of
+            two.
         overall: None where there is no scale of the tensor.
         signed_zero: whether the code of -0 is that, and not 0.
         divides: scales that are moved here: the scale of the tensor, as a divisor.
@@ -87,14 +87,14 @@ class Micro(Layout):
     @property
     def scale_number(self) -> str:
         """What bytes of scales are."""
-        return FP8 if self.scales[1] == FP8 else POWERS
+        return FP8 if self.group == NV_GROUP else POWERS
 
     def groups(self, columns: int) -> int:
         """Scales of a row."""
         return -(-columns // self.group)
 
     def uneven(self, shape: tuple[int, ...]) -> str | None:
-        return ungrouped(shape[1], self.group)
+        return ungrouped(shape[-1], self.group)
 
     def row_bytes(self, columns: int) -> int:
         """Of the codes of a row."""
@@ -133,11 +133,13 @@ class Micro(Layout):
             codes = looked_up(pairs, raw)
         else:
             codes = kernels.widen(raw.tobytes(), self.number).reshape(tile.rows, -1)
+            if self.number == FP8 and not np.isfinite(codes).all():
+                refuse_values(stored, f"a code of {self.packed[0]} is none", "NaN", "finite codes")
         return scaled(codes[:, : tile.columns], self._scales(stored, tile), self.group)
 
     def _bytes(self, stored: Stored, tile: Tile) -> U8:
         """Codes of a tile, (R, bytes)."""
-        columns = stored.shape[1]
+        columns = stored.shape[-1]
         first, low = divmod(tile.start, columns)
         whole, begin = self.row_bytes(columns), self.row_bytes(low)
         size = whole * tile.rows
@@ -148,10 +150,13 @@ class Micro(Layout):
 
     def _scales(self, stored: Stored, tile: Tile) -> F32:
         """Of the groups of a tile, that of the tensor applied, (R, G)."""
-        first, low = divmod(tile.start, stored.shape[1])
-        groups = self.groups(stored.shape[1])
+        first, low = divmod(tile.start, stored.shape[-1])
+        groups = self.groups(stored.shape[-1])
         raw = stored.read(self.scales[0], first * groups, tile.rows * groups)
         scale = kernels.widen(raw, self.scale_number).reshape(tile.rows, groups)
+        if not np.isfinite(scale).all():
+            what = f"a number of {self.scales[0]} is not finite"
+            refuse_values(stored, what, "NaN", "finite scales")
         begin = low // self.group
         return self._applied(stored, scale[:, begin : begin + self.groups(tile.columns)])
 
@@ -219,7 +224,9 @@ class Micro(Layout):
 
     def check(self, stored: Stored) -> None:
         count = math.prod(stored.shape[:-1]) * self.groups(stored.shape[-1])
-        check_scales(stored, self.scales[0], self.scale_number, count)
+        check_finite(stored, self.scales[0], self.scale_number, count)
+        if self.number == FP8:
+            check_finite(stored, self.packed[0], FP8, math.prod(stored.shape))
         if self.overall is not None:
             found = float(np.frombuffer(stored.read(self.overall.suffix, 0, 4), "<f4")[0])
             if not 0 < found < math.inf:
@@ -306,4 +313,4 @@ class Experts(Layout):
 
     def check(self, stored: Stored) -> None:
         experts, inputs, outputs = stored.shape
-        check_scales(stored, SCALES, POWERS, experts * outputs * (inputs // MX_GROUP))
+        check_finite(stored, SCALES, POWERS, experts * outputs * (inputs // MX_GROUP))

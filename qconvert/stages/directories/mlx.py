@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from qconvert.errors import UnsupportedError, UsageError
-from qconvert.exchange_schemes import MLX, ExchangeScheme
+from qconvert.exchange_schemes import MLX, MLX_AFFINE, ExchangeScheme, MlxScheme
 from qconvert.model import WEIGHT, layer_name
 from qconvert.stages.directories.modules import quantized_modules
 from qconvert.stages.directories.target import ROUTERS, VISION, DirectoryTarget, Readers, Rule
@@ -43,7 +43,8 @@ def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[s
     _check_names(plan, config)
     _check_head(plan, config)
     usual, _ = Counter(quantized_modules(plan).values()).most_common(1)[0]
-    block: dict[str, Any] = {**_entry(usual), "mode": "affine"}
+    assert isinstance(usual, MlxScheme)
+    block: dict[str, Any] = {**_entry(usual), "mode": usual.mode}
     for p in plan:
         module = layer_name(p.tensor.name)
         if isinstance(p.scheme, ExchangeScheme):
@@ -54,8 +55,10 @@ def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[s
     return {"quantization": block, "quantization_config": block}
 
 
-def _entry(scheme: ExchangeScheme) -> dict[str, int]:
-    return {"group_size": scheme.group, "bits": scheme.bits}
+def _entry(scheme: ExchangeScheme) -> dict[str, Any]:
+    assert isinstance(scheme, MlxScheme)
+    found: dict[str, Any] = {"group_size": scheme.group, "bits": scheme.bits}
+    return found if scheme.mode == MLX_AFFINE else found | {"mode": scheme.mode}
 
 
 def _check_names(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> None:

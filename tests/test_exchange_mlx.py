@@ -1,0 +1,162 @@
+"""MLX's floating modes: what is written, read by a few lines of NumPy, and what moves into them and
+out of them. That mlx decodes the same bits, test_prove_packed says.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tiny_models
+from conftest import ROOT, Call
+from test_exchange_micro import E2M1, array, decoded, e4m3, powers, raw, sqnr, write
+from test_exchange_packed import values
+
+import qconvert
+
+FOREIGN = ROOT / "tests" / "data" / "foreign"
+UP = "model.layers.1.mlp.up_proj"
+DOWN = "model.layers.0.mlp.down_proj"
+MODES = {
+    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+    "nvfp4": {"group_size": 16, "bits": 4, "mode": "nvfp4"},
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers. Read only."""
+    return tiny_models.write_directory(tmp_path_factory.mktemp("m") / "llama", "llama")
+
+
+def block(directory: Path) -> dict[str, Any]:
+    fields = json.loads((directory / "config.json").read_text())
+    assert fields["quantization"] == fields["quantization_config"]
+    return dict(fields["quantization"])
+
+
+def read(directory: Path, module: str, mode: str) -> Any:
+    """A weight by the table of formats/exchange/mlx.md."""
+    tensors = raw(directory / "model.safetensors")
+    assert tensors[f"{module}.weight"][0] == "U32"
+    assert f"{module}.biases" not in tensors
+    scale = array(tensors, f"{module}.scales")
+    rows = np.frombuffer(tensors[f"{module}.weight"][2], np.uint8).reshape(len(scale), -1)
+    if mode == "mxfp8":
+        codes = e4m3(rows)
+    else:
+        codes = E2M1[np.stack([rows & 15, rows >> 4], axis=2).reshape(len(rows), -1)]
+    each = e4m3(scale) if mode == "nvfp4" else powers(scale)
+    return codes * np.repeat(each, MODES[mode]["group_size"], axis=1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_written_means_what_the_page_says(
+    mode: str, llama: Path, tmp_path: Path, call: Call
+) -> None:
+    keep = ("--keep", "*1*k_proj.weight")
+    out = tmp_path / "o"
+    done = call("quantize", llama, "--scheme", f"mlx_{mode}", "-o", out, *keep)
+    assert done.code == 0, done.err
+    kept = "model.layers.1.self_attn.k_proj"
+    assert block(out) == {**MODES[mode], kept: False}
+    plain, found = values(llama), values(out)
+    for module in (UP, DOWN, "model.embed_tokens", "lm_head"):
+        own = found[f"{module}.weight"]
+        np.testing.assert_array_equal(read(out, module, mode).view("u4"), own.view("u4"))
+        assert sqnr(plain[f"{module}.weight"], own) > (30 if mode == "mxfp8" else 17)
+    assert call("verify", out, "--against", llama).code == 0
+
+
+def test_a_module_may_have_another_mode(llama: Path, tmp_path: Path, call: Call) -> None:
+    own = ("--tensor-scheme", "*down_proj*=mlx_mxfp8", "--tensor-scheme", "lm_head*=mlx_6bit_g64")
+    done = call("quantize", llama, "--scheme", "mlx_nvfp4", "-o", tmp_path / "o", *own)
+    assert done.code == 0, done.err
+    found = block(tmp_path / "o")
+    assert {k: found.pop(k) for k in ("group_size", "bits", "mode")} == MODES["nvfp4"]
+    # A module without a mode is affine to mlx, whatever the others are.
+    assert found == {
+        "model.layers.0.mlp.down_proj": MODES["mxfp8"],
+        "model.layers.1.mlp.down_proj": MODES["mxfp8"],
+        "lm_head": {"group_size": 64, "bits": 6},
+    }
+    np.testing.assert_array_equal(
+        read(tmp_path / "o", DOWN, "mxfp8"), values(tmp_path / "o")[f"{DOWN}.weight"]
+    )
+
+
+def moved(call: Call, source: Path, output: Path, *options: str) -> str:
+    """What is said of a move."""
+    done = call("quantize", source, "--scheme", "keep", "-o", output, *options)
+    assert done.code == 0, done.err
+    return " ".join((done.out + done.err).split())
+
+
+def test_mxfp4_moves_among_mlx_compressed_tensors_and_ggml(
+    llama: Path, tmp_path: Path, call: Call
+) -> None:
+    qconvert.quantize(llama, "mlx_mxfp4", output=tmp_path / "mlx", keep=("*embed*", "lm_head*"))
+    wanted = {n: read(tmp_path / "mlx", n, "mxfp4") for n in (UP, DOWN)}
+    said = moved(call, tmp_path / "mlx", tmp_path / "a.gguf", "--exact", "--raw")
+    assert "14 quantized tensors moved exactly, 0 decoded" in said
+    peers = {t.name: t for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    to = ("--exact", "--format", "compressed-tensors")
+    moved(call, tmp_path / "mlx", tmp_path / "ct", *to)
+    tensors = raw(tmp_path / "ct" / "model.safetensors")
+    for module, values_ in wanted.items():
+        peer = peers[f"{module}.weight"]
+        assert peer.tensor_type.name == "MXFP4"
+        np.testing.assert_array_equal(gguf.quants.dequantize(peer.data, peer.tensor_type), values_)
+        np.testing.assert_array_equal(decoded(tensors, module), values_)
+    moved(call, tmp_path / "ct", tmp_path / "back", "--exact", "--format", "mlx")
+    # All but the sign of zeros, which codes lose on their way.
+    for module, values_ in wanted.items():
+        np.testing.assert_array_equal(read(tmp_path / "back", module, "mxfp4"), values_)
+    back = {k: v for k, v in block(tmp_path / "back").items() if v is not False}
+    assert back == MODES["mxfp4"]
+
+
+@pytest.mark.parametrize(
+    ("divisor", "counts"),
+    [
+        (1.0, "2 quantized tensors moved exactly, 0 decoded"),
+        (4.0, "2 quantized tensors moved exactly, 0 decoded"),  # scales a quarter, E4M3 as well
+        (3.0, ""),
+    ],
+)
+def test_nvfp4_moves_to_mlx_where_its_scales_can_hold_the_one_of_the_tensor(
+    divisor: float, counts: str, tmp_path: Path, call: Call
+) -> None:
+    """MLX has no scale of the tensor: a power of two goes into those of groups, another cannot."""
+    source = FOREIGN / "ct_nvfp4a16"
+    tensors = raw(source / "model.safetensors")
+    place = tmp_path / "m"
+    place.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    config["model_type"] = "llama"
+    (place / "config.json").write_text(json.dumps(config))
+    for name, (dtype, shape, data) in tensors.items():
+        if name.endswith("weight_global_scale"):
+            tensors[name] = dtype, shape, np.float32(divisor).tobytes()
+        if name.endswith("weight_scale"):  # of at least 2^-4, which a quarter of is normal
+            at_least = np.maximum(np.frombuffer(data, np.uint8), 0x18)
+            tensors[name] = dtype, shape, at_least.tobytes()
+    write(place / "model.safetensors", tensors)
+    line = ("quantize", place, "--scheme", "keep", "--format", "mlx", "-o", tmp_path / "o")
+    done = call(*line)
+    if divisor == 3:
+        assert done.code == 3
+        assert "a directory for mlx has no place for the scale of the tensor" in done.err
+        return
+    assert done.code == 0, done.err
+    assert counts in " ".join((done.out + done.err).split())
+    for name in (n for n in tensors if n.endswith(".weight_packed")):
+        module = name.removesuffix(".weight_packed")
+        np.testing.assert_array_equal(
+            read(tmp_path / "o", module, "nvfp4"), decoded(tensors, module)
+        )
