@@ -5,6 +5,8 @@ out of them. That mlx decodes the same bits, test_prove_packed says.
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_models
 from conftest import ROOT, Call
+from safetensors.numpy import load_file, save_file
 from test_exchange_micro import E2M1, array, decoded, e4m3, powers, raw, sqnr, write
 from test_exchange_packed import values
 
@@ -160,3 +163,95 @@ def test_nvfp4_moves_to_mlx_where_its_scales_can_hold_the_one_of_the_tensor(
         np.testing.assert_array_equal(
             read(tmp_path / "o", module, "nvfp4"), decoded(tensors, module)
         )
+
+
+# --- experts ---
+
+NAMES = {
+    "mixtral": ("block_sparse_moe", {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}),
+    "qwen3-moe": ("mlp", {n: n for n in ("gate_proj", "down_proj", "up_proj")}),
+}
+
+
+def stacks(source: Path, kind: str) -> dict[str, Any]:
+    """Experts of a model as mlx-lm's ``sanitize`` stacks them: mixtral.py and qwen3_moe.py."""
+    plain = load_file(source / "model.safetensors")
+    place, names = NAMES[kind]
+    return {
+        f"model.layers.{i}.{place}.switch_mlp.{theirs}.weight": np.stack(
+            [plain[f"model.layers.{i}.{place}.experts.{e}.{ours}.weight"] for e in range(4)]
+        ).astype(np.float32)
+        for i in range(2)
+        for ours, theirs in names.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    home = tmp_path_factory.mktemp("moe")
+
+    def made(kind: str) -> Path:
+        place = home / kind
+        return place if place.exists() else tiny_models.write_directory(place, kind)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [("mixtral", "mlx_4bit_g32"), ("mixtral", "mlx_mxfp4"), ("qwen3-moe", "mlx_nvfp4")],
+)
+def test_experts_are_stacked_under_the_names_of_mlx(
+    kind: str, scheme: str, moe: Callable[[str], Path], tmp_path: Path, call: Call
+) -> None:
+    source, out = moe(kind), tmp_path / "o"
+    done = call("quantize", source, "--scheme", scheme, "-o", out, "--equalise", "off")
+    assert done.code == 0, done.err
+    wanted, found = stacks(source, kind), values(out)
+    assert {n for n in found if "switch_mlp" in n} == set(wanted)
+    assert not [n for n in found if ".experts." in n]
+    for name, x in wanted.items():
+        assert found[name].shape == x.shape
+        for e in range(4):  # each in its place: another one would have none of this
+            assert sqnr(x[e], found[name][e]) > 15, (name, e)
+    tensors = raw(out / "model.safetensors")
+    name = next(n for n in wanted if n.endswith("up_proj.weight"))
+    assert tensors[name][:2] == ("U32", [*wanted[name].shape[:2], wanted[name].shape[2] // 8])
+    assert call("verify", out, "--against", source).code == 0
+
+
+def test_experts_quantized_one_by_one_move_into_a_stack(
+    moe: Callable[[str], Path], tmp_path: Path, call: Call
+) -> None:
+    source = moe("mixtral")
+    ct, out = tmp_path / "ct", tmp_path / "o"
+    qconvert.quantize(source, "mxfp4a16", output=ct)
+    said = moved(call, ct, out, "--exact", "--format", "mlx")
+    assert "14 quantized tensors moved exactly, 0 decoded" in said
+    tensors = raw(ct / "model.safetensors")
+    for name, found in values(out).items():
+        if name.endswith("switch_mlp.down_proj.weight"):
+            place = name.replace("switch_mlp.down_proj.weight", "experts")
+            for e in range(4):
+                np.testing.assert_array_equal(found[e], decoded(tensors, f"{place}.{e}.w2"))
+    assert call("verify", out, "--against", ct, "--exact").code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "code"), [("missing", "ARCH-EXPERTS"), ("other", "ARCH-EXPERT-DTYPES")]
+)
+def test_experts_that_do_not_stack_are_refused(
+    change: str, code: str, moe: Callable[[str], Path], tmp_path: Path, call: Call
+) -> None:
+    place = tmp_path / "m"
+    shutil.copytree(moe("mixtral"), place)
+    tensors = load_file(place / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    if change == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name].astype(np.float16)
+    save_file(tensors, place / "model.safetensors")
+    done = call("quantize", place, "--scheme", "mlx_4bit_g32", "-o", tmp_path / "o")
+    assert (done.code, code in done.err) == (3, True), done.err
+    assert not (tmp_path / "o").exists()

@@ -103,6 +103,39 @@ def test_mlx_lm_loads_and_decodes(scheme: str, tmp_path: Path, call: Call) -> No
     assert generate(model, tokenizer, prompt=WORDS, max_tokens=4)
 
 
+@needs(MLX, "mlx-lm")
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [("mixtral", "mlx_4bit_g32"), ("mixtral", "mlx_mxfp4"), ("qwen3-moe", "mlx_nvfp4")],
+)
+def test_mlx_lm_runs_stacked_experts(kind: str, scheme: str, tmp_path: Path, call: Call) -> None:
+    """As it runs the weights that we decode, which it stacks itself."""
+    import mlx.core as mx
+    import tiny_models
+    from mlx_lm import generate, load
+
+    source = tiny_models.write_directory(tmp_path / kind, kind)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"decoder_sparse_step": 1, "mlp_only_layers": []}  # which it wants of Qwen3-MoE
+    (source / "config.json").write_text(json.dumps(config))
+    done = call("quantize", source, "--scheme", scheme, "-o", tmp_path / "o", "--equalise", "off")
+    assert done.code == 0, done.err
+    plain = ("--scheme", "f32", "--format", "hf")
+    done = call("quantize", tmp_path / "o", *plain, "-o", tmp_path / "plain")
+    assert done.code == 0, done.err
+    (model, tokenizer), (dense, _) = load(str(tmp_path / "o")), load(str(tmp_path / "plain"))
+    stacks = [n for n, m in model.named_modules() if "switch_mlp" in n and "scales" in m]
+    assert len(stacks) == 6
+    for m in model.modules():
+        for part in ("scales", "biases"):
+            if part in m and m[part].dtype != mx.uint8:
+                m[part] = m[part].astype(mx.float32)
+    tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+    ours, theirs = (np.array(m(tokens).astype(mx.float32)) for m in (model, dense))
+    np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(theirs).max())
+    assert generate(model, tokenizer, prompt="a", max_tokens=4)
+
+
 # --- bitsandbytes ---------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import numpy as np
 
@@ -43,10 +43,12 @@ class Layout(Encoding):
     """How a weight (out, in) lies in the tensors of its module.
 
     Attributes:
+        stacks: whether a weight may be a stack of matrices (n, out, in), of experts.
         static: whether parts say how an input of the layer becomes eight bits, which no encoder
             knows: `static_input` gives them.
     """
 
+    stacks: ClassVar[bool] = False
     static: bool = False
 
     def static_input(self, scale: float, zero_point: int) -> dict[str, Bytes]:
@@ -64,12 +66,12 @@ class Layout(Encoding):
 
     def misfit(self, tensor: TensorInfo, scheme: str) -> str | None:
         """Why a tensor cannot be written so, or would not be smaller; None where it can."""
-        if len(tensor.shape) != 2:
+        if len(tensor.shape) != 2 and not (self.stacks and len(tensor.shape) == 3):
             return "no matrix of two dimensions, which is what readers of the format quantize"
         if (why := self.uneven(tensor.shape)) is not None:
             return why
-        if spans_tiles(tensor.shape[1]):
-            return f"rows of {tensor.shape[1]:,} values are too long"
+        if spans_tiles(tensor.shape[-1]):
+            return f"rows of {tensor.shape[-1]:,} values are too long"
         return smaller(self, tensor, scheme)
 
     @abstractmethod

@@ -142,7 +142,7 @@ def micro_encoder(
         largest = max(largest_of(model, t, facts.mapper) for t in together)
         with np.errstate(over="ignore", divide="ignore"):
             divisor = np.minimum(LARGEST / np.float32(largest), _FINITE) if largest else divisor
-    return MicroEncoder(model, tensor, layout, divisor, facts.mean_square(tensor.shape[1]))
+    return MicroEncoder(model, tensor, layout, divisor, facts.mean_square(tensor.shape[-1]))
 
 
 def largest_of(model: Model, tensor: TensorInfo, mapper: Mapper) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -67,6 +67,8 @@ def read_codes(stored: Stored, rows: slice, columns: slice, bits: int) -> U8:
 @dataclass(frozen=True)
 class AffineGroups(IntegerLayout):
     """Mode ``affine``: value = code · scale + bias."""
+
+    stacks: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -185,8 +187,10 @@ class MlxEncoder(Encoder):
 @dataclass(frozen=True)
 class FloatGroups(Micro):
     """Modes ``mxfp4``, ``mxfp8`` and ``nvfp4``: the same numbers in words of 32 bits, and bytes for
-    scales whatever these mean; there may be stacks of matrices.
+    scales whatever these mean.
     """
+
+    stacks: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

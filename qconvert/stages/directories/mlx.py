@@ -10,6 +10,7 @@ from typing import Any
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.exchange_schemes import MLX, MLX_AFFINE, ExchangeScheme, MlxScheme
 from qconvert.model import WEIGHT, layer_name
+from qconvert.stages.directories.mlx_experts import EXPERTS, stacked
 from qconvert.stages.directories.modules import quantized_modules
 from qconvert.stages.directories.target import ROUTERS, VISION, DirectoryTarget, Readers, Rule
 from qconvert.stages.plan import PlannedTensor
@@ -29,7 +30,7 @@ KNOWN = frozenset(
         *("qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2", "telechat3"),
     }
 )
-EXPERTS = "*.experts.*"
+SINGLE = "*.experts.*"  # experts that are no stack
 HEAD = "lm_head.weight"
 
 
@@ -50,7 +51,7 @@ def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[s
         if isinstance(p.scheme, ExchangeScheme):
             if p.scheme != usual:
                 block[module] = _entry(p.scheme)
-        elif p.tensor.name.endswith(WEIGHT) and len(p.tensor.shape) == 2:
+        elif p.tensor.name.endswith(WEIGHT) and len(p.tensor.shape) > 1:
             block[module] = False
     return {"quantization": block, "quantization_config": block}
 
@@ -62,17 +63,17 @@ def _entry(scheme: ExchangeScheme) -> dict[str, Any]:
 
 
 def _check_names(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> None:
-    expert = next((p.tensor.name for p in plan if fnmatchcase(p.tensor.name, EXPERTS)), None)
+    expert = next((p.tensor.name for p in plan if fnmatchcase(p.tensor.name, SINGLE)), None)
     kind = config.get("model_type")
-    if expert is None and kind in KNOWN:
+    if expert is None and (kind in KNOWN or kind in EXPERTS):
         return
     raise UnsupportedError(
-        "experts, which MLX stacks, are not written for it yet"
+        "experts, which MLX stacks, are not written for models of this kind"
         if expert
         else "mlx-lm may have weights of this kind of model under other names",
         tensor=expert,
         found=f"model_type '{kind}'",
-        wanted=" ".join(sorted(KNOWN)),
+        wanted=" ".join(sorted(EXPERTS if expert else KNOWN | EXPERTS.keys())),
         hint="convert it with mlx_lm.convert, or choose another --format",
         code="EXCHANGE-MODEL",
     )
@@ -96,5 +97,5 @@ def readers(plan: Sequence[PlannedTensor]) -> Readers:
 
 
 TARGET: Target = DirectoryTarget(
-    MLX, settings, readers, DENSE, fused=(), metadata=(("format", "mlx"),)
+    *(MLX, settings, readers, DENSE), fused=(), metadata=(("format", "mlx"),), named=stacked
 )

@@ -85,6 +85,7 @@ class DirectoryTarget:
         fused: names of modules that take one scheme.
         metadata: of the headers of the files.
         quantizes: whether there are codes in it.
+        named: gives a model the names and shapes that its readers have for its tensors.
     """
 
     name: str
@@ -94,6 +95,7 @@ class DirectoryTarget:
     fused: tuple[tuple[str, ...], ...] = FUSED
     metadata: tuple[tuple[str, str], ...] = (("format", "pt"),)
     quantizes: bool = True
+    named: Callable[[Model], Model] = lambda model: model
 
     def prepare(
         self, opened: OpenModel, model: Model, options: QuantizeOptions, output: Path
@@ -111,6 +113,8 @@ class DirectoryTarget:
                 hint="convert the model's directory, in which it lies beside the tensors; a GGUF "
                 "file has none, and goes into .gguf and .qblk",
             )
+        rescaled, own = noted(model), {t.name: t.name for t in model.tensors}
+        model = self.named(model)
         planned = self._planned(opened, model, options, model_dtype(config, model))
         self._check_fused(planned, model.path)
         planned = self._tied(planned)
@@ -142,7 +146,8 @@ class DirectoryTarget:
             (output,),
             partial(_sink, shards, dict(self.metadata), files),
             options={"format": self.name},
-            provenance=noted(model),
+            origin=own.get,
+            provenance=rescaled,
             companions=len(files),
             companion_bytes=sum(len(data) for data in files.values()),
             warnings=[*readers.warnings, *self._unlike(planned)],
@@ -169,7 +174,7 @@ class DirectoryTarget:
         )
 
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
-        return model
+        return self.named(model)
 
     def examined(self, made: OpenModel) -> Sequence[Finding]:
         """Parts of fused layers have one layout: vLLM refuses others, or takes one for all."""
