@@ -197,7 +197,8 @@ def integer_layout(scheme: CompressedTensorsScheme) -> IntegerLayout | None:
 def float8_layout(scheme: CompressedTensorsScheme) -> Float8:
     """What a scheme of eight floating bits writes."""
     block = (scheme.group, scheme.group) if scheme.group else (1, 0)
-    return Float8(SCALE, scheme.scale_dtype, block, static=scheme.activations == "static")
+    inputs = scheme.activations
+    return Float8(SCALE, scheme.scale_dtype, block, inputs=inputs, static=inputs == "static")
 
 
 def _planned(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> Layout:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
 
 from qconvert import kernels
-from qconvert.codecs.codec import Coded, Encoder, Outcome, Stored
+from qconvert.codecs.codec import Coded, Encoder, Outcome, Read, Stored
 from qconvert.codecs.exchange.layout import Layout, Part, check_finite
 from qconvert.codecs.source import RUN_VALUES, rows_of, tiles_of
 from qconvert.geometry import Tile
@@ -19,6 +19,8 @@ from qconvert.kernels.records import F32, U8, Bytes, Encoded, ErrorSums
 from qconvert.model import DTYPES, Model, TensorInfo
 
 WEIGHT, INPUT_SCALE = ".weight", ".input_scale"
+OTHER_INPUTS = "other"
+COMMON = ".scale"  # what scales are called between formats
 E4M3 = "F8_E4M3"
 LARGEST = np.float32(448)  # of E4M3
 _LEAST_NORMAL = np.float32(2.0**-6)
@@ -35,12 +37,14 @@ class Float8(Layout):
         block: rows and columns that share a scale, 0 for all of them.
         dimensions: of the tensor of scales: formats write a single scale, and one a row, each in
             several ways.
+        inputs: see `Layout`; `OTHER_INPUTS` where no scheme has them so.
     """
 
     suffix: str
     scale_dtype: str
     block: tuple[int, int]
     dimensions: int = 2
+    inputs: str = ""
     static: bool = False
 
     @property
@@ -102,6 +106,37 @@ class Float8(Layout):
         if rows <= 1:
             return scale
         return np.repeat(scale, rows, axis=0)[first - begin * rows : last - begin * rows]
+
+    def common(self, stored: Stored) -> Stored:
+        """With scales of float32, which hold those of all dtypes."""
+        wide = replace(self, suffix=COMMON, scale_dtype="F32", dimensions=2)
+        size = DTYPES[self.scale_dtype].size
+
+        def read(kind: str, offset: int, count: int) -> bytes:
+            if kind != COMMON:
+                return stored.read(kind, offset, count)
+            data = stored.read(self.suffix, offset // 4 * size, count // 4 * size)
+            return kernels.widen(data, self.scale_dtype).astype("<f4").tobytes()
+
+        return replace(stored, encoding=wide, read=read)
+
+    def taking(self, stored: Stored) -> Read | None:
+        wide = replace(self, suffix=COMMON, scale_dtype="F32", dimensions=2)
+        if stored.encoding != wide or self.scale_dtype not in _NUMPY or self.static:
+            return None
+        count = math.prod(self.grid(stored.shape))
+        scale = np.frombuffer(stored.read(COMMON, 0, 4 * count), "<f4")
+        with np.errstate(over="ignore"):
+            narrow = scale.astype(_NUMPY[self.scale_dtype])
+        if (narrow.astype(np.float32) != scale).any():
+            return None
+        scales = narrow.tobytes()
+
+        def read(kind: str, offset: int, size: int) -> bytes:
+            whole = kind != self.suffix
+            return stored.read(kind, offset, size) if whole else scales[offset : offset + size]
+
+        return read
 
     def check(self, stored: Stored) -> None:
         check_finite(stored, self.suffix, self.scale_dtype, math.prod(self.grid(stored.shape)))

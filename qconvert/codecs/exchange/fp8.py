@@ -15,7 +15,7 @@ SCALE = ".weight_scale_inv"  # which weights are multiplied by, its name notwith
 
 def layout_of(scheme: Fp8Scheme) -> Float8:
     """What a scheme writes: scales are float32, whatever the model is."""
-    return Float8(SCALE, "F32", (scheme.group, scheme.group))
+    return Float8(SCALE, "F32", (scheme.group, scheme.group), inputs=scheme.activations)
 
 
 def _planned(scheme: Fp8Scheme, tensor: TensorInfo) -> Float8:

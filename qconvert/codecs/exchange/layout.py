@@ -43,11 +43,13 @@ class Layout(Encoding):
     """How a weight (out, in) lies in the tensors of its module.
 
     Attributes:
+        inputs: what readers make of inputs of the layer: see `ExchangeScheme.activations`.
         stacks: whether a weight may be a stack of matrices (n, out, in), of experts.
         static: whether parts say how an input of the layer becomes eight bits, which no encoder
             knows: `static_input` gives them.
     """
 
+    inputs: str = ""
     stacks: ClassVar[bool] = False
     static: bool = False
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
-from qconvert.codecs.codec import Coded, Grain, Stored
+from qconvert.codecs.codec import Coded, Grain, Read, Stored
 from qconvert.codecs.exchange.layout import Layout, Part, check_finite, refuse_values, ungrouped
 from qconvert.codecs.units import byte_scales, nearest_bytes, regrouped
 from qconvert.geometry import Tile
@@ -26,6 +27,7 @@ T = TypeVar("T", bound=np.generic)
 FP4, FP6, FP8 = "F4", "F6_E2M3", "F8_E4M3"  # of `qconvert.model.DTYPES`
 POWERS = "F8_E8M0"
 MX_GROUP, NV_GROUP = 32, 16
+COMMON_CODES, COMMON_SCALES = ".codes", ".scales"  # what they are called between formats
 BLOCKS, SCALES = "_blocks", "_scales"  # ends of the names of gpt-oss
 CLOSE = 2.0**-22  # by what part scales may change where a factor becomes a divisor
 PIECE = 256  # a run of columns begins at a multiple of it: whole bytes of all numbers, and groups
@@ -168,6 +170,27 @@ class Micro(Layout):
             found: F32 = scale / overall if self.overall.divides else scale * overall
         return found
 
+    # --- bytes that are those of another encoding ---
+
+    def _common(self) -> Micro:
+        """The same bytes under names that all formats share; a scale of the tensor is a factor in
+        some and a divisor in others.
+        """
+        return Micro(self.number, (COMMON_CODES, "U8"), (COMMON_SCALES, "U8"), self.group)
+
+    def common(self, stored: Stored) -> Stored:
+        if self.overall is not None:
+            return stored
+        kinds = {COMMON_CODES: self.packed[0], COMMON_SCALES: self.scales[0]}
+        read = partial(_renamed, stored.read, kinds)
+        return replace(stored, encoding=self._common(), read=read)
+
+    def taking(self, stored: Stored) -> Read | None:
+        if self.overall is not None or stored.encoding != self._common():
+            return super().taking(stored)
+        kinds = {self.packed[0]: COMMON_CODES, self.scales[0]: COMMON_SCALES}
+        return partial(_renamed, stored.read, kinds)
+
     # --- codes that move to another encoding ---
 
     @property
@@ -232,6 +255,10 @@ class Micro(Layout):
             if not 0 < found < math.inf:
                 what = f"the number of {self.overall.suffix}"
                 refuse_values(stored, f"{what} scales nothing", found, "a positive one")
+
+
+def _renamed(read: Read, kinds: Mapping[str, str], kind: str, offset: int, size: int) -> bytes:
+    return read(kinds[kind], offset, size)
 
 
 def reciprocal(factor: np.float32) -> np.float32:

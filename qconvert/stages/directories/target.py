@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qconvert.calibration.file import Calibration
-from qconvert.codecs.codec import Encoding
+from qconvert.codecs.codec import Encoding, Stored
 from qconvert.codecs.exchange.layout import Layout
 from qconvert.codecs.exchange.micro import Micro
 from qconvert.codecs.moving import MovedScheme
@@ -241,8 +241,8 @@ class DirectoryTarget:
         """A warning of layers whose parts were moved with different scales of the tensor."""
         found = []
         for names, parts in self._planned_layers(plan):
-            moved = [p.encoding for p in parts if isinstance(p.scheme, MovedScheme)]
-            if len({e.divides for e in moved if isinstance(e, Micro)}) > 1:
+            moved = [p.scheme for p in parts if isinstance(p.scheme, MovedScheme)]
+            if len({_divisor(scheme) for scheme in moved}) > 1:
                 found.append((names, parts[0].tensor.name))
         if not found:
             return []
@@ -270,6 +270,13 @@ class DirectoryTarget:
                 if last == names[0]:
                     parts = (f"{place}.{name}" for name in names)
                     yield names, [part for part in parts if part in modules]
+
+
+def _divisor(scheme: MovedScheme) -> float:
+    """The scale of a tensor, as a divisor; 1 where its encoding has none."""
+    if isinstance(scheme.source, Stored):
+        return scheme.encoding.divisor(scheme.source)
+    return scheme.encoding.divides if isinstance(scheme.encoding, Micro) else 1.0
 
 
 def _with_scales(scheme: TensorScheme, dtype: str) -> TensorScheme:
