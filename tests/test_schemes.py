@@ -53,7 +53,7 @@ AWQ = [f"awq_4bit_g{group}{sym}" for group in (32, 64, 128) for sym in ("", "_sy
 BNB = ["bnb_nf4", "bnb_nf4_dq", "bnb_fp4", "bnb_fp4_dq", "bnb_int8"]
 EXCHANGE = [*COMPRESSED_TENSORS, "fp8_block128", *MLX, *GPTQ, *AWQ, *BNB]
 EXCHANGE += ["nvfp4a16", "mxfp4a16", "mxfp8a16", "w8a8_static", "fp8_static"]
-EXCHANGE += ["mlx_mxfp4", "mlx_mxfp8", "mlx_nvfp4"]
+EXCHANGE += ["mlx_mxfp4", "mlx_mxfp8", "mlx_nvfp4", "nvfp4a4", "fp8", "fp8_tensor"]
 
 
 def test_the_table_holds_the_names_of_the_specification_and_no_others() -> None:

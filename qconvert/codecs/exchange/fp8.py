@@ -6,7 +6,7 @@ The law is formats/exchange/fp8.md.
 from __future__ import annotations
 
 from qconvert.codecs.codec import Codec, Encoder, Facts
-from qconvert.codecs.exchange.floats import Float8, Float8Encoder
+from qconvert.codecs.exchange.floats import Float8, float8_encoder
 from qconvert.exchange_schemes import NOT_ROUNDED, Fp8Scheme
 from qconvert.model import Model, TensorInfo
 
@@ -27,7 +27,7 @@ def _refuses(scheme: Fp8Scheme, tensor: TensorInfo) -> str | None:
 
 
 def _encoder(model: Model, tensor: TensorInfo, scheme: Fp8Scheme, facts: Facts) -> Encoder:
-    return Float8Encoder(model, tensor, layout_of(scheme))
+    return float8_encoder(model, tensor, layout_of(scheme), facts, ())
 
 
 CODEC: Codec[Fp8Scheme] = Codec(

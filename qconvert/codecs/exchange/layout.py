@@ -51,7 +51,10 @@ class Layout(Encoding):
 
     inputs: str = ""
     stacks: ClassVar[bool] = False
-    static: bool = False
+
+    @property
+    def static(self) -> bool:
+        return False
 
     def static_input(self, scale: float, zero_point: int) -> dict[str, Bytes]:
         """The parts that say how an input x becomes eight bits.
@@ -85,6 +88,11 @@ class Layout(Encoding):
 
     def to_json(self) -> dict[str, object]:
         raise AssertionError("no qblk file has layouts of other tools")
+
+
+def furthest(scale: float, zero_point: int) -> float:
+    """The end of a static range of signed bytes that is furthest from 0, as a magnitude."""
+    return scale * max(128 + zero_point, 127 - zero_point)
 
 
 def ungrouped(columns: int, group: int) -> str | None:

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.codecs.codec import Coded, Grain, Read, Stored
-from qconvert.codecs.exchange.layout import Layout, Part, check_finite, refuse_values, ungrouped
+from qconvert.codecs.exchange.floats import LARGEST as LARGEST_E4M3
+from qconvert.codecs.exchange.layout import (
+    Layout,
+    Part,
+    check_finite,
+    furthest,
+    refuse_values,
+    ungrouped,
+)
 from qconvert.codecs.units import byte_scales, nearest_bytes, regrouped
 from qconvert.geometry import Tile
 from qconvert.kernels.records import F32, U8, Bytes, IntegerRows
@@ -29,6 +37,7 @@ POWERS = "F8_E8M0"
 MX_GROUP, NV_GROUP = 32, 16
 COMMON_CODES, COMMON_SCALES = ".codes", ".scales"  # what they are called between formats
 BLOCKS, SCALES = "_blocks", "_scales"  # ends of the names of gpt-oss
+LARGEST = np.float32(6) * LARGEST_E4M3  # a number of E2M1 times a scale of E4M3, at most
 CLOSE = 2.0**-22  # by what part scales may change where a factor becomes a divisor
 PIECE = 256  # a run of columns begins at a multiple of it: whole bytes of all numbers, and groups
 
@@ -67,6 +76,8 @@ class Micro(Layout):
             two.
         overall: None where there is no scale of the tensor.
         signed_zero: whether the code of -0 is that, and not 0.
+        input_scale: suffix of the scale of inputs, which readers make such numbers; empty where
+            they do not.
         divides: scales that are moved here: the scale of the tensor, as a divisor.
     """
 
@@ -76,6 +87,7 @@ class Micro(Layout):
     group: int
     overall: Overall | None = None
     signed_zero: bool = True
+    input_scale: str = ""
     divides: float = 1.0
 
     @property
@@ -111,7 +123,19 @@ class Micro(Layout):
         ]
         if self.overall is not None:
             found.append(Part(self.overall.suffix, "F32", (1,) * self.overall.dimensions))
+        if self.static:
+            found.append(Part(self.input_scale, "F32", (1,)))
         return tuple(found)
+
+    @property
+    def static(self) -> bool:
+        return bool(self.input_scale)
+
+    def static_input(self, scale: float, zero_point: int) -> dict[str, Bytes]:
+        """See `Layout.static_input`: a divisor of scales of groups, as that of the weights is."""
+        largest = furthest(scale, zero_point)
+        number = divisor_of(np.float32(largest))
+        return {self.input_scale: number.astype("<f4").tobytes()}
 
     def coded(self, stored: Stored, tile: Tile) -> Coded:
         values = self.decoded(stored, tile)
@@ -259,6 +283,16 @@ class Micro(Layout):
 
 def _renamed(read: Read, kinds: Mapping[str, str], kind: str, offset: int, size: int) -> bytes:
     return read(kinds[kind], offset, size)
+
+
+def divisor_of(largest: np.float32) -> np.float32:
+    """The scale of a tensor with which the largest group has that at the end of E4M3's range; 1 of
+    nothing but zeros.
+    """
+    if not largest:
+        return np.float32(1)
+    with np.errstate(over="ignore"):
+        return np.float32(min(LARGEST / largest, np.finfo(np.float32).max))
 
 
 def reciprocal(factor: np.float32) -> np.float32:

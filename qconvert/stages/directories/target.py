@@ -17,12 +17,12 @@ from typing import Any
 
 from qconvert.calibration.file import Calibration
 from qconvert.codecs.codec import Encoding, Stored
-from qconvert.codecs.exchange.layout import Layout
+from qconvert.codecs.exchange.layout import Layout, furthest
 from qconvert.codecs.exchange.micro import Micro
 from qconvert.codecs.moving import MovedScheme
 from qconvert.containers import CONTAINERS
 from qconvert.errors import UnsupportedError, UsageError
-from qconvert.exchange_schemes import ExchangeScheme
+from qconvert.exchange_schemes import CompressedTensorsScheme, ExchangeScheme
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicDirectory, machine_errors
 from qconvert.files.equalised import noted
@@ -144,7 +144,7 @@ class DirectoryTarget:
             model,
             planned,
             (output,),
-            partial(_sink, shards, dict(self.metadata), files),
+            partial(_sink, shards, dict(self.metadata), files, _joined(planned)),
             options={"format": self.name},
             origin=own.get,
             provenance=rescaled,
@@ -325,6 +325,15 @@ def _files(companions: Sequence[Companion], config: Mapping[str, Any]) -> dict[s
     return {**found, CONFIG: text.encode()}
 
 
+def _joined(plan: Sequence[PlannedTensor]) -> dict[str, Sequence[str]]:
+    """Weights that have one scale of their inputs together with others, and which these are."""
+    return {
+        p.tensor.name: p.scheme.parts
+        for p in plan
+        if isinstance(p.scheme, CompressedTensorsScheme) and p.scheme.one_input
+    }
+
+
 def _entries(p: PlannedTensor) -> list[Entry]:
     """What a planned tensor is stored as."""
     encoding, tensor = p.encoding, p.tensor
@@ -337,6 +346,15 @@ def _entries(p: PlannedTensor) -> list[Entry]:
 # --- writing --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """The static range of the input of a layer, in signed bytes."""
+
+    layout: Layout
+    scale: float
+    zero_point: int
+
+
 class _DirectorySink:
     def __init__(
         self,
@@ -344,15 +362,24 @@ class _DirectorySink:
         shards: Sequence[Sequence[Entry]],
         metadata: Mapping[str, str],
         files: Mapping[str, bytes],
+        joined: Mapping[str, Sequence[str]],
     ) -> None:
+        self.joined = joined
+        self.inputs: dict[str, _Input] = {}  # by the names of weights
         self.directory = directory
         self.files = files
         self.writer = SafetensorsWriter(directory, shards, metadata)
 
     def begin(self, tensor: TensorInfo, encoding: Encoding) -> _Parts:
-        return _Parts(self.writer, tensor, encoding)
+        return _Parts(self.writer, tensor, encoding, self.inputs)
 
     def finish(self) -> int:
+        for name, own in self.inputs.items():
+            # All parts of a layer have one input: the widest of its ranges.
+            ranges = [self.inputs[n] for n in self.joined.get(name, ()) if n in self.inputs]
+            widest = max([own, *ranges], key=lambda r: furthest(r.scale, r.zero_point))
+            for suffix, data in own.layout.static_input(widest.scale, widest.zero_point).items():
+                self.writer.append(layer_name(name) + suffix, data)
         size = self.writer.finish()
         for name, data in self.files.items():
             path = self.directory.joinpath(*name.split("/"))
@@ -368,8 +395,16 @@ class _DirectorySink:
 class _Parts:
     """The tensors of one weight being written."""
 
-    def __init__(self, writer: SafetensorsWriter, tensor: TensorInfo, encoding: Encoding) -> None:
+    def __init__(
+        self,
+        writer: SafetensorsWriter,
+        tensor: TensorInfo,
+        encoding: Encoding,
+        inputs: dict[str, _Input],
+    ) -> None:
         self.writer = writer
+        self.weight = tensor.name
+        self.inputs = inputs
         plain = not isinstance(encoding, Layout)
         self.name = tensor.name if plain else layer_name(tensor.name)
         self.plain = plain
@@ -383,16 +418,18 @@ class _Parts:
         """Close the tensor; safetensors has no place for notes but static ranges of inputs."""
         if isinstance(self.encoding, Layout) and self.encoding.static:
             found = notes["activation"]
-            self.append(self.encoding.static_input(found["scale"], found["zero_point"]))
+            scale, zero_point = found["scale"], found["zero_point"]
+            self.inputs[self.weight] = _Input(self.encoding, scale, zero_point)
 
 
 def _sink(
     shards: Sequence[Sequence[Entry]],
     metadata: Mapping[str, str],
     files: Mapping[str, bytes],
+    joined: Mapping[str, Sequence[str]],
     out: Atomic,
     provenance: dict[str, Any],
 ) -> Sink:
     assert isinstance(out, AtomicDirectory)
     text = json.dumps(provenance, sort_keys=True, ensure_ascii=False)
-    return _DirectorySink(out.path, shards, {**metadata, PROVENANCE: text}, files)
+    return _DirectorySink(out.path, shards, {**metadata, PROVENANCE: text}, files, joined)
