@@ -233,3 +233,30 @@ def test_a_row_of_e4m3_moves_to_its_own_format(model: Path, tmp_path: Path, call
     assert files[0] == files[1]
     done = call("quantize", tmp_path / "a", "--scheme", "keep", "--format", "fp8", "-o", "o")
     assert done.code == 3  # which has blocks alone
+
+
+# --- what is said of it ---
+
+
+def test_who_loads_a_directory_is_said_before_what_was_left(tmp_path: Path, call: Call) -> None:
+    """Of a checkpoint with scales of inputs; people are shown three notes."""
+    line = ("quantize", FOREIGN / "ct_nvfp4", "--scheme", "keep", "--format", "compressed-tensors")
+    notes = call(*line, "-o", tmp_path / "o", "--json").json["notes"]
+    first, second, *others = notes
+    assert "moved exactly" in first
+    assert second.startswith("the directory is for vLLM")
+    assert len(others) == 2
+    assert "scales of activations and caches are left" in others[1]
+
+
+@pytest.mark.parametrize(
+    "scheme", ["w4a16", "fp8_block128", "gptq_4bit_g32", "awq_4bit_g32", "bnb_nf4", "mlx_4bit_g32"]
+)
+def test_the_notes_of_readers_are_two_at_most(
+    scheme: str, model: Path, tmp_path: Path, call: Call
+) -> None:
+    """With what moved they are all that people are shown."""
+    line = ("quantize", model, "--scheme", scheme, "-o", tmp_path / "o", "--equalise", "off")
+    notes = call(*line, "--json").json["notes"]
+    assert 1 <= len(notes) <= 2
+    assert "is for" in notes[0]

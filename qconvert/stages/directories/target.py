@@ -151,7 +151,7 @@ class DirectoryTarget:
             companions=len(files),
             companion_bytes=sum(len(data) for data in files.values()),
             warnings=[*readers.warnings, *self._unlike(planned)],
-            notes=list(readers.notes),
+            readers=readers.notes,
             directory=True,
         )
 
