@@ -18,6 +18,8 @@ MLX = "mlx"
 GPTQ = "gptq"
 AWQ = "awq"
 BNB = "bnb"
+MLX_AFFINE = "affine"  # of its modes the one with integers
+NOT_ROUNDED = "its numbers are not rounded that way"  # of floating codes, to make up for errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +71,19 @@ class CompressedTensorsScheme(ExchangeScheme):
 
     Attributes:
         micro: the ``format`` of small floating numbers, whose scales are bytes; none of others.
+        whole: whether a tensor has one scale.
         parts: tensors that have one scale of the tensor together.
     """
 
     family: ClassVar[str] = COMPRESSED_TENSORS
     micro: str = ""
+    whole: bool = False
     parts: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def one_input(self) -> bool:
+        """Whether a scale of inputs, too, is one for all `parts`."""
+        return self.whole or bool(self.micro)
 
     def with_scales(self, dtype: str) -> Self:
         """This scheme for a model whose numbers are of this dtype."""
@@ -104,9 +113,15 @@ def _compressed_tensors() -> tuple[CompressedTensorsScheme, ...]:
 
 @dataclass(frozen=True, slots=True)
 class MlxScheme(ExchangeScheme):
-    """A scheme of MLX's affine mode: a scale and a bias a group."""
+    """A scheme of MLX.
+
+    Attributes:
+        mode: MLX's word: ``affine`` has a scale and a bias a group, the others small floating
+            numbers.
+    """
 
     family: ClassVar[str] = MLX
+    mode: str = MLX_AFFINE
 
     def at_least(self, bits: int) -> MlxScheme:
         """This scheme, or the same with so many bits if it has fewer: modules may differ."""
@@ -114,12 +129,24 @@ class MlxScheme(ExchangeScheme):
             return self
         return replace(self, name=f"mlx_{bits}bit_g{self.group}", bits=bits)
 
+    def with_scales(self, dtype: str) -> MlxScheme:
+        """This scheme for a model whose numbers are of this dtype."""
+        return replace(self, scale_dtype=dtype) if self.mode == MLX_AFFINE else self
+
 
 def _mlx() -> tuple[MlxScheme, ...]:
     return tuple(
         MlxScheme(f"mlx_{bits}bit_g{group}", bits, group, symmetric=False)
         for bits in (2, 3, 4, 5, 6, 8)
         for group in (32, 64, 128)
+    )
+
+
+def _mlx_floating() -> tuple[MlxScheme, ...]:
+    modes = (("mxfp4", 4, 32, "e2m1"), ("mxfp8", 8, 32, "e4m3"), ("nvfp4", 4, 16, "e2m1"))
+    return tuple(
+        MlxScheme(f"mlx_{mode}", bits, group, number=number, scale_dtype="U8", mode=mode)
+        for mode, bits, group, number in modes
     )
 
 
@@ -191,9 +218,18 @@ EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
     CompressedTensorsScheme("w8a8_static", 8, 0, activations="static"),
     CompressedTensorsScheme("fp8_dynamic", 8, 0, number="e4m3", activations="dynamic"),
     CompressedTensorsScheme("fp8_static", 8, 0, number="e4m3", activations="static"),
+    CompressedTensorsScheme("fp8", 8, 0, number="e4m3", activations="static", whole=True),
+    CompressedTensorsScheme("fp8_tensor", 8, 0, number="e4m3", activations="dynamic", whole=True),
     CompressedTensorsScheme("fp8_block", 8, 128, number="e4m3", activations="dynamic"),
     CompressedTensorsScheme(
         *("nvfp4a16", 4, 16), number="e2m1", scale_dtype="F8_E4M3", micro="nvfp4-pack-quantized"
+    ),
+    CompressedTensorsScheme(
+        *("nvfp4a4", 4, 16),
+        number="e2m1",
+        scale_dtype="F8_E4M3",
+        activations="static",
+        micro="nvfp4-pack-quantized",
     ),
     CompressedTensorsScheme(
         *("mxfp4a16", 4, 32), number="e2m1", scale_dtype="U8", micro="mxfp4-pack-quantized"
@@ -203,6 +239,7 @@ EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
     ),
     Fp8Scheme("fp8_block128", 8, 128, number="e4m3", activations="dynamic"),
     *_mlx(),
+    *_mlx_floating(),
     *_gptq(),
     *_awq(),
     *_bnb(),
@@ -211,10 +248,26 @@ EXCHANGE_SCHEMES: tuple[ExchangeScheme, ...] = (
 # What is written of them where all names are listed.
 EXCHANGE_GRAMMAR = (
     "w{2|3|4|5|6|8}a16[_asym][_g32|_g64|_g128|_channel], w8a8[_static], "
-    "fp8_{dynamic|static|block}, {nvfp4|mxfp4|mxfp8}a16, fp8_block128, "
-    "mlx_{2|3|4|5|6|8}bit_{g32|g64|g128}, gptq_{4|8}bit_{g32|g64|g128|channel}, "
+    "fp8[_{dynamic|static|tensor|block}], {nvfp4|mxfp4|mxfp8}a16, nvfp4a4, fp8_block128, "
+    "mlx_{2|3|4|5|6|8}bit_{g32|g64|g128}, mlx_{mxfp4|mxfp8|nvfp4}, "
+    "gptq_{4|8}bit_{g32|g64|g128|channel}, "
     "awq_4bit_{g32|g64|g128}[_sym], bnb_{nf4|fp4}[_dq], bnb_int8"
 )
+
+
+# Schemes that go by the name of a type of ggml where a directory is asked for: the same numbers,
+# and compressed-tensors' preset NVFP4, which makes inputs such numbers too.
+_BY_GGML = {
+    (COMPRESSED_TENSORS, "nvfp4"): "nvfp4a4",
+    (MLX, "nvfp4"): "mlx_nvfp4",
+    (MLX, "mxfp4"): "mlx_mxfp4",
+}
+
+
+def ggml_counterpart(family: str, name: str) -> ExchangeScheme | None:
+    """The scheme of a family that goes by the name of a ggml type; None where it has none."""
+    found = _BY_GGML.get((family, name))
+    return next((scheme for scheme in EXCHANGE_SCHEMES if scheme.name == found), None)
 
 
 def counterpart(

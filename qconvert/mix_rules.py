@@ -24,7 +24,8 @@ from qconvert.ggml_types import CASTS
 from qconvert.mixes import TENSOR_TYPES, MixOptions, ModelFacts
 from qconvert.model import DTYPES, TensorInfo
 
-# What takes the place of a type whose 256 values do not divide a row; then F16.
+# What takes the place of a type whose blocks do not divide a row; then F16. Of Q1_0 llama-quantize
+# knows none.
 _SMALLER_BLOCKS = {
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
@@ -34,6 +35,8 @@ _SMALLER_BLOCKS = {
     "IQ4_XS": "IQ4_NL",
     "TQ1_0": "Q4_0",
     "TQ2_0": "Q4_0",
+    "Q1_0": "Q4_0",
+    "Q2_0": "Q4_0",
 }
 
 
@@ -317,7 +320,7 @@ class _Chooser:
         return "MXFP4" if experts else "Q8_0", "all but experts"
 
     def _token_embd(self, tensor: TensorInfo) -> tuple[str, str]:
-        ternary = self._mix.name in ("tq1_0", "tq2_0")
+        ternary = self._mix.name in ("tq1_0", "tq2_0", "q2_0")
         return "Q4_K" if ternary else self._mix.base, "the token embedding"
 
     def _attn_v(self, tensor: TensorInfo) -> tuple[str, str]:

@@ -56,6 +56,8 @@ MIXES = {
         Mix("iq4_xs", "IQ4_XS", 30),
         Mix("tq1_0", "TQ1_0", 36),
         Mix("tq2_0", "TQ2_0", 37),
+        Mix("q1_0", "Q1_0", 40),
+        Mix("q2_0", "Q2_0", 41),
         Mix("mxfp4_moe", "MXFP4", 38),
         # llama-quantize has only the mix above, which leaves a dense model without any MXFP4.
         Mix("mxfp4", "MXFP4", 38, uniform=True),

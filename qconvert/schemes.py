@@ -23,6 +23,7 @@ from qconvert.exchange_schemes import (
     GPTQ,
     MLX,
     counterpart,
+    ggml_counterpart,
     table_counterpart,
 )
 from qconvert.ggml_types import CASTS, WRITTEN
@@ -294,6 +295,9 @@ def adapted(scheme: Scheme, families: Collection[str]) -> Scheme:
         book, block, double = scheme.book, scheme.block, scheme.double
         tables = (table_counterpart(f, book, block, double) for f in families)
         return next((other for other in tables if other), scheme)
+    if isinstance(scheme, GgmlScheme):
+        named = (ggml_counterpart(f, scheme.name) for f in families)
+        return next((other for other in named if other), scheme)
     if not isinstance(scheme, AffineScheme) or scheme.granularity == "tensor":
         return scheme
     found = (counterpart(f, scheme.bits, scheme.block, scheme.symmetric) for f in families)

@@ -26,11 +26,12 @@ GOLDEN = Path(__file__).with_name("mixes.json")
 MIXES = (
     *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"),
     *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0", "mxfp4_moe"),
-    *("f16", "bf16", "f32"),
+    *("f16", "bf16", "f32", "q1_0", "q2_0"),
 )
 TYPES = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4"),
+    *("Q1_0", "Q2_0"),
 )
 LETTERS = dict(zip(TYPES, "abcdefghijklmnopqrstuvwxyz", strict=False))
 
@@ -325,6 +326,9 @@ def record(directory: Path) -> dict[str, Any]:
         if name == "llama, odd names":
             # llama-quantize keeps what it does not quantize; the converter would have cast it.
             cases = [case for case in cases if case[1] not in ("bf16", "f32")]
+        if name in ("llama, rows of 64", "llama, rows of 40", "llama, odd names"):
+            # llama-quantize stops there: it has nothing to fall back on.
+            cases = [case for case in cases if case[1] != "q1_0"]
         cases += [(arguments, m) for model, arguments, ms in VARIANTS if model == name for m in ms]
         for arguments, mix in cases:
             given = [x for a in arguments for x in ([a, str(imatrix)] if a == "--imatrix" else [a])]

@@ -314,6 +314,116 @@ def test_static_inputs_of_fp8_end_where_the_range_does(
     assert ours["format"] == theirs["format"] == block["format"]
 
 
+FURTHEST = {"self_attn.k_proj": 3.0, "mlp.up_proj": 0.25}  # times what other parts have seen
+
+
+@pytest.fixture(scope="module")
+def uneven(
+    source: tuple[Path, dict[str, F32]], calibrated: tuple[Path, dict[str, F32]]
+) -> tuple[Path, dict[str, float]]:
+    """A calibration in which parts of a layer have seen other inputs, and the largest magnitudes of
+    these.
+    """
+    place = source[0].parent
+    inputs = {m: x * FURTHEST.get(m.removeprefix(f"{LAYER}."), 1.0) for m, x in
+              calibrated[1].items()}  # fmt: skip
+    inputs = {m: x.astype(np.float32) for m, x in inputs.items()}
+    save(place / "uneven.safetensors", inputs)
+    path = place / "u.safetensors"
+    qconvert.calibrate(
+        source[0], activations=place / "uneven.safetensors", output=path, observer="minmax"
+    )
+    return path, {m: float(np.abs(x).max()) for m, x in inputs.items()}
+
+
+def together(module: str) -> list[str]:
+    """The parts of a layer that is fused, by the name of one of them."""
+    name = module.removeprefix(f"{LAYER}.")
+    parts = next((parts for parts in TOGETHER if name in parts), (name,))
+    return [f"{LAYER}.{p}" for p in parts]
+
+
+def test_nvfp4_with_inputs_has_one_scale_of_these_for_all_parts_of_a_layer(
+    source: tuple[Path, dict[str, F32]], uneven: tuple[Path, dict[str, float]], tmp_path: Path,
+    written: Written,
+) -> None:  # fmt: skip
+    """448 · 6 / the largest magnitude, a divisor, as vLLM wants it."""
+    cal, largest = uneven
+    options: dict[str, Any] = {"calibration": cal, "equalise": "off", "no_weighting": True}
+    qconvert.quantize(source[0], "nvfp4a4", output=tmp_path / "m", **options)
+    tensors = raw(tmp_path / "m" / "model.safetensors")
+    for module in largest:
+        assert tensors[f"{module}.input_global_scale"][:2] == ("F32", [1])
+        (stored,) = array(tensors, f"{module}.input_global_scale", "<f4")
+        whole = max(largest[m] for m in together(module))
+        # Ranges are known to a step of 255, of -0.05 to 1 times the largest magnitude and wider.
+        assert stored == pytest.approx(448 * 6 / whole, rel=0.01), module
+    for module in largest:
+        (stored,) = array(tensors, f"{module}.input_global_scale", "<f4")
+        assert {array(tensors, f"{m}.input_global_scale", "<f4")[0] for m in together(module)} == {
+            stored
+        }
+    # Weights are those of nvfp4a16, and the configuration is the library's own.
+    plain = written("nvfp4a16")[1]
+    assert all(tensors[name] == t for name, t in plain.items())
+    block = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    peer = json.loads((FOREIGN / "ct_nvfp4" / "config.json").read_text())["quantization_config"]
+    assert block["config_groups"]["group_0"] == peer["config_groups"]["group_0"]
+    assert block["format"] == peer["format"]
+
+
+def test_the_presets_name_is_taken_where_the_directory_is_asked_for(
+    source: tuple[Path, dict[str, F32]], call: Call
+) -> None:
+    for given, format, scheme in (
+        ("NVFP4", "compressed-tensors", "nvfp4a4"),
+        ("NVFP4", "mlx", "mlx_nvfp4"),
+        ("mxfp4", "mlx", "mlx_mxfp4"),
+        ("FP8", "compressed-tensors", "fp8"),
+    ):
+        line = ("quantize", source[0], "--scheme", given, "--format", format, "--dry-run", "-o")
+        done = call(*line, source[0].parent / "none", "--json")
+        if scheme in ("nvfp4a4", "fp8"):
+            assert (done.code, "--calibration" in done.err) == (2, True), done.err
+        elif format == "mlx":  # the model says no kind that it knows
+            assert (done.code, "model_type" in done.err) == (3, True), done.err
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8_tensor"])
+def test_e4m3_of_a_tensor_has_one_scale_for_all_parts_of_a_layer(
+    scheme: str, source: tuple[Path, dict[str, F32]], uneven: tuple[Path, dict[str, float]],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    cal, largest = uneven
+    options: dict[str, Any] = {"equalise": "off"}
+    if scheme == "fp8":
+        options |= {"calibration": cal, "no_weighting": True}
+    qconvert.quantize(source[0], scheme, output=tmp_path / "m", **options)
+    tensors = raw(tmp_path / "m" / "model.safetensors")
+    with qconvert.load(tmp_path / "m") as found:
+        for module, weight in source[1].items():
+            assert tensors[f"{module}.weight_scale"][:2] == ("BF16", [1])
+            (scale,) = array(tensors, f"{module}.weight_scale", ml_dtypes.bfloat16).astype("f4")
+            most = max(np.abs(source[1][m]).max() for m in together(module))
+            assert scale == pytest.approx(most / 448, rel=2.0**-8)
+            values = e4m3(array(tensors, f"{module}.weight")) * scale
+            np.testing.assert_array_equal(values, found[f"{module}.weight"].dequantize())
+            assert sqnr(weight, values) > 30
+            name = f"{module}.input_scale"
+            assert (name in tensors) == (scheme == "fp8")
+            if scheme == "fp8":
+                (stored,) = array(tensors, name, ml_dtypes.bfloat16).astype("f4")
+                whole = max(largest[m] for m in together(module))
+                assert stored == pytest.approx(whole / 448, rel=0.02)
+    block = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    (group,) = block["config_groups"].values()
+    assert group["weights"]["strategy"] == "tensor"
+    how = group["input_activations"]
+    static = ("tensor", False) if scheme == "fp8" else ("token", True)
+    assert (how["strategy"], how["dynamic"], how["type"]) == (*static, "float")
+    assert qconvert.verify(tmp_path / "m", against=source[0]).status == "pass"
+
+
 def test_static_inputs_need_a_calibration_of_every_layer(
     source: tuple[Path, dict[str, F32]],
     calibrated: tuple[Path, dict[str, F32]],
@@ -576,7 +686,7 @@ def test_scales_that_are_none_are_found_by_verify(
 
 
 def test_a_hint_names_no_option_that_keep_refuses(tmp_path: Path, call: Call) -> None:
-    source = poisoned("ct_mxfp4a16", f"{Q}.weight_scale", b"\xff", tmp_path / "m")
+    source = poisoned("ct_fp8_dynamic", f"{Q}.weight", b"\x7f", tmp_path / "m")
     done = call("quantize", source, "--scheme", "keep", "-o", tmp_path / "o.qblk")
     assert (done.code, "NaN" in done.err, "--keep" in done.err) == (3, True, False)
     assert not (tmp_path / "o.qblk").exists()

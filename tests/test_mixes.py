@@ -117,10 +117,16 @@ def test_the_order_of_tensors_does_not_matter() -> None:
 
 
 def test_numbers_are_those_of_the_gguf_package() -> None:
-    kinds = gguf.LlamaFileType
+    """And those that it may not have yet those of llama.h at 0c1e57098."""
+    kinds = {kind.name: kind.value for kind in gguf.LlamaFileType}
+    kinds |= {"MOSTLY_Q1_0": 40, "MOSTLY_Q2_0": 41}
     for mix in MIXES.values():
         name = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}.get(mix.name)
         assert mix.file_type == kinds[name or f"MOSTLY_{mix.name.upper()}"]
+
+
+def test_rows_that_q1_0_does_not_divide_fall_back_where_llama_quantize_stops() -> None:
+    assert assigned_to(NARROW, "q1_0").ggml_type == "Q4_0"
 
 
 def test_names_ignore_case_and_have_the_aliases_of_llama_quantize() -> None:

@@ -90,8 +90,42 @@ def test_transformers_makes_inputs_bytes_with_the_static_ranges(tmp_path: Path) 
     assert (logits(peer) - logits(plain)).abs().max() > 0.01  # something was rounded
 
 
-@pytest.mark.parametrize("scheme", ["nvfp4a16", "mxfp4a16", "mxfp8a16"])
-def test_the_library_decodes_every_weight_to_the_same_bits(scheme: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("calibration") / "c.safetensors"
+    qconvert.calibrate(SAMPLE, text=ROOT / "samples" / "calibration.txt", nsamples=4, output=path)
+    return path
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4a4", "fp8"])
+def test_transformers_loads_scales_of_inputs(
+    scheme: str, calibration: Path, tmp_path: Path
+) -> None:
+    """And its inputs are rounded as the scheme says: a little, not to nothing."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    place = tmp_path / "m"
+    qconvert.quantize(SAMPLE, scheme, output=place, calibration=calibration)
+    stored = load_file(place / "model.safetensors")
+    peer = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16)
+    part = "input_global_scale" if scheme == "nvfp4a4" else "input_scale"
+    scales = {n: b for n, b in peer.state_dict().items() if n.endswith(part)}
+    assert len(scales) == 28
+    for name, scale in scales.items():
+        assert torch.equal(scale.float().cpu(), stored[name].float()), name
+    ours, theirs = logits(dense(place, torch.bfloat16)).float(), logits(peer).float()
+    apart = ((ours - theirs).square().mean() / ours.square().mean()).sqrt()
+    assert 0.001 < apart < (0.3 if scheme == "nvfp4a4" else 0.1), apart
+
+
+@pytest.mark.parametrize(
+    "scheme", ["nvfp4a16", "mxfp4a16", "mxfp8a16", "nvfp4a4", "fp8", "fp8_tensor"]
+)
+def test_the_library_decodes_every_weight_to_the_same_bits(
+    scheme: str, calibration: Path, tmp_path: Path
+) -> None:
     import torch
     from compressed_tensors.config import CompressionFormat
     from compressed_tensors.quantization import QuantizationConfig
@@ -99,7 +133,8 @@ def test_the_library_decodes_every_weight_to_the_same_bits(scheme: str, tmp_path
     from safetensors.torch import load_file
 
     place = tmp_path / scheme
-    qconvert.quantize(SAMPLE, scheme, output=place)
+    static = {"calibration": calibration} if scheme in ("nvfp4a4", "fp8") else {}
+    qconvert.quantize(SAMPLE, scheme, output=place, **static)
     block = json.loads((place / "config.json").read_text())["quantization_config"]
     (group,) = QuantizationConfig.model_validate(block).config_groups.values()
     assert group.format is not None

@@ -68,7 +68,10 @@ def torch_tensors(directory: Path) -> dict[str, Any]:
 @needs(MLX, "mlx-lm")
 @pytest.mark.parametrize(
     "scheme",
-    [*(f"mlx_{b}bit_g64" for b in (2, 3, 4, 5, 6, 8)), "mlx_4bit_g32", "mlx_3bit_g128"],
+    [
+        *(f"mlx_{b}bit_g64" for b in (2, 3, 4, 5, 6, 8)),
+        *("mlx_4bit_g32", "mlx_3bit_g128", "mlx_mxfp4", "mlx_mxfp8", "mlx_nvfp4"),
+    ],
 )
 def test_mlx_lm_loads_and_decodes(scheme: str, tmp_path: Path, call: Call) -> None:
     import mlx.core as mx
@@ -84,17 +87,53 @@ def test_mlx_lm_loads_and_decodes(scheme: str, tmp_path: Path, call: Call) -> No
             module = modules.get(name.removesuffix(".weight"))
             if module is None or "scales" not in module:
                 continue
-            args = how | (how.get(name.removesuffix(".weight")) or {})
+            args = how | {"mode": "affine", **(how.get(name.removesuffix(".weight")) or how)}
+            affine = args["mode"] == "affine"
+            assert module.mode == args["mode"]
             values = mx.dequantize(
                 module.weight,
-                *(module[k].astype(mx.float32) for k in ("scales", "biases")),
-                *(args["group_size"], args["bits"], "affine"),
+                module.scales.astype(mx.float32) if affine else module.scales,
+                module.biases.astype(mx.float32) if affine else None,
+                *(args["group_size"], args["bits"], args["mode"]),
                 dtype=mx.float32,
             )
             same(values, tensors[name].dequantize(), name)
             count += 1
     assert count >= 20
     assert generate(model, tokenizer, prompt=WORDS, max_tokens=4)
+
+
+@needs(MLX, "mlx-lm")
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [("mixtral", "mlx_4bit_g32"), ("mixtral", "mlx_mxfp4"), ("qwen3-moe", "mlx_nvfp4")],
+)
+def test_mlx_lm_runs_stacked_experts(kind: str, scheme: str, tmp_path: Path, call: Call) -> None:
+    """As it runs the weights that we decode, which it stacks itself."""
+    import mlx.core as mx
+    import tiny_models
+    from mlx_lm import generate, load
+
+    source = tiny_models.write_directory(tmp_path / kind, kind)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"decoder_sparse_step": 1, "mlp_only_layers": []}  # which it wants of Qwen3-MoE
+    (source / "config.json").write_text(json.dumps(config))
+    done = call("quantize", source, "--scheme", scheme, "-o", tmp_path / "o", "--equalise", "off")
+    assert done.code == 0, done.err
+    plain = ("--scheme", "f32", "--format", "hf")
+    done = call("quantize", tmp_path / "o", *plain, "-o", tmp_path / "plain")
+    assert done.code == 0, done.err
+    (model, tokenizer), (dense, _) = load(str(tmp_path / "o")), load(str(tmp_path / "plain"))
+    stacks = [n for n, m in model.named_modules() if "switch_mlp" in n and "scales" in m]
+    assert len(stacks) == 6
+    for m in model.modules():
+        for part in ("scales", "biases"):
+            if part in m and m[part].dtype != mx.uint8:
+                m[part] = m[part].astype(mx.float32)
+    tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+    ours, theirs = (np.array(m(tokens).astype(mx.float32)) for m in (model, dense))
+    np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(theirs).max())
+    assert generate(model, tokenizer, prompt="a", max_tokens=4)
 
 
 # --- bitsandbytes ---------------------------------------------------------------------------------

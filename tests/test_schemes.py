@@ -32,7 +32,7 @@ CODEBOOKS = [
 LEVELS = ["c2_block16", "c2_block32", "c3_block16", "c3_block32", "c4_block16", "c4_block32"]
 LEVELS += ["c4s_block16"]
 OTHERS = ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
-OTHERS += ["iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "tq1_0", "tq2_0"]
+OTHERS += ["iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "tq1_0", "tq2_0", "q1_0", "q2_0"]
 OTHERS += ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 OTHERS += ["keep"]
 OTHERS += ["q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "mxfp4_moe"]
@@ -53,6 +53,7 @@ AWQ = [f"awq_4bit_g{group}{sym}" for group in (32, 64, 128) for sym in ("", "_sy
 BNB = ["bnb_nf4", "bnb_nf4_dq", "bnb_fp4", "bnb_fp4_dq", "bnb_int8"]
 EXCHANGE = [*COMPRESSED_TENSORS, "fp8_block128", *MLX, *GPTQ, *AWQ, *BNB]
 EXCHANGE += ["nvfp4a16", "mxfp4a16", "mxfp8a16", "w8a8_static", "fp8_static"]
+EXCHANGE += ["mlx_mxfp4", "mlx_mxfp8", "mlx_nvfp4", "nvfp4a4", "fp8", "fp8_tensor"]
 
 
 def test_the_table_holds_the_names_of_the_specification_and_no_others() -> None:

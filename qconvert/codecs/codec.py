@@ -69,6 +69,9 @@ class Segment:
     width: int = 0
 
 
+Read = Callable[[str, int, int], bytes]  # bytes ``offset..offset + size`` of a segment of a kind
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """A tensor as some container has it, which is all that decoding needs to know.
@@ -76,7 +79,7 @@ class Stored:
     Attributes:
         name, shape: of the tensor.
         encoding: how it lies there.
-        read: bytes ``offset..offset + size`` of a segment of some kind.
+        read: of its segments.
         path: of the file, for messages.
         source_dtype: that it had where it came from, if the container says.
         activation: static activation parameters of the layer, as the container noted them.
@@ -88,7 +91,7 @@ class Stored:
     name: str
     shape: tuple[int, ...]
     encoding: Encoding
-    read: Callable[[str, int, int], bytes]
+    read: Read
     path: Path
     source_dtype: str | None = None
     activation: Mapping[str, Any] | None = None
@@ -247,6 +250,20 @@ class Encoding(ABC):
         (M, last - first). Only where the encoding `multiplies`.
         """
         raise NotImplementedError
+
+    # --- bytes that are those of another encoding: `qconvert.codecs.moving` ---
+
+    def common(self, stored: Stored) -> Stored:
+        """The same tensor in the encoding whose codes and numbers this one has under other names:
+        that of which `taking` is asked.
+        """
+        return stored
+
+    def taking(self, stored: Stored) -> Read | None:
+        """Reads its segments of a tensor that is stored in the `common` way; None where the bytes
+        are others.
+        """
+        return stored.read if stored.encoding == self else None
 
     # --- codes that move to another encoding: `qconvert.codecs.moving` ---
 

@@ -26,7 +26,6 @@ from qconvert.codecs.codec import (
     smaller,
 )
 from qconvert.codecs.compensation import Rounder, values_at_once
-from qconvert.codecs.ggml_read import READ
 from qconvert.codecs.raw import RawEncoding
 from qconvert.codecs.source import (
     RUN_VALUES,
@@ -58,7 +57,7 @@ from qconvert.schemes import GgmlScheme
 # Where a block has the float16 numbers that all of its values are multiples of, d and, of types
 # with minima, m: the first byte and how many (block structures in ggml-common.h at 0c1e57098).
 HALVES: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0, 1)),
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "Q1_0", "Q2_0"), (0, 1)),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
     **{"Q2_K": (80, 2), "Q3_K": (108, 1), "Q6_K": (208, 1), "TQ1_0": (52, 1), "TQ2_0": (64, 1)},
 }
@@ -202,9 +201,6 @@ class GgmlEncoding(Encoding):
     def _decoded(self, blocks: U8, stored: Stored) -> F32:
         if self.type.name in GGML_BLOCKS:
             return kernels.ggml_decode(self.type.name, blocks)
-        if self.type.name in READ:
-            with np.errstate(over="ignore", invalid="ignore"):
-                return READ[self.type.name](blocks)
         import gguf  # 0.1 s, for types that nothing here writes
 
         kind = gguf.GGMLQuantizationType[self.type.name]

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import gguf
 import numpy as np
@@ -28,6 +28,7 @@ from qconvert.files.gguf import (
     MAX_TENSORS,
     MAX_TEXT_BYTES,
 )
+from qconvert.ggml_types import GGML_TYPES
 
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME, less the terminating zero
 FIXED_BYTES = 4 + 4 + 8 + 8  # magic, version, numbers of tensors and of keys
@@ -61,7 +62,7 @@ class GgufTensor:
     Attributes:
         name: at most 63 bytes of UTF-8.
         shape: outermost dimension first.
-        ggml_type: a name of ``gguf.GGMLQuantizationType``, such as ``F16`` or ``Q4_0``.
+        ggml_type: a name of `GGML_TYPES`, such as ``F16`` or ``Q4_0``.
     """
 
     name: str
@@ -71,8 +72,8 @@ class GgufTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor, padding not counted."""
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.ggml_type]]
-        return math.prod(self.shape) // int(block) * int(size)
+        kind = GGML_TYPES[self.ggml_type]
+        return math.prod(self.shape) // kind.block * kind.nbytes
 
 
 def string_key_bytes(key: str, value: str) -> int:
@@ -155,7 +156,8 @@ class GgufWriter:
                 tensor.shape,
                 np.dtype(np.float32),  # not uint8, which would make the shape one of bytes
                 tensor.nbytes,
-                raw_dtype=gguf.GGMLQuantizationType[tensor.ggml_type],
+                # Our own number, for the package may not know the type yet.
+                raw_dtype=cast(gguf.GGMLQuantizationType, GGML_TYPES[tensor.ggml_type].number),
             )
         self._write_header()
 
@@ -250,7 +252,7 @@ def _check_name(tensor: GgufTensor) -> None:
 
 
 def _check_type(tensor: GgufTensor) -> None:
-    if tensor.ggml_type not in gguf.GGMLQuantizationType.__members__:
+    if tensor.ggml_type not in GGML_TYPES:
         raise UnsupportedError(
             f"GGUF has no type {tensor.ggml_type}",
             tensor=tensor.name,
@@ -276,7 +278,7 @@ def _check_shape(tensor: GgufTensor) -> None:
             code="GGUF-EMPTY",
         )
     row = tensor.shape[-1] if tensor.shape else 1
-    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.ggml_type]][0]
+    block = GGML_TYPES[tensor.ggml_type].block
     if row % block:
         raise UnsupportedError(
             f"rows do not divide into blocks of {tensor.ggml_type}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +12,8 @@ import numpy as np
 
 from qconvert.codecs import codec_of
 from qconvert.codecs.affine.encoding import Affine
-from qconvert.codecs.codec import Encoding, Grain
+from qconvert.codecs.codec import Encoding, Grain, Stored
+from qconvert.codecs.exchange.layout import Layout
 from qconvert.codecs.ggml import FLOATING, MOVABLE, GgmlEncoding
 from qconvert.codecs.moving import MOVED_VALUES, MovedScheme
 from qconvert.codecs.units import values_of
@@ -26,7 +28,7 @@ from qconvert.geometry import Tile, row_length, tiles
 from qconvert.ggml_types import GGML_TYPES
 from qconvert.kernels.records import IntegerRows
 from qconvert.model import DTYPES, Model, TensorInfo
-from qconvert.schemes import TENSOR_SCHEMES, TensorScheme
+from qconvert.schemes import TENSOR_SCHEMES, CodebookScheme, TensorScheme
 from qconvert.stages.made_from import I64, made_from
 from qconvert.stages.plan import PlannedTensor
 
@@ -80,7 +82,10 @@ class Moving:
         sources = [stored[t.name] for t in made.sources if t.name in stored]
         if not any(t.dtype not in DTYPES for t in sources):
             return None
-        found = self._moved(tensor, sources, made.rows, made.added)
+        found: MovedScheme | str | None = None
+        if len(sources) == 1 and made.rows is None and not made.added:
+            found = self._copied(tensor, self.opened.stored(sources[0]))
+        found = found or self._moved(tensor, sources, made.rows, made.added)
         if isinstance(found, MovedScheme):
             how = f"moved exactly from {sources[0].dtype}"
             if not found.exact:
@@ -91,6 +96,44 @@ class Moving:
         scheme = decoded or TENSOR_SCHEMES[self.dtype.lower()]
         return PlannedTensor(tensor, scheme, f"{_DECODED}{sources[0].dtype}: {found}")
 
+    def _copied(self, tensor: TensorInfo, stored: Stored) -> MovedScheme | None:
+        """The bytes in an encoding of the output that has the same; None where there is none."""
+        if self.dense(tensor.name) is not None:
+            return None
+        common = stored.encoding.common(stored)
+        for encoding, like in self._alike(tensor, stored):
+            read = encoding.taking(common)
+            if read is None:
+                continue
+            found = replace(stored, encoding=encoding, read=read)
+            if encoding == stored.encoding or _same_values(stored, found):
+                return MovedScheme(encoding, found, like)
+        return None
+
+    def _alike(
+        self, tensor: TensorInfo, stored: Stored
+    ) -> Iterator[tuple[Encoding, ExchangeScheme | None]]:
+        """Encodings of the output that may have the bytes of a tensor."""
+        if self.container.name == "qblk":
+            if self.opened.kind == "qblk":
+                yield stored.encoding, None
+            for scheme in TENSOR_SCHEMES.values():
+                if isinstance(scheme, CodebookScheme):
+                    yield codec_of(scheme).planned(scheme, tensor), None
+        yield from self._of_schemes(tensor, stored.encoding)
+
+    def _of_schemes(
+        self, tensor: TensorInfo, source: Encoding
+    ) -> Iterator[tuple[Encoding, ExchangeScheme]]:
+        """Encodings of schemes of a directory with which readers treat inputs as they did."""
+        inputs = source.inputs if isinstance(source, Layout) else ""
+        for scheme in EXCHANGE_SCHEMES:
+            if scheme.family in self.container.takes and scheme.activations == inputs:
+                like = scheme.with_scales(self.dtype)
+                codec = codec_of(like)
+                if codec.refuses(like, tensor) is None:
+                    yield codec.planned(like, tensor), like
+
     def _moved(
         self, tensor: TensorInfo, sources: Sequence[TensorInfo], order: I64 | None, added: float
     ) -> MovedScheme | str:
@@ -100,7 +143,7 @@ class Moving:
             return "its parts are of several types"
         grain = self.opened.stored(sources[0]).encoding.grain
         if added or grain is None:
-            return "its codes are no integers with scales of their own"
+            return f"{self.container.article} has no such codes and scales"
         if (why := self.dense(tensor.name)) is not None:
             return why
         stored = [self.opened.stored(source) for source in sources]
@@ -108,7 +151,8 @@ class Moving:
         if len(divisors) > 1:
             return "its parts have scales of their own"
         rows = partial(_rows, self.opened, tuple(sources), order)
-        candidates = sorted(self._candidates(grain, tensor), key=lambda c: c[0].size(tensor.shape))
+        found = self._candidates(grain, tensor, stored[0].encoding)
+        candidates = sorted(found, key=lambda c: c[0].size(tensor.shape))
         (divisor,) = divisors
         divided = [(encoding.divided(divisor), encoding, like) for encoding, like in candidates]
         for encoding, plain, like in divided:
@@ -119,12 +163,17 @@ class Moving:
                 return MovedScheme(encoding, rows, like, exact=False)
         if not candidates:
             return f"{self.container.article} has no such codes"
+        if divisor != 1 and all(encoding is None for encoding, _, _ in divided):
+            return (
+                f"{self.container.article} has no place for the scale of the tensor, and scales of "
+                "groups do not hold it too"
+            )
         dtypes = sorted({like.scale_dtype for _, like in candidates if like})
         of_scales = f" of {' or '.join(dtypes)}" if dtypes else ""
         return f"{self.container.article} has no such scales{of_scales}, or no such zero points"
 
     def _candidates(
-        self, grain: Grain, tensor: TensorInfo
+        self, grain: Grain, tensor: TensorInfo, source: Encoding
     ) -> Iterator[tuple[Encoding, ExchangeScheme | None]]:
         """Encodings of the output that may hold codes of a grain."""
         columns = row_length(tensor.shape)
@@ -141,15 +190,9 @@ class Moving:
                 candidate = GgmlEncoding(GGML_TYPES[name])
                 if _finer(candidate.grain, grain) and columns % GGML_TYPES[name].block == 0:
                     yield candidate, None
-        for scheme in EXCHANGE_SCHEMES:
-            # Nor do readers make inputs eight bits that came as they are.
-            weights_alone = scheme.family in self.container.takes and not scheme.activations
-            if weights_alone and scheme.bits >= grain.bits:
-                like = scheme.with_scales(self.dtype)
-                codec = codec_of(like)
-                planned = codec.planned(like, tensor)
-                if _finer(planned.grain, grain) and codec.refuses(like, tensor) is None:
-                    yield planned, like
+        for planned, like in self._of_schemes(tensor, source):
+            if _finer(planned.grain, grain):
+                yield planned, like
 
 
 def _rows(
@@ -166,7 +209,8 @@ def _rows(
         stored = opened.stored(sources[index])
         coded = stored.encoding.coded(stored, Tile(len(run), columns, row * columns, True))
         rows = None if coded.integers is None else stored.encoding.movable(coded.integers)
-        if rows is None:
+        # bitsandbytes rounds values of bytes twice.
+        if rows is None or (values_of(rows) != coded.values).any():
             return None
         found.append(rows)
     return _joined(found)
@@ -180,6 +224,16 @@ def _joined(parts: Sequence[IntegerRows]) -> IntegerRows:
         zero=np.concatenate([p.zero for p in parts]),
         scale=np.concatenate([p.scale for p in parts]),
         offset=np.concatenate(offsets) if offsets else None,
+    )
+
+
+def _same_values(one: Stored, other: Stored) -> bool:
+    """Whether two ways of storing a tensor mean the same."""
+    columns = one.encoding.columns(one.shape)
+    count = math.prod(one.shape) // columns
+    return all(
+        np.array_equal(one.encoding.decoded(one, tile), other.encoding.decoded(other, tile))
+        for tile in tiles(count, columns, max(MOVED_VALUES, columns))
     )
 
 

@@ -86,9 +86,9 @@ def quantize(
         report.prediction = prediction
         report.equalisation = equalisation
         report.warnings = said.warnings + report.warnings
-        report.notes = said.notes + report.notes
-        if isinstance(options.scheme, KeepScheme):
-            report.notes.insert(0, moved_note(prepared.plan))
+        moved = [moved_note(prepared.plan)] if isinstance(options.scheme, KeepScheme) else []
+        # Few are shown of many.
+        report.notes = [*moved, *prepared.readers, *said.notes, *report.notes]
         layers: dict[str, str] = {}
         tables: dict[str, str] = {}
         if calibration:

@@ -65,6 +65,7 @@ class Prepared:
         options: of the container's own, as provenance has them.
         provenance: what else there is to record.
         companions: files that are carried along, and ``companion_bytes`` their size.
+        readers: who loads the result, two notes at most: the report has them before others.
         warnings, notes: for the report.
         overhead: gives what the files take at most besides the bytes of their tensors.
         directory: whether the output is one.
@@ -80,6 +81,7 @@ class Prepared:
     provenance: dict[str, Any] = field(default_factory=dict)
     companions: int = 0
     companion_bytes: int = 0
+    readers: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     overhead: Callable[[], int] = lambda: 0

@@ -17,7 +17,17 @@ from numpy.typing import NDArray
 from qconvert import kernels
 from qconvert.codecs import codebook
 from qconvert.codecs.codebook import CodebookEncoder, CodebookEncoding, scale_table, table_of
-from qconvert.codecs.codec import Codec, Coded, Encoder, Encoding, Facts, Outcome, Stored, smaller
+from qconvert.codecs.codec import (
+    Codec,
+    Coded,
+    Encoder,
+    Encoding,
+    Facts,
+    Outcome,
+    Read,
+    Stored,
+    smaller,
+)
 from qconvert.codecs.exchange.integers import IntegerLayout, integer_encoder
 from qconvert.codecs.exchange.layout import Layout, Part, refuse_values
 from qconvert.exchange_schemes import BnbScheme
@@ -48,7 +58,6 @@ class FourBits(Layout):
         double: whether scales are quantized in turn.
         dtype: of the model's numbers, that readers compute in.
         storage: dtype of the tensor of codes.
-        offset: of scales that are quantized; what is written has one of its own.
         state_size: bytes of the state; 0 for what `state` gives.
     """
 
@@ -57,7 +66,6 @@ class FourBits(Layout):
     double: bool
     dtype: str
     storage: str = "U8"
-    offset: float = 0.0
     state_size: int = 0
 
     @property
@@ -76,18 +84,21 @@ class FourBits(Layout):
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         size, blocks = -(-math.prod(shape) // 2), self.codes_and_scales.blocks(shape)
-        state = self.state_size or len(self.state(shape, 0.0))
         found = [
             Part(CODES, self.storage, (size // DTYPES[self.storage].size, 1)),
             Part(SCALES, "U8" if self.double else "F32", (blocks,)),
             Part(TABLE, "F32", (16,)),
-            Part(STATE + self.book, "U8", (state,)),
+            Part(STATE + self.book, "U8", (self._room(shape),)),
         ]
         if self.double:
             count = -(-blocks // codebook.SCALES_BLOCK)
             found.append(Part(SCALES_OF_SCALES, "F32", (count,)))
             found.append(Part(TABLE_OF_SCALES, "F32", (256,)))
         return tuple(found)
+
+    def _room(self, shape: tuple[int, ...]) -> int:
+        """Bytes of the state."""
+        return self.state_size or len(self.state(shape, 0.0))
 
     def state(self, shape: tuple[int, ...], offset: float) -> bytes:
         """What bitsandbytes' QuantState says of itself; padded, for the offset is not known when
@@ -105,15 +116,45 @@ class FourBits(Layout):
         room = len(json.dumps(fields | {"nested_offset": 0})) + ROOM
         return json.dumps(fields | {"nested_offset": offset}).ljust(room).encode()
 
-    def coded(self, stored: Stored, tile: Tile) -> Coded:
+    def common(self, stored: Stored) -> Stored:
         def read(kind: str, offset: int, size: int) -> bytes:
             if kind == OFFSET:
-                return np.float32(self.offset).tobytes()
+                state = json.loads(stored.read(STATE + self.book, 0, self._room(stored.shape)))
+                return np.float32(state["nested_offset"]).tobytes()
             return stored.read(_KINDS[kind], offset, size)
 
-        inner = self.codes_and_scales
+        return replace(stored, encoding=self.codes_and_scales, read=read)
+
+    def taking(self, stored: Stored) -> Read | None:
+        if stored.encoding != self.codes_and_scales:
+            return None
+        number = 0.0
+        if self.double:
+            number = float(np.frombuffer(stored.read(OFFSET, 0, 4), "<f4")[0])
+        tables = self.tables(stored.shape, number)
+        kinds = {theirs: ours for ours, theirs in _KINDS.items()}
+
+        def read(kind: str, offset: int, size: int) -> bytes:
+            if kind in tables:
+                return tables[kind][offset : offset + size]
+            return stored.read(kinds[kind], offset, size)
+
+        return read
+
+    def tables(self, shape: tuple[int, ...], offset: float) -> dict[str, bytes]:
+        """What is stored beside codes and scales."""
+        found = {
+            TABLE: table_of(self.book).astype("<f4").tobytes(),
+            STATE + self.book: self.state(shape, offset),
+        }
+        if self.double:
+            found[TABLE_OF_SCALES] = scale_table().astype("<f4").tobytes()
+        return found
+
+    def coded(self, stored: Stored, tile: Tile) -> Coded:
+        common = self.common(stored)
         with np.errstate(over="ignore", invalid="ignore"):  # looked at below
-            found = inner.coded(replace(stored, encoding=inner, read=read), tile)
+            found = common.encoding.coded(common, tile)
         if not kernels.all_finite(found.values.ravel()):
             refuse_values(stored, f"a number of {SCALES} is not finite", "NaN or Inf", "finite")
         return found
@@ -148,11 +189,7 @@ class FourBitsEncoder(Encoder):
         offset = stored.pop(OFFSET, None)
         number = 0.0 if offset is None else float(np.frombuffer(offset, "<f4")[0])
         found: dict[str, Bytes] = {_KINDS[k]: data for k, data in stored.items()}
-        found[TABLE] = table_of(layout.book).astype("<f4").tobytes()
-        found[STATE + layout.book] = layout.state(self.tensor.shape, number)
-        if layout.double:
-            found[TABLE_OF_SCALES] = scale_table().astype("<f4").tobytes()
-        return found
+        return found | layout.tables(self.tensor.shape, number)
 
     def outcome(self, seen: Encoded) -> Outcome:
         return self.inner.outcome(seen)

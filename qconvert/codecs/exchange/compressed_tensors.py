@@ -6,7 +6,7 @@ The law is formats/exchange/compressed-tensors.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from qconvert.codecs.codec import Codec, Encoder, Facts, Stored
 from qconvert.codecs.exchange.bits import WORD, packed_rows, row_bytes, unpacked_rows
-from qconvert.codecs.exchange.floats import WEIGHT, Float8, Float8Encoder
+from qconvert.codecs.exchange.floats import WEIGHT, Float8, float8_encoder
 from qconvert.codecs.exchange.integers import IntegerLayout, as_codes, integer_encoder
-from qconvert.codecs.exchange.layout import Layout, Part, check_scales
+from qconvert.codecs.exchange.layout import Layout, Part, check_finite
 from qconvert.codecs.exchange.micro import FP4, FP6, FP8, MX_GROUP, NV_GROUP, Micro, Overall
 from qconvert.codecs.exchange.micro_encoder import micro_encoder
-from qconvert.exchange_schemes import CompressedTensorsScheme
+from qconvert.exchange_schemes import NOT_ROUNDED, CompressedTensorsScheme
 from qconvert.kernels.arithmetic import SCALE_NUMPY
 from qconvert.kernels.records import I32, U8, Bytes, IntegerRows
 from qconvert.model import Model, TensorInfo
@@ -28,7 +28,7 @@ PACKED, SCALE = ".weight_packed", ".weight_scale"
 ZERO_POINT, SHAPE = ".weight_zero_point", ".weight_shape"
 INPUT_SCALE, INPUT_ZERO_POINT = ".input_scale", ".input_zero_point"
 MIDDLE = 128  # of unsigned bytes
-GLOBAL = ".weight_global_scale"
+GLOBAL, INPUT_GLOBAL = ".weight_global_scale", ".input_global_scale"
 
 # Small floating numbers, by the ``format`` that configurations have for them.
 MICRO = {
@@ -90,7 +90,7 @@ class PackedIntegers(IntegerLayout):
 
     def check(self, stored: Stored) -> None:
         count = 1 if self.shared else stored.shape[0] * self.groups(stored.shape[1])
-        check_scales(stored, SCALE, self.scale_dtype, count)
+        check_finite(stored, SCALE, self.scale_dtype, count)
 
     def _zeros(self, stored: Stored, rows: slice, groups: int) -> I32:
         """Zero points of some rows, (R, G)."""
@@ -181,7 +181,7 @@ class PlainIntegers(IntegerLayout):
 
     def check(self, stored: Stored) -> None:
         count = 1 if self.shared else stored.shape[0] * self.groups(stored.shape[1])
-        check_scales(stored, SCALE, self.scale_dtype, count)
+        check_finite(stored, SCALE, self.scale_dtype, count)
 
 
 def integer_layout(scheme: CompressedTensorsScheme) -> IntegerLayout | None:
@@ -196,13 +196,20 @@ def integer_layout(scheme: CompressedTensorsScheme) -> IntegerLayout | None:
 
 def float8_layout(scheme: CompressedTensorsScheme) -> Float8:
     """What a scheme of eight floating bits writes."""
-    block = (scheme.group, scheme.group) if scheme.group else (1, 0)
-    return Float8(SCALE, scheme.scale_dtype, block, static=scheme.activations == "static")
+    block = (scheme.group, scheme.group) if scheme.group else (0 if scheme.whole else 1, 0)
+    inputs, dimensions = scheme.activations, 1 if scheme.whole else 2
+    return Float8(SCALE, scheme.scale_dtype, block, dimensions, inputs, inputs == "static")
+
+
+def micro_layout(scheme: CompressedTensorsScheme) -> Micro:
+    """What a scheme of small floating numbers writes."""
+    static = INPUT_GLOBAL if scheme.activations == "static" else ""
+    return replace(MICRO[scheme.micro], input_scale=static)
 
 
 def _planned(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> Layout:
     if scheme.micro:
-        return MICRO[scheme.micro]
+        return micro_layout(scheme)
     return integer_layout(scheme) or float8_layout(scheme)
 
 
@@ -214,20 +221,20 @@ def _encoder(
     model: Model, tensor: TensorInfo, scheme: CompressedTensorsScheme, facts: Facts
 ) -> Encoder:
     if scheme.micro:
-        return micro_encoder(model, tensor, MICRO[scheme.micro], facts, scheme.parts)
+        return micro_encoder(model, tensor, micro_layout(scheme), facts, scheme.parts)
     integers = integer_layout(scheme)
     if integers is not None:
         return integer_encoder(model, tensor, integers, facts)
-    return Float8Encoder(model, tensor, float8_layout(scheme))
+    return float8_encoder(model, tensor, float8_layout(scheme), facts, scheme.parts)
 
 
 def _passes(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> bool:
     """Whether there is a scale of the tensor, for which all of it is read."""
-    return bool(scheme.micro) and MICRO[scheme.micro].overall is not None
+    return scheme.whole or (bool(scheme.micro) and MICRO[scheme.micro].overall is not None)
 
 
 def _uncompensated(scheme: CompressedTensorsScheme, tensor: TensorInfo) -> str | None:
-    return None if scheme.number == "int" else "its numbers are not rounded that way"
+    return None if scheme.number == "int" else NOT_ROUNDED
 
 
 CODEC: Codec[CompressedTensorsScheme] = Codec(

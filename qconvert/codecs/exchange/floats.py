@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 
 from qconvert import kernels
-from qconvert.codecs.codec import Coded, Encoder, Outcome, Stored
-from qconvert.codecs.exchange.layout import Layout, Part, check_scales
+from qconvert.codecs.codec import Coded, Encoder, Facts, Outcome, Read, Stored
+from qconvert.codecs.exchange.layout import Layout, Part, check_finite, furthest
 from qconvert.codecs.source import RUN_VALUES, rows_of, tiles_of
 from qconvert.geometry import Tile
 from qconvert.kernels.arithmetic import round_scale
 from qconvert.kernels.records import F32, U8, Bytes, Encoded, ErrorSums
+from qconvert.mapper import Mapper
 from qconvert.model import DTYPES, Model, TensorInfo
 
 WEIGHT, INPUT_SCALE = ".weight", ".input_scale"
+OTHER_INPUTS = "other"
+COMMON = ".scale"  # what scales are called between formats
 E4M3 = "F8_E4M3"
 LARGEST = np.float32(448)  # of E4M3
 _LEAST_NORMAL = np.float32(2.0**-6)
@@ -35,12 +39,14 @@ class Float8(Layout):
         block: rows and columns that share a scale, 0 for all of them.
         dimensions: of the tensor of scales: formats write a single scale, and one a row, each in
             several ways.
+        inputs: see `Layout`; `OTHER_INPUTS` where no scheme has them so.
     """
 
     suffix: str
     scale_dtype: str
     block: tuple[int, int]
     dimensions: int = 2
+    inputs: str = ""
     static: bool = False
 
     @property
@@ -76,8 +82,7 @@ class Float8(Layout):
 
     def static_input(self, scale: float, zero_point: int) -> dict[str, Bytes]:
         """See `Layout.static_input`: the end of the range furthest from 0 is 448."""
-        furthest = scale * max(128 + zero_point, 127 - zero_point)
-        number = np.float32(furthest / LARGEST).astype(_NUMPY[self.scale_dtype])
+        number = np.float32(furthest(scale, zero_point) / LARGEST).astype(_NUMPY[self.scale_dtype])
         return {INPUT_SCALE: number.tobytes()}
 
     def coded(self, stored: Stored, tile: Tile) -> Coded:
@@ -103,8 +108,39 @@ class Float8(Layout):
             return scale
         return np.repeat(scale, rows, axis=0)[first - begin * rows : last - begin * rows]
 
+    def common(self, stored: Stored) -> Stored:
+        """With scales of float32, which hold those of all dtypes."""
+        wide = replace(self, suffix=COMMON, scale_dtype="F32", dimensions=2)
+        size = DTYPES[self.scale_dtype].size
+
+        def read(kind: str, offset: int, count: int) -> bytes:
+            if kind != COMMON:
+                return stored.read(kind, offset, count)
+            data = stored.read(self.suffix, offset // 4 * size, count // 4 * size)
+            return kernels.widen(data, self.scale_dtype).astype("<f4").tobytes()
+
+        return replace(stored, encoding=wide, read=read)
+
+    def taking(self, stored: Stored) -> Read | None:
+        wide = replace(self, suffix=COMMON, scale_dtype="F32", dimensions=2)
+        if stored.encoding != wide or self.scale_dtype not in _NUMPY or self.static:
+            return None
+        count = math.prod(self.grid(stored.shape))
+        scale = np.frombuffer(stored.read(COMMON, 0, 4 * count), "<f4")
+        with np.errstate(over="ignore"):
+            narrow = scale.astype(_NUMPY[self.scale_dtype])
+        if (narrow.astype(np.float32) != scale).any():
+            return None
+        scales = narrow.tobytes()
+
+        def read(kind: str, offset: int, size: int) -> bytes:
+            whole = kind != self.suffix
+            return stored.read(kind, offset, size) if whole else scales[offset : offset + size]
+
+        return read
+
     def check(self, stored: Stored) -> None:
-        check_scales(stored, self.suffix, self.scale_dtype, math.prod(self.grid(stored.shape)))
+        check_finite(stored, self.suffix, self.scale_dtype, math.prod(self.grid(stored.shape)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,34 +149,80 @@ class Float8Encoder(Encoder):
 
     FP8 Formats for Deep Learning (Micikevicius et al., 2022): as the format is floating, where its
     range ends makes no difference to the error of most weights.
+
+    Attributes:
+        largest: magnitude of all that has one scale; None where rows or blocks have their own.
     """
 
     model: Model
     tensor: TensorInfo
     layout: Float8
+    largest: np.float32 | None = None
 
     @property
     def encoding(self) -> Float8:
         return self.layout
 
     def tiles(self) -> Iterator[Tile]:
-        whole = self.layout.block[0] * self.tensor.shape[1]  # rows that share scales
+        whole = (self.layout.block[0] or 1) * self.tensor.shape[1]  # rows that share scales
         return tiles_of(self.tensor, max(RUN_VALUES // whole, 1) * whole)
 
     def encode(self, tile: Tile) -> Encoded:
         x = rows_of(self.model, self.tensor, tile)
-        magnitude = block_maxima(np.abs(x), self.layout.block)
-        scale = round_scale(magnitude / LARGEST, self.layout.scale_dtype, magnitude)
-        scale = np.where(magnitude > 0, scale, np.float32(1))
-        each = spread(scale, self.layout.block, x.shape)
-        near = e4m3(x / each).tobytes()
+        segments: dict[str, Bytes] = {}
+        if self.largest is not None:
+            each = self._scales(np.full((1, 1), self.largest))
+        else:
+            scale = self._scales(block_maxima(np.abs(x), self.layout.block))
+            each = spread(scale, self.layout.block, x.shape)
+            segments[self.layout.suffix] = self._stored(scale)
+        segments[WEIGHT] = near = e4m3(x / each).tobytes()
         sums = kernels.error_sums(x, kernels.widen(near, E4M3).reshape(x.shape) * each)
-        numbers = scale.astype(_NUMPY[self.layout.scale_dtype])
-        segments = {WEIGHT: near, self.layout.suffix: numbers.tobytes()}
-        return Encoded({**segments}, ErrorSums(x.size, *sums))
+        return Encoded(segments, ErrorSums(x.size, *sums))
+
+    def shared(self) -> dict[str, Bytes]:
+        if self.largest is None:
+            return {}
+        return {self.layout.suffix: self._stored(self._scales(np.full((1, 1), self.largest)))}
+
+    def _scales(self, magnitude: F32) -> F32:
+        """Of the largest magnitudes of what shares one, as they are stored."""
+        scale = round_scale(magnitude / LARGEST, self.layout.scale_dtype, magnitude)
+        return np.where(magnitude > 0, scale, np.float32(1))
+
+    def _stored(self, scale: F32) -> bytes:
+        return scale.astype(_NUMPY[self.layout.scale_dtype]).tobytes()
 
     def outcome(self, seen: Encoded) -> Outcome:
         return Outcome(seen.error)
+
+
+def float8_encoder(
+    model: Model, tensor: TensorInfo, layout: Float8, facts: Facts, parts: Sequence[str]
+) -> Float8Encoder:
+    """The encoder of a matrix that is no `Layout.misfit`.
+
+    Args:
+        parts: names of the tensors that have one scale of the tensor with it.
+    """
+    whole = not any(layout.block)
+    largest = largest_of(model, tensor, parts, facts.mapper) if whole else None
+    return Float8Encoder(model, tensor, layout, largest)
+
+
+def largest_of(
+    model: Model, tensor: TensorInfo, parts: Sequence[str], mapper: Mapper
+) -> np.float32:
+    """The largest magnitude of a tensor and those that have one scale with it."""
+    found = np.float32(0)
+    for t in model.tensors:
+        if t.name == tensor.name or t.name in parts:
+            found = max(found, *mapper(partial(_largest, model, t), tiles_of(t, RUN_VALUES)))
+    return found
+
+
+def _largest(model: Model, tensor: TensorInfo, tile: Tile) -> np.float32:
+    return np.float32(np.abs(rows_of(model, tensor, tile)).max())
 
 
 _NUMPY: dict[str, type | np.dtype[np.generic]] = {

@@ -71,7 +71,7 @@ class IntegerLayout(Layout):
         return -(-columns // self.group) if self.group else 1
 
     def uneven(self, shape: tuple[int, ...]) -> str | None:
-        return ungrouped(shape[1], self.group)
+        return ungrouped(shape[-1], self.group)
 
     @abstractmethod
     def integers(self, stored: Stored, rows: slice, columns: slice) -> IntegerRows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import numpy as np
 
@@ -43,11 +43,18 @@ class Layout(Encoding):
     """How a weight (out, in) lies in the tensors of its module.
 
     Attributes:
+        inputs: what readers make of inputs of the layer: see `ExchangeScheme.activations`.
+        stacks: whether a weight may be a stack of matrices (n, out, in), of experts.
         static: whether parts say how an input of the layer becomes eight bits, which no encoder
             knows: `static_input` gives them.
     """
 
-    static: bool = False
+    inputs: str = ""
+    stacks: ClassVar[bool] = False
+
+    @property
+    def static(self) -> bool:
+        return False
 
     def static_input(self, scale: float, zero_point: int) -> dict[str, Bytes]:
         """The parts that say how an input x becomes eight bits.
@@ -64,12 +71,12 @@ class Layout(Encoding):
 
     def misfit(self, tensor: TensorInfo, scheme: str) -> str | None:
         """Why a tensor cannot be written so, or would not be smaller; None where it can."""
-        if len(tensor.shape) != 2:
+        if len(tensor.shape) != 2 and not (self.stacks and len(tensor.shape) == 3):
             return "no matrix of two dimensions, which is what readers of the format quantize"
         if (why := self.uneven(tensor.shape)) is not None:
             return why
-        if spans_tiles(tensor.shape[1]):
-            return f"rows of {tensor.shape[1]:,} values are too long"
+        if spans_tiles(tensor.shape[-1]):
+            return f"rows of {tensor.shape[-1]:,} values are too long"
         return smaller(self, tensor, scheme)
 
     @abstractmethod
@@ -81,6 +88,11 @@ class Layout(Encoding):
 
     def to_json(self) -> dict[str, object]:
         raise AssertionError("no qblk file has layouts of other tools")
+
+
+def furthest(scale: float, zero_point: int) -> float:
+    """The end of a static range of signed bytes that is furthest from 0, as a magnitude."""
+    return scale * max(128 + zero_point, 127 - zero_point)
 
 
 def ungrouped(columns: int, group: int) -> str | None:
@@ -107,8 +119,8 @@ def refuse_values(stored: Stored, message: str, found: object, wanted: str) -> N
     )
 
 
-def check_scales(stored: Stored, kind: str, dtype: str, count: int) -> None:
-    """Refuse scales that are not finite.
+def check_finite(stored: Stored, kind: str, dtype: str, count: int) -> None:
+    """Refuse scales, or codes, that are not finite.
 
     Raises:
         FormatError: one is NaN or infinite.

@@ -7,14 +7,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
-from qconvert.codecs.codec import Coded, Grain, Stored
-from qconvert.codecs.exchange.layout import Layout, Part, check_scales, refuse_values, ungrouped
+from qconvert.codecs.codec import Coded, Grain, Read, Stored
+from qconvert.codecs.exchange.floats import LARGEST as LARGEST_E4M3
+from qconvert.codecs.exchange.layout import (
+    Layout,
+    Part,
+    check_finite,
+    furthest,
+    refuse_values,
+    ungrouped,
+)
 from qconvert.codecs.units import byte_scales, nearest_bytes, regrouped
 from qconvert.geometry import Tile
 from qconvert.kernels.records import F32, U8, Bytes, IntegerRows
@@ -26,7 +35,9 @@ T = TypeVar("T", bound=np.generic)
 FP4, FP6, FP8 = "F4", "F6_E2M3", "F8_E4M3"  # of `qconvert.model.DTYPES`
 POWERS = "F8_E8M0"
 MX_GROUP, NV_GROUP = 32, 16
+COMMON_CODES, COMMON_SCALES = ".codes", ".scales"  # what they are called between formats
 BLOCKS, SCALES = "_blocks", "_scales"  # ends of the names of gpt-oss
+LARGEST = np.float32(6) * LARGEST_E4M3  # a number of E2M1 times a scale of E4M3, at most
 CLOSE = 2.0**-22  # by what part scales may change where a factor becomes a divisor
 PIECE = 256  # a run of columns begins at a multiple of it: whole bytes of all numbers, and groups
 
@@ -60,11 +71,13 @@ class Micro(Layout):
 
     Attributes:
         number: what codes are: `FP4`, `FP6` or `FP8`.
-        packed, scales: suffix and dtype of the tensors of codes and of scales; bytes of U8 are
-            powers of two as scales.
-        group: columns that share a scale.
+        packed, scales: suffix and dtype of the tensors of codes and of scales.
+        group: columns that share a scale: 16 of NVFP4, whose scales are E4M3, or 32 with powers of
+            two.
         overall: None where there is no scale of the tensor.
         signed_zero: whether the code of -0 is that, and not 0.
+        input_scale: suffix of the scale of inputs, which readers make such numbers; empty where
+            they do not.
         divides: scales that are moved here: the scale of the tensor, as a divisor.
     """
 
@@ -74,6 +87,7 @@ class Micro(Layout):
     group: int
     overall: Overall | None = None
     signed_zero: bool = True
+    input_scale: str = ""
     divides: float = 1.0
 
     @property
@@ -87,14 +101,14 @@ class Micro(Layout):
     @property
     def scale_number(self) -> str:
         """What bytes of scales are."""
-        return FP8 if self.scales[1] == FP8 else POWERS
+        return FP8 if self.group == NV_GROUP else POWERS
 
     def groups(self, columns: int) -> int:
         """Scales of a row."""
         return -(-columns // self.group)
 
     def uneven(self, shape: tuple[int, ...]) -> str | None:
-        return ungrouped(shape[1], self.group)
+        return ungrouped(shape[-1], self.group)
 
     def row_bytes(self, columns: int) -> int:
         """Of the codes of a row."""
@@ -109,7 +123,19 @@ class Micro(Layout):
         ]
         if self.overall is not None:
             found.append(Part(self.overall.suffix, "F32", (1,) * self.overall.dimensions))
+        if self.static:
+            found.append(Part(self.input_scale, "F32", (1,)))
         return tuple(found)
+
+    @property
+    def static(self) -> bool:
+        return bool(self.input_scale)
+
+    def static_input(self, scale: float, zero_point: int) -> dict[str, Bytes]:
+        """See `Layout.static_input`: a divisor of scales of groups, as that of the weights is."""
+        largest = furthest(scale, zero_point)
+        number = divisor_of(np.float32(largest))
+        return {self.input_scale: number.astype("<f4").tobytes()}
 
     def coded(self, stored: Stored, tile: Tile) -> Coded:
         values = self.decoded(stored, tile)
@@ -133,11 +159,13 @@ class Micro(Layout):
             codes = looked_up(pairs, raw)
         else:
             codes = kernels.widen(raw.tobytes(), self.number).reshape(tile.rows, -1)
+            if self.number == FP8 and not np.isfinite(codes).all():
+                refuse_values(stored, f"a code of {self.packed[0]} is none", "NaN", "finite codes")
         return scaled(codes[:, : tile.columns], self._scales(stored, tile), self.group)
 
     def _bytes(self, stored: Stored, tile: Tile) -> U8:
         """Codes of a tile, (R, bytes)."""
-        columns = stored.shape[1]
+        columns = stored.shape[-1]
         first, low = divmod(tile.start, columns)
         whole, begin = self.row_bytes(columns), self.row_bytes(low)
         size = whole * tile.rows
@@ -148,10 +176,13 @@ class Micro(Layout):
 
     def _scales(self, stored: Stored, tile: Tile) -> F32:
         """Of the groups of a tile, that of the tensor applied, (R, G)."""
-        first, low = divmod(tile.start, stored.shape[1])
-        groups = self.groups(stored.shape[1])
+        first, low = divmod(tile.start, stored.shape[-1])
+        groups = self.groups(stored.shape[-1])
         raw = stored.read(self.scales[0], first * groups, tile.rows * groups)
         scale = kernels.widen(raw, self.scale_number).reshape(tile.rows, groups)
+        if not np.isfinite(scale).all():
+            what = f"a number of {self.scales[0]} is not finite"
+            refuse_values(stored, what, "NaN", "finite scales")
         begin = low // self.group
         return self._applied(stored, scale[:, begin : begin + self.groups(tile.columns)])
 
@@ -162,6 +193,27 @@ class Micro(Layout):
         with np.errstate(all="ignore"):  # 0 and others that `check` refuses
             found: F32 = scale / overall if self.overall.divides else scale * overall
         return found
+
+    # --- bytes that are those of another encoding ---
+
+    def _common(self) -> Micro:
+        """The same bytes under names that all formats share; a scale of the tensor is a factor in
+        some and a divisor in others.
+        """
+        return Micro(self.number, (COMMON_CODES, "U8"), (COMMON_SCALES, "U8"), self.group)
+
+    def common(self, stored: Stored) -> Stored:
+        if self.overall is not None:
+            return stored
+        kinds = {COMMON_CODES: self.packed[0], COMMON_SCALES: self.scales[0]}
+        read = partial(_renamed, stored.read, kinds)
+        return replace(stored, encoding=self._common(), read=read)
+
+    def taking(self, stored: Stored) -> Read | None:
+        if self.overall is not None or stored.encoding != self._common():
+            return super().taking(stored)
+        kinds = {self.packed[0]: COMMON_CODES, self.scales[0]: COMMON_SCALES}
+        return partial(_renamed, stored.read, kinds)
 
     # --- codes that move to another encoding ---
 
@@ -219,12 +271,28 @@ class Micro(Layout):
 
     def check(self, stored: Stored) -> None:
         count = math.prod(stored.shape[:-1]) * self.groups(stored.shape[-1])
-        check_scales(stored, self.scales[0], self.scale_number, count)
+        check_finite(stored, self.scales[0], self.scale_number, count)
+        if self.number == FP8:
+            check_finite(stored, self.packed[0], FP8, math.prod(stored.shape))
         if self.overall is not None:
             found = float(np.frombuffer(stored.read(self.overall.suffix, 0, 4), "<f4")[0])
             if not 0 < found < math.inf:
                 what = f"the number of {self.overall.suffix}"
                 refuse_values(stored, f"{what} scales nothing", found, "a positive one")
+
+
+def _renamed(read: Read, kinds: Mapping[str, str], kind: str, offset: int, size: int) -> bytes:
+    return read(kinds[kind], offset, size)
+
+
+def divisor_of(largest: np.float32) -> np.float32:
+    """The scale of a tensor with which the largest group has that at the end of E4M3's range; 1 of
+    nothing but zeros.
+    """
+    if not largest:
+        return np.float32(1)
+    with np.errstate(over="ignore"):
+        return np.float32(min(LARGEST / largest, np.finfo(np.float32).max))
 
 
 def reciprocal(factor: np.float32) -> np.float32:
@@ -306,4 +374,4 @@ class Experts(Layout):
 
     def check(self, stored: Stored) -> None:
         experts, inputs, outputs = stored.shape
-        check_scales(stored, SCALES, POWERS, experts * outputs * (inputs // MX_GROUP))
+        check_finite(stored, SCALES, POWERS, experts * outputs * (inputs // MX_GROUP))

@@ -14,21 +14,15 @@ import numpy as np
 
 from qconvert import kernels
 from qconvert.codecs.codec import Encoder, Facts, Outcome
-from qconvert.codecs.exchange.floats import LARGEST as LARGEST_E4M3
-from qconvert.codecs.exchange.floats import e4m3
-from qconvert.codecs.exchange.micro import FP4, FP8, POWERS, Micro, scaled
+from qconvert.codecs.exchange.floats import e4m3, largest_of
+from qconvert.codecs.exchange.micro import FP4, FP8, POWERS, Micro, divisor_of, scaled
 from qconvert.codecs.source import RUN_VALUES, rows_of, tiles_of
 from qconvert.geometry import Tile
 from qconvert.kernels.records import F32, U8, Bytes, Encoded, ErrorSums, SourceRows
-from qconvert.mapper import Mapper
 from qconvert.model import Model, TensorInfo
 
-LARGEST_FP4 = np.float32(6)
 FP8_EXPONENT = 8  # of its largest numbers
 BIAS = 127  # of bytes that are powers of two
-# The largest group takes the scale at the end of E4M3's range.
-LARGEST = LARGEST_FP4 * LARGEST_E4M3
-_FINITE = np.finfo(np.float32).max
 _GGML = {POWERS: "MXFP4", FP8: "NVFP4"}  # ggml's types by the numbers of their scales
 
 
@@ -138,17 +132,5 @@ def micro_encoder(
     """
     divisor = np.float32(1)
     if layout.overall is not None:
-        together = [t for t in model.tensors if t.name == tensor.name or t.name in parts]
-        largest = max(largest_of(model, t, facts.mapper) for t in together)
-        with np.errstate(over="ignore", divide="ignore"):
-            divisor = np.minimum(LARGEST / np.float32(largest), _FINITE) if largest else divisor
-    return MicroEncoder(model, tensor, layout, divisor, facts.mean_square(tensor.shape[1]))
-
-
-def largest_of(model: Model, tensor: TensorInfo, mapper: Mapper) -> float:
-    """The largest magnitude of a tensor."""
-
-    def work(tile: Tile) -> float:
-        return float(np.abs(rows_of(model, tensor, tile)).max())
-
-    return max(mapper(work, tiles_of(tensor, RUN_VALUES)), default=0.0)
+        divisor = divisor_of(largest_of(model, tensor, parts, facts.mapper))
+    return MicroEncoder(model, tensor, layout, divisor, facts.mean_square(tensor.shape[-1]))

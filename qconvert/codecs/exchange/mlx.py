@@ -7,24 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from qconvert import kernels
 from qconvert.codecs.affine.encoding import Affine
 from qconvert.codecs.affine.weighting import weighting
-from qconvert.codecs.codec import Codec, Coded, Encoder, Facts, Outcome, Stored
+from qconvert.codecs.codec import Codec, Encoder, Facts, Outcome, Stored
 from qconvert.codecs.compensation import Rounder, values_at_once
 from qconvert.codecs.exchange.bits import WORD, packed_rows, row_bytes, unpacked_rows
 from qconvert.codecs.exchange.integers import (
     IntegerLayout,
     as_codes,
 )
-from qconvert.codecs.exchange.layout import Layout, Part, refuse_values
+from qconvert.codecs.exchange.layout import Part
+from qconvert.codecs.exchange.micro import FP4, FP8, MX_GROUP, NV_GROUP, Micro
+from qconvert.codecs.exchange.micro_encoder import micro_encoder
 from qconvert.codecs.source import RUN_VALUES, finite_weights, source_rows, tiles_of
 from qconvert.codecs.units import exact_scales, regrouped, with_offset, without_offset
-from qconvert.exchange_schemes import MlxScheme
+from qconvert.exchange_schemes import MLX_AFFINE, NOT_ROUNDED, MlxScheme
 from qconvert.geometry import Tile
 from qconvert.kernels.arithmetic import SCALE_NUMPY, real_zero, to_groups
 from qconvert.kernels.records import (
@@ -65,6 +67,8 @@ def read_codes(stored: Stored, rows: slice, columns: slice, bits: int) -> U8:
 @dataclass(frozen=True)
 class AffineGroups(IntegerLayout):
     """Mode ``affine``: value = code · scale + bias."""
+
+    stacks: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -181,77 +185,44 @@ class MlxEncoder(Encoder):
 
 
 @dataclass(frozen=True)
-class FloatGroups(Layout):
-    """Modes ``mxfp4``, ``mxfp8`` and ``nvfp4``: floating codes, and a floating byte of scale a
-    group.
-
-    Attributes:
-        mode: a key of `MODES`.
+class FloatGroups(Micro):
+    """Modes ``mxfp4``, ``mxfp8`` and ``nvfp4``: the same numbers in words of 32 bits, and bytes for
+    scales whatever these mean.
     """
 
-    mode: str
+    stacks: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
         return f"mlx_{self.mode}"
 
     @property
-    def bits(self) -> float:
-        return DTYPES[MODES[self.mode].codes].bits
+    def mode(self) -> str:
+        """What MLX calls it."""
+        return super().name
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        mode = MODES[self.mode]
         return (
-            Part(WORDS, "U32", packed_shape(shape, DTYPES[mode.codes].bits)),
-            Part(SCALES, "U8", (*shape[:-1], shape[-1] // mode.group)),
+            Part(*self.packed, packed_shape(shape, self.bits)),
+            Part(*self.scales, (*shape[:-1], self.groups(shape[-1]))),
         )
-
-    def coded(self, stored: Stored, tile: Tile) -> Coded:
-        mode = MODES[self.mode]
-        first, low = divmod(tile.start, stored.shape[-1])
-        rows, columns = slice(first, first + tile.rows), slice(low, low + tile.columns)
-        codes = read_codes(stored, rows, columns, DTYPES[mode.codes].bits)
-        groups = stored.shape[-1] // mode.group
-        data = stored.read(SCALES, first * groups, tile.rows * groups)
-        scale = kernels.widen(data, mode.scales).reshape(tile.rows, groups)
-        if not np.isfinite(scale).all():
-            refuse_values(stored, f"a number of {SCALES} is not finite", "NaN", "finite scales")
-        table = kernels.widen(bytes(range(256)), "F8_E4M3")
-        if mode.codes == "F4":
-            table = kernels.widen(bytes([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]), "F4")
-        values = table[codes]
-        each = scale[:, low // mode.group : -(-(low + tile.columns) // mode.group)]
-        values *= np.repeat(each, mode.group, axis=1)[:, : tile.columns]
-        if not np.isfinite(values).all():
-            refuse_values(stored, f"a code of {WORDS} is not finite", "NaN", "finite codes")
-        return Coded(values)
-
-
-@dataclass(frozen=True, slots=True)
-class Mode:
-    """How a mode of floating codes has them.
-
-    Attributes:
-        codes, scales: names of `DTYPES`.
-        group: columns that share a scale.
-    """
-
-    codes: str
-    scales: str
-    group: int
 
 
 MODES = {
-    "mxfp4": Mode("F4", "F8_E8M0", 32),
-    "mxfp8": Mode("F8_E4M3", "F8_E8M0", 32),
-    "nvfp4": Mode("F4", "F8_E4M3", 16),
+    layout.mode: layout
+    for layout in (
+        FloatGroups(number, (WORDS, "U32"), (SCALES, "U8"), group)
+        for number, group in ((FP4, MX_GROUP), (FP8, MX_GROUP), (FP4, NV_GROUP))
+    )
 }
 
 
 # --- the codec ---
 
 
-def _planned(scheme: MlxScheme, tensor: TensorInfo) -> AffineGroups:
+def _planned(scheme: MlxScheme, tensor: TensorInfo) -> AffineGroups | FloatGroups:
+    if scheme.mode != MLX_AFFINE:
+        return MODES[scheme.mode]
     return AffineGroups(scheme.bits, scheme.group, scheme.symmetric, scheme.scale_dtype)
 
 
@@ -261,6 +232,8 @@ def _refuses(scheme: MlxScheme, tensor: TensorInfo) -> str | None:
 
 def _encoder(model: Model, tensor: TensorInfo, scheme: MlxScheme, facts: Facts) -> Encoder:
     layout = _planned(scheme, tensor)
+    if isinstance(layout, FloatGroups):
+        return micro_encoder(model, tensor, layout, facts, ())
     columns = tensor.shape[-1]
     code = layout.affine(columns)
     mean_square = facts.mean_square(columns)
@@ -271,5 +244,5 @@ def _encoder(model: Model, tensor: TensorInfo, scheme: MlxScheme, facts: Facts) 
 
 CODEC: Codec[MlxScheme] = Codec(
     *("mlx", _planned, _refuses, _encoder),
-    uncompensated=lambda scheme, tensor: None,
+    uncompensated=lambda scheme, tensor: None if scheme.number == "int" else NOT_ROUNDED,
 )

@@ -133,7 +133,6 @@ def _four_bits(checkpoint: Checkpoint, module: str, book: str) -> Matrix:
     layout = FourBits(
         *(book, block, double, dtypes[dtype]),
         storage=_storage(codes),
-        offset=float(fields.get("nested_offset", 0.0)),
         state_size=info.nbytes,
     )
     return Matrix(module + CODES, _shape(path, fields), layout, _parts(checkpoint, module))

@@ -23,7 +23,7 @@ from qconvert.codecs.exchange.compressed_tensors import (
     PackedIntegers,
     PlainIntegers,
 )
-from qconvert.codecs.exchange.floats import Float8
+from qconvert.codecs.exchange.floats import OTHER_INPUTS, Float8
 from qconvert.codecs.exchange.layout import Layout
 from qconvert.codecs.exchange.micro import Micro
 from qconvert.encoding import SCALE_SIZES
@@ -79,11 +79,13 @@ class Group:
         targets: names of classes or modules, or ``re:`` and an expression.
         format: of the group, or of the whole.
         weights: checked fields of QuantizationArgs.
+        inputs: see `qconvert.codecs.exchange.layout.Layout`.
     """
 
     targets: tuple[str, ...]
     format: str
     weights: Mapping[str, Any]
+    inputs: str
 
     def has(self, module: str) -> bool:
         """Whether a module belongs to the group; of which class it is nobody can tell here."""
@@ -169,7 +171,8 @@ def _plain(checkpoint: Checkpoint, module: str, group: Group) -> Matrix:
         blocks = {"tensor": (0, 0), "channel": (1, 0), "block": weights["block"]}
         if strategy not in blocks:
             raise unsupported(path, "strategy of E4M3 weights", strategy, " ".join(blocks))
-        layout = Float8(SCALE, dtype, blocks[strategy], 1 if strategy == "tensor" else 2)
+        dimensions = 1 if strategy == "tensor" else 2
+        layout = Float8(SCALE, dtype, blocks[strategy], dimensions, group.inputs)
     return Matrix(module + WEIGHT, info.shape, layout, _parts(checkpoint, module))
 
 
@@ -294,4 +297,18 @@ def _group(path: Path, name: str, fields: Mapping[str, Any], overall: str) -> Gr
         if not isinstance(block, list) or len(block) != 2:
             refuse_setting(path, "block_structure", block, "two sizes")
         checked["block"] = tuple(integer(path, "block_structure", n, 1, 1 << 20) for n in block)
-    return Group(targets, text(path, "format", format or overall), checked)
+    inputs = _inputs(path, name, fields.get("input_activations"))
+    return Group(targets, text(path, "format", format or overall), checked, inputs)
+
+
+def _inputs(path: Path, name: str, found: Any) -> str:
+    """What readers make of inputs, where that is one of our schemes of E4M3."""
+    if found is None:
+        return ""
+    fields = section(path, f"{name}.input_activations", found)
+    alike = (fields.get("num_bits"), fields.get("type"), fields.get("dynamic")) == (
+        8,
+        "float",
+        True,
+    )
+    return "dynamic" if alike else OTHER_INPUTS

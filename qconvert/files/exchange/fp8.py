@@ -4,7 +4,7 @@ Mistral with one scale a tensor. formats/exchange/fp8.md says which are read.
 
 from __future__ import annotations
 
-from qconvert.codecs.exchange.floats import Float8
+from qconvert.codecs.exchange.floats import OTHER_INPUTS, Float8
 from qconvert.codecs.exchange.fp8 import SCALE
 from qconvert.files.exchange import Checkpoint, Found, Matrix, deepseek_v4
 from qconvert.files.exchange.activations import ACTIVATIONS, dropped_note
@@ -47,6 +47,8 @@ def find(checkpoint: Checkpoint) -> Found | None:
         block = (rows, columns)
     if deepseek_v4.recognised(checkpoint):
         return deepseek_v4.find(checkpoint, block)
+    inputs = settings.get("activation_scheme", "dynamic")
+    inputs = inputs if inputs == "dynamic" else OTHER_INPUTS
     matrices = []
     for name, info in checkpoint.tensors.items():
         if not name.endswith(WEIGHT) or info.dtype != "F8_E4M3" or len(info.shape) != 2:
@@ -57,7 +59,7 @@ def find(checkpoint: Checkpoint) -> Found | None:
         dtype = scale.dtype if scale and scale.dtype in _SCALE_DTYPES else "F32"
         single = scale is not None and scale.size == 1 and not any(block)
         dimensions = len(scale.shape) if scale is not None and single else 2
-        layout = Float8(suffix, dtype, block, dimensions)
+        layout = Float8(suffix, dtype, block, dimensions, inputs)
         parts = {s: module + s for s in (WEIGHT, suffix) if module + s in checkpoint.tensors}
         matrices.append(Matrix(name, info.shape, layout, parts))
     dropped = [name for name in checkpoint.tensors if name.endswith(ACTIVATIONS)]

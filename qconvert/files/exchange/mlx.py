@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qconvert.codecs.exchange.layout import Layout
-from qconvert.codecs.exchange.mlx import BIASES, MODES, SCALES, WORDS, AffineGroups, FloatGroups
+from qconvert.codecs.exchange.mlx import BIASES, MODES, SCALES, WORDS, AffineGroups
 from qconvert.errors import FormatError
+from qconvert.exchange_schemes import MLX_AFFINE as AFFINE
 from qconvert.files.exchange import Checkpoint, Found, Matrix
 from qconvert.files.exchange.settings import (
     OTHER_VERSIONS,
@@ -23,10 +24,8 @@ from qconvert.files.exchange.settings import (
     text,
     unsupported,
 )
-from qconvert.model import DTYPES
 
 KIND = "mlx"
-AFFINE = "affine"
 GROUPS, WIDTHS = (32, 64, 128), (2, 3, 4, 5, 6, 8)
 _FIELDS = frozenset({"group_size", "bits", "mode"})
 GLOBAL_SCALE = ".global_scale"  # of mode nvfp4 in stacks of experts
@@ -88,8 +87,8 @@ def _how(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> How:
             refuse_setting(path, "bits", found, f"bits {WIDTHS} and groups {GROUPS}")
     elif mode not in MODES:
         raise unsupported(path, "mode of MLX", mode, " ".join((AFFINE, *MODES)))
-    elif (DTYPES[MODES[mode].codes].bits, MODES[mode].group) != (bits, group):
-        wanted = f"{DTYPES[MODES[mode].codes].bits} bits in groups of {MODES[mode].group}"
+    elif (MODES[mode].bits, MODES[mode].group) != (bits, group):
+        wanted = f"{MODES[mode].bits} bits in groups of {MODES[mode].group}"
         refuse_setting(path, mode, f"{bits} bits in groups of {group}", wanted)
     return How(mode, bits, group)
 
@@ -97,9 +96,10 @@ def _how(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> How:
 def _matrix(checkpoint: Checkpoint, module: str, how: How) -> Matrix:
     tensors = checkpoint.tensors
     words, scales = tensors[module + WORDS], tensors.get(module + SCALES)
-    kinds = (WORDS, SCALES, BIASES) if how.mode == AFFINE else (WORDS, SCALES)
-    layout: Layout = FloatGroups(how.mode)
-    if how.mode == AFFINE:
+    layout: Layout
+    if how.mode != AFFINE:
+        layout = MODES[how.mode]
+    else:
         layout = AffineGroups(
             how.bits, how.group, False, scale_dtype(checkpoint.path, scales, "BF16")
         )
@@ -113,5 +113,6 @@ def _matrix(checkpoint: Checkpoint, module: str, how: How) -> Matrix:
             code="EXCHANGE-SHAPE",
         )
     shape = (*words.shape[:-1], words.shape[-1] * 32 // how.bits)
-    parts = {kind: module + kind for kind in kinds if module + kind in tensors}
+    own = [part.suffix for part in layout.parts(shape)]
+    parts = {kind: module + kind for kind in own if module + kind in tensors}
     return Matrix(module + WORDS, shape, layout, parts)

@@ -18,6 +18,8 @@ INLINE void encode_plain(enum ggml_type type, const float *x, uint8_t *out) {
     case GGML_Q8_0: encode_bytes(x, out); break;
     case GGML_TQ1_0: encode_tq1(x, out); break;
     case GGML_TQ2_0: encode_tq2(x, out); break;
+    case GGML_Q1_0: encode_q1_0(x, out); break;
+    case GGML_Q2_0: encode_q2_0(x, out); break;
     default: break;
     }
 }
@@ -53,6 +55,8 @@ INLINE void decode_block(enum ggml_type type, const uint8_t *data, float *out) {
     case GGML_NVFP4: decode_nvfp4(data, out); break;
     case GGML_TQ1_0: decode_tq1(data, out); break;
     case GGML_TQ2_0: decode_tq2(data, out); break;
+    case GGML_Q1_0: decode_q1_0(data, out); break;
+    case GGML_Q2_0: decode_q2_0(data, out); break;
     case GGML_TYPES: break;
     }
 }

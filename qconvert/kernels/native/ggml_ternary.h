@@ -1,21 +1,21 @@
-/* ggml's block types for weights of three values, section 8: the bytes of
+/* ggml's block types for weights of three values, and of two, section 8: the bytes of
  * ../reference/ggml/ternary.py. */
 #ifndef QCONVERT_GGML_TERNARY_H
 #define QCONVERT_GGML_TERNARY_H
 
 #include "ggml_small.h"
 
-enum { TERNARY_BLOCK = 256 };
+enum { TERNARY_BLOCK = 256, Q2_0_BLOCK = 64, Q1_0_BLOCK = 128 };
 
 /* Codes + 1, and the scale; halves round away from 0. */
-INLINE float ternary_digits(const float *restrict x, uint8_t digits[restrict TERNARY_BLOCK]) {
+INLINE float ternary_digits(const float *restrict x, int count, uint8_t *restrict digits) {
     uint32_t largest = 0;
-    for (int i = 0; i < TERNARY_BLOCK; i++) {
+    for (int i = 0; i < count; i++) {
         const uint32_t magnitude = bits_of(x[i]) & 0x7FFFFFFF; /* grows with |x| */
         largest = magnitude > largest ? magnitude : largest;
     }
     const float scale = from_bits(largest), inverse = inverse_of(scale);
-    for (int i = 0; i < TERNARY_BLOCK; i++) {
+    for (int i = 0; i < count; i++) {
         const float steps = finite_or_zero(x[i] * inverse);
         digits[i] = (uint8_t)(1 + (steps >= 0.5f) - (steps <= -0.5f));
     }
@@ -48,7 +48,7 @@ INLINE void load_trits(const uint8_t *restrict data, int places, int width, floa
 
 INLINE void encode_tq1(const float *x, uint8_t *out) {
     uint8_t digits[TERNARY_BLOCK];
-    store_half(ternary_digits(x, digits), out + 52);
+    store_half(ternary_digits(x, TERNARY_BLOCK, digits), out + 52);
     store_trits(digits, 5, 32, out);
     store_trits(digits + 160, 5, 16, out + 32);
     store_trits(digits + 240, 4, 4, out + 48);
@@ -63,7 +63,7 @@ INLINE void decode_tq1(const uint8_t *data, float *out) {
 
 INLINE void encode_tq2(const float *x, uint8_t *out) {
     uint8_t digits[TERNARY_BLOCK];
-    store_half(ternary_digits(x, digits), out + 64);
+    store_half(ternary_digits(x, TERNARY_BLOCK, digits), out + 64);
     for (int i = 0; i < 64; i++) {
         const uint8_t *at = digits + i / 32 * 128 + i % 32;
         out[i] = (uint8_t)(at[0] | at[32] << 2 | at[64] << 4 | at[96] << 6);
@@ -79,6 +79,45 @@ INLINE void decode_tq2(const uint8_t *data, float *restrict out) {
                 out[128 * half + 32 * place + i] = scale * (float)(digit - 1);
             }
         }
+    }
+}
+
+INLINE void encode_q2_0(const float *x, uint8_t *out) {
+    uint8_t digits[Q2_0_BLOCK];
+    store_half(ternary_digits(x, Q2_0_BLOCK, digits), out);
+    for (int i = 0; i < Q2_0_BLOCK / 4; i++) {
+        const uint8_t *at = digits + 4 * i;
+        out[2 + i] = (uint8_t)(at[0] | at[1] << 2 | at[2] << 4 | at[3] << 6);
+    }
+}
+
+INLINE void decode_q2_0(const uint8_t *data, float *restrict out) {
+    const float scale = from_half(load16(data));
+    for (int i = 0; i < Q2_0_BLOCK; i++) {
+        out[i] = scale * (float)((data[2 + i / 4] >> i % 4 * 2 & 3) - 1);
+    }
+}
+
+/* The mean magnitude, summed one after the other, and a bit for every weight that is not below 0. */
+INLINE void encode_q1_0(const float *x, uint8_t *out) {
+    float total = 0;
+    for (int i = 0; i < Q1_0_BLOCK; i++) {
+        total += from_bits(bits_of(x[i]) & 0x7FFFFFFF);
+    }
+    store_half(total / Q1_0_BLOCK, out);
+    for (int i = 0; i < Q1_0_BLOCK / 8; i++) {
+        unsigned byte = 0;
+        for (int bit = 0; bit < 8; bit++) {
+            byte |= (unsigned)(x[8 * i + bit] >= 0) << bit;
+        }
+        out[2 + i] = (uint8_t)byte;
+    }
+}
+
+INLINE void decode_q1_0(const uint8_t *data, float *restrict out) {
+    const float scale = from_half(load16(data));
+    for (int i = 0; i < Q1_0_BLOCK; i++) {
+        out[i] = scale * (float)((data[2 + i / 8] >> i % 8 & 1) * 2 - 1);
     }
 }
 

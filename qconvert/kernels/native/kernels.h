@@ -127,6 +127,8 @@ enum ggml_type {
     GGML_NVFP4,
     GGML_TQ1_0,
     GGML_TQ2_0,
+    GGML_Q1_0,
+    GGML_Q2_0,
     GGML_Q2_K,
     GGML_Q3_K,
     GGML_Q4_K,

@@ -52,6 +52,8 @@ class Source:
 
 def gguf_py_encodes(kind: str) -> bool:
     """Whether gguf-py can quantize to a ggml type."""
+    if kind not in gguf.GGMLQuantizationType.__members__:
+        return False
     type_ = gguf.GGMLQuantizationType[kind]
     try:
         gguf.quants.quantize(np.zeros((1, gguf.GGML_QUANT_SIZES[type_][0]), np.float32), type_)

@@ -75,11 +75,12 @@ def _format(scheme: ExchangeScheme) -> str:
 
 def _weights(scheme: ExchangeScheme) -> dict[str, Any]:
     """QuantizationArgs of a scheme's weights."""
+    whole = isinstance(scheme, CompressedTensorsScheme) and scheme.whole
     found: dict[str, Any] = {
         "num_bits": scheme.bits,
         "type": "int" if scheme.number == "int" else "float",
         "symmetric": scheme.symmetric,
-        "strategy": "group" if scheme.group else "channel",
+        "strategy": "group" if scheme.group else "tensor" if whole else "channel",
         "group_size": scheme.group or None,
         "dynamic": False,
     }
@@ -94,9 +95,11 @@ def _weights(scheme: ExchangeScheme) -> dict[str, Any]:
 
 
 def _inputs(scheme: ExchangeScheme) -> dict[str, Any] | None:
-    """QuantizationArgs of inputs that readers make eight bits."""
+    """QuantizationArgs of inputs that readers quantize."""
     if not scheme.activations:
         return None
+    if scheme.number == "e2m1":  # the same as weights, but for scales of groups: as inputs come
+        return {**_weights(scheme), "dynamic": "local", "observer": "static_minmax"}
     if scheme.activations == "static":
         integers = scheme.number == "int"
         found = {"num_bits": 8, "type": "int" if integers else "float", "symmetric": not integers}

@@ -8,8 +8,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from qconvert.errors import UnsupportedError, UsageError
-from qconvert.exchange_schemes import MLX, ExchangeScheme
+from qconvert.exchange_schemes import MLX, MLX_AFFINE, ExchangeScheme, MlxScheme
 from qconvert.model import WEIGHT, layer_name
+from qconvert.stages.directories.mlx_experts import EXPERTS, stacked
 from qconvert.stages.directories.modules import quantized_modules
 from qconvert.stages.directories.target import ROUTERS, VISION, DirectoryTarget, Readers, Rule
 from qconvert.stages.plan import PlannedTensor
@@ -29,7 +30,7 @@ KNOWN = frozenset(
         *("qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2", "telechat3"),
     }
 )
-EXPERTS = "*.experts.*"
+SINGLE = "*.experts.*"  # experts that are no stack
 HEAD = "lm_head.weight"
 
 
@@ -43,33 +44,36 @@ def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[s
     _check_names(plan, config)
     _check_head(plan, config)
     usual, _ = Counter(quantized_modules(plan).values()).most_common(1)[0]
-    block: dict[str, Any] = {**_entry(usual), "mode": "affine"}
+    assert isinstance(usual, MlxScheme)
+    block: dict[str, Any] = {**_entry(usual), "mode": usual.mode}
     for p in plan:
         module = layer_name(p.tensor.name)
         if isinstance(p.scheme, ExchangeScheme):
             if p.scheme != usual:
                 block[module] = _entry(p.scheme)
-        elif p.tensor.name.endswith(WEIGHT) and len(p.tensor.shape) == 2:
+        elif p.tensor.name.endswith(WEIGHT) and len(p.tensor.shape) > 1:
             block[module] = False
     return {"quantization": block, "quantization_config": block}
 
 
-def _entry(scheme: ExchangeScheme) -> dict[str, int]:
-    return {"group_size": scheme.group, "bits": scheme.bits}
+def _entry(scheme: ExchangeScheme) -> dict[str, Any]:
+    assert isinstance(scheme, MlxScheme)
+    found: dict[str, Any] = {"group_size": scheme.group, "bits": scheme.bits}
+    return found if scheme.mode == MLX_AFFINE else found | {"mode": scheme.mode}
 
 
 def _check_names(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> None:
-    expert = next((p.tensor.name for p in plan if fnmatchcase(p.tensor.name, EXPERTS)), None)
+    expert = next((p.tensor.name for p in plan if fnmatchcase(p.tensor.name, SINGLE)), None)
     kind = config.get("model_type")
-    if expert is None and kind in KNOWN:
+    if expert is None and (kind in KNOWN or kind in EXPERTS):
         return
     raise UnsupportedError(
-        "experts, which MLX stacks, are not written for it yet"
+        "experts, which MLX stacks, are not written for models of this kind"
         if expert
         else "mlx-lm may have weights of this kind of model under other names",
         tensor=expert,
         found=f"model_type '{kind}'",
-        wanted=" ".join(sorted(KNOWN)),
+        wanted=" ".join(sorted(EXPERTS if expert else KNOWN | EXPERTS.keys())),
         hint="convert it with mlx_lm.convert, or choose another --format",
         code="EXCHANGE-MODEL",
     )
@@ -93,5 +97,5 @@ def readers(plan: Sequence[PlannedTensor]) -> Readers:
 
 
 TARGET: Target = DirectoryTarget(
-    MLX, settings, readers, DENSE, fused=(), metadata=(("format", "mlx"),)
+    *(MLX, settings, readers, DENSE), fused=(), metadata=(("format", "mlx"),), named=stacked
 )

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from qconvert.calibration.file import Calibration
-from qconvert.codecs.codec import Encoding
-from qconvert.codecs.exchange.layout import Layout
+from qconvert.codecs.codec import Encoding, Stored
+from qconvert.codecs.exchange.layout import Layout, furthest
 from qconvert.codecs.exchange.micro import Micro
 from qconvert.codecs.moving import MovedScheme
 from qconvert.containers import CONTAINERS
 from qconvert.errors import UnsupportedError, UsageError
-from qconvert.exchange_schemes import ExchangeScheme
+from qconvert.exchange_schemes import CompressedTensorsScheme, ExchangeScheme
 from qconvert.files import OpenModel
 from qconvert.files.atomic import AtomicDirectory, machine_errors
 from qconvert.files.equalised import noted
@@ -85,6 +85,7 @@ class DirectoryTarget:
         fused: names of modules that take one scheme.
         metadata: of the headers of the files.
         quantizes: whether there are codes in it.
+        named: gives a model the names and shapes that its readers have for its tensors.
     """
 
     name: str
@@ -94,6 +95,7 @@ class DirectoryTarget:
     fused: tuple[tuple[str, ...], ...] = FUSED
     metadata: tuple[tuple[str, str], ...] = (("format", "pt"),)
     quantizes: bool = True
+    named: Callable[[Model], Model] = lambda model: model
 
     def prepare(
         self, opened: OpenModel, model: Model, options: QuantizeOptions, output: Path
@@ -111,6 +113,8 @@ class DirectoryTarget:
                 hint="convert the model's directory, in which it lies beside the tensors; a GGUF "
                 "file has none, and goes into .gguf and .qblk",
             )
+        rescaled, own = noted(model), {t.name: t.name for t in model.tensors}
+        model = self.named(model)
         planned = self._planned(opened, model, options, model_dtype(config, model))
         self._check_fused(planned, model.path)
         planned = self._tied(planned)
@@ -140,13 +144,14 @@ class DirectoryTarget:
             model,
             planned,
             (output,),
-            partial(_sink, shards, dict(self.metadata), files),
+            partial(_sink, shards, dict(self.metadata), files, _joined(planned)),
             options={"format": self.name},
-            provenance=noted(model),
+            origin=own.get,
+            provenance=rescaled,
             companions=len(files),
             companion_bytes=sum(len(data) for data in files.values()),
             warnings=[*readers.warnings, *self._unlike(planned)],
-            notes=list(readers.notes),
+            readers=readers.notes,
             directory=True,
         )
 
@@ -169,7 +174,7 @@ class DirectoryTarget:
         )
 
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
-        return model
+        return self.named(model)
 
     def examined(self, made: OpenModel) -> Sequence[Finding]:
         """Parts of fused layers have one layout: vLLM refuses others, or takes one for all."""
@@ -236,8 +241,8 @@ class DirectoryTarget:
         """A warning of layers whose parts were moved with different scales of the tensor."""
         found = []
         for names, parts in self._planned_layers(plan):
-            moved = [p.encoding for p in parts if isinstance(p.scheme, MovedScheme)]
-            if len({e.divides for e in moved if isinstance(e, Micro)}) > 1:
+            moved = [p.scheme for p in parts if isinstance(p.scheme, MovedScheme)]
+            if len({_divisor(scheme) for scheme in moved}) > 1:
                 found.append((names, parts[0].tensor.name))
         if not found:
             return []
@@ -265,6 +270,13 @@ class DirectoryTarget:
                 if last == names[0]:
                     parts = (f"{place}.{name}" for name in names)
                     yield names, [part for part in parts if part in modules]
+
+
+def _divisor(scheme: MovedScheme) -> float:
+    """The scale of a tensor, as a divisor; 1 where its encoding has none."""
+    if isinstance(scheme.source, Stored):
+        return scheme.encoding.divisor(scheme.source)
+    return scheme.encoding.divides if isinstance(scheme.encoding, Micro) else 1.0
 
 
 def _with_scales(scheme: TensorScheme, dtype: str) -> TensorScheme:
@@ -313,6 +325,15 @@ def _files(companions: Sequence[Companion], config: Mapping[str, Any]) -> dict[s
     return {**found, CONFIG: text.encode()}
 
 
+def _joined(plan: Sequence[PlannedTensor]) -> dict[str, Sequence[str]]:
+    """Weights that have one scale of their inputs together with others, and which these are."""
+    return {
+        p.tensor.name: p.scheme.parts
+        for p in plan
+        if isinstance(p.scheme, CompressedTensorsScheme) and p.scheme.one_input
+    }
+
+
 def _entries(p: PlannedTensor) -> list[Entry]:
     """What a planned tensor is stored as."""
     encoding, tensor = p.encoding, p.tensor
@@ -325,6 +346,15 @@ def _entries(p: PlannedTensor) -> list[Entry]:
 # --- writing --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """The static range of the input of a layer, in signed bytes."""
+
+    layout: Layout
+    scale: float
+    zero_point: int
+
+
 class _DirectorySink:
     def __init__(
         self,
@@ -332,15 +362,24 @@ class _DirectorySink:
         shards: Sequence[Sequence[Entry]],
         metadata: Mapping[str, str],
         files: Mapping[str, bytes],
+        joined: Mapping[str, Sequence[str]],
     ) -> None:
+        self.joined = joined
+        self.inputs: dict[str, _Input] = {}  # by the names of weights
         self.directory = directory
         self.files = files
         self.writer = SafetensorsWriter(directory, shards, metadata)
 
     def begin(self, tensor: TensorInfo, encoding: Encoding) -> _Parts:
-        return _Parts(self.writer, tensor, encoding)
+        return _Parts(self.writer, tensor, encoding, self.inputs)
 
     def finish(self) -> int:
+        for name, own in self.inputs.items():
+            # All parts of a layer have one input: the widest of its ranges.
+            ranges = [self.inputs[n] for n in self.joined.get(name, ()) if n in self.inputs]
+            widest = max([own, *ranges], key=lambda r: furthest(r.scale, r.zero_point))
+            for suffix, data in own.layout.static_input(widest.scale, widest.zero_point).items():
+                self.writer.append(layer_name(name) + suffix, data)
         size = self.writer.finish()
         for name, data in self.files.items():
             path = self.directory.joinpath(*name.split("/"))
@@ -356,8 +395,16 @@ class _DirectorySink:
 class _Parts:
     """The tensors of one weight being written."""
 
-    def __init__(self, writer: SafetensorsWriter, tensor: TensorInfo, encoding: Encoding) -> None:
+    def __init__(
+        self,
+        writer: SafetensorsWriter,
+        tensor: TensorInfo,
+        encoding: Encoding,
+        inputs: dict[str, _Input],
+    ) -> None:
         self.writer = writer
+        self.weight = tensor.name
+        self.inputs = inputs
         plain = not isinstance(encoding, Layout)
         self.name = tensor.name if plain else layer_name(tensor.name)
         self.plain = plain
@@ -371,16 +418,18 @@ class _Parts:
         """Close the tensor; safetensors has no place for notes but static ranges of inputs."""
         if isinstance(self.encoding, Layout) and self.encoding.static:
             found = notes["activation"]
-            self.append(self.encoding.static_input(found["scale"], found["zero_point"]))
+            scale, zero_point = found["scale"], found["zero_point"]
+            self.inputs[self.weight] = _Input(self.encoding, scale, zero_point)
 
 
 def _sink(
     shards: Sequence[Sequence[Entry]],
     metadata: Mapping[str, str],
     files: Mapping[str, bytes],
+    joined: Mapping[str, Sequence[str]],
     out: Atomic,
     provenance: dict[str, Any],
 ) -> Sink:
     assert isinstance(out, AtomicDirectory)
     text = json.dumps(provenance, sort_keys=True, ensure_ascii=False)
-    return _DirectorySink(out.path, shards, {**metadata, PROVENANCE: text}, files)
+    return _DirectorySink(out.path, shards, {**metadata, PROVENANCE: text}, files, joined)
