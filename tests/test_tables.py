@@ -71,8 +71,8 @@ def test_names_lose_what_says_least_first() -> None:
     name = "model.layers.3.self_attn.k_proj.weight"
     assert shortened_name(name, 38, "~") == name
     assert shortened_name(name, 37, "~") == "~layers.3.self_attn.k_proj.weight"
-    assert shortened_name(name, 30, "~") == "~layers.3~k_proj.weight"
-    assert shortened_name(name, 20, "~") == "~3~k_proj.weight"
+    assert shortened_name(name, 30, "~") == "~3.self_attn.k_proj.weight"
+    assert shortened_name(name, 25, "~") == "~3~k_proj.weight"
     assert shortened_name(name, 14, "~") == "~3~proj.weight"
 
 

@@ -9,7 +9,16 @@ from __future__ import annotations
 from qconvert.report.base import Report, dump, error_json, finite
 from qconvert.report.bench import BenchReport, Measurement, SkippedLine
 from qconvert.report.calibrate import CalibratedFisher, CalibratedLayer, CalibrateReport
-from qconvert.report.inspect import CurvePoint, Histogram, InspectReport, SizeCurve, TensorSummary
+from qconvert.report.inspect import (
+    ChannelSummary,
+    CurvePoint,
+    Finding,
+    GridEnds,
+    Histogram,
+    InspectReport,
+    SizeCurve,
+    TensorSummary,
+)
 from qconvert.report.quantize import (
     Equalisation,
     EqualisedGroup,
@@ -32,13 +41,16 @@ __all__ = [
     "CalibrateReport",
     "CalibratedFisher",
     "CalibratedLayer",
+    "ChannelSummary",
     "Check",
     "CurvePoint",
     "EmbeddingQuality",
     "Equalisation",
     "EqualisedGroup",
     "Execution",
+    "Finding",
     "Finetuning",
+    "GridEnds",
     "Histogram",
     "InspectReport",
     "Measurement",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -13,23 +13,27 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.codecs import codec_of
+from qconvert.codecs.affine.suggestion import grid_ends
+from qconvert.codecs.channels import MAX_CHANNELS, ChannelStatistics
 from qconvert.codecs.source import observe_tensor
 from qconvert.codecs.statistics import TensorStatistics
 from qconvert.errors import UsageError, WeightError
 from qconvert.files import open_model
 from qconvert.geometry import TILE_VALUES, row_length, tiles
 from qconvert.mapper import Mapper
-from qconvert.model import Model, TensorInfo
+from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.progress import Progress, Silent
-from qconvert.report import Histogram, InspectReport, TensorSummary
-from qconvert.schemes import KeepScheme, MixScheme, Scheme
+from qconvert.report import ChannelSummary, GridEnds, Histogram, InspectReport, TensorSummary
+from qconvert.schemes import TENSOR_SCHEMES, AffineScheme, KeepScheme, MixScheme, Scheme
 from qconvert.stages.budget import unknown_sensitivities
 from qconvert.stages.curve import CurveOptions, size_curve
+from qconvert.stages.findings import findings_of
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import PlannedTensor, PlanOptions, make_plan
 from qconvert.stages.sources import described
 
 SMALL_VALUES = 4 * TILE_VALUES  # of a tensor that one thread describes
+LEAST_VALUES = 1024  # of a matrix whose channels are compared
 BATCH_TENSORS = 64  # that a thread takes at once
 
 _Item = tuple[TensorInfo, TensorSummary, PlannedTensor]
@@ -88,6 +92,8 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             statistics=not options.headers_only,
             notes=said.notes,
             curve=curve,
+            scheme=None if options.headers_only else scheme.name,
+            findings=findings_of(rows, scheme),
             warnings=[
                 *said.warnings,
                 *unknown_sensitivities(curve.without if curve else []),
@@ -157,29 +163,48 @@ def _describe(
     scheme = planned.scheme
     columns = row_length(tensor.shape)
     look = codec_of(scheme).look if scheme else None
+    channels = _channels(tensor, columns)
     if scheme is None or look is None:
-        _fill(row, observe_tensor(model, tensor, columns, mapper))
+        _fill(row, observe_tensor(model, tensor, columns, mapper, channels), channels)
         if row.nonfinite and tensor.floating:
             row.suggestion, row.suggestion_reason = "mend", "has NaN or Inf values"
         elif model.kind == "safetensors":
             row.suggestion, row.suggestion_reason = "keep", planned.reason
         return
     try:
-        found = look(model, tensor, scheme, mapper)
+        found = look(model, tensor, scheme, mapper, channels)
     except WeightError:
-        _fill(row, observe_tensor(model, tensor, columns, mapper))
+        channels = _channels(tensor, columns)
+        _fill(row, observe_tensor(model, tensor, columns, mapper, channels), channels)
         row.suggestion, row.suggestion_reason = "mend", "has NaN, Inf or too large values"
         return
-    _fill(row, found.statistics)
+    _fill(row, found.statistics, channels)
     row.suggestion, row.suggestion_reason = found.scheme, found.reason
+    row.sqnr_db, row.gain_db, row.cost_db = found.sqnr_db, found.gain_db, found.cost_db
 
 
-def _fill(row: TensorSummary, s: TensorStatistics) -> None:
+def _channels(tensor: TensorInfo, columns: int) -> ChannelStatistics | None:
+    """For matrices of weights that are large enough for channels to be told apart."""
+    rows = tensor.size // columns
+    weights = tensor.floating or tensor.dtype not in DTYPES
+    large = tensor.size >= LEAST_VALUES and len(tensor.shape) > 1 and min(rows, columns) > 1
+    if not weights or not large or max(rows, columns) > MAX_CHANNELS:
+        return None
+    return ChannelStatistics(rows, columns)
+
+
+def _fill(row: TensorSummary, s: TensorStatistics, channels: ChannelStatistics | None) -> None:
     row.minimum, row.maximum, row.absmax = s.minimum, s.maximum, s.absmax
     row.mean, row.std = s.mean, s.std
     row.skewness, row.kurtosis = s.skewness, s.kurtosis
     row.outlier_share = s.outlier_share
     row.zeros, row.nonfinite = s.zeros, s.nonfinite
+    row.crest, row.near_zero_share = s.crest, s.near_zero_share
+    row.percentiles = s.percentiles(row.dtype)
+    if channels:
+        row.rows = ChannelSummary(**asdict(channels.rows))
+        row.columns = ChannelSummary(**asdict(channels.columns))
+        row.blocks, row.constant_blocks = channels.blocks, channels.constant
 
 
 def _histogram(
@@ -202,4 +227,13 @@ def _histogram(
     columns = row_length(tensor.shape)
     spans = ((t.start, t.stop) for t in tiles(tensor.size // columns, columns))
     total = sum(workers.map(count, spans), np.zeros(bins, np.int64))
-    return Histogram(low, high, [int(c) for c in total])
+    return Histogram(low, high, [int(c) for c in total], _grid(model, tensor, row.suggestion))
+
+
+def _grid(model: Model, tensor: TensorInfo, suggestion: str | None) -> GridEnds | None:
+    scheme = TENSOR_SCHEMES.get(suggestion or "")
+    if not isinstance(scheme, AffineScheme):
+        return None
+    lows, highs = grid_ends(model, tensor, scheme)
+    ends = float(np.median(lows)), float(np.median(highs)), float(lows.min()), float(highs.max())
+    return GridEnds(scheme.name, *ends)

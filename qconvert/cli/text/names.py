@@ -16,7 +16,7 @@ def shortened_name(name: str, most: int, sign: str) -> str:
     stands between the layer and the last two parts.
 
     >>> shortened_name("model.layers.3.self_attn.k_proj.weight", 28, "~")
-    '~layers.3~k_proj.weight'
+    '~3.self_attn.k_proj.weight'
     """
     if display_width(name) <= most:
         return name
@@ -42,10 +42,9 @@ def _expendable(parts: list[str]) -> Iterator[int]:
     last = len(parts) - 1
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     first, final = (numbers[0], numbers[-1]) if numbers else (last, 0)
-    yield from range(first - 1)
+    yield from range(first if numbers else first - 1)
     if numbers:
         yield from range(final + 1, last - 1)
-        yield from range(max(first - 1, 0), first)
     yield from (i for i in range(first, final) if not parts[i].isdigit())
 
 

@@ -26,6 +26,7 @@ def table_lines(
     columns: Sequence[tuple[str, str] | Column],
     items: Sequence[T],
     row: Callable[[T], Sequence[str]],
+    elsewhere: str = "--json",
 ) -> Iterator[str]:
     """A table line by line, none wider than `text_width`.
 
@@ -38,6 +39,7 @@ def table_lines(
         items: what the rows are of; there may be hundreds of thousands.
         row: the cells of one of them; asked for twice, and a third time where names are cut, so
             that not all have to be kept.
+        elsewhere: the option that shows what had no room.
     """
     every = [Column(*c) for c in columns]
     drawn = signs()
@@ -78,7 +80,7 @@ def table_lines(
         else:
             yield _line(cells, found.widths, right, gap, drawn.cut)
     if first:
-        yield from _unseen(every, first, hidden, found.dropped)
+        yield from _unseen(every, first, hidden, found.dropped, elsewhere)
 
 
 def _hides(cell: str, rows: int) -> bool:
@@ -90,7 +92,11 @@ NOTHING = ("-", "0", "0%", "none", "")
 
 
 def _unseen(
-    columns: Sequence[Column], first: Sequence[str], hidden: Sequence[int], dropped: Sequence[int]
+    columns: Sequence[Column],
+    first: Sequence[str],
+    hidden: Sequence[int],
+    dropped: Sequence[int],
+    elsewhere: str,
 ) -> Iterator[str]:
     """What columns would have said that are hidden, and which had no room."""
     said = [(columns[i].heading, first[i]) for i in hidden]
@@ -99,7 +105,7 @@ def _unseen(
     told += [f"{none}: none"] if none else []
     if dropped:
         left = ", ".join(columns[i].heading for i in dropped)
-        told.append(f"no room for: {left} (see --json)")
+        told.append(f"no room for: {left} (see {elsewhere})")
     if told:
         yield "\n" + wrapped("; ".join(told)) + "\n"
 
