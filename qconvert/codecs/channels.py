@@ -119,7 +119,7 @@ def _join(total: F64, more: F64) -> None:
 def _findings(absmax: F64, squares: F64, length: int) -> ChannelFindings:
     """Of channels of so many values."""
     median = float(np.median(absmax))
-    rest = np.maximum(squares - absmax * absmax, 0) / max(length - 1, 1)
+    rest = np.sqrt(np.maximum(squares - absmax * absmax, 0) / max(length - 1, 1))
     usual = float(np.median(rest))
     widest, loudest = int(absmax.argmax()), int(rest.argmax())
     return ChannelFindings(
@@ -128,5 +128,5 @@ def _findings(absmax: F64, squares: F64, length: int) -> ChannelFindings:
         widest=widest,
         absmax_ratio=float(absmax[widest]) / median if median > 0 else None,
         loudest=loudest,
-        rms_ratio=float(np.sqrt(rest[loudest] / usual)) if usual > 0 else None,
+        rms_ratio=float(rest[loudest] / usual) if usual > 0 else None,
     )

@@ -134,7 +134,7 @@ class TensorStatistics:
         m = self.moments
         if m is None:
             return None
-        ranks = [max(math.ceil(p * m.count / 100), 1) for p in PERCENTILES]
+        ranks = [-(-round(10 * p) * m.count // 1000) for p in PERCENTILES]  # without rounding
         order = _ascending()
         if self.patterns is not None:
             bins = np.argsort(order)[self.patterns]

@@ -1,0 +1,274 @@
+"""What `inspect` points at, by NumPy on whole arrays and by models that were made to stand out."""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import ROOT, Call, Run, environment, save
+from numpy.typing import NDArray
+
+import qconvert
+from qconvert.codecs.statistics import PERCENTILES
+from qconvert.report import InspectReport, TensorSummary
+
+TINY = ROOT / "samples" / "tiny-llama"
+MATRIX = "model.layers.0.mlp.up_proj.weight"
+
+
+def gaussian(seed: int, *shape: int) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def inspected(path: Path, values: NDArray[Any], **options: Any) -> tuple[InspectReport, Any]:
+    """The report of a file with one tensor, and that tensor."""
+    report = qconvert.inspect(save(path / "m.safetensors", {MATRIX: values}), **options)
+    return report, report.tensors[0]
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [7, 5000, 300_000])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, np.float64])
+def test_percentiles_are_those_of_sorted_values(dtype: Any, size: int, tmp_path: Path) -> None:
+    values = (gaussian(size, size) ** 3).astype(dtype)
+    _, row = inspected(tmp_path, values)
+    ordered = np.sort(values.astype(np.float64))
+    assert list(row.percentiles) == ["0.1", "1", "5", "25", "50", "75", "95", "99", "99.9"]
+    for p in PERCENTILES:
+        wanted = ordered[math.ceil(Fraction(f"{p:g}") * size / 100) - 1]
+        if dtype is ml_dtypes.bfloat16:
+            assert row.percentiles[f"{p:g}"] == wanted
+        else:
+            assert row.percentiles[f"{p:g}"] == pytest.approx(wanted, rel=2.0**-8)
+
+
+def test_percentiles_of_values_beyond_binary32_are_their_ends(tmp_path: Path) -> None:
+    _, row = inspected(tmp_path, np.asarray([-1e300, 1.0, 1.0, 1e300]))
+    assert (row.percentiles["0.1"], row.percentiles["50"]) == (-1e300, pytest.approx(1, rel=0.004))
+    assert row.percentiles["99.9"] == 1e300
+
+
+def channels(x: NDArray[np.float64]) -> tuple[int, float, int, float, int]:
+    """By definition, of the rows of a matrix: widest and its ratio, loudest and its ratio, dead."""
+    widest = np.abs(x).max(axis=1)
+    rest = np.sort(np.abs(x), axis=1)[:, :-1]
+    loud = np.sqrt((rest**2).sum(axis=1) / max(rest.shape[1], 1))
+    return (
+        int(widest.argmax()),
+        widest.max() / np.median(widest),
+        int(loud.argmax()),
+        loud.max() / np.median(loud),
+        int((widest <= 1e-4 * np.median(widest)).sum()),
+    )
+
+
+@pytest.mark.parametrize("shape", [(700, 900), (3, 400_000), (6, 40, 64), (64, 16, 3, 3), (40, 33)])
+def test_channels_are_those_of_the_whole_matrix(shape: tuple[int, ...], tmp_path: Path) -> None:
+    x = gaussian(1, *shape)
+    rows = x.reshape(shape[0], -1) if len(shape) != 3 else x.reshape(-1, shape[-1])
+    rows[2] *= 9
+    rows[1, 5] = 70
+    rows[:, 7] = 0
+    one, row = inspected(tmp_path, x, threads=1)
+    other, _ = inspected(tmp_path, x, threads=4)
+    assert one.to_json() == other.to_json()
+    for found, of in ((row.rows, rows), (row.columns, rows.T)):
+        widest, wide, loudest, loud, dead = channels(of.astype(np.float64))
+        assert (found.count, found.dead) == (len(of), dead)
+        assert (found.widest, found.loudest) == (widest, loudest)
+        assert found.absmax_ratio == pytest.approx(wide, rel=1e-6)
+        assert found.rms_ratio == pytest.approx(loud, rel=1e-6)
+    values = x.astype(np.float64)
+    rms = np.sqrt((values**2).mean())
+    assert row.crest == pytest.approx(np.abs(values).max() / rms, rel=1e-6)
+    near = (np.abs(values) < np.abs(values).max() / 254).mean()
+    assert row.near_zero_share == pytest.approx(near, rel=0.02)
+
+
+def test_blocks_are_runs_of_32_values_of_a_row(tmp_path: Path) -> None:
+    x = gaussian(2, 40, 100)
+    x[3, 32:64] = 0.25
+    x[4, 30:60] = 0.25  # no block lies in it
+    x[5, 64:96] = 0
+    x[6, 96:] = 1  # shorter than a block
+    _, row = inspected(tmp_path, x)
+    assert (row.blocks, row.constant_blocks) == (40 * 3, 2)
+
+
+def test_vectors_and_integers_have_no_channels(tmp_path: Path) -> None:
+    for values in (gaussian(3, 4096), np.arange(4096).reshape(64, 64), gaussian(4, 8, 8)):
+        _, row = inspected(tmp_path, values)
+        assert (row.rows, row.columns, row.blocks) == (None, None, None)
+        assert row.percentiles
+
+
+# --- findings -------------------------------------------------------------------------------------
+
+
+def outlier_channel(x: NDArray[np.float32]) -> None:
+    x[:, 17] *= 12
+
+
+def outlier_weight(x: NDArray[np.float32]) -> None:
+    x[9, 17] = 40
+
+
+def nonfinite(x: NDArray[np.float32]) -> None:
+    x[3, 3] = np.nan
+
+
+def dead_rows(x: NDArray[np.float32]) -> None:
+    x[20:40] = 0
+
+
+def constant_blocks(x: NDArray[np.float32]) -> None:
+    x[100:140, 64:128] = 0.125
+
+
+def near_zero(x: NDArray[np.float32]) -> None:
+    x[:, 8:] /= 1000
+
+
+STANDING_OUT = {
+    "outlier-channels": (outlier_channel, "--equalise"),
+    "outlier-weights": (outlier_weight, f"--tensor-scheme '{MATRIX}=q8_block32'"),
+    "heavy-tails": (outlier_weight, "--range mse"),
+    "nonfinite": (nonfinite, f"--keep '{MATRIX}'"),
+    "dead-channels": (dead_rows, "prune"),
+    "constant-blocks": (constant_blocks, "damaged"),
+    "near-zero": (near_zero, "blocks or channels"),
+}
+
+
+@pytest.mark.parametrize("kind", STANDING_OUT)
+def test_what_stands_out_is_named_with_what_to_do(kind: str, tmp_path: Path, call: Call) -> None:
+    change, advice = STANDING_OUT[kind]
+    x = gaussian(5, 256, 512)
+    healthy = {f"model.layers.{i}.mlp.down_proj.weight": gaussian(i, 64, 256) for i in range(3)}
+    path = save(tmp_path / "m.safetensors", {MATRIX: x, **healthy})
+    assert qconvert.inspect(path).findings == []
+    change(x)
+    path = save(tmp_path / "m.safetensors", {MATRIX: x, **healthy})
+    found = {f.kind: f for f in qconvert.inspect(path).findings}
+    assert found[kind].tensors == [MATRIX]
+    assert advice in found[kind].advice
+    told = " ".join(call("inspect", path, "-q").out.split())
+    assert f"{found[kind].message} try: {found[kind].advice}" in told
+    assert told.index(found[kind].message) < told.index(" shape ")
+
+
+def test_a_scheme_below_its_floor_is_found(tmp_path: Path) -> None:
+    heavy = np.random.default_rng(6).standard_t(3, (256, 512)).astype(np.float32)
+    report, row = inspected(tmp_path, heavy, scheme="q4_channel")
+    poor = next(f for f in report.findings if f.kind == "poor-scheme")
+    assert row.sqnr_db is not None
+    assert row.sqnr_db < 15  # of 4 bits: qconvert.floors
+    assert poor.figures == [row.sqnr_db]
+    suggested = re.search(r"--tensor-scheme '(.*)=(q\w+)'", poor.advice)
+    assert suggested
+    made = qconvert.quantize(
+        tmp_path / "m.safetensors", "q4_channel", tensor_scheme={suggested[1]: suggested[2]}
+    )
+    assert (made.tensors[0].sqnr_db or 0) > 15
+
+
+def test_a_healthy_model_gets_one_line(call: Call) -> None:
+    told = call("inspect", TINY, "-q").out
+    assert "nothing stands out" in told
+    assert "try:" not in told
+    assert call("inspect", TINY, "--json", "-q").json["findings"] == []
+
+
+@pytest.mark.parametrize("width", [60])
+def test_the_outlier_of_minilm_is_found(width: int, minilm: Path, run: Run) -> None:
+    done = run("inspect", minilm, "-q", env=environment(COLUMNS=str(width)))
+    head = " ".join(done.out[: done.out.index("tensor  ")].split())
+    assert "encoder.layer.0.output.dense.weight (55.5 times" in head
+    assert "encoder.layer.0.output.dense.weight (kurtosis 1,585)" in head
+    fits(done.out, width)
+
+
+# --- what it looks like ---------------------------------------------------------------------------
+
+
+def fits(text: str, width: int) -> None:
+    for line in text.splitlines():
+        assert len(line) <= width or "/" in line.split()[0], line
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_every_layer_is_visible_at_any_width(width: int, ascii_only: bool, run: Run) -> None:
+    more = {"PYTHONIOENCODING": "ascii"} if ascii_only else {"LC_ALL": "C.UTF-8"}
+    env = environment(COLUMNS=str(width), **more)
+    done = run("inspect", "samples/tiny-llama", "-q", cwd=ROOT, env=env)
+    assert done.code == 0
+    assert done.out.isascii() == ascii_only
+    fits(done.out, width)
+    rows = [line.split()[0] for line in done.out.splitlines() if re.search(r"\d+x?\d* ", line)]
+    for layer in range(4):
+        for part in ("q_proj", "k_proj", "gate_proj", "down_proj"):
+            mine = [r for r in rows if re.search(rf"\b{layer}\b", r) and f"{part}.weight" in r]
+            assert len(mine) == 1, (layer, part)
+    assert len({r for r in rows if "weight" in r}) == 39
+
+
+def test_the_c_locale_gets_ascii(run: Run) -> None:
+    env = environment(LC_ALL="C")
+    done = run("inspect", "samples/tiny-llama", "-q", "--tensor", "*.0.*k_proj*", cwd=ROOT, env=env)
+    assert done.out.isascii()
+    assert "#" in done.out
+    assert "----" in done.out
+
+
+def test_reasons_are_told_once_in_words(call: Call) -> None:
+    told = " ".join(call("inspect", TINY, "-q").out.split())
+    rows: list[TensorSummary] = qconvert.inspect(TINY).tensors
+    gains = [t.gain_db for t in rows if t.gain_db is not None]
+    assert (
+        f"{len(gains)} tensors: q4_block64_asym, asymmetric, since zero points gain "
+        f"{min(gains):.2f} to {max(gains):.2f} dB and cost 0.56 dB" in told
+    )
+    assert "9 tensors: keep, fewer than two dimensions" in told
+
+
+def test_a_histogram_folds_and_marks(tmp_path: Path, call: Call) -> None:
+    x = gaussian(8, 256, 512)
+    x[9, 17] = 60
+    path = save(tmp_path / "m.safetensors", {MATRIX: x})
+    told = call("inspect", path, "--tensor", MATRIX, "--bins", "64", "-q").out
+    lines = told[told.index("in std") :].splitlines()[1:]
+    empty = re.search(r"…  (\d+) empty bins", told)
+    assert empty
+    counts, edges = np.histogram(x.astype(np.float64), 64)
+    longest = max(len(run) for run in "".join(" x"[int(c > 0)] for c in counts).split("x"))
+    assert int(empty[1]) == longest
+    deviations = [float(line.split()[1]) for line in lines[:5]]
+    wanted = (edges[:5] - x.mean(dtype=np.float64)) / x.std(dtype=np.float64)
+    assert deviations == pytest.approx(wanted, abs=0.051)
+    median = np.percentile(x, 50, method="inverted_cdf")
+    marked = next(line for line in lines if re.search(r"p50\b|p1\.\.p99\b|p0\.1\.\.p", line))
+    place = int(np.searchsorted(edges, median, "right")) - 1
+    assert float(marked.split()[0]) == pytest.approx(edges[place], rel=1e-3, abs=1e-3)
+
+
+def test_the_grid_of_a_histogram_is_what_the_file_has(tmp_path: Path) -> None:
+    """One scale a row, so that the sample is the tensor: codes of the file at their ends."""
+    x = gaussian(9, 64, 128)
+    _, row = inspected(tmp_path, x, tensor=MATRIX, scheme="q4_channel_sym")
+    qconvert.quantize(tmp_path / "m.safetensors", "q4_channel_sym", output=tmp_path / "m.qblk")
+    with qconvert.load(tmp_path / "m.qblk") as tensors:
+        scale = tensors[MATRIX].quantized().scale.ravel().astype(np.float64)
+    ends = np.sort(np.stack([-8 * scale, 7 * scale]), axis=0)
+    grid = row.histogram.grid
+    assert grid.scheme == "q4_channel_sym"
+    assert (grid.low, grid.high) == pytest.approx((np.median(ends[0]), np.median(ends[1])))
+    assert (grid.widest_low, grid.widest_high) == pytest.approx((ends[0].min(), ends[1].max()))
