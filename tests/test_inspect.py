@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
 import re
 from fractions import Fraction
@@ -15,7 +18,6 @@ from conftest import ROOT, Call, Run, environment, save
 from numpy.typing import NDArray
 
 import qconvert
-from qconvert.codecs.statistics import PERCENTILES
 from qconvert.report import InspectReport, TensorSummary
 
 TINY = ROOT / "samples" / "tiny-llama"
@@ -42,12 +44,12 @@ def test_percentiles_are_those_of_sorted_values(dtype: Any, size: int, tmp_path:
     _, row = inspected(tmp_path, values)
     ordered = np.sort(values.astype(np.float64))
     assert list(row.percentiles) == ["0.1", "1", "5", "25", "50", "75", "95", "99", "99.9"]
-    for p in PERCENTILES:
-        wanted = ordered[math.ceil(Fraction(f"{p:g}") * size / 100) - 1]
+    for p, found in row.percentiles.items():
+        wanted = ordered[math.ceil(Fraction(p) * size / 100) - 1]
         if dtype is ml_dtypes.bfloat16:
-            assert row.percentiles[f"{p:g}"] == wanted
+            assert found == wanted
         else:
-            assert row.percentiles[f"{p:g}"] == pytest.approx(wanted, rel=2.0**-8)
+            assert found == pytest.approx(wanted, rel=2.0**-8)
 
 
 def test_percentiles_of_values_beyond_binary32_are_their_ends(tmp_path: Path) -> None:
@@ -194,6 +196,114 @@ def test_the_outlier_of_minilm_is_found(width: int, minilm: Path, run: Run) -> N
     assert "encoder.layer.0.output.dense.weight (55.5 times" in head
     assert "encoder.layer.0.output.dense.weight (kurtosis 1,585)" in head
     fits(done.out, width)
+
+
+# --- which tensors, in which order ----------------------------------------------------------------
+
+
+def names_of(call: Call, *options: str) -> list[str]:
+    done = call("inspect", TINY, "-q", "--json", *options)
+    return [t["name"] for t in done.json["tensors"]]
+
+
+def test_a_text_matches_anywhere_and_a_glob_the_whole_name(call: Call) -> None:
+    every = names_of(call, "--headers-only")
+    found = names_of(call, "--headers-only", "--tensor", "layers.0.self_attn")
+    assert found == [n for n in every if "layers.0.self_attn" in n]
+    assert len(found) == 4
+    assert names_of(call, "--headers-only", "--tensor", "*q_proj.weight", "--tensor", "norm") == [
+        n for n in every if n.endswith("q_proj.weight") or "norm" in n
+    ]
+    refused = call("inspect", TINY, "--headers-only", "--tensor", "layers.0.*")
+    assert (refused.code, "layers.0.*" in refused.err) == (2, True)
+
+
+def test_rows_are_sorted_and_cut(call: Call) -> None:
+    rows = call("inspect", TINY, "-q", "--json").json["tensors"]
+    for column, key, rising in (("kurtosis", "kurtosis", False), ("sqnr", "sqnr_db", True)):
+        known = sorted((t[key] for t in rows if t[key] is not None), reverse=not rising)
+        done = call("inspect", TINY, "-q", "--json", "--sort", column)
+        found = [t[key] for t in done.json["tensors"]]
+        assert found == known + [None] * (len(rows) - len(known))
+        top = call("inspect", TINY, "-q", "--json", "--sort", column, "--top", "3").json
+        assert [t[key] for t in top["tensors"]] == found[:3]
+        assert top["total_tensors"] == 39
+    sizes = call("inspect", TINY, "-q", "--json", "--headers-only", "--sort", "size").json
+    found = [t["nbytes"] for t in sizes["tensors"]]
+    assert found == sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--sort", "colour"], "near-zero"),
+        (["--sort", "kurtosis", "--headers-only"], "--headers-only"),
+        (["--by", "size"], "layer or role"),
+        (["--by", "role", "--top", "3"], "--top"),
+        (["--csv", "--json"], "--csv"),
+        (["--csv", "--by", "role"], "--csv"),
+        (["--top", "0"], "--top"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options: list[str], said: str, call: Call) -> None:
+    done = call("inspect", TINY, *options)
+    assert done.code == 2
+    assert said in done.err
+
+
+def test_roles_are_names_without_numbers_and_layers_begin_names(call: Call) -> None:
+    rows = call("inspect", TINY, "-q", "--json").json["tensors"]
+    found = call("inspect", TINY, "-q", "--json", "--by", "role").json["groups"]
+    assert [g["name"] for g in found] == list(
+        dict.fromkeys(re.sub(r"\.\d+\.", ".*.", t["name"]) for t in rows)
+    )
+    role = next(g for g in found if g["name"] == "model.layers.*.self_attn.k_proj.weight")
+    mine = [
+        t for t in rows if re.fullmatch(r"model\.layers\.\d\.self_attn\.k_proj.weight", t["name"])
+    ]
+    for key in ("std", "kurtosis", "sqnr_db"):
+        assert role[key] == [t[key] for t in mine]
+    assert role["nbytes"] == sum(t["nbytes"] for t in mine)
+    layers = call("inspect", TINY, "-q", "--json", "--by", "layer").json["groups"]
+    names = ["(outside of layers)", *(f"model.layers.{i}" for i in range(4))]
+    assert [g["name"] for g in layers] == names
+    assert sum(len(g["tensors"]) for g in layers) == 39
+
+
+def test_bars_over_depth_follow_the_layers(tmp_path: Path, run: Run) -> None:
+    """Ten layers, in a file that has them by name: 0, 1, 10, 11, 2, ..."""
+    scales = {i: 1 + i for i in range(12)}
+    tensors = {
+        f"model.layers.{i}.mlp.up_proj.weight": s * gaussian(1, 64, 64) for i, s in scales.items()
+    }
+    path = save(tmp_path / "m.safetensors", tensors)
+    done = run("inspect", path, "-q", "--by", "role", env=environment(COLUMNS="140"))
+    line = next(x for x in done.out.splitlines() if "up_proj" in x)
+    bars = [re.findall(r"[▁▂▃▄▅▆▇█]+", line)][0]
+    assert bars[0] == "▁▁▂▃▃▄▅▆▆▇██"  # of std: (i / 11) * 8, rounded down
+    fits(done.out, 140)
+
+
+def test_csv_has_every_figure_of_the_json(call: Call, tmp_path: Path) -> None:
+    evil = 'a,"b"\r\n\x1b[2J'
+    path = save(tmp_path / "m.safetensors", {evil: gaussian(1, 64, 64), "b.weight": gaussian(2, 9)})
+    done = call("inspect", path, "-q", "--csv")
+    assert "\x1b" not in done.out
+    found = list(csv.DictReader(io.StringIO(done.out, newline=""), strict=True))
+    assert done.out.count("\r\n") == done.out.count("\n") == 3
+    wanted = call("inspect", path, "-q", "--json").json["tensors"]
+    for row, t in zip(found, wanted, strict=True):
+        assert row["name"] == json.dumps(t["name"])[1:-1].replace('\\"', '"')
+        assert row["shape"] == "x".join(map(str, t["shape"]))
+        for key, value in t.items():
+            if isinstance(value, float | int):
+                assert float(row[key]) == value, key
+            elif value is None and key in row:
+                assert row[key] == ""
+        for p, value in t["percentiles"].items():
+            assert float(row[f"p{p}"]) == value
+        for key, value in (t["rows"] or {}).items():
+            assert float(row[f"rows_{key}"]) == value
 
 
 # --- what it looks like ---------------------------------------------------------------------------

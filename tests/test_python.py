@@ -241,7 +241,7 @@ def test_strict_makes_a_warning_a_failure(place: Path, call: Call) -> None:
 
 
 # What only a command has: where its report goes, which ``--force`` replaces.
-SHOWING = {"json", "report", "quiet", "debug"}
+SHOWING = {"json", "csv", "report", "quiet", "debug"}
 FORCE = {name: {"force"} for name in ("inspect", "verify", "bench")}
 
 

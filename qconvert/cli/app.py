@@ -9,6 +9,7 @@ import typer
 
 from qconvert import __version__
 from qconvert.containers import WRITTEN
+from qconvert.errors import UsageError
 from qconvert.schemes import SCHEME_GRAMMAR
 
 app = typer.Typer(
@@ -78,7 +79,10 @@ def inspect(
     tensor: Annotated[
         list[str] | None,
         typer.Option(
-            "--tensor", metavar="GLOB", help="only these tensors, with histograms; repeatable"
+            "--tensor",
+            metavar="TEXT",
+            help="only tensors with this in their names, with histograms; a glob where it has "
+            "wildcards; repeatable",
         ),
     ] = None,
     scheme: Annotated[
@@ -90,6 +94,25 @@ def inspect(
     bins: Annotated[
         int, typer.Option("--bins", min=2, max=200, metavar="N", help="bins of a histogram")
     ] = 32,
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            "--sort",
+            metavar="COLUMN",
+            help="the largest, or worst, first: name, dtype, size, values, min, max, mean, std, "
+            "absmax, crest, channel, kurtosis, outliers, near-zero, zeros, bad or sqnr",
+        ),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option("--top", min=1, metavar="N", help="so many tensors alone")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option("--by", metavar="layer|role", help="a line for all of a layer, or of a role"),
+    ] = None,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="print tensors and all their figures as CSV")
+    ] = False,
     curve: Annotated[
         bool,
         typer.Option(
@@ -126,14 +149,20 @@ def inspect(
     \b
     Examples:
       qconvert inspect model.safetensors
-      qconvert inspect model.safetensors --tensor '*q_proj*'
+      qconvert inspect model.safetensors --tensor layers.0.self_attn
+      qconvert inspect model-dir --sort kurtosis --top 5
+      qconvert inspect model-dir --by role
+      qconvert inspect model-dir --csv > tensors.csv
       qconvert inspect model.q4_block64.qblk --headers-only --json | jq .total_bytes
       qconvert inspect model-dir --curve --calibration fisher.safetensors
     """
     from qconvert.cli.emit import Emitter
     from qconvert.cli.text.inspect import inspect_text
+    from qconvert.cli.text.inspect_csv import inspect_csv
     from qconvert.commands.inspect import inspect as command
 
+    if csv and (json or curve or by):
+        raise UsageError("--csv prints tensors: it goes without --json, --curve and --by")
     with Emitter(json, report, force, quiet, strict, [model]) as emitter:
         done = command(
             model,
@@ -141,6 +170,9 @@ def inspect(
             scheme=scheme,
             headers_only=headers_only,
             bins=bins,
+            sort=sort,
+            top=top,
+            by=by,
             calibration=calibration,
             curve=curve,
             format=format,
@@ -149,7 +181,7 @@ def inspect(
             strict=strict,
             progress=emitter.progress,
         )
-        return emitter.emit(done, inspect_text)
+        return emitter.emit(done, inspect_csv if csv else inspect_text)
 
 
 @app.command()

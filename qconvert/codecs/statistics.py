@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,9 @@ from qconvert import kernels
 from qconvert.kernels.arithmetic import HISTOGRAM_BINS
 from qconvert.kernels.bins import bin_centres, bin_starts
 from qconvert.kernels.records import Moments, merge_moments
+from qconvert.report.inspect import PERCENTILES
 
 OUTLIER_SIGMAS = 4.0  # a Gaussian has 6.3e-5 of its values beyond
-# Shares of values, in percent, below which percentiles lie.
-PERCENTILES = (0.1, 1, 5, 25, 50, 75, 95, 99, 99.9)
 PERCENTILE_ERROR = 2.0**-8  # of a percentile at most, relative to it: half a bin of the histogram
 EXACT_DTYPES = ("BF16", "F8_E4M3", "F8_E5M2")  # whose values each have a bin of their own
 NEAR_ZERO = 1 / 254  # of the largest magnitude: what 8 bits with one scale for all round to 0
@@ -134,7 +134,7 @@ class TensorStatistics:
         m = self.moments
         if m is None:
             return None
-        ranks = [-(-round(10 * p) * m.count // 1000) for p in PERCENTILES]  # without rounding
+        ranks = [math.ceil(Fraction(p) * m.count / 100) for p in PERCENTILES]
         order = _ascending()
         if self.patterns is not None:
             bins = np.argsort(order)[self.patterns]
@@ -147,7 +147,7 @@ class TensorStatistics:
         # Beyond binary32 bins have no centre.
         ends = np.where(order[places] >> 15, m.minimum, m.maximum)
         found = np.where(np.isfinite(found), found, ends)
-        return {f"{p:g}": float(v) for p, v in zip(PERCENTILES, found, strict=True)}
+        return {p: float(v) for p, v in zip(PERCENTILES, found, strict=True)}
 
 
 @functools.cache

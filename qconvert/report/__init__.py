@@ -17,6 +17,7 @@ from qconvert.report.inspect import (
     Histogram,
     InspectReport,
     SizeCurve,
+    TensorGroup,
     TensorSummary,
 )
 from qconvert.report.quantize import (
@@ -60,6 +61,7 @@ __all__ = [
     "Report",
     "SizeCurve",
     "SkippedLine",
+    "TensorGroup",
     "TensorSummary",
     "TokenQuality",
     "VerifiedTensor",

@@ -9,6 +9,8 @@ from typing import ClassVar
 
 from qconvert.report.base import Report, counted
 
+PERCENTILES = ("0.1", "1", "5", "25", "50", "75", "95", "99", "99.9")
+
 
 @dataclass(slots=True)
 class ChannelSummary:
@@ -38,7 +40,7 @@ class TensorSummary:
     Attributes:
         crest: largest magnitude by the root mean square.
         near_zero_share: values that are 0 with 8 bits and one scale for the tensor.
-        percentiles: by their name: ``"0.1"`` to ``"99.9"``; exact for BF16 and 8-bit floats, else
+        percentiles: by the names in `PERCENTILES`; exact for BF16 and 8-bit floats, else
             within 0.4 % of themselves.
         rows, columns: outputs and inputs, of matrices.
         blocks, constant_blocks: runs of 32 values of a row, and those of them that are all alike.
@@ -77,6 +79,25 @@ class TensorSummary:
     @property
     def values(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def widest_ratio(self) -> float | None:
+        """Largest magnitude of a row or column by that of the median one."""
+        found = [c.absmax_ratio for c in (self.rows, self.columns) if c and c.absmax_ratio]
+        return max(found, default=None)
+
+
+@dataclass
+class TensorGroup:
+    """Tensors of a layer or a role; figures in the order of their layers, as of `TensorSummary`."""
+
+    name: str
+    tensors: list[str]
+    values: int
+    nbytes: int
+    std: list[float | None]
+    kurtosis: list[float | None]
+    sqnr_db: list[float | None]
 
 
 @dataclass
@@ -169,6 +190,7 @@ class InspectReport(Report):
     Attributes:
         scheme: that was asked for, of which ``sqnr_db`` and suggestions speak.
         findings: what stands out, where statistics were taken.
+        by, groups: tensors of a ``layer`` or ``role`` together, where that was asked for.
     """
 
     SCHEMA: ClassVar[str] = "qconvert.inspect/1"
@@ -185,6 +207,8 @@ class InspectReport(Report):
     curve: SizeCurve | None = None
     scheme: str | None = None
     findings: list[Finding] = field(default_factory=list)
+    by: str | None = None
+    groups: list[TensorGroup] = field(default_factory=list)
 
     def _said(self) -> Iterator[str]:
         shown, total = len(self.tensors), counted(self.total_tensors, "tensor")

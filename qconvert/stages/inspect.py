@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from qconvert.schemes import TENSOR_SCHEMES, AffineScheme, KeepScheme, MixScheme
 from qconvert.stages.budget import unknown_sensitivities
 from qconvert.stages.curve import CurveOptions, size_curve
 from qconvert.stages.findings import findings_of
+from qconvert.stages.grouping import chosen, grouped, sorted_rows
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import PlannedTensor, PlanOptions, make_plan
 from qconvert.stages.sources import described
@@ -49,6 +49,9 @@ class InspectOptions:
     bins: int = 32
     threads: int | None = None
     curve: CurveOptions | None = None
+    sort: str | None = None
+    top: int | None = None
+    by: str | None = None
 
 
 def inspect(path: Path, options: InspectOptions, progress: Progress | None = None) -> InspectReport:
@@ -56,7 +59,7 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
 
     Raises:
         InputError: it cannot be read.
-        UsageError: a glob matches no tensor.
+        UsageError: a name matches no tensor.
     """
     started = time.perf_counter()
     progress = progress or Silent()
@@ -70,11 +73,11 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
     model = open_model(path)
     try:
         said, quantized = described(model)
-        chosen = _choose(model, options.tensors)
-        rows = [TensorSummary(t.name, t.shape, t.dtype, t.nbytes) for t in chosen]
+        found = chosen(model.tensors, options.tensors)
+        rows = [TensorSummary(t.name, t.shape, t.dtype, t.nbytes) for t in found]
         if not options.headers_only:
-            progress.begin("inspect", sum(t.nbytes for t in chosen), "bytes")
-            plan = make_plan(chosen, scheme, PlanOptions())
+            progress.begin("inspect", sum(t.nbytes for t in found), "bytes")
+            plan = make_plan(found, scheme, PlanOptions())
             _describe_all(model, plan, rows, options, progress)
             progress.end()
         if quantized:
@@ -85,7 +88,7 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             path=str(path),
             kind=model.kind,
             metadata=model.metadata,
-            tensors=rows,
+            tensors=sorted_rows(rows, options.sort)[: options.top],
             total_tensors=len(model.tensors),
             total_values=sum(t.size for t in model.tensors),
             total_bytes=sum(t.nbytes for t in model.tensors),
@@ -94,6 +97,8 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             curve=curve,
             scheme=None if options.headers_only else scheme.name,
             findings=findings_of(rows, scheme),
+            by=options.by,
+            groups=grouped(rows, options.by) if options.by else [],
             warnings=[
                 *said.warnings,
                 *unknown_sensitivities(curve.without if curve else []),
@@ -107,17 +112,6 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
         )
     finally:
         model.close()
-
-
-def _choose(model: Model, globs: tuple[str, ...]) -> list[TensorInfo]:
-    for glob in globs:
-        if not any(fnmatchcase(t.name, glob) for t in model.tensors):
-            raise UsageError(
-                f"no tensor matches '{glob}'", hint="names are listed without --tensor"
-            )
-    return [
-        t for t in model.tensors if not globs or any(fnmatchcase(t.name, glob) for glob in globs)
-    ]
 
 
 def _describe_all(

@@ -8,6 +8,7 @@ from functools import partial
 
 from qconvert.cli.progress import size
 from qconvert.cli.text.fitting import Column
+from qconvert.cli.text.groups import group_lines
 from qconvert.cli.text.histogram import histogram_text
 from qconvert.cli.text.pieces import bar, duration, number, shape_text, table_lines, wrapped
 from qconvert.errors import printable
@@ -29,6 +30,9 @@ def inspect_text(r: InspectReport) -> Iterator[str]:
         return
     if r.statistics:
         yield from _finding_lines(r)
+    if r.by:
+        yield from group_lines(r.by, r.groups)
+    elif r.statistics:
         yield from table_lines(
             statistics_columns(r), r.tensors, partial(_statistics_row, r.scheme), "--csv"
         )
@@ -115,7 +119,7 @@ def _statistics_row(scheme: str | None, t: TensorSummary) -> Sequence[str]:
     return (
         *_header_row(t),
         *(number(v, 3) for v in figures),
-        _times(t),
+        "-" if t.widest_ratio is None else f"{t.widest_ratio:.3g}x",
         _plain(t.kurtosis),
         _percent(t.outlier_share),
         _percent(t.near_zero_share),
@@ -123,12 +127,6 @@ def _statistics_row(scheme: str | None, t: TensorSummary) -> Sequence[str]:
         _decibels_of_sample(t),
         (t.suggestion or "-").removeprefix(f"{scheme}_"),
     )
-
-
-def _times(t: TensorSummary) -> str:
-    """The largest magnitude of a channel by the median one's, of rows or columns."""
-    found = [c.absmax_ratio for c in (t.rows, t.columns) if c and c.absmax_ratio]
-    return f"{max(found):.3g}x" if found else "-"
 
 
 def _plain(value: float | None) -> str:

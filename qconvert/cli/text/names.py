@@ -27,25 +27,30 @@ def shortened_name(name: str, most: int, sign: str) -> str:
         if display_width(text := _joined(parts, kept, sign)) <= most:
             return text
     # What has no number is cut in the middle; of a numbered name the end tells most.
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    numbers = [i for i, part in enumerate(parts) if _is_number(part)]
     if numbers:
         tail = ".".join(parts[numbers[-1] + 1 :][-2:])
-        kept = [part.isdigit() for part in parts]
+        kept = [_is_number(part) for part in parts]
         head = _joined(parts[: numbers[-1] + 1], kept, sign) + sign
         if tail and (room := most - display_width(head)) >= TAIL_LEAST:
             return head + _end(tail, room)
     return _middle_cut(name, most, sign)
 
 
+def _is_number(part: str) -> bool:
+    """Whether part of a name is a number, or stands for all of them."""
+    return part.isdigit() or part == "*"
+
+
 def _expendable(parts: list[str]) -> Iterator[int]:
     """Parts of a name in the order in which they may go; never the last two, nor numbers."""
     last = len(parts) - 1
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    numbers = [i for i, part in enumerate(parts) if _is_number(part)]
     first, final = (numbers[0], numbers[-1]) if numbers else (last, 0)
     yield from range(first if numbers else first - 1)
     if numbers:
         yield from range(final + 1, last - 1)
-    yield from (i for i in range(first, final) if not parts[i].isdigit())
+    yield from (i for i in range(first, final) if not _is_number(parts[i]))
 
 
 def _joined(parts: Sequence[str], kept: Sequence[bool], sign: str) -> str:
