@@ -11,15 +11,18 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
 from conftest import ROOT, Call, Run, environment, save
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 import qconvert
 from qconvert.report import InspectReport, TensorSummary
 
+IMATRIX = ROOT / "tests" / "data" / "experts.imatrix.gguf"
 TINY = ROOT / "samples" / "tiny-llama"
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 
@@ -304,6 +307,106 @@ def test_csv_has_every_figure_of_the_json(call: Call, tmp_path: Path) -> None:
             assert float(row[f"p{p}"]) == value
         for key, value in (t["rows"] or {}).items():
             assert float(row[f"rows_{key}"]) == value
+
+
+# --- what a file says of itself -------------------------------------------------------------------
+
+
+def test_a_gguf_file_is_described_as_gguf_py_reads_it(tmp_path: Path, call: Call) -> None:
+    out = tmp_path / "m.gguf"
+    qconvert.quantize(TINY, "q4_k_m", output=out, keep="token_embd*")
+    told = qconvert.inspect(out, headers_only=True)
+    reader = gguf.GGUFReader(out)
+
+    def field(key: str) -> Any:
+        found = reader.fields[key]
+        return found.contents()
+
+    assert told.facts["architecture"] == field("general.architecture")
+    assert told.facts["name"] == field("general.name")
+    assert told.facts["context"] == f"{field('llama.context_length')} tokens"
+    tokens = len(reader.fields["tokenizer.ggml.tokens"].data)
+    model, pre = field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")
+    assert told.facts["tokenizer"] == f"{model} ({pre}), {tokens:,} tokens"
+    assert told.facts["chat template"] == "no"
+    kept = gguf.LlamaFileType.MOSTLY_Q4_K_M
+    assert told.facts["file type"] == f"q4_k_m ({int(kept)})"
+    assert told.facts["recipe"] == "--scheme q4_k_m --keep token_embd*"
+    types: dict[str, list[int]] = {}
+    for t in reader.tensors:
+        types.setdefault(t.tensor_type.name, []).append(int(t.n_bytes))
+    assert {n: (t.tensors, t.nbytes) for n, t in told.types.items()} == {
+        name: (len(sizes), sum(sizes)) for name, sizes in types.items()
+    }
+    shown = call("inspect", out, "-q", "--headers-only").out
+    assert "recipe        --scheme q4_k_m --keep token_embd*" in shown
+
+
+def test_a_directory_and_a_qblk_file_are_described_by_their_configuration(tmp_path: Path) -> None:
+    config = json.loads((TINY / "config.json").read_text())
+    out = tmp_path / "m.qblk"
+    qconvert.quantize(TINY, "q8_channel", output=out)
+    source, made = (qconvert.inspect(p, headers_only=True).facts for p in (TINY, out))
+    for facts in (source, made):
+        assert facts["architecture"] == config["architectures"][0]
+        assert facts["context"] == f"{config['max_position_embeddings']} tokens"
+        assert f"{config['vocab_size']:,} tokens" in facts["tokenizer"]
+        assert facts["chat template"] == "no"
+    assert "recipe" not in source
+    assert made["recipe"] == "--scheme q8_channel"
+    assert made["made by"] == f"qconvert {qconvert.__version__} from model.safetensors"
+
+
+def test_what_a_file_says_need_not_be_true(tmp_path: Path, call: Call) -> None:
+    """Neither JSON nor objects: nothing depends on it."""
+    for name, text in (("config.json", "[1"), ("tokenizer_config.json", "[]")):
+        (tmp_path / name).write_text(text)
+    save(tmp_path / "model.safetensors", {"w": gaussian(1, 40, 64)}, **{"qconvert.provenance": "{"})
+    done = call("inspect", tmp_path, "--json", "-q")
+    assert (done.code, done.json["facts"]) == (0, {})
+
+
+def test_a_calibration_is_shown_by_its_layers(tmp_path: Path, call: Call) -> None:
+    path = tmp_path / "c.safetensors"
+    activations = ROOT / "samples" / "activations.safetensors"
+    assert call("calibrate", TINY, "--activations", activations, "-o", path, "-q").code == 0
+    arrays, inputs = load_file(path), load_file(activations)
+    view = qconvert.inspect(path).inputs
+    assert view
+    assert (view.kind, view.total_layers) == ("calibration", len(view.layers))
+    means = {x.name: float((inputs[x.name].astype(np.float64) ** 2).mean()) for x in view.layers}
+    ranks = sorted(means.values(), reverse=True)
+    for layer in view.layers:
+        absmax = np.abs(inputs[layer.name].astype(np.float64)).max(axis=0)
+        assert layer.spread == pytest.approx(absmax.max() / np.median(absmax), rel=1e-6)
+        assert absmax[layer.hottest].tolist() == pytest.approx(np.sort(absmax)[:-4:-1], rel=1e-6)
+        assert layer.mean_square == pytest.approx(means[layer.name], rel=1e-5)
+        assert ranks[layer.rank - 1] == pytest.approx(means[layer.name], rel=1e-5)
+        assert arrays[f"{layer.name}/mean_square"].shape == (layer.features,)
+    done = call("inspect", path, "-q", "--tensor", "layers.2.")
+    assert "7 of 28 layers shown" in done.out
+    assert call("inspect", path, "--tensor", "nowhere").code == 2
+    assert call("inspect", path, "--top", "3").code == 2
+    rows = list(csv.DictReader(io.StringIO(call("inspect", path, "-q", "--csv").out, newline="")))
+    assert [float(row["spread"]) for row in rows] == [x.spread for x in view.layers]
+
+
+@pytest.mark.parametrize("suffix", ["gguf", "dat"])
+def test_an_importance_matrix_is_shown_by_its_entries(suffix: str, call: Call) -> None:
+    reader = gguf.GGUFReader(IMATRIX.with_suffix(".gguf"))
+    stored = {t.name: t.data.astype(np.float64) for t in reader.tensors}
+    done = call("inspect", IMATRIX.with_suffix(f".{suffix}"), "-q", "--json")
+    view = done.json["inputs"]
+    assert (view["kind"], view["facts"]["chunks"]) == ("imatrix", "3")
+    assert {x["name"] + ".in_sum2" for x in view["layers"]} < set(stored)
+    for layer in view["layers"]:
+        sums, counts = (stored[f"{layer['name']}.{k}"] for k in ("in_sum2", "counts"))
+        mean = sums.reshape(counts.size, -1) / np.maximum(counts.reshape(-1, 1), 1)
+        mean[counts.ravel() == 0] = 1
+        rms = np.sqrt(mean).ravel()
+        assert layer["spread"] == pytest.approx(rms.max() / np.median(rms), rel=1e-5)
+        assert layer["hottest"][0] == int(rms.argmax())
+        assert layer["mean_square"] == pytest.approx(mean.mean(), rel=1e-5)
 
 
 # --- what it looks like ---------------------------------------------------------------------------

@@ -87,6 +87,59 @@ class TensorSummary:
         return max(found, default=None)
 
 
+@dataclass(slots=True)
+class TypeTally:
+    """Tensors of a type, and their bytes."""
+
+    tensors: int
+    nbytes: int
+
+
+@dataclass
+class InputLayer:
+    """What is known of the inputs of a layer.
+
+    Attributes:
+        features: input channels.
+        spread: the largest channel's magnitude by the median one's; of an importance matrix by
+            root mean squares, for it has no magnitudes.
+        hottest: indices of the largest channels, the largest first; those of experts that share an
+            entry are numbered through.
+        mean_square: of all inputs: how much an error of the layer's weights matters on average.
+        rank: of the layer by that, from 1.
+        samples, low, high, scale, zero_point: of a calibration.
+    """
+
+    name: str
+    features: int
+    spread: float | None
+    hottest: list[int]
+    mean_square: float
+    rank: int = 0
+    samples: int | None = None
+    low: float | None = None
+    high: float | None = None
+    scale: float | None = None
+    zero_point: int | None = None
+
+
+@dataclass
+class InputsView:
+    """A calibration, or an importance matrix of llama.cpp.
+
+    Attributes:
+        kind: ``calibration`` or ``imatrix``.
+        facts: what the file says of itself.
+        layers: those that were asked for.
+        total_layers: in the file.
+    """
+
+    kind: str
+    facts: dict[str, str]
+    layers: list[InputLayer]
+    total_layers: int
+
+
 @dataclass
 class TensorGroup:
     """Tensors of a layer or a role; figures in the order of their layers, as of `TensorSummary`."""
@@ -190,6 +243,9 @@ class InspectReport(Report):
     Attributes:
         scheme: that was asked for, of which ``sqnr_db`` and suggestions speak.
         findings: what stands out, where statistics were taken.
+        facts: what the file says of itself, by what people call it.
+        types: how many tensors there are of each, the most bytes first.
+        inputs: of a calibration or an importance matrix, which are shown in place of tensors.
         by, groups: tensors of a ``layer`` or ``role`` together, where that was asked for.
     """
 
@@ -209,6 +265,9 @@ class InspectReport(Report):
     findings: list[Finding] = field(default_factory=list)
     by: str | None = None
     groups: list[TensorGroup] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    types: dict[str, TypeTally] = field(default_factory=dict)
+    inputs: InputsView | None = None
 
     def _said(self) -> Iterator[str]:
         shown, total = len(self.tensors), counted(self.total_tensors, "tensor")

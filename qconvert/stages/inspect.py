@@ -16,18 +16,27 @@ from qconvert.codecs.affine.suggestion import grid_ends
 from qconvert.codecs.channels import MAX_CHANNELS, ChannelStatistics
 from qconvert.codecs.source import observe_tensor
 from qconvert.codecs.statistics import TensorStatistics
-from qconvert.errors import UsageError, WeightError
+from qconvert.errors import FormatError, UsageError, WeightError
 from qconvert.files import open_model
 from qconvert.geometry import TILE_VALUES, row_length, tiles
 from qconvert.mapper import Mapper
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.progress import Progress, Silent
-from qconvert.report import ChannelSummary, GridEnds, Histogram, InspectReport, TensorSummary
+from qconvert.report import (
+    ChannelSummary,
+    GridEnds,
+    Histogram,
+    InputsView,
+    InspectReport,
+    TensorSummary,
+)
 from qconvert.schemes import TENSOR_SCHEMES, AffineScheme, KeepScheme, MixScheme, Scheme
 from qconvert.stages.budget import unknown_sensitivities
 from qconvert.stages.curve import CurveOptions, size_curve
+from qconvert.stages.facts import facts_of, tally
 from qconvert.stages.findings import findings_of
 from qconvert.stages.grouping import chosen, grouped, sorted_rows
+from qconvert.stages.inputs import imatrix_view, inputs_view, older_imatrix
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import PlannedTensor, PlanOptions, make_plan
 from qconvert.stages.sources import described
@@ -70,8 +79,15 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             wanted="a scheme with scales, such as q4_block64",
         )
     curve = size_curve(path, options.curve, progress) if options.curve else None
-    model = open_model(path)
+    plain = not (options.headers_only or options.curve)
     try:
+        model = open_model(path)
+    except FormatError as refused:
+        imatrix = older_imatrix(path, refused)
+        return _inputs_report(path, imatrix_view(imatrix, options.tensors), options, started)
+    try:
+        if plain and (view := inputs_view(path, model, options.tensors)):
+            return _inputs_report(path, view, options, started)
         said, quantized = described(model)
         found = chosen(model.tensors, options.tensors)
         rows = [TensorSummary(t.name, t.shape, t.dtype, t.nbytes) for t in found]
@@ -97,6 +113,8 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             curve=curve,
             scheme=None if options.headers_only else scheme.name,
             findings=findings_of(rows, scheme),
+            facts=facts_of(model),
+            types=tally(model),
             by=options.by,
             groups=grouped(rows, options.by) if options.by else [],
             warnings=[
@@ -112,6 +130,31 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
         )
     finally:
         model.close()
+
+
+def _inputs_report(
+    path: Path, view: InputsView, options: InspectOptions, started: float
+) -> InspectReport:
+    """Of a file that holds no weights.
+
+    Raises:
+        UsageError: an option is of weights.
+    """
+    if options.sort or options.top or options.by:
+        raise UsageError(f"--sort, --top and --by are of tensors: {path} is a {view.kind}")
+    return InspectReport(
+        kernels=kernels.describe(),
+        path=str(path),
+        kind=view.kind,
+        metadata={},
+        tensors=[],
+        total_tensors=0,
+        total_values=0,
+        total_bytes=0,
+        statistics=False,
+        inputs=view,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _describe_all(

@@ -10,6 +10,7 @@ from qconvert.cli.progress import size
 from qconvert.cli.text.fitting import Column
 from qconvert.cli.text.groups import group_lines
 from qconvert.cli.text.histogram import histogram_text
+from qconvert.cli.text.inputs import inputs_lines
 from qconvert.cli.text.pieces import bar, duration, number, shape_text, table_lines, wrapped
 from qconvert.errors import printable
 from qconvert.report import CurvePoint, InspectReport, SizeCurve, TensorSummary
@@ -28,6 +29,10 @@ def inspect_text(r: InspectReport) -> Iterator[str]:
         yield from _curve_lines(r.curve)
         yield f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
         return
+    if r.inputs:
+        yield from inputs_lines(r.inputs)
+        return
+    yield from fact_lines(r)
     if r.statistics:
         yield from _finding_lines(r)
     if r.by:
@@ -49,6 +54,16 @@ def inspect_text(r: InspectReport) -> Iterator[str]:
             yield f"\n{histogram_text(t, t.histogram)}"
     if r.statistics:
         yield f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
+
+
+def fact_lines(r: InspectReport) -> Iterator[str]:
+    """What the file says of itself, and its types."""
+    for label, text in r.facts.items():
+        yield wrapped(f"{label:<13} {printable(text)}", " " * 14) + "\n"
+    types = [
+        f"{counted(t.tensors, 'tensor')} {name} ({size(t.nbytes)})" for name, t in r.types.items()
+    ]
+    yield wrapped(f"{'types':<13} {', '.join(types) or 'none'}", " " * 14) + "\n\n"
 
 
 def _finding_lines(r: InspectReport) -> Iterator[str]:

@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from qconvert.cli.text.pieces import CELL_MOST
 from qconvert.errors import printable
-from qconvert.report import ChannelSummary, InspectReport, TensorSummary
+from qconvert.report import ChannelSummary, InputLayer, InspectReport, TensorSummary
 from qconvert.report.base import finite
 from qconvert.report.inspect import PERCENTILES
 
@@ -21,7 +21,16 @@ CHANNEL = [f.name for f in fields(ChannelSummary)]
 
 
 def inspect_csv(r: InspectReport) -> Iterator[str]:
-    """A line of names, and one for each tensor; what is not known is empty."""
+    """A line of names, and one for each tensor, or layer of a calibration; what is not known is
+    empty.
+    """
+    if r.inputs:
+        names = [f.name for f in fields(InputLayer)]
+        yield _line([*names])
+        for layer in r.inputs.layers:
+            cells = {name: getattr(layer, name) for name in names}
+            yield _line(list((cells | {"hottest": " ".join(map(str, layer.hottest))}).values()))
+        return
     yield _line(
         [
             *("name", "shape", *FLAT),
