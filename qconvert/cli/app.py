@@ -110,6 +110,15 @@ def inspect(
         str | None,
         typer.Option("--by", metavar="layer|role", help="a line for all of a layer, or of a role"),
     ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare",
+            metavar="OTHER",
+            help="what is different in another file, of any kind: a second quantization, a "
+            "fine-tune, the result",
+        ),
+    ] = None,
     csv: Annotated[
         bool, typer.Option("--csv", help="print tensors and all their figures as CSV")
     ] = False,
@@ -153,6 +162,7 @@ def inspect(
       qconvert inspect model-dir --sort kurtosis --top 5
       qconvert inspect model-dir --by role
       qconvert inspect model-dir --csv > tensors.csv
+      qconvert inspect model-dir --compare model.gguf
       qconvert inspect model.q4_block64.qblk --headers-only --json | jq .total_bytes
       qconvert inspect model-dir --curve --calibration fisher.safetensors
     """
@@ -161,9 +171,11 @@ def inspect(
     from qconvert.cli.text.inspect_csv import inspect_csv
     from qconvert.commands.inspect import inspect as command
 
-    if csv and (json or curve or by):
-        raise UsageError("--csv prints tensors: it goes without --json, --curve and --by")
-    with Emitter(json, report, force, quiet, strict, [model]) as emitter:
+    if csv and (json or curve or by or compare):
+        raise UsageError("--csv prints tensors: it goes without --json, --curve, --by, --compare")
+    with Emitter(
+        json, report, force, quiet, strict, [model, *([compare] if compare else [])]
+    ) as emitter:
         done = command(
             model,
             tensor=tensor,
@@ -173,6 +185,7 @@ def inspect(
             sort=sort,
             top=top,
             by=by,
+            compare=compare,
             calibration=calibration,
             curve=curve,
             format=format,

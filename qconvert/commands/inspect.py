@@ -27,6 +27,7 @@ def inspect(
     sort: str | None = None,
     top: int | None = None,
     by: str | None = None,
+    compare: Path | str | None = None,
     calibration: Path | str | None = None,
     curve: bool = False,
     format: str | None = None,
@@ -53,6 +54,7 @@ def inspect(
         sort: by this column, the largest or worst first: name, dtype, size, values, min, max, mean,
             std, absmax, crest, channel, kurtosis, outliers, near-zero, zeros, bad, sqnr.
         top: so many tensors alone.
+        compare: in place of statistics, what is different in this file, of any kind.
         by: also tensors of a ``layer`` or ``role`` together.
         curve: in place of statistics, the predicted loss of files of all sizes.
         calibration: of the curve: of this model, made with ``fisher``.
@@ -75,6 +77,11 @@ def inspect(
         raise UsageError(f"--by '{by}'", wanted=" or ".join(BY))
     if by and (sort or top):
         raise UsageError("--by shows groups in their own order: it goes without --sort and --top")
+    if compare is not None and (headers_only or sort or top or by or curve):
+        raise UsageError(
+            "--compare shows what differs: it goes without --headers-only, --sort, --top, --by, "
+            "--curve"
+        )
     wanted = None
     if curve:
         if calibration is None:
@@ -95,12 +102,13 @@ def inspect(
     options = InspectOptions(
         scheme=parse_scheme(scheme),
         tensors=as_texts(tensor),
-        headers_only=headers_only or curve,
+        headers_only=headers_only or curve or compare is not None,
         curve=wanted,
         bins=bins,
         threads=threads,
         sort=sort,
         top=top,
         by=by,
+        compare=as_path(compare),
     )
     return stage(Path(model), options, progress).judged(strict)

@@ -11,6 +11,9 @@ from qconvert.report.bench import BenchReport, Measurement, SkippedLine
 from qconvert.report.calibrate import CalibratedFisher, CalibratedLayer, CalibrateReport
 from qconvert.report.inspect import (
     ChannelSummary,
+    ComparedGroup,
+    ComparedTensor,
+    Comparison,
     CurvePoint,
     Finding,
     GridEnds,
@@ -47,6 +50,9 @@ __all__ = [
     "CalibratedLayer",
     "ChannelSummary",
     "Check",
+    "ComparedGroup",
+    "ComparedTensor",
+    "Comparison",
     "CurvePoint",
     "EmbeddingQuality",
     "Equalisation",

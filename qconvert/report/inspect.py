@@ -140,6 +140,79 @@ class InputsView:
     total_layers: int
 
 
+@dataclass(slots=True)
+class ComparedTensor:
+    """A tensor of both files.
+
+    Attributes:
+        comparable: whether its values were compared: they are numbers, and shapes are alike.
+        equal: whether all values are the same.
+        differing: how many are not.
+        sqnr_db: of what the other file has, against the first; None where nothing was lost.
+        max_error: the largest difference.
+    """
+
+    name: str
+    a_shape: tuple[int, ...]
+    b_shape: tuple[int, ...]
+    a_dtype: str
+    b_dtype: str
+    a_bytes: int
+    b_bytes: int
+    comparable: bool
+    equal: bool
+    differing: int | None
+    sqnr_db: float | None
+    max_error: float | None
+
+
+@dataclass
+class ComparedGroup:
+    """Tensors of a layer or a role in both files.
+
+    Attributes:
+        equal: how many have the same values.
+        types: changes, as ``BF16 -> q4_block64_sym``.
+        sqnr_db: over all of them; None where nothing was lost.
+        worst_sqnr_db: of one of them.
+    """
+
+    name: str
+    tensors: int
+    equal: int
+    a_bytes: int
+    b_bytes: int
+    types: list[str]
+    sqnr_db: float | None
+    worst_sqnr_db: float | None
+
+
+@dataclass
+class Comparison:
+    """Another file, held against the one that was inspected.
+
+    Attributes:
+        only_a, only_b: names of tensors that the other has not, and that only it has.
+        sqnr_db: over all tensors of both; None where nothing was lost.
+        facts, metadata: what differs, as both have it; None where one has it not.
+        notes: how both were brought to the same names, and what could not be compared.
+    """
+
+    path: str
+    kind: str
+    only_a: list[str]
+    only_b: list[str]
+    tensors: list[ComparedTensor]
+    roles: list[ComparedGroup]
+    layers: list[ComparedGroup]
+    a_bytes: int
+    b_bytes: int
+    sqnr_db: float | None
+    facts: dict[str, list[str | None]]
+    metadata: dict[str, list[str | None]]
+    notes: list[str]
+
+
 @dataclass
 class TensorGroup:
     """Tensors of a layer or a role; figures in the order of their layers, as of `TensorSummary`."""
@@ -246,6 +319,7 @@ class InspectReport(Report):
         facts: what the file says of itself, by what people call it.
         types: how many tensors there are of each, the most bytes first.
         inputs: of a calibration or an importance matrix, which are shown in place of tensors.
+        comparison: with another file, where one was given.
         by, groups: tensors of a ``layer`` or ``role`` together, where that was asked for.
     """
 
@@ -268,6 +342,7 @@ class InspectReport(Report):
     facts: dict[str, str] = field(default_factory=dict)
     types: dict[str, TypeTally] = field(default_factory=dict)
     inputs: InputsView | None = None
+    comparison: Comparison | None = None
 
     def _said(self) -> Iterator[str]:
         shown, total = len(self.tensors), counted(self.total_tensors, "tensor")

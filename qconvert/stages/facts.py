@@ -94,7 +94,7 @@ def _json(model: OpenModel, name: str) -> dict[str, Any]:
 
 
 def _recipe(model: OpenModel) -> Iterator[tuple[str, str]]:
-    noted = _provenance(model)
+    noted = provenance_of(model)
     tool, options = noted.get("tool"), noted.get("options")
     if isinstance(tool, str):
         names = [s.get("name") for s in _objects(noted.get("sources"))]
@@ -114,7 +114,8 @@ def _recipe(model: OpenModel) -> Iterator[tuple[str, str]]:
         yield "rounding", f"compensated in {len(rounding['compensated']):,} tensors"
 
 
-def _provenance(model: OpenModel) -> dict[str, Any]:
+def provenance_of(model: OpenModel) -> dict[str, Any]:
+    """What a file says of how it was made; nothing where it does not, or not as JSON."""
     if isinstance(model, QblkModel):
         return model.header.provenance
     try:
@@ -130,7 +131,8 @@ def _objects(found: object) -> list[dict[str, Any]]:
 
 def _words(options: Mapping[str, Any]) -> Iterator[str]:
     """Recorded options as words of a command line."""
-    for key, value in options.items():
+    scheme_first = sorted(options.items(), key=lambda o: o[0] not in ("scheme", "budget"))
+    for key, value in scheme_first:
         option = f"--{key.replace('_', '-')}"
         for one in value if isinstance(value, list) else [value]:
             yield option if one is True else f"{option} {one}"

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from qconvert.errors import UsageError
 from qconvert.model import TensorInfo
-from qconvert.report import TensorGroup, TensorSummary
+from qconvert.report import ComparedGroup, TensorGroup, TensorSummary
 
 WILDCARDS = frozenset("*?[")
 BY = ("layer", "role")
@@ -105,6 +105,11 @@ def grouped(rows: Sequence[TensorSummary], by: str) -> list[TensorGroup]:
     if by == "layer":
         groups = dict(sorted(groups.items(), key=lambda g: _numbers(g[0])))
     return [_group(name, found) for name, found in groups.items()]
+
+
+def layer_order(groups: list[ComparedGroup]) -> list[ComparedGroup]:
+    """Groups of layers in the order of their numbers."""
+    return sorted(groups, key=lambda g: _numbers(g.name))
 
 
 def _numbers(name: str) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from qconvert.report import (
 )
 from qconvert.schemes import TENSOR_SCHEMES, AffineScheme, KeepScheme, MixScheme, Scheme
 from qconvert.stages.budget import unknown_sensitivities
+from qconvert.stages.compare import comparison
 from qconvert.stages.curve import CurveOptions, size_curve
 from qconvert.stages.facts import facts_of, tally
 from qconvert.stages.findings import findings_of
@@ -61,6 +62,7 @@ class InspectOptions:
     sort: str | None = None
     top: int | None = None
     by: str | None = None
+    compare: Path | None = None
 
 
 def inspect(path: Path, options: InspectOptions, progress: Progress | None = None) -> InspectReport:
@@ -78,8 +80,9 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             f"inspect cannot suggest {scheme.name}",
             wanted="a scheme with scales, such as q4_block64",
         )
+    other = None
     curve = size_curve(path, options.curve, progress) if options.curve else None
-    plain = not (options.headers_only or options.curve)
+    plain = not (options.headers_only or options.curve or options.compare)
     try:
         model = open_model(path)
     except FormatError as refused:
@@ -89,7 +92,10 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
         if plain and (view := inputs_view(path, model, options.tensors)):
             return _inputs_report(path, view, options, started)
         said, quantized = described(model)
-        found = chosen(model.tensors, options.tensors)
+        threads = options.threads or available_threads()
+        if options.compare:
+            other = comparison(model, options.compare, options.tensors, threads, progress)
+        found = chosen(model.tensors, () if options.compare else options.tensors)
         rows = [TensorSummary(t.name, t.shape, t.dtype, t.nbytes) for t in found]
         if not options.headers_only:
             progress.begin("inspect", sum(t.nbytes for t in found), "bytes")
@@ -115,6 +121,7 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             findings=findings_of(rows, scheme),
             facts=facts_of(model),
             types=tally(model),
+            comparison=other,
             by=options.by,
             groups=grouped(rows, options.by) if options.by else [],
             warnings=[

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from qconvert.cli.progress import size
+from qconvert.cli.text.comparison import comparison_lines
 from qconvert.cli.text.fitting import Column
 from qconvert.cli.text.groups import group_lines
 from qconvert.cli.text.histogram import histogram_text
@@ -31,6 +32,9 @@ def inspect_text(r: InspectReport) -> Iterator[str]:
         return
     if r.inputs:
         yield from inputs_lines(r.inputs)
+        return
+    if r.comparison:
+        yield from comparison_lines(r, r.comparison)
         return
     yield from fact_lines(r)
     if r.statistics:
