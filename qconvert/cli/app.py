@@ -351,7 +351,10 @@ def calibrate(
 
 @app.command()
 def quantize(
-    model: Model,
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="MODEL", help="safetensors file or model directory"),
+    ] = None,
     scheme: Annotated[
         str | None,
         typer.Option(
@@ -360,6 +363,13 @@ def quantize(
             help=f"one of: {SCHEME_GRAMMAR}; a budget takes its place",
         ),
     ] = None,
+    list_schemes: Annotated[
+        bool,
+        typer.Option(
+            "--list-schemes",
+            help="show every scheme, its bits, what runs it and what it is for; takes no MODEL",
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -626,7 +636,12 @@ def quantize(
           --calibration calibration.safetensors -o model.gguf
       qconvert quantize model-directory --scheme w4a16 -o model-w4a16
       qconvert quantize model-w4a16 --scheme keep -o model.gguf
+      qconvert quantize --list-schemes
     """
+    if list_schemes:
+        return _list_schemes(json, report, force, quiet)
+    if model is None:
+        raise UsageError("missing argument 'MODEL'", hint="see qconvert quantize --help")
     from qconvert.cli.emit import Emitter
     from qconvert.cli.text.quantize import quantize_text
     from qconvert.commands.quantize import quantize as command
@@ -677,6 +692,15 @@ def quantize(
             progress=emitter.progress,
         )
         return emitter.emit(done, quantize_text)
+
+
+def _list_schemes(json: bool, report: Path | None, force: bool, quiet: bool) -> int:
+    from qconvert.cli.emit import Emitter
+    from qconvert.cli.text.schemes import schemes_text
+    from qconvert.stages.scheme_list import list_schemes
+
+    with Emitter(json, report, force, quiet, False, []) as emitter:
+        return emitter.emit(list_schemes(), schemes_text)
 
 
 @app.command()

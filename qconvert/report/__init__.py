@@ -34,6 +34,7 @@ from qconvert.report.quantize import (
     QuantizedTensor,
     QuantizeReport,
 )
+from qconvert.report.schemes import ListedScheme, SchemesReport
 from qconvert.report.verify import (
     Check,
     EmbeddingQuality,
@@ -65,11 +66,13 @@ __all__ = [
     "InputLayer",
     "InputsView",
     "InspectReport",
+    "ListedScheme",
     "Measurement",
     "Prediction",
     "QuantizeReport",
     "QuantizedTensor",
     "Report",
+    "SchemesReport",
     "SizeCurve",
     "SkippedLine",
     "TensorGroup",
