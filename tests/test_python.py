@@ -241,7 +241,7 @@ def test_strict_makes_a_warning_a_failure(place: Path, call: Call) -> None:
 
 
 # What only a command has: where its report goes, which ``--force`` replaces.
-SHOWING = {"json", "report", "quiet", "debug"}
+SHOWING = {"json", "csv", "list_schemes", "report", "quiet", "debug"}
 FORCE = {name: {"force"} for name in ("inspect", "verify", "bench")}
 
 
@@ -254,6 +254,8 @@ def command_options(name: str) -> dict[str, tuple[Any, Any]]:
         for n, p in inspect.signature(function).parameters.items()
         if n not in SHOWING | FORCE.get(name, set())
     }
+    if name == "quantize":  # whose MODEL may be missing, for --list-schemes
+        found["model"] = (inspect.Parameter.empty, found["model"][1])
     if name == "bench":
         found = {"model": found.pop("file"), **found}
     return found

@@ -120,6 +120,27 @@ class Calibration:
             raise self._impossible(name, found, "a finite number, at least 0")
         return squares if squares.any() else None
 
+    def channels(self, layer: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Largest magnitudes and mean squares of the input channels of a layer, (features,) each.
+
+        Raises:
+            FormatError: arrays that are not such, or not finite.
+        """
+        wanted = (self.layers[layer].features,)
+        found = []
+        for kind in CHANNELS:
+            name = f"{layer}/{kind}"
+            info = self._tensors.get(name)
+            if info is None or (info.shape, info.dtype) != (wanted, "F32"):
+                described = "nothing" if info is None else f"{info.dtype} {list(info.shape)}"
+                raise self._impossible(name, described, f"F32 {list(wanted)}")
+            values = self._file.values(info, 0, info.size).astype(np.float32, copy=False)
+            if not np.isfinite(values).all():
+                raise self._impossible(name, "NaN or Inf", "finite numbers")
+            found.append(values)
+        low, high, squares = found
+        return np.maximum(np.abs(low), np.abs(high)), squares
+
     def has_gram(self, tensor: str) -> bool:
         """Whether there is the Gram matrix of the inputs of the layer of a weight."""
         return f"{layer_name(tensor)}/gram.high" in self._tensors

@@ -11,6 +11,7 @@ from qconvert import __version__
 from qconvert.cli import completion
 from qconvert.cli.once import OnceCommand
 from qconvert.containers import WRITTEN
+from qconvert.errors import UsageError
 from qconvert.schemes import SCHEME_GRAMMAR
 
 app = typer.Typer(
@@ -85,7 +86,10 @@ def inspect(
     tensor: Annotated[
         list[str] | None,
         typer.Option(
-            "--tensor", metavar="GLOB", help="only these tensors, with histograms; repeatable"
+            "--tensor",
+            metavar="TEXT",
+            help="only tensors with this in their names, with histograms; a glob where it has "
+            "wildcards; repeatable",
         ),
     ] = None,
     scheme: Annotated[
@@ -97,6 +101,34 @@ def inspect(
     bins: Annotated[
         int, typer.Option("--bins", min=2, max=200, metavar="N", help="bins of a histogram")
     ] = 32,
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            "--sort",
+            metavar="COLUMN",
+            help="the largest, or worst, first: name, dtype, size, values, min, max, mean, std, "
+            "absmax, crest, channel, kurtosis, outliers, near-zero, zeros, bad or sqnr",
+        ),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option("--top", min=1, metavar="N", help="so many tensors alone")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option("--by", metavar="layer|role", help="a line for all of a layer, or of a role"),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare",
+            metavar="OTHER",
+            help="what is different in another file, of any kind: a second quantization, a "
+            "fine-tune, the result",
+        ),
+    ] = None,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="print tensors and all their figures as CSV")
+    ] = False,
     curve: Annotated[
         bool,
         typer.Option(
@@ -134,15 +166,23 @@ def inspect(
     \b
     Examples:
       qconvert inspect model.safetensors
-      qconvert inspect model.safetensors --tensor '*q_proj*'
+      qconvert inspect model.safetensors --tensor layers.0.self_attn
+      qconvert inspect model-dir --sort kurtosis --top 5
+      qconvert inspect model-dir --by role
+      qconvert inspect model-dir --csv > tensors.csv
+      qconvert inspect model-dir --compare model.gguf
       qconvert inspect model.q4_block64.qblk --headers-only --json | jq .total_bytes
       qconvert inspect model-dir --curve --calibration fisher.safetensors
     """
     from qconvert.cli.emit import Emitter
     from qconvert.cli.text.inspect import inspect_text
+    from qconvert.cli.text.inspect_csv import inspect_csv
     from qconvert.commands.inspect import inspect as command
 
-    with Emitter(json, report, force, quiet, strict, [model], html) as emitter:
+    if csv and (json or curve or by or compare):
+        raise UsageError("--csv prints tensors: it goes without --json, --curve, --by, --compare")
+    inputs = [path for path in (model, compare) if path]
+    with Emitter(json, report, force, quiet, strict, inputs, html) as emitter:
         done = command(
             model,
             tensor=tensor,
@@ -150,6 +190,10 @@ def inspect(
             headers_only=headers_only,
             bins=bins,
             histograms=html is not None,
+            sort=sort,
+            top=top,
+            by=by,
+            compare=compare,
             calibration=calibration,
             curve=curve,
             format=format,
@@ -158,7 +202,7 @@ def inspect(
             strict=strict,
             progress=emitter.progress,
         )
-        return emitter.emit(done, inspect_text)
+        return emitter.emit(done, inspect_csv if csv else inspect_text)
 
 
 @app.command(cls=OnceCommand)
@@ -317,7 +361,10 @@ def calibrate(
 
 @app.command(cls=OnceCommand)
 def quantize(
-    model: Model,
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="MODEL", help="safetensors file or model directory"),
+    ] = None,
     scheme: Annotated[
         str | None,
         typer.Option(
@@ -327,6 +374,13 @@ def quantize(
             autocompletion=completion.schemes,
         ),
     ] = None,
+    list_schemes: Annotated[
+        bool,
+        typer.Option(
+            "--list-schemes",
+            help="show every scheme, its bits, what runs it and what it is for; takes no MODEL",
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -595,7 +649,12 @@ def quantize(
           --calibration calibration.safetensors -o model.gguf
       qconvert quantize model-directory --scheme w4a16 -o model-w4a16
       qconvert quantize model-w4a16 --scheme keep -o model.gguf
+      qconvert quantize --list-schemes
     """
+    if list_schemes:
+        return _list_schemes(json, report, force, quiet)
+    if model is None:
+        raise UsageError("missing argument 'MODEL'", hint="see qconvert quantize --help")
     from qconvert.cli.emit import Emitter
     from qconvert.cli.text.quantize import quantize_text
     from qconvert.commands.quantize import quantize as command
@@ -646,6 +705,15 @@ def quantize(
             progress=emitter.progress,
         )
         return emitter.emit(done, quantize_text)
+
+
+def _list_schemes(json: bool, report: Path | None, force: bool, quiet: bool) -> int:
+    from qconvert.cli.emit import Emitter
+    from qconvert.cli.text.schemes import schemes_text
+    from qconvert.stages.scheme_list import list_schemes
+
+    with Emitter(json, report, force, quiet, False, []) as emitter:
+        return emitter.emit(list_schemes(), schemes_text)
 
 
 @app.command(cls=OnceCommand)

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
+from qconvert.codecs.channels import ChannelStatistics
 from qconvert.codecs.codes import Codes
 from qconvert.codecs.compensation import Rounder
 from qconvert.codecs.statistics import TensorStatistics
@@ -428,11 +429,19 @@ class Look:
     Attributes:
         scheme: the name of the one that suits it.
         reason: in words.
+        bits: of a code of the scheme that was asked for.
+        sqnr_db: what a sample keeps with these bits, in dB; None where nothing is lost.
+        gain_db: by how much zero points are better on the sample; None where that is not known.
+        cost_db: what they cost.
     """
 
     statistics: TensorStatistics
     scheme: str
     reason: str
+    bits: int
+    sqnr_db: float | None
+    gain_db: float | None
+    cost_db: float
 
 
 S = TypeVar("S", bound="TensorScheme")
@@ -452,7 +461,7 @@ class Codec(Generic[S]):
         parse: the encoding that a header describes; None for a family that no qblk file has.
         passes: whether `encoder` reads the whole tensor for what tiles share.
         look: what statistics of a tensor suggest; None for a family that has nothing to choose.
-            Raises a WeightError.
+            Adds tiles to statistics of channels where they are wanted. Raises a WeightError.
         uncompensated: why a matrix that takes the scheme cannot have codes that make up for each
             other's errors; None where it can.
     """
@@ -463,7 +472,7 @@ class Codec(Generic[S]):
     encoder: Callable[[Model, TensorInfo, S, Facts], Encoder]
     parse: Callable[[HeaderFields], Encoding] | None = None
     passes: Callable[[S, TensorInfo], bool] = lambda scheme, tensor: False
-    look: Callable[[Model, TensorInfo, S, Mapper], Look] | None = None
+    look: Callable[[Model, TensorInfo, S, Mapper, ChannelStatistics | None], Look] | None = None
     uncompensated: Callable[[S, TensorInfo], str | None] = lambda scheme, tensor: "it has no codes"
 
 

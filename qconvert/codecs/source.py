@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from qconvert import kernels
+from qconvert.codecs.channels import ChannelStatistics, TileChannels
 from qconvert.codecs.statistics import TensorStatistics, merge, observe
 from qconvert.errors import WeightError
 from qconvert.geometry import Tile, row_length, tiles
@@ -68,14 +69,25 @@ def finite_weights(model: Model, tensor: TensorInfo) -> Iterator[None]:
 
 
 def observe_tensor(
-    model: Model, tensor: TensorInfo, columns: int, mapper: Mapper
+    model: Model,
+    tensor: TensorInfo,
+    columns: int,
+    mapper: Mapper,
+    channels: ChannelStatistics | None = None,
 ) -> TensorStatistics:
-    """Statistics of a whole tensor that has values."""
+    """Statistics of a whole tensor that has values; tiles are added to ``channels`` too."""
 
-    def work(tile: Tile) -> TensorStatistics:
-        return observe(model.values(tensor, tile.start, tile.stop), tile.start)
+    def work(tile: Tile) -> tuple[TensorStatistics, TileChannels | None]:
+        values = model.values(tensor, tile.start, tile.stop)
+        found = channels.of_tile(tile, values) if channels else None
+        return observe(values, tile.start), found
 
-    return reduce(merge, mapper(work, tiles(tensor.size // columns, columns)))
+    def take(done: tuple[TensorStatistics, TileChannels | None]) -> TensorStatistics:
+        if channels and done[1]:
+            channels.add(done[1])
+        return done[0]
+
+    return reduce(merge, map(take, mapper(work, tiles(tensor.size // columns, columns))))
 
 
 def check_finite(statistics: TensorStatistics, tensor: TensorInfo, path: Path) -> None:

@@ -6,7 +6,10 @@ threads.
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -14,10 +17,14 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.kernels.arithmetic import HISTOGRAM_BINS
-from qconvert.kernels.bins import bin_centres
+from qconvert.kernels.bins import bin_centres, bin_starts
 from qconvert.kernels.records import Moments, merge_moments
+from qconvert.report.inspect import PERCENTILES
 
 OUTLIER_SIGMAS = 4.0  # a Gaussian has 6.3e-5 of its values beyond
+PERCENTILE_ERROR = 2.0**-8  # of a percentile at most, relative to it: half a bin of the histogram
+EXACT_DTYPES = ("BF16", "F8_E4M3", "F8_E5M2")  # whose values each have a bin of their own
+NEAR_ZERO = 1 / 254  # of the largest magnitude: what 8 bits with one scale for all round to 0
 FEW_VALUES = 1 << 14  # up to so many, their patterns are kept instead of 65,536 counts
 
 
@@ -99,6 +106,55 @@ class TensorStatistics:
             return int(np.count_nonzero(beyond)) / m.count
         beyond = np.abs(bin_centres() - m.mean) > OUTLIER_SIGMAS * std
         return int(self.histogram[beyond].sum()) / m.count
+
+    @property
+    def crest(self) -> float | None:
+        """Largest magnitude by the root mean square."""
+        m = self.moments
+        if m is None or not self.absmax:
+            return None
+        rms = math.sqrt(m.square_sum / m.count)
+        return self.absmax / rms if 0 < rms < math.inf else None
+
+    @property
+    def near_zero_share(self) -> float | None:
+        """Share of values below `NEAR_ZERO` of the largest magnitude, by whole histogram bins."""
+        if self.moments is None or not self.absmax:
+            return None
+        small = np.abs(bin_centres()) < NEAR_ZERO * self.absmax
+        if self.patterns is not None:
+            return int(np.count_nonzero(small[self.patterns])) / self.moments.count
+        return int(self.histogram[small].sum()) / self.moments.count
+
+    def percentiles(self, dtype: str) -> dict[str, float] | None:
+        """The least value that is not below so many percent of the values, for `PERCENTILES`.
+
+        Exact for `EXACT_DTYPES`, else within `PERCENTILE_ERROR`.
+        """
+        m = self.moments
+        if m is None:
+            return None
+        ranks = [math.ceil(Fraction(p) * m.count / 100) for p in PERCENTILES]
+        order = _ascending()
+        if self.patterns is not None:
+            bins = np.argsort(order)[self.patterns]
+            bins.sort()
+            places = bins[np.array(ranks) - 1]
+        else:
+            places = np.searchsorted(np.cumsum(self.histogram[order]), ranks)
+        values = bin_starts() if dtype in EXACT_DTYPES else bin_centres()
+        found = np.clip(values[order[places]], m.minimum, m.maximum)
+        # Beyond binary32 bins have no centre.
+        ends = np.where(order[places] >> 15, m.minimum, m.maximum)
+        found = np.where(np.isfinite(found), found, ends)
+        return {p: float(v) for p, v in zip(PERCENTILES, found, strict=True)}
+
+
+@functools.cache
+def _ascending() -> NDArray[np.int64]:
+    """Histogram bins from the lowest value to the highest."""
+    half = HISTOGRAM_BINS // 2
+    return np.concatenate([np.arange(HISTOGRAM_BINS - 1, half - 1, -1), np.arange(half)])
 
 
 def observe(x: NDArray[np.floating[Any]], start: int = 0) -> TensorStatistics:

@@ -12,6 +12,7 @@ from qconvert.report import InspectReport
 from qconvert.schemes import parse_scheme
 from qconvert.stages.budget import INFORMED
 from qconvert.stages.curve import CurveOptions
+from qconvert.stages.grouping import BY, check_sort
 from qconvert.stages.inspect import InspectOptions
 from qconvert.stages.inspect import inspect as stage
 
@@ -24,6 +25,10 @@ def inspect(
     headers_only: bool = False,
     bins: int = 32,
     histograms: bool = False,
+    sort: str | None = None,
+    top: int | None = None,
+    by: str | None = None,
+    compare: Path | str | None = None,
     calibration: Path | str | None = None,
     curve: bool = False,
     format: str | None = None,
@@ -42,11 +47,17 @@ def inspect(
 
     Args:
         model: a safetensors, GGUF or qblk file, or a directory.
-        tensor: only tensors that match this glob or one of these, with histograms.
+        tensor: only tensors with this text in their names, or that match it where it has
+            wildcards; or one of several such; with histograms.
         scheme: say symmetric or asymmetric for this one.
         headers_only: names, shapes and sizes alone; reads no weights.
         bins: of a histogram, 2 to 200.
         histograms: of all tensors, not of those alone that ``tensor`` asks for.
+        sort: by this column, the largest or worst first: name, dtype, size, values, min, max, mean,
+            std, absmax, crest, channel, kurtosis, outliers, near-zero, zeros, bad, sqnr.
+        top: so many tensors alone.
+        compare: in place of statistics, what is different in this file, of any kind.
+        by: also tensors of a ``layer`` or ``role`` together.
         curve: in place of statistics, the predicted loss of files of all sizes.
         calibration: of the curve: of this model, made with ``fisher``.
         format: ``qblk`` (by default) or ``gguf``, of the files of the curve.
@@ -58,16 +69,30 @@ def inspect(
 
     Raises:
         InputError: the model cannot be read.
-        UsageError: a glob matches no tensor, or an option is out of range.
+        UsageError: a name matches no tensor, or an option is out of range.
     """
     check_bounds("--bins", bins, 2, 200)
     check_bounds("--threads", threads, 1)
+    check_bounds("--top", top, 1)
+    check_sort(sort, headers_only)
+    if by not in (None, *BY):
+        raise UsageError(f"--by '{by}'", wanted=" or ".join(BY))
+    if by and (sort or top):
+        raise UsageError("--by shows groups in their own order: it goes without --sort and --top")
+    if compare is not None and (headers_only or sort or top or by or curve):
+        raise UsageError(
+            "--compare shows what differs: it goes without --headers-only, --sort, --top, --by, "
+            "--curve"
+        )
     wanted = None
     if curve:
         if calibration is None:
             raise UsageError("--curve needs to know how much errors matter", hint=INFORMED)
-        if tensor is not None or headers_only:
-            raise UsageError("--curve shows no tensors: it goes without --tensor, --headers-only")
+        if tensor is not None or headers_only or sort or top or by:
+            raise UsageError(
+                "--curve shows no tensors: it goes without --tensor, --headers-only, --sort, "
+                "--top, --by"
+            )
         wanted = CurveOptions(
             calibration=Path(calibration),
             container=container_name(format) or "qblk",
@@ -79,10 +104,14 @@ def inspect(
     options = InspectOptions(
         scheme=parse_scheme(scheme),
         tensors=as_texts(tensor),
-        headers_only=headers_only or curve,
+        headers_only=headers_only or curve or compare is not None,
         curve=wanted,
         bins=bins,
         histograms=histograms,
         threads=threads,
+        sort=sort,
+        top=top,
+        by=by,
+        compare=as_path(compare),
     )
     return stage(Path(model), options, progress).judged(strict)

@@ -21,12 +21,20 @@ def bin_centres() -> F64:
     return centres
 
 
-def bin_edges() -> tuple[F64, F64]:
-    """Smallest and largest end of each histogram bin; NaN for the patterns of Inf and NaN."""
+@functools.cache
+def bin_starts() -> F64:
+    """The end of each histogram bin that is nearer to 0, read-only; NaN likewise."""
     keys = np.arange(HISTOGRAM_BINS, dtype=np.uint32)
     finite = keys & 0x7F80 != 0x7F80
     near = np.full(len(keys), np.nan)
     near[finite] = (keys[finite] << 16).view(np.float32)
+    near.flags.writeable = False
+    return near
+
+
+def bin_edges() -> tuple[F64, F64]:
+    """Smallest and largest end of each histogram bin; NaN for the patterns of Inf and NaN."""
+    near = bin_starts()
     width = np.abs(bin_centres() - near) * 2
-    negative = keys >= len(keys) // 2
+    negative = np.arange(len(near)) >= len(near) // 2
     return np.where(negative, near - width, near), np.where(negative, near, near + width)

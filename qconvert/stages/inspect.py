@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +12,38 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.codecs import codec_of
+from qconvert.codecs.affine.suggestion import grid_ends
+from qconvert.codecs.channels import MAX_CHANNELS, ChannelStatistics
 from qconvert.codecs.source import observe_tensor
 from qconvert.codecs.statistics import TensorStatistics
-from qconvert.errors import UsageError, WeightError
+from qconvert.errors import FormatError, UsageError, WeightError
 from qconvert.files import open_model
 from qconvert.geometry import TILE_VALUES, row_length, tiles
 from qconvert.mapper import Mapper
-from qconvert.model import Model, TensorInfo
+from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.progress import Progress, Silent
-from qconvert.report import Histogram, InspectReport, TensorSummary
-from qconvert.schemes import KeepScheme, MixScheme, Scheme
+from qconvert.report import (
+    ChannelSummary,
+    GridEnds,
+    Histogram,
+    InputsView,
+    InspectReport,
+    TensorSummary,
+)
+from qconvert.schemes import TENSOR_SCHEMES, AffineScheme, KeepScheme, MixScheme, Scheme
 from qconvert.stages.budget import unknown_sensitivities
+from qconvert.stages.compare import comparison
 from qconvert.stages.curve import CurveOptions, size_curve
+from qconvert.stages.facts import facts_of, tally
+from qconvert.stages.findings import findings_of
+from qconvert.stages.grouping import chosen, grouped, sorted_rows
+from qconvert.stages.inputs import imatrix_view, inputs_view, older_imatrix
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import PlannedTensor, PlanOptions, make_plan
 from qconvert.stages.sources import described
 
 SMALL_VALUES = 4 * TILE_VALUES  # of a tensor that one thread describes
+LEAST_VALUES = 1024  # of a matrix whose channels are compared
 BATCH_TENSORS = 64  # that a thread takes at once
 
 _Item = tuple[TensorInfo, TensorSummary, PlannedTensor]
@@ -46,6 +60,10 @@ class InspectOptions:
     histograms: bool = False
     threads: int | None = None
     curve: CurveOptions | None = None
+    sort: str | None = None
+    top: int | None = None
+    by: str | None = None
+    compare: Path | None = None
 
 
 def inspect(path: Path, options: InspectOptions, progress: Progress | None = None) -> InspectReport:
@@ -53,7 +71,7 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
 
     Raises:
         InputError: it cannot be read.
-        UsageError: a glob matches no tensor.
+        UsageError: a name matches no tensor.
     """
     started = time.perf_counter()
     progress = progress or Silent()
@@ -63,15 +81,26 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             f"inspect cannot suggest {scheme.name}",
             wanted="a scheme with scales, such as q4_block64",
         )
+    other = None
     curve = size_curve(path, options.curve, progress) if options.curve else None
-    model = open_model(path)
+    plain = not (options.headers_only or options.curve or options.compare)
     try:
+        model = open_model(path)
+    except FormatError as refused:
+        imatrix = older_imatrix(path, refused)
+        return _inputs_report(path, imatrix_view(imatrix, options.tensors), options, started)
+    try:
+        if plain and (view := inputs_view(path, model, options.tensors)):
+            return _inputs_report(path, view, options, started)
         said, quantized = described(model)
-        chosen = _choose(model, options.tensors)
-        rows = [TensorSummary(t.name, t.shape, t.dtype, t.nbytes) for t in chosen]
+        threads = options.threads or available_threads()
+        if options.compare:
+            other = comparison(model, options.compare, options.tensors, threads, progress)
+        found = chosen(model.tensors, () if options.compare else options.tensors)
+        rows = [TensorSummary(t.name, t.shape, t.dtype, t.nbytes) for t in found]
         if not options.headers_only:
-            progress.begin("inspect", sum(t.nbytes for t in chosen), "bytes")
-            plan = make_plan(chosen, scheme, PlanOptions())
+            progress.begin("inspect", sum(t.nbytes for t in found), "bytes")
+            plan = make_plan(found, scheme, PlanOptions())
             _describe_all(model, plan, rows, options, progress)
             progress.end()
         if quantized:
@@ -82,13 +111,20 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             path=str(path),
             kind=model.kind,
             metadata=model.metadata,
-            tensors=rows,
+            tensors=sorted_rows(rows, options.sort)[: options.top],
             total_tensors=len(model.tensors),
             total_values=sum(t.size for t in model.tensors),
             total_bytes=sum(t.nbytes for t in model.tensors),
             statistics=not options.headers_only,
             notes=said.notes,
             curve=curve,
+            scheme=None if options.headers_only else scheme.name,
+            findings=findings_of(rows, scheme),
+            facts=facts_of(model),
+            types=tally(model),
+            comparison=other,
+            by=options.by,
+            groups=grouped(rows, options.by) if options.by else [],
             warnings=[
                 *said.warnings,
                 *unknown_sensitivities(curve.without if curve else []),
@@ -104,15 +140,29 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
         model.close()
 
 
-def _choose(model: Model, globs: tuple[str, ...]) -> list[TensorInfo]:
-    for glob in globs:
-        if not any(fnmatchcase(t.name, glob) for t in model.tensors):
-            raise UsageError(
-                f"no tensor matches '{glob}'", hint="names are listed without --tensor"
-            )
-    return [
-        t for t in model.tensors if not globs or any(fnmatchcase(t.name, glob) for glob in globs)
-    ]
+def _inputs_report(
+    path: Path, view: InputsView, options: InspectOptions, started: float
+) -> InspectReport:
+    """Of a file that holds no weights.
+
+    Raises:
+        UsageError: an option is of weights.
+    """
+    if options.sort or options.top or options.by:
+        raise UsageError(f"--sort, --top and --by are of tensors: {path} is a {view.kind}")
+    return InspectReport(
+        kernels=kernels.describe(),
+        path=str(path),
+        kind=view.kind,
+        metadata={},
+        tensors=[],
+        total_tensors=0,
+        total_values=0,
+        total_bytes=0,
+        statistics=False,
+        inputs=view,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _describe_all(
@@ -158,29 +208,48 @@ def _describe(
     scheme = planned.scheme
     columns = row_length(tensor.shape)
     look = codec_of(scheme).look if scheme else None
+    channels = _channels(tensor, columns)
     if scheme is None or look is None:
-        _fill(row, observe_tensor(model, tensor, columns, mapper))
+        _fill(row, observe_tensor(model, tensor, columns, mapper, channels), channels)
         if row.nonfinite and tensor.floating:
             row.suggestion, row.suggestion_reason = "mend", "has NaN or Inf values"
         elif model.kind == "safetensors":
             row.suggestion, row.suggestion_reason = "keep", planned.reason
         return
     try:
-        found = look(model, tensor, scheme, mapper)
+        found = look(model, tensor, scheme, mapper, channels)
     except WeightError:
-        _fill(row, observe_tensor(model, tensor, columns, mapper))
+        channels = _channels(tensor, columns)
+        _fill(row, observe_tensor(model, tensor, columns, mapper, channels), channels)
         row.suggestion, row.suggestion_reason = "mend", "has NaN, Inf or too large values"
         return
-    _fill(row, found.statistics)
+    _fill(row, found.statistics, channels)
     row.suggestion, row.suggestion_reason = found.scheme, found.reason
+    row.sqnr_db, row.gain_db, row.cost_db = found.sqnr_db, found.gain_db, found.cost_db
 
 
-def _fill(row: TensorSummary, s: TensorStatistics) -> None:
+def _channels(tensor: TensorInfo, columns: int) -> ChannelStatistics | None:
+    """For matrices of weights that are large enough for channels to be told apart."""
+    rows = tensor.size // columns
+    weights = tensor.floating or tensor.dtype not in DTYPES
+    large = tensor.size >= LEAST_VALUES and len(tensor.shape) > 1 and min(rows, columns) > 1
+    if not weights or not large or max(rows, columns) > MAX_CHANNELS:
+        return None
+    return ChannelStatistics(rows, columns)
+
+
+def _fill(row: TensorSummary, s: TensorStatistics, channels: ChannelStatistics | None) -> None:
     row.minimum, row.maximum, row.absmax = s.minimum, s.maximum, s.absmax
     row.mean, row.std = s.mean, s.std
     row.skewness, row.kurtosis = s.skewness, s.kurtosis
     row.outlier_share = s.outlier_share
     row.zeros, row.nonfinite = s.zeros, s.nonfinite
+    row.crest, row.near_zero_share = s.crest, s.near_zero_share
+    row.percentiles = s.percentiles(row.dtype)
+    if channels:
+        row.rows = ChannelSummary(**asdict(channels.rows))
+        row.columns = ChannelSummary(**asdict(channels.columns))
+        row.blocks, row.constant_blocks = channels.blocks, channels.constant
 
 
 def _histogram(
@@ -203,4 +272,13 @@ def _histogram(
     columns = row_length(tensor.shape)
     spans = ((t.start, t.stop) for t in tiles(tensor.size // columns, columns))
     total = sum(workers.map(count, spans), np.zeros(bins, np.int64))
-    return Histogram(low, high, [int(c) for c in total])
+    return Histogram(low, high, [int(c) for c in total], _grid(model, tensor, row.suggestion))
+
+
+def _grid(model: Model, tensor: TensorInfo, suggestion: str | None) -> GridEnds | None:
+    scheme = TENSOR_SCHEMES.get(suggestion or "")
+    if not isinstance(scheme, AffineScheme):
+        return None
+    lows, highs = grid_ends(model, tensor, scheme)
+    ends = float(np.median(lows)), float(np.median(highs)), float(lows.min()), float(highs.max())
+    return GridEnds(scheme.name, *ends)

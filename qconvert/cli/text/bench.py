@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qconvert.cli.text.fitting import Column
 from qconvert.cli.text.pieces import number, table
 from qconvert.errors import printable
 from qconvert.quantities import counted, duration, shape_text, size
@@ -23,8 +24,15 @@ def bench_text(r: BenchReport) -> str:
             head = (m.name, *figures, number(m.gigabytes_per_second, 3))
             ratios = [(f"{number(x, 3)} x", name) for name, x in m.ratios.items()] or [("", "")]
             rows += [(*(head if i == 0 else ("",) * 4), *x) for i, x in enumerate(ratios)]
-        columns = [(section, "left"), ("median", "right"), ("rate", "right"), ("GB/s", "right")]
-        parts.append("\n" + table([*columns, ("speed", "right"), ("of", "left")], rows))
+        columns = [
+            Column(section, "left"),
+            Column("median", "right", keep=8),
+            Column("rate", "right", keep=4),
+            Column("GB/s", "right", keep=3),
+            Column("speed", "right", keep=7),
+            Column("of", "left", keep=6),
+        ]
+        parts.append("\n" + table(columns, rows))
         parts += [
             f"skipped    {printable(s.name)}: {printable(s.reason)}\n"
             for s in r.skipped

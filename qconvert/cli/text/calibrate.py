@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qconvert.cli.text.fitting import Column
 from qconvert.cli.text.pieces import _next, number, table
 from qconvert.errors import printable
 from qconvert.quantities import duration
@@ -22,16 +23,16 @@ def calibrate_text(r: CalibrateReport) -> str:
         )
         for layer in r.layers
     ]
-    columns = [("layer", "left")] + [
-        (name, "right")
-        for name in (
-            "samples",
-            "features",
-            "low",
-            "high",
-            "scale",
-            "zero point",
-            "widest/median channel",
+    columns = [Column("layer", "left")] + [
+        Column(name, "right", keep)
+        for name, keep in (
+            ("samples", 2),
+            ("features", 1),
+            ("low", 7),
+            ("high", 7),
+            ("scale", 3),
+            ("zero point", 4),
+            ("widest/median channel", 6),
         )
     ]
     written = "" if r.written else " (nothing written)"

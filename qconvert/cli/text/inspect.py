@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
-from qconvert.cli.text.pieces import bar, number, table_lines
+from qconvert.cli.text.comparison import comparison_lines
+from qconvert.cli.text.fitting import Column
+from qconvert.cli.text.groups import group_lines
+from qconvert.cli.text.histogram import histogram_text
+from qconvert.cli.text.inputs import inputs_lines
+from qconvert.cli.text.pieces import bar, number, table_lines, wrapped
 from qconvert.errors import printable
-from qconvert.quantities import duration, shape_text, size
-from qconvert.report import CurvePoint, Histogram, InspectReport, SizeCurve, TensorSummary
+from qconvert.quantities import counted, duration, shape_text, size
+from qconvert.report import CurvePoint, InspectReport, SizeCurve, TensorSummary
 
 CURVE_BAR = 16  # characters
+LABEL = " " * 11  # below a label, where its line goes on
+NOTHING_FOUND = (
+    "nothing stands out: no outliers, heavy tails, dead channels, constant blocks, NaN or Inf"
+)
 
 
 def inspect_text(r: InspectReport) -> Iterator[str]:
@@ -19,20 +29,55 @@ def inspect_text(r: InspectReport) -> Iterator[str]:
         yield from _curve_lines(r.curve)
         yield f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
         return
-    columns = [("tensor", "left"), ("shape", "right"), ("dtype", "left"), ("size", "right")]
+    if r.inputs:
+        yield from inputs_lines(r.inputs)
+        return
+    if r.comparison:
+        yield from comparison_lines(r, r.comparison)
+        return
+    yield from fact_lines(r)
     if r.statistics:
-        yield from table_lines(columns + STATISTICS, r.tensors, _statistics_row)
+        yield from _finding_lines(r)
+    if r.by:
+        yield from group_lines(r.by, r.groups)
+    elif r.statistics:
+        yield from table_lines(
+            statistics_columns(r), r.tensors, partial(_statistics_row, r.scheme), "--csv"
+        )
+        yield "\n"
+        yield from reason_lines(r)
     else:
-        yield from table_lines(columns, r.tensors, _header_row)
-    yield f"\n{len(r.tensors)} of {r.total_tensors} tensors shown; the file has "
-    yield f"{r.total_values:,} values in {size(r.total_bytes)}\n"
+        yield from table_lines(HEADERS, r.tensors, _header_row)
+    shown = f"{len(r.tensors):,} of {counted(r.total_tensors, 'tensor')} shown; the file has "
+    yield "\n" + wrapped(f"{shown}{r.total_values:,} values in {size(r.total_bytes)}") + "\n"
     for note in r.notes:
-        yield f"notes      {printable(note)}\n"
+        yield wrapped(f"notes      {printable(note)}", LABEL) + "\n"
     for t in r.tensors:
         if t.histogram:
             yield f"\n{histogram_text(t, t.histogram)}"
     if r.statistics:
         yield f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
+
+
+def fact_lines(r: InspectReport) -> Iterator[str]:
+    """What the file says of itself, and its types."""
+    for label, text in r.facts.items():
+        yield wrapped(f"{label:<13} {printable(text)}", " " * 14) + "\n"
+    types = [
+        f"{counted(t.tensors, 'tensor')} {name} ({size(t.nbytes)})" for name, t in r.types.items()
+    ]
+    yield wrapped(f"{'types':<13} {', '.join(types) or 'none'}", " " * 14) + "\n\n"
+
+
+def _finding_lines(r: InspectReport) -> Iterator[str]:
+    """What stands out, and what to do about it."""
+    if not r.findings:
+        yield wrapped(NOTHING_FOUND) + "\n\n"
+        return
+    for finding in r.findings:
+        yield wrapped(finding.message) + "\n"
+        yield wrapped(f"  try: {finding.advice}", "       ") + "\n"
+    yield "\n"
 
 
 def _curve_lines(c: SizeCurve) -> Iterator[str]:
@@ -61,37 +106,86 @@ def _header_row(t: TensorSummary) -> Sequence[str]:
     return t.name, shape_text(t.shape), t.dtype, size(t.nbytes)
 
 
-def _statistics_row(t: TensorSummary) -> Sequence[str]:
-    figures = (t.minimum, t.maximum, t.mean, t.std, t.absmax, t.kurtosis)
-    return (
-        *_header_row(t),
-        *(number(v, 3) for v in figures),
-        "-" if t.outlier_share is None else f"{100 * t.outlier_share:.3g}%",
-        "-" if t.zeros is None else f"{t.zeros:,}",
-        "-" if t.nonfinite is None else f"{t.nonfinite:,}",
-        t.suggestion or "-",
-        t.suggestion_reason or "-",
-    )
-
-
-STATISTICS = [
-    *((name, "right") for name in ("min", "max", "mean", "std", "absmax", "kurtosis")),
-    *((name, "right") for name in ("outliers", "zeros", "bad")),
-    ("suggested", "left"),
-    ("why", "left"),
+HEADERS = [
+    Column("tensor", "left"),
+    Column("shape", "right", keep=7),
+    Column("dtype", "left", keep=4, quiet=True),
+    Column("size", "right", keep=3),
 ]
 
 
-def histogram_text(t: TensorSummary, h: Histogram) -> str:
-    """Counts per bin with a linear and a logarithmic bar."""
-    width = 30
-    top = max(h.counts) or 1
-    step = (h.high - h.low) / len(h.counts)
-    lines = [f"{printable(t.name)}  {shape_text(t.shape)} {t.dtype}\n"]
-    lines.append(f"{'from':>12} {'count':>13}  {'linear':<{width}}  logarithmic\n")
-    for i, count in enumerate(h.counts):
-        linear = bar(count / top, width)
-        log = bar(math.log1p(count) / math.log1p(top), width)
-        lines.append(f"{h.low + i * step:>12.4g} {count:>13,}  {linear:<{width}}  {log}\n")
-    lines.append(f"{h.high:>12.4g}\n")
-    return "".join(lines)
+def statistics_columns(r: InspectReport) -> list[Column]:
+    return [
+        *HEADERS,
+        *(Column(name, "right", keep=1) for name in ("min", "max")),
+        Column("mean", "right", keep=0),
+        Column("std", "right", keep=6),
+        Column("absmax", "right", keep=4),
+        Column("widest channel", "right", keep=5),
+        Column("kurtosis", "right", keep=8),
+        Column("outliers", "right", keep=2),
+        Column("near 0", "right", keep=2),
+        Column("zeros", "right", keep=2, quiet=True),
+        Column("bad", "right", keep=10, quiet=True),
+        Column("SQNR dB", "right", keep=7),
+        Column(r.scheme or "suggested", "left", keep=9, quiet=True),
+    ]
+
+
+def _statistics_row(scheme: str | None, t: TensorSummary) -> Sequence[str]:
+    figures = (t.minimum, t.maximum, t.mean, t.std, t.absmax)
+    return (
+        *_header_row(t),
+        *(number(v, 3) for v in figures),
+        "-" if t.widest_ratio is None else f"{t.widest_ratio:.3g}x",
+        _plain(t.kurtosis),
+        _percent(t.outlier_share),
+        _percent(t.near_zero_share),
+        *("-" if n is None else f"{n:,}" for n in (t.zeros, t.nonfinite)),
+        _decibels_of_sample(t),
+        (t.suggestion or "-").removeprefix(f"{scheme}_"),
+    )
+
+
+def _plain(value: float | None) -> str:
+    """Without powers of ten below a million."""
+    return "-" if value is None else f"{value:,.0f}" if 1000 <= value < 1e6 else number(value, 3)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2g}%"
+
+
+def _decibels_of_sample(t: TensorSummary) -> str:
+    return "-" if t.sqnr_db is None else f"{t.sqnr_db:.1f}"
+
+
+def reason_lines(r: InspectReport) -> Iterator[str]:
+    """Why each tensor would take what is suggested, one line for those with the same reason."""
+    groups: dict[tuple[str, str], list[TensorSummary]] = {}
+    for t in r.tensors:
+        if t.suggestion:
+            reason = "" if t.gain_db is not None else t.suggestion_reason or ""
+            groups.setdefault((t.suggestion, reason), []).append(t)
+    for (suggestion, reason), found in sorted(groups.items(), key=lambda g: -len(g[1])):
+        told = reason or _measured(r.scheme, found)
+        yield wrapped(f"{counted(len(found), 'tensor')}: {suggestion}, {told}", "  ") + "\n"
+
+
+def _measured(scheme: str | None, found: Sequence[TensorSummary]) -> str:
+    """Why zero points were taken or not, or why more bits are suggested."""
+    suggestion = found[0].suggestion or ""
+    if not suggestion.startswith(scheme or suggestion):
+        kept = _span([t.sqnr_db for t in found], 1)
+        return f"since {scheme} would keep only {kept} dB: heavy tails"
+    gain, cost = _span([t.gain_db for t in found], 2), _span([t.cost_db for t in found], 2)
+    kind = "asymmetric" if suggestion.endswith("_asym") else "symmetric"
+    if suggestion == scheme:
+        return f"{kind} as asked: zero points gain {gain} dB and cost {cost} dB"
+    return f"{kind}, since zero points gain {gain} dB and cost {cost} dB"
+
+
+def _span(figures: Sequence[float | None], digits: int) -> str:
+    """The least and the greatest of some figures."""
+    low, high = (f"{end(f or 0.0 for f in figures):.{digits}f}" for end in (min, max))
+    return low if low == high else f"{low} to {high}"

@@ -2,66 +2,127 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
-from unicodedata import combining, east_asian_width
 
+from qconvert.cli.text.fitting import Column, fit, folded, text_width
+from qconvert.cli.text.names import DistinctNames, start_of
+from qconvert.cli.text.signs import display_width, signs, written
 from qconvert.errors import printable
 
 T = TypeVar("T")
 WORST_SHOWN = 5
-FLEXIBLE_WIDTH = 24  # what names and reasons are cut to at most
-COLUMN_GAP = 3
-PIPE_WIDTH = 20_000  # more than any table: nothing is cut in a log
+CELL_MOST = 20_000  # letters of a cell that are looked at
 
 
-def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> str:
+def table(columns: Sequence[tuple[str, str] | Column], rows: Sequence[Sequence[str]]) -> str:
     """A table as text; see `table_lines`."""
     return "".join(table_lines(columns, rows, lambda row: row))
 
 
 def table_lines(
-    columns: Sequence[tuple[str, str]], items: Sequence[T], row: Callable[[T], Sequence[str]]
+    columns: Sequence[tuple[str, str] | Column],
+    items: Sequence[T],
+    row: Callable[[T], Sequence[str]],
+    elsewhere: str = "--json",
 ) -> Iterator[str]:
-    """A table line by line; ``columns`` are (heading, "left" or "right").
+    """A table line by line, none wider than `text_width`.
 
-    On a narrow terminal the first column and the one headed "why" are cut; figures never are.
+    Where not all has room, gaps shrink, headings fold, the first column is cut in the middle of
+    its names and words elsewhere at their end, and whole columns are left out, as `Column` says;
+    what is not shown is said below. Figures are never cut.
 
     Args:
+        columns: or pairs of heading and ``left`` or ``right``.
         items: what the rows are of; there may be hundreds of thousands.
-        row: the cells of one of them; asked for twice, so that not all have to be kept.
+        row: the cells of one of them; asked for twice, and a third time where names are cut, so
+            that not all have to be kept.
+        elsewhere: the option that shows what had no room.
     """
-    headings = [heading for heading, _ in columns]
-    full = [len(heading) for heading in headings]
+    every = [Column(*c) for c in columns]
+    drawn = signs()
+    widest = [0] * len(every)
+    first: Sequence[str] | None = None
+    alike = [c.quiet for c in every]
     for item in items:
         cells = _cells(row(item))
-        widths = map(len if _is_plain(cells) else _width, cells)
-        full = [max(pair) for pair in zip(full, widths, strict=True)]
-    wanted = list(full)
-    terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
-    room = terminal - sum(full) - COLUMN_GAP * len(full)
-    for i, heading in reversed(list(enumerate(headings))):
-        if i == 0 or heading == "why":
-            kept = min(full[i], max(FLEXIBLE_WIDTH, full[i] + min(room, 0)))
-            room += full[i] - kept
-            full[i] = kept
-    right = [justify == "right" for _, justify in columns]
-    gap = " " * COLUMN_GAP
-    plain = gap.join(f"{{:{'>' if r else '<'}{n}}}" for r, n in zip(right, full, strict=True))
-    yield _line(headings, full, right)
-    yield "─" * (sum(full) + COLUMN_GAP * (len(full) - 1)) + "\n"
-    for item in items:
+        widths = map(len if _is_plain(cells) else display_width, cells)
+        widest = [max(pair) for pair in zip(widest, widths, strict=True)]
+        first = cells if first is None else first
+        alike = [a and x == y for a, x, y in zip(alike, cells, first, strict=True)]
+    hidden = [i for i, a in enumerate(alike) if a and first and _hides(first[i], len(items))]
+    found = fit(every, widest, [i for i in range(len(every)) if i not in hidden], text_width())
+    head = [folded(every[i].heading, w) for i, w in zip(found.shown, found.widths, strict=True)]
+    high = max(map(len, head))
+    right = [every[i].right for i in found.shown]
+    gap = " " * found.gap
+    for line in range(high):
+        words = [h[line - high + len(h)] if line >= high - len(h) else "" for h in head]
+        yield _line(words, found.widths, right, gap, drawn.cut)
+    yield drawn.rule * (sum(found.widths) + found.gap * (len(found.shown) - 1)) + "\n"
+    cut = any(widest[i] > w for i, w in zip(found.shown, found.widths, strict=True))
+    place, most = found.shown[0], found.widths[0]
+    names = None
+    if widest[place] > most:
+        names = DistinctNames((_cells(row(t))[place] for t in items), most, drawn.cut)
+    pattern = gap.join(
+        f"{{:{'>' if r else '<'}{n}}}" for r, n in zip(right, found.widths, strict=True)
+    )
+    for number_of_row, item in enumerate(items, 1):
         cells = _cells(row(item))
-        if full == wanted and _is_plain(cells):  # the same line, in one step
-            yield plain.format(*cells).rstrip() + "\n"
+        cells = [cells[i] for i in found.shown]
+        if names:
+            cells[0] = names.shown(cells[0], number_of_row)
+        if not cut and _is_plain(cells):  # the same line, in one step
+            yield pattern.format(*cells).rstrip() + "\n"
         else:
-            yield _line(cells, full, right)
+            yield _line(cells, found.widths, right, gap, drawn.cut)
+    if first:
+        yield from _unseen(every, first, hidden, found.dropped, elsewhere)
+
+
+def _hides(cell: str, rows: int) -> bool:
+    """Whether a column with this cell in all of its rows says too little to be shown."""
+    return rows > 1 or cell in NOTHING
+
+
+NOTHING = ("-", "0", "0%", "none", "")
+
+
+def _unseen(
+    columns: Sequence[Column],
+    first: Sequence[str],
+    hidden: Sequence[int],
+    dropped: Sequence[int],
+    elsewhere: str,
+) -> Iterator[str]:
+    """What columns would have said that are hidden, and which had no room."""
+    said = [(columns[i].heading, first[i]) for i in hidden]
+    none = ", ".join(heading for heading, cell in said if cell in NOTHING)
+    told = [f"{heading}: {cell} in all" for heading, cell in said if cell not in NOTHING]
+    told += [f"{none}: none"] if none else []
+    if dropped:
+        left = ", ".join(columns[i].heading for i in dropped)
+        told.append(f"no room for: {left} (see {elsewhere})")
+    if told:
+        yield "\n" + wrapped("; ".join(told)) + "\n"
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """``text`` in lines of `text_width`, all but the first with ``indent`` before them."""
+    return "\n".join(
+        textwrap.wrap(
+            *(text, text_width()),
+            subsequent_indent=indent,
+            break_on_hyphens=False,
+        )
+    )
 
 
 def _cells(row: Sequence[str]) -> Sequence[str]:
-    return [printable(cell, PIPE_WIDTH) for cell in row]
+    return [written(printable(cell, CELL_MOST)) for cell in row]
 
 
 def _is_plain(cells: Sequence[str]) -> bool:
@@ -69,23 +130,17 @@ def _is_plain(cells: Sequence[str]) -> bool:
     return "".join(cells).isascii()
 
 
-def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
+def _line(
+    cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], gap: str, sign: str
+) -> str:
     parts = []
-    for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
-        spare = width - _width(cell)
+    for cell, width, to_right in zip(cells, widths, right, strict=True):
+        spare = width - display_width(cell)
         if spare < 0:
-            # The end of a tensor's name tells more than its beginning.
-            cell = "…" + cell[1 - width :] if i == 0 else cell[: width - 1] + "…"
-            spare = width - _width(cell)
-        parts.append(" " * spare + cell if right[i] else cell + " " * spare)
-    return (" " * COLUMN_GAP).join(parts).rstrip() + "\n"
-
-
-def _width(text: str) -> int:
-    """Columns of a terminal that the text takes."""
-    if text.isascii():
-        return len(text)
-    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+            cell = start_of(cell, width - 1) + sign
+            spare = width - display_width(cell)
+        parts.append(" " * spare + cell if to_right else cell + " " * spare)
+    return gap.join(parts).rstrip() + "\n"
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -105,14 +160,11 @@ def _next(command: str) -> str:
     return f"next: {command}\n" if sys.stdout.isatty() else ""
 
 
-EIGHTHS = " ▏▎▍▌▋▊▉█"
-
-
 def bar(share: float, width: int) -> str:
-    """A bar of ``share`` of ``width`` characters, to an eighth of one; at least a sliver above
-    0.
-    """
-    eighths = round(share * width * 8)
+    """A bar of ``share`` of ``width`` characters, to a part of one; at least a sliver above 0."""
+    parts = signs().parts
+    steps = len(parts) - 1
+    filled = round(share * width * steps)
     if share > 0:
-        eighths = max(eighths, 1)
-    return "█" * (eighths // 8) + (EIGHTHS[eighths % 8] if eighths % 8 else "")
+        filled = max(filled, 1)
+    return parts[-1] * (filled // steps) + (parts[filled % steps] if filled % steps else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from qconvert.cli.text.fitting import Column
 from qconvert.cli.text.pieces import (
     WORST_SHOWN,
     _next,
@@ -131,11 +132,11 @@ def _plan_table(tensors: Sequence[QuantizedTensor]) -> str:
         return t.name, shape_text(t.shape), t.source_dtype, t.stored, bits, t.reason
 
     columns = [
-        ("tensor", "left"),
-        ("shape", "right"),
-        ("from", "left"),
-        ("to", "left"),
-        ("bits", "right"),
-        ("why", "left"),
+        Column("tensor", "left"),
+        Column("shape", "right", keep=3),
+        Column("from", "left", keep=2),
+        Column("to", "left", keep=8),
+        Column("bits", "right", keep=4),
+        Column("why", "left", keep=6),
     ]
     return "".join(table_lines(columns, tensors, row)) + "\n"

@@ -14,6 +14,7 @@ from qconvert.codecs.affine.decide import Decision, Sample, decide, sample_rows,
 from qconvert.codecs.affine.encoding import Affine
 from qconvert.codecs.affine.streams import fit_stream
 from qconvert.codecs.affine.weighting import weighting
+from qconvert.codecs.channels import ChannelStatistics, TileChannels
 from qconvert.codecs.source import check_finite, rows_of
 from qconvert.codecs.statistics import TensorStatistics, merge, observe
 from qconvert.geometry import Tile, spans_tiles, tiles
@@ -54,11 +55,13 @@ def analyse(
     method: RangeMethod,
     mapper: Mapper,
     mean_square: F32 | None = None,
+    channels: ChannelStatistics | None = None,
 ) -> Analysis:
     """Observe a tensor, decide, and fit what spans tiles.
 
     Args:
         mean_square: of the input channels, (columns,), where known.
+        channels: to which tiles are added too.
 
     Raises:
         WeightError: NaN, Inf, or beyond the range of binary32.
@@ -66,17 +69,26 @@ def analyse(
     columns = encoding.row_length
     rows = tensor.size // columns
 
-    def work(tile: Tile) -> tuple[TensorStatistics, GroupStatistics]:
+    def work(tile: Tile) -> tuple[TensorStatistics, GroupStatistics, TileChannels | None]:
         values = model.values(tensor, tile.start, tile.stop)
         found = observe(values, tile.start)
+        seen = channels.of_tile(tile, values) if channels else None
         if found.nonfinite:
-            return found, EMPTY_GROUPS
+            return found, EMPTY_GROUPS, seen
         with np.errstate(over="ignore"):  # float64 beyond float32 is refused below
             x = values.astype(np.float32, copy=False).reshape(tile.rows, tile.columns)
-        return found, kernels.observe_groups(x, encoding, method.name == "mse")
+        return found, kernels.observe_groups(x, encoding, method.name == "mse"), seen
+
+    def take(
+        done: tuple[TensorStatistics, GroupStatistics, TileChannels | None],
+    ) -> tuple[TensorStatistics, GroupStatistics]:
+        found, groups, seen = done
+        if channels and seen:
+            channels.add(seen)
+        return found, groups
 
     statistics, groups = reduce(
-        lambda a, b: (merge(a[0], b[0]), a[1] + b[1]), mapper(work, tiles(rows, columns))
+        lambda a, b: (merge(a[0], b[0]), a[1] + b[1]), map(take, mapper(work, tiles(rows, columns)))
     )
     check_finite(statistics, tensor, model.path)
     assert statistics.moments is not None
