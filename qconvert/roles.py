@@ -18,18 +18,23 @@ class Place:
 
     Attributes:
         layer: counted from 0 as in its name; None outside of the layers, as embeddings are.
-        role: the rest of the name, ``self_attn.q_proj``, with ``*`` for further numbers; what the
-            same module of another layer has too.
+        role: what follows in the name, ``self_attn.q_proj``, with ``*`` for further numbers; what
+            the same module of another layer has too.
+        block: the name up to that number, ``model.layers.3``; empty outside of the layers.
+        pattern: the whole name with ``*`` for its numbers.
     """
 
     layer: int | None
     role: str
+    block: str
+    pattern: str
 
 
 def place_of(name: str) -> Place:
     """The place that a tensor's name tells, of any naming that counts its layers."""
-    stem = layer_name(name)
+    stem, pattern = layer_name(name), _NUMBER.sub("*", name)
     first = _NUMBER.search(stem)
     if first is None:
-        return Place(None, stem)
-    return Place(int(first[0]), _NUMBER.sub("*", stem[first.end() + 1 :]) or stem[: first.start()])
+        return Place(None, stem, "", pattern)
+    role = _NUMBER.sub("*", stem[first.end() + 1 :]) or stem[: first.start()]
+    return Place(int(first[0]), role, stem[: first.end()], pattern)

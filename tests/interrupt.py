@@ -10,9 +10,13 @@ class Interrupt(Silent):
 
     def __init__(self, pieces: int) -> None:
         self.pieces = pieces
+        self.unit = ""
+
+    def begin(self, title: str, total: int, unit: str) -> None:
+        self.unit = unit
 
     def advance(self, amount: int, item: str = "") -> None:
-        if item:
+        if item and self.unit != "packages":  # those that are loaded first
             self.pieces -= 1
             if not self.pieces:
                 raise KeyboardInterrupt

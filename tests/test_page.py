@@ -27,7 +27,7 @@ from qconvert.report import (
     VerifiedTensor,
     VerifyReport,
 )
-from qconvert.roles import Place, place_of
+from qconvert.roles import place_of
 
 SAMPLE = ROOT / "samples/tiny-llama"
 BROWSER = (
@@ -127,7 +127,8 @@ def many(count: int) -> QuantizeReport:
     ],
 )
 def test_a_name_tells_layer_and_role(name: str, layer: int | None, role: str) -> None:
-    assert place_of(name) == Place(layer, role)
+    place = place_of(name)
+    assert (place.layer, place.role) == (layer, role)
 
 
 def test_every_command_writes_a_page(run: Run, tmp_path: Path, quantized: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -202,7 +203,9 @@ def inspect(
             strict=strict,
             progress=emitter.progress,
         )
-        return emitter.emit(done, inspect_csv if csv else inspect_text)
+        return emitter.emit(
+            done, inspect_csv if csv else partial(inspect_text, histograms=bool(tensor))
+        )
 
 
 @app.command(cls=OnceCommand)

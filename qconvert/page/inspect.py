@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from qconvert.page.maps import by_layer
@@ -11,18 +12,25 @@ from qconvert.page.parts import (
     Chart,
     Column,
     Fact,
+    Finding,
     Page,
     Table,
+    decibels,
     number,
     warned,
 )
 from qconvert.page.svg import curve, histogram
 from qconvert.quantities import shape_text, size
-from qconvert.report import InspectReport, SizeCurve, TensorSummary
+from qconvert.report import Comparison, InputsView, InspectReport, SizeCurve, TensorSummary
 
 COLUMNS = [
     Column("tensor"),
-    Column("distribution", "picture", "counts of values, heights by their square root"),
+    Column(
+        "distribution",
+        "picture",
+        "counts of values, heights by their square root; marks are 0, the ends of the grid of the "
+        "suggested scheme, and the first and last percent of the values",
+    ),
     Column("shape"),
     Column("dtype"),
     Column("size", "number"),
@@ -30,10 +38,33 @@ COLUMNS = [
     Column("max", "number"),
     Column("std", "number", "standard deviation of the values"),
     Column("kurtosis", "number", "weight of the tails: 3 for a Gaussian, more with outliers"),
+    Column("crest", "number", "largest magnitude by the root mean square"),
+    Column("channel", "number", "widest row or column by the median one"),
+    Column("SQNR dB", "number", "what a sample keeps under the suggested scheme"),
     Column("outliers", "number", "share of values beyond four standard deviations, in percent"),
     Column("zeros", "number", "values that are exactly 0"),
     Column("suggested", "text", "scheme that suits the tensor, by a sample of its rows"),
     Column("why", "long"),
+]
+COMPARED = [
+    Column("tensor"),
+    Column("type"),
+    Column("type there", "text", "in the other file"),
+    Column("bytes", "number"),
+    Column("bytes there", "number", "in the other file"),
+    Column("SQNR dB", "number", "power of the values over that of what is different there"),
+    Column("differing", "number", "values that are not the same"),
+    Column("max error", "number", "the largest difference"),
+]
+INPUTS = [
+    Column("layer"),
+    Column("rank", "number", "by the mean square of its inputs, the largest first"),
+    Column("mean square", "number", "of its inputs: how much errors of its weights matter"),
+    Column("channel spread", "number", "the largest channel by the median one"),
+    Column("low", "number"),
+    Column("high", "number"),
+    Column("features", "number", "input channels"),
+    Column("hottest channels", "long"),
 ]
 
 
@@ -69,12 +100,62 @@ def inspect_page(r: InspectReport) -> Page:
         title=r.path,
         status="done",
         verdict=f"{len(r.tensors):,} of {r.total_tensors:,} tensors, {size(r.total_bytes)}",
-        findings=warned(r.warnings),
+        findings=[*warned(r.warnings), *_findings(r), *(Finding("note", n) for n in r.notes)],
         facts=facts,
         charts=charts,
-        tables=[_tensors(r)] if r.tensors else [],
-        closing=[Fact(key, value) for key, value in list(r.metadata.items())[:60]],
+        tables=_tables(r),
+        closing=[Fact(key, value) for key, value in r.facts.items()],
     )
+
+
+def _findings(r: InspectReport) -> list[Finding]:
+    if r.statistics and not r.findings:
+        return [Finding("good", "No tensor stands out by outliers, tails or dead channels.")]
+    return [Finding("note", f"{f.message}: {f.advice}") for f in r.findings]
+
+
+def _tables(r: InspectReport) -> list[Table]:
+    tables = [_tensors(r)] if r.tensors else []
+    if r.comparison:
+        tables += [_compared(r.comparison)]
+    if r.inputs:
+        tables += [_inputs(r.inputs)]
+    return tables
+
+
+def _compared(c: Comparison) -> Table:
+    worst = sorted(c.tensors, key=lambda t: (t.equal, math.inf if t.sqnr_db is None else t.sqnr_db))
+    rows = [
+        [
+            Cell(t.name),
+            Cell(t.a_dtype),
+            Cell(t.b_dtype),
+            Cell(size(t.a_bytes), t.a_bytes),
+            Cell(size(t.b_bytes), t.b_bytes),
+            decibels(t.sqnr_db) if t.comparable else Cell("–"),
+            number(t.differing, 12),
+            number(t.max_error, 3),
+        ]
+        for t in worst[:ROWS_SHOWN]
+    ]
+    return Table(f"Against {c.path}", COMPARED, rows, len(c.tensors), "those that differ most")
+
+
+def _inputs(view: InputsView) -> Table:
+    rows = [
+        [
+            Cell(layer.name),
+            number(layer.rank, 9),
+            number(layer.mean_square, 4),
+            number(layer.spread, 3),
+            number(layer.low),
+            number(layer.high),
+            number(layer.features, 9),
+            Cell(", ".join(map(str, layer.hottest))),
+        ]
+        for layer in view.layers[:ROWS_SHOWN]
+    ]
+    return Table("Inputs of layers", INPUTS, rows, len(view.layers), "the first of the file")
 
 
 def _curve(c: SizeCurve) -> list[Chart]:
@@ -104,9 +185,12 @@ def _row(t: TensorSummary) -> Sequence[Cell]:
     if t.histogram:
         h = t.histogram
         marks = [(0.0, "zero")]
-        if t.mean is not None and t.std:
-            for k in (-4, 4):
-                marks.append((t.mean + k * t.std, f"{abs(k)} standard deviations"))
+        if h.grid:
+            ends = ((h.grid.low, "low"), (h.grid.high, "high"))
+            marks += [(end, f"{which} end of the grid of {h.grid.scheme}") for end, which in ends]
+        for percent, value in (t.percentiles or {}).items():
+            if percent in ("1", "99"):
+                marks.append((value, f"{percent} % of the values are below"))
         drawn = Cell(histogram(h.counts, h.low, h.high, marks=marks))
     share = None if t.outlier_share is None else 100 * t.outlier_share
     return [
@@ -116,6 +200,7 @@ def _row(t: TensorSummary) -> Sequence[Cell]:
         Cell(t.dtype),
         Cell(size(t.nbytes), t.nbytes),
         *(number(v, 3) for v in (t.minimum, t.maximum, t.std, t.kurtosis)),
+        *(number(v, 3) for v in (t.crest, t.widest_ratio, t.sqnr_db)),
         number(share, 3),
         number(t.zeros, 6),
         Cell(t.suggestion or "–"),

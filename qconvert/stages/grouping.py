@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from qconvert.errors import UsageError
 from qconvert.model import TensorInfo
 from qconvert.report import ComparedGroup, TensorGroup, TensorSummary
+from qconvert.roles import place_of
 
 WILDCARDS = frozenset("*?[")
 BY = ("layer", "role")
@@ -85,15 +86,13 @@ def chosen(tensors: Iterable[TensorInfo], words: Sequence[str]) -> list[TensorIn
 
 
 def role_of(name: str) -> str:
-    """``model.layers.*.self_attn.q_proj.weight``: the name without its numbers."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+    """``model.layers.*.self_attn.q_proj.weight``, for people."""
+    return place_of(name).pattern
 
 
 def layer_of(name: str) -> str:
-    """``model.layers.3``: the name up to its first number."""
-    parts = name.split(".")
-    end = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0)
-    return ".".join(parts[:end]) or NO_LAYER
+    """``model.layers.3``, for people."""
+    return place_of(name).block or NO_LAYER
 
 
 def grouped(rows: Sequence[TensorSummary], by: str) -> list[TensorGroup]:

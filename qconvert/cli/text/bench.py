@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qconvert.cli.text.fitting import Column
-from qconvert.cli.text.pieces import number, table
+from qconvert.cli.text.pieces import LABEL, number, table, wrapped
 from qconvert.errors import printable
 from qconvert.quantities import counted, duration, shape_text, size
 from qconvert.report import BenchReport, Compared, FileCost
@@ -45,30 +45,30 @@ def bench_text(r: BenchReport) -> str:
 
 def _file_cost(f: FileCost) -> list[str]:
     """What a token costs, in sentences, and where its time goes."""
-    lines = [
-        f"\n{printable(f.path)}: {size(f.nbytes)} of weights, {size(f.float_nbytes)} in float32\n",
-        f"bytes      A token reads {size(f.token_bytes)} of weights.\n",
-    ]
-    rate = f"{f.read_gigabytes_per_second:.3g} GB"
+    lines = [f"\n{printable(f.path)}: {size(f.nbytes)} of weights, "]
+    lines.append(f"{size(f.float_nbytes)} in float32\n")
+    lines.append(f"bytes      A token reads {size(f.token_bytes)} of weights.\n")
     if f.bound_tokens_per_second:
-        lines.append(
-            f"bound      Memory gives {rate} a second here, so that no program makes more than "
-            f"{f.bound_tokens_per_second:,.4g} tokens a second of this file.\n"
+        lines += _sentence(
+            f"bound      Memory gives {f.read_gigabytes_per_second:.3g} GB a second here, so that "
+            f"no program makes more than {f.bound_tokens_per_second:,.4g} tokens a second of this "
+            "file."
         )
     if f.tokens_per_second:
-        lines.append(
+        lines += _sentence(
             f"products   qconvert's take {1000 / f.tokens_per_second:.4g} ms a token, which is "
-            f"{f.tokens_per_second:,.4g} tokens a second without attention, norms and sampling.\n"
+            f"{f.tokens_per_second:,.4g} tokens a second without attention, norms and sampling."
         )
     if not all(layer.integer for layer in f.layers):
-        lines.append(
-            "           What is marked decoded has no integer product in qconvert: programs that "
-            "have one, such as llama.cpp, are faster.\n"
+        lines += _sentence(
+            "decoded    What is marked so has no integer product in qconvert: programs that have "
+            "one, such as llama.cpp, are faster."
         )
     if f.experts:
         lines.append("experts    All experts are counted; a token meets few of them.\n")
     told = ", ".join(f"{name} ({what})" for name, what in f.processor.items())
-    lines.append(f"processor  It has {told or 'nothing that the system tells of'}.\n\n")
+    lines += _sentence(f"processor  It has {told or 'nothing that the system tells of'}.")
+    lines.append("\n")
     whole = sum(layer.count * layer.seconds for layer in f.layers) or 1.0
     rows = [
         (
@@ -86,6 +86,10 @@ def _file_cost(f: FileCost) -> list[str]:
     columns += [("a token", "right"), ("share", "right"), ("speed of float32", "right")]
     lines.append(table([*columns, ("product", "left")], rows))
     return lines
+
+
+def _sentence(text: str) -> list[str]:
+    return [wrapped(text, LABEL) + "\n"]
 
 
 def _compared_text(compared: Sequence[Compared]) -> str:

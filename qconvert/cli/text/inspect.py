@@ -11,19 +11,19 @@ from qconvert.cli.text.fitting import Column
 from qconvert.cli.text.groups import group_lines
 from qconvert.cli.text.histogram import histogram_text
 from qconvert.cli.text.inputs import inputs_lines
-from qconvert.cli.text.pieces import bar, number, table_lines, wrapped
+from qconvert.cli.text.pieces import LABEL, bar, number, table_lines, wrapped
 from qconvert.errors import printable
 from qconvert.quantities import counted, duration, shape_text, size
 from qconvert.report import CurvePoint, InspectReport, SizeCurve, TensorSummary
 
 CURVE_BAR = 16  # characters
-LABEL = " " * 11  # below a label, where its line goes on
 NOTHING_FOUND = (
     "nothing stands out: no outliers, heavy tails, dead channels, constant blocks, NaN or Inf"
 )
 
 
-def inspect_text(r: InspectReport) -> Iterator[str]:
+def inspect_text(r: InspectReport, histograms: bool = True) -> Iterator[str]:
+    """What `inspect` found; histograms too where they were asked for and not taken for a page."""
     yield f"{printable(r.path)} ({r.kind})\n\n"
     if r.curve:
         yield from _curve_lines(r.curve)
@@ -53,7 +53,7 @@ def inspect_text(r: InspectReport) -> Iterator[str]:
     for note in r.notes:
         yield wrapped(f"notes      {printable(note)}", LABEL) + "\n"
     for t in r.tensors:
-        if t.histogram:
+        if t.histogram and histograms:
             yield f"\n{histogram_text(t, t.histogram)}"
     if r.statistics:
         yield f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n"

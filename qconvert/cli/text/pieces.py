@@ -14,6 +14,7 @@ from qconvert.errors import printable
 
 T = TypeVar("T")
 WORST_SHOWN = 5
+LABEL = " " * 11  # below a label, where its line goes on
 CELL_MOST = 20_000  # letters of a cell that are looked at
 
 
