@@ -111,7 +111,7 @@ def inspect_page(r: InspectReport) -> Page:
 def _findings(r: InspectReport) -> list[Finding]:
     if r.statistics and not r.findings:
         return [Finding("good", "No tensor stands out by outliers, tails or dead channels.")]
-    return [Finding("note", f"{f.message}: {f.advice}") for f in r.findings]
+    return [Finding("note", f"{f.message}. Try: {f.advice}") for f in r.findings]
 
 
 def _tables(r: InspectReport) -> list[Table]:

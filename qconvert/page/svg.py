@@ -14,7 +14,7 @@ from qconvert.roles import place_of
 
 # Five colours of the scale `viridis`, which stays in order for the colour-blind and in grey.
 _VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-LABEL = 190  # pixels of the names beside a picture
+LABEL = 200  # pixels of the names beside a picture
 WIDE = 760
 CELL = 22  # pixels of a field of a map at most
 
@@ -34,7 +34,7 @@ def _svg(width: float, height: float, inner: Sequence[str], label: str) -> Marku
     )
 
 
-def _name(text: str, limit: int = 30) -> str:
+def _name(text: str, limit: int = 28) -> str:
     """A name that fits beside a picture: its end tells more than its beginning."""
     shown = printable(text)
     return str(escape(shown if len(shown) <= limit else "…" + shown[1 - limit :]))
