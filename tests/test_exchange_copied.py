@@ -5,6 +5,7 @@ of the other format, and what no container has so is decoded.
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,24 @@ def test_the_notes_of_readers_are_two_at_most(
     notes = call(*line, "--json").json["notes"]
     assert 1 <= len(notes) <= 2
     assert "is for" in notes[0]
+
+
+def test_small_files_go_along_from_directory_to_directory(
+    model: Path, tmp_path: Path, call: Call
+) -> None:
+    source = shutil.copytree(model, tmp_path / "m")
+    small = {
+        "generation_config.json": '{"eos_token_id": 2, "temperature": 0.6}',
+        "chat_template.jinja": "{{ messages }}\n",
+        "tokenizer_config.json": "{}",
+    }
+    for name, text in small.items():
+        (source / name).write_text(text)
+    qconvert.quantize(source, "w4a16_g32", output=tmp_path / "a")
+    kept(call, tmp_path / "a", tmp_path / "b", "--format", "mlx")
+    for place in ("a", "b"):
+        assert {n: (tmp_path / place / n).read_text() for n in small} == small
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["quantization_config"] == config.pop("quantization")
+    del config["quantization_config"]
+    assert config == json.loads((model / "config.json").read_text())

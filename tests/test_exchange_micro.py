@@ -372,21 +372,16 @@ def test_nvfp4_with_inputs_has_one_scale_of_these_for_all_parts_of_a_layer(
     assert block["format"] == peer["format"]
 
 
-def test_the_presets_name_is_taken_where_the_directory_is_asked_for(
-    source: tuple[Path, dict[str, F32]], call: Call
+def test_nvfp4_and_fp8_are_the_presets_of_these_names_in_such_a_directory(
+    source: tuple[Path, dict[str, F32]], calibrated: tuple[Path, dict[str, F32]], call: Call
 ) -> None:
-    for given, format, scheme in (
-        ("NVFP4", "compressed-tensors", "nvfp4a4"),
-        ("NVFP4", "mlx", "mlx_nvfp4"),
-        ("mxfp4", "mlx", "mlx_mxfp4"),
-        ("FP8", "compressed-tensors", "fp8"),
-    ):
-        line = ("quantize", source[0], "--scheme", given, "--format", format, "--dry-run", "-o")
-        done = call(*line, source[0].parent / "none", "--json")
-        if scheme in ("nvfp4a4", "fp8"):
-            assert (done.code, "--calibration" in done.err) == (2, True), done.err
-        elif format == "mlx":  # the model says no kind that it knows
-            assert (done.code, "model_type" in done.err) == (3, True), done.err
+    line = ("quantize", source[0], "--format", "compressed-tensors", "--dry-run")
+    line = (*line, "-o", source[0].parent / "none")
+    for name, scheme in (("NVFP4", "nvfp4a4"), ("FP8", "fp8")):
+        refused = call(*line, "--scheme", name)
+        assert (refused.code, "--calibration" in refused.err) == (2, True), refused.err
+        told = call(*line, "--scheme", name, "--calibration", calibrated[0], "--json").json
+        assert {t["stored"] for t in told["tensors"] if t["quantized"]} == {scheme}
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "fp8_tensor"])

@@ -220,6 +220,8 @@ def test_threads_change_no_byte(scheme: str, llama: Path, tmp_path: Path, call: 
     [
         ("mlx", "q4_block64", "mlx_4bit_g64"),
         ("mlx", "q6_block32_asym", "mlx_6bit_g32"),
+        ("mlx", "NVFP4", "mlx_nvfp4"),
+        ("mlx", "mxfp4", "mlx_mxfp4"),
         ("gptq", "q8_channel", "gptq_8bit_channel"),
         ("awq", "q4_block32", "awq_4bit_g32"),
         ("awq", "q4_block32_sym", "awq_4bit_g32_sym"),

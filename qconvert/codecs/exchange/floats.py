@@ -53,7 +53,7 @@ class Float8(Layout):
     def name(self) -> str:
         rows, columns = self.block
         if self.static:
-            return "fp8_static"
+            return "fp8_static" if rows else "fp8_tensor_static"
         if not columns:
             return "fp8_channel" if rows else "fp8_tensor"
         return f"fp8_block{rows}" if rows == columns else f"fp8_block{rows}x{columns}"
@@ -217,7 +217,8 @@ def largest_of(
     found = np.float32(0)
     for t in model.tensors:
         if t.name == tensor.name or t.name in parts:
-            found = max(found, *mapper(partial(_largest, model, t), tiles_of(t, RUN_VALUES)))
+            each = mapper(partial(_largest, model, t), tiles_of(t, RUN_VALUES))
+            found = max([found, *each])
     return found
 
 

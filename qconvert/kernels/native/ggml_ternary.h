@@ -98,7 +98,7 @@ INLINE void decode_q2_0(const uint8_t *data, float *restrict out) {
     }
 }
 
-/* The mean magnitude, summed one after the other, and a bit for every weight that is not below 0. */
+/* The mean magnitude, summed one after the other, and a bit for each weight not below 0. */
 INLINE void encode_q1_0(const float *x, uint8_t *out) {
     float total = 0;
     for (int i = 0; i < Q1_0_BLOCK; i++) {
