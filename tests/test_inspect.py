@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import math
+import os
 import re
+import struct
+import subprocess
+import termios
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +21,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import ROOT, Call, Run, environment, save
+from conftest import COMMAND, ROOT, Call, Run, environment, save
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -432,6 +438,24 @@ def test_every_layer_is_visible_at_any_width(width: int, ascii_only: bool, run: 
             mine = [r for r in rows if re.search(rf"\b{layer}\b", r) and f"{part}.weight" in r]
             assert len(mine) == 1, (layer, part)
     assert len({r for r in rows if "weight" in r}) == 39
+
+
+def test_a_terminal_has_the_width_that_it_says() -> None:
+    """A terminal of 62 columns, as tmux has it."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 62, 0, 0))
+    line = [*COMMAND, "inspect", "samples/tiny-llama", "--headers-only", "-q"]
+    done = subprocess.run(line, stdout=theirs, cwd=ROOT, env=environment(), check=False)
+    os.close(theirs)
+    told = b""
+    with suppress(OSError):  # how Linux ends what a terminal says
+        while part := os.read(ours, 1 << 16):
+            told += part
+    os.close(ours)
+    assert done.returncode == 0
+    lines = told.decode().splitlines()
+    assert max(map(len, lines)) <= 62
+    assert any(line.startswith("…layers.0.post_attention_layernorm.weight ") for line in lines)
 
 
 def test_the_c_locale_gets_ascii(run: Run) -> None:

@@ -122,13 +122,13 @@ def statistics_columns(r: InspectReport) -> list[Column]:
         Column("mean", "right", keep=0),
         Column("std", "right", keep=6),
         Column("absmax", "right", keep=4),
-        Column("widest channel", "right", keep=5),
+        Column("widest channel", "right", keep=5, quiet=True),
         Column("kurtosis", "right", keep=8),
         Column("outliers", "right", keep=2),
         Column("near 0", "right", keep=2),
         Column("zeros", "right", keep=2, quiet=True),
         Column("bad", "right", keep=10, quiet=True),
-        Column("SQNR dB", "right", keep=7),
+        Column("SQNR dB", "right", keep=7, quiet=True),
         Column(r.scheme or "suggested", "left", keep=9, quiet=True),
     ]
 
