@@ -477,6 +477,23 @@ def test_reasons_are_told_once_in_words(call: Call) -> None:
     assert "9 tensors: keep, fewer than two dimensions" in told
 
 
+@pytest.mark.parametrize(
+    ("scheme", "values", "words"),
+    [
+        ("q4_block64_sym", gaussian(1, 64, 256), "q4_block64_sym, symmetric as asked: zero points"),
+        ("q4_block64", np.abs(gaussian(1, 64, 256)), "since all weights are on one side of 0"),
+        ("q4_block64", gaussian(1, 9), "keep, fewer than two dimensions"),
+        ("q4_block64", np.zeros((64, 64), np.float32), "nothing is lost"),
+    ],
+)
+def test_reasons_follow_the_rule_that_decided(
+    scheme: str, values: Any, words: str, tmp_path: Path, call: Call
+) -> None:
+    path = save(tmp_path / "m.safetensors", {MATRIX: values})
+    told = call("inspect", path, "-q", "--scheme", scheme).out
+    assert words in " ".join(told.split())
+
+
 def test_a_histogram_folds_and_marks(tmp_path: Path, call: Call) -> None:
     x = gaussian(8, 256, 512)
     x[9, 17] = 60

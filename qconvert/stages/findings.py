@@ -75,7 +75,7 @@ def _finding(rule: _Rule, hits: Sequence[tuple[float, TensorSummary]]) -> Findin
         [t.name for _, t in hits],
         [f for f, _ in hits],
         f"{which} {what}: {named}{more}",
-        rule.advice.format(name=printable(worst.name), suggestion=worst.suggestion),
+        rule.advice.format(name=printable(worst.name)),
     )
 
 
