@@ -608,7 +608,10 @@ def test_file_names_need_not_be_utf8(name: bytes, tmp_path: Path, small: Path, r
         json.loads(done.out.encode("utf-8"))  # which surrogates are not
 
 
-def test_long_names_are_cut_in_a_log_and_still_differ(tmp_path: Path, call: Call) -> None:
+def test_long_names_are_cut_in_a_log_and_still_differ(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     names = {"n" * 1020 + "1", "n" * 1020 + "2"}
     path = save(tmp_path / "m.safetensors", {n: gaussian(1, 40, 64) for n in names})
     told = call("inspect", path).out

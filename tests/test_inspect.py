@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import math
+import os
 import re
+import struct
+import subprocess
+import termios
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +21,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import ROOT, Call, Run, environment, save
+from conftest import COMMAND, ROOT, Call, Run, environment, save
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -434,6 +440,24 @@ def test_every_layer_is_visible_at_any_width(width: int, ascii_only: bool, run: 
     assert len({r for r in rows if "weight" in r}) == 39
 
 
+def test_a_terminal_has_the_width_that_it_says() -> None:
+    """A terminal of 62 columns, as tmux has it."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 62, 0, 0))
+    line = [*COMMAND, "inspect", "samples/tiny-llama", "--headers-only", "-q"]
+    done = subprocess.run(line, stdout=theirs, cwd=ROOT, env=environment(), check=False)
+    os.close(theirs)
+    told = b""
+    with suppress(OSError):  # how Linux ends what a terminal says
+        while part := os.read(ours, 1 << 16):
+            told += part
+    os.close(ours)
+    assert done.returncode == 0
+    lines = told.decode().splitlines()
+    assert max(map(len, lines)) <= 62
+    assert any(line.startswith("…layers.0.post_attention_layernorm.weight ") for line in lines)
+
+
 def test_the_c_locale_gets_ascii(run: Run) -> None:
     env = environment(LC_ALL="C")
     done = run("inspect", "samples/tiny-llama", "-q", "--tensor", "*.0.*k_proj*", cwd=ROOT, env=env)
@@ -451,6 +475,23 @@ def test_reasons_are_told_once_in_words(call: Call) -> None:
         f"{min(gains):.2f} to {max(gains):.2f} dB and cost 0.56 dB" in told
     )
     assert "9 tensors: keep, fewer than two dimensions" in told
+
+
+@pytest.mark.parametrize(
+    ("scheme", "values", "words"),
+    [
+        ("q4_block64_sym", gaussian(1, 64, 256), "q4_block64_sym, symmetric as asked: zero points"),
+        ("q4_block64", np.abs(gaussian(1, 64, 256)), "since all weights are on one side of 0"),
+        ("q4_block64", gaussian(1, 9), "keep, fewer than two dimensions"),
+        ("q4_block64", np.zeros((64, 64), np.float32), "nothing is lost"),
+    ],
+)
+def test_reasons_follow_the_rule_that_decided(
+    scheme: str, values: Any, words: str, tmp_path: Path, call: Call
+) -> None:
+    path = save(tmp_path / "m.safetensors", {MATRIX: values})
+    told = call("inspect", path, "-q", "--scheme", scheme).out
+    assert words in " ".join(told.split())
 
 
 def test_a_histogram_folds_and_marks(tmp_path: Path, call: Call) -> None:

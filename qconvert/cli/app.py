@@ -713,7 +713,7 @@ def quantize(
 def _list_schemes(json: bool, report: Path | None, force: bool, quiet: bool) -> int:
     from qconvert.cli.emit import Emitter
     from qconvert.cli.text.schemes import schemes_text
-    from qconvert.stages.scheme_list import list_schemes
+    from qconvert.commands.schemes import list_schemes
 
     with Emitter(json, report, force, quiet, False, []) as emitter:
         return emitter.emit(list_schemes(), schemes_text)

@@ -118,9 +118,9 @@ def _join(total: F64, more: F64) -> None:
 
 def _findings(absmax: F64, squares: F64, length: int) -> ChannelFindings:
     """Of channels of so many values."""
-    median = float(np.median(absmax))
+    median = _median(absmax)
     rest = np.sqrt(np.maximum(squares - absmax * absmax, 0) / max(length - 1, 1))
-    usual = float(np.median(rest))
+    usual = _median(rest)
     widest, loudest = int(absmax.argmax()), int(rest.argmax())
     return ChannelFindings(
         count=len(absmax),
@@ -130,3 +130,9 @@ def _findings(absmax: F64, squares: F64, length: int) -> ChannelFindings:
         loudest=loudest,
         rms_ratio=float(rest[loudest] / usual) if usual > 0 else None,
     )
+
+
+def _median(values: F64) -> float:
+    """`numpy.median`, which takes five times as long for a few hundred values."""
+    ordered = np.sort(values)
+    return float(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

@@ -429,7 +429,7 @@ class Look:
     Attributes:
         scheme: the name of the one that suits it.
         reason: in words.
-        bits: of a code of the scheme that was asked for.
+        rule: that decided, a word of `qconvert.codecs.affine.decide.Decision`.
         sqnr_db: what a sample keeps with these bits, in dB; None where nothing is lost.
         gain_db: by how much zero points are better on the sample; None where that is not known.
         cost_db: what they cost.
@@ -438,7 +438,7 @@ class Look:
     statistics: TensorStatistics
     scheme: str
     reason: str
-    bits: int
+    rule: str
     sqnr_db: float | None
     gain_db: float | None
     cost_db: float

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ OUTLIER_SIGMAS = 4.0  # a Gaussian has 6.3e-5 of its values beyond
 PERCENTILE_ERROR = 2.0**-8  # of a percentile at most, relative to it: half a bin of the histogram
 EXACT_DTYPES = ("BF16", "F8_E4M3", "F8_E5M2")  # whose values each have a bin of their own
 NEAR_ZERO = 1 / 254  # of the largest magnitude: what 8 bits with one scale for all round to 0
+_THOUSANDTHS = tuple(round(10 * float(p)) for p in PERCENTILES)
 FEW_VALUES = 1 << 14  # up to so many, their patterns are kept instead of 65,536 counts
 
 
@@ -121,10 +121,11 @@ class TensorStatistics:
         """Share of values below `NEAR_ZERO` of the largest magnitude, by whole histogram bins."""
         if self.moments is None or not self.absmax:
             return None
-        small = np.abs(bin_centres()) < NEAR_ZERO * self.absmax
+        most = NEAR_ZERO * self.absmax
         if self.patterns is not None:
-            return int(np.count_nonzero(small[self.patterns])) / self.moments.count
-        return int(self.histogram[small].sum()) / self.moments.count
+            small = np.abs(bin_centres()[self.patterns]) < most
+            return int(np.count_nonzero(small)) / self.moments.count
+        return int(self.histogram[np.abs(bin_centres()) < most].sum()) / self.moments.count
 
     def percentiles(self, dtype: str) -> dict[str, float] | None:
         """The least value that is not below so many percent of the values, for `PERCENTILES`.
@@ -134,11 +135,10 @@ class TensorStatistics:
         m = self.moments
         if m is None:
             return None
-        ranks = [math.ceil(Fraction(p) * m.count / 100) for p in PERCENTILES]
+        ranks = [-(-part * m.count // 1000) for part in _THOUSANDTHS]
         order = _ascending()
         if self.patterns is not None:
-            bins = np.argsort(order)[self.patterns]
-            bins.sort()
+            bins = np.sort(_places()[self.patterns])
             places = bins[np.array(ranks) - 1]
         else:
             places = np.searchsorted(np.cumsum(self.histogram[order]), ranks)
@@ -155,6 +155,12 @@ def _ascending() -> NDArray[np.int64]:
     """Histogram bins from the lowest value to the highest."""
     half = HISTOGRAM_BINS // 2
     return np.concatenate([np.arange(HISTOGRAM_BINS - 1, half - 1, -1), np.arange(half)])
+
+
+@functools.cache
+def _places() -> NDArray[np.int64]:
+    """Where in `_ascending` each bin is."""
+    return np.argsort(_ascending())
 
 
 def observe(x: NDArray[np.floating[Any]], start: int = 0) -> TensorStatistics:

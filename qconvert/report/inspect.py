@@ -45,6 +45,7 @@ class TensorSummary:
             within 0.4 % of themselves.
         rows, columns: outputs and inputs, of matrices.
         blocks, constant_blocks: runs of 32 values of a row, and those of them that are all alike.
+        rule: by which symmetric or asymmetric was decided.
         sqnr_db: what a sample keeps under the scheme that was asked for; None for all of it.
         gain_db, cost_db: what zero points gain on the sample, and what they cost.
     """
@@ -73,6 +74,7 @@ class TensorSummary:
     columns: ChannelSummary | None = None
     blocks: int | None = None
     constant_blocks: int | None = None
+    rule: str | None = None
     sqnr_db: float | None = None
     gain_db: float | None = None
     cost_db: float | None = None

@@ -13,7 +13,7 @@ from qconvert.containers import CONTAINERS
 from qconvert.errors import InputError, UsageError
 from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
-from qconvert.files.equalised import equalised, read_exponents
+from qconvert.files.equalised import Exponents, equalised, read_exponents
 from qconvert.files.provenance import PROVENANCE
 from qconvert.geometry import Tile, row_length, tiles
 from qconvert.kernels.records import ErrorSums
@@ -105,7 +105,7 @@ class _Comparison:
         """
         of_a, of_b = (read_exponents(provenance_of(m), m.path) for m in (a, b))
         if of_a and of_b:
-            if repr(of_a) != repr(of_b):
+            if not _same(of_a, of_b):
                 self.notes.append(
                     "channels were rescaled by other factors in each (--equalise): errors are of "
                     "the rescaled weights, and say little"
@@ -175,6 +175,14 @@ class _Comparison:
             sqnr_db=sums.error.sqnr_db if comparable and not equal else None,
             max_error=sums.error.worst if comparable else None,
         )
+
+
+def _same(a: Mapping[str, Exponents], b: Mapping[str, Exponents]) -> bool:
+    return a.keys() == b.keys() and all(
+        np.array_equal(getattr(a[name], kind), getattr(b[name], kind))
+        for name in a
+        for kind in ("rows", "columns", "offset")
+    )
 
 
 def _stored(model: Model, tensor: TensorInfo, stored: Mapping[str, TensorInfo]) -> TensorInfo:

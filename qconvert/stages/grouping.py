@@ -65,18 +65,18 @@ def sorted_rows(rows: Sequence[TensorSummary], column: str | None) -> list[Tenso
     return [row for _, row in known] + [row for row in rows if key(row) is None]
 
 
+def matches(name: str, word: str) -> bool:
+    """Whether a name has the word in it or, where that has wildcards, is matched by it."""
+    return fnmatchcase(name, word) if WILDCARDS & set(word) else word in name
+
+
 def chosen(tensors: Iterable[TensorInfo], words: Sequence[str]) -> list[TensorInfo]:
-    """Tensors whose name has one of the words in it or, where a word has wildcards, is matched by
-    it.
+    """Tensors whose name one of the words matches; all of them without any.
 
     Raises:
         UsageError: a word matches none.
     """
     every = list(tensors)
-
-    def matches(name: str, word: str) -> bool:
-        return fnmatchcase(name, word) if WILDCARDS & set(word) else word in name
-
     for word in words:
         if not any(matches(t.name, word) for t in every):
             raise UsageError(

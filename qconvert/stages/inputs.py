@@ -14,6 +14,7 @@ from qconvert.errors import InputError, UsageError
 from qconvert.files import OpenModel
 from qconvert.files.imatrix import Imatrix, read_imatrix
 from qconvert.report import InputLayer, InputsView
+from qconvert.stages.grouping import matches
 
 HOTTEST = 3  # channels that are named
 IMATRIX = "imatrix"  # general.type of such a GGUF file
@@ -24,7 +25,7 @@ def inputs_view(path: Path, model: OpenModel, names: tuple[str, ...]) -> InputsV
 
     Raises:
         InputError: it is a calibration or an importance matrix, and a bad one.
-        UsageError: a name is in no layer's.
+        UsageError: a name matches no layer.
     """
     if model.kind == "safetensors" and ENTRY in model.metadata:
         with Calibration(path) as calibration:
@@ -52,7 +53,7 @@ def imatrix_view(imatrix: Imatrix, names: tuple[str, ...]) -> InputsView:
     """The view of an importance matrix.
 
     Raises:
-        UsageError: a name is in no layer's.
+        UsageError: a name matches no layer.
     """
     facts = {"texts": ", ".join(imatrix.datasets)} if imatrix.datasets else {}
     if imatrix.chunk_count is not None:
@@ -65,14 +66,12 @@ def _view(
     kind: str, facts: dict[str, str], layers: Iterator[InputLayer], names: tuple[str, ...]
 ) -> InputsView:
     every = list(layers)
-    known = [layer for layer in every if layer.mean_square is not None]
-    known.sort(key=lambda layer: -(layer.mean_square or 0.0))
-    for rank, layer in enumerate(known, 1):
+    for rank, layer in enumerate(sorted(every, key=lambda x: -x.mean_square), 1):
         layer.rank = rank
     for name in names:
-        if not any(name in layer.name for layer in every):
-            raise UsageError(f"no layer has '{name}' in its name")
-    shown = [x for x in every if not names or any(name in x.name for name in names)]
+        if not any(matches(layer.name, name) for layer in every):
+            raise UsageError(f"no layer matches '{name}'")
+    shown = [x for x in every if not names or any(matches(x.name, name) for name in names)]
     return InputsView(kind, facts, shown, len(every))
 
 

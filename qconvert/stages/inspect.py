@@ -87,6 +87,8 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
     try:
         model = open_model(path)
     except FormatError as refused:
+        if not plain:
+            raise
         imatrix = older_imatrix(path, refused)
         return _inputs_report(path, imatrix_view(imatrix, options.tensors), options, started)
     try:
@@ -106,6 +108,7 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
         if quantized:
             for row in rows:
                 row.suggestion, row.suggestion_reason = "none", f"part of {quantized.method}"
+                row.sqnr_db = row.gain_db = row.cost_db = row.rule = None
         return InspectReport(
             kernels=kernels.describe(),
             path=str(path),
@@ -119,7 +122,7 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             notes=said.notes,
             curve=curve,
             scheme=None if options.headers_only else scheme.name,
-            findings=findings_of(rows, scheme),
+            findings=[] if quantized else findings_of(rows, scheme),
             facts=facts_of(model),
             types=tally(model),
             comparison=other,
@@ -226,6 +229,7 @@ def _describe(
     _fill(row, found.statistics, channels)
     row.suggestion, row.suggestion_reason = found.scheme, found.reason
     row.sqnr_db, row.gain_db, row.cost_db = found.sqnr_db, found.gain_db, found.cost_db
+    row.rule = found.rule
 
 
 def _channels(tensor: TensorInfo, columns: int) -> ChannelStatistics | None:

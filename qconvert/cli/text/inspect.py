@@ -121,13 +121,13 @@ def statistics_columns(r: InspectReport) -> list[Column]:
         Column("mean", "right", keep=0),
         Column("std", "right", keep=6),
         Column("absmax", "right", keep=4),
-        Column("widest channel", "right", keep=5),
+        Column("widest channel", "right", keep=5, quiet=True),
         Column("kurtosis", "right", keep=8),
         Column("outliers", "right", keep=2),
         Column("near 0", "right", keep=2),
         Column("zeros", "right", keep=2, quiet=True),
         Column("bad", "right", keep=10, quiet=True),
-        Column("SQNR dB", "right", keep=7),
+        Column("SQNR dB", "right", keep=7, quiet=True),
         Column(r.scheme or "suggested", "left", keep=9, quiet=True),
     ]
 
@@ -165,10 +165,10 @@ def reason_lines(r: InspectReport) -> Iterator[str]:
     groups: dict[tuple[str, str], list[TensorSummary]] = {}
     for t in r.tensors:
         if t.suggestion:
-            reason = "" if t.gain_db is not None else t.suggestion_reason or ""
-            groups.setdefault((t.suggestion, reason), []).append(t)
+            reason = t.rule if t.gain_db is not None else t.suggestion_reason
+            groups.setdefault((t.suggestion, reason or ""), []).append(t)
     for (suggestion, reason), found in sorted(groups.items(), key=lambda g: -len(g[1])):
-        told = reason or _measured(r.scheme, found)
+        told = reason if found[0].gain_db is None else _measured(r.scheme, found)
         yield wrapped(f"{counted(len(found), 'tensor')}: {suggestion}, {told}", "  ") + "\n"
 
 
@@ -180,9 +180,17 @@ def _measured(scheme: str | None, found: Sequence[TensorSummary]) -> str:
         return f"since {scheme} would keep only {kept} dB: heavy tails"
     gain, cost = _span([t.gain_db for t in found], 2), _span([t.cost_db for t in found], 2)
     kind = "asymmetric" if suggestion.endswith("_asym") else "symmetric"
-    if suggestion == scheme:
-        return f"{kind} as asked: zero points gain {gain} dB and cost {cost} dB"
-    return f"{kind}, since zero points gain {gain} dB and cost {cost} dB"
+    return WHY.get(found[0].rule or "", WHY["sample"]).format(kind=kind, gain=gain, cost=cost)
+
+
+# By the rule that decided.
+WHY = {
+    "requested": "{kind} as asked: zero points gain {gain} dB and cost {cost} dB",
+    "one-sided": "{kind}, since all weights are on one side of 0",
+    "step-ratio": "{kind} by the ranges of the groups; on a sample zero points gain {gain} dB and "
+    "cost {cost} dB",
+    "sample": "{kind}, since zero points gain {gain} dB and cost {cost} dB",
+}
 
 
 def _span(figures: Sequence[float | None], digits: int) -> str:

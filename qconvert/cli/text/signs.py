@@ -35,7 +35,8 @@ def signs() -> Signs:
     Python writes UTF-8 under ``LC_ALL=C`` (PEP 540), where a terminal may know ASCII alone.
     """
     plain = sys.flags.utf8_mode and os.environ.get("LC_ALL") in ("C", "POSIX")
-    return ASCII if plain or not _encodes(BLOCKS.rule + BLOCKS.cut + BLOCKS.parts) else BLOCKS
+    drawn = BLOCKS.rule + BLOCKS.cut + BLOCKS.parts + BLOCKS.heights
+    return ASCII if plain or not _encodes(drawn) else BLOCKS
 
 
 def written(text: str) -> str:

@@ -40,7 +40,7 @@ def look(
     return Look(
         found.statistics,
         *suggest(scheme, d),
-        bits=scheme.bits,
+        rule=d.rule,
         sqnr_db=d.symmetric_db if d.symmetric else d.asymmetric_db,
         gain_db=(d.asymmetric_db or 0.0) - (d.symmetric_db or 0.0) if both else None,
         cost_db=d.cost_db,
