@@ -32,6 +32,9 @@ DATA = (
     "containers",
     "progress",
     "interrupts",
+    "roles",
+    "tensor_classes",
+    "remedies",
 )
 # What each layer may import besides itself; `qconvert` alone is the version.
 BELOW: dict[str, tuple[str, ...]] = {}

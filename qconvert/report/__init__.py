@@ -23,6 +23,7 @@ from qconvert.report.verify import (
     EmbeddingQuality,
     Execution,
     TokenQuality,
+    Verdict,
     VerifiedTensor,
     VerifyReport,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "SkippedLine",
     "TensorSummary",
     "TokenQuality",
+    "Verdict",
     "VerifiedTensor",
     "VerifyReport",
     "dump",
