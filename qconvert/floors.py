@@ -62,7 +62,7 @@ BROKEN_TOKENS = 0.2
 # all-MiniLM-L6-v2 has 0.39 at q3_channel (a cosine of 0.83), 0.62 at q4_tensor, 0.86 at q2_block64.
 BROKEN_EMBEDDINGS = 0.5
 # Nats at most that are expected of so many bits per weight of a file: one and a half times what the
-# poorest file of LLaMA 3 8B has in that table (Q8_0 0.0014, Q6_K 0.0055, Q5_0 0.022, Q3_K_M 0.102 at
+# poorest file of LLaMA 3 8B has there (Q8_0 0.0014, Q6_K 0.0055, Q5_0 0.022, Q3_K_M 0.102 at
 # 4.0 bits, Q2_K 0.445 at 3.2, IQ2_XXS 0.81) or more. Models that were trained on less lose less.
 _EXPECTED_NATS = ((8, 0.005), (6, 0.01), (5, 0.035), (4, 0.15), (3, 0.67), (0, 1.2))
 # Squared distance at most of embeddings from the source's, as a share of a blind guess's: twice

@@ -1,4 +1,4 @@
-"""What a tensor does in its model, as far as its name tells: classes that bear noise differently."""
+"""What a tensor does in its model, by its name: classes that bear noise differently."""
 
 from __future__ import annotations
 

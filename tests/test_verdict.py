@@ -1,5 +1,6 @@
-"""What ``verify`` and ``quantize`` say of a model: broken, poorer than expected, or as expected, and
-how it can be mended."""
+"""What verify and quantize say of a model: broken, poorer than expected, or as expected, and how it
+can be mended.
+"""
 
 from __future__ import annotations
 

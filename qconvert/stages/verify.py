@@ -354,8 +354,8 @@ class _Job:
             self.check(
                 "same-tensors",
                 False,
-                f"{_names_alike(found, wanted)} {self.source.path}, which is not the model that the "
-                "file was made from",
+                f"{_names_alike(found, wanted)} {self.source.path}, which is not the model that "
+                "the file was made from",
             )
             return {}
         missing = sorted(set(wanted) - set(found))
