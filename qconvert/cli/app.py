@@ -654,6 +654,15 @@ def verify(
         bool,
         typer.Option("--exact", help="fail when a decoded value is not that of --against"),
     ] = False,
+    limits: Annotated[
+        Path | None,
+        typer.Option(
+            "--limits",
+            metavar="FILE",
+            help="hold file and tensors against a TOML file of limits; see "
+            "samples/release-pipeline.md",
+        ),
+    ] = None,
     rows: Annotated[
         int,
         typer.Option("--rows", min=1, metavar="N", help="activation rows of the integer product"),
@@ -746,7 +755,7 @@ def verify(
     from qconvert.cli.text.verify import verify_text
     from qconvert.commands.verify import verify as command
 
-    inputs = [file, *(path for path in (against, text) if path), *(samples or ())]
+    inputs = [file, *(path for path in (against, text, limits) if path), *(samples or ())]
     with Emitter(json, report, force, quiet, strict, inputs) as emitter:
         done = command(
             file,
@@ -755,6 +764,7 @@ def verify(
             max_nmse=max_nmse,
             min_output_sqnr=min_output_sqnr,
             exact=exact,
+            limits=limits,
             rows=rows,
             activations=activations,
             samples=samples,

@@ -22,6 +22,7 @@ def verify(
     max_nmse: float | None = None,
     min_output_sqnr: float | None = None,
     exact: bool = False,
+    limits: Path | str | None = None,
     rows: int = 8,
     activations: str | None = None,
     samples: Path | str | Iterable[Path | str] | None = None,
@@ -58,6 +59,7 @@ def verify(
         max_nmse: fail when a tensor's relative squared error is above.
         min_output_sqnr: fail when an integer product has less, in dB.
         exact: fail when a decoded value is not that of ``against``.
+        limits: a TOML file of limits: tables ``[[tensors]]``, ``[file]`` and ``[require]``.
         rows: of activations of the integer product.
         activations: of integer products ``static``, ``dynamic``, ``dynamic_asym`` or ``auto``
             (static where the file has parameters, else dynamic), the default; with ``text`` also
@@ -90,7 +92,7 @@ def verify(
     products = activations or "auto"
     if text is not None and products in ("none", "static"):
         products = "auto"  # a product is made of every tensor: embeddings have no static parameters
-    limits = {
+    of_text = {
         "--max-kl": max_kl,
         "--max-ppl-increase": max_ppl_increase,
         "--min-cosine": min_cosine,
@@ -109,7 +111,7 @@ def verify(
             min_cosine=as_float(min_cosine),
             threads=threads,
         )
-    elif alone := next((name for name, limit in limits.items() if limit is not None), None):
+    elif alone := next((name for name, limit in of_text.items() if limit is not None), None):
         raise UsageError(f"{alone} goes with --text")
     options = VerifyOptions(
         against=as_path(against),
@@ -117,6 +119,7 @@ def verify(
         max_nmse=as_float(max_nmse),
         min_output_sqnr=as_float(min_output_sqnr),
         exact=exact,
+        limits=as_path(limits),
         rows=rows,
         seed=seed,
         activations=products,

@@ -15,7 +15,7 @@ from qconvert.floors import (
     expected_nats,
 )
 from qconvert.report import Check, EmbeddingQuality, TokenQuality, Verdict, VerifyReport
-from qconvert.report.verify import BROKEN, OF_QUALITY
+from qconvert.report.verify import BROKEN, of_quality
 
 FEW = 100  # tokens, or sentences, from which a blind guess can be told
 
@@ -30,7 +30,7 @@ def verdict_of(
         bits: per weight of the file.
         text: whether the models were to be run.
     """
-    damaged = any(c.id not in OF_QUALITY for c in report.failed)
+    damaged = any(not of_quality(c) for c in report.failed)
     verdict = Verdict(intact=not damaged, bits_per_weight=bits)
     if report.against is None:
         verdict.unchecked.append("quality (no --against)")

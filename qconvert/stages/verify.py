@@ -27,6 +27,7 @@ from qconvert.errors import FormatError, UnsupportedError, UsageError, WeightErr
 from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
 from qconvert.files.equalised import Exponents, equalised, read_exponents
+from qconvert.files.limits_file import read_limits
 from qconvert.files.provenance import PROVENANCE
 from qconvert.files.qblk import QblkModel
 from qconvert.files.strict_json import strict_json
@@ -45,11 +46,13 @@ from qconvert.geometry import TILE_VALUES, Tile, tiles
 from qconvert.kernels.activations import DynamicInput, StaticInput, as_bytes
 from qconvert.kernels.arithmetic import CAST_NUMPY, cast_values
 from qconvert.kernels.records import Activations, ErrorSums
+from qconvert.limits import Limits
 from qconvert.model import DTYPES, Model, TensorInfo, layer_name
 from qconvert.progress import Progress, Silent
 from qconvert.remedies import remedy
 from qconvert.report import Check, Verdict, VerifiedTensor, VerifyReport
 from qconvert.running.hugging_face import require
+from qconvert.stages.limits import check_limits, file_checks, tensor_checks
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.sources import examined
 from qconvert.stages.target import target_of
@@ -75,6 +78,7 @@ class VerifyOptions:
         samples: recorded activations to use instead of Gaussian ones.
         quality: what to measure by running the models; None for tensors alone.
         exact: whether every decoded value has to be that of the source.
+        limits: a file of them.
     """
 
     against: Path | None = None
@@ -87,6 +91,7 @@ class VerifyOptions:
     samples: tuple[Path, ...] = ()
     quality: QualityOptions | None = None
     exact: bool = False
+    limits: Path | None = None
     threads: int | None = None
 
 
@@ -145,8 +150,8 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
         UsageError: options contradict the file.
     """
     started = time.perf_counter()
-    limits = (options.min_sqnr, options.max_nmse, options.min_output_sqnr)
-    if options.against is None and any(limit is not None for limit in limits):
+    of_errors = (options.min_sqnr, options.max_nmse, options.min_output_sqnr)
+    if options.against is None and any(limit is not None for limit in of_errors):
         raise UsageError("limits on errors need the source", hint="give it with --against")
     if options.exact and options.against is None:
         raise UsageError("--exact needs what to compare with", hint="give it with --against")
@@ -154,6 +159,7 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
         if options.against is None:
             raise UsageError("--text needs the source", hint="give it with --against")
         require("torch", "transformers")  # now, not after the weights
+    limits = read_limits(options.limits) if options.limits else None
     report = VerifyReport(
         kernels=kernels.describe(),
         path=str(path),
@@ -182,8 +188,11 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
                 wanted="a quantized file or directory, or a directory of --format hf",
                 hint="give the source with --against, and before it what was made",
             )
+        if limits:
+            given = {"against": bool(options.against), "text": bool(options.quality)}
+            check_limits(limits, model.tensors, **given)
         source = _source(options.against, model, exponents) if options.against else None
-        _Job(model, source, exponents, options, report, progress or Silent()).run()
+        _Job(model, source, exponents, options, limits, report, progress or Silent()).run()
     finally:
         model.close()
         if source:
@@ -245,6 +254,7 @@ class _Job:
         source: Model | None,
         exponents: Mapping[str, Exponents],
         options: VerifyOptions,
+        limits: Limits | None,
         report: VerifyReport,
         progress: Progress,
     ) -> None:
@@ -252,6 +262,7 @@ class _Job:
         self.source = source
         self.exponents = exponents
         self.options = options
+        self.limits = limits
         self.report = report
         self.progress = progress
         self.total = ErrorSums()
@@ -553,6 +564,8 @@ class _Job:
             self.skip("integer-exact", NO_CODES)
             self.skip("float-product", NO_CODES)
         self._limits(rows)
+        if self.limits:
+            self._stated_limits(self.limits, rows)
         for row in rows:
             if row.name in self.needed:
                 row.remedy = self._remedy(row.name, self.needed[row.name])
@@ -697,6 +710,24 @@ class _Job:
         detail = f"lowest SQNR of a product of {' and '.join(kinds)} inputs, in dB"
         self._limit("min-output-sqnr", detail, outputs, o.min_output_sqnr, min)
 
+    def _stated_limits(self, limits: Limits, rows: list[VerifiedTensor]) -> None:
+        """Hold the file and its tensors against a file of limits."""
+        if any("min_output_sqnr_db" in of.limits for of in limits.tensors):
+            _refuse_unmeasured(rows)
+        by_name = {r.name: r for r in rows}
+        for check, missing, key, limit in tensor_checks(limits, self.model, rows):
+            self.report.checks.append(check)
+            for row in (by_name[name] for name in missing if name in by_name):
+                row.fails.append(check.id)
+                self._need(row.name, key, limit)
+        noted = _provenance(self.model)
+        self.report.checks += file_checks(limits, self.model, noted, self.report, self._bits)
+
+    def _need(self, name: str, limit_of: str, limit: float) -> None:
+        """Remember what SQNR a tensor needs that misses a limit."""
+        if (db := _decibels(limit_of, limit)) is not None:
+            self.needed[name] = max(self.needed.get(name, 0.0), db)
+
     def _limit(
         self,
         id: str,
@@ -716,8 +747,7 @@ class _Job:
         for row in self.report.tensors:
             if row.name in figures and row.name not in good:
                 row.fails.append(id)
-                if (db := _decibels(id, limit)) is not None:
-                    self.needed[row.name] = max(self.needed.get(row.name, 0.0), db)
+                self._need(row.name, id, limit)
         name = worst_of(figures, key=figures.__getitem__)
         failed = len(figures) - len(good)
         if failed > 1:
@@ -732,11 +762,12 @@ def _names_alike(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInf
     return f"{names} of {len(found)} {match}{', but no shape,' if names else ''} those of"
 
 
-def _decibels(id: str, limit: float) -> float | None:
+def _decibels(of: str, limit: float) -> float | None:
     """The SQNR that a tensor needs for a limit; None where more bits are no help."""
-    if id == "max-nmse":
+    if of in ("max-nmse", "max_nmse"):
         return -10 * math.log10(limit) if limit > 0 else math.inf
-    return limit if id in ("min-sqnr", "min-output-sqnr") else None
+    given = ("min-sqnr", "min-output-sqnr", "min_sqnr_db", "min_output_sqnr_db")
+    return limit if of in given else None
 
 
 def _refuse_unmeasured(rows: list[VerifiedTensor]) -> None:
@@ -748,7 +779,7 @@ def _refuse_unmeasured(rows: list[VerifiedTensor]) -> None:
     blind = [r.name for r in rows if r.activations == "static" and r.inputs == "Gaussian"]
     if blind:
         raise UsageError(
-            "--min-output-sqnr needs recorded inputs where activations are static",
+            "a limit on products needs recorded inputs where activations are static",
             found=f"none for {len(blind)} tensors, such as '{blind[0]}'",
             hint="give them with --samples FILE, or measure with --activations dynamic",
         )
