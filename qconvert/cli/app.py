@@ -735,6 +735,19 @@ def verify(
     threads: Threads = None,
     json: Json = False,
     report: ReportFile = None,
+    junit: Annotated[
+        Path | None,
+        typer.Option("--junit", metavar="FILE", help="also write the checks as JUnit XML to FILE"),
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            "--manifest",
+            metavar="FILE",
+            help="when all is well, write SHA-256 digests of what was verified to FILE, for "
+            "sha256sum -c in its directory",
+        ),
+    ] = None,
     force: Force = False,
     strict: Strict = False,
     quiet: Quiet = False,
@@ -752,11 +765,15 @@ def verify(
       qconvert verify model.gguf --against model-directory --text eval.txt --scoring second-half
     """
     from qconvert.cli.emit import Emitter
+    from qconvert.cli.side_files import SideFiles
     from qconvert.cli.text.verify import verify_text
     from qconvert.commands.verify import verify as command
 
     inputs = [file, *(path for path in (against, text, limits) if path), *(samples or ())]
-    with Emitter(json, report, force, quiet, strict, inputs) as emitter:
+    with (
+        SideFiles(file, junit, manifest, report, force=force, inputs=inputs) as side,
+        Emitter(json, report, force, quiet, strict, inputs) as emitter,
+    ):
         done = command(
             file,
             against=against,
@@ -780,6 +797,7 @@ def verify(
             strict=strict,
             progress=emitter.progress,
         )
+        side.write(done, () if emitter.file is None else (emitter.file.path, emitter.file.target))
         return emitter.emit(done, verify_text)
 
 
