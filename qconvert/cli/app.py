@@ -663,6 +663,21 @@ def verify(
             "samples/release-pipeline.md",
         ),
     ] = None,
+    rebuild: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild",
+            help="run the recipe that the file records again, and fail when the bytes differ",
+        ),
+    ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="FILE", help="of --rebuild: what it was made with"),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option("--imatrix", metavar="FILE", help="of --rebuild: what it was made with"),
+    ] = None,
     rows: Annotated[
         int,
         typer.Option("--rows", min=1, metavar="N", help="activation rows of the integer product"),
@@ -763,13 +778,16 @@ def verify(
       qconvert verify model.qblk --against model-directory --text eval.txt --activations dynamic \\
           --max-kl 0.01 --max-ppl-increase 1%
       qconvert verify model.gguf --against model-directory --text eval.txt --scoring second-half
+      qconvert verify model.qblk --against model-directory --limits release.toml \\
+          --rebuild --junit junit.xml --manifest SHA256SUMS
     """
     from qconvert.cli.emit import Emitter
     from qconvert.cli.side_files import SideFiles
     from qconvert.cli.text.verify import verify_text
     from qconvert.commands.verify import verify as command
 
-    inputs = [file, *(path for path in (against, text, limits) if path), *(samples or ())]
+    single = (against, text, limits, calibration, imatrix)
+    inputs = [file, *(path for path in single if path), *(samples or ())]
     with (
         SideFiles(file, junit, manifest, report, force=force, inputs=inputs) as side,
         Emitter(json, report, force, quiet, strict, inputs) as emitter,
@@ -782,6 +800,9 @@ def verify(
             min_output_sqnr=min_output_sqnr,
             exact=exact,
             limits=limits,
+            rebuild=rebuild,
+            calibration=calibration,
+            imatrix=imatrix,
             rows=rows,
             activations=activations,
             samples=samples,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from qconvert.commands.arguments import as_float, as_path, as_paths, check_bounds, share
+from qconvert.commands.rebuild import run_recipe
 from qconvert.errors import UsageError
 from qconvert.progress import Progress
 from qconvert.report import VerifyReport
+from qconvert.stages.rebuild import rebuilt
 from qconvert.stages.verify import ACTIVATIONS, VerifyOptions
 from qconvert.stages.verify import verify as stage
 from qconvert.stages.verify_text import QualityOptions
@@ -23,6 +26,9 @@ def verify(
     min_output_sqnr: float | None = None,
     exact: bool = False,
     limits: Path | str | None = None,
+    rebuild: bool = False,
+    calibration: Path | str | None = None,
+    imatrix: Path | str | None = None,
     rows: int = 8,
     activations: str | None = None,
     samples: Path | str | Iterable[Path | str] | None = None,
@@ -60,6 +66,9 @@ def verify(
         min_output_sqnr: fail when an integer product has less, in dB.
         exact: fail when a decoded value is not that of ``against``.
         limits: a TOML file of limits: tables ``[[tensors]]``, ``[file]`` and ``[require]``.
+        rebuild: run the recipe that the file records again, beside it, and fail when that gives
+            other bytes.
+        calibration, imatrix: of ``rebuild``: what the file was made with.
         rows: of activations of the integer product.
         activations: of integer products ``static``, ``dynamic``, ``dynamic_asym`` or ``auto``
             (static where the file has parameters, else dynamic), the default; with ``text`` also
@@ -82,6 +91,12 @@ def verify(
         UsageError: options contradict each other or the file.
         MachineError: torch or transformers is not installed and ``text`` needs them.
     """
+    given = {"calibration": as_path(calibration), "imatrix": as_path(imatrix)}
+    if rebuild and against is None:
+        raise UsageError("--rebuild needs the source", hint="give it with --against")
+    for name, path in given.items():
+        if path and not rebuild:
+            raise UsageError(f"--{name} goes with --rebuild")
     modes = (*ACTIVATIONS, *(("none",) if text is not None else ()))
     if activations is not None and activations not in modes:
         raise UsageError("--activations", found=activations, wanted=", ".join(modes))
@@ -127,4 +142,17 @@ def verify(
         quality=quality,
         threads=threads,
     )
-    return stage(Path(file), options, progress).judged(strict)
+    report = stage(Path(file), options, progress)
+    if rebuild and report.comparable:
+        assert options.against
+        make = partial(
+            run_recipe,
+            source=options.against,
+            calibration=given["calibration"],
+            imatrix=given["imatrix"],
+            threads=threads,
+        )
+        report.checks.append(rebuilt(Path(file), options.against, given, make))
+        if report.failed:
+            report.status = "fail"
+    return report.judged(strict)

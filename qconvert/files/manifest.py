@@ -42,7 +42,8 @@ def _files(made: Path) -> Iterator[Path]:
         yield made
         return
     try:
-        yield from (made.parent / source.name for source in model.sources)
+        several = len(model.sources) > 1
+        yield from (made.parent / s.name for s in model.sources) if several else (made,)
     finally:
         model.close()
 

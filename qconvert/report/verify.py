@@ -15,6 +15,7 @@ OF_QUALITY = {
     *("quality", "usable", "min-sqnr", "max-nmse", "min-output-sqnr", "exact"),
     *("finite-quality", "same-model", "predictions", "max-kl", "max-ppl-increase", "min-cosine"),
 }
+REBUILD = "rebuild"  # the id of the check that the recorded recipe was run again
 LIMIT = "limit:"  # begins the ids of checks of a file of limits
 BROKEN = {"quality", "usable", "finite-quality", "same-model", "predictions"}  # by our floors
 
@@ -35,7 +36,7 @@ class Check:
 
 def of_quality(check: Check) -> bool:
     """Whether a check is of `OF_QUALITY`, or of a limit that somebody set."""
-    return check.id in OF_QUALITY or check.id.startswith(LIMIT)
+    return check.id in {*OF_QUALITY, REBUILD} or check.id.startswith(LIMIT)
 
 
 @dataclass(slots=True)
@@ -213,6 +214,12 @@ class VerifyReport(Report):
         return [c for c in self.checks if c.status == "fail"]
 
     @property
+    def comparable(self) -> bool:
+        """Whether the file is whole and of the model that it was held against."""
+        whole = all(c.id != "integrity" for c in self.failed)
+        return whole and not (self.verdict and self.verdict.other_model)
+
+    @property
     def headline(self) -> str:
         """The verdict in one line."""
         parts = [*self._judged()]
@@ -247,7 +254,13 @@ class VerifyReport(Report):
             yield f"{intact}but broken{worst}: {v.reasons[0]}" if intact else f"broken{worst}"
         elif not damage:
             yield "intact"
-        if asked := [c.id for c in self.failed if of_quality(c) and c.id not in BROKEN]:
+        yield from (
+            "rebuilt byte for byte" if c.status == "pass" else c.detail
+            for c in self.checks
+            if c.id == REBUILD
+        )
+        told = {*BROKEN, REBUILD}
+        if asked := [c.id for c in self.failed if of_quality(c) and c.id not in told]:
             yield f"limits missed: {', '.join(dict.fromkeys(asked))}"
         if q := self.token_quality:
             yield (

@@ -171,7 +171,7 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
     model = None
     try:
         model = open_model(path)
-        exponents = read_exponents(_provenance(model), path)
+        exponents = read_exponents(provenance_of(model), path)
     except FormatError as e:
         if model:
             model.close()
@@ -202,7 +202,7 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
     return report
 
 
-def _provenance(model: OpenModel) -> Any:
+def provenance_of(model: OpenModel) -> Any:
     """What a file says of how it was made.
 
     Raises:
@@ -216,7 +216,7 @@ def _provenance(model: OpenModel) -> Any:
 
 def _predicted(model: OpenModel) -> float | None:
     """The divergence that was predicted when a file was made, in nats; None where none was."""
-    noted = _provenance(model)
+    noted = provenance_of(model)
     prediction = noted.get("prediction") if isinstance(noted, dict) else None
     kl = prediction.get("kl") if isinstance(prediction, dict) else None
     return float(kl) if isinstance(kl, int | float) else None
@@ -720,7 +720,7 @@ class _Job:
             for row in (by_name[name] for name in missing if name in by_name):
                 row.fails.append(check.id)
                 self._need(row.name, key, limit)
-        noted = _provenance(self.model)
+        noted = provenance_of(self.model)
         self.report.checks += file_checks(limits, self.model, noted, self.report, self._bits)
 
     def _need(self, name: str, limit_of: str, limit: float) -> None:
