@@ -1,5 +1,6 @@
 #!/bin/sh
 # A release pipeline: from a model to a quantized file that is proven good, with its checksum.
+# What it has to keep to stands in release.toml; junit.xml and the reports are for the machine.
 #   sh samples/release.sh MODEL OUTPUT-DIRECTORY
 # Every step stops the script when it fails; exit 1 means that the artefact is not good enough.
 set -eu
@@ -15,7 +16,9 @@ qconvert calibrate "$model" --activations "$here/activations.safetensors" --obse
     -o "$out/calibration.safetensors" --quiet
 qconvert quantize "$model" --scheme q4_block64 --calibration "$out/calibration.safetensors" \
     -o "$artefact" --report "$out/quantize.json" --strict --quiet
-qconvert verify "$artefact" --against "$model" --min-sqnr 18 --min-output-sqnr 18 \
-    --samples "$here/activations.safetensors" --strict --report "$out/verify.json" --quiet
-(cd "$out" && sha256sum "$name.q4_block64.qblk" > SHA256SUMS && sha256sum --check --quiet SHA256SUMS)
+qconvert verify "$artefact" --against "$model" --limits "$here/release.toml" \
+    --samples "$here/activations.safetensors" --rebuild \
+    --calibration "$out/calibration.safetensors" --strict --quiet \
+    --report "$out/verify.json" --junit "$out/junit.xml" --manifest "$out/SHA256SUMS"
+(cd "$out" && sha256sum -c SHA256SUMS)
 echo "released: $artefact"

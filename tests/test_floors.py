@@ -107,7 +107,7 @@ def test_outliers_that_cost_a_tensor_its_bits_are_a_warning(tmp_path: Path, call
     line = ("quantize", source, "--scheme", "q8_tensor_sym", "--range", "minmax", "--json")
     (warning,) = json.loads(call(*line, "-o", tmp_path / "m.qblk").out)["warnings"]
     assert "poorer than so many bits should be: 'w' has" in warning
-    assert "--tensor-scheme 'w=NAME'" in warning
+    assert "--tensor-scheme 'w=q8_block32'" in warning  # as many bits, in blocks
     # A step is 12 / 254, and its error that of a uniform distribution.
     noise, signal = (6 / 127) ** 2 / 12, float((x.astype(np.float64) ** 2).mean())
     wanted = 10 * math.log10(signal / noise)
@@ -123,9 +123,8 @@ def test_another_model_is_told_in_one_line(tmp_path: Path, call: Call) -> None:
     call("quantize", source, "--scheme", "q4_block64", "-o", path)
     told = call("verify", path, "--against", other)
     assert told.code == 1
-    failed = [line for line in told.out.splitlines() if line.startswith("FAIL")]
-    assert len(failed) == 1
-    assert "0 of 2 tensors have their name and shape in the source" in failed[0]
+    (line,) = told.out.splitlines()
+    assert line.startswith(f"FAIL  0 of 2 names match those of {other}")
     told = call("verify", path, "--against", again)  # names and shapes are the same
     assert "the weights of 2 of 2 tensors are lost" in told.out
     assert "is --against the model that the file was made from?" in told.out
@@ -140,9 +139,9 @@ def test_every_tensor_that_fails_is_shown_and_comes_first(tmp_path: Path, call: 
     limit = 0.0125
     told = call("verify", path, "--against", source, "--max-nmse", limit)
     assert told.code == 1
-    rows = told.out.split("worst tensors")[1].splitlines()[2:]
+    rows = told.out.split("worst tensors")[1].split("\n\n")[0].splitlines()[2:]
     failing = [row.split()[0] for row in rows if "max-nmse" in row]
-    assert len(failing) == told.out.count("max-nmse") - 1 > 5  # more than are shown of good ones
+    assert len(failing) > 5  # more than are shown of good ones
     assert [row.split()[0] for row in rows[: len(failing)]] == failing
     good = json.loads(call("verify", path, "--against", source, "--json").out)["tensors"]
     assert set(failing) == {t["name"] for t in good if t["nmse"] > limit}

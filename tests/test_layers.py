@@ -35,6 +35,10 @@ DATA = (
     "quantities",
     "roles",
     "interrupts",
+    "roles",
+    "tensor_classes",
+    "remedies",
+    "limits",
 )
 # What each layer may import besides itself; `qconvert` alone is the version.
 BELOW: dict[str, tuple[str, ...]] = {}

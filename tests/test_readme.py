@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_the_commands_of_the_readme_run(checkout: Path) -> None:
     assert commands == ["inspect", "calibrate", "quantize", "verify", "bench"]
     done = shell(block, checkout)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("verdict    pass") == 1
+    assert done.stdout.count("\nPASS  intact, quality as expected of ") == 1
 
 
 def test_the_python_of_the_readme_runs(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,11 +93,13 @@ def test_the_release_script_releases_and_checks_its_sum(checkout: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "released: out/tiny-llama.q4_block64.qblk" in done.stdout
     assert (checkout / "out/SHA256SUMS").read_text().endswith("tiny-llama.q4_block64.qblk\n")
+    assert "rebuilt byte for byte" in done.stdout
+    assert ET.parse(checkout / "out/junit.xml").getroot().get("failures") == "0"
 
 
 def test_the_release_script_stops_at_a_broken_promise(checkout: Path) -> None:
-    script = checkout / "samples/release.sh"
-    script.write_text(script.read_text().replace("--min-sqnr 18", "--min-sqnr 40"))
+    limits = checkout / "samples/release.toml"
+    limits.write_text(limits.read_text().replace("min_sqnr_db = 18 ", "min_sqnr_db = 40 "))
     done = shell("sh samples/release.sh samples/tiny-llama out", checkout)
     assert done.returncode == 1
     assert not (checkout / "out/SHA256SUMS").exists()

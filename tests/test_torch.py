@@ -516,7 +516,8 @@ def test_a_missed_limit_fails_with_integers(q8: Path, short: Path, verify: Verif
     assert found.code == 1, found
     assert "FAIL  max-kl" in found.out
     assert "29 layers in integers with dynamic activations" in found.out
-    assert "verdict    fail" in found.out
+    assert "\nFAIL  intact, quality as expected of 8.1 bits" in found.out
+    assert "; limits missed: max-kl; perplexity " in found.out
 
 
 def test_an_encoder_is_held_by_its_embeddings(tmp_path: Path, done: Call, verify: Verify) -> None:

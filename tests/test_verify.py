@@ -124,7 +124,8 @@ def test_extreme_weights_are_refused_or_kept_within_every_promise(
     except WeightError:
         assert kind in ("large", "largest", "one", "rows of all sizes")
         return
-    assert not failed(checked(path, source))
+    # Two bits may be too few for such weights, which is no promise of a format.
+    assert failed(checked(path, source)) <= ({"usable"} if scheme.startswith("q2") else set())
     assert read_independently(path).code == 0
 
 
@@ -425,7 +426,8 @@ def test_without_a_source_every_check_that_needs_one_is_listed_as_skipped(source
     alone = statuses(checked(path))
     assert set(alone) == complete
     skipped = {i for i, s in alone.items() if s == "skip"}
-    assert skipped == {"same-tensors", "kept-exact", "quality", "error-bound", "recorded-error"}
+    wanted = {"same-tensors", "kept-exact", "quality", "usable", "error-bound", "recorded-error"}
+    assert skipped == wanted
 
 
 def test_without_integer_codes_every_check_that_needs_them_is_listed_as_skipped(
@@ -550,7 +552,7 @@ def test_scales_that_float16_rounds_are_within_the_bound(
     x = gaussian(1, 64, 512) * np.float32(size)
     source = save(tmp_path / "m.safetensors", {"w": x})
     path = convert(source, scheme, "m.gguf")
-    assert failed(checked(path, source)) <= {"quality"}
+    assert failed(checked(path, source)) <= {"quality", "usable"}
     spoiled = x.copy()
     spoiled[5, np.abs(x[5]).argmax()] = 0  # some steps away from what is stored, and not clipped
     other = save(tmp_path / "other.safetensors", {"w": spoiled})

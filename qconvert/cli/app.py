@@ -739,6 +739,30 @@ def verify(
         bool,
         typer.Option("--exact", help="fail when a decoded value is not that of --against"),
     ] = False,
+    limits: Annotated[
+        Path | None,
+        typer.Option(
+            "--limits",
+            metavar="FILE",
+            help="hold file and tensors against a TOML file of limits; see "
+            "samples/release-pipeline.md",
+        ),
+    ] = None,
+    rebuild: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild",
+            help="run the recipe that the file records again, and fail when the bytes differ",
+        ),
+    ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="FILE", help="of --rebuild: what it was made with"),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option("--imatrix", metavar="FILE", help="of --rebuild: what it was made with"),
+    ] = None,
     rows: Annotated[
         int,
         typer.Option("--rows", min=1, metavar="N", help="activation rows of the integer product"),
@@ -811,6 +835,19 @@ def verify(
     threads: Threads = None,
     json: Json = False,
     report: ReportFile = None,
+    junit: Annotated[
+        Path | None,
+        typer.Option("--junit", metavar="FILE", help="also write the checks as JUnit XML to FILE"),
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            "--manifest",
+            metavar="FILE",
+            help="when all is well, write SHA-256 digests of what was verified to FILE, for "
+            "sha256sum -c in its directory",
+        ),
+    ] = None,
     html: Html = None,
     force: Force = False,
     strict: Strict = False,
@@ -827,13 +864,20 @@ def verify(
       qconvert verify model.qblk --against model-directory --text eval.txt --activations dynamic \\
           --max-kl 0.01 --max-ppl-increase 1%
       qconvert verify model.gguf --against model-directory --text eval.txt --scoring second-half
+      qconvert verify model.qblk --against model-directory --limits release.toml \\
+          --rebuild --junit junit.xml --manifest SHA256SUMS
     """
     from qconvert.cli.emit import Emitter
+    from qconvert.cli.side_files import SideFiles
     from qconvert.cli.text.verify import verify_text
     from qconvert.commands.verify import verify as command
 
-    inputs = [file, *(path for path in (against, text) if path), *(samples or ())]
-    with Emitter(json, report, force, quiet, strict, inputs, html) as emitter:
+    single = (against, text, limits, calibration, imatrix)
+    inputs = [file, *(path for path in single if path), *(samples or ())]
+    with (
+        SideFiles(file, junit, manifest, (report, html), force=force, inputs=inputs) as side,
+        Emitter(json, report, force, quiet, strict, inputs, html) as emitter,
+    ):
         done = command(
             file,
             against=against,
@@ -841,6 +885,10 @@ def verify(
             max_nmse=max_nmse,
             min_output_sqnr=min_output_sqnr,
             exact=exact,
+            limits=limits,
+            rebuild=rebuild,
+            calibration=calibration,
+            imatrix=imatrix,
             rows=rows,
             activations=activations,
             samples=samples,
@@ -857,6 +905,7 @@ def verify(
             strict=strict,
             progress=emitter.progress,
         )
+        side.write(done, emitter.outputs)
         return emitter.emit(done, verify_text)
 
 

@@ -42,12 +42,22 @@ class Emitter:
         if report and html and report.resolve() == html.resolve():
             raise UsageError("--report and --html name the same file", found=str(html))
         self.files = ExitStack()
-        self.report, self.page = (
-            self.files.enter_context(AtomicOutput(path, overwrite=force, inputs=inputs))
-            if path
-            else None
-            for path in (report, html)
-        )
+
+        def opened(path: Path | None) -> AtomicOutput | None:
+            if path is None:
+                return None
+            return self.files.enter_context(AtomicOutput(path, overwrite=force, inputs=inputs))
+
+        with ExitStack() as until_both:
+            until_both.push(self.files)
+            self.report, self.page = opened(report), opened(html)
+            until_both.pop_all()
+
+    @property
+    def outputs(self) -> list[Path]:
+        """Names that its files have, now and later."""
+        files = (file for file in (self.report, self.page) if file)
+        return [path for file in files for path in (file.path, file.target)]
 
     def emit(self, report: R, text: Callable[[R], str | Iterable[str]]) -> int:
         if self.report:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from qconvert.commands.arguments import as_float, as_path, as_paths, check_bounds, share
+from qconvert.commands.rebuild import run_recipe
 from qconvert.errors import UsageError
 from qconvert.progress import Progress
 from qconvert.report import VerifyReport
+from qconvert.stages.rebuild import rebuilt
 from qconvert.stages.verify import ACTIVATIONS, VerifyOptions
 from qconvert.stages.verify import verify as stage
 from qconvert.stages.verify_text import QualityOptions
@@ -23,6 +26,10 @@ def verify(
     min_output_sqnr: float | None = None,
     exact: bool = False,
     histograms: bool = False,
+    limits: Path | str | None = None,
+    rebuild: bool = False,
+    calibration: Path | str | None = None,
+    imatrix: Path | str | None = None,
     rows: int = 8,
     activations: str | None = None,
     samples: Path | str | Iterable[Path | str] | None = None,
@@ -60,6 +67,10 @@ def verify(
         min_output_sqnr: fail when an integer product has less, in dB.
         exact: fail when a decoded value is not that of ``against``.
         histograms: count the values of each tensor before and after, which pages show.
+        limits: a TOML file of limits: tables ``[[tensors]]``, ``[file]`` and ``[require]``.
+        rebuild: run the recipe that the file records again, beside it, and fail when that gives
+            other bytes.
+        calibration, imatrix: of ``rebuild``: what the file was made with.
         rows: of activations of the integer product.
         activations: of integer products ``static``, ``dynamic``, ``dynamic_asym`` or ``auto``
             (static where the file has parameters, else dynamic), the default; with ``text`` also
@@ -82,6 +93,12 @@ def verify(
         UsageError: options contradict each other or the file.
         MachineError: torch or transformers is not installed and ``text`` needs them.
     """
+    given = {"calibration": as_path(calibration), "imatrix": as_path(imatrix)}
+    if rebuild and against is None:
+        raise UsageError("--rebuild needs the source", hint="give it with --against")
+    for name, path in given.items():
+        if path and not rebuild:
+            raise UsageError(f"--{name} goes with --rebuild")
     modes = (*ACTIVATIONS, *(("none",) if text is not None else ()))
     if activations is not None and activations not in modes:
         raise UsageError("--activations", found=activations, wanted=", ".join(modes))
@@ -92,7 +109,7 @@ def verify(
     products = activations or "auto"
     if text is not None and products in ("none", "static"):
         products = "auto"  # a product is made of every tensor: embeddings have no static parameters
-    limits = {
+    of_text = {
         "--max-kl": max_kl,
         "--max-ppl-increase": max_ppl_increase,
         "--min-cosine": min_cosine,
@@ -111,7 +128,7 @@ def verify(
             min_cosine=as_float(min_cosine),
             threads=threads,
         )
-    elif alone := next((name for name, limit in limits.items() if limit is not None), None):
+    elif alone := next((name for name, limit in of_text.items() if limit is not None), None):
         raise UsageError(f"{alone} goes with --text")
     options = VerifyOptions(
         against=as_path(against),
@@ -120,6 +137,7 @@ def verify(
         min_output_sqnr=as_float(min_output_sqnr),
         exact=exact,
         histograms=histograms,
+        limits=as_path(limits),
         rows=rows,
         seed=seed,
         activations=products,
@@ -127,4 +145,17 @@ def verify(
         quality=quality,
         threads=threads,
     )
-    return stage(Path(file), options, progress).judged(strict)
+    report = stage(Path(file), options, progress)
+    if rebuild and report.comparable:
+        assert options.against
+        make = partial(
+            run_recipe,
+            source=options.against,
+            calibration=given["calibration"],
+            imatrix=given["imatrix"],
+            threads=threads,
+        )
+        report.checks.append(rebuilt(Path(file), options.against, given, make))
+        if report.failed:
+            report.status = "fail"
+    return report.judged(strict)

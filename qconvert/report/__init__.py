@@ -48,6 +48,7 @@ from qconvert.report.verify import (
     Execution,
     PairedHistogram,
     TokenQuality,
+    Verdict,
     VerifiedTensor,
     VerifyReport,
 )
@@ -91,6 +92,7 @@ __all__ = [
     "TensorSummary",
     "TokenQuality",
     "TypeTally",
+    "Verdict",
     "VerifiedTensor",
     "VerifyReport",
     "dump",

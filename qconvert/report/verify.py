@@ -6,8 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from qconvert.floors import Outlier
 from qconvert.quantities import counted
 from qconvert.report.base import Report
+
+# What may be wrong with a file that is nevertheless what its maker meant it to be: all other checks
+# say that it is whole, made of its source, and right in its arithmetic.
+OF_QUALITY = {
+    *("quality", "usable", "min-sqnr", "max-nmse", "min-output-sqnr", "exact"),
+    *("finite-quality", "same-model", "predictions", "max-kl", "max-ppl-increase", "min-cosine"),
+}
+REBUILD = "rebuild"  # the id of the check that the recorded recipe was run again
+LIMIT = "limit:"  # begins the ids of checks of a file of limits
+BROKEN = {"quality", "usable", "finite-quality", "same-model", "predictions"}  # by our floors
 
 
 @dataclass
@@ -39,6 +50,11 @@ class PairedHistogram:
     after: list[int]
 
 
+def of_quality(check: Check) -> bool:
+    """Whether a check is of `OF_QUALITY`, or of a limit that somebody set."""
+    return check.id in {*OF_QUALITY, REBUILD} or check.id.startswith(LIMIT)
+
+
 @dataclass(slots=True)
 class VerifiedTensor:
     """Measured error of a tensor and of its integer matrix product.
@@ -61,6 +77,9 @@ class VerifiedTensor:
         inputs: ``recorded``, or ``Gaussian`` where there are no samples.
         fails: ids of the checks that this tensor fails.
         histogram: of the values before and after; None where none was asked for.
+        bits_per_weight: of all that is stored for it.
+        remedy: the option of ``quantize`` that should give it what it misses; None where it misses
+            nothing that more bits give.
     """
 
     name: str
@@ -78,6 +97,8 @@ class VerifiedTensor:
     inputs: str | None = None
     fails: list[str] = field(default_factory=list)
     histogram: PairedHistogram | None = None
+    bits_per_weight: float | None = None
+    remedy: str | None = None
 
 
 @dataclass
@@ -156,12 +177,41 @@ class EmbeddingQuality:
     spread: float
 
 
+@dataclass
+class Verdict:
+    """What all of it comes to.
+
+    Attributes:
+        intact: whether the file is whole, made of its source, and right in its arithmetic.
+        quality: ``lossless``; ``expected`` of so many bits; ``poor``, which is worse than that;
+            ``broken``, worse than a model can be that works; None where there was no source.
+        bits_per_weight: over the whole file.
+        worst_db, worst_tensor: SQNR of the tensor that has lost most.
+        class_db: SQNR of each class of tensors together, in dB; None where nothing is lost.
+        reasons: why the quality is no better, the gravest first.
+        unchecked: what was not looked at, and why.
+        other_model: that the source is of another one; nothing else is known then.
+    """
+
+    intact: bool
+    quality: str | None = None
+    bits_per_weight: float | None = None
+    worst_db: float | None = None
+    worst_tensor: str | None = None
+    class_db: dict[str, float | None] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    other_model: str | None = None
+
+
 @dataclass(repr=False)
 class VerifyReport(Report):
     """Result of ``verify``.
 
     Attributes:
         sqnr_db: of all compared weights together; None without a source, or when nothing was lost.
+        verdict: what it all comes to.
+        outliers: tensors that are far below others of their kind.
     """
 
     SCHEMA: ClassVar[str] = "qconvert.verify/1"
@@ -173,6 +223,69 @@ class VerifyReport(Report):
     sqnr_db: float | None
     token_quality: TokenQuality | None = None
     embedding_quality: EmbeddingQuality | None = None
+    verdict: Verdict | None = None
+    outliers: list[Outlier] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Check]:
+        """The checks that do not hold."""
+        return [c for c in self.checks if c.status == "fail"]
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the file is whole and of the model that it was held against."""
+        whole = all(c.id != "integrity" for c in self.failed)
+        return whole and not (self.verdict and self.verdict.other_model)
+
+    @property
+    def headline(self) -> str:
+        """The verdict in one line."""
+        parts = [*self._judged()]
+        if self.verdict and self.verdict.unchecked:
+            parts.append(f"not checked: {', '.join(self.verdict.unchecked)}")
+        if self.status == "fail" and not self.failed:
+            parts.append("under --strict a warning is a failure")
+        return f"{self.status.upper()}  {'; '.join(parts)}"
+
+    def _judged(self) -> Iterator[str]:
+        """What the verdict says of what was looked at."""
+        if self.verdict and self.verdict.other_model:
+            yield self.verdict.other_model
+            return
+        damage = [c.id for c in self.failed if not of_quality(c)]
+        v = self.verdict
+        if damage:
+            checks = ", ".join(dict.fromkeys(damage))
+            yield f"not intact: {checks} failed"
+        if v is None:
+            return
+        worst = "" if v.worst_db is None else f" (worst {v.worst_db:.1f} dB)"
+        bits = "" if v.bits_per_weight is None else f" of {v.bits_per_weight:.1f} bits"
+        intact = "" if damage else "intact, "
+        if v.quality == "lossless":
+            yield f"{intact}nothing lost"
+        elif v.quality == "expected":
+            yield f"{intact}quality as expected{bits}{worst}"
+        elif v.quality == "poor":
+            yield f"{intact}poorer than expected{bits}{worst}: {v.reasons[0]}"
+        elif v.quality == "broken":
+            yield f"{intact}but broken{worst}: {v.reasons[0]}" if intact else f"broken{worst}"
+        elif not damage:
+            yield "intact"
+        yield from (
+            "rebuilt byte for byte" if c.status == "pass" else c.detail
+            for c in self.checks
+            if c.id == REBUILD
+        )
+        told = {*BROKEN, REBUILD}
+        if asked := [c.id for c in self.failed if of_quality(c) and c.id not in told]:
+            yield f"limits missed: {', '.join(dict.fromkeys(asked))}"
+        if q := self.token_quality:
+            yield (
+                f"perplexity {100 * q.perplexity_increase:+.2f} %, divergence {q.kl_mean:.2g} nats"
+            )
+        if e := self.embedding_quality:
+            yield f"cosine of embeddings {e.cosine_mean:.4f}"
 
     def _said(self) -> Iterator[str]:
         yield repr(self.path)

@@ -25,11 +25,12 @@ from qconvert.files.atomic import AtomicDirectory, AtomicOutput, AtomicSet, chec
 from qconvert.files.regular import file_sha256, utf8_name
 from qconvert.files.scratch import Scratch
 from qconvert.floors import Measured, judge
-from qconvert.geometry import TILE_VALUES, Tile
+from qconvert.geometry import TILE_VALUES, Tile, row_length
 from qconvert.kernels.records import Encoded, ErrorSums
 from qconvert.mapper import Mapper
 from qconvert.model import Model, SourceFile
 from qconvert.progress import Progress
+from qconvert.remedies import ADVISED, FINE_DB, remedy
 from qconvert.report import QuantizedTensor, QuantizeReport
 from qconvert.stages.ahead import Ahead
 from qconvert.stages.parallel import Workers, available_threads
@@ -195,19 +196,37 @@ class Job:
         )
 
     def _judge(self) -> None:
-        """Warn of weights that are lost or poorer than they should be."""
-        judged = judge(self.measured)
+        """Warn of weights that are lost, of a model that is broken, and of what is poorer than it
+        should be.
+        """
+        kept = [p.tensor for p in self.prepared.plan if not p.scheme and len(p.tensor.shape) > 1]
+        judged = judge(
+            [*self.measured, *(Measured(t.name, t.dtype, 16, None, t.size) for t in kept)],
+            self._remedy,
+        )
         if judged.lost:
             worst, name = next(f for f in judged.figures if f[1] == judged.lost[0])
             count = len(judged.lost)
             which = "1 tensor" if count == 1 else f"{count} tensors"
             self.report.warnings.append(
                 f"the weights of {which} are lost: '{name}' is left with "
-                f"{worst:.1f} dB; give them more bits with --tensor-scheme '{name}=NAME', or keep "
-                f"them with --keep '{name}'"
+                f"{worst:.1f} dB; quantize again with {self._remedy(name, FINE_DB)}, or keep "
+                f"it with --keep '{name}'"
+            )
+        if judged.broken:
+            others = "".join(f"; {b.name} {b.sqnr_db:.1f} dB" for b in judged.broken[1:])
+            self.report.warnings.append(
+                f"the model is broken: {judged.broken[0]}{others}; take a scheme of more bits, "
+                f"such as --scheme {ADVISED.get(self.report.container, 'bf16')}"
             )
         if judged.warning:
             self.report.warnings.append(judged.warning)
+
+    def _remedy(self, name: str, needed_db: float) -> str:
+        """The option that gives a tensor so many dB."""
+        row = next(t for t in self.report.tensors if t.name == name)
+        columns = row_length(row.shape)
+        return remedy(self.report.container, name, columns, row.bits_per_weight or 0.0, needed_db)
 
     def _provenance(self, sources: list[Path]) -> dict[str, Any]:
         o = self.options
@@ -351,7 +370,7 @@ class Job:
             row.weighted_sqnr_db = error.weighted_sqnr_db
         self.measured.append(
             Measured(
-                *(row.name, row.stored, encoding.bits, row.sqnr_db),
+                *(row.name, row.stored, encoding.bits, row.sqnr_db, p.tensor.size),
                 compensated=row.rounding == COMPENSATED,
                 repaired=row.name in self.ahead.repaired,
             )

@@ -27,23 +27,37 @@ from qconvert.errors import FormatError, UnsupportedError, UsageError, WeightErr
 from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
 from qconvert.files.equalised import Exponents, equalised, read_exponents
+from qconvert.files.limits_file import read_limits
 from qconvert.files.provenance import PROVENANCE
 from qconvert.files.qblk import QblkModel
 from qconvert.files.strict_json import strict_json
 from qconvert.files.transposed import input_first
-from qconvert.floors import COMPENSATED_DB, LOST_DB, REPAIRED_DB, Measured, judge
+from qconvert.floors import (
+    COMPENSATED_DB,
+    LOST_DB,
+    REPAIRED_DB,
+    USABLE_DB,
+    Judged,
+    Measured,
+    expected_db,
+    judge,
+)
 from qconvert.geometry import TILE_VALUES, Tile, tiles
 from qconvert.kernels.activations import DynamicInput, StaticInput, as_bytes
 from qconvert.kernels.arithmetic import CAST_NUMPY, cast_values
 from qconvert.kernels.records import Activations, ErrorSums
+from qconvert.limits import Limits
 from qconvert.model import DTYPES, Model, TensorInfo, layer_name
 from qconvert.progress import Progress, Silent
-from qconvert.report import Check, VerifiedTensor, VerifyReport
+from qconvert.remedies import remedy
+from qconvert.report import Check, Verdict, VerifiedTensor, VerifyReport
 from qconvert.running.hugging_face import require
+from qconvert.stages.limits import check_limits, file_checks, tensor_checks
 from qconvert.stages.paired_histograms import paired_histogram
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.sources import examined
 from qconvert.stages.target import target_of
+from qconvert.stages.verdict import judge_embeddings, judge_tokens, verdict_of
 from qconvert.stages.verify_text import QualityOptions, measure_quality
 
 HALF_STEP = 0.5 + 2.0**-9  # half a step, and the rounding of the scale and of binary32 arithmetic
@@ -66,6 +80,7 @@ class VerifyOptions:
         quality: what to measure by running the models; None for tensors alone.
         exact: whether every decoded value has to be that of the source.
         histograms: whether to count the values of each tensor before and after, for a picture.
+        limits: a file of them.
     """
 
     against: Path | None = None
@@ -79,6 +94,7 @@ class VerifyOptions:
     quality: QualityOptions | None = None
     exact: bool = False
     histograms: bool = False
+    limits: Path | None = None
     threads: int | None = None
 
 
@@ -137,8 +153,8 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
         UsageError: options contradict the file.
     """
     started = time.perf_counter()
-    limits = (options.min_sqnr, options.max_nmse, options.min_output_sqnr)
-    if options.against is None and any(limit is not None for limit in limits):
+    of_errors = (options.min_sqnr, options.max_nmse, options.min_output_sqnr)
+    if options.against is None and any(limit is not None for limit in of_errors):
         raise UsageError("limits on errors need the source", hint="give it with --against")
     if options.exact and options.against is None:
         raise UsageError("--exact needs what to compare with", hint="give it with --against")
@@ -146,6 +162,7 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
         if options.against is None:
             raise UsageError("--text needs the source", hint="give it with --against")
         require("torch", "transformers", progress=progress)  # now, not after the weights
+    limits = read_limits(options.limits) if options.limits else None
     report = VerifyReport(
         kernels=kernels.describe(),
         path=str(path),
@@ -157,12 +174,13 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
     model = None
     try:
         model = open_model(path)
-        exponents = read_exponents(_provenance(model), path)
+        exponents = read_exponents(provenance_of(model), path)
     except FormatError as e:
         if model:
             model.close()
         report.checks.append(Check("integrity", "fail", str(e), tensor=e.tensor))
         report.status = "fail"
+        report.verdict = Verdict(intact=False)
         return report
     source = None
     try:
@@ -173,8 +191,11 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
                 wanted="a quantized file or directory, or a directory of --format hf",
                 hint="give the source with --against, and before it what was made",
             )
+        if limits:
+            given = {"against": bool(options.against), "text": bool(options.quality)}
+            check_limits(limits, model.tensors, **given)
         source = _source(options.against, model, exponents) if options.against else None
-        _Job(model, source, exponents, options, report, progress or Silent()).run()
+        _Job(model, source, exponents, options, limits, report, progress or Silent()).run()
     finally:
         model.close()
         if source:
@@ -184,7 +205,7 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
     return report
 
 
-def _provenance(model: OpenModel) -> Any:
+def provenance_of(model: OpenModel) -> Any:
     """What a file says of how it was made.
 
     Raises:
@@ -198,7 +219,7 @@ def _provenance(model: OpenModel) -> Any:
 
 def _predicted(model: OpenModel) -> float | None:
     """The divergence that was predicted when a file was made, in nats; None where none was."""
-    noted = _provenance(model)
+    noted = provenance_of(model)
     prediction = noted.get("prediction") if isinstance(noted, dict) else None
     kl = prediction.get("kl") if isinstance(prediction, dict) else None
     return float(kl) if isinstance(kl, int | float) else None
@@ -236,6 +257,7 @@ class _Job:
         source: Model | None,
         exponents: Mapping[str, Exponents],
         options: VerifyOptions,
+        limits: Limits | None,
         report: VerifyReport,
         progress: Progress,
     ) -> None:
@@ -243,12 +265,16 @@ class _Job:
         self.source = source
         self.exponents = exponents
         self.options = options
+        self.limits = limits
         self.report = report
         self.progress = progress
         self.total = ErrorSums()
+        self.tensors = {t.name: t for t in model.tensors}
         self.stored = {t.name: model.stored(t) for t in model.tensors}
         self.samples: dict[str, list[_Recorded]] = {}
         self.unused_samples: set[tuple[Path, str]] = set()
+        self.judged: Judged | None = None
+        self.needed: dict[str, float] = {}  # SQNR in dB that tensors miss a limit for
         # Rows of weights that are stored (in, out) meet no input of the layer.
         self.transposed = input_first(source or model)
 
@@ -270,16 +296,26 @@ class _Job:
 
     def run(self) -> None:
         if not self._integrity():
+            self.report.verdict = Verdict(intact=False)
             return
         with ExitStack() as stack:
             self._open_samples(stack)
-            self._compare(self._pairs())
+            pairs = self._pairs()
+            if self.source and self.model.tensors and not pairs:  # all else is about nothing
+                told = next(c.detail for c in self.report.failed if c.id == "same-tensors")
+                self.report.verdict = Verdict(intact=True, other_model=told)
+                return
+            self._compare(pairs)
+        text = self.options.quality is not None
+        self.report.verdict = verdict_of(self.report, self.judged, self._bits, text=text)
+
+    @property
+    def _bits(self) -> float | None:
+        """Per weight, over the whole file."""
+        weights = sum(t.size for t in self.model.tensors)
+        return 8 * sum(t.nbytes for t in self.model.tensors) / weights if weights else None
 
     def _compare(self, pairs: dict[str, TensorInfo]) -> None:
-        if self.source and not pairs:
-            # Of another model: every further figure would be about nothing.
-            self._quality()
-            return
         quantized = [t for t in self.model.tensors if t.size and not self._is_copy(t, pairs)]
         for tensor in quantized:
             self._static(tensor)  # a missing calibration costs no time
@@ -332,8 +368,8 @@ class _Job:
             self.check(
                 "same-tensors",
                 False,
-                f"{len(same)} of {len(found)} tensors have their name and shape in the source: "
-                f"{self.source.path} is not the model that the file was made from",
+                f"{_names_alike(found, wanted)} {self.source.path}, which is not the model that "
+                "the file was made from",
             )
             return {}
         missing = sorted(set(wanted) - set(found))
@@ -404,6 +440,14 @@ class _Job:
         self.report.token_quality = found.tokens
         self.report.embedding_quality = found.embeddings
         self.report.checks += found.checks
+        told: list[tuple[Check, str | None]] = []
+        if found.tokens:
+            told.append(judge_tokens(found.tokens, self._bits or 0.0))
+        if found.embeddings:
+            told.append(judge_embeddings(found.embeddings, self._bits or 0.0))
+        for check, warning in told:
+            self.report.checks.append(check)
+            self.report.warnings += [warning] if warning else []
 
     # --- what does arithmetic ---
 
@@ -431,6 +475,7 @@ class _Job:
         for part in workers.map(work, tiles(tensor.size // columns, columns)):
             total.add(part)
         row = VerifiedTensor(tensor.name, tensor.dtype, total.finite)
+        row.bits_per_weight = 8 * tensor.nbytes / tensor.size
         if self.source and original and tensor.dtype in DTYPES:
             row.cast_exact = total.cast and tensor.dtype in CAST_NUMPY and original.floating
         if self.source and original:
@@ -511,7 +556,7 @@ class _Job:
             self._error_bound(rows)
             self._recorded(rows)
         else:
-            for id in ("quality", "error-bound", "recorded-error"):
+            for id in ("quality", "usable", "error-bound", "recorded-error"):
                 self.skip(id, "no source: give it with --against")
         products = [r for r in rows if r.integer_exact is not None]
         if products:
@@ -524,6 +569,11 @@ class _Job:
             self.skip("integer-exact", NO_CODES)
             self.skip("float-product", NO_CODES)
         self._limits(rows)
+        if self.limits:
+            self._stated_limits(self.limits, rows)
+        for row in rows:
+            if row.name in self.needed:
+                row.remedy = self._remedy(row.name, self.needed[row.name])
         self._compare_outputs(rows)
 
     def _of_tensors(self, id: str, detail: str, failing: list[VerifiedTensor]) -> None:
@@ -533,16 +583,22 @@ class _Job:
         self.check(id, not failing, detail, tensor=failing[0].name if failing else None)
 
     def _quality_floors(self, rows: list[VerifiedTensor]) -> None:
-        """Fail where weights are lost, warn where a width does worse than it should."""
+        """Fail where weights are lost or a class of them broken, warn where a width does worse than
+        it should.
+        """
         roundings = {r.name: self.stored[r.name].rounding for r in rows}
-        judged = judge(
+        measured = [
             Measured(
                 *(r.name, r.stored, self.stored[r.name].encoding.bits, r.sqnr_db),
+                self.tensors[r.name].size,
                 compensated=roundings[r.name] == COMPENSATED,
                 repaired=roundings[r.name] == REPAIRED,
             )
             for r in rows
-        )
+        ]
+        kept = [t for t in self.model.tensors if t.name not in roundings and len(t.shape) > 1]
+        measured += [Measured(t.name, t.dtype, 16, None, t.size) for t in kept]
+        judged = self.judged = judge(measured, self._remedy)
         detail = "lowest SQNR of a tensor, in dB"
         if judged.lost:
             detail = f"the weights of {len(judged.lost)} of {len(rows)} tensors are lost: {detail}"
@@ -562,8 +618,34 @@ class _Job:
             if how in figures:
                 of_them = f"{detail}, {which}"
                 self._limit("quality", of_them, figures[how], LOST_DB - allowance, min)
+        bits = {m.name: m.bits for m in measured}
+        self.needed |= {name: max(expected_db(bits[name]), LOST_DB) for name in judged.lost}
+        self._usable(judged)
+        self.report.outliers = judged.outliers
         if judged.warning:
             self.report.warnings.append(judged.warning)
+
+    def _usable(self, judged: Judged) -> None:
+        """Fail where a class of tensors has lost so much that no model is known to bear it."""
+        if not judged.classes:
+            return
+        of, db = min(judged.classes.items(), key=lambda item: item[1] - USABLE_DB[item[0]])
+        detail = f"SQNR of the {of} together, in dB"
+        if len(judged.broken) > 1:
+            detail += f"; {len(judged.broken)} classes of tensors miss it"
+        figure = db if math.isfinite(db) else None
+        self.check("usable", not judged.broken, detail, worst=figure, limit=USABLE_DB[of])
+        rows = {r.name: r for r in self.report.tensors}
+        for broken in judged.broken:
+            for name in broken.tensors:
+                rows[name].fails.append("usable")
+                self.needed[name] = max(self.needed.get(name, 0.0), broken.floor_db)
+
+    def _remedy(self, name: str, needed_db: float) -> str:
+        """The option of `quantize` that gives a tensor so many dB."""
+        tensor = self.tensors[name]
+        columns = self.stored[name].encoding.columns(tensor.shape)
+        return remedy(self.model.kind, name, columns, 8 * tensor.nbytes / tensor.size, needed_db)
 
     def _compare_outputs(self, rows: list[VerifiedTensor]) -> None:
         """Warn where the activations, not the weights, spoil a product."""
@@ -629,8 +711,27 @@ class _Job:
             return
         if o.min_output_sqnr is not None:
             _refuse_unmeasured(rows)
-        detail = "lowest SQNR of a product, in dB"
+        kinds = sorted({r.inputs for r in rows if r.inputs})
+        detail = f"lowest SQNR of a product of {' and '.join(kinds)} inputs, in dB"
         self._limit("min-output-sqnr", detail, outputs, o.min_output_sqnr, min)
+
+    def _stated_limits(self, limits: Limits, rows: list[VerifiedTensor]) -> None:
+        """Hold the file and its tensors against a file of limits."""
+        if any("min_output_sqnr_db" in of.limits for of in limits.tensors):
+            _refuse_unmeasured(rows)
+        by_name = {r.name: r for r in rows}
+        for check, missing, key, limit in tensor_checks(limits, self.model, rows):
+            self.report.checks.append(check)
+            for row in (by_name[name] for name in missing if name in by_name):
+                row.fails.append(check.id)
+                self._need(row.name, key, limit)
+        noted = provenance_of(self.model)
+        self.report.checks += file_checks(limits, self.model, noted, self.report, self._bits)
+
+    def _need(self, name: str, limit_of: str, limit: float) -> None:
+        """Remember what SQNR a tensor needs that misses a limit."""
+        if (db := _decibels(limit_of, limit)) is not None:
+            self.needed[name] = max(self.needed.get(name, 0.0), db)
 
     def _limit(
         self,
@@ -651,11 +752,27 @@ class _Job:
         for row in self.report.tensors:
             if row.name in figures and row.name not in good:
                 row.fails.append(id)
+                self._need(row.name, id, limit)
         name = worst_of(figures, key=figures.__getitem__)
         failed = len(figures) - len(good)
         if failed > 1:
             detail = f"{detail}; {failed} of {len(figures)} tensors miss it"
         self.check(id, not failed, detail, worst=figures[name], limit=limit, tensor=name)
+
+
+def _names_alike(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo]) -> str:
+    """How many tensors of a file have their name in a source that has none of their shapes too."""
+    names = len(found.keys() & wanted.keys())
+    match = "name matches" if len(found) == 1 else "names match"
+    return f"{names} of {len(found)} {match}{', but no shape,' if names else ''} those of"
+
+
+def _decibels(of: str, limit: float) -> float | None:
+    """The SQNR that a tensor needs for a limit; None where more bits are no help."""
+    if of in ("max-nmse", "max_nmse"):
+        return -10 * math.log10(limit) if limit > 0 else math.inf
+    given = ("min-sqnr", "min-output-sqnr", "min_sqnr_db", "min_output_sqnr_db")
+    return limit if of in given else None
 
 
 def _refuse_unmeasured(rows: list[VerifiedTensor]) -> None:
@@ -667,7 +784,7 @@ def _refuse_unmeasured(rows: list[VerifiedTensor]) -> None:
     blind = [r.name for r in rows if r.activations == "static" and r.inputs == "Gaussian"]
     if blind:
         raise UsageError(
-            "--min-output-sqnr needs recorded inputs where activations are static",
+            "a limit on products needs recorded inputs where activations are static",
             found=f"none for {len(blind)} tensors, such as '{blind[0]}'",
             hint="give them with --samples FILE, or measure with --activations dynamic",
         )

@@ -6,14 +6,21 @@ import math
 from collections.abc import Sequence
 
 from qconvert.cli.text.pieces import WORST_SHOWN, decibels, in_decibels, number, table
-from qconvert.errors import printable
+from qconvert.errors import LINE, printable
 from qconvert.quantities import duration
-from qconvert.report import EmbeddingQuality, Execution, TokenQuality, VerifiedTensor, VerifyReport
-
-FAILING_SHOWN = 20
+from qconvert.report import (
+    EmbeddingQuality,
+    Execution,
+    TokenQuality,
+    Verdict,
+    VerifiedTensor,
+    VerifyReport,
+)
 
 
 def verify_text(r: VerifyReport) -> str:
+    if r.verdict and r.verdict.other_model:
+        return f"{printable(r.headline, LINE)}\n"
     marks = {"pass": "ok  ", "fail": "FAIL", "skip": "skip"}
     lines = []
     for c in r.checks:
@@ -22,22 +29,43 @@ def verify_text(r: VerifyReport) -> str:
         lines.append(f"{marks[c.status]}  {c.id:<15} {printable(c.detail)}{figures}{where}\n")
     lossy = [t for t in r.tensors if t.sqnr_db is not None]
     if lossy:
-        lines.append(f"\nSQNR       {in_decibels(r.sqnr_db)} overall, {len(lossy)} tensors\n")
+        count = "1 tensor" if len(lossy) == 1 else f"{len(lossy)} tensors"
+        lines.append(f"\nSQNR       {in_decibels(r.sqnr_db)} overall, {count}\n")
+        lines.append(_classes(r.verdict))
     failing = sorted((t for t in r.tensors if t.fails), key=_worse)
     good = sorted((t for t in lossy if not t.fails), key=_worse)
-    shown = [*failing[:FAILING_SHOWN], *good[: max(WORST_SHOWN - len(failing), 0)]]
+    shown = [*failing, *good[: max(WORST_SHOWN - len(failing), 0)]]
     if shown:
         lines.append(_verified_table(shown, failing=bool(failing)))
-    if len(failing) > FAILING_SHOWN:
-        lines.append(f"{len(failing) - FAILING_SHOWN} more tensors fail, see --json\n")
+    lines += _remedies(failing)
+    lines += [f"outlier    {printable(str(o), LINE)}\n" for o in r.outliers[:WORST_SHOWN]]
+    if len(r.outliers) > WORST_SHOWN:
+        lines.append(f"           and {len(r.outliers) - WORST_SHOWN} more, see --json\n")
     lines += _outputs_text(r.tensors)
     if r.token_quality:
         lines.append(_token_quality(r.token_quality))
     if r.embedding_quality:
         lines.append(_embedding_quality(r.embedding_quality))
     lines.append(f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n")
-    lines.append(f"verdict    {r.status}\n")
+    lines.append(f"{printable(r.headline, LINE)}\n")
     return "".join(lines)
+
+
+def _classes(v: Verdict | None) -> str:
+    """SQNR of each class of tensors."""
+    if v is None or not v.class_db:
+        return ""
+    told = ", ".join(f"{of} {in_decibels(db)}" for of, db in v.class_db.items())
+    return f"classes    {told}\n"
+
+
+def _remedies(failing: Sequence[VerifiedTensor]) -> list[str]:
+    """Options of `quantize` to paste, the worst tensor first."""
+    options = [t.remedy for t in failing if t.remedy]
+    if not options:
+        return []
+    head = "\nTo mend it, quantize again with\n"
+    return [head, *(f"  {printable(option, LINE)}\n" for option in options), "\n"]
 
 
 def _verified_table(tensors: Sequence[VerifiedTensor], failing: bool) -> str:
@@ -50,12 +78,14 @@ def _verified_table(tensors: Sequence[VerifiedTensor], failing: bool) -> str:
             number(t.max_error),
             number(t.worst_step),
             "-" if t.output_sqnr_db is None and t.inputs is None else _output_cell(t),
+            t.inputs or "-",
             *((", ".join(t.fails) or "-",) if failing else ()),
         )
         for t in tensors
     ]
     columns = [("worst tensors", "left"), ("stored", "left"), ("SQNR dB", "right")]
     columns += [("max error", "right"), ("in steps", "right"), ("product SQNR dB", "right")]
+    columns.append(("inputs", "left"))
     return table([*columns, ("fails", "left")] if failing else columns, rows)
 
 

@@ -1,0 +1,86 @@
+"""Files that `verify` writes besides its report: JUnit's XML, and a list of digests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from qconvert.errors import UsageError
+from qconvert.files.atomic import AtomicOutput
+from qconvert.files.manifest import manifest
+from qconvert.report import VerifyReport
+from qconvert.report.junit import junit_xml
+
+
+class SideFiles:
+    """Outputs that are opened before the long work, and get their names after it.
+
+    Args:
+        file: what is verified.
+        junit, listed: the outputs, where they are asked for.
+        others: outputs of the same run, which must not be one of them.
+        force: whether existing ones may be replaced.
+        inputs: what must not be written over.
+
+    Raises:
+        UsageError: two outputs have one name.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        junit: Path | None,
+        listed: Path | None,
+        others: Sequence[Path | None],
+        *,
+        force: bool,
+        inputs: Sequence[Path],
+    ) -> None:
+        names = [os.path.realpath(p) for p in (junit, listed, *others) if p]
+        if len(set(names)) < len(names):
+            raise UsageError("--junit, --manifest, --report and --html are files of their own")
+        self.file = file
+        self._open: list[AtomicOutput] = []
+        try:
+            self.junit = self._opened(junit, force, inputs)
+            self.manifest = self._opened(listed, force, inputs)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def _opened(
+        self, path: Path | None, force: bool, inputs: Sequence[Path]
+    ) -> AtomicOutput | None:
+        if path is None:
+            return None
+        self._open.append(AtomicOutput(path, overwrite=force, inputs=inputs))
+        return self._open[-1]
+
+    def write(self, report: VerifyReport, left: Sequence[Path]) -> None:
+        """Write what was asked for; digests of what is good alone, for it is a release's list.
+
+        Args:
+            left: other files of this run, which are not listed.
+        """
+        if self.junit:
+            self.junit.write_at(0, junit_xml(report))
+            self.junit.commit()
+        if self.manifest and report.status == "pass":
+            target = self.manifest.target
+            own = [path for out in self._open for path in (out.path, out.target)]
+            self.manifest.write_at(0, manifest(self.file, target.parent, [*own, *left]))
+            self.manifest.commit()
+
+    def __enter__(self) -> SideFiles:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        for out in self._open:
+            out.__exit__(kind, error, tb)

@@ -1,0 +1,81 @@
+"""What to ask `quantize` for where a tensor has lost too much: the next scheme that should do."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class _Rung:
+    """A scheme that may be advised.
+
+    Attributes:
+        bits: per weight, of all that is stored.
+        sqnr_db: of the poorest matrix of the sample model and of all-MiniLM-L6-v2.
+        row: what the length of rows has to divide by.
+    """
+
+    scheme: str
+    bits: float
+    sqnr_db: float
+    row: int = 1
+
+
+_QBLK = (
+    _Rung("c2_block16", 2.4, 10.1),
+    _Rung("c3_block16", 3.4, 16.4),
+    _Rung("c4_block16", 4.4, 22.6),
+    _Rung("q5_block64", 5.4, 26.8),
+    _Rung("q6_block64", 6.4, 32.8),
+    _Rung("q8_block32", 8.5, 43.8),
+    _Rung("bf16", 16, 50.0),
+    _Rung("f32", 32, math.inf),
+)
+_GGUF = (
+    _Rung("q2_k", 2.625, 11.3, 256),
+    _Rung("q3_k", 3.4375, 16.1, 256),
+    _Rung("q4_k", 4.5, 22.3, 256),
+    _Rung("iq4_nl", 4.5, 21.8, 32),
+    _Rung("q5_k", 5.5, 28.4, 256),
+    _Rung("q5_1", 6, 27.8, 32),
+    _Rung("q6_k", 6.5625, 34.5, 256),
+    _Rung("q8_0", 8.5, 43.8, 32),
+    _Rung("bf16", 16, 50.0),
+    _Rung("f32", 32, math.inf),
+)
+FINE_DB = 15.0  # what four bits should at least have, for tensors whose weights are gone
+ADVISED = {"qblk": "c4_block16", "gguf": "q4_k_m"}  # of few bits, for a whole model
+_LADDERS = {"qblk": _QBLK, "gguf": _GGUF}
+_SPECIAL = re.compile(r"[\[*?]")
+
+
+def remedy(container: str, name: str, columns: int, bits: float, needed_db: float) -> str:
+    """The option of `quantize` that gives a tensor what it needs, to be pasted into a shell.
+
+    Args:
+        container: a key of `qconvert.containers.CONTAINERS`.
+        name: of the tensor in the file, which is the name that the option is asked by.
+        columns: of its rows.
+        bits: per weight that it takes now.
+        needed_db: SQNR that it should have.
+    """
+    glob = _SPECIAL.sub(lambda found: f"[{found[0]}]", name)
+    if container not in _LADDERS:  # a directory, whose readers take one scheme, or none
+        return f"--keep {quoted(glob)}"
+    scheme = _advised(container, columns, bits, needed_db)
+    return f"--tensor-scheme {quoted(f'{glob}={scheme}')}"
+
+
+def quoted(text: str) -> str:
+    """A word of a shell, in quotes whether it needs them or not."""
+    return f"'{text}'" if "'" not in text else shlex.quote(text)
+
+
+def _advised(container: str, columns: int, bits: float, needed_db: float) -> str:
+    """The smallest scheme of more bits that should come to so many dB; see `remedy`."""
+    fitting = [r for r in _LADDERS[container] if columns % r.row == 0]
+    more = [r for r in fitting if r.bits > bits and r.sqnr_db >= needed_db]
+    return more[0].scheme if more else fitting[-1].scheme
