@@ -71,6 +71,19 @@ def test_models_that_work_pass(scheme: str, suffix: str, tmp_path: Path, call: C
     assert (found["verdict"]["intact"], found["verdict"]["quality"]) == (True, "expected")
 
 
+def test_compensated_codes_of_two_bits_are_not_called_broken(tmp_path: Path, call: Call) -> None:
+    calibration, path = tmp_path / "c.safetensors", tmp_path / "m.qblk"
+    inputs = ROOT / "samples/activations.safetensors"
+    call("calibrate", LLAMA, "--activations", inputs, "--gram", "-o", calibration)
+    line = ("quantize", LLAMA, "--scheme", "c2_block16", "--calibration", calibration, "-o", path)
+    told = json.loads(call(*line, "--json").out)
+    assert sum(t["rounding"] == "compensated" for t in told["tensors"]) == 28
+    assert not any("broken" in w for w in told["warnings"])
+    found = json.loads(call("verify", path, "--against", LLAMA, "--json").out)
+    assert found["verdict"]["quality"] in ("expected", "poor")
+    assert min(t["sqnr_db"] or 99 for t in found["tensors"]) < USABLE_DB["MLP"]
+
+
 def test_the_headline_says_what_was_judged(tmp_path: Path, call: Call) -> None:
     path = tmp_path / "m.qblk"
     made("q4_block64", path, call)
