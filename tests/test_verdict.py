@@ -204,6 +204,15 @@ def test_outliers_are_named(tmp_path: Path, call: Call) -> None:
     told = json.loads(call("verify", path, "--against", source, "--json").out)
     assert [o["name"] for o in told["outliers"]] == ["layers.4.mlp.up.weight"]
     text = call("verify", path, "--against", source).out
+    assert text.splitlines()[-1].startswith(
+        "PASS  intact, poorer than expected of 8.0 bits (worst "
+    )
+    assert ": 1 tensor, first of all 'layers.4.mlp.up.weight'; not checked" in text
+    assert (
+        call("verify", path, "--against", source, "--strict")
+        .out.splitlines()[-1]
+        .startswith("FAIL  intact, poorer than expected")
+    )
     assert "outlier    'layers.4.mlp.up.weight' has " in text
     assert "median of the 6 tensors 'mlp.up' as q8_tensor_sym" in text
 
