@@ -240,8 +240,8 @@ def test_strict_makes_a_warning_a_failure(place: Path, call: Call) -> None:
 # --- options --------------------------------------------------------------------------------------
 
 
-# What only a command has: where its report goes, which ``--force`` replaces.
-SHOWING = {"json", "csv", "list_schemes", "report", "quiet", "debug"}
+# What only a command has: where its report goes in which form, which ``--force`` replaces.
+SHOWING = {"json", "csv", "html", "list_schemes", "report", "junit", "manifest", "quiet", "debug"}
 FORCE = {name: {"force"} for name in ("inspect", "verify", "bench")}
 
 

@@ -71,6 +71,19 @@ def test_models_that_work_pass(scheme: str, suffix: str, tmp_path: Path, call: C
     assert (found["verdict"]["intact"], found["verdict"]["quality"]) == (True, "expected")
 
 
+def test_compensated_codes_of_two_bits_are_not_called_broken(tmp_path: Path, call: Call) -> None:
+    calibration, path = tmp_path / "c.safetensors", tmp_path / "m.qblk"
+    inputs = ROOT / "samples/activations.safetensors"
+    call("calibrate", LLAMA, "--activations", inputs, "--gram", "-o", calibration)
+    line = ("quantize", LLAMA, "--scheme", "c2_block16", "--calibration", calibration, "-o", path)
+    told = json.loads(call(*line, "--json").out)
+    assert sum(t["rounding"] == "compensated" for t in told["tensors"]) == 28
+    assert not any("broken" in w for w in told["warnings"])
+    found = json.loads(call("verify", path, "--against", LLAMA, "--json").out)
+    assert found["verdict"]["quality"] in ("expected", "poor")
+    assert min(t["sqnr_db"] or 99 for t in found["tensors"]) < USABLE_DB["MLP"]
+
+
 def test_the_headline_says_what_was_judged(tmp_path: Path, call: Call) -> None:
     path = tmp_path / "m.qblk"
     made("q4_block64", path, call)
@@ -162,9 +175,9 @@ def test_a_class_is_judged_by_all_its_weights() -> None:
     # The floor is above what the best four levels of all give (Max, 1960: 0.1175), and below what
     # two bits in blocks have in the sample (10.3 dB) and Q2_K (11.7 dB).
     assert -10 * math.log10(0.1175) < USABLE_DB["MLP"] < 10.3
-    # Codes that make up for each other's errors give up 3 dB of weights, not 6.
-    assert judge([Measured(up, "q", 2, 7.0, 1, compensated=True)]).broken == []
-    assert judge([Measured(up, "q", 2, 6.4, 1, compensated=True)]).broken != []
+    # Codes that make up for each other's errors give up weights for outputs.
+    assert judge([Measured(up, "q", 2, 4.0, 1, compensated=True)]).broken == []
+    assert judge([Measured(up, "q", 2, 3.0, 1, compensated=True)]).broken != []
     assert judge([Measured(up, "q", 2, 1.0, 1, repaired=True)]).broken == []
     # Embeddings bear more; below 6 dB nothing does.
     assert judge([Measured("embed.weight", "q", 2, 8.0)]).broken == []
@@ -191,8 +204,38 @@ def test_outliers_are_named(tmp_path: Path, call: Call) -> None:
     told = json.loads(call("verify", path, "--against", source, "--json").out)
     assert [o["name"] for o in told["outliers"]] == ["layers.4.mlp.up.weight"]
     text = call("verify", path, "--against", source).out
+    assert text.splitlines()[-1].startswith(
+        "PASS  intact, poorer than expected of 8.0 bits (worst "
+    )
+    assert ": 1 tensor, first of all 'layers.4.mlp.up.weight'; not checked" in text
+    assert (
+        call("verify", path, "--against", source, "--strict")
+        .out.splitlines()[-1]
+        .startswith("FAIL  intact, poorer than expected")
+    )
     assert "outlier    'layers.4.mlp.up.weight' has " in text
     assert "median of the 6 tensors 'mlp.up' as q8_tensor_sym" in text
+
+
+def test_products_are_not_judged_by_inputs_that_a_calibrated_range_never_sees(
+    tmp_path: Path, call: Call
+) -> None:
+    """Inputs of another mean than the Gaussian ones have: as before a GELU, or behind one."""
+    source = save(tmp_path / "m.safetensors", {"w.weight": gaussian(1, 64, 64)})
+    x = save(tmp_path / "x.safetensors", {"w": np.abs(gaussian(2, 64, 64)) + np.float32(2)})
+    calibration, path = tmp_path / "c.safetensors", tmp_path / "m.qblk"
+    call("calibrate", source, "--activations", x, "-o", calibration)
+    call("quantize", source, "--scheme", "q8_channel", "--calibration", calibration, "-o", path)
+    for mode in ("auto", "static"):
+        done = call("verify", path, "--against", source, "--activations", mode, "--json")
+        told = json.loads(done.out)
+        (tensor,) = told["tensors"]
+        assert (tensor["activations"], tensor["inputs"]) == ("static", "Gaussian")
+        assert (tensor["output_sqnr_db"], told["warnings"], done.code) == (None, [], 0)
+    told = json.loads(call("verify", path, "--against", source, "--samples", x, "--json").out)
+    (tensor,) = told["tensors"]
+    assert (tensor["activations"], tensor["inputs"]) == ("static", "recorded")
+    assert tensor["output_sqnr_db"] > 30
 
 
 def tokens(kl: float, blind: float, count: int = 1000) -> TokenQuality:

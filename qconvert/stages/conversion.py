@@ -199,11 +199,9 @@ class Job:
         """Warn of weights that are lost, of a model that is broken, and of what is poorer than it
         should be.
         """
-        kept = [p.tensor for p in self.prepared.plan if not p.scheme and len(p.tensor.shape) > 1]
-        judged = judge(
-            [*self.measured, *(Measured(t.name, t.dtype, 16, None, t.size) for t in kept)],
-            self._remedy,
-        )
+        kept = [p.tensor for p in self.prepared.plan if not p.scheme and p.tensor.floating]
+        whole = [Measured(t.name, t.dtype, 16, None, t.size) for t in kept if len(t.shape) > 1]
+        judged = judge([*self.measured, *whole], self._remedy)
         if judged.lost:
             worst, name = next(f for f in judged.figures if f[1] == judged.lost[0])
             count = len(judged.lost)

@@ -14,6 +14,7 @@ from qconvert.floors import (
     expected_distance,
     expected_nats,
 )
+from qconvert.quantities import counted
 from qconvert.report import Check, EmbeddingQuality, TokenQuality, Verdict, VerifyReport
 from qconvert.report.verify import BROKEN, of_quality
 
@@ -43,7 +44,9 @@ def verdict_of(
         verdict.worst_db, verdict.worst_tensor = judged.figures[0]
     verdict.class_db = {of: db if math.isfinite(db) else None for of, db in judged.classes.items()}
     broken = [c for c in report.failed if c.id in BROKEN]
-    poorer = [w for w in report.warnings if w == judged.warning or w.startswith(POORER)]
+    poorer = [w for w in report.warnings if w.startswith(POORER)]
+    if judged.poor:
+        poorer.insert(0, f"{counted(len(judged.poor), 'tensor')}, first of all '{judged.poor[0]}'")
     verdict.reasons = [*_broken(judged, broken), *poorer]
     if broken:
         verdict.quality = "broken"

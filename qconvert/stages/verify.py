@@ -596,8 +596,8 @@ class _Job:
             )
             for r in rows
         ]
-        kept = [t for t in self.model.tensors if t.name not in roundings and len(t.shape) > 1]
-        measured += [Measured(t.name, t.dtype, 16, None, t.size) for t in kept]
+        kept = [t for t in self.model.tensors if t.name not in roundings and t.floating]
+        measured += [Measured(t.name, t.dtype, 16, None, t.size) for t in kept if len(t.shape) > 1]
         judged = self.judged = judge(measured, self._remedy)
         detail = "lowest SQNR of a tensor, in dB"
         if judged.lost:
