@@ -423,8 +423,9 @@ def fits(text: str, width: int) -> None:
         assert len(line) <= width or "/" in line.split()[0], line
 
 
-@pytest.mark.parametrize("width", [60, 80, 120, 200])
-@pytest.mark.parametrize("ascii_only", [False, True])
+@pytest.mark.parametrize(
+    ("width", "ascii_only"), [(60, False), (60, True), (80, False), (120, False), (200, False)]
+)
 def test_every_layer_is_visible_at_any_width(width: int, ascii_only: bool, run: Run) -> None:
     more = {"PYTHONIOENCODING": "ascii"} if ascii_only else {"LC_ALL": "C.UTF-8"}
     env = environment(COLUMNS=str(width), **more)

@@ -121,6 +121,18 @@ def test_the_least_wanted_columns_go_first(monkeypatch: pytest.MonkeyPatch) -> N
     assert numbers
 
 
+def test_of_columns_that_count_the_same_the_first_figure_stays_longest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    columns = [("name", "left"), ("kind", "left"), ("SQNR dB", "right"), ("error", "right")]
+    row = ("x" * 40, "k" * 20, "21.57", "0.123456789", "min-sqnr")
+    told = table([*columns, ("fails", "left")], [row])
+    heads = told.split("─")[0].split()
+    assert set(heads) == {"name", "SQNR", "dB", "fails"}
+    assert "no room for: kind, error" in told
+
+
 def test_a_table_with_room_is_as_wide_as_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     told = table([("name", "left"), ("n", "right")], [("a", "1"), ("bcdef", "20")])

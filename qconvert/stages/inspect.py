@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qconvert import kernels
 from qconvert.codecs import codec_of
 from qconvert.codecs.affine.suggestion import grid_ends
-from qconvert.codecs.channels import MAX_CHANNELS, ChannelStatistics
+from qconvert.codecs.channels import MAX_CHANNELS, ChannelFindings, ChannelStatistics
 from qconvert.codecs.source import observe_tensor
 from qconvert.codecs.statistics import TensorStatistics
 from qconvert.errors import FormatError, UsageError, WeightError
@@ -251,9 +251,12 @@ def _fill(row: TensorSummary, s: TensorStatistics, channels: ChannelStatistics |
     row.crest, row.near_zero_share = s.crest, s.near_zero_share
     row.percentiles = s.percentiles(row.dtype)
     if channels:
-        row.rows = ChannelSummary(**asdict(channels.rows))
-        row.columns = ChannelSummary(**asdict(channels.columns))
+        row.rows, row.columns = map(_summary, (channels.rows, channels.columns))
         row.blocks, row.constant_blocks = channels.blocks, channels.constant
+
+
+def _summary(c: ChannelFindings) -> ChannelSummary:
+    return ChannelSummary(c.count, c.dead, c.widest, c.absmax_ratio, c.loudest, c.rms_ratio)
 
 
 def _histogram(

@@ -33,7 +33,7 @@ class Column(NamedTuple):
     Attributes:
         justify: ``left``, which is of words, or ``right``, of figures; figures are never cut.
         keep: where not all have room, columns with the lowest number go first, and of equal ones
-            figures before words, the last first.
+            figures, the last first, then words, and at last the first figure.
         quiet: whether it is hidden, and said in a line below, where all its cells are alike.
     """
 
@@ -72,8 +72,16 @@ def fit(columns: Sequence[Column], cells: Sequence[int], shown: Sequence[int], r
         return Fit(shown, [whole[i] for i in shown], GAP, [])
     least = {i: _least(columns[i], cells[i], first=i == shown[0]) for i in shown}
     dropped = []
+    figure = next((i for i in shown[1:] if columns[i].right), None)
+
+    def worth(i: int) -> tuple[int, int, int]:
+        """What comes first goes first."""
+        column = columns[i]
+        kind = 2 if i == figure else 0 if column.right else 1
+        return column.keep, kind, -i if column.right else i
+
     while len(shown) > 1 and _total(least, shown) > room:
-        place = min(shown[1:], key=lambda i: (columns[i].keep, not columns[i].right, -i))
+        place = min(shown[1:], key=worth)
         shown.remove(place)
         dropped.append(place)
     spare = room - _total(least, shown)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from functools import cache
 from unicodedata import combining, east_asian_width
 
 
@@ -50,7 +51,12 @@ def display_width(text: str) -> int:
     """Columns of a terminal that the text takes."""
     if text.isascii():
         return len(text)
-    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(map(_letter_width, text))
+
+
+@cache
+def _letter_width(letter: str) -> int:
+    return 0 if combining(letter) else 2 if east_asian_width(letter) in "WF" else 1
 
 
 def _encoding() -> str:
