@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from qconvert.roles import place_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,40 @@ def remedy(container: str, name: str, columns: int, bits: float, needed_db: floa
         return f"--keep {quoted(glob)}"
     scheme = _advised(container, columns, bits, needed_db)
     return f"--tensor-scheme {quoted(f'{glob}={scheme}')}"
+
+
+def joined(remedies: Mapping[str, str | None]) -> list[str]:
+    """Options to paste, in the order of their tensors; one for all layers of a role where these
+    all need the same.
+
+    Args:
+        remedies: the option of each tensor of the file by its name, see `remedy`; None for those
+            that need none.
+    """
+    pattern = {name: place_of(name).pattern for name in remedies}
+    needed: dict[str, set[tuple[str, str] | None]] = {}
+    for name, option in remedies.items():
+        needed.setdefault(pattern[name], set()).add(_scheme_of(option))
+    found: dict[str, None] = {}
+    for name, option in remedies.items():
+        if option is None:
+            continue
+        asked = _scheme_of(option)
+        # A star reaches over dots, so that a glob may be of tensors with another pattern too.
+        same = all(n == {asked} for p, n in needed.items() if fnmatchcase(p, pattern[name]))
+        if asked and same and pattern[name] != name:
+            option = f"{asked[0]} {quoted(pattern[name] + asked[1])}"
+        found[option] = None
+    return list(found)
+
+
+def _scheme_of(option: str | None) -> tuple[str, str] | None:
+    """An option and what follows the glob of its value."""
+    if option is None:
+        return None
+    flag, value = shlex.split(option)
+    _, equals, scheme = value.rpartition("=") if flag == "--tensor-scheme" else ("", "", "")
+    return flag, equals + scheme
 
 
 def quoted(text: str) -> str:

@@ -161,6 +161,7 @@ def test_the_figures_are_those_of_the_report(quantized: Path) -> None:
         assert tensor.sqnr_db is not None
         assert rows[tensor.name][3] == f"{tensor.sqnr_db:.2f}"
     assert rows["quality"][1] == "pass"
+    assert "PASS  intact, quality as expected of 4.4 bits" in "".join(document(report))
 
 
 def test_histograms_before_and_after_count_the_same_values(quantized: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, Call, gaussian, save
 
 from qconvert.floors import LOST_DB, USABLE_DB, Measured, expected_nats, judge
-from qconvert.remedies import remedy
+from qconvert.remedies import joined, remedy
 from qconvert.report import Check, EmbeddingQuality, Execution, TokenQuality
 from qconvert.stages.verdict import judge_embeddings, judge_tokens
 from qconvert.tensor_classes import class_of
@@ -126,8 +126,10 @@ def test_every_tensor_that_misses_a_limit_has_a_remedy_that_mends_it(
         assert {name for _, name in missed} == {
             t["name"] for t in told if t["sqnr_db"] is not None and t["sqnr_db"] < limit
         }
-        assert len(options) == len(missed) > 1
         words = shlex.split(" ".join(options))
+        globs = [word.rpartition("=")[0] for word in words[1::2]]
+        assert 1 < len(options) <= len(missed)
+        assert all(any(fnmatchcase(name, glob) for glob in globs) for _, name in missed)
         again = call("quantize", LLAMA, "--scheme", scheme, "-o", path, "--force", *words)
         assert again.code == 0, again.err
         assert call(*check).code == 0
@@ -296,3 +298,32 @@ def test_figures_of_products_name_their_inputs(tmp_path: Path, call: Call) -> No
         found = json.loads(call(*check, *more, "--json").out)
         (detail,) = [c["detail"] for c in found["checks"] if c["id"] == "min-output-sqnr"]
         assert detail == f"lowest SQNR of a product of {inputs} inputs, in dB"
+
+
+def test_remedies_of_all_layers_of_a_role_are_one_option() -> None:
+    asked = {
+        f"model.layers.{i}.{role}.weight": f"--tensor-scheme 'model.layers.{i}.{role}.weight=q4_k'"
+        for i in range(3)
+        for role in ("q", "k")
+    }
+    kept = {
+        "model.layers.0.v.weight": None,
+        "model.layers.1.v.weight": "--keep 'model.layers.1.v.weight'",
+    }
+    head = {"lm_head.weight": "--tensor-scheme 'lm_head.weight=q6_k'"}
+    assert joined({**head, **asked, **kept}) == [
+        "--tensor-scheme 'lm_head.weight=q6_k'",
+        "--tensor-scheme 'model.layers.*.q.weight=q4_k'",
+        "--tensor-scheme 'model.layers.*.k.weight=q4_k'",
+        "--keep 'model.layers.1.v.weight'",
+    ]
+    # Another scheme in one layer, or a tensor that needs none, leaves each its own.
+    asked["model.layers.1.q.weight"] = "--tensor-scheme 'model.layers.1.q.weight=q5_k'"
+    asked["model.layers.1.k.weight"] = None  # type: ignore[assignment]
+    assert len(joined(asked)) == 5
+    # The star of layers.*.w reaches over the experts of a layer, whose weights need nothing.
+    nested = {
+        "layers.0.w.weight": "--tensor-scheme 'layers.0.w.weight=q4_k'",
+        "layers.0.experts.1.w.weight": None,
+    }
+    assert joined(nested) == ["--tensor-scheme 'layers.0.w.weight=q4_k'"]

@@ -17,12 +17,12 @@ class Finding:
 
     Attributes:
         kind: ``bad``, ``note`` or ``good``.
-        command: what to type, where that helps.
+        commands: what to type, where that helps.
     """
 
     kind: str
     text: str
-    command: str = ""
+    commands: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from qconvert.page.parts import (
     Chart,
     Column,
     Fact,
+    Finding,
     Page,
     Table,
     decibels,
@@ -19,7 +20,8 @@ from qconvert.page.parts import (
     warned,
 )
 from qconvert.page.svg import histogram
-from qconvert.report import VerifiedTensor, VerifyReport
+from qconvert.remedies import joined
+from qconvert.report import Check, VerifiedTensor, VerifyReport
 
 CHECKS = [
     Column("check"),
@@ -46,24 +48,37 @@ TENSORS = [
     Column("fails", "text", "checks that the tensor fails"),
 ]
 
+OUTLIERS_SHOWN = 10
+
 
 def verify_page(r: VerifyReport) -> Page:
     """What was checked and what every tensor has lost."""
-    failed = [c for c in r.checks if c.status == "fail"]
-    told = f"{sum(c.status == 'pass' for c in r.checks)} checks passed"
-    if failed:
-        told = f"{told}, {len(failed)} failed: " + ", ".join(c.id for c in failed)
     return Page(
         command="verify",
         title=r.path,
         status=r.status,
-        verdict=told,
-        findings=warned(r.warnings),
+        verdict=r.headline,
+        findings=_findings(r),
         facts=_facts(r),
         charts=_charts(r),
         tables=[_checks(r), *([_tensors(r)] if r.tensors else [])],
         closing=[Fact("source", r.against or "none was given")],
     )
+
+
+def _findings(r: VerifyReport) -> list[Finding]:
+    failing = [Finding("bad", _failed(c)) for c in r.failed]
+    outliers = [Finding("note", str(o)) for o in r.outliers[:OUTLIERS_SHOWN]]
+    options = joined({t.name: t.remedy for t in sorted(r.tensors, key=_badness)})
+    mend = Finding("note", "To mend it, quantize again with", options)
+    return [*failing, *warned(r.warnings), *outliers, *([mend] if options else ())]
+
+
+def _failed(c: Check) -> str:
+    known = c.worst is not None and c.limit is not None
+    figures = f": {c.worst:.4g} (limit {c.limit:.4g})" if known else ""
+    where = f", in {c.tensor}" if c.tensor else ""
+    return f"{c.id}: {c.detail}{figures}{where}"
 
 
 def _facts(r: VerifyReport) -> list[Fact]:

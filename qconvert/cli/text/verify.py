@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
-from qconvert.cli.text.pieces import WORST_SHOWN, decibels, in_decibels, number, table
+from qconvert.cli.text.pieces import (
+    LABEL,
+    WORST_SHOWN,
+    decibels,
+    in_decibels,
+    number,
+    table,
+    wrapped,
+)
 from qconvert.errors import LINE, printable
 from qconvert.quantities import duration
+from qconvert.remedies import joined
 from qconvert.report import (
     EmbeddingQuality,
     Execution,
@@ -17,16 +27,19 @@ from qconvert.report import (
     VerifyReport,
 )
 
+CHECK = " " * 6  # below the name of a check, where its line goes on
+
 
 def verify_text(r: VerifyReport) -> str:
     if r.verdict and r.verdict.other_model:
-        return f"{printable(r.headline, LINE)}\n"
+        return _headline(r)
     marks = {"pass": "ok  ", "fail": "FAIL", "skip": "skip"}
     lines = []
     for c in r.checks:
         figures = "" if c.worst is None else f": {number(c.worst)} (limit {number(c.limit)})"
         where = f"  [{printable(c.tensor)}]" if c.tensor else ""
-        lines.append(f"{marks[c.status]}  {c.id:<15} {printable(c.detail)}{figures}{where}\n")
+        line = f"{marks[c.status]}  {c.id:<15} {printable(c.detail)}{figures}{where}"
+        lines.append(wrapped(line, CHECK) + "\n")
     lossy = [t for t in r.tensors if t.sqnr_db is not None]
     if lossy:
         count = "1 tensor" if len(lossy) == 1 else f"{len(lossy)} tensors"
@@ -37,7 +50,7 @@ def verify_text(r: VerifyReport) -> str:
     shown = [*failing, *good[: max(WORST_SHOWN - len(failing), 0)]]
     if shown:
         lines.append(_verified_table(shown, failing=bool(failing)))
-    lines += _remedies(failing)
+    lines += _remedies(r.tensors, failing)
     lines += [f"outlier    {printable(str(o), LINE)}\n" for o in r.outliers[:WORST_SHOWN]]
     if len(r.outliers) > WORST_SHOWN:
         lines.append(f"           and {len(r.outliers) - WORST_SHOWN} more, see --json\n")
@@ -47,8 +60,14 @@ def verify_text(r: VerifyReport) -> str:
     if r.embedding_quality:
         lines.append(_embedding_quality(r.embedding_quality))
     lines.append(f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n")
-    lines.append(f"{printable(r.headline, LINE)}\n")
+    lines.append(_headline(r))
     return "".join(lines)
+
+
+def _headline(r: VerifyReport) -> str:
+    """The verdict: one line where a script may read it, wrapped where a person does."""
+    told = printable(r.headline, LINE)
+    return (wrapped(told, " " * 6) if sys.stdout.isatty() else told) + "\n"
 
 
 def _classes(v: Verdict | None) -> str:
@@ -56,12 +75,12 @@ def _classes(v: Verdict | None) -> str:
     if v is None or not v.class_db:
         return ""
     told = ", ".join(f"{of} {in_decibels(db)}" for of, db in v.class_db.items())
-    return f"classes    {told}\n"
+    return wrapped(f"classes    {told}", LABEL) + "\n"
 
 
-def _remedies(failing: Sequence[VerifiedTensor]) -> list[str]:
+def _remedies(tensors: Sequence[VerifiedTensor], failing: Sequence[VerifiedTensor]) -> list[str]:
     """Options of `quantize` to paste, the worst tensor first."""
-    options = [t.remedy for t in failing if t.remedy]
+    options = joined({t.name: t.remedy for t in (*failing, *tensors)})
     if not options:
         return []
     head = "\nTo mend it, quantize again with\n"
@@ -115,7 +134,7 @@ def _outputs_text(tensors: Sequence[VerifiedTensor]) -> list[str]:
             what = "exact, but its SQNR is not known without recorded inputs (--samples)"
         else:
             what = f"nothing is lost in the {kind}"
-        lines.append(f"{head} {what} ({of})\n")
+        lines.append(wrapped(f"{head} {what} ({of})", LABEL) + "\n")
     return lines
 
 
