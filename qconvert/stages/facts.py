@@ -9,12 +9,12 @@ from qconvert.errors import InputError
 from qconvert.files import OpenModel
 from qconvert.files.provenance import PROVENANCE
 from qconvert.files.qblk import QblkModel
+from qconvert.files.shards import MAX_COMPANION_BYTES
 from qconvert.files.strict_json import strict_json
 from qconvert.mixes import MIXES
 from qconvert.report import TypeTally
 
 FILE_TYPES = {mix.file_type: name for name, mix in reversed(MIXES.items())}
-SMALL_FILE = 64 << 20  # of a companion that is read
 TEMPLATE = "tokenizer.chat_template"
 
 
@@ -84,7 +84,7 @@ def _tokens(number: str | None) -> str | None:
 def _json(model: OpenModel, name: str) -> dict[str, Any]:
     """A companion that is a JSON object, an empty one where it is not: nothing depends on it."""
     companion = next((c for c in model.companions if c.name == name), None)
-    if companion is None or companion.size > SMALL_FILE:
+    if companion is None or companion.size > MAX_COMPANION_BYTES:
         return {}
     try:
         found = strict_json(companion.read(), model.path)
