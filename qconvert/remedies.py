@@ -64,12 +64,12 @@ def remedy(container: str, name: str, columns: int, bits: float, needed_db: floa
     """
     glob = _SPECIAL.sub(lambda found: f"[{found[0]}]", name)
     if container not in _LADDERS:  # a directory, whose readers take one scheme, or none
-        return f"--keep {quoted(glob)}"
+        return f"--keep {_quoted(glob)}"
     scheme = _advised(container, columns, bits, needed_db)
-    return f"--tensor-scheme {quoted(f'{glob}={scheme}')}"
+    return f"--tensor-scheme {_quoted(f'{glob}={scheme}')}"
 
 
-def quoted(text: str) -> str:
+def _quoted(text: str) -> str:
     """A word of a shell, in quotes whether it needs them or not."""
     return f"'{text}'" if "'" not in text else shlex.quote(text)
 

@@ -759,8 +759,8 @@ def verify(
         typer.Option(
             "--manifest",
             metavar="FILE",
-            help="when all is well, write SHA-256 digests of what was verified to FILE, as sha256sum "
-            "checks them in its directory",
+            help="when all is well, write SHA-256 digests of what was verified to FILE, for "
+            "sha256sum to check in its directory",
         ),
     ] = None,
     force: Force = False,
