@@ -20,8 +20,8 @@ OF_FILE = (
     "max_perplexity_increase",
     "min_cosine",
 )
-# Keys of `[require]`, all texts: the digest of the file, and what the file says of its making; those
-# of sources may be lists.
+# Keys of `[require]`, all texts: the digest of the file, and what it says of its making; those of
+# sources may be lists.
 REQUIRED = (
     *("sha256", "tool", "scheme"),
     *("source_sha256", "source_header_sha256", "calibration_sha256", "observer"),
