@@ -20,16 +20,12 @@ OF_FILE = (
     "max_perplexity_increase",
     "min_cosine",
 )
-# Keys of `[require]`, all texts, and what they are of; those of sources may be lists.
-REQUIRED = {
-    "sha256": "the file",
-    "tool": "qconvert and its version, as the file has it",
-    "scheme": "the name of the scheme, or of the budget",
-    "source_sha256": "the source's files, of quantize --hash-source",
-    "source_header_sha256": "the headers of the source's files",
-    "calibration_sha256": "the calibration",
-    "observer": "its observer",
-}
+# Keys of `[require]`, all texts: the digest of the file, and what it says of its making; those of
+# sources may be lists.
+REQUIRED = (
+    *("sha256", "tool", "scheme"),
+    *("source_sha256", "source_header_sha256", "calibration_sha256", "observer"),
+)
 OF_TEXT = ("max_divergence_nats", "max_perplexity_increase", "min_cosine")
 OF_ERRORS = ("min_sqnr_db", "max_nmse", "min_output_sqnr_db")  # which need the source
 

@@ -68,9 +68,9 @@ def remedy(container: str, name: str, columns: int, bits: float, needed_db: floa
     """
     glob = _SPECIAL.sub(lambda found: f"[{found[0]}]", name)
     if container not in _LADDERS:  # a directory, whose readers take one scheme, or none
-        return f"--keep {quoted(glob)}"
+        return f"--keep {_quoted(glob)}"
     scheme = _advised(container, columns, bits, needed_db)
-    return f"--tensor-scheme {quoted(f'{glob}={scheme}')}"
+    return f"--tensor-scheme {_quoted(f'{glob}={scheme}')}"
 
 
 def joined(remedies: Mapping[str, str | None]) -> list[str]:
@@ -92,8 +92,8 @@ def joined(remedies: Mapping[str, str | None]) -> list[str]:
         asked = _scheme_of(option)
         # A star reaches over dots, so that a glob may be of tensors with another pattern too.
         same = all(n == {asked} for p, n in needed.items() if fnmatchcase(p, pattern[name]))
-        if asked and same and pattern[name] != name:
-            option = f"{asked[0]} {quoted(pattern[name] + asked[1])}"
+        if asked and same and pattern[name] != name and not _SPECIAL.search(name):
+            option = f"{asked[0]} {_quoted(pattern[name] + asked[1])}"
         found[option] = None
     return list(found)
 
@@ -107,7 +107,7 @@ def _scheme_of(option: str | None) -> tuple[str, str] | None:
     return flag, equals + scheme
 
 
-def quoted(text: str) -> str:
+def _quoted(text: str) -> str:
     """A word of a shell, in quotes whether it needs them or not."""
     return f"'{text}'" if "'" not in text else shlex.quote(text)
 

@@ -845,7 +845,7 @@ def verify(
             "--manifest",
             metavar="FILE",
             help="when all is well, write SHA-256 digests of what was verified to FILE, for "
-            "sha256sum -c in its directory",
+            "sha256sum to check in its directory",
         ),
     ] = None,
     html: Html = None,

@@ -41,7 +41,7 @@ def read_limits(path: Path) -> Limits:
     stated = reader.table(found.get("file", {}), "[file]")
     required = reader.table(found.get("require", {}), "[require]")
     reader.known(stated, OF_FILE, "[file]")
-    reader.known(required, tuple(REQUIRED), "[require]")
+    reader.known(required, REQUIRED, "[require]")
     limits = Limits(
         str(path),
         tuple(map(reader.of_tensors, tensors)),

@@ -304,6 +304,7 @@ class _Job:
             if self.source and self.model.tensors and not pairs:  # all else is about nothing
                 told = next(c.detail for c in self.report.failed if c.id == "same-tensors")
                 self.report.verdict = Verdict(intact=True, other_model=told)
+                self._quality()  # which is skipped, and says so
                 return
             self._compare(pairs)
         text = self.options.quality is not None
