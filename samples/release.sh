@@ -11,7 +11,7 @@ name=$(basename "$model")
 artefact=$out/$name.q4_block64.qblk
 mkdir -p "$out"
 
-qconvert inspect "$model" --report "$out/inspect.json" --strict --quiet > "$out/inspect.txt"
+qconvert inspect "$model" --report "$out/inspect.json" --html "$out/inspect.html" --strict --quiet > "$out/inspect.txt"
 qconvert calibrate "$model" --activations "$here/activations.safetensors" --observer mse \
     -o "$out/calibration.safetensors" --quiet
 qconvert quantize "$model" --scheme q4_block64 --calibration "$out/calibration.safetensors" \
@@ -19,6 +19,6 @@ qconvert quantize "$model" --scheme q4_block64 --calibration "$out/calibration.s
 qconvert verify "$artefact" --against "$model" --limits "$here/release.toml" \
     --samples "$here/activations.safetensors" --rebuild \
     --calibration "$out/calibration.safetensors" --strict --quiet \
-    --report "$out/verify.json" --junit "$out/junit.xml" --manifest "$out/SHA256SUMS"
+    --report "$out/verify.json" --html "$out/verify.html" --junit "$out/junit.xml" --manifest "$out/SHA256SUMS"
 (cd "$out" && sha256sum -c SHA256SUMS)
 echo "released: $artefact"

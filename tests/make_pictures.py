@@ -24,15 +24,15 @@ ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "samples/pictures"
 SAMPLE = "samples/tiny-llama"
 WIDTH = 90
-LINES = 30  # of a picture at most
+FIRST, LAST = 20, 14  # lines of a picture at most, what is between is left out
 COMMAND = [sys.executable, "-m", "qconvert"]
 
 
-def output(*arguments: str) -> str:
+def output(folder: Path, *arguments: str) -> str:
     """What a command prints, on a terminal so wide."""
     done = subprocess.run(
         [*COMMAND, *arguments],
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, "COLUMNS": str(WIDTH), "PYTHONUTF8": "1"},
         capture_output=True,
         text=True,
@@ -44,7 +44,9 @@ def output(*arguments: str) -> str:
 def terminal(name: str, line: str, text: str) -> None:
     """A picture of a terminal with a command and what it printed."""
     lines = text.splitlines()
-    shown = lines[:LINES] + (["..."] if len(lines) > LINES else [])
+    shown = lines
+    if len(lines) > FIRST + LAST:
+        shown = [*lines[:FIRST], "...", *lines[-LAST:]]
     console = Console(record=True, width=WIDTH, file=io.StringIO(), legacy_windows=False)
     console.print(Text("$ " + line, style="bold"))
     console.print(Text("\n".join(shown)))
@@ -72,13 +74,14 @@ def page(name: str, path: Path) -> None:
 def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        made, drawn = Path(folder) / "broken.qblk", Path(folder) / "page.html"
-        terminal("inspect", f"qconvert inspect {SAMPLE}", output("inspect", SAMPLE, "--quiet"))
-        output("quantize", SAMPLE, "--scheme", "q2_tensor", "-o", str(made), "--quiet")
-        told = output("verify", str(made), "--against", SAMPLE, "--quiet", "--html", str(drawn))
-        line = f"qconvert verify broken.qblk --against {SAMPLE}"
-        terminal("verify", line, told.replace(str(made), "broken.qblk"))
-        page("page", drawn)
+        place = Path(folder)
+        shutil.copytree(ROOT / SAMPLE, place / SAMPLE)
+        terminal("inspect", f"qconvert inspect {SAMPLE}", output(place, "inspect", SAMPLE, "-q"))
+        made = ("broken.qblk", "--against", SAMPLE)
+        output(place, "quantize", SAMPLE, "--scheme", "q2_tensor", "-o", made[0], "-q")
+        told = output(place, "verify", *made, "-q", "--html", "page.html")
+        terminal("verify", f"qconvert verify {' '.join(made)}", told)
+        page("page", place / "page.html")
 
 
 if __name__ == "__main__":
