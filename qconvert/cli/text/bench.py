@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qconvert.cli.text.fitting import Column
-from qconvert.cli.text.pieces import LABEL, number, table, wrapped
+from qconvert.cli.text.pieces import fitted, number, table
 from qconvert.errors import printable
 from qconvert.quantities import counted, duration, shape_text, size
 from qconvert.report import BenchReport, Compared, FileCost
@@ -40,7 +40,8 @@ def bench_text(r: BenchReport) -> str:
         ]
     if r.compared:
         parts.append(_compared_text(r.compared))
-    return "".join(parts) + f"\nkernels    {r.kernels}\ntime       {duration(r.seconds)}\n"
+    parts.append(f"\nkernels    {r.kernels}\ntime       {duration(r.seconds)}\n")
+    return fitted("".join(parts))
 
 
 def _file_cost(f: FileCost) -> list[str]:
@@ -49,26 +50,25 @@ def _file_cost(f: FileCost) -> list[str]:
     lines.append(f"{size(f.float_nbytes)} in float32\n")
     lines.append(f"bytes      A token reads {size(f.token_bytes)} of weights.\n")
     if f.bound_tokens_per_second:
-        lines += _sentence(
+        lines.append(
             f"bound      Memory gives {f.read_gigabytes_per_second:.3g} GB a second here, so that "
             f"no program makes more than {f.bound_tokens_per_second:,.4g} tokens a second of this "
-            "file."
+            "file.\n"
         )
     if f.tokens_per_second:
-        lines += _sentence(
+        lines.append(
             f"products   qconvert's take {1000 / f.tokens_per_second:.4g} ms a token, which is "
-            f"{f.tokens_per_second:,.4g} tokens a second without attention, norms and sampling."
+            f"{f.tokens_per_second:,.4g} tokens a second without attention, norms and sampling.\n"
         )
     if not all(layer.integer for layer in f.layers):
-        lines += _sentence(
+        lines.append(
             "decoded    What is marked so has no integer product in qconvert: programs that have "
-            "one, such as llama.cpp, are faster."
+            "one, such as llama.cpp, are faster.\n"
         )
     if f.experts:
         lines.append("experts    All experts are counted; a token meets few of them.\n")
     told = ", ".join(f"{name} ({what})" for name, what in f.processor.items())
-    lines += _sentence(f"processor  It has {told or 'nothing that the system tells of'}.")
-    lines.append("\n")
+    lines.append(f"processor  It has {told or 'nothing that the system tells of'}.\n\n")
     whole = sum(layer.count * layer.seconds for layer in f.layers) or 1.0
     rows = [
         (
@@ -86,10 +86,6 @@ def _file_cost(f: FileCost) -> list[str]:
     columns += [("a token", "right"), ("share", "right"), ("speed of float32", "right")]
     lines.append(table([*columns, ("product", "left")], rows))
     return lines
-
-
-def _sentence(text: str) -> list[str]:
-    return [wrapped(text, LABEL) + "\n"]
 
 
 def _compared_text(compared: Sequence[Compared]) -> str:

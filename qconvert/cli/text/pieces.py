@@ -122,6 +122,15 @@ def wrapped(text: str, indent: str = "") -> str:
     )
 
 
+def fitted(text: str) -> str:
+    """Labelled lines, wrapped where they are too long; tables are not."""
+    width = text_width()
+    return "".join(
+        wrapped(line, LABEL) + "\n" if display_width(line) > width else line + "\n"
+        for line in text.splitlines()
+    )
+
+
 def _cells(row: Sequence[str]) -> Sequence[str]:
     return [written(printable(cell, CELL_MOST)) for cell in row]
 

@@ -10,6 +10,7 @@ from qconvert.cli.text.pieces import (
     WORST_SHOWN,
     _next,
     decibels,
+    fitted,
     in_decibels,
     number,
     table_lines,
@@ -79,7 +80,7 @@ def quantize_text(r: QuantizeReport) -> str:
         lines.append(
             _next(f"qconvert verify {printable(r.output)} --against {printable(r.source)}")
         )
-    return "".join(lines)
+    return fitted("".join(lines))
 
 
 def _equalisation(e: Equalisation) -> str:

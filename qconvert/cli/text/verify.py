@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from qconvert.cli.text.pieces import (
-    LABEL,
     WORST_SHOWN,
     decibels,
+    fitted,
     in_decibels,
     number,
     table,
@@ -60,8 +60,7 @@ def verify_text(r: VerifyReport) -> str:
     if r.embedding_quality:
         lines.append(_embedding_quality(r.embedding_quality))
     lines.append(f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n")
-    lines.append(_headline(r))
-    return "".join(lines)
+    return fitted("".join(lines)) + _headline(r)
 
 
 def _headline(r: VerifyReport) -> str:
@@ -75,7 +74,7 @@ def _classes(v: Verdict | None) -> str:
     if v is None or not v.class_db:
         return ""
     told = ", ".join(f"{of} {in_decibels(db)}" for of, db in v.class_db.items())
-    return wrapped(f"classes    {told}", LABEL) + "\n"
+    return f"classes    {told}\n"
 
 
 def _remedies(tensors: Sequence[VerifiedTensor], failing: Sequence[VerifiedTensor]) -> list[str]:
@@ -134,7 +133,7 @@ def _outputs_text(tensors: Sequence[VerifiedTensor]) -> list[str]:
             what = "exact, but its SQNR is not known without recorded inputs (--samples)"
         else:
             what = f"nothing is lost in the {kind}"
-        lines.append(wrapped(f"{head} {what} ({of})", LABEL) + "\n")
+        lines.append(f"{head} {what} ({of})\n")
     return lines
 
 
