@@ -30,6 +30,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from qconvert.remedies import taking
 from qconvert.roles import place_of
 from qconvert.tensor_classes import ATTENTION, EMBEDDING, HEAD, MLP, OTHER, class_of
 
@@ -183,7 +184,7 @@ class Judged:
     Attributes:
         figures: SQNR in dB and name of every tensor that lost anything, the poorest first.
         lost: names of those whose weights are gone, the poorest first.
-        classes: SQNR of each class of tensors, see `BrokenClass`.
+        classes: SQNR of each class of tensors together, in dB; `rest` without those that are lost.
         broken: classes that are below their floor, the poorest first.
         poor: names of tensors that are not lost and still do worse than their width should.
         warning: about those that are not told of as broken.
@@ -193,6 +194,7 @@ class Judged:
     figures: list[tuple[float, str]]
     lost: list[str]
     classes: dict[str, float]
+    rest: dict[str, float]
     broken: list[BrokenClass]
     poor: list[str]
     warning: str | None
@@ -213,8 +215,8 @@ def judge(tensors: Iterable[Measured], remedy: Callable[[str, float], str] | Non
     lost = [t.name for db, t in lossy if db + t.allowance_db < LOST_DB]
     judged = [(db, t) for db, t in lossy if not t.repaired]
     gone = set(lost)  # each is told of by itself
-    classes = _classes([t for t in found if not t.repaired and t.name not in gone])
-    broken = _broken([t for _, t in judged if t.name not in gone], classes)
+    rest = _classes([t for t in found if not t.repaired and t.name not in gone])
+    broken = _broken([t for _, t in judged if t.name not in gone], rest)
     told = {name for b in broken for name in b.tensors} | gone
     poor = [
         (db, t)
@@ -224,7 +226,8 @@ def judge(tensors: Iterable[Measured], remedy: Callable[[str, float], str] | Non
     return Judged(
         [(db, t.name) for db, t in lossy],
         lost,
-        classes,
+        _classes([t for t in found if not t.repaired]),
+        rest,
         broken,
         [t.name for _, t in poor],
         _poorer(poor, remedy) if poor else None,
@@ -265,7 +268,7 @@ def _poorer(
     db, worst = poor[0]
     which = "1 tensor is" if len(poor) == 1 else f"{len(poor)} tensors are"
     expected = expected_db(worst.bits)
-    option = remedy(worst.name, expected) if remedy else f"--tensor-scheme '{worst.name}=NAME'"
+    option = remedy(worst.name, expected) if remedy else taking(worst.name, "NAME")
     return (
         f"{which} poorer than so many bits should be: '{worst.name}' has {db:.1f} dB as "
         f"{worst.stored}, where {expected - worst.allowance_db:.0f} dB are expected; quantize "

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 def size(nbytes: int) -> str:
     """Bytes in decimal units, three digits."""
     value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5 or unit == "GB":
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5 or unit == "TB":
             break
         value /= 1000
     return (

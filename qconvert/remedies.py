@@ -50,6 +50,7 @@ _GGUF = (
     _Rung("bf16", 16, 50.0),
     _Rung("f32", 32, math.inf),
 )
+PATTERNS = 2000  # of names in a model; with more of them it has no layers
 FINE_DB = 15.0  # what four bits should at least have, for tensors whose weights are gone
 ADVISED = {"qblk": "c4_block16", "gguf": "q4_k_m"}  # of few bits, for a whole model
 _LADDERS = {"qblk": _QBLK, "gguf": _GGUF}
@@ -66,11 +67,24 @@ def remedy(container: str, name: str, columns: int, bits: float, needed_db: floa
         bits: per weight that it takes now.
         needed_db: SQNR that it should have.
     """
-    glob = _SPECIAL.sub(lambda found: f"[{found[0]}]", name)
     if container not in _LADDERS:  # a directory, whose readers take one scheme, or none
-        return f"--keep {_quoted(glob)}"
-    scheme = _advised(container, columns, bits, needed_db)
-    return f"--tensor-scheme {_quoted(f'{glob}={scheme}')}"
+        return keeping(name)
+    return taking(name, _advised(container, columns, bits, needed_db))
+
+
+def keeping(name: str) -> str:
+    """The option of `quantize` that leaves a tensor as it is, for a shell."""
+    return f"--keep {_quoted(_glob(name))}"
+
+
+def taking(name: str, scheme: str) -> str:
+    """The option of `quantize` that gives a tensor a scheme, for a shell."""
+    return f"--tensor-scheme {_quoted(f'{_glob(name)}={scheme}')}"
+
+
+def _glob(name: str) -> str:
+    """The glob of one name, whose signs stand for themselves."""
+    return _SPECIAL.sub(lambda found: f"[{found[0]}]", name)
 
 
 def joined(remedies: Mapping[str, str | None]) -> list[str]:
@@ -86,16 +100,31 @@ def joined(remedies: Mapping[str, str | None]) -> list[str]:
     for name, option in remedies.items():
         needed.setdefault(pattern[name], set()).add(_scheme_of(option))
     found: dict[str, None] = {}
+    shared: dict[str, str | None] = {}
     for name, option in remedies.items():
         if option is None:
             continue
-        asked = _scheme_of(option)
-        # A star reaches over dots, so that a glob may be of tensors with another pattern too.
-        same = all(n == {asked} for p, n in needed.items() if fnmatchcase(p, pattern[name]))
-        if asked and same and pattern[name] != name and not _SPECIAL.search(name):
-            option = f"{asked[0]} {_quoted(pattern[name] + asked[1])}"
-        found[option] = None
+        if pattern[name] not in shared:
+            shared[pattern[name]] = _shared(pattern[name], name, needed)
+        found[shared[pattern[name]] or option] = None
     return list(found)
+
+
+def _shared(
+    pattern: str, name: str, needed: Mapping[str, set[tuple[str, str] | None]]
+) -> str | None:
+    """The option for all tensors of a pattern; None where they do not need the same, or the pattern
+    is one tensor's name.
+    """
+    asked, *others = needed[pattern]
+    if others or asked is None or pattern == name or _SPECIAL.search(name):
+        return None
+    # A star reaches over dots, so that a glob may be of tensors with another pattern too.
+    if len(needed) > PATTERNS or any(
+        n != {asked} for p, n in needed.items() if fnmatchcase(p, pattern)
+    ):
+        return None
+    return f"{asked[0]} {_quoted(pattern + asked[1])}"
 
 
 def _scheme_of(option: str | None) -> tuple[str, str] | None:

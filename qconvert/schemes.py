@@ -314,7 +314,11 @@ def parse_scheme(text: str) -> Scheme:
     if name in SCHEMES:
         return SCHEMES[name]
     near = difflib.get_close_matches(name, SCHEMES, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"schemes: {SCHEME_GRAMMAR}"
+    hint = (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else "qconvert quantize --list-schemes shows all"
+    )
     begun = [] if near else [n for n in SCHEMES if name and n.startswith(f"{name}_")]
     if begun:  # the name of a format, or of a part of one
         hint = f"schemes that begin so: {' '.join(begun)}"

@@ -91,6 +91,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before workers start, which have a processor each: threads there would wait by spinning, on
     processors that other workers could use.
     """
+    os.environ.pop("COLUMNS", None)  # a worker is given a width: tables are of a pipe here
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of torch
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of NumPy, as the command does
     if hasattr(config.option, "loadscopereorder"):  # xdist would begin with the most tests

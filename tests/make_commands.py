@@ -41,7 +41,7 @@ def commands() -> dict[str, Any]:
 
 def sections(command: Any) -> dict[str, str]:
     """The help of a command by heading: its first part is ``Description``."""
-    text = re.sub(r"\\\n", "", command.help.replace("\b", "").strip())
+    text = command.help.replace("\b", "").strip()
     found, heading = {"Description": ""}, "Description"
     for paragraph in re.split(r"\n\s*\n", text):
         lines = paragraph.strip("\n").splitlines()

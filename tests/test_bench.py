@@ -27,7 +27,7 @@ from qconvert.progress import Silent
 from qconvert.report import BenchReport, Measurement, SkippedLine
 from qconvert.schemes import SCHEMES
 from qconvert.stages.bench import BenchOptions, bench, end_to_end
-from qconvert.stages.bench.compare import compare
+from qconvert.stages.bench.compare import compare, read_earlier
 from qconvert.stages.bench.kernel_lines import COPY, nearest_ggml_type
 from qconvert.stages.bench.lines import Line, Section, measure
 from qconvert.stages.bench.peers import Source, gguf_py, llama_quantize
@@ -390,7 +390,7 @@ def test_a_line_is_slower_beyond_threshold_and_noise(
     earlier = {"schema": "qconvert.bench/1", "machine": "here", "threads": 1, "measurements": [old]}
     path = tmp_path / "old.json"
     path.write_text(json.dumps(earlier))
-    compare(report, path, threshold)
+    compare(report, read_earlier(path), path, threshold)
     assert [c.slower for c in report.compared] == [slower]
     assert report.compared[0].ratio == pytest.approx(1 / sorted(then)[1])
     assert (report.status == "fail") == slower
@@ -413,8 +413,9 @@ def test_a_report_that_cannot_be_compared_is_refused(
     path = tmp_path / "old.json"
     path.write_text(json.dumps(document))
     line = Measurement("s", "a", [1.0], 1.0, 1.0, "Gop/s")
+    report = BenchReport("native", "here", 1, 1, [line], [])
     with pytest.raises(FormatError, match=told):
-        compare(BenchReport("native", "here", 1, 1, [line], []), path, 0.1)
+        compare(report, read_earlier(path), path, 0.1)
 
 
 def test_a_processor_tells_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -426,3 +427,29 @@ def test_a_processor_tells_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert model_name() == "Some CPU"
     path.write_text("Features : fp asimd asimddp\n")
     assert list(features()) == ["NEON", "NEON dotprod"]
+
+
+def test_matrices_of_one_size_are_one_kind_whatever_their_shape(tmp_path: Path) -> None:
+    tensors = {
+        "layers.0.experts.weight": np.ones((2, 128, 256), np.float32),
+        "layers.0.up.weight": np.ones((256, 256), np.float32),
+        "transformer.wpe.weight": np.ones((256, 256), np.float32),
+        "lm_head.weight": np.ones((64, 256), np.float32),
+    }
+    save_file(tensors, tmp_path / "m.safetensors")
+    made = tmp_path / "m.qblk"
+    qconvert.quantize(tmp_path / "m.safetensors", "q8_channel", output=made)
+    cost = qconvert.bench(made, runs=1).file
+    assert cost is not None
+    assert sorted(layer.count for layer in cost.layers) == [1, 2]  # positions are looked up
+
+
+def test_lines_that_cannot_be_compared_are_told(tmp_path: Path) -> None:
+    lines = [Measurement("s", n, [1.0], 1.0, 1.0, "Gop/s") for n in "ab"]
+    report = BenchReport("native", "here", 1, 1, lines, [])
+    old = {"section": "s", "name": "a", "times": [1.0]}
+    path = tmp_path / "old.json"
+    document = {"schema": "qconvert.bench/1", "machine": "here", "threads": 1}
+    path.write_text(json.dumps({**document, "measurements": [old]}))
+    compare(report, read_earlier(path), path, 0.1)
+    assert report.warnings == ["1 of 2 lines cannot be compared: old.json has no such line"]

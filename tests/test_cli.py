@@ -164,7 +164,7 @@ def test_2_without_arguments_is_help_on_stderr(run: Run) -> None:
         ("quantize m.safetensors", ["--scheme"]),
         ("quantize m.safetensors --scheme q4_blok64", ["did you mean q4_block64"]),
         ("quantize m.safetensors --scheme Q8_chanel", ["did you mean q8_channel"]),
-        ("quantize m.safetensors --scheme xyzzy", ["schemes: "]),
+        ("quantize m.safetensors --scheme xyzzy", ["--list-schemes"]),
         ("quantize m.safetensors --scheme q4_0 -o n.qblk", ["q4_0", "gguf"]),
         ("quantize m.safetensors --scheme q4_block32 -o n.gguf", ["q4_block32", "qblk"]),
         ("quantize m.safetensors --scheme q4_block32 -o n.bin", ["in .qblk", "--format mlx"]),

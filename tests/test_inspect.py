@@ -9,10 +9,12 @@ import json
 import math
 import os
 import re
+import shlex
 import struct
 import subprocess
 import termios
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -527,3 +529,22 @@ def test_the_grid_of_a_histogram_is_what_the_file_has(tmp_path: Path) -> None:
     assert grid.scheme == "q4_channel_sym"
     assert (grid.low, grid.high) == pytest.approx((np.median(ends[0]), np.median(ends[1])))
     assert (grid.widest_low, grid.widest_high) == pytest.approx((ends[0].min(), ends[1].max()))
+
+
+def test_an_option_to_paste_is_one_word_whatever_the_name(tmp_path: Path, call: Call) -> None:
+    name = "model.x'; touch PWN #[0]*.weight"
+    tensor = gaussian(1, 64, 64)
+    tensor[3, 3] = np.nan
+    source = save(tmp_path / "m.safetensors", {name: tensor, "other.weight": gaussian(2, 64, 64)})
+    found = call("inspect", source, "--json").json["findings"]
+    (finding,) = [f for f in found if f["kind"] == "nonfinite"]
+    option = finding["advice"].partition("keep the tensor with ")[2]
+    flag, glob = shlex.split(option)
+    assert flag == "--keep"
+    assert [n for n in (name, "other.weight", name + "x") if fnmatchcase(n, glob)] == [name]
+
+
+def test_list_schemes_takes_nothing_else(tmp_path: Path, call: Call) -> None:
+    for more in (["m.safetensors"], ["--scheme", "q4_0"], ["-o", tmp_path / "x"], ["--html", "y"]):
+        assert call("quantize", "--list-schemes", *more).code == 2
+    assert not list(tmp_path.iterdir())

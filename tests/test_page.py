@@ -356,3 +356,47 @@ def test_rows_that_are_not_laid_out_are_found(browse: Browse) -> None:
         """,
     )
     assert found == [200, 1, 1000]
+
+
+# --- what is not a number, and what nobody measured -----------------------------------------------
+
+
+def test_figures_that_are_infinite_have_a_field() -> None:
+    """As the SQNR of a tensor of zeros whose file has others."""
+    few = {"layers.0.a": -np.inf, "layers.1.a": 1.0, "layers.2.a": np.nan}
+    assert layer_map(few, str, "m") is None
+    values = {"layers.0.a": -np.inf, "layers.1.a": 1.0, "layers.2.a": 2.0, "layers.3.a": np.inf}
+    drawn = layer_map(values, lambda v: f"{v:g} dB", "m")
+    assert drawn is not None
+    colours = re.findall(r'fill="(#\w+)"><title>', drawn)
+    assert colours == ["#440154", "#440154", "#fde725", "#fde725"]
+    assert "<title>layers.0.a: -inf dB</title>" in drawn
+
+
+def test_what_was_not_measured_is_not_exact(tmp_path: Path, quantized: Path) -> None:
+    alone = qconvert.verify(quantized)
+    made = qconvert.quantize(SAMPLE, "q4_block64", output=tmp_path / "m.qblk", dry_run=True)
+    for report in (alone, made):
+        page = "".join(document(report))
+        assert "exact" not in [cell for row in read(page).cells for cell in row]
+        assert "<dd>exact</dd>" not in page
+
+
+def test_names_of_files_and_sections_are_text(tmp_path: Path) -> None:
+    report = qconvert.bench(shape=(64, 64), runs=1, rows=2)
+    for line in report.measurements:
+        line.section = "\u202e<b>\udcff"
+    page = "".join(document(report))
+    page.encode("utf-8")
+    assert "\u202e" not in page
+    assert "<b>" not in page
+
+
+def test_values_one_step_apart_have_a_histogram(tmp_path: Path) -> None:
+    weights = np.full((64, 64), 1 + 2.0**-52)
+    save_file({"w": weights}, tmp_path / "m.safetensors")
+    qconvert.quantize(tmp_path / "m.safetensors", "f32", output=tmp_path / "m.qblk")
+    made = qconvert.verify(tmp_path / "m.qblk", against=tmp_path / "m.safetensors", histograms=True)
+    for tensor in made.tensors:
+        if tensor.histogram:
+            assert sum(tensor.histogram.before) == sum(tensor.histogram.after) == weights.size

@@ -327,3 +327,20 @@ def test_remedies_of_all_layers_of_a_role_are_one_option() -> None:
         "layers.0.experts.1.w.weight": None,
     }
     assert joined(nested) == ["--tensor-scheme 'layers.0.w.weight=q4_k'"]
+
+
+def test_a_class_has_its_lost_tensors_too() -> None:
+    """All of attention at 1.8 dB is an attention of 1.8 dB."""
+    lost = [Measured(f"layers.{i}.self_attn.q_proj.weight", "tq2_0", 2, 1.8) for i in range(4)]
+    good = [Measured(f"layers.{i}.mlp.up_proj.weight", "q4", 4, 21.0) for i in range(4)]
+    judged = judge([*lost, *good])
+    assert judged.classes == {"attention": pytest.approx(1.8), "MLP": pytest.approx(21.0)}
+    assert judged.rest == {"MLP": pytest.approx(21.0)}  # the others are told of one by one
+    assert len(judged.lost) == 4
+
+
+def test_a_limit_that_is_no_number_is_refused(tmp_path: Path, call: Call) -> None:
+    for option in ("--min-sqnr", "--max-nmse", "--min-output-sqnr"):
+        done = call("verify", LLAMA, "--against", LLAMA, option, "nan")
+        assert (done.code, done.out) == (2, "")
+        assert option in done.err

@@ -655,6 +655,10 @@ def quantize(
       qconvert quantize --list-schemes
     """
     if list_schemes:
+        if model or scheme or output or html:
+            raise UsageError(
+                "--list-schemes shows schemes alone", hint="leave MODEL and its options away"
+            )
         return _list_schemes(json, report, force, quiet)
     if model is None:
         raise UsageError("missing argument 'MODEL'", hint="see qconvert quantize --help")

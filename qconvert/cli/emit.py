@@ -71,7 +71,7 @@ class Emitter:
                 tell(f"warning: {warning}")
         if self.strict and report.warnings:
             # Quiet or not: an exit code of 1 without a word would leave a script in the dark.
-            told = f": {report.warnings[0]}" if self.quiet else ""
+            told = f": {'; '.join(report.warnings)}" if self.quiet else ""
             count = len(report.warnings)
             which = "a warning is a failure" if count == 1 else f"{count} warnings are a failure"
             tell(f"failed: under --strict {which}{told}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,15 @@ def verify(
     check_bounds("--seqlen", seqlen, 4)
     check_bounds("--nsamples", nsamples, 1)
     check_bounds("--threads", threads, 1)
+    for name, limit in (
+        ("--min-sqnr", min_sqnr),
+        ("--max-nmse", max_nmse),
+        ("--min-output-sqnr", min_output_sqnr),
+        ("--max-kl", max_kl),
+        ("--min-cosine", min_cosine),
+    ):
+        if limit is not None and math.isnan(float(limit)):
+            raise UsageError(name, found="nan", wanted="a number")
     products = activations or "auto"
     if text is not None and products in ("none", "static"):
         products = "auto"  # a product is made of every tensor: embeddings have no static parameters

@@ -109,6 +109,8 @@ def inspect_page(r: InspectReport) -> Page:
 
 
 def _findings(r: InspectReport) -> list[Finding]:
+    if r.findings is None:
+        return [Finding("note", "What stands out was not looked for in codes of another method.")]
     if r.statistics and not r.findings:
         return [Finding("good", "No tensor stands out by outliers, tails or dead channels.")]
     return [Finding("note", f"{f.message}. Try: {f.advice}") for f in r.findings]
@@ -132,7 +134,7 @@ def _compared(c: Comparison) -> Table:
             Cell(t.b_dtype),
             Cell(size(t.a_bytes), t.a_bytes),
             Cell(size(t.b_bytes), t.b_bytes),
-            decibels(t.sqnr_db) if t.comparable else Cell("–"),
+            decibels(t.sqnr_db, measured=t.comparable),
             number(t.differing, 12),
             number(t.max_error, 3),
         ]

@@ -108,6 +108,8 @@ def number(value: float | None, digits: int = 4) -> Cell:
     return Cell("–") if value is None else Cell(f"{value:.{digits}g}", value)
 
 
-def decibels(value: float | None) -> Cell:
+def decibels(value: float | None, measured: bool) -> Cell:
     """An SQNR; nothing lost is more than any number of decibels."""
+    if not measured:
+        return Cell("–")
     return Cell("exact", 1e9) if value is None else Cell(f"{value:.2f}", value)

@@ -51,9 +51,11 @@ def quantize_page(r: QuantizeReport) -> Page:
         Fact("size", size(r.output_bytes), f"{share:.1f} % of {size(r.source_bytes)}"),
         Fact("bits per weight", _plain(r.model_bits_per_weight), "over the whole model"),
         Fact("tensors quantized", f"{len(quantized):,}", f"of {len(r.tensors):,}"),
-        Fact("SQNR", _db(r.sqnr_db), "power of all quantized weights over that of their errors"),
         Fact("scheme", r.scheme, f"as {r.container}"),
     ]
+    if not r.dry_run and r.sqnr_db is not None:
+        told = "power of all quantized weights over that of their errors"
+        facts.append(Fact("SQNR", f"{r.sqnr_db:.2f} dB", told))
     if r.prediction and r.prediction.kl is not None:
         basis = f"KL divergence by {r.prediction.basis}"
         facts.append(Fact("predicted loss", f"{r.prediction.kl:.3g} nats", basis))
@@ -116,7 +118,7 @@ def _row(t: QuantizedTensor) -> Sequence[Cell]:
         Cell(t.stored),
         Cell(size(t.nbytes), t.nbytes),
         number(t.bits_per_weight),
-        decibels(t.sqnr_db),
+        decibels(t.sqnr_db, measured=t.max_error is not None),
         *(number(v) for v in figures),
         number(t.max_error, 3),
         number(t.clipped, 7),
@@ -127,7 +129,3 @@ def _row(t: QuantizedTensor) -> Sequence[Cell]:
 
 def _plain(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
-
-
-def _db(value: float | None) -> str:
-    return "exact" if value is None else f"{value:.2f} dB"

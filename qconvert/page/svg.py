@@ -16,6 +16,7 @@ from qconvert.roles import place_of
 _VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 LABEL = 200  # pixels of the names beside a picture
 WIDE = 760
+ROLES_SHOWN = 100  # rows of a map
 CELL = 22  # pixels of a field of a map at most
 
 
@@ -30,7 +31,7 @@ def _colour(share: float) -> str:
 def _svg(width: float, height: float, inner: Sequence[str], label: str) -> Markup:
     return Markup(
         f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" role="img" '
-        f'aria-label="{escape(label)}">{"".join(inner)}</svg>'
+        f'aria-label="{escape(printable(label))}">{"".join(inner)}</svg>'
     )
 
 
@@ -50,7 +51,8 @@ def layer_map(
     """A field for each tensor: layers from left to right, a row for each role.
 
     Tensors outside of the layers stand in a column before them. A field of several tensors, as of
-    experts, has the least of their values. None where fewer than two tensors have one.
+    experts, has the least of their values. None where fewer than two tensors have a finite one, or
+    there are too many roles for a picture.
 
     Args:
         text: of a value, with its unit.
@@ -59,31 +61,34 @@ def layer_map(
     """
     fields: dict[tuple[str, int], tuple[float, str, int]] = {}
     for name, value in values.items():
-        if value is None or (logarithmic and value <= 0):
+        if value is None or math.isnan(value) or (logarithmic and value <= 0):
             continue
         place = place_of(name)
         key = place.role, -1 if place.layer is None else place.layer
         least, which, count = fields.get(key, (math.inf, "", 0))
         fields[key] = (*min((least, which), (value, name)), count + 1)
-    if len(fields) < 2:
-        return None
-    roles = list(dict.fromkeys(role for role, _ in fields))
+    rows = {role: i for i, role in enumerate(dict.fromkeys(role for role, _ in fields))}
     columns = {layer: i for i, layer in enumerate(sorted({layer for _, layer in fields}))}
     scaled: Callable[[float], float] = math.log10 if logarithmic else float
-    found = [scaled(v) for v, _, _ in fields.values()]
+    found = [scaled(v) for v, _, _ in fields.values() if math.isfinite(v)]
+    if len(found) < 2 or len(rows) > ROLES_SHOWN:
+        return None
     spare = max(least_span - (max(found) - min(found)), 0.0)
     low, high = min(found) - spare / 2, max(found) + spare / 2
     side = max(min(CELL, (WIDE - LABEL) / len(columns)), 8)
-    top = len(roles) * CELL
+    top = len(rows) * CELL
     parts = [
         f'<text x="{LABEL - 6}" y="{i * CELL + 15}" text-anchor="end">{_name(role)}</text>'
-        for i, role in enumerate(roles)
+        for role, i in rows.items()
     ]
     for (role, layer), (least, which, count) in fields.items():
         share = (scaled(least) - low) / (high - low) if high > low else 0.5
+        share = min(
+            max(share, 0.0), 1.0
+        )  # of nothing left, and of nothing lost, which are infinite
         more = f", the least of {count}" if count > 1 else ""
         parts.append(
-            f'<rect x="{LABEL + columns[layer] * side:g}" y="{roles.index(role) * CELL}" '
+            f'<rect x="{LABEL + columns[layer] * side:g}" y="{rows[role] * CELL}" '
             f'width="{side - 1:g}" height="{CELL - 1}" fill="{_colour(share)}">'
             f"<title>{escape(printable(which))}: {escape(text(least))}{more}</title></rect>"
         )

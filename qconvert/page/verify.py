@@ -159,7 +159,7 @@ def _row(t: VerifiedTensor) -> Sequence[Cell]:
         Cell(t.name),
         drawn,
         Cell(t.stored),
-        decibels(t.sqnr_db),
+        decibels(t.sqnr_db, measured=t.max_error is not None),
         number(t.nmse, 3),
         number(t.max_error, 3),
         number(t.worst_step, 3),

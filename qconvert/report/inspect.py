@@ -318,7 +318,8 @@ class InspectReport(Report):
 
     Attributes:
         scheme: that was asked for, of which ``sqnr_db`` and suggestions speak.
-        findings: what stands out, where statistics were taken.
+        findings: what stands out, where statistics were taken; None where nobody looked, since the
+            tensors are codes of another method.
         facts: what the file says of itself, by what people call it.
         types: how many tensors there are of each, the most bytes first.
         inputs: of a calibration or an importance matrix, which are shown in place of tensors.
@@ -339,7 +340,7 @@ class InspectReport(Report):
     notes: list[str] = field(default_factory=list)
     curve: SizeCurve | None = None
     scheme: str | None = None
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Finding] | None = field(default_factory=list)
     by: str | None = None
     groups: list[TensorGroup] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)

@@ -151,9 +151,15 @@ class _Comparison:
         )
         differing = int(np.count_nonzero((x != y) & ~(np.isnan(x) & np.isnan(y))))
         finite = np.isfinite(x) & np.isfinite(y)
-        with np.errstate(over="ignore"):
-            narrow = [np.where(finite, v, 0).astype(np.float32) for v in (x, y)]
-        signal, noise, worst = kernels.error_sums(narrow[0], narrow[1])
+        x, y = np.where(finite, x, 0), np.where(finite, y, 0)
+        if "F64" in (a.dtype, b.dtype):
+            with np.errstate(over="ignore"):
+                apart = np.abs(x - y)
+                signal, noise = float(np.sum(x * x)), float(np.sum(apart * apart))
+            worst = float(apart.max(initial=0.0))
+        else:
+            narrow = [v.astype(np.float32) for v in (x, y)]
+            signal, noise, worst = kernels.error_sums(narrow[0], narrow[1])
         return a, tile, ErrorSums(tile.stop - tile.start, signal, noise, worst), differing
 
     def _told(

@@ -13,6 +13,7 @@ from qconvert.files.shards import MAX_COMPANION_BYTES
 from qconvert.files.strict_json import strict_json
 from qconvert.mixes import MIXES
 from qconvert.report import TypeTally
+from qconvert.stages.quantize_options import PRESETS
 
 FILE_TYPES = {mix.file_type: name for name, mix in reversed(MIXES.items())}
 TEMPLATE = "tokenizer.chat_template"
@@ -49,7 +50,8 @@ def _of_gguf(keys: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         yield "tokenizer", f"{told}, {size}" if size else told
         yield "chat template", "yes" if TEMPLATE in keys else "no"
     if file_type := keys.get("general.file_type"):
-        name = FILE_TYPES.get(int(file_type)) if file_type.isdecimal() else None
+        short = file_type.isdecimal() and len(file_type) < DIGITS
+        name = FILE_TYPES.get(int(file_type)) if short else None
         yield "file type", f"{name} ({file_type})" if name else file_type
 
 
@@ -77,8 +79,15 @@ def _of_companions(model: OpenModel) -> Iterator[tuple[str, str]]:
         yield "quantized", str(method)
 
 
+DIGITS = 20  # of a number that means anything; longer ones are shown as they are
+
+
+DIGITS = 20  # of a number that means anything; longer ones are shown as they are
+
+
 def _tokens(number: str | None) -> str | None:
-    return f"{int(number):,} tokens" if number and number.isdecimal() else number
+    short = number and number.isdecimal() and len(number) < DIGITS
+    return f"{int(number):,} tokens" if number and short else number
 
 
 def _json(model: OpenModel, name: str) -> dict[str, Any]:
@@ -134,5 +143,7 @@ def _words(options: Mapping[str, Any]) -> Iterator[str]:
     scheme_first = sorted(options.items(), key=lambda o: o[0] not in ("scheme", "budget"))
     for key, value in scheme_first:
         option = f"--{key.replace('_', '-')}"
+        if key == "budget":  # recorded in one field, whichever of its options it was
+            option = "--preset" if value in PRESETS else "budget"
         for one in value if isinstance(value, list) else [value]:
             yield option if one is True else f"{option} {one}"

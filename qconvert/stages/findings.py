@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from qconvert.errors import printable
 from qconvert.floors import expected_db
+from qconvert.remedies import keeping, taking
 from qconvert.report import ChannelSummary, Finding, TensorSummary
 from qconvert.schemes import AffineScheme, Scheme
 
@@ -40,7 +41,7 @@ class _Rule:
         figure: what is measured of a tensor; None where it is not concerned.
         what: after the number of tensors, singular and plural.
         unit: a figure in words.
-        advice: what to do; ``{name}`` is the worst tensor.
+        advice: what to do; ``{keep}`` and ``{q8}`` are options for the worst tensor.
         rising: whether larger figures are worse.
     """
 
@@ -75,7 +76,9 @@ def _finding(rule: _Rule, hits: Sequence[tuple[float, TensorSummary]]) -> Findin
         [t.name for _, t in hits],
         [f for f, _ in hits],
         f"{which} {what}: {named}{more}",
-        rule.advice.format(name=printable(worst.name)),
+        rule.advice.format(
+            keep=printable(keeping(worst.name)), q8=printable(taking(worst.name, "q8_block32"))
+        ),
     )
 
 
@@ -146,8 +149,8 @@ def _of_scheme(scheme: Scheme) -> list[_Rule]:
             poor,
             (f"would be poor as {scheme.name}, below {floor:g} dB",) * 2,
             lambda db: f"{db:.1f} dB",
-            f"give what is poor more bits or smaller blocks, such as --tensor-scheme "
-            f"'{{name}}=q{max(scheme.bits, 8)}_block32', or take smaller blocks for all",
+            "give what is poor more bits or smaller blocks, such as {q8}, or take smaller blocks "
+            "for all",
             rising=False,
         )
     ]
@@ -159,7 +162,7 @@ _RULES = (
         _nonfinite,
         ("has NaN or Inf", "have NaN or Inf"),
         lambda n: f"{n:,.0f} values",
-        "quantize refuses such weights: mend the source, or keep the tensor with --keep '{name}'",
+        "quantize refuses such weights: mend the source, or keep the tensor with {keep}",
     ),
     _Rule(
         "outlier-channels",
@@ -176,7 +179,7 @@ _RULES = (
         ("has single weights far out", "have single weights far out"),
         _times,
         "what shares a scale with them loses bits: take small blocks (c4_block16, q4_block32), not "
-        "a scale for a row or tensor, or --tensor-scheme '{name}=q8_block32'",
+        "a scale for a row or tensor, or {q8}",
     ),
     _Rule(
         "heavy-tails",

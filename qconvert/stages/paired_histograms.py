@@ -32,7 +32,7 @@ def paired_histogram(
         return None
     low = float(min(before.min(), after.min()))
     high = float(max(before.max(), after.max()))
-    if low == high:
+    if high - low <= BINS * float(np.spacing(max(abs(low), abs(high)))):  # no room for bins
         low, high = low - 1, high + 1
     counted = [np.histogram(values, BINS, (low, high))[0].tolist() for values in (before, after)]
     return PairedHistogram(low, high, *counted)

@@ -61,9 +61,7 @@ def _broken(judged: Judged, failed: list[Check]) -> list[str]:
     """Why a model is broken: weights before predictions, for they cause them."""
     found = []
     if judged.lost:
-        count = len(judged.lost)
-        which = "1 tensor are" if count == 1 else f"{count:,} tensors are"
-        found.append(f"the weights of {which} lost")
+        found.append(f"the weights of {counted(len(judged.lost), 'tensor')} are lost")
     found += [str(b) for b in judged.broken]
     found += [c.detail for c in failed if c.id not in ("quality", "usable")]
     return found

@@ -49,6 +49,7 @@ from qconvert.kernels.records import Activations, ErrorSums
 from qconvert.limits import Limits
 from qconvert.model import DTYPES, Model, TensorInfo, layer_name
 from qconvert.progress import Progress, Silent
+from qconvert.quantities import counted
 from qconvert.remedies import remedy
 from qconvert.report import Check, Verdict, VerifiedTensor, VerifyReport
 from qconvert.running.hugging_face import require
@@ -628,10 +629,12 @@ class _Job:
 
     def _usable(self, judged: Judged) -> None:
         """Fail where a class of tensors has lost so much that no model is known to bear it."""
-        if not judged.classes:
+        if not judged.rest:
             return
-        of, db = min(judged.classes.items(), key=lambda item: item[1] - USABLE_DB[item[0]])
+        of, db = min(judged.rest.items(), key=lambda item: item[1] - USABLE_DB[item[0]])
         detail = f"SQNR of the {of} together, in dB"
+        if judged.lost:
+            detail += f", without {counted(len(judged.lost), 'tensor')} that are lost"
         if len(judged.broken) > 1:
             detail += f"; {len(judged.broken)} classes of tensors miss it"
         figure = db if math.isfinite(db) else None

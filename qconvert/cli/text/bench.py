@@ -13,7 +13,7 @@ from qconvert.report import BenchReport, Compared, FileCost
 
 def bench_text(r: BenchReport) -> str:
     threads = counted(r.threads, "thread")
-    parts = [f"{r.machine}; {threads}, medians of {r.runs} runs that took turns\n"]
+    parts = [f"{r.machine}; {threads}, medians of {counted(r.runs, 'run')} that took turns\n"]
     if r.file:
         parts += _file_cost(r.file)
     sections = dict.fromkeys([m.section for m in r.measurements] + [s.section for s in r.skipped])

@@ -22,7 +22,7 @@ NAME_LEAST, TEXT_LEAST = 28, 16  # columns to which names, and other words, may 
 def text_width() -> int:
     """Columns for a text: those of the terminal, or of ``COLUMNS`` where that is set."""
     told = os.environ.get("COLUMNS", "")
-    if sys.stdout.isatty() or (told.isdecimal() and int(told) > 0):
+    if sys.stdout.isatty() or (told.isdecimal() and len(told) < 9 and int(told) > 0):
         return max(shutil.get_terminal_size().columns, LEAST_WIDTH)
     return PIPE_WIDTH
 

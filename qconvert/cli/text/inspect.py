@@ -20,6 +20,7 @@ CURVE_BAR = 16  # characters
 NOTHING_FOUND = (
     "nothing stands out: no outliers, heavy tails, dead channels, constant blocks, NaN or Inf"
 )
+NOT_LOOKED = "what stands out was not looked for: these are codes of another method"
 
 
 def inspect_text(r: InspectReport, histograms: bool = True) -> Iterator[str]:
@@ -71,6 +72,9 @@ def fact_lines(r: InspectReport) -> Iterator[str]:
 
 def _finding_lines(r: InspectReport) -> Iterator[str]:
     """What stands out, and what to do about it."""
+    if r.findings is None:
+        yield wrapped(NOT_LOOKED) + "\n\n"
+        return
     if not r.findings:
         yield wrapped(NOTHING_FOUND) + "\n\n"
         return

@@ -16,7 +16,7 @@ from qconvert.cli.text.pieces import (
     table_lines,
 )
 from qconvert.errors import printable
-from qconvert.quantities import duration, shape_text, size
+from qconvert.quantities import counted, duration, shape_text, size
 from qconvert.report import Equalisation, Finetuning, Prediction, QuantizedTensor, QuantizeReport
 
 NOTES_SHOWN = 3
@@ -31,7 +31,8 @@ def quantize_text(r: QuantizeReport) -> str:
     written = "" if r.written else " (nothing written)"
     lines.append(f"{printable(r.source)} -> {printable(r.output)}{written}\n")
     lines.append(f"quantized  {_count(quantized)}: {_tally(t.stored for t in quantized)}\n")
-    lines.append(f"kept       {_count(kept)}: {_tally(t.reason for t in kept)}\n")
+    if kept:
+        lines.append(f"kept       {_count(kept)}: {_tally(t.reason for t in kept)}\n")
     ratio = r.output_bytes / r.source_bytes if r.source_bytes else 0.0
     about = "about " if r.dry_run else ""
     sizes = f"{size(r.source_bytes)} -> {about}{size(r.output_bytes)}"
@@ -49,9 +50,12 @@ def quantize_text(r: QuantizeReport) -> str:
     if r.prediction:
         lines.append(_prediction(r.prediction))
     bits = number(r.quantized_bits_per_weight), number(r.model_bits_per_weight)
-    lines.append(f"bits       {bits[0]} per quantized weight, {bits[1]} over the whole model\n")
+    known = r.written or r.dry_run  # what --strict took back has no figures of the whole
+    if known:
+        lines.append(f"bits       {bits[0]} per quantized weight, {bits[1]} over the whole model\n")
     if not r.dry_run and quantized:
-        lines.append(f"SQNR       {in_decibels(r.sqnr_db)} overall\n")
+        if known:
+            lines.append(f"SQNR       {in_decibels(r.sqnr_db)} overall\n")
         lossy = sorted(
             (t for t in quantized if t.sqnr_db is not None), key=lambda t: t.sqnr_db or 0.0
         )
@@ -119,7 +123,7 @@ def _finetuning(f: Finetuning) -> str:
 
 
 def _count(tensors: Sequence[QuantizedTensor]) -> str:
-    return f"{len(tensors)} tensors"
+    return counted(len(tensors), "tensor")
 
 
 def _tally(words: Iterable[str]) -> str:

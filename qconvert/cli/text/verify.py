@@ -46,7 +46,7 @@ def verify_text(r: VerifyReport) -> str:
         lines.append(f"\nSQNR       {in_decibels(r.sqnr_db)} overall, {count}\n")
         lines.append(_classes(r.verdict))
     failing = sorted((t for t in r.tensors if t.fails), key=_worse)
-    good = sorted((t for t in lossy if not t.fails), key=_worse)
+    good = sorted((t for t in lossy if not t.fails), key=lambda t: t.sqnr_db or 0.0)
     shown = [*failing, *good[: max(WORST_SHOWN - len(failing), 0)]]
     if shown:
         lines.append(_verified_table(shown, failing=bool(failing)))
@@ -54,7 +54,8 @@ def verify_text(r: VerifyReport) -> str:
     lines += [f"outlier    {printable(str(o), LINE)}\n" for o in r.outliers[:WORST_SHOWN]]
     if len(r.outliers) > WORST_SHOWN:
         lines.append(f"           and {len(r.outliers) - WORST_SHOWN} more, see --json\n")
-    lines += _outputs_text(r.tensors)
+    if r.against:
+        lines += _outputs_text(r.tensors)
     if r.token_quality:
         lines.append(_token_quality(r.token_quality))
     if r.embedding_quality:
@@ -92,7 +93,7 @@ def _verified_table(tensors: Sequence[VerifiedTensor], failing: bool) -> str:
         (
             t.name,
             t.stored,
-            decibels(t.sqnr_db),
+            decibels(t.sqnr_db) if t.max_error is not None else "-",
             number(t.max_error),
             number(t.worst_step),
             "-" if t.output_sqnr_db is None and t.inputs is None else _output_cell(t),
@@ -177,5 +178,7 @@ def _execution(e: Execution) -> str:
 
 
 def _worse(t: VerifiedTensor) -> float:
-    """The lower of a tensor's two figures, in dB."""
-    return min(f for f in (t.sqnr_db, t.output_sqnr_db, math.inf) if f is not None)
+    """What a tensor fails by, in dB: its weights, or where these are good enough its product."""
+    of_product = t.fails == ["min-output-sqnr"]
+    found = t.output_sqnr_db if of_product else t.sqnr_db
+    return math.inf if found is None else found

@@ -21,7 +21,7 @@ from qconvert.processor import model_name
 from qconvert.progress import Progress, Silent
 from qconvert.report import BenchReport
 from qconvert.schemes import AffineScheme, LevelScheme
-from qconvert.stages.bench.compare import compare
+from qconvert.stages.bench.compare import compare, read_earlier
 from qconvert.stages.bench.end_to_end import end_to_end_section
 from qconvert.stages.bench.file_cost import FileSection, file_section, is_quantized
 from qconvert.stages.bench.kernel_lines import kernel_section
@@ -52,6 +52,7 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> BenchRepor
         measurements=[],
         skipped=[],
     )
+    earlier = read_earlier(options.compare) if options.compare else None
     sections = _whole(options) if options.end_to_end else _parts(options)
     with closing(sections), threadpool_limits(options.threads):
         for section in sections:
@@ -62,8 +63,8 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> BenchRepor
                 report.file = section.cost(found)
             report.skipped += section.skipped
             progress.end()
-    if options.compare:
-        compare(report, options.compare, options.threshold)
+    if options.compare and earlier:
+        compare(report, earlier, options.compare, options.threshold)
     report.seconds = time.perf_counter() - started
     return report
 

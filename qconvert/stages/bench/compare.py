@@ -10,18 +10,18 @@ from typing import Any
 
 from qconvert.errors import FormatError
 from qconvert.files.strict_json import read_object
+from qconvert.quantities import counted
 from qconvert.report import BenchReport, Compared, Measurement
 
 MAX_BYTES = 1 << 26  # of a report
 
 
-def compare(report: BenchReport, earlier: Path, threshold: float) -> None:
-    """Hold a report's lines against those of the same names in an earlier one; the status is
-    ``fail`` where one is slower by more than the threshold and by more than the noise.
+def read_earlier(earlier: Path) -> dict[str, Any]:
+    """A report of `bench`, as far as `compare` needs it.
 
     Raises:
-        InputError: the earlier report cannot be read.
-        FormatError: it is no report of `bench`, or no line of it is one of these.
+        InputError: it cannot be read.
+        FormatError: it is no report of `bench`.
     """
     document = read_object(earlier, MAX_BYTES)
     if document.get("schema") != BenchReport.SCHEMA:
@@ -32,7 +32,20 @@ def compare(report: BenchReport, earlier: Path, threshold: float) -> None:
             wanted=BenchReport.SCHEMA,
             hint="qconvert bench --report FILE writes one",
         )
-    then = dict(_entries(document, earlier))
+    return {**document, "lines": dict(_entries(document, earlier))}
+
+
+def compare(report: BenchReport, document: dict[str, Any], earlier: Path, threshold: float) -> None:
+    """Hold a report's lines against those of the same names in an earlier one; the status is
+    ``fail`` where one is slower by more than the threshold and by more than the noise.
+
+    Args:
+        document: of `read_earlier`.
+
+    Raises:
+        FormatError: no line of it is one of these.
+    """
+    then = document["lines"]
     for now in report.measurements:
         if times := then.get((now.section, now.name)):
             report.compared.append(_compared(now, times, threshold))
@@ -41,6 +54,12 @@ def compare(report: BenchReport, earlier: Path, threshold: float) -> None:
             "none of its lines is one of these",
             path=earlier,
             hint="compare runs of the same MODEL, shapes, schemes and rows",
+        )
+    lacking = len(report.measurements) - len(report.compared)
+    if lacking:
+        report.warnings.append(
+            f"{lacking} of {counted(len(report.measurements), 'line')} cannot be compared: "
+            f"{earlier.name} has no such line"
         )
     if document.get("machine") != report.machine or document.get("threads") != report.threads:
         report.warnings.append(

@@ -26,12 +26,12 @@ from qconvert.roles import place_of
 from qconvert.stages.bench.lines import Line, Section
 from qconvert.stages.bench.weights import F32, MAX_VALUES
 from qconvert.stages.parallel import Workers
+from qconvert.tensor_classes import EMBEDDING, HEAD, class_of
 
 READ = "read memory"
 READ_BYTES = 1 << 28  # more than caches hold
-# Last words of modules that are looked up, a row for each token.
-LOOKED_UP = ("embed_tokens", "token_embd", "word_embeddings", "wte", "tok_embeddings")
-HEADS = ("lm_head", "output", "embed_out")
+# Last words of the table of tokens; others, as of positions, are no head.
+TOKENS = ("embed_tokens", "token_embd", "word_embeddings", "wte", "tok_embeddings")
 ENCODERS = ("bert", "encoder.")
 ROLES_NAMED = 4
 
@@ -155,29 +155,29 @@ def _multiplied(model: OpenModel) -> list[TensorInfo]:
     head too.
     """
     matrices = [t for t in model.tensors if len(t.shape) > 1 and t.size]
-    if _is_tied(model, matrices):
-        return matrices
-    return [t for t in matrices if not place_of(t.name).role.endswith(LOOKED_UP)]
+    tied = _is_tied(model, matrices)
+    return [
+        t
+        for t in matrices
+        if class_of(t.name) != EMBEDDING or (tied and place_of(t.name).role.endswith(TOKENS))
+    ]
 
 
 def _is_tied(model: OpenModel, matrices: Iterable[TensorInfo]) -> bool:
     """Whether the table of embeddings is what next tokens are told by: a language model without a
     head of its own.
     """
-    roles = [place_of(t.name).role for t in matrices]
     architecture = str(model.metadata.get("general.architecture", ""))
     encoder = "bert" in architecture or any(t.name.startswith(ENCODERS) for t in matrices)
-    return not encoder and not any(role.split(".")[-1] in HEADS for role in roles)
+    return not encoder and not any(class_of(t.name) == HEAD for t in matrices)
 
 
 def _kinds(tensors: Iterable[TensorInfo]) -> list[_Kind]:
-    found: dict[tuple[str, tuple[int, ...]], list[TensorInfo]] = {}
+    found: dict[tuple[str, int, int], list[TensorInfo]] = {}
     for tensor in tensors:
-        found.setdefault((tensor.dtype, tensor.shape), []).append(tensor)
-    return [
-        _Kind(same, same[0].size // row_length(shape), row_length(shape))
-        for (_, shape), same in found.items()
-    ]
+        columns = row_length(tensor.shape)
+        found.setdefault((tensor.dtype, tensor.size // columns, columns), []).append(tensor)
+    return [_Kind(same, rows, columns) for (_, rows, columns), same in found.items()]
 
 
 def _cost(
