@@ -142,6 +142,16 @@ def test_side_files_replace_no_input_and_not_each_other(place: Path, call: Call)
     assert (same.code, "are files of their own" in same.err) == (2, True)
 
 
+@pytest.mark.parametrize("option", ["--junit", "--manifest", "--report", "--html"])
+def test_a_hint_names_no_option_that_verify_does_not_have(
+    option: str, place: Path, call: Call
+) -> None:
+    done = call("verify", place / "m.qblk", option, place / "none/x")
+    assert (done.code, "hint: create it first, or choose another\n" in done.err) == (4, True), done
+    inside = call("verify", place / "m.qblk", option, place / "m.qblk", "--force")
+    assert (inside.code, "hint: choose another name\n" in inside.err) == (4, True), inside
+
+
 def test_names_are_relative_to_where_the_list_lies(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x").write_bytes(b"1")
