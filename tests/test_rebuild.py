@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from conftest import ROOT, Call, Finished, Qblk, gaussian, save
 from tiny_models import write_directory
 
 from qconvert.commands.rebuild import arguments_of
+from qconvert.errors import FormatError
+from qconvert.files import open_model
+from qconvert.files.provenance import provenance_of, read_provenance
 
 LLAMA = ROOT / "samples/tiny-llama"
 
@@ -148,6 +152,24 @@ def test_what_cannot_be_run_again_is_refused(source: Path, tmp_path: Path, call:
     file.header["provenance"] = {}
     file.write(path)
     assert "no provenance of qconvert" in rebuild(path, source, call).err
+
+
+@pytest.mark.parametrize(
+    ("text", "strict"),
+    [("{", FormatError), ("[1]", [1]), ("5", 5), ('{"tool": "a"}', {"tool": "a"}), (None, {})],
+)
+def test_who_shows_a_provenance_bears_what_who_goes_by_it_refuses(
+    text: str | None, strict: object, tmp_path: Path
+) -> None:
+    metadata = {} if text is None else {"qconvert.provenance": text}
+    path = save(tmp_path / "m.safetensors", {"w": gaussian(1, 4, 4)}, **metadata)
+    with closing(open_model(path)) as model:
+        assert provenance_of(model) == (strict if isinstance(strict, dict) else {})
+        if strict is FormatError:
+            with pytest.raises(FormatError, match="not JSON"):
+                read_provenance(model)
+        else:
+            assert read_provenance(model) == strict
 
 
 def test_budgets_by_their_names() -> None:

@@ -12,12 +12,11 @@ from qconvert import __version__
 from qconvert.errors import UsageError
 from qconvert.files import OpenModel, open_model
 from qconvert.files.atomic import draft_directory
-from qconvert.files.provenance import PROVENANCE
+from qconvert.files.provenance import PROVENANCE, read_provenance
 from qconvert.files.regular import RegularFile, file_sha256
 from qconvert.model import Model, TensorInfo
 from qconvert.report import Check
 from qconvert.report.verify import REBUILD
-from qconvert.stages.verify import provenance_of
 
 CHUNK = 1 << 20
 AGAIN = "again"  # begins the names of what is made again
@@ -44,7 +43,7 @@ def rebuilt(
         UsageError: the recipe needs more than the file and ``given`` have.
     """
     with closing(open_model(path)) as made, closing(open_model(against)) as source:
-        recipe = provenance_of(made)
+        recipe = read_provenance(made)
         if not isinstance(recipe, dict) or not isinstance(recipe.get("options"), dict):
             raise UsageError(
                 "--rebuild needs a file that says how it was made",
@@ -187,7 +186,7 @@ def _of_models(made: OpenModel, other: OpenModel) -> str:
             return f"tensor '{t.name}' is the first that has other bytes"
     if wanted:
         return f"tensor '{min(wanted)}' is not in the file"
-    old, new_notes = provenance_of(made), provenance_of(other)
+    old, new_notes = read_provenance(made), read_provenance(other)
     for key in sorted(set(old) | set(new_notes)):
         if old.get(key) != new_notes.get(key):
             return (
