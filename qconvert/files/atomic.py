@@ -336,7 +336,9 @@ class AtomicDirectory(_Together):
 
 @contextmanager
 def draft_directory(output: Path) -> Iterator[Path]:
-    """A directory beside an output for a first version of it, gone after the block."""
+    """A directory beside an output for a first version of it, gone after the block; what is
+    completed in it is no output of the run.
+    """
     place = output.with_name(f"{output.name}.draft")
     with machine_errors(output):
         _check_name(output)
@@ -345,6 +347,7 @@ def draft_directory(output: Path) -> Iterator[Path]:
     try:
         yield directory
     finally:
+        completed[:] = [path for path in completed if directory not in path.parents]
         beside.remove(directory)
         beside.finished(directory)
         os.close(lock)
