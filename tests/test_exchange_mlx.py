@@ -252,7 +252,13 @@ def test_experts_quantized_one_by_one_move_into_a_stack(
 
 
 @pytest.mark.parametrize(
-    ("change", "code"), [("missing", "ARCH-EXPERTS"), ("other", "ARCH-EXPERT-DTYPES")]
+    ("change", "code"),
+    [
+        ("missing", "found 3 experts, wanted 4 experts, counted from 0 [ARCH-EXPERTS]"),
+        ("twice", "same expert, found 'model.layers.1.block_sparse_moe.experts.02.w3.weight' too"),
+        ("many", "found 4 experts, wanted 1000000000000000 experts"),
+        ("other", "ARCH-EXPERT-DTYPES"),
+    ],
 )
 def test_experts_that_do_not_stack_are_refused(
     change: str, code: str, moe: Callable[[str], Path], tmp_path: Path, call: Call
@@ -263,6 +269,12 @@ def test_experts_that_do_not_stack_are_refused(
     name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
     if change == "missing":
         del tensors[name]
+    elif change == "twice":
+        tensors[name.replace(".2.", ".02.")] = tensors[name] + 1
+    elif change == "many":  # a list of so many does not fit into any machine
+        config = json.loads((place / "config.json").read_text())
+        config["num_local_experts"] = 10**15
+        (place / "config.json").write_text(json.dumps(config))
     else:
         tensors[name] = tensors[name].astype(np.float16)
     save_file(tensors, place / "model.safetensors")

@@ -5,14 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, Call, Finished, Qblk, gaussian, save
+from gguf import GGUFReader
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tiny_models import write_directory
 
+import qconvert
 from qconvert.commands.rebuild import arguments_of
+from qconvert.errors import FormatError
+from qconvert.files import open_model
+from qconvert.files.atomic import completed
+from qconvert.files.provenance import provenance_of, read_provenance
+from qconvert.stages.rebuild import Recipe
 
 LLAMA = ROOT / "samples/tiny-llama"
 
@@ -27,6 +37,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def source(tmp_path: Path) -> Path:
     tensors = {f"layers.{i}.mlp.up.weight": gaussian(i, 40, 64) for i in range(3)}
     return save(tmp_path / "m.safetensors", tensors | {"b.bias": gaussian(9, 33)})
+
+
+def words(done: Finished) -> str:
+    """What was printed, in one line."""
+    return " ".join(done.out.split())
 
 
 def rebuild(path: Path, source: Path, call: Call, *more: object) -> Finished:
@@ -150,6 +165,217 @@ def test_what_cannot_be_run_again_is_refused(source: Path, tmp_path: Path, call:
     assert "no provenance of qconvert" in rebuild(path, source, call).err
 
 
+@pytest.fixture
+def made(model: Path, tmp_path: Path, call: Call) -> Path:
+    """A directory of codes, made of `model`."""
+    path = tmp_path / "made"
+    assert call("quantize", model, "--scheme", "w8a16_channel", "-o", path).code == 0
+    return path
+
+
+def test_files_that_no_recipe_makes_are_named(made: Path, model: Path, call: Call) -> None:
+    (made / "sub").mkdir()
+    for name in ("A.md", "sub/B.md", "Z.md"):
+        (made / name).write_text("by somebody")
+    # Lists and reports of this run are under construction in there meanwhile.
+    more = ("--manifest", made / "SHA256SUMS", "--junit", made / "j.xml")
+    line = ("verify", made, "--against", model, "--rebuild")
+    done = call(*line, *more, "--report", made / "r.json")
+    assert done.code == 0, done
+    assert "rebuilt byte for byte" in done.out.splitlines()[-1]
+    told = json.loads((made / "r.json").read_text())["checks"][-1]["detail"]
+    assert told.endswith("gives the same bytes again; not of it: A.md, Z.md, sub/B.md")
+    done = call(*line, *more, "--force", "--json")
+    told = json.loads(done.out)["checks"][-1]["detail"]
+    assert told.endswith("again; not of it: A.md, SHA256SUMS, Z.md and 3 more")
+
+
+def test_a_file_that_a_directory_lacks_is_named(model: Path, tmp_path: Path, call: Call) -> None:
+    source, made = tmp_path / "source", tmp_path / "made"
+    shutil.copytree(model, source)
+    (source / "generation_config.json").write_text("{}")
+    assert call("quantize", source, "--scheme", "w8a16_channel", "-o", made).code == 0
+    assert rebuild(made, source, call).code == 0
+    (made / "generation_config.json").unlink()
+    done = rebuild(made, source, call)
+    told = "gives other bytes: 'generation_config.json' is made again and not there"
+    assert (done.code, told in words(done)) == (1, True), done
+
+
+def test_a_directory_is_not_made_by_a_recipe_of_a_file(made: Path, model: Path, call: Call) -> None:
+    path = made / "model.safetensors"
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    recipe = json.loads(metadata["qconvert.provenance"])
+    recipe["options"] = {"scheme": "q4_block32", "format": "qblk"}
+    save_file(load_file(path), path, metadata | {"qconvert.provenance": json.dumps(recipe)})
+    done = rebuild(made, model, call)
+    assert (done.code, "gives other bytes: 'made' is not made again" in words(done)) == (1, True)
+
+
+def test_the_current_directory_is_made_again(
+    made: Path, model: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (made / "sub").mkdir()
+    for place, name in ((made, "."), (made / "sub", "..")):
+        monkeypatch.chdir(place)
+        done = call("verify", name, "--against", model, "--rebuild")
+        assert (done.code, "rebuilt byte for byte" in done.out) == (0, True), done
+        assert [p.name for p in made.parent.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("name", ["m.qblk", "m.gguf", "made"])
+def test_what_is_made_again_is_no_output_of_the_run(name: str, model: Path, tmp_path: Path) -> None:
+    scheme = {"m.qblk": "q4_block32", "m.gguf": "q4_0", "made": "w8a16_channel"}[name]
+    qconvert.quantize(model, scheme, output=tmp_path / name)
+    completed.clear()
+    report = qconvert.verify(tmp_path / name, against=model, rebuild=True)
+    assert (report.status, completed) == ("pass", [])
+
+
+def test_what_is_needed_is_looked_at_before_the_weights(
+    source: Path, tmp_path: Path, call: Call
+) -> None:
+    path = tmp_path / "m.qblk"
+    call("quantize", source, "--scheme", "q4_block32", "-o", path)
+    assert "check digests: " in call("verify", path).err  # what is said of reading them
+    needless = rebuild(path, source, call, "--imatrix", source)
+    assert (needless.code, "digests" in needless.err) == (2, False)
+    file = Qblk(path)
+    for recipe in ({"options": {"newer": 1}}, {"options": {"keep": 5}}, {}):
+        file.header["provenance"] = recipe
+        file.write(path)
+        done = rebuild(path, source, call)
+        assert (done.code, "digests" in done.err) == (3 if recipe else 2, False), done
+
+
+def test_what_is_not_rebuilt_says_why(source: Path, tmp_path: Path, call: Call) -> None:
+    path = tmp_path / "m.qblk"
+    call("quantize", source, "--scheme", "q4_block32", "-o", path)
+    other = save(tmp_path / "o.safetensors", {"else.weight": gaussian(1, 8, 8)})
+    done = rebuild(path, other, call, "--json")
+    (check,) = [c for c in json.loads(done.out)["checks"] if c["id"] == "rebuild"]
+    assert (done.code, check["status"]) == (1, "skip")
+    assert check["detail"] == "not rebuilt: the source is of another model"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    done = rebuild(path, source, call, "--json")
+    (check,) = [c for c in json.loads(done.out)["checks"] if c["id"] == "rebuild"]
+    assert (done.code, check["status"]) == (1, "skip")
+    assert check["detail"] == "not rebuilt: the file is damaged"
+
+
+def test_the_name_of_the_source_is_that_of_its_directory(
+    model: Path, tmp_path: Path, call: Call
+) -> None:
+    """Nothing but the name differs, which is said; where more does, that fails."""
+    path, moved = tmp_path / "m.gguf", tmp_path / "moved"
+    assert call("quantize", model, "--scheme", "q4_0", "-o", path).code == 0
+    shutil.copytree(model, moved)
+    done = rebuild(path, moved, call)
+    assert done.code == 0, done
+    told = "again, but for general.name, which is that of the source's directory: 'llama', here"
+    assert f"{told} 'moved'" in done.out
+    assert f"{told} 'moved'" in done.out.splitlines()[-1]
+    assert "byte for byte" not in done.out
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"general.type", b"general.typo"))
+    done = rebuild(path, moved, call)
+    assert (done.code, "metadata 'general.name' differs" in done.out) == (1, True), done
+    # A token of the vocabulary, in an array.
+    tokens = GGUFReader(path).fields["tokenizer.ggml.tokens"]
+    token = bytes(tokens.parts[tokens.data[-1]])
+    assert data.count(token) == 1
+    path.write_bytes(data.replace(token, token[:-1] + b"~"))
+    done = rebuild(path, model, call)
+    assert (done.code, "metadata 'tokenizer.ggml.tokens' differs" in done.out) == (1, True), done
+
+
+def test_a_provenance_that_says_the_same_in_other_bytes(
+    model: Path, tmp_path: Path, call: Call
+) -> None:
+    path = tmp_path / "m.gguf"
+    assert call("quantize", model, "--scheme", "q4_0", "-o", path).code == 0
+    data = path.read_bytes()
+    assert data.count(b'}, "sources"') == 1
+    path.write_bytes(data.replace(b'}, "sources"', b'} ,"sources"'))
+    done = rebuild(path, model, call)
+    assert (done.code, "metadata are equal; the layout or" in done.out) == (1, True), done
+
+
+@pytest.mark.parametrize(
+    ("text", "strict"),
+    [("{", FormatError), ("[1]", [1]), ("5", 5), ('{"tool": "a"}', {"tool": "a"}), (None, {})],
+)
+def test_who_shows_a_provenance_bears_what_who_goes_by_it_refuses(
+    text: str | None, strict: object, tmp_path: Path
+) -> None:
+    metadata = {} if text is None else {"qconvert.provenance": text}
+    path = save(tmp_path / "m.safetensors", {"w": gaussian(1, 4, 4)}, **metadata)
+    with closing(open_model(path)) as model:
+        assert provenance_of(model) == (strict if isinstance(strict, dict) else {})
+        if strict is FormatError:
+            with pytest.raises(FormatError, match="not JSON"):
+                read_provenance(model)
+        else:
+            assert read_provenance(model) == strict
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("keep", 5, "impossible option 'keep' of the recorded recipe, found 5, wanted a list of"),
+        ("keep", [5], "found [5], wanted a list of texts"),
+        ("tensor_scheme", 5, "wanted a list of texts"),
+        ("tensor_type", [5], "wanted a list of texts"),
+        ("scheme", ["q4"], 'found ["q4"], wanted a text'),
+        ("range", "percentile abc", 'found "percentile abc", wanted what quantize records'),
+        ("range", 5, "wanted a text"),
+        ("budget", "xbpw", 'found "xbpw"'),
+        ("budget", "much", 'found "much"'),
+        ("budget", f"{'9' * 5000}bytes", "impossible option 'budget'"),
+        ("override_kv", 5, "wanted a list of pairs"),
+        ("override_kv", [["a", None]], 'found [["a", null]], wanted a list of pairs'),
+        ("override_kv", [["a"]], "wanted a list of pairs"),
+        ("min_values", "x", "wanted a whole number"),
+        ("min_values", True, "wanted a whole number"),
+        ("min_values", -1, "wanted a whole number"),
+        ("shard_size", "5", "wanted a whole number"),
+        ("format", 5, "wanted a text"),
+        ("format", "mlx", 'found "mlx", wanted qblk'),
+        ("output_tensor_type", 7, "wanted a text"),
+        ("pure", 1, "wanted true"),
+        ("raw", False, "wanted true"),
+        # Of the right type, and refused by what reads options.
+        ("scheme", "q9", "the recorded recipe cannot be run: "),
+        ("range", "median", "the recorded recipe cannot be run: --range, found median"),
+        ("range", "percentile 3", "cannot be run: --percentile, found 3.0"),
+        ("range", "minmax 99", "cannot be run: --percentile goes with --range percentile"),
+        ("budget", "small", "cannot be run: what the weights become"),
+        ("rounding", "odd", "cannot be run: --rounding, found odd"),
+        ("equalise", "on", "cannot be run: --equalise, found on"),
+        ("tensor_scheme", ["a"], "cannot be run: --tensor-scheme, found a"),
+        ("tensor_type", ["(=q8_0"], "cannot be run: --tensor-type"),
+        ("override_kv", [["a=b", 1]], "cannot be run: --override-kv"),
+        ("shard_size", 0, "cannot be run: --shard-size, found 0"),
+        ("pure", True, "cannot be run: "),
+        ("pre_tokenizer", "x", "cannot be run: "),
+    ],
+)
+def test_a_recipe_is_checked_as_what_comes_from_a_file(
+    option: str, value: object, told: str, source: Path, tmp_path: Path, call: Call
+) -> None:
+    path = tmp_path / "m.qblk"
+    call("quantize", source, "--scheme", "q4_block32", "-o", path)
+    file = Qblk(path)
+    file.header["provenance"]["options"][option] = value
+    file.write(path)
+    done = rebuild(path, source, call)
+    assert (done.code, told in done.err) == (3, True), done
+    assert f"error: {path}: " in done.err
+
+
 def test_budgets_by_their_names() -> None:
     for name, argument in (
         ("balanced", {"preset": "balanced"}),
@@ -157,7 +383,8 @@ def test_budgets_by_their_names() -> None:
         ("123456bytes", {"target_size": 123456}),
         ("0.02nats", {"max_kl": 0.02}),
     ):
-        assert arguments_of({"budget": name}, "qblk") == {"format": "qblk"} | argument
+        recipe = Recipe(Path("m.qblk"), "qblk", {"options": {"budget": name}})
+        assert arguments_of(recipe) == {"format": "qblk"} | argument
 
 
 def test_the_report_has_the_check(source: Path, tmp_path: Path, call: Call) -> None:

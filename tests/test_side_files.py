@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Call, gaussian, save
 
+from qconvert.errors import InputError
 from qconvert.files.manifest import manifest
 
 ODD = "a<b>&\"'\x1b\x07é.weight"
@@ -127,8 +130,52 @@ def test_a_manifest_lists_all_files_of_a_split_model(place: Path, call: Call) ->
 def test_nothing_is_listed_that_is_not_good(place: Path, call: Call) -> None:
     line = ("verify", place / "m.qblk", "--against", place / "m.safetensors", "--min-sqnr", 50)
     before = sorted(p.name for p in place.iterdir())
-    assert call(*line, "--manifest", place / "SUMS").code == 1
+    done = call(*line, "--manifest", place / "SUMS")
+    assert done.code == 1
+    assert "no list of digests was written: the report is no pass\n" in done.err
     assert sorted(p.name for p in place.iterdir()) == before
+
+
+@pytest.mark.parametrize("more", [(), ("-q",), ("--json",)])
+def test_an_older_list_stays_and_that_is_said(
+    more: tuple[str, ...], place: Path, call: Call
+) -> None:
+    path = place / "SUMS"
+    path.write_text("older")
+    line = ("verify", place / "m.qblk", "--against", place / "m.safetensors", "--min-sqnr", 50)
+    done = call(*line, "--manifest", path, "--force", *more)
+    assert (done.code, path.read_text()) == (1, "older")
+    assert f"no list of digests was written: the report is no pass; {path} is as it" in done.err
+    good = call(*line[:-2], "--manifest", path, "--force", *more)
+    assert (good.code, "no list" in good.err) == (0, False)
+    check(place, "SUMS")
+
+
+def test_a_list_that_would_leave_out_files_is_refused(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, away = tmp_path / "made", tmp_path / "away"
+    line = ("quantize", ROOT / "samples/tiny-llama", "--scheme", "w4a16")
+    assert call(*line, "-o", out).code == 0
+    away.mkdir()
+    (away / "x").write_text("x")
+    (out / "sub").symlink_to(away)
+    done = call("verify", out, "--manifest", tmp_path / "SUMS")
+    told = f"error: {out / 'sub'}: a link to a directory, whose files no list"
+    assert (done.code, done.out, told in done.err) == (3, "", True), done
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["away", "made"]
+    (out / "sub").unlink()
+    (out / "sub").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:  # as of a directory of others; root may read them all
+        if os.fspath(path) == str(out / "sub"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(InputError, match="sub: permission denied"):
+        manifest(out, out)
 
 
 def test_side_files_replace_no_input_and_not_each_other(place: Path, call: Call) -> None:
@@ -140,6 +187,16 @@ def test_side_files_replace_no_input_and_not_each_other(place: Path, call: Call)
             assert (place / name).read_bytes() == before
     same = call(*line, "--junit", place / "x", "--manifest", place / "x")
     assert (same.code, "are files of their own" in same.err) == (2, True)
+
+
+@pytest.mark.parametrize("option", ["--junit", "--manifest", "--report", "--html"])
+def test_a_hint_names_no_option_that_verify_does_not_have(
+    option: str, place: Path, call: Call
+) -> None:
+    done = call("verify", place / "m.qblk", option, place / "none/x")
+    assert (done.code, "hint: create it first, or choose another\n" in done.err) == (4, True), done
+    inside = call("verify", place / "m.qblk", option, place / "m.qblk", "--force")
+    assert (inside.code, "hint: choose another name\n" in inside.err) == (4, True), inside
 
 
 def test_names_are_relative_to_where_the_list_lies(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from qconvert.errors import UsageError
+from qconvert.cli.streams import tell
+from qconvert.errors import UsageError, printable
 from qconvert.files.atomic import AtomicOutput
-from qconvert.files.manifest import manifest
+from qconvert.files.manifest import check_listed, manifest
 from qconvert.report import VerifyReport
 from qconvert.report.junit import junit_xml
 
@@ -26,6 +27,7 @@ class SideFiles:
 
     Raises:
         UsageError: two outputs have one name.
+        InputError: not all of a directory's files can be listed.
     """
 
     def __init__(
@@ -41,6 +43,8 @@ class SideFiles:
         names = [os.path.realpath(p) for p in (junit, listed, *others) if p]
         if len(set(names)) < len(names):
             raise UsageError("--junit, --manifest, --report and --html are files of their own")
+        if listed and file.is_dir():
+            check_listed(file)  # now, not after the weights
         self.file = file
         self._open: list[AtomicOutput] = []
         try:
@@ -59,7 +63,8 @@ class SideFiles:
         return self._open[-1]
 
     def write(self, report: VerifyReport, left: Sequence[Path]) -> None:
-        """Write what was asked for; digests of what is good alone, for it is a release's list.
+        """Write what was asked for; digests of what is good alone, for it is a release's list. That
+        there is none is said, quiet or not, for an older one may be there.
 
         Args:
             left: other files of this run, which are not listed.
@@ -67,7 +72,11 @@ class SideFiles:
         if self.junit:
             self.junit.write_at(0, junit_xml(report))
             self.junit.commit()
-        if self.manifest and report.status == "pass":
+        if self.manifest and report.status != "pass":
+            name = printable(str(self.manifest.target))
+            kept = f"; {name} is as it was before" if self.manifest.target.exists() else ""
+            tell(f"no list of digests was written: the report is no pass{kept}")
+        elif self.manifest:
             target = self.manifest.target
             own = [path for out in self._open for path in (out.path, out.target)]
             self.manifest.write_at(0, manifest(self.file, target.parent, [*own, *left]))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
 from qconvert.commands.arguments import as_float, as_path, as_paths, check_bounds, share
-from qconvert.commands.rebuild import run_recipe
+from qconvert.commands.rebuild import arguments_of, run_recipe
 from qconvert.errors import UsageError
 from qconvert.progress import Progress
-from qconvert.report import VerifyReport
-from qconvert.stages.rebuild import rebuilt
+from qconvert.report import Check, VerifyReport
+from qconvert.report.verify import REBUILD
+from qconvert.stages.rebuild import Recipe, rebuilt, recorded_recipe
 from qconvert.stages.verify import ACTIVATIONS, VerifyOptions
 from qconvert.stages.verify import verify as stage
 from qconvert.stages.verify_text import QualityOptions
@@ -155,17 +156,36 @@ def verify(
         quality=quality,
         threads=threads,
     )
+    recipe = recorded_recipe(Path(file), given) if rebuild else None
+    if recipe:
+        arguments_of(recipe)  # now, not after the weights
     report = stage(Path(file), options, progress)
-    if rebuild and report.comparable:
-        assert options.against
-        make = partial(
-            run_recipe,
-            source=options.against,
-            calibration=given["calibration"],
-            imatrix=given["imatrix"],
-            threads=threads,
-        )
-        report.checks.append(rebuilt(Path(file), options.against, given, make))
+    if rebuild:
+        report.checks.append(_rebuilt(report, recipe, options, given))
         if report.failed:
             report.status = "fail"
     return report.judged(strict)
+
+
+def _rebuilt(
+    report: VerifyReport,
+    recipe: Recipe | None,
+    options: VerifyOptions,
+    given: Mapping[str, Path | None],
+) -> Check:
+    """The check of ``rebuild``, skipped where nothing is known of the file but that it is not what
+    it should be.
+    """
+    if recipe is None or not report.comparable:
+        other = report.verdict and report.verdict.other_model
+        why = "the source is of another model" if other else "the file is damaged"
+        return Check(REBUILD, "skip", f"not rebuilt: {why}")
+    assert options.against
+    make = partial(
+        run_recipe,
+        source=options.against,
+        calibration=given["calibration"],
+        imatrix=given["imatrix"],
+        threads=options.threads,
+    )
+    return rebuilt(recipe, options.against, make)

@@ -31,11 +31,11 @@ __all__ = [
 ]
 
 HINTS = {
-    errno.ENOSPC: "free some space, or write to another disk with -o",
-    errno.EDQUOT: "the disk quota is used up; write to another disk with -o",
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "the disk quota is used up; write to another disk",
     errno.EFBIG: "the file size limit (ulimit -f) or the file system does not allow it",
-    errno.EACCES: "choose a directory you may write to with -o",
-    errno.EROFS: "choose a directory you may write to with -o",
+    errno.EACCES: "choose a directory you may write to",
+    errno.EROFS: "choose a directory you may write to",
     errno.ENOENT: "create the directory first",
     errno.EMFILE: "raise the limit: ulimit -n 4096",
 }
@@ -336,7 +336,9 @@ class AtomicDirectory(_Together):
 
 @contextmanager
 def draft_directory(output: Path) -> Iterator[Path]:
-    """A directory beside an output for a first version of it, gone after the block."""
+    """A directory beside an output for a first version of it, gone after the block; what is
+    completed in it is no output of the run.
+    """
     place = output.with_name(f"{output.name}.draft")
     with machine_errors(output):
         _check_name(output)
@@ -345,6 +347,7 @@ def draft_directory(output: Path) -> Iterator[Path]:
     try:
         yield directory
     finally:
+        completed[:] = [path for path in completed if directory not in path.parents]
         beside.remove(directory)
         beside.finished(directory)
         os.close(lock)
@@ -364,7 +367,7 @@ def _check_name(target: Path) -> None:
         raise MachineError(
             "no such directory",
             path=target.parent,
-            hint="create it first, or choose another with -o",
+            hint="create it first, or choose another",
         )
 
 
@@ -383,7 +386,7 @@ def check_target(target: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
                 raise MachineError(
                     "the output is the input",
                     path=target,
-                    hint="choose another name with -o",
+                    hint="choose another name",
                 )
         if not stat.S_ISREG(target.stat().st_mode):
             raise MachineError("the output is not a regular file", path=target)
@@ -402,7 +405,7 @@ def check_directory(target: Path, overwrite: bool, inputs: Sequence[Path]) -> No
     """
     if not os.path.lexists(target):
         return
-    other = "choose another name with -o"
+    other = "choose another name"
     if target.is_symlink():
         raise MachineError("the output is a link", path=target, hint="name what it leads to")
     if not target.is_dir():

@@ -27,6 +27,7 @@ REPLACED = "replaced"  # the same, once they are not to be put back any more
 MOST_PREFIX = 200  # bytes of the target's name in a temporary one, of the 255 that a name may have
 _TOKEN = re.compile(r"[0-9a-f]{1,16}")  # 16 digits; before there were locks, the process number
 _TURN = "0"
+_PARTIAL = ".partial-"  # in the name of what is temporary
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 Key = tuple[str, str]  # the real directory of a target, and its name
@@ -75,6 +76,11 @@ def temporary_directory(target: Path) -> tuple[Path, int]:
                     return path, fd
                 os.close(fd)
         finished(path)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file, or directory, of this name is one under construction."""
+    return name.startswith(".") and _PARTIAL in name
 
 
 def finished(path: Path) -> None:
@@ -184,7 +190,7 @@ def _waited_for(path: Path) -> int:
 
 
 def _prefix(target: Path) -> str:
-    return os.fsdecode(b"." + os.fsencode(target.name)[:MOST_PREFIX] + b".partial-")
+    return os.fsdecode(b"." + os.fsencode(target.name)[:MOST_PREFIX]) + _PARTIAL
 
 
 def _register(target: Path) -> Path:

@@ -33,7 +33,7 @@ def read_limits(path: Path) -> Limits:
         file.close()
     try:
         found = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # of UTF-8, of TOML, of an integer of 5,000 digits
         raise InputError(f"no TOML: {e}", path=path) from e
     reader = _Reader(path)
     reader.known(found, _TABLES, "the file")
@@ -60,7 +60,11 @@ class _Reader:
         self.path = path
 
     def refuse(self, message: str, found: object, wanted: str) -> InputError:
-        return InputError(message, path=self.path, found=str(found), wanted=wanted)
+        try:
+            shown = str(found)
+        except ValueError:  # hexadecimal ones are read at any length, and not written as decimal
+            shown = "an integer of thousands of digits"
+        return InputError(message, path=self.path, found=shown, wanted=wanted)
 
     def known(self, table: dict[str, Any], keys: Collection[str], where: str) -> None:
         for key in table:
@@ -102,9 +106,13 @@ class _Reader:
                     raise self.refuse(f"{key} of {where}", value, wanted) from None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.refuse(f"{key} of {where}", value, wanted)
-        if not math.isfinite(value) or (key.startswith("max") and value < 0):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond binary64
+            number = math.inf
+        if not math.isfinite(number) or (key.startswith("max") and number < 0):
             raise self.refuse(f"{key} of {where}", value, wanted)
-        return float(value)
+        return number
 
     def texts(self, key: str, value: object) -> tuple[str, ...]:
         several = key.startswith("source_")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qconvert.errors import InputError
 from qconvert.files import open_model
-from qconvert.files.regular import file_sha256
+from qconvert.files.regular import file_sha256, os_refusal
 
 
 def manifest(made: Path, home: Path, left: Collection[Path] = ()) -> bytes:
@@ -20,7 +20,7 @@ def manifest(made: Path, home: Path, left: Collection[Path] = ()) -> bytes:
         left: files that are not listed, being written while this is.
 
     Raises:
-        InputError: a file cannot be read.
+        InputError: a file cannot be read, or as of `check_listed`.
     """
     outside = {os.path.realpath(path) for path in left}
     lines = []
@@ -31,10 +31,35 @@ def manifest(made: Path, home: Path, left: Collection[Path] = ()) -> bytes:
     return b"".join(_line(name, digest) for name, digest in sorted(lines))
 
 
+def check_listed(made: Path) -> None:
+    """Refuse a directory some of whose files would not be found: a list that says nothing of them
+    would pass for one of all.
+
+    Raises:
+        InputError: a directory in it is a link, or cannot be read.
+    """
+    for _ in _inside(made):
+        pass
+
+
+def _inside(directory: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise os_refusal(Path(os.fsdecode(error.filename)), error) from error
+
+    for place, below, names in os.walk(directory, onerror=refuse):
+        for path in (Path(place) / name for name in below):
+            if path.is_symlink():
+                raise InputError(
+                    "a link to a directory, whose files no list of digests would have",
+                    path=path,
+                    hint="put the directory itself in its place",
+                )
+        yield from (Path(place) / name for name in names)
+
+
 def _files(made: Path) -> Iterator[Path]:
     if made.is_dir():
-        for place, _, names in os.walk(made):
-            yield from (Path(place) / name for name in names)
+        yield from _inside(made)
         return
     try:
         model = open_model(made)

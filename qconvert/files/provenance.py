@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from qconvert.codecs.codec import NEAREST, REPAIRED
 from qconvert.codecs.compensation import COMPENSATED
 from qconvert.codecs.rescaled import TUNED, tuned_tensors
+from qconvert.errors import InputError
+from qconvert.files import OpenModel
+from qconvert.files.qblk import QblkModel
+from qconvert.files.strict_json import strict_json
 
 PROVENANCE = "qconvert.provenance"  # a JSON object, in files of ours
+
+
+def read_provenance(model: OpenModel) -> Any:
+    """What a file says of how it was made, for whom goes by it; an empty object where it says
+    nothing.
+
+    Raises:
+        FormatError: it is no JSON.
+    """
+    if isinstance(model, QblkModel):
+        return model.header.provenance
+    text = model.metadata.get(PROVENANCE)
+    return strict_json(text.encode(), model.path) if text else {}
+
+
+def provenance_of(model: OpenModel) -> dict[str, Any]:
+    """The same for whom only shows it: an empty object also where it is no object of JSON."""
+    try:
+        found = read_provenance(model)
+    except InputError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class NotedRoundings:

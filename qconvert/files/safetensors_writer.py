@@ -108,10 +108,6 @@ class SafetensorsWriter:
             begin += e.size
         file.truncate(begin)
 
-    def restart(self, name: str) -> None:
-        """Forget what was appended to a tensor."""
-        self._filled[name] = 0
-
     def append(self, name: str, data: Bytes) -> None:
         """Bytes of a tensor that come next."""
         place, filled = self._places[name], self._filled[name]

@@ -17,6 +17,7 @@ OF_QUALITY = {
     *("finite-quality", "same-model", "predictions", "max-kl", "max-ppl-increase", "min-cosine"),
 }
 REBUILD = "rebuild"  # the id of the check that the recorded recipe was run again
+SAME_BYTES = "the recorded recipe gives the same bytes again"  # begins its detail
 LIMIT = "limit:"  # begins the ids of checks of a file of limits
 BROKEN = {"quality", "usable", "finite-quality", "same-model", "predictions"}  # by our floors
 
@@ -273,7 +274,7 @@ class VerifyReport(Report):
         elif not damage:
             yield "intact"
         yield from (
-            "rebuilt byte for byte" if c.status == "pass" else c.detail
+            "rebuilt byte for byte" if c.detail.startswith(SAME_BYTES) else c.detail
             for c in self.checks
             if c.id == REBUILD
         )

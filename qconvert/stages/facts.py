@@ -7,13 +7,14 @@ from typing import Any
 
 from qconvert.errors import InputError
 from qconvert.files import OpenModel
-from qconvert.files.provenance import PROVENANCE
-from qconvert.files.qblk import QblkModel
+from qconvert.files.provenance import provenance_of
 from qconvert.files.shards import MAX_COMPANION_BYTES
 from qconvert.files.strict_json import strict_json
 from qconvert.mixes import MIXES
 from qconvert.report import TypeTally
 from qconvert.stages.quantize_options import PRESETS
+
+__all__ = ["facts_of", "provenance_of", "tally"]
 
 FILE_TYPES = {mix.file_type: name for name, mix in reversed(MIXES.items())}
 TEMPLATE = "tokenizer.chat_template"
@@ -121,17 +122,6 @@ def _recipe(model: OpenModel) -> Iterator[tuple[str, str]]:
     rounding = noted.get("rounding")
     if isinstance(rounding, dict) and isinstance(rounding.get("compensated"), list):
         yield "rounding", f"compensated in {len(rounding['compensated']):,} tensors"
-
-
-def provenance_of(model: OpenModel) -> dict[str, Any]:
-    """What a file says of how it was made; nothing where it does not, or not as JSON."""
-    if isinstance(model, QblkModel):
-        return model.header.provenance
-    try:
-        found = strict_json(model.metadata.get(PROVENANCE, "{}").encode(), model.path)
-    except InputError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _objects(found: object) -> list[dict[str, Any]]:

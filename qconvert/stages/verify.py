@@ -28,9 +28,7 @@ from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
 from qconvert.files.equalised import Exponents, equalised, read_exponents
 from qconvert.files.limits_file import read_limits
-from qconvert.files.provenance import PROVENANCE
-from qconvert.files.qblk import QblkModel
-from qconvert.files.strict_json import strict_json
+from qconvert.files.provenance import PROVENANCE, read_provenance
 from qconvert.files.transposed import input_first
 from qconvert.floors import (
     COMPENSATED_DB,
@@ -175,7 +173,7 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
     model = None
     try:
         model = open_model(path)
-        exponents = read_exponents(provenance_of(model), path)
+        exponents = read_exponents(read_provenance(model), path)
     except FormatError as e:
         if model:
             model.close()
@@ -206,21 +204,9 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
     return report
 
 
-def provenance_of(model: OpenModel) -> Any:
-    """What a file says of how it was made.
-
-    Raises:
-        FormatError: it is no JSON.
-    """
-    if isinstance(model, QblkModel):
-        return model.header.provenance
-    text = model.metadata.get(PROVENANCE)
-    return strict_json(text.encode(), model.path) if text else {}
-
-
 def _predicted(model: OpenModel) -> float | None:
     """The divergence that was predicted when a file was made, in nats; None where none was."""
-    noted = provenance_of(model)
+    noted = read_provenance(model)
     prediction = noted.get("prediction") if isinstance(noted, dict) else None
     kl = prediction.get("kl") if isinstance(prediction, dict) else None
     return float(kl) if isinstance(kl, int | float) else None
@@ -729,7 +715,7 @@ class _Job:
             for row in (by_name[name] for name in missing if name in by_name):
                 row.fails.append(check.id)
                 self._need(row.name, key, limit)
-        noted = provenance_of(self.model)
+        noted = read_provenance(self.model)
         self.report.checks += file_checks(limits, self.model, noted, self.report, self._bits)
 
     def _need(self, name: str, limit_of: str, limit: float) -> None:

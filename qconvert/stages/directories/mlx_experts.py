@@ -17,7 +17,7 @@ EXPERTS: Mapping[str, tuple[Mapping[str, str], str]] = {
     "qwen3_moe": ({name: name for name in _PARTS}, "num_experts"),
 }
 STACK = "switch_mlp"
-_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.weight")
+_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.weight", re.ASCII)
 
 
 def stacked(model: Model) -> Model:
@@ -25,7 +25,7 @@ def stacked(model: Model) -> Model:
     where no kind of it is known that has some.
 
     Raises:
-        InputError: experts are missing, or of several shapes or dtypes.
+        InputError: experts are missing or there twice, or of several shapes or dtypes.
     """
     config = config_of(model) or {}
     kind = str(config.get("model_type"))
@@ -34,7 +34,7 @@ def stacked(model: Model) -> Model:
     from qconvert.architectures.mapped import MappedModel, MappedTensor, described  # 0.1 s
 
     names, field = EXPERTS[kind]
-    stacks: dict[str, dict[int, TensorInfo]] = {}
+    stacks: dict[str, dict[str, TensorInfo]] = {}
     order: list[str | TensorInfo] = []
     for tensor in model.tensors:
         found = _EXPERT.fullmatch(tensor.name)
@@ -44,7 +44,16 @@ def stacked(model: Model) -> Model:
         name = f"{found[1]}.{STACK}.{names[found[3]]}.weight"
         if name not in stacks:
             order.append(name)
-        stacks.setdefault(name, {})[int(found[2])] = tensor
+        experts, number = stacks.setdefault(name, {}), found[2].lstrip("0") or "0"
+        if number in experts:
+            raise InputError(
+                "two tensors are the same expert",
+                path=model.path,
+                tensor=tensor.name,
+                found=f"'{experts[number].name}' too",
+                code="ARCH-EXPERTS",
+            )
+        experts[number] = tensor
     if not stacks:
         return model
     mapped = []
@@ -59,14 +68,20 @@ def stacked(model: Model) -> Model:
 
 
 def _checked(
-    model: Model, name: str, experts: Mapping[int, TensorInfo], count: object
+    model: Model, name: str, experts: Mapping[str, TensorInfo], count: object
 ) -> Sequence[TensorInfo]:
     """The experts of a stack, in order.
+
+    Args:
+        experts: by their numbers, decimal without zeros before them.
 
     Raises:
         InputError: they are not those that the configuration says, or differ.
     """
-    if type(count) is not int or sorted(experts) != list(range(count)):
+    # The length comes first: the number is one of a file, and a list of so many might not fit.
+    counted = type(count) is int and len(experts) == count
+    order = [str(i) for i in range(len(experts))]
+    if not counted or experts.keys() != set(order):
         raise InputError(
             "experts are not those that the configuration says",
             path=model.path,
@@ -75,7 +90,7 @@ def _checked(
             wanted=f"{count} experts, counted from 0",
             code="ARCH-EXPERTS",
         )
-    found = [experts[i] for i in range(count)]
+    found = [experts[number] for number in order]
     other = next((e for e in found if (e.shape, e.dtype) != (found[0].shape, found[0].dtype)), None)
     if other is not None:
         raise InputError(
