@@ -78,7 +78,8 @@ def test_rows_are_multiplied_and_codes_stay(scheme: str, tmp_path: Path) -> None
     assert "codes" not in segments or segments["codes"] == same["codes"]
     after = in_memory(encoding, (ROWS, COLUMNS), {k: bytes(v) for k, v in segments.items()})
     values = encoding.values(after, 0, ROWS * COLUMNS).reshape(ROWS, COLUMNS)
-    if (kind := GGML_BLOCKS.get(scheme.upper())) is not None:
+    kind = GGML_BLOCKS.get(scheme.upper())
+    if kind is not None and scheme not in ("q1_0", "q2_0"):  # which gguf-py does not decode
         data = np.frombuffer(segments["data"], np.uint8)
         theirs = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind.name])
         np.testing.assert_array_equal(theirs.reshape(ROWS, COLUMNS), values)

@@ -222,7 +222,10 @@ def test_one_thread_and_three_write_the_same_bytes(
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_dry_run_lists_every_tensor_with_type_and_reason(tmp_path: Path, call: Call) -> None:
+def test_a_dry_run_lists_every_tensor_with_type_and_reason(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # room for all reasons
     line = ["quantize", SAMPLE, "--scheme", "q4_k_m", "-o", tmp_path / "m.gguf", "--dry-run"]
     found = call(*line, "--json", "--shard-size", "1M").json
     listed = {t["name"]: t["stored"].upper() for t in found["tensors"]}
