@@ -593,6 +593,6 @@ def test_the_command_line(tmp_path: Path, call: Call, monkeypatch: pytest.Monkey
     told = call(*line, "-o", "n.qblk", "--rounding", "nearest", "--json")
     assert json.loads(told.out)["tensors"][0]["rounding_reason"] == "--rounding nearest"
     told = call(*line, "-o", "o.qblk")
-    assert "rounding   1 tensors compensated, 0 tensors to the nearest" in told.out
+    assert "rounding   1 tensor compensated, 0 tensors to the nearest" in told.out
     assert (tmp_path / "o.qblk").read_bytes() == (tmp_path / "m.qblk").read_bytes()
     assert call(*line, "--rounding", "up").code == 2

@@ -73,10 +73,11 @@ def inspect_page(r: InspectReport) -> Page:
     charts: list[Chart] = []
     if r.curve:
         charts += _curve(r.curve)
+    weights = [t for t in r.tensors if not t.dtype.startswith(("I", "U", "BOOL"))]
     if r.statistics:
         charts += by_layer(
             "Kurtosis by layer and role",
-            {t.name: t.kurtosis for t in r.tensors},
+            {t.name: t.kurtosis for t in weights},
             lambda v: f"{v:.4g}",
             "How heavy the tails of the values are: 3 for a Gaussian, hundreds where a few "
             "outliers set the scale for all. The scale of colours goes by powers of ten.",
@@ -84,13 +85,14 @@ def inspect_page(r: InspectReport) -> Page:
         )
         charts += by_layer(
             "Largest magnitude by layer and role",
-            {t.name: t.absmax for t in r.tensors},
+            {t.name: t.absmax for t in weights},
             lambda v: f"{v:.4g}",
             "The largest absolute value of each tensor; colours by powers of ten.",
             logarithmic=True,
         )
+    shown = "" if len(r.tensors) == r.total_tensors else f"{len(r.tensors):,} of them here"
     facts = [
-        Fact("tensors", f"{r.total_tensors:,}", f"{len(r.tensors):,} of them here"),
+        Fact("tensors", f"{r.total_tensors:,}", shown),
         Fact("values", f"{r.total_values:,}"),
         Fact("size", size(r.total_bytes)),
         Fact("format", r.kind),
@@ -110,7 +112,8 @@ def inspect_page(r: InspectReport) -> Page:
 
 def _findings(r: InspectReport) -> list[Finding]:
     if r.findings is None:
-        return [Finding("note", "What stands out was not looked for in codes of another method.")]
+        told = "What stands out is not looked for in codes: qconvert verify judges them."
+        return [Finding("note", told)]
     if r.statistics and not r.findings:
         return [Finding("good", "No tensor stands out by outliers, tails or dead channels.")]
     return [Finding("note", f"{f.message}. Try: {f.advice}") for f in r.findings]

@@ -318,8 +318,8 @@ class InspectReport(Report):
 
     Attributes:
         scheme: that was asked for, of which ``sqnr_db`` and suggestions speak.
-        findings: what stands out, where statistics were taken; None where nobody looked, since the
-            tensors are codes of another method.
+        findings: what stands out, where statistics were taken; None where nobody looked, since
+            there are codes among the tensors, of which `verify` is the judge.
         facts: what the file says of itself, by what people call it.
         types: how many tensors there are of each, the most bytes first.
         inputs: of a calibration or an importance matrix, which are shown in place of tensors.

@@ -30,7 +30,8 @@ from qconvert.kernels.records import Encoded, ErrorSums
 from qconvert.mapper import Mapper
 from qconvert.model import Model, SourceFile
 from qconvert.progress import Progress
-from qconvert.remedies import ADVISED, FINE_DB, remedy
+from qconvert.quantities import counted
+from qconvert.remedies import ADVISED, FINE_DB, keeping, remedy
 from qconvert.report import QuantizedTensor, QuantizeReport
 from qconvert.stages.ahead import Ahead
 from qconvert.stages.parallel import Workers, available_threads
@@ -41,6 +42,8 @@ from qconvert.stages.target import Atomic, Prepared, Sink, TensorTarget
 
 SMALL_TILES = 4  # tensors of at most so many tiles are analysed by one thread
 NOTHING = Encoded()
+
+FEW = 3  # tensors that are worth an option each
 
 
 def planned_row(
@@ -204,21 +207,26 @@ class Job:
         judged = judge([*self.measured, *whole], self._remedy)
         if judged.lost:
             worst, name = next(f for f in judged.figures if f[1] == judged.lost[0])
-            count = len(judged.lost)
-            which = "1 tensor" if count == 1 else f"{count} tensors"
+            few = len(judged.lost) <= FEW
+            advice = f"{self._remedy(name, FINE_DB)}, or keep it with {keeping(name)}"
             self.report.warnings.append(
-                f"the weights of {which} are lost: '{name}' is left with "
-                f"{worst:.1f} dB; quantize again with {self._remedy(name, FINE_DB)}, or keep "
-                f"it with --keep '{name}'"
+                f"the weights of {counted(len(judged.lost), 'tensor')} are lost: '{name}' is left "
+                f"with {worst:.1f} dB; quantize again with "
+                + (advice if few else f"--scheme {self._advised}, which has more bits for all")
             )
         if judged.broken:
             others = "".join(f"; {b.name} {b.sqnr_db:.1f} dB" for b in judged.broken[1:])
             self.report.warnings.append(
                 f"the model is broken: {judged.broken[0]}{others}; take a scheme of more bits, "
-                f"such as --scheme {ADVISED.get(self.report.container, 'bf16')}"
+                f"such as --scheme {self._advised}"
             )
         if judged.warning:
             self.report.warnings.append(judged.warning)
+
+    @property
+    def _advised(self) -> str:
+        """A scheme of few bits that models are known to bear."""
+        return ADVISED.get(self.report.container, "bf16")
 
     def _remedy(self, name: str, needed_db: float) -> str:
         """The option that gives a tensor so many dB."""

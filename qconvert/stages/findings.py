@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qconvert.errors import printable
-from qconvert.floors import expected_db
+from qconvert.floors import USABLE_DB, expected_db
 from qconvert.remedies import keeping, taking
 from qconvert.report import ChannelSummary, Finding, TensorSummary
 from qconvert.schemes import AffineScheme, Scheme
+from qconvert.tensor_classes import MLP, class_of
 
 # A channel this much louder than the median one takes two bits from what shares its scale. Healthy
 # matrices come to 3.7, one of MiniLM to 5.0; those with channels that were rescaled by 16 to 15.
@@ -138,16 +139,17 @@ def _of_scheme(scheme: Scheme) -> list[_Rule]:
     """What speaks of the scheme that was asked for."""
     if not isinstance(scheme, AffineScheme):
         return []
-    floor = expected_db(scheme.bits)
+    expected = expected_db(scheme.bits)
 
     def poor(t: TensorSummary) -> float | None:
+        floor = max(expected, USABLE_DB[class_of(t.name)])
         return t.sqnr_db if t.sqnr_db is not None and t.sqnr_db < floor else None
 
     return [
         _Rule(
             "poor-scheme",
             poor,
-            (f"would be poor as {scheme.name}, below {floor:g} dB",) * 2,
+            (f"would be poor as {scheme.name}, below {max(expected, USABLE_DB[MLP]):g} dB",) * 2,
             lambda db: f"{db:.1f} dB",
             "give what is poor more bits or smaller blocks, such as {q8}, or take smaller blocks "
             "for all",

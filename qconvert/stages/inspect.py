@@ -105,6 +105,7 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             plan = make_plan(found, scheme, PlanOptions())
             _describe_all(model, plan, rows, options, progress)
             progress.end()
+        coded = quantized or any(t.dtype not in DTYPES for t in model.tensors)
         if quantized:
             for row in rows:
                 row.suggestion, row.suggestion_reason = "none", f"part of {quantized.method}"
@@ -122,7 +123,7 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             notes=said.notes,
             curve=curve,
             scheme=None if options.headers_only else scheme.name,
-            findings=None if quantized else findings_of(rows, scheme),
+            findings=None if coded else findings_of(rows, scheme),
             facts=facts_of(model),
             types=tally(model),
             comparison=other,

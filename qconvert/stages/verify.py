@@ -50,6 +50,7 @@ from qconvert.progress import Progress, Silent
 from qconvert.quantities import counted
 from qconvert.remedies import remedy
 from qconvert.report import Check, Verdict, VerifiedTensor, VerifyReport
+from qconvert.report.verify import of_quality
 from qconvert.running.hugging_face import require
 from qconvert.stages.limits import check_limits, file_checks, tensor_checks
 from qconvert.stages.paired_histograms import paired_histogram
@@ -61,6 +62,7 @@ from qconvert.stages.verify_text import QualityOptions, measure_quality
 
 HALF_STEP = 0.5 + 2.0**-9  # half a step, and the rounding of the scale and of binary32 arithmetic
 RECORDED = 1e-5  # relative; the header has six significant digits
+STRANGE_DB = 0.5  # weights of another model come to -3 dB, zeros to 0
 SPOILED_DB = 6.0  # products of Gaussian inputs come within 1 dB of their weights
 NO_CODES = "the file has no tensor with codes that we have an integer product for"
 ACTIVATIONS = ("auto", "static", "dynamic", "dynamic_asym")
@@ -559,8 +561,10 @@ class _Job:
         self._limits(rows)
         if self.limits:
             self._stated_limits(self.limits, rows)
+        # Of a damaged file, or one of another model, other schemes would mend nothing.
+        whole = all(c.status != "fail" or of_quality(c) for c in self.report.checks)
         for row in rows:
-            if row.name in self.needed:
+            if row.name in self.needed and whole:
                 row.remedy = self._remedy(row.name, self.needed[row.name])
         self._compare_outputs(rows)
 
@@ -590,7 +594,7 @@ class _Job:
         detail = "lowest SQNR of a tensor, in dB"
         if judged.lost:
             detail = f"the weights of {len(judged.lost)} of {len(rows)} tensors are lost: {detail}"
-            if len(judged.lost) > len(rows) / 2:
+            if sum(db < STRANGE_DB for db, _ in judged.figures) > len(rows) / 2:
                 detail += "; is --against the model that the file was made from?"
         figures: dict[str, dict[str, float]] = {}
         for db, name in judged.figures:

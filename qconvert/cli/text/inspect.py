@@ -20,7 +20,7 @@ CURVE_BAR = 16  # characters
 NOTHING_FOUND = (
     "nothing stands out: no outliers, heavy tails, dead channels, constant blocks, NaN or Inf"
 )
-NOT_LOOKED = "what stands out was not looked for: these are codes of another method"
+NOT_LOOKED = "what stands out is not looked for in codes: qconvert verify judges a quantized file"
 
 
 def inspect_text(r: InspectReport, histograms: bool = True) -> Iterator[str]:
