@@ -909,7 +909,7 @@ def verify(
             strict=strict,
             progress=emitter.progress,
         )
-        side.write(done, emitter.outputs)
+        side.write(done, emitter.files.paths)
         return emitter.emit(done, verify_text)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 from qconvert.cli.exits import ExitCode
+from qconvert.cli.outputs import OutputFiles
 from qconvert.cli.progress import make_progress
 from qconvert.cli.streams import tell, write_stdout
 from qconvert.errors import UsageError
@@ -41,23 +41,8 @@ class Emitter:
         self.progress = make_progress(quiet)
         if report and html and report.resolve() == html.resolve():
             raise UsageError("--report and --html name the same file", found=str(html))
-        self.files = ExitStack()
-
-        def opened(path: Path | None) -> AtomicOutput | None:
-            if path is None:
-                return None
-            return self.files.enter_context(AtomicOutput(path, overwrite=force, inputs=inputs))
-
-        with ExitStack() as until_both:
-            until_both.push(self.files)
-            self.report, self.page = opened(report), opened(html)
-            until_both.pop_all()
-
-    @property
-    def outputs(self) -> list[Path]:
-        """Names that its files have, now and later."""
-        files = (file for file in (self.report, self.page) if file)
-        return [path for file in files for path in (file.path, file.target)]
+        self.files = OutputFiles((report, html), force=force, inputs=inputs)
+        self.report, self.page = self.files.files
 
     def emit(self, report: R, text: Callable[[R], str | Iterable[str]]) -> int:
         if self.report:
@@ -90,7 +75,7 @@ class Emitter:
         tb: TracebackType | None,
     ) -> None:
         self.progress.end()  # or an error would leave the terminal without its cursor
-        self.files.__exit__(kind, error, tb)
+        self.files.close()
 
 
 def _write(file: AtomicOutput, parts: Iterable[str]) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from qconvert.cli.outputs import OutputFiles
 from qconvert.cli.streams import tell
 from qconvert.errors import UsageError, printable
-from qconvert.files.atomic import AtomicOutput
 from qconvert.files.manifest import check_listed, manifest
 from qconvert.report import VerifyReport
 from qconvert.report.junit import junit_xml
@@ -46,21 +46,8 @@ class SideFiles:
         if listed and file.is_dir():
             check_listed(file)  # now, not after the weights
         self.file = file
-        self._open: list[AtomicOutput] = []
-        try:
-            self.junit = self._opened(junit, force, inputs)
-            self.manifest = self._opened(listed, force, inputs)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-
-    def _opened(
-        self, path: Path | None, force: bool, inputs: Sequence[Path]
-    ) -> AtomicOutput | None:
-        if path is None:
-            return None
-        self._open.append(AtomicOutput(path, overwrite=force, inputs=inputs))
-        return self._open[-1]
+        self.files = OutputFiles((junit, listed), force=force, inputs=inputs)
+        self.junit, self.manifest = self.files.files
 
     def write(self, report: VerifyReport, left: Sequence[Path]) -> None:
         """Write what was asked for; digests of what is good alone, for it is a release's list. That
@@ -78,8 +65,8 @@ class SideFiles:
             tell(f"no list of digests was written: the report is no pass{kept}")
         elif self.manifest:
             target = self.manifest.target
-            own = [path for out in self._open for path in (out.path, out.target)]
-            self.manifest.write_at(0, manifest(self.file, target.parent, [*own, *left]))
+            left = [*self.files.paths, *left]
+            self.manifest.write_at(0, manifest(self.file, target.parent, left))
             self.manifest.commit()
 
     def __enter__(self) -> SideFiles:
@@ -91,5 +78,4 @@ class SideFiles:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        for out in self._open:
-            out.__exit__(kind, error, tb)
+        self.files.close()
