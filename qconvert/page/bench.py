@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from qconvert.page.parts import Cell, Chart, Column, Fact, Finding, Page, Table, number, warned
+from collections.abc import Sequence
+
+from qconvert.page.parts import (
+    Cell,
+    Chart,
+    Column,
+    Fact,
+    Finding,
+    Page,
+    Table,
+    number,
+    table_of,
+    warned,
+)
 from qconvert.page.svg import bars
 from qconvert.quantities import counted, shape_text, size
-from qconvert.report import BenchReport, FileCost, Measurement, SkippedLine
+from qconvert.report import BenchReport, FileCost, LayerCost, Measurement, SkippedLine
 
 COLUMNS = [
     Column("line"),
@@ -39,7 +52,7 @@ def bench_page(r: BenchReport) -> Page:
             rows = [(m.name, m.rate, f"{m.rate:.4g}") for m in lines if m.unit == unit]
             caption = f"{unit}: longer is faster. Medians of {r.runs} runs that took turns."
             charts.append(Chart(f"{section}, {unit}", bars(rows, section), caption))
-        tables.append(Table(section, COLUMNS, [_row(m) for m in lines], len(lines)))
+        tables.append(table_of(section, COLUMNS, lines, _row))
     threads = counted(r.threads, "thread")
     return Page(
         command="bench",
@@ -87,8 +100,8 @@ def _file_facts(f: FileCost) -> list[Fact]:
 
 
 def _layers(f: FileCost) -> Table:
-    rows = [
-        [
+    def row(layer: LayerCost) -> Sequence[Cell]:
+        return [
             Cell(layer.roles),
             number(layer.count, 9),
             Cell(shape_text(layer.shape)),
@@ -98,9 +111,9 @@ def _layers(f: FileCost) -> Table:
             number(layer.float_ratio, 3),
             Cell("integer" if layer.integer else "decoded"),
         ]
-        for layer in sorted(f.layers, key=lambda layer: -layer.count * layer.seconds)
-    ]
-    return Table("Where a token's time goes", LAYERS, rows, len(rows))
+
+    slowest_first = sorted(f.layers, key=lambda layer: -layer.count * layer.seconds)
+    return table_of("Where a token's time goes", LAYERS, slowest_first, row)
 
 
 def _row(m: Measurement) -> list[Cell]:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qconvert.page.maps import by_layer
-from qconvert.page.parts import (
-    ROWS_SHOWN,
-    Cell,
-    Column,
-    Fact,
-    Finding,
-    Page,
-    Table,
-    number,
-    warned,
-)
+from qconvert.page.parts import Cell, Column, Fact, Finding, Page, number, table_of, warned
 from qconvert.page.svg import span
-from qconvert.report import CalibrateReport
+from qconvert.report import CalibratedLayer, CalibrateReport
 
 COLUMNS = [
     Column("layer"),
@@ -45,8 +37,9 @@ def calibrate_page(r: CalibrateReport) -> Page:
         facts.append(Fact("text", f"{r.tokens:,} tokens", f"in {r.chunks:,} pieces"))
     least = min((layer.low for layer in r.layers), default=0.0)
     most = max((layer.high for layer in r.layers), default=0.0)
-    rows = [
-        [
+
+    def row(layer: CalibratedLayer) -> Sequence[Cell]:
+        return [
             Cell(layer.name),
             Cell(span(layer.low, layer.high, least, most)),
             number(layer.low),
@@ -57,8 +50,7 @@ def calibrate_page(r: CalibrateReport) -> Page:
             number(layer.features, 9),
             number(layer.channel_absmax_ratio, 3),
         ]
-        for layer in r.layers[:ROWS_SHOWN]
-    ]
+
     return Page(
         command="calibrate",
         title=r.output,
@@ -77,6 +69,6 @@ def calibrate_page(r: CalibrateReport) -> Page:
             "large a few channels set the range for all.",
             logarithmic=True,
         ),
-        tables=[Table("Layers", COLUMNS, rows, len(r.layers), "the first of the model")],
+        tables=[table_of("Layers", COLUMNS, r.layers, row, "the first of the model")],
         closing=[Fact("inputs", ", ".join(r.inputs))],
     )

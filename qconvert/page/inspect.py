@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from qconvert.page.maps import by_layer
 from qconvert.page.parts import (
-    ROWS_SHOWN,
     Cell,
     Chart,
     Column,
@@ -17,11 +16,20 @@ from qconvert.page.parts import (
     Table,
     decibels,
     number,
+    table_of,
     warned,
 )
 from qconvert.page.svg import curve, histogram
 from qconvert.quantities import shape_text, size
-from qconvert.report import Comparison, InputsView, InspectReport, SizeCurve, TensorSummary
+from qconvert.report import (
+    ComparedTensor,
+    Comparison,
+    InputLayer,
+    InputsView,
+    InspectReport,
+    SizeCurve,
+    TensorSummary,
+)
 
 COLUMNS = [
     Column("tensor"),
@@ -130,8 +138,9 @@ def _tables(r: InspectReport) -> list[Table]:
 
 def _compared(c: Comparison) -> Table:
     worst = sorted(c.tensors, key=lambda t: (t.equal, math.inf if t.sqnr_db is None else t.sqnr_db))
-    rows = [
-        [
+
+    def row(t: ComparedTensor) -> Sequence[Cell]:
+        return [
             Cell(t.name),
             Cell(t.a_dtype),
             Cell(t.b_dtype),
@@ -141,14 +150,13 @@ def _compared(c: Comparison) -> Table:
             number(t.differing, 12),
             number(t.max_error, 3),
         ]
-        for t in worst[:ROWS_SHOWN]
-    ]
-    return Table(f"Against {c.path}", COMPARED, rows, len(c.tensors), "those that differ most")
+
+    return table_of(f"Against {c.path}", COMPARED, worst, row, "those that differ most")
 
 
 def _inputs(view: InputsView) -> Table:
-    rows = [
-        [
+    def row(layer: InputLayer) -> Sequence[Cell]:
+        return [
             Cell(layer.name),
             number(layer.rank, 9),
             number(layer.mean_square, 4),
@@ -158,9 +166,8 @@ def _inputs(view: InputsView) -> Table:
             number(layer.features, 9),
             Cell(", ".join(map(str, layer.hottest))),
         ]
-        for layer in view.layers[:ROWS_SHOWN]
-    ]
-    return Table("Inputs of layers", INPUTS, rows, len(view.layers), "the first of the file")
+
+    return table_of("Inputs of layers", INPUTS, view.layers, row, "the first of the file")
 
 
 def _curve(c: SizeCurve) -> list[Chart]:
@@ -176,16 +183,25 @@ def _curve(c: SizeCurve) -> list[Chart]:
 
 
 def _tensors(r: InspectReport) -> Table:
-    rows = [_row(t) for t in r.tensors[:ROWS_SHOWN]]
     told = "the first of the file"
     if r.statistics:
-        return Table("Tensors", COLUMNS, rows, len(r.tensors), told)
-    kept = [i for i, c in enumerate(COLUMNS) if c.heading in ("tensor", "shape", "dtype", "size")]
-    some = [[row[i] for i in kept] for row in rows]
-    return Table("Tensors", [COLUMNS[i] for i in kept], some, len(r.tensors), told)
+        return table_of("Tensors", COLUMNS, r.tensors, _row, told)
+    heads = [c for c in COLUMNS if c.heading in ("tensor", "shape", "dtype", "size")]
+    return table_of("Tensors", heads, r.tensors, _head, told)
+
+
+def _head(t: TensorSummary) -> Sequence[Cell]:
+    """What a header says of a tensor."""
+    return [
+        Cell(t.name),
+        Cell(shape_text(t.shape)),
+        Cell(t.dtype),
+        Cell(size(t.nbytes), t.nbytes),
+    ]
 
 
 def _row(t: TensorSummary) -> Sequence[Cell]:
+    name, *head = _head(t)
     drawn = Cell("")
     if t.histogram:
         h = t.histogram
@@ -199,11 +215,9 @@ def _row(t: TensorSummary) -> Sequence[Cell]:
         drawn = Cell(histogram(h.counts, h.low, h.high, marks=marks))
     share = None if t.outlier_share is None else 100 * t.outlier_share
     return [
-        Cell(t.name),
+        name,
         drawn,
-        Cell(shape_text(t.shape)),
-        Cell(t.dtype),
-        Cell(size(t.nbytes), t.nbytes),
+        *head,
         *(number(v, 3) for v in (t.minimum, t.maximum, t.std, t.kurtosis)),
         *(number(v, 3) for v in (t.crest, t.widest_ratio, t.sqnr_db)),
         number(share, 3),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from markupsafe import Markup
 
+T = TypeVar("T")
 ROWS_SHOWN = 2000  # of a table: more make a page slow to open, and `--json` has them all
 ROWS_OPENED = 200  # that a browser lays out at first; the page's search and sorting know all
 
@@ -78,6 +80,22 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     total: int
     first: str = ""
+
+
+def table_of(
+    title: str,
+    columns: Sequence[Column],
+    items: Sequence[T],
+    row: Callable[[T], Sequence[Cell]],
+    first: str = "",
+) -> Table:
+    """A table of things, the first `ROWS_SHOWN` of them.
+
+    Args:
+        row: the cells of one.
+        first: by what they are ordered, for the reader of a table that is cut.
+    """
+    return Table(title, columns, [row(item) for item in items[:ROWS_SHOWN]], len(items), first)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 from qconvert.page.maps import DECIBELS_SPAN, by_layer
 from qconvert.page.parts import (
-    ROWS_SHOWN,
     Cell,
     Chart,
     Column,
@@ -18,6 +17,7 @@ from qconvert.page.parts import (
     Table,
     decibels,
     number,
+    table_of,
     warned,
 )
 from qconvert.page.svg import bars
@@ -103,8 +103,7 @@ def _charts(r: QuantizeReport) -> list[Chart]:
 def _tensors(r: QuantizeReport) -> Table:
     """The largest losses first, as these are what a reader looks for."""
     worst = sorted(r.tensors, key=lambda t: (t.sqnr_db is None, t.sqnr_db or 0.0))
-    rows = [_row(t) for t in worst[:ROWS_SHOWN]]
-    return Table("Tensors", COLUMNS, rows, len(r.tensors), "those with the lowest SQNR")
+    return table_of("Tensors", COLUMNS, worst, _row, "those with the lowest SQNR")
 
 
 def _row(t: QuantizedTensor) -> Sequence[Cell]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from qconvert.page.maps import DECIBELS_SPAN, by_layer
 from qconvert.page.parts import (
-    ROWS_SHOWN,
     Cell,
     Chart,
     Column,
@@ -17,6 +16,7 @@ from qconvert.page.parts import (
     Table,
     decibels,
     number,
+    table_of,
     warned,
 )
 from qconvert.page.svg import histogram
@@ -126,8 +126,9 @@ def _charts(r: VerifyReport) -> list[Chart]:
 
 def _checks(r: VerifyReport) -> Table:
     order = {"fail": 0, "skip": 1, "pass": 2}
-    rows = [
-        [
+
+    def row(c: Check) -> Sequence[Cell]:
+        return [
             Cell(c.id),
             Cell(c.status, order[c.status]),
             number(c.worst),
@@ -135,16 +136,15 @@ def _checks(r: VerifyReport) -> Table:
             Cell(c.tensor or "–"),
             Cell(c.detail),
         ]
-        for c in sorted(r.checks, key=lambda c: order[c.status])
-    ]
-    return Table("Checks", CHECKS, rows, len(rows))
+
+    gravest_first = sorted(r.checks, key=lambda c: order[c.status])
+    return table_of("Checks", CHECKS, gravest_first, row, "those that fail, then those skipped")
 
 
 def _tensors(r: VerifyReport) -> Table:
     worst = sorted(r.tensors, key=_badness)
-    rows = [_row(t) for t in worst[:ROWS_SHOWN]]
     told = "those that fail, then those with the lowest SQNR"
-    return Table("Tensors", TENSORS, rows, len(r.tensors), told)
+    return table_of("Tensors", TENSORS, worst, _row, told)
 
 
 def _badness(t: VerifiedTensor) -> tuple[bool, float]:
