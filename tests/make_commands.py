@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from generated import ROOT, write_or_check
 
 from qconvert import __version__
 from qconvert.cli.app import app
 
-ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "samples"
 INTRODUCTION = """# All commands and options
 
@@ -139,22 +139,5 @@ def documents() -> dict[Path, str]:
     return {SAMPLES / "man/README.md": markdown(found), **pages}
 
 
-def main() -> int:
-    stale = {
-        path: text
-        for path, text in documents().items()
-        if not path.exists() or path.read_text("utf-8") != text
-    }
-    if "--check" in sys.argv:
-        for path in stale:
-            print(f"{path.relative_to(ROOT)} is not current: python tests/make_commands.py")
-        return 1 if stale else 0
-    for path, text in stale.items():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, "utf-8")
-        print(f"wrote {path.relative_to(ROOT)}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(documents(), "tests/make_commands.py"))

@@ -16,6 +16,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from generated import ROOT, write_or_check
+
 from qconvert.report import (
     BenchReport,
     CalibrateReport,
@@ -25,7 +27,6 @@ from qconvert.report import (
     VerifyReport,
 )
 
-ROOT = Path(__file__).parents[1]
 REPORTS = (BenchReport, CalibrateReport, InspectReport, QuantizeReport, VerifyReport)
 PLAIN = {str: "string", int: "integer", bool: "boolean", type(None): "null"}
 ERROR = {
@@ -142,22 +143,5 @@ def documents() -> dict[Path, str]:
     return {**reports, folder / "error.json": json.dumps(ERROR, indent=1) + "\n"}
 
 
-def main() -> int:
-    stale = {
-        path: text
-        for path, text in documents().items()
-        if not path.exists() or path.read_text("utf-8") != text
-    }
-    if "--check" in sys.argv:
-        for path in stale:
-            print(f"{path.relative_to(ROOT)} is not current: python tests/make_schemas.py")
-        return 1 if stale else 0
-    for path, text in stale.items():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, "utf-8")
-        print(f"wrote {path.relative_to(ROOT)}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(documents(), "tests/make_schemas.py"))
