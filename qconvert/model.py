@@ -101,9 +101,14 @@ class TensorInfo:
         return self.dtype in DTYPES and DTYPES[self.dtype].floating
 
     @property
+    def coded(self) -> bool:
+        """Whether it is stored as codes of a quantization, and not in a dtype of numbers."""
+        return self.dtype not in DTYPES
+
+    @property
     def real(self) -> bool:
         """Whether the values are real numbers."""
-        return self.dtype not in DTYPES or DTYPES[self.dtype].kind != "complex"
+        return self.coded or DTYPES[self.dtype].kind != "complex"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qconvert import kernels
 from qconvert.geometry import Tile
 from qconvert.kernels.records import F32, F64
+from qconvert.report import ChannelSummary
 
 BLOCK = 32  # values that are held to be alike; the smallest block but one of any scheme
 MAX_CHANNELS = 1 << 22  # rows or columns of which sums are kept, 16 bytes each
@@ -34,28 +35,6 @@ class TileChannels:
     columns: F64
     constant: int
     blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelFindings:
-    """Rows or columns of a matrix, held against their median.
-
-    Attributes:
-        count: how many there are.
-        dead: how many have hardly anything left: no magnitude above `DEAD` of the median one's.
-        widest: index of the one with the largest magnitude.
-        absmax_ratio: that magnitude by the median channel's; None where that is 0.
-        loudest: index of the one with the largest root mean square, its largest value left out, so
-            that one outlier does not make a channel of outliers.
-        rms_ratio: that root mean square by the median channel's; None where that is 0.
-    """
-
-    count: int
-    dead: int
-    widest: int
-    absmax_ratio: float | None
-    loudest: int
-    rms_ratio: float | None
 
 
 class ChannelStatistics:
@@ -103,11 +82,11 @@ class ChannelStatistics:
         self.blocks += found.blocks
 
     @property
-    def rows(self) -> ChannelFindings:
+    def rows(self) -> ChannelSummary:
         return _findings(self._rows[0], self._rows[1], self._columns.shape[1])
 
     @property
-    def columns(self) -> ChannelFindings:
+    def columns(self) -> ChannelSummary:
         return _findings(self._columns[0], self._columns[1], self._rows.shape[1])
 
 
@@ -116,13 +95,13 @@ def _join(total: F64, more: F64) -> None:
     total[1] += more[1]
 
 
-def _findings(absmax: F64, squares: F64, length: int) -> ChannelFindings:
-    """Of channels of so many values."""
+def _findings(absmax: F64, squares: F64, length: int) -> ChannelSummary:
+    """Of channels of so many values; a dead one has no magnitude above `DEAD` of the median's."""
     median = _median(absmax)
     rest = np.sqrt(np.maximum(squares - absmax * absmax, 0) / max(length - 1, 1))
     usual = _median(rest)
     widest, loudest = int(absmax.argmax()), int(rest.argmax())
-    return ChannelFindings(
+    return ChannelSummary(
         count=len(absmax),
         dead=int(np.count_nonzero(absmax <= DEAD * median)),
         widest=widest,

@@ -21,9 +21,10 @@ class ChannelSummary:
         count: how many there are.
         dead: how many have hardly anything left.
         widest: index of the one with the largest magnitude.
-        absmax_ratio: that magnitude by the median channel's.
-        loudest: index of the one with the largest root mean square, its largest value left out.
-        rms_ratio: that root mean square by the median channel's.
+        absmax_ratio: that magnitude by the median channel's; None where that is 0.
+        loudest: index of the one with the largest root mean square, its largest value left out, so
+            that one outlier does not make a channel of outliers.
+        rms_ratio: that root mean square by the median channel's; None where that is 0.
     """
 
     count: int

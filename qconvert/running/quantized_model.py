@@ -255,7 +255,7 @@ class _Builder:
         with torch.device("meta"):  # for its names and shapes alone
             skeleton = cls(described)
         skeleton.tie_weights()
-        self.dequantized = [t.name for t in self.model.tensors if t.dtype not in DTYPES]
+        self.dequantized = [t.name for t in self.model.tensors if t.coded]
         shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
         found = restored(self.model, config, path, shapes)
         self.model = found.model

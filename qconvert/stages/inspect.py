@@ -13,17 +13,16 @@ from numpy.typing import NDArray
 from qconvert import kernels
 from qconvert.codecs import codec_of
 from qconvert.codecs.affine.suggestion import grid_ends
-from qconvert.codecs.channels import MAX_CHANNELS, ChannelFindings, ChannelStatistics
+from qconvert.codecs.channels import MAX_CHANNELS, ChannelStatistics
 from qconvert.codecs.source import observe_tensor
 from qconvert.codecs.statistics import TensorStatistics
 from qconvert.errors import FormatError, UsageError, WeightError
 from qconvert.files import open_model
 from qconvert.geometry import TILE_VALUES, row_length, tiles
 from qconvert.mapper import Mapper
-from qconvert.model import DTYPES, Model, TensorInfo
+from qconvert.model import Model, TensorInfo
 from qconvert.progress import Progress, Silent
 from qconvert.report import (
-    ChannelSummary,
     GridEnds,
     Histogram,
     InputsView,
@@ -105,7 +104,7 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
             plan = make_plan(found, scheme, PlanOptions())
             _describe_all(model, plan, rows, options, progress)
             progress.end()
-        coded = quantized or any(t.dtype not in DTYPES for t in model.tensors)
+        coded = quantized or any(t.coded for t in model.tensors)
         if quantized:
             for row in rows:
                 row.suggestion, row.suggestion_reason = "none", f"part of {quantized.method}"
@@ -236,7 +235,7 @@ def _describe(
 def _channels(tensor: TensorInfo, columns: int) -> ChannelStatistics | None:
     """For matrices of weights that are large enough for channels to be told apart."""
     rows = tensor.size // columns
-    weights = tensor.floating or tensor.dtype not in DTYPES
+    weights = tensor.floating or tensor.coded
     large = tensor.size >= LEAST_VALUES and len(tensor.shape) > 1 and min(rows, columns) > 1
     if not weights or not large or max(rows, columns) > MAX_CHANNELS:
         return None
@@ -252,12 +251,8 @@ def _fill(row: TensorSummary, s: TensorStatistics, channels: ChannelStatistics |
     row.crest, row.near_zero_share = s.crest, s.near_zero_share
     row.percentiles = s.percentiles(row.dtype)
     if channels:
-        row.rows, row.columns = map(_summary, (channels.rows, channels.columns))
+        row.rows, row.columns = channels.rows, channels.columns
         row.blocks, row.constant_blocks = channels.blocks, channels.constant
-
-
-def _summary(c: ChannelFindings) -> ChannelSummary:
-    return ChannelSummary(c.count, c.dead, c.widest, c.absmax_ratio, c.loudest, c.rms_ratio)
 
 
 def _histogram(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from qconvert.files.strict_json import strict_json
 from qconvert.geometry import Tile, row_length, tiles
 from qconvert.ggml_types import GGML_TYPES
 from qconvert.kernels.records import IntegerRows
-from qconvert.model import DTYPES, Model, TensorInfo
+from qconvert.model import Model, TensorInfo
 from qconvert.schemes import TENSOR_SCHEMES, CodebookScheme, TensorScheme
 from qconvert.stages.made_from import I64, made_from
 from qconvert.stages.plan import PlannedTensor
@@ -38,7 +38,7 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 FIRST_VALUES = 1 << 12  # of a tensor that tell most encodings that cannot hold it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Moving:
     """What codes move from and to.
 
@@ -55,6 +55,11 @@ class Moving:
     container: Container
     dtype: str
     dense: Callable[[str], str | None] = lambda name: None
+
+    @cached_property
+    def _stored(self) -> dict[str, TensorInfo]:
+        """Tensors as they lie in the source."""
+        return {t.name: t for t in self.opened.tensors}
 
     def plan(self, exact: bool) -> tuple[PlannedTensor, ...]:
         """What becomes of every tensor where plain ones stay as they are.
@@ -78,9 +83,8 @@ class Moving:
             decoded: what is made of it where its codes cannot move; by default the dtype.
         """
         made = made_from(self.named, tensor)
-        stored = {t.name: t for t in self.opened.tensors}
-        sources = [stored[t.name] for t in made.sources if t.name in stored]
-        if not any(t.dtype not in DTYPES for t in sources):
+        sources = [self._stored[t.name] for t in made.sources if t.name in self._stored]
+        if not any(t.coded for t in sources):
             return None
         found: MovedScheme | str | None = None
         if len(sources) == 1 and made.rows is None and not made.added:

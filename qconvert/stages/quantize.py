@@ -18,7 +18,7 @@ from qconvert.errors import UnsupportedError, UsageError, WeightError, about
 from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
 from qconvert.kernels.records import ErrorSums
-from qconvert.model import DTYPES, Model
+from qconvert.model import Model
 from qconvert.progress import Progress, Silent
 from qconvert.report import QuantizeReport
 from qconvert.schemes import CastScheme, KeepScheme, MixScheme, TensorScheme, adapted
@@ -188,7 +188,7 @@ def _plain(opened: OpenModel, options: QuantizeOptions) -> Model:
     Raises:
         UsageError: it is quantized, and nobody said that it may be quantized again.
     """
-    quantized = next((t for t in opened.tensors if t.dtype not in DTYPES), None)
+    quantized = next((t for t in opened.tensors if t.coded), None)
     schemes = (options.scheme, *(s for _, s in options.tensor_schemes))
     cast = all(isinstance(s, CastScheme | KeepScheme) for s in schemes)
     if quantized and not (cast or options.allow_requantize):

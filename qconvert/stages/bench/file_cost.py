@@ -19,7 +19,7 @@ from qconvert.codecs.codec import Stored
 from qconvert.files import OpenModel, open_model
 from qconvert.geometry import Tile, row_length, tiles
 from qconvert.kernels.activations import dynamic_activations
-from qconvert.model import DTYPES, TensorInfo
+from qconvert.model import TensorInfo
 from qconvert.processor import features
 from qconvert.report import FileCost, LayerCost, Measurement
 from qconvert.roles import place_of
@@ -65,7 +65,7 @@ def is_quantized(path: Path) -> bool:
     """Whether a file has tensors that are stored as codes."""
     model = open_model(path)
     try:
-        return any(t.dtype not in DTYPES for t in model.tensors)
+        return any(t.coded for t in model.tensors)
     finally:
         model.close()
 
