@@ -30,6 +30,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from qconvert.quantities import counted
 from qconvert.remedies import taking
 from qconvert.roles import place_of
 from qconvert.tensor_classes import ATTENTION, EMBEDDING, HEAD, MLP, OTHER, class_of
@@ -266,7 +267,7 @@ def _poorer(
 ) -> str:
     """A warning about tensors that do worse than their width should."""
     db, worst = poor[0]
-    which = "1 tensor is" if len(poor) == 1 else f"{len(poor)} tensors are"
+    which = f"{counted(len(poor), 'tensor')} {'is' if len(poor) == 1 else 'are'}"
     expected = expected_db(worst.bits)
     option = remedy(worst.name, expected) if remedy else taking(worst.name, "NAME")
     return (

@@ -14,13 +14,13 @@ from qconvert.errors import InputError, UsageError
 from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
 from qconvert.files.equalised import Exponents, equalised, read_exponents
-from qconvert.files.provenance import PROVENANCE
+from qconvert.files.provenance import PROVENANCE, provenance_of
 from qconvert.geometry import Tile, row_length, tiles
 from qconvert.kernels.records import ErrorSums
 from qconvert.model import Model, TensorInfo
 from qconvert.progress import Progress
 from qconvert.report import ComparedGroup, ComparedTensor, Comparison
-from qconvert.stages.facts import facts_of, provenance_of
+from qconvert.stages.facts import facts_of
 from qconvert.stages.grouping import chosen, layer_of, layer_order, role_of
 from qconvert.stages.made_from import made_from
 from qconvert.stages.parallel import Workers

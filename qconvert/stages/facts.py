@@ -14,8 +14,6 @@ from qconvert.mixes import MIXES
 from qconvert.report import TypeTally
 from qconvert.stages.quantize_options import PRESETS
 
-__all__ = ["facts_of", "provenance_of", "tally"]
-
 FILE_TYPES = {mix.file_type: name for name, mix in reversed(MIXES.items())}
 TEMPLATE = "tokenizer.chat_template"
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from qconvert.errors import printable
 from qconvert.floors import USABLE_DB, expected_db
+from qconvert.quantities import counted
 from qconvert.remedies import keeping, taking
 from qconvert.report import ChannelSummary, Finding, TensorSummary
 from qconvert.schemes import AffineScheme, Scheme
@@ -68,7 +69,7 @@ def findings_of(rows: Sequence[TensorSummary], scheme: Scheme) -> list[Finding]:
 
 def _finding(rule: _Rule, hits: Sequence[tuple[float, TensorSummary]]) -> Finding:
     worst = hits[0][1]
-    which = "1 tensor" if len(hits) == 1 else f"{len(hits):,} tensors"
+    which = counted(len(hits), "tensor")
     named = ", ".join(f"{printable(t.name)} ({rule.unit(f)})" for f, t in hits[:NAMED])
     more = f" and {len(hits) - NAMED:,} more" if len(hits) > NAMED else ""
     what = rule.what[len(hits) > 1]

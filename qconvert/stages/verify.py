@@ -679,7 +679,7 @@ class _Job:
             return
         detail = "largest error of an unclipped weight, in steps"
         if others:
-            left = "1 tensor" if others == 1 else f"{others} tensors"
+            left = counted(others, "tensor")
             detail += f", without {left} whose codes are not the nearest with these scales"
         self._limit("error-bound", detail, steps, HALF_STEP, max)
 

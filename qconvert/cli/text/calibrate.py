@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qconvert.cli.text.fitting import Column
-from qconvert.cli.text.pieces import _next, number, table
+from qconvert.cli.text.pieces import next_step, number, table
 from qconvert.errors import printable
 from qconvert.quantities import duration
 from qconvert.report import CalibratedFisher, CalibrateReport
@@ -45,7 +45,7 @@ def calibrate_text(r: CalibrateReport) -> str:
     if not r.written:
         return told
     name = printable(r.output)
-    return told + _next(f"qconvert quantize MODEL --scheme q8_channel --calibration {name}")
+    return told + next_step(f"qconvert quantize MODEL --scheme q8_channel --calibration {name}")
 
 
 def _text_lines(r: CalibrateReport) -> str:

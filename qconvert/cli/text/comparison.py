@@ -12,7 +12,7 @@ from qconvert.quantities import counted, duration, shape_text, size
 from qconvert.report import ComparedGroup, ComparedTensor, Comparison, InspectReport
 
 NAMED = 5
-LABEL = 14  # columns of what stands before a line's text
+LABEL_WIDTH = 14  # columns of what stands before a line's text
 
 
 def comparison_lines(r: InspectReport, c: Comparison) -> Iterator[str]:
@@ -53,7 +53,7 @@ def comparison_lines(r: InspectReport, c: Comparison) -> Iterator[str]:
 
 
 def _line(label: str, text: str) -> str:
-    return wrapped(f"{label:<{LABEL - 1}} {text}", " " * LABEL) + "\n"
+    return wrapped(f"{label:<{LABEL_WIDTH - 1}} {text}", " " * LABEL_WIDTH) + "\n"
 
 
 def _named(names: Sequence[str]) -> str:

@@ -166,7 +166,8 @@ def in_decibels(value: float | None) -> str:
     return decibels(value) + ("" if value is None else " dB")
 
 
-def _next(command: str) -> str:
+def next_step(command: str) -> str:
+    """A line for people with what to do then; a pipe needs none."""
     return f"next: {command}\n" if sys.stdout.isatty() else ""
 
 

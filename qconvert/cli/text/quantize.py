@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from qconvert.cli.text.fitting import Column
 from qconvert.cli.text.pieces import (
     WORST_SHOWN,
-    _next,
     decibels,
     fitted,
     in_decibels,
+    next_step,
     number,
     table_lines,
 )
@@ -82,7 +82,7 @@ def quantize_text(r: QuantizeReport) -> str:
     lines.append(f"time       {duration(r.seconds)}{rate}\n")
     if not r.dry_run:
         lines.append(
-            _next(f"qconvert verify {printable(r.output)} --against {printable(r.source)}")
+            next_step(f"qconvert verify {printable(r.output)} --against {printable(r.source)}")
         )
     return fitted("".join(lines))
 

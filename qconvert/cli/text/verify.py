@@ -16,7 +16,7 @@ from qconvert.cli.text.pieces import (
     wrapped,
 )
 from qconvert.errors import LINE, printable
-from qconvert.quantities import duration
+from qconvert.quantities import counted, duration
 from qconvert.remedies import joined
 from qconvert.report import (
     EmbeddingQuality,
@@ -42,7 +42,7 @@ def verify_text(r: VerifyReport) -> str:
         lines.append(wrapped(line, CHECK) + "\n")
     lossy = [t for t in r.tensors if t.sqnr_db is not None]
     if lossy:
-        count = "1 tensor" if len(lossy) == 1 else f"{len(lossy)} tensors"
+        count = counted(len(lossy), "tensor")
         lines.append(f"\nSQNR       {in_decibels(r.sqnr_db)} overall, {count}\n")
         lines.append(_classes(r.verdict))
     failing = sorted((t for t in r.tensors if t.fails), key=_worse)
