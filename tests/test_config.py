@@ -18,9 +18,8 @@ from tiny_models import CONFIGS, Tensors, weights, write_directory
 
 from qconvert.architectures import GgufSource, open_gguf_source
 from qconvert.architectures.config import Config
-from qconvert.architectures.config_classes import CONFIG_CLASSES
 from qconvert.architectures.config_warnings import config_warnings
-from qconvert.architectures.families import hyper_parameters, known_class
+from qconvert.architectures.families import CONFIG_CLASSES, hyper_parameters, known_class
 from qconvert.architectures.rope import yarn_shares
 from qconvert.architectures.source import read_config
 from qconvert.errors import FormatError, InputError, QconvertError, UnsupportedError

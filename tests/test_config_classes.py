@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from qconvert.architectures.config_classes import BASE, BOOKKEEPING, CONFIG_CLASSES, ConfigClass
-from qconvert.architectures.families import FAMILIES
+from qconvert.architectures.config_classes import BASE, BOOKKEEPING, ConfigClass
+from qconvert.architectures.families import CONFIG_CLASSES, FAMILIES
 
 transformers = pytest.importorskip("transformers", reason="pip install qconvert[hf]")
 if not transformers.__version__.startswith("5.24."):

@@ -16,7 +16,7 @@ import pytest
 from config_cases import BASES, EVERY, POSITIONS, Directories, changed, text, unfolded
 
 from qconvert.architectures import GgufSource, open_gguf_source
-from qconvert.architectures.config_classes import CONFIG_CLASSES
+from qconvert.architectures.families import CONFIG_CLASSES
 from qconvert.errors import InputError
 from qconvert.files import open_model
 from qconvert.files.gguf_writer import GgufValue

@@ -7,7 +7,7 @@ installed, tests/test_config_classes.py compares every class with its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 # Types, for people. A number with a point is no integer: transformers refuses 1 where it wants 1.0.
@@ -145,22 +145,22 @@ BOOKKEEPING = frozenset(
 )  # fmt: skip
 
 # Read by every decoder, field or not: rotary positions, and what changes a model as a whole.
-_ROTARY = (
+ROTARY = (
     "rope_scaling",
     "rope_theta",
     "partial_rotary_factor",
     "original_max_position_embeddings",
 )
 # The last three are no fields of some classes, but its cache goes by them.
-_DECODER = (
-    *_ROTARY, "is_causal", "per_layer_config", "sliding_window", "layer_types",
+DECODER = (
+    *ROTARY, "is_causal", "per_layer_config", "sliding_window", "layer_types",
     "attention_chunk_size",
 )  # fmt: skip
-_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-_TRAINING = ("initializer_range", "use_cache", "attention_dropout", *_TOKENS)
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+TRAINING = ("initializer_range", "use_cache", "attention_dropout", *TOKENS)
 
 
-def _decoder(
+def decoder_fields(
     sizes: tuple[int, int, int, int, int],
     groups: tuple[str, int | None],
     context: int,
@@ -188,274 +188,3 @@ def _decoder(
             **more,
         }
     )
-
-
-def _with_windows(fields: Fields) -> Fields:
-    """The same with sliding windows as Qwen2 and 3 have them."""
-    return MappingProxyType(
-        {
-            **fields,
-            "use_sliding_window": (BOOL, False),
-            "sliding_window": (INT_OR_NULL, 4096),
-            "max_window_layers": (INT, 28),
-            "layer_types": (TEXTS_OR_NULL, None),
-        }
-    )
-
-
-_GEMMA3_TEXT = ConfigClass(
-    "Gemma3TextConfig",
-    "gemma3_text",
-    ("Gemma3ForCausalLM",),
-    _decoder(
-        (262_208, 2304, 9216, 26, 8),
-        (INT, 4),
-        131_072,
-        tied=True,
-        activation=("hidden_activation", "gelu_pytorch_tanh"),
-        head_dim=(INT, 256),
-        attention_bias=(BOOL, False),
-        query_pre_attn_scalar=(INT, 256),
-        sliding_window=(INT_OR_NULL, 4096),
-        layer_types=(TEXTS_OR_NULL, None),
-        final_logit_softcapping=(FLOAT_OR_NULL, None),
-        attn_logit_softcapping=(FLOAT_OR_NULL, None),
-        use_bidirectional_attention=(BOOL_OR_NULL, False),
-    ),
-    _TRAINING,
-    (*_DECODER, "sliding_window_pattern", "rope_local_base_freq"),
-    # The class stores the pattern under its own name, and never reads it back.
-    harmless=MappingProxyType({"_sliding_window_pattern": ANY, "hidden_act": ANY}),
-    theta=1_000_000.0,
-    divides=True,
-)
-
-# Inside a model of text and images transformers does not cap the logits, whatever the field says.
-_CAP = "final_logit_softcapping"
-_GEMMA3_INSIDE = replace(
-    _GEMMA3_TEXT,
-    fields=MappingProxyType({n: f for n, f in _GEMMA3_TEXT.fields.items() if n != _CAP}),
-    unused=(*_TRAINING, _CAP),
-)
-
-CONFIG_CLASSES = (
-    ConfigClass(
-        "LlamaConfig",
-        "llama",
-        ("LlamaForCausalLM",),
-        _decoder(
-            (32_000, 4096, 11_008, 32, 32),
-            (INT_OR_NULL, None),
-            2048,
-            attention_bias=(BOOL, False),
-            mlp_bias=(BOOL, False),
-            head_dim=(INT_OR_NULL, None),
-        ),
-        (*_TRAINING, "pretraining_tp"),
-        _DECODER,
-        harmless=MappingProxyType(
-            {
-                "rope_interleaved": (False,),
-                "is_llama_config": ANY,
-                "max_sequence_length": ANY,
-                "use_sliding_window": (False,),
-            }
-        ),
-        divides=True,
-    ),
-    ConfigClass(
-        "MistralConfig",
-        "mistral",
-        ("MistralForCausalLM",),
-        _decoder(
-            (32_000, 4096, 14_336, 32, 32),
-            (INT, 8),
-            131_072,
-            head_dim=(INT_OR_NULL, None),
-            sliding_window=(INT_OR_NULL, 4096),
-        ),
-        _TRAINING,
-        _DECODER,
-        harmless=MappingProxyType({"attention_bias": (False,), "mlp_bias": (False,)}),
-    ),
-    ConfigClass(
-        "MixtralConfig",
-        "mixtral",
-        ("MixtralForCausalLM",),
-        _decoder(
-            (32_000, 4096, 14_336, 32, 32),
-            (INT, 8),
-            131_072,
-            1e-5,
-            head_dim=(INT_OR_NULL, None),
-            sliding_window=(INT_OR_NULL, None),
-            num_experts_per_tok=(INT, 2),
-            num_local_experts=(INT, 8),
-        ),
-        (*_TRAINING, "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
-        _DECODER,
-        MappingProxyType({"num_experts": "num_local_experts"}),
-        harmless=MappingProxyType({"attention_bias": (False,)}),
-        theta=1_000_000.0,
-    ),
-    ConfigClass(
-        "Qwen2Config",
-        "qwen2",
-        ("Qwen2ForCausalLM",),
-        _with_windows(_decoder((151_936, 4096, 22_016, 32, 32), (INT_OR_NULL, 32), 32_768)),
-        _TRAINING,
-        (*_DECODER, "head_dim"),
-        harmless=MappingProxyType({"use_mrope": (False,)}),
-    ),
-    ConfigClass(
-        "Qwen3Config",
-        "qwen3",
-        ("Qwen3ForCausalLM",),
-        _with_windows(
-            _decoder(
-                (151_936, 4096, 22_016, 32, 32),
-                (INT_OR_NULL, 32),
-                32_768,
-                head_dim=(INT, 128),
-                attention_bias=(BOOL, False),
-            )
-        ),
-        _TRAINING,
-        _DECODER,
-    ),
-    ConfigClass(
-        "Qwen3MoeConfig",
-        "qwen3_moe",
-        ("Qwen3MoeForCausalLM",),
-        _decoder(
-            (151_936, 2048, 6144, 24, 32),
-            (INT, 4),
-            32_768,
-            attention_bias=(BOOL, False),
-            use_sliding_window=(BOOL, False),
-            sliding_window=(INT_OR_NULL, 4096),
-            decoder_sparse_step=(INT, 1),
-            moe_intermediate_size=(INT, 768),
-            num_experts_per_tok=(INT, 8),
-            num_experts=(INT, 128),
-            norm_topk_prob=(BOOL, False),
-            mlp_only_layers=(INTS_OR_NULL, None),
-        ),
-        (*_TRAINING, "output_router_logits", "router_aux_loss_coef"),
-        (*_DECODER, "head_dim"),
-        MappingProxyType({"num_local_experts": "num_experts"}),
-        harmless=MappingProxyType(
-            {
-                "max_window_layers": ANY,
-                "qkv_bias": (False,),
-                "shared_expert_intermediate_size": (0,),
-                "use_qk_norm": (True,),
-            }
-        ),
-    ),
-    ConfigClass(
-        "Gemma2Config",
-        "gemma2",
-        ("Gemma2ForCausalLM",),
-        _decoder(
-            (256_000, 2304, 9216, 26, 8),
-            (INT, 4),
-            8192,
-            tied=True,
-            activation=("hidden_activation", "gelu_pytorch_tanh"),
-            head_dim=(INT, 256),
-            attention_bias=(BOOL, False),
-            query_pre_attn_scalar=(INT, 256),
-            sliding_window=(INT_OR_NULL, 4096),
-            layer_types=(TEXTS_OR_NULL, None),
-            final_logit_softcapping=(FLOAT_OR_NULL, 30.0),
-            attn_logit_softcapping=(FLOAT_OR_NULL, 50.0),
-            use_bidirectional_attention=(BOOL_OR_NULL, None),
-        ),
-        _TRAINING,
-        _DECODER,
-        harmless=MappingProxyType({"hidden_act": ANY}),
-        divides=True,
-    ),
-    _GEMMA3_TEXT,
-    ConfigClass(
-        "Gemma3Config",
-        "gemma3",
-        ("Gemma3ForConditionalGeneration",),
-        MappingProxyType({}),
-        (
-            "text_config", "vision_config", "mm_tokens_per_image", "boi_token_index",
-            "eoi_token_index", "image_token_index", "initializer_range", "tie_word_embeddings",
-        ),
-        ("per_layer_config",),
-        aliases=MappingProxyType(
-            {
-                "image_token_id": "image_token_index",
-                "boi_token_id": "boi_token_index",
-                "eoi_token_id": "eoi_token_index",
-            }
-        ),
-        inner=("text_config", _GEMMA3_INSIDE),
-    ),
-    ConfigClass(
-        "Phi3Config",
-        "phi3",
-        ("Phi3ForCausalLM",),
-        _decoder(
-            (32_064, 3072, 8192, 32, 32),
-            (INT_OR_NULL, None),
-            4096,
-            1e-5,
-            original_max_position_embeddings=(INT, 4096),
-            sliding_window=(INT_OR_NULL, None),
-        ),
-        (*_TRAINING, "resid_pdrop", "embd_pdrop"),
-        (*_DECODER, "head_dim"),
-        harmless=MappingProxyType(
-            {
-                "attention_bias": (False,),
-                "mlp_bias": (False,),
-                "lm_head_bias": (False,),
-                "full_attn_mod": (1,),
-                "interpolate_factor": (1,),
-            }
-        ),
-    ),
-    ConfigClass(
-        "BertConfig",
-        "bert",
-        ("BertModel", "BertForMaskedLM"),
-        MappingProxyType(
-            {
-                "vocab_size": (INT, 30_522),
-                "hidden_size": (INT, 768),
-                "intermediate_size": (INT, 3072),
-                "num_hidden_layers": (INT, 12),
-                "num_attention_heads": (INT, 12),
-                "hidden_act": (TEXT, "gelu"),
-                "max_position_embeddings": (INT, 512),
-                "type_vocab_size": (INT, 2),
-                "layer_norm_eps": (FLOAT, 1e-12),
-                "is_decoder": (BOOL, False),
-                "add_cross_attention": (BOOL, False),
-                "tie_word_embeddings": (BOOL, True),
-            }
-        ),
-        (
-            "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range",
-            "use_cache", "classifier_dropout", *_TOKENS,
-        ),
-        ("position_embedding_type", "per_layer_config"),
-        harmless=MappingProxyType(
-            {
-                "directionality": ANY,
-                "pooler_fc_size": ANY,
-                "pooler_num_attention_heads": ANY,
-                "pooler_num_fc_layers": ANY,
-                "pooler_size_per_head": ANY,
-                "pooler_type": ANY,
-            }
-        ),
-        divides=True,
-    ),
-)  # fmt: skip

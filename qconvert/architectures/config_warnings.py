@@ -9,7 +9,9 @@ from typing import Any
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_classes import ConfigClass
-from qconvert.architectures.families import Family, Sizes, known_class
+from qconvert.architectures.families import known_class
+from qconvert.architectures.families.keys import Sizes
+from qconvert.architectures.families.row import Family
 from qconvert.architectures.rope import Rope
 
 _MOST_LISTED = 300  # characters

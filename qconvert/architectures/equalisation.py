@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qconvert.architectures.families import OUTPUT, Sizes
+from qconvert.architectures.families.keys import Sizes
+from qconvert.architectures.families.slots import OUTPUT
 from qconvert.architectures.mapped import MappedTensor
 from qconvert.architectures.mapping import map_tensors
 from qconvert.architectures.small_files import SmallFiles

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.architectures.config import Config
-from qconvert.architectures.families import OUTPUT, Family, Sizes, Slot
+from qconvert.architectures.families.keys import Sizes
+from qconvert.architectures.families.row import Family, Slot
+from qconvert.architectures.families.slots import OUTPUT
 from qconvert.architectures.mapped import (
     Locate,
     MappedTensor,

@@ -10,7 +10,8 @@ from typing import Any
 import gguf
 
 from qconvert.architectures.config import Config
-from qconvert.architectures.families import MAX_BLOCKS, known_family
+from qconvert.architectures.families import known_family
+from qconvert.architectures.families.keys import MAX_BLOCKS
 from qconvert.architectures.mapping import drop_reason, name_table, renamed, source_names
 from qconvert.architectures.source import read_config
 from qconvert.errors import UnsupportedError

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qconvert.architectures.families import OUTPUT, hyper_parameters
+from qconvert.architectures.families import hyper_parameters
+from qconvert.architectures.families.slots import OUTPUT
 from qconvert.architectures.mapped import MappedModel, described, inverted
 from qconvert.architectures.mapping import Dropped, map_tensors
 from qconvert.architectures.source import read_config

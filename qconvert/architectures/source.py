@@ -12,7 +12,8 @@ import gguf
 from qconvert.architectures.chat_templates import chat_template_keys, chat_templates
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_warnings import config_warnings
-from qconvert.architectures.families import Family, family_of, hyper_parameters
+from qconvert.architectures.families import family_of, hyper_parameters
+from qconvert.architectures.families.row import Family
 from qconvert.architectures.general_name import harmless_name
 from qconvert.architectures.mapped import MappedModel
 from qconvert.architectures.mapping import Dropped, map_tensors

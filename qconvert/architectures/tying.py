@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from qconvert.architectures.config import Config
-from qconvert.architectures.families import OUTPUT, Family
+from qconvert.architectures.families.row import Family
+from qconvert.architectures.families.slots import OUTPUT
 from qconvert.errors import UnsupportedError
 from qconvert.geometry import TILE_VALUES
 from qconvert.model import Model, TensorInfo

@@ -1,0 +1,107 @@
+"""The table of architectures: which tensors a model has, of which shapes, and which keys.
+
+A new architecture of a known kind is one row in the file of its family. Facts are llama.cpp's: a
+tensor that its loader does not ask for, or one that it misses, makes it refuse the whole file.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qconvert.architectures.config import Config
+from qconvert.architectures.config_classes import ConfigClass
+from qconvert.architectures.families import bert, gemma, llama, phi, qwen
+from qconvert.architectures.families.keys import Keys, Sizes
+from qconvert.architectures.families.row import Family
+from qconvert.architectures.rope import Rope
+from qconvert.errors import UnsupportedError
+from qconvert.files.gguf_writer import GgufValue, MetadataValue
+
+FAMILIES = (*llama.ROWS, *qwen.ROWS, *gemma.ROWS, *phi.ROWS, *bert.ROWS)
+CONFIG_CLASSES = (*llama.CONFIGS, *qwen.CONFIGS, *gemma.CONFIGS, *phi.CONFIGS, *bert.CONFIGS)
+
+
+def known_class(fields: Mapping[str, Any]) -> ConfigClass | None:
+    """The class of a configuration; None when no row of the tables has it.
+
+    transformers goes by ``model_type``; the class of model that ``architectures`` names must be one
+    that we take, unless there is none.
+    """
+    by_type = next((c for c in CONFIG_CLASSES if c.model_type == fields.get("model_type")), None)
+    if by_type and by_type.model_type == "mistral" and "layer_types" in fields:
+        return None  # transformers takes it for another, 'ministral'
+    named = _class_names(fields)
+    by_name = next((c for c in CONFIG_CLASSES if any(n in c.architectures for n in named)), None)
+    if fields.get("architectures") in (None, []):
+        return by_type
+    return by_name and (by_name if fields.get("model_type") is None else by_type)
+
+
+def known_family(fields: Mapping[str, Any]) -> Family | None:
+    """The row for a configuration; None when no row has its class."""
+    known = known_class(fields)
+    return next((f for f in FAMILIES if known and known.architectures[0] in f.classes), None)
+
+
+def family_of(fields: Mapping[str, Any], path: Path) -> tuple[Family, ConfigClass]:
+    """The row for a configuration, and its class.
+
+    Raises:
+        UnsupportedError: no row has its class; the message names those that there are.
+    """
+    family, known = known_family(fields), known_class(fields)
+    if family and known:
+        return family, known
+    found = ", ".join(_class_names(fields)) or "no architectures"
+    if fields.get("model_type") is not None:
+        found += f", model_type {reprlib.repr(fields['model_type'])}"
+    if "layer_types" in fields:
+        found += " with layer_types"
+    raise UnsupportedError(
+        "architecture has no row in our table for GGUF",
+        path=path,
+        found=reprlib.repr(found)[1:-1] if len(found) > 120 else found,
+        wanted=", ".join(family.name for family in FAMILIES),
+        hint="--raw writes the tensors under their own names, for tools other than llama.cpp",
+        code="ARCH-UNKNOWN",
+    )
+
+
+def _class_names(fields: Mapping[str, Any]) -> list[str]:
+    named = fields.get("architectures")
+    return [n for n in named if isinstance(n, str)] if isinstance(named, list) else []
+
+
+def hyper_parameters(family: Family, config: Config, sizes: Sizes) -> tuple[Keys, Rope]:
+    """The keys below the architecture's name, with what rotary positions need.
+
+    Raises:
+        FormatError: a field of the configuration is missing or unusable.
+        UnsupportedError: a field asks for something llama.cpp does not do for this architecture.
+    """
+    gemma = config.known and "hidden_activation" in config.known.fields
+    config.require("hidden_activation" if gemma else "hidden_act", family.activations)
+    if config.stated("per_layer_config"):
+        raise config.unlike("per_layer_config", "the same for all layers")
+    keys = family.keys(config, sizes)
+    rope = family.rope(config, sizes) if family.rope else Rope()
+    keys |= {f"rope.{key}": value for key, value in rope.keys.items()}
+    return {f"{family.arch}.{key}": _typed(value) for key, value in keys.items()}, rope
+
+
+def _typed(value: MetadataValue) -> MetadataValue:
+    """Counts as llama.cpp reads them."""
+    return GgufValue("UINT32", value) if type(value) is int else value
+
+
+__all__ = [
+    "CONFIG_CLASSES",
+    "FAMILIES",
+    "family_of",
+    "hyper_parameters",
+    "known_class",
+    "known_family",
+]

@@ -1,0 +1,108 @@
+"""Encoders of BERT's kind."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from qconvert.architectures.config import Config
+from qconvert.architectures.config_classes import ANY, BOOL, FLOAT, INT, TEXT, TOKENS, ConfigClass
+from qconvert.architectures.families.keys import GELU, Keys, Sizes, common_keys, plain_sizes
+from qconvert.architectures.families.row import Family, Slot
+from qconvert.architectures.families.slots import attention
+
+CONFIGS = (
+    ConfigClass(
+        "BertConfig",
+        "bert",
+        ("BertModel", "BertForMaskedLM"),
+        MappingProxyType(
+            {
+                "vocab_size": (INT, 30_522),
+                "hidden_size": (INT, 768),
+                "intermediate_size": (INT, 3072),
+                "num_hidden_layers": (INT, 12),
+                "num_attention_heads": (INT, 12),
+                "hidden_act": (TEXT, "gelu"),
+                "max_position_embeddings": (INT, 512),
+                "type_vocab_size": (INT, 2),
+                "layer_norm_eps": (FLOAT, 1e-12),
+                "is_decoder": (BOOL, False),
+                "add_cross_attention": (BOOL, False),
+                "tie_word_embeddings": (BOOL, True),
+            }
+        ),
+        (
+            "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range",
+            "use_cache", "classifier_dropout", *TOKENS,
+        ),
+        ("position_embedding_type", "per_layer_config"),
+        harmless=MappingProxyType(
+            {
+                "directionality": ANY,
+                "pooler_fc_size": ANY,
+                "pooler_num_attention_heads": ANY,
+                "pooler_num_fc_layers": ANY,
+                "pooler_size_per_head": ANY,
+                "pooler_type": ANY,
+            }
+        ),
+        divides=True,
+    ),
+)  # fmt: skip
+
+
+def bert_sizes(config: Config) -> Sizes:
+    return plain_sizes(config, grouped=False, types=config.count("type_vocab_size"))
+
+
+def bert_keys(config: Config, sizes: Sizes) -> Keys:
+    if config.stated("position_embedding_type") is not None:
+        config.require("position_embedding_type", ("absolute",))
+    for name in ("is_decoder", "add_cross_attention"):
+        if config.flag(name):
+            raise config.unlike(name, "false")
+    return common_keys(config, sizes) | {
+        "attention.layer_norm_epsilon": config.number("layer_norm_eps", zero=True),
+        "attention.causal": False,
+        "vocab_size": sizes.named["vocabulary"],
+    }
+
+
+_BERT_WHOLE = (
+    Slot("token_embd.weight", "vocabulary width"),
+    Slot("position_embd.weight", "context width"),
+    Slot("token_types.weight", "types width"),
+    Slot("token_embd_norm.weight", "width"),
+    Slot("token_embd_norm.bias", "width"),
+)
+_BERT = (
+    *attention(heads=False, bias=True),
+    Slot("attn_output.bias", "width"),
+    Slot("attn_output_norm.weight", "width"),
+    Slot("attn_output_norm.bias", "width"),
+    Slot("ffn_up.weight", "inner width"),
+    Slot("ffn_up.bias", "inner"),
+    Slot("ffn_down.weight", "width inner"),
+    Slot("ffn_down.bias", "width"),
+    Slot("layer_output_norm.weight", "width"),
+    Slot("layer_output_norm.bias", "width"),
+)
+
+_UNUSED_HEAD = "is a part that llama.cpp's encoders do not have"
+
+ROWS = (
+    Family(
+        "BERT (encoders such as all-MiniLM)",
+        ("BertModel", "BertForMaskedLM"),
+        "bert",
+        _BERT_WHOLE,
+        _BERT,
+        bert_keys,
+        bert_sizes,
+        None,
+        GELU,
+        renames=(("bert.", ""),),
+        dropped=(("pooler.", _UNUSED_HEAD), ("cls.", _UNUSED_HEAD)),
+        tied=True,
+    ),
+)

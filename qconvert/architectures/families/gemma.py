@@ -1,0 +1,231 @@
+"""Gemma 2 and 3."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import MappingProxyType
+
+from qconvert.architectures.config import Config
+from qconvert.architectures.config_classes import (
+    ANY,
+    BOOL,
+    BOOL_OR_NULL,
+    DECODER,
+    FLOAT_OR_NULL,
+    INT,
+    INT_OR_NULL,
+    TEXTS_OR_NULL,
+    TRAINING,
+    ConfigClass,
+    decoder_fields,
+)
+from qconvert.architectures.families.keys import (
+    GELU,
+    MAX_BLOCKS,
+    SLIDING,
+    Keys,
+    Sizes,
+    decoder_keys,
+    layer_types,
+    plain_sizes,
+    rotary,
+)
+from qconvert.architectures.families.row import Family
+from qconvert.architectures.families.slots import (
+    GATED,
+    HEAD_NORMS,
+    NORMS,
+    POST_NORMS,
+    WHOLE,
+    attention,
+)
+from qconvert.architectures.rope import PLAIN, Rope, read_rope_by_layer
+from qconvert.files.gguf_writer import GgufValue
+
+_GEMMA3_TEXT = ConfigClass(
+    "Gemma3TextConfig",
+    "gemma3_text",
+    ("Gemma3ForCausalLM",),
+    decoder_fields(
+        (262_208, 2304, 9216, 26, 8),
+        (INT, 4),
+        131_072,
+        tied=True,
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+        head_dim=(INT, 256),
+        attention_bias=(BOOL, False),
+        query_pre_attn_scalar=(INT, 256),
+        sliding_window=(INT_OR_NULL, 4096),
+        layer_types=(TEXTS_OR_NULL, None),
+        final_logit_softcapping=(FLOAT_OR_NULL, None),
+        attn_logit_softcapping=(FLOAT_OR_NULL, None),
+        use_bidirectional_attention=(BOOL_OR_NULL, False),
+    ),
+    TRAINING,
+    (*DECODER, "sliding_window_pattern", "rope_local_base_freq"),
+    # The class stores the pattern under its own name, and never reads it back.
+    harmless=MappingProxyType({"_sliding_window_pattern": ANY, "hidden_act": ANY}),
+    theta=1_000_000.0,
+    divides=True,
+)
+
+# Inside a model of text and images transformers does not cap the logits, whatever the field says.
+_CAP = "final_logit_softcapping"
+_GEMMA3_INSIDE = replace(
+    _GEMMA3_TEXT,
+    fields=MappingProxyType({n: f for n, f in _GEMMA3_TEXT.fields.items() if n != _CAP}),
+    unused=(*TRAINING, _CAP),
+)
+
+CONFIGS = (
+    ConfigClass(
+        "Gemma2Config",
+        "gemma2",
+        ("Gemma2ForCausalLM",),
+        decoder_fields(
+            (256_000, 2304, 9216, 26, 8),
+            (INT, 4),
+            8192,
+            tied=True,
+            activation=("hidden_activation", "gelu_pytorch_tanh"),
+            head_dim=(INT, 256),
+            attention_bias=(BOOL, False),
+            query_pre_attn_scalar=(INT, 256),
+            sliding_window=(INT_OR_NULL, 4096),
+            layer_types=(TEXTS_OR_NULL, None),
+            final_logit_softcapping=(FLOAT_OR_NULL, 30.0),
+            attn_logit_softcapping=(FLOAT_OR_NULL, 50.0),
+            use_bidirectional_attention=(BOOL_OR_NULL, None),
+        ),
+        TRAINING,
+        DECODER,
+        harmless=MappingProxyType({"hidden_act": ANY}),
+        divides=True,
+    ),
+    _GEMMA3_TEXT,
+    ConfigClass(
+        "Gemma3Config",
+        "gemma3",
+        ("Gemma3ForConditionalGeneration",),
+        MappingProxyType({}),
+        (
+            "text_config", "vision_config", "mm_tokens_per_image", "boi_token_index",
+            "eoi_token_index", "image_token_index", "initializer_range", "tie_word_embeddings",
+        ),
+        ("per_layer_config",),
+        aliases=MappingProxyType(
+            {
+                "image_token_id": "image_token_index",
+                "boi_token_id": "boi_token_index",
+                "eoi_token_id": "eoi_token_index",
+            }
+        ),
+        inner=("text_config", _GEMMA3_INSIDE),
+    ),
+)  # fmt: skip
+
+
+def _gemma_keys(
+    config: Config, sizes: Sizes, largest: int, sliding: list[bool], usual: list[bool]
+) -> Keys:
+    """Keys of Gemma 2 and 3.
+
+    llama.cpp derives two things from others: the scale of attention from the head width (from the
+    width of the model in the one with ``largest`` blocks), and, where no key says it, which layers
+    look at a window only.
+    """
+    heads = config.count("num_attention_heads")
+    scale = sizes.named["width"] // heads if sizes.blocks == largest else sizes.head_dim
+    if config.count("query_pre_attn_scalar") != scale:
+        raise config.unlike("query_pre_attn_scalar", str(scale))
+    if config.flag("use_bidirectional_attention"):
+        raise config.unlike("use_bidirectional_attention", "false")
+    found = decoder_keys(config, sizes)
+    window = config.count("sliding_window")  # transformers wants one, be it for no layer
+    if any(sliding):
+        found["attention.sliding_window"] = window
+        if sliding != usual:
+            found["attention.sliding_window_pattern"] = GgufValue("BOOL", sliding)
+    return found
+
+
+def _every_nth_full(sizes: Sizes, n: int) -> list[bool]:
+    return [bool((i + 1) % n) for i in range(sizes.blocks)]
+
+
+def gemma2_keys(config: Config, sizes: Sizes) -> Keys:
+    if config.get("attn_logit_softcapping") is None:  # llama.cpp always has one for these scores
+        raise config.unlike("attn_logit_softcapping", "a number")
+    capped = config.get("final_logit_softcapping") is not None
+    usual = _every_nth_full(sizes, 2)
+    sliding = layer_types(config, sizes, usual)
+    if not any(sliding):  # llama.cpp ends its process
+        raise config.unlike("layer_types", f"'{SLIDING}' for one layer at least")
+    return _gemma_keys(config, sizes, 46, sliding, usual) | {
+        "attn_logit_softcapping": config.number("attn_logit_softcapping"),
+        # llama.cpp takes 30 for an absent one
+        "final_logit_softcapping": config.number("final_logit_softcapping") if capped else _NO_CAP,
+    }
+
+
+def gemma3_keys(config: Config, sizes: Sizes) -> Keys:
+    pattern = config.get("sliding_window_pattern", 6)
+    if type(pattern) is not int or not 0 < abs(pattern) <= MAX_BLOCKS:
+        raise config.wrong("sliding_window_pattern", f"an integer from 1 to {MAX_BLOCKS}")
+    sliding = layer_types(config, sizes, _every_nth_full(sizes, pattern))
+    found = _gemma_keys(config, sizes, 62, sliding, _every_nth_full(sizes, 6))
+    if config.get("final_logit_softcapping") is not None:
+        found["final_logit_softcapping"] = config.number("final_logit_softcapping")
+    return found
+
+
+def gemma3_rope(config: Config, sizes: Sizes) -> Rope:
+    return read_rope_by_layer(config, sizes.head_dim)
+
+
+_VISION = "belongs to the vision part, which is a file of its own in llama.cpp"
+# A family that transformers stores inside a model of text and images.
+_INSIDE = (
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+
+# A soft cap of so many leaves every logit as it is, bit for bit: a power of two far above them.
+_NO_CAP = 2.0**64
+
+ROWS = (
+    Family(
+        "Gemma 2",
+        ("Gemma2ForCausalLM",),
+        "gemma2",
+        WHOLE[:-1],  # its loader has no other output matrix than the token embedding
+        (*NORMS, *POST_NORMS, *attention(heads=False, bias=False), *GATED),
+        gemma2_keys,
+        plain_sizes,
+        rotary(PLAIN),
+        GELU,
+        norm_offset=True,
+        tied=True,
+    ),
+    Family(
+        "Gemma 3 (text)",
+        ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+        "gemma3",
+        WHOLE,
+        (*NORMS, *POST_NORMS, *HEAD_NORMS, *attention(heads=False, bias=False), *GATED),
+        gemma3_keys,
+        plain_sizes,
+        gemma3_rope,
+        GELU,
+        norm_offset=True,
+        tied=True,
+        renames=_INSIDE,
+        dropped=(
+            ("vision_tower.", _VISION),
+            ("model.vision_tower.", _VISION),
+            ("multi_modal_projector.", _VISION),
+            ("model.multi_modal_projector.", _VISION),
+        ),
+    ),
+)

@@ -1,0 +1,152 @@
+"""Llama, Mistral and Mixtral."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from qconvert.architectures.config import Config
+from qconvert.architectures.config_classes import (
+    ANY,
+    BOOL,
+    DECODER,
+    INT,
+    INT_OR_NULL,
+    TRAINING,
+    ConfigClass,
+    decoder_fields,
+)
+from qconvert.architectures.families.keys import (
+    MAX_EXPERTS,
+    SILU,
+    Keys,
+    Sizes,
+    decoder_keys,
+    expert_keys,
+    plain_sizes,
+    plain_window,
+    rotary,
+)
+from qconvert.architectures.families.row import Family, Slot
+from qconvert.architectures.families.slots import (
+    ATTENTION_BIAS,
+    EXPERTS,
+    GATED,
+    NORMS,
+    WHOLE,
+    attention,
+)
+from qconvert.architectures.rope import BY_PAIR
+
+CONFIGS = (
+    ConfigClass(
+        "LlamaConfig",
+        "llama",
+        ("LlamaForCausalLM",),
+        decoder_fields(
+            (32_000, 4096, 11_008, 32, 32),
+            (INT_OR_NULL, None),
+            2048,
+            attention_bias=(BOOL, False),
+            mlp_bias=(BOOL, False),
+            head_dim=(INT_OR_NULL, None),
+        ),
+        (*TRAINING, "pretraining_tp"),
+        DECODER,
+        harmless=MappingProxyType(
+            {
+                "rope_interleaved": (False,),
+                "is_llama_config": ANY,
+                "max_sequence_length": ANY,
+                "use_sliding_window": (False,),
+            }
+        ),
+        divides=True,
+    ),
+    ConfigClass(
+        "MistralConfig",
+        "mistral",
+        ("MistralForCausalLM",),
+        decoder_fields(
+            (32_000, 4096, 14_336, 32, 32),
+            (INT, 8),
+            131_072,
+            head_dim=(INT_OR_NULL, None),
+            sliding_window=(INT_OR_NULL, 4096),
+        ),
+        TRAINING,
+        DECODER,
+        harmless=MappingProxyType({"attention_bias": (False,), "mlp_bias": (False,)}),
+    ),
+    ConfigClass(
+        "MixtralConfig",
+        "mixtral",
+        ("MixtralForCausalLM",),
+        decoder_fields(
+            (32_000, 4096, 14_336, 32, 32),
+            (INT, 8),
+            131_072,
+            1e-5,
+            head_dim=(INT_OR_NULL, None),
+            sliding_window=(INT_OR_NULL, None),
+            num_experts_per_tok=(INT, 2),
+            num_local_experts=(INT, 8),
+        ),
+        (*TRAINING, "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
+        DECODER,
+        MappingProxyType({"num_experts": "num_local_experts"}),
+        harmless=MappingProxyType({"attention_bias": (False,)}),
+        theta=1_000_000.0,
+    ),
+)  # fmt: skip
+
+
+def mixtral_sizes(config: Config) -> Sizes:
+    inner = config.count("intermediate_size")
+    return plain_sizes(
+        config, experts=config.count("num_local_experts", most=MAX_EXPERTS), expert_inner=inner
+    )
+
+
+def mixtral_keys(config: Config, sizes: Sizes) -> Keys:
+    return decoder_keys(config, sizes) | expert_keys(config, sizes)
+
+
+_MLP_BIAS = "mlp_bias"
+_LLAMA = (
+    *NORMS,
+    *attention(heads=True, bias=None),
+    Slot("attn_output.bias", "width", flag=ATTENTION_BIAS),
+)
+_LLAMA_DENSE = (
+    *GATED,
+    Slot("ffn_gate.bias", "inner", flag=_MLP_BIAS),
+    Slot("ffn_up.bias", "inner", flag=_MLP_BIAS),
+    Slot("ffn_down.bias", "width", flag=_MLP_BIAS),
+)
+
+ROWS = (
+    Family(
+        "Llama (also Mistral, SmolLM)",
+        ("LlamaForCausalLM", "MistralForCausalLM"),
+        "llama",
+        WHOLE,
+        (*_LLAMA, *_LLAMA_DENSE),
+        decoder_keys,
+        plain_sizes,
+        rotary(BY_PAIR),
+        SILU,
+        plain_window,
+    ),
+    Family(
+        "Mixtral",
+        ("MixtralForCausalLM",),
+        "llama",
+        WHOLE,
+        (*_LLAMA, *EXPERTS),
+        mixtral_keys,
+        mixtral_sizes,
+        rotary(BY_PAIR),
+        SILU,
+        plain_window,
+    ),
+)

@@ -1,0 +1,95 @@
+"""Phi-3."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from qconvert.architectures.config import Config
+from qconvert.architectures.config_classes import (
+    DECODER,
+    INT,
+    INT_OR_NULL,
+    TRAINING,
+    ConfigClass,
+    decoder_fields,
+)
+from qconvert.architectures.families.keys import (
+    MAX_HEAD,
+    SILU,
+    Keys,
+    Sizes,
+    decoder_keys,
+    filled_sizes,
+    plain_window,
+)
+from qconvert.architectures.families.row import Family, Slot
+from qconvert.architectures.families.slots import NORMS, WHOLE
+from qconvert.architectures.rope import LONG, Rope, read_rope, settled
+
+CONFIGS = (
+    ConfigClass(
+        "Phi3Config",
+        "phi3",
+        ("Phi3ForCausalLM",),
+        decoder_fields(
+            (32_064, 3072, 8192, 32, 32),
+            (INT_OR_NULL, None),
+            4096,
+            1e-5,
+            original_max_position_embeddings=(INT, 4096),
+            sliding_window=(INT_OR_NULL, None),
+        ),
+        (*TRAINING, "resid_pdrop", "embd_pdrop"),
+        (*DECODER, "head_dim"),
+        harmless=MappingProxyType(
+            {
+                "attention_bias": (False,),
+                "mlp_bias": (False,),
+                "lm_head_bias": (False,),
+                "full_attn_mod": (1,),
+                "interpolate_factor": (1,),
+            }
+        ),
+    ),
+)  # fmt: skip
+
+
+def phi3_keys(config: Config, sizes: Sizes) -> Keys:
+    # A window of zero says that there is none.
+    return decoder_keys(config, sizes) | {
+        "attention.sliding_window": config.optional_count("sliding_window") or 0
+    }
+
+
+def phi3_rope(config: Config, sizes: Sizes) -> Rope:
+    parameters = settled(config, LONG)
+    rotated = int(sizes.head_dim * min(parameters.part, MAX_HEAD))
+    if rotated % 2 or not 0 < rotated <= sizes.head_dim:
+        raise parameters.fields.wrong(
+            "partial_rotary_factor", f"an even number of {sizes.head_dim} dimensions, not {rotated}"
+        )
+    return read_rope(parameters, rotated, LONG)
+
+
+_PHI3 = (
+    *NORMS,
+    Slot("attn_qkv.weight", "fused width"),
+    Slot("attn_output.weight", "width query"),
+    Slot("ffn_up.weight", "gate_up width"),
+    Slot("ffn_down.weight", "width inner"),
+)
+
+ROWS = (
+    Family(
+        "Phi-3",
+        ("Phi3ForCausalLM",),
+        "phi3",
+        WHOLE,
+        _PHI3,
+        phi3_keys,
+        filled_sizes,
+        phi3_rope,
+        SILU,
+        plain_window,
+    ),
+)

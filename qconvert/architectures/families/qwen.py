@@ -1,0 +1,196 @@
+"""Qwen 2 and 3."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from qconvert.architectures.config import Config
+from qconvert.architectures.config_classes import (
+    ANY,
+    BOOL,
+    DECODER,
+    INT,
+    INT_OR_NULL,
+    INTS_OR_NULL,
+    TEXTS_OR_NULL,
+    TRAINING,
+    ConfigClass,
+    Fields,
+    decoder_fields,
+)
+from qconvert.architectures.families.keys import (
+    MAX_EXPERTS,
+    SILU,
+    Keys,
+    Sizes,
+    decoder_keys,
+    expert_keys,
+    filled_sizes,
+    layer_types,
+    plain_sizes,
+    rotary,
+)
+from qconvert.architectures.families.row import Family
+from qconvert.architectures.families.slots import (
+    EXPERTS,
+    GATED,
+    HEAD_NORMS,
+    NORMS,
+    WHOLE,
+    attention,
+)
+from qconvert.architectures.rope import PLAIN
+
+
+def _with_windows(fields: Fields) -> Fields:
+    """The same with sliding windows as Qwen2 and 3 have them."""
+    return MappingProxyType(
+        {
+            **fields,
+            "use_sliding_window": (BOOL, False),
+            "sliding_window": (INT_OR_NULL, 4096),
+            "max_window_layers": (INT, 28),
+            "layer_types": (TEXTS_OR_NULL, None),
+        }
+    )
+
+
+CONFIGS = (
+    ConfigClass(
+        "Qwen2Config",
+        "qwen2",
+        ("Qwen2ForCausalLM",),
+        _with_windows(decoder_fields((151_936, 4096, 22_016, 32, 32), (INT_OR_NULL, 32), 32_768)),
+        TRAINING,
+        (*DECODER, "head_dim"),
+        harmless=MappingProxyType({"use_mrope": (False,)}),
+    ),
+    ConfigClass(
+        "Qwen3Config",
+        "qwen3",
+        ("Qwen3ForCausalLM",),
+        _with_windows(
+            decoder_fields(
+                (151_936, 4096, 22_016, 32, 32),
+                (INT_OR_NULL, 32),
+                32_768,
+                head_dim=(INT, 128),
+                attention_bias=(BOOL, False),
+            )
+        ),
+        TRAINING,
+        DECODER,
+    ),
+    ConfigClass(
+        "Qwen3MoeConfig",
+        "qwen3_moe",
+        ("Qwen3MoeForCausalLM",),
+        decoder_fields(
+            (151_936, 2048, 6144, 24, 32),
+            (INT, 4),
+            32_768,
+            attention_bias=(BOOL, False),
+            use_sliding_window=(BOOL, False),
+            sliding_window=(INT_OR_NULL, 4096),
+            decoder_sparse_step=(INT, 1),
+            moe_intermediate_size=(INT, 768),
+            num_experts_per_tok=(INT, 8),
+            num_experts=(INT, 128),
+            norm_topk_prob=(BOOL, False),
+            mlp_only_layers=(INTS_OR_NULL, None),
+        ),
+        (*TRAINING, "output_router_logits", "router_aux_loss_coef"),
+        (*DECODER, "head_dim"),
+        MappingProxyType({"num_local_experts": "num_experts"}),
+        harmless=MappingProxyType(
+            {
+                "max_window_layers": ANY,
+                "qkv_bias": (False,),
+                "shared_expert_intermediate_size": (0,),
+                "use_qk_norm": (True,),
+            }
+        ),
+    ),
+)  # fmt: skip
+
+
+def switched_window(config: Config, sizes: Sizes) -> int | None:
+    """A window that is there when a flag says so, in Qwen2 and 3 for the upper layers only."""
+    used = config.flag("use_sliding_window")
+    stated = config.optional_count("sliding_window") if used else None
+    if config.known and "layer_types" in config.known.fields:
+        first = config.get("max_window_layers")
+        usual = [stated is not None and i >= first for i in range(sizes.blocks)]
+        if not any(layer_types(config, sizes, usual)):
+            return None
+        if stated is None:
+            raise config.wrong(
+                "use_sliding_window", "true with a sliding_window, as layer_types names such layers"
+            )
+    return stated if stated is not None and stated < sizes.named["context"] else None
+
+
+def qwen3_moe_sizes(config: Config) -> Sizes:
+    return plain_sizes(
+        config,
+        experts=config.count("num_experts", most=MAX_EXPERTS),
+        expert_inner=config.count("moe_intermediate_size"),
+    )
+
+
+def qwen3_moe_keys(config: Config, sizes: Sizes) -> Keys:
+    # llama.cpp has experts in every block, and divides the chosen ones' weights by their sum,
+    # which is 1 anyway where all are chosen.
+    if config.count("decoder_sparse_step") > 1:
+        raise config.unlike("decoder_sparse_step", "1")
+    plain = config.get("mlp_only_layers") or ()
+    if any(layer in plain for layer in range(sizes.blocks)):
+        raise config.unlike("mlp_only_layers", "no layer")
+    experts = expert_keys(config, sizes)
+    if not config.flag("norm_topk_prob") and experts["expert_used_count"] != sizes.named["experts"]:
+        raise config.unlike("norm_topk_prob", "true")
+    return (
+        decoder_keys(config, sizes)
+        | experts
+        | {"expert_feed_forward_length": sizes.named["expert_inner"]}
+    )
+
+
+ROWS = (
+    Family(
+        "Qwen2",
+        ("Qwen2ForCausalLM",),
+        "qwen2",
+        WHOLE,
+        (*NORMS, *attention(heads=False, bias=True), *GATED),
+        decoder_keys,
+        filled_sizes,
+        rotary(PLAIN),
+        SILU,
+        switched_window,
+    ),
+    Family(
+        "Qwen3",
+        ("Qwen3ForCausalLM",),
+        "qwen3",
+        WHOLE,
+        (*NORMS, *attention(heads=False, bias=False), *HEAD_NORMS, *GATED),
+        decoder_keys,
+        plain_sizes,
+        rotary(PLAIN),
+        SILU,
+        switched_window,
+    ),
+    Family(
+        "Qwen3 mixture of experts",
+        ("Qwen3MoeForCausalLM",),
+        "qwen3moe",
+        WHOLE,
+        (*NORMS, *attention(heads=False, bias=False), *HEAD_NORMS, *EXPERTS),
+        qwen3_moe_keys,
+        qwen3_moe_sizes,
+        rotary(PLAIN),
+        SILU,
+        switched_window,
+    ),
+)
