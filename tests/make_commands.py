@@ -41,11 +41,13 @@ def commands() -> dict[str, Any]:
 
 def sections(command: Any) -> dict[str, str]:
     """The help of a command by heading: its first part is ``Description``."""
-    text = command.help.replace("\b", "").strip()
+    text = f"{command.help}\n\n{command.epilog or ''}".replace("\b", "").strip()
     found, heading = {"Description": ""}, "Description"
     for paragraph in re.split(r"\n\s*\n", text):
         lines = paragraph.strip("\n").splitlines()
-        if match := re.fullmatch(r"(Examples|Exit codes|Environment): ?(.*)", lines[0].strip()):
+        if match := re.fullmatch(
+            r"(Examples|Exit codes|Environment|Words): ?(.*)", lines[0].strip()
+        ):
             heading = match[1]
             lines = [*([match[2]] if match[2] else []), *lines[1:]]
         joined = "\n".join(lines)

@@ -37,6 +37,7 @@ DATA = (
     "interrupts",
     "roles",
     "tensor_classes",
+    "words",
     "remedies",
     "limits",
 )

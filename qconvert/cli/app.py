@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +11,13 @@ import typer
 
 from qconvert import __version__
 from qconvert.cli import completion
+from qconvert.cli.colour import MODES
+from qconvert.cli.completion import SORTS
 from qconvert.cli.once import OnceCommand
 from qconvert.containers import WRITTEN
 from qconvert.errors import UsageError
 from qconvert.schemes import SCHEME_GRAMMAR
+from qconvert.words import words_text
 
 app = typer.Typer(
     name="qconvert",
@@ -37,12 +41,27 @@ Html = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no warnings on stderr")]
+Color = Annotated[
+    str,
+    typer.Option(
+        "--color",
+        metavar="auto|always|never",
+        help="colours: auto for terminals, unless NO_COLOR is set [auto]",
+        autocompletion=completion.among(*MODES),
+        show_default=False,
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks of errors")]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, metavar="N", help="default: all available processors"),
 ]
-Force = Annotated[bool, typer.Option("--force", help="replace existing output and report files")]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="replace existing outputs; reports of a run like this one always are"
+    ),
+]
 Strict = Annotated[
     bool, typer.Option("--strict", help="a warning is a failure: exit code 1, no output")
 ]
@@ -51,7 +70,10 @@ SchemeName = Annotated[
 ]
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(
+    invoke_without_command=True,
+    epilog=f"\b\nWords:\n{textwrap.indent(words_text(76), '  ')}",
+)
 def root(
     version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
 ) -> None:
@@ -71,7 +93,7 @@ def root(
       3 an input cannot be used             reader of stdout gone
 
     \b
-    Environment: QCONVERT_KERNELS=native|reference, TERM,
+    Environment: QCONVERT_KERNELS=native|reference, NO_COLOR, TERM,
     QCONVERT_DEBUG=1 (tracebacks)
     """
     if version:
@@ -107,8 +129,8 @@ def inspect(
         typer.Option(
             "--sort",
             metavar="COLUMN",
-            help="the largest, or worst, first: name, dtype, size, values, min, max, mean, std, "
-            "absmax, crest, channel, kurtosis, outliers, near-zero, zeros, bad or sqnr",
+            help=f"the largest, or worst, first: {', '.join(SORTS[:-1])} or {SORTS[-1]}",
+            autocompletion=completion.among(*SORTS),
         ),
     ] = None,
     top: Annotated[
@@ -116,7 +138,12 @@ def inspect(
     ] = None,
     by: Annotated[
         str | None,
-        typer.Option("--by", metavar="layer|role", help="a line for all of a layer, or of a role"),
+        typer.Option(
+            "--by",
+            metavar="layer|role",
+            help="a line for all of a layer, or of a role",
+            autocompletion=completion.among("layer", "role"),
+        ),
     ] = None,
     compare: Annotated[
         Path | None,
@@ -159,6 +186,7 @@ def inspect(
     html: Html = None,
     force: Force = False,
     strict: Strict = False,
+    color: Color = "auto",
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
@@ -175,6 +203,7 @@ def inspect(
       qconvert inspect model.q4_block64.qblk --headers-only --json | jq .total_bytes
       qconvert inspect model-dir --curve --calibration fisher.safetensors
     """
+    from qconvert.cli.earlier import Run
     from qconvert.cli.emit import Emitter
     from qconvert.cli.text.inspect import inspect_text
     from qconvert.cli.text.inspect_csv import inspect_csv
@@ -183,7 +212,9 @@ def inspect(
     if csv and (json or curve or by or compare):
         raise UsageError("--csv prints tensors: it goes without --json, --curve, --by, --compare")
     inputs = [path for path in (model, compare) if path]
-    with Emitter(json, report, force, quiet, strict, inputs, html) as emitter:
+    with Emitter(
+        Run("inspect", model), json, report, force, quiet, strict, inputs, html
+    ) as emitter:
         done = command(
             model,
             tensor=tensor,
@@ -204,7 +235,9 @@ def inspect(
             progress=emitter.progress,
         )
         return emitter.emit(
-            done, inspect_csv if csv else partial(inspect_text, histograms=bool(tensor))
+            done,
+            inspect_csv if csv else partial(inspect_text, histograms=bool(tensor)),
+            data=csv,
         )
 
 
@@ -309,6 +342,7 @@ def calibrate(
     html: Html = None,
     force: Force = False,
     strict: Strict = False,
+    color: Color = "auto",
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
@@ -329,12 +363,15 @@ def calibrate(
       qconvert calibrate model-directory --merge a.safetensors --merge b.safetensors \\
           -o calibration.safetensors
     """
+    from qconvert.cli.earlier import Run
     from qconvert.cli.emit import Emitter
     from qconvert.cli.text.calibrate import calibrate_text
     from qconvert.commands.calibrate import calibrate as command
 
     inputs = [model, *(text or ()), *(activations or ()), *(merge or ())]
-    with Emitter(json, report, force, quiet, strict, inputs, html) as emitter:
+    with Emitter(
+        Run("calibrate", model), json, report, force, quiet, strict, inputs, html
+    ) as emitter:
         done = command(
             model,
             output=output,
@@ -407,6 +444,7 @@ def quantize(
             "--range",
             metavar="METHOD",
             help="minmax, percentile or mse (least squared error) [mse up to 6 bits, else minmax]",
+            autocompletion=completion.among("minmax", "percentile", "mse"),
         ),
     ] = None,
     percentile: Annotated[
@@ -433,6 +471,7 @@ def quantize(
             metavar="nearest|compensated",
             help="compensated: codes make up for each other's errors, by the Gram matrices of the "
             "calibration [where it has them]",
+            autocompletion=completion.among("nearest", "compensated"),
         ),
     ] = None,
     equalise: Annotated[
@@ -442,6 +481,7 @@ def quantize(
             metavar="auto|off",
             help="auto: rescale channels between tensors by powers of two where that leaves "
             "clearly less error; the model's function stays the same [auto]",
+            autocompletion=completion.among("auto", "off"),
         ),
     ] = None,
     text: Annotated[
@@ -591,6 +631,7 @@ def quantize(
             "--preset",
             metavar="small|balanced|near-lossless",
             help="a budget of 3.4, 4.3 or 6.4 bits per weight; in GGUF 3.9, 4.6 or 6.6",
+            autocompletion=completion.among("small", "balanced", "near-lossless"),
         ),
     ] = None,
     finetune: Annotated[
@@ -624,6 +665,7 @@ def quantize(
     json: Json = False,
     report: ReportFile = None,
     html: Html = None,
+    color: Color = "auto",
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
@@ -662,12 +704,15 @@ def quantize(
         return _list_schemes(json, report, force, quiet)
     if model is None:
         raise UsageError("missing argument 'MODEL'", hint="see qconvert quantize --help")
+    from qconvert.cli.earlier import Run
     from qconvert.cli.emit import Emitter
     from qconvert.cli.text.quantize import quantize_text
     from qconvert.commands.quantize import quantize as command
 
     inputs = [model, *(path for path in (calibration, imatrix, text) if path)]
-    with Emitter(json, report, force, quiet, strict, inputs, html) as emitter:
+    with Emitter(
+        Run("quantize", model), json, report, force, quiet, strict, inputs, html
+    ) as emitter:
         done = command(
             model,
             scheme,
@@ -715,11 +760,12 @@ def quantize(
 
 
 def _list_schemes(json: bool, report: Path | None, force: bool, quiet: bool) -> int:
+    from qconvert.cli.earlier import Run
     from qconvert.cli.emit import Emitter
     from qconvert.cli.text.schemes import schemes_text
     from qconvert.commands.schemes import list_schemes
 
-    with Emitter(json, report, force, quiet, False, []) as emitter:
+    with Emitter(Run("schemes"), json, report, force, quiet, False, []) as emitter:
         return emitter.emit(list_schemes(), schemes_text)
 
 
@@ -815,6 +861,7 @@ def verify(
             "--scoring",
             metavar="WHICH",
             help="tokens of a window: all, or second-half as llama-perplexity",
+            autocompletion=completion.among("all", "second-half"),
         ),
     ] = "all",
     max_kl: Annotated[
@@ -855,6 +902,7 @@ def verify(
     html: Html = None,
     force: Force = False,
     strict: Strict = False,
+    color: Color = "auto",
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
@@ -871,6 +919,7 @@ def verify(
       qconvert verify model.qblk --against model-directory --limits release.toml \\
           --rebuild --junit junit.xml --manifest SHA256SUMS
     """
+    from qconvert.cli.earlier import Run
     from qconvert.cli.emit import Emitter
     from qconvert.cli.side_files import SideFiles
     from qconvert.cli.text.verify import verify_text
@@ -880,7 +929,7 @@ def verify(
     inputs = [file, *(path for path in single if path), *(samples or ())]
     with (
         SideFiles(file, junit, manifest, (report, html), force=force, inputs=inputs) as side,
-        Emitter(json, report, force, quiet, strict, inputs, html) as emitter,
+        Emitter(Run("verify", file), json, report, force, quiet, strict, inputs, html) as emitter,
     ):
         done = command(
             file,
@@ -938,7 +987,13 @@ def bench(
         ),
     ] = None,
     range: Annotated[
-        str | None, typer.Option("--range", metavar="METHOD", help="minmax, percentile or mse")
+        str | None,
+        typer.Option(
+            "--range",
+            metavar="METHOD",
+            help="minmax, percentile or mse",
+            autocompletion=completion.among("minmax", "percentile", "mse"),
+        ),
     ] = None,
     rows: Annotated[
         int,
@@ -982,6 +1037,7 @@ def bench(
     report: ReportFile = None,
     html: Html = None,
     force: Force = False,
+    color: Color = "auto",
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
@@ -997,12 +1053,13 @@ def bench(
       qconvert bench --shape 4096x11008 --scheme q6_block32 --threads 2 --json
       qconvert bench model.safetensors --end-to-end --scheme q8_0 --work-dir /dev/shm
     """
+    from qconvert.cli.earlier import Run
     from qconvert.cli.emit import Emitter
     from qconvert.cli.text.bench import bench_text
     from qconvert.commands.bench import bench as command
 
     inputs = [path for path in (file, compare) if path]
-    with Emitter(json, report, force, quiet, False, inputs, html) as emitter:
+    with Emitter(Run("bench", file), json, report, force, quiet, False, inputs, html) as emitter:
         done = command(
             file,
             shape=shape,

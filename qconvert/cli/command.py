@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from qconvert import __version__
+from qconvert.cli import colour
 from qconvert.cli.completion import VARIABLE
 from qconvert.cli.exits import ExitCode, as_refusal, code_of
 from qconvert.cli.streams import (
@@ -76,6 +77,7 @@ def main(arguments: list[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal need not know every letter
     try:
+        colour.choose(arguments)
         return _run(arguments)
     except Stopped as e:
         return _stopped(e, arguments)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from qconvert.schemes import SCHEMES
 
 # By name, since the modules that define them load NumPy, and a shell waits for every key.
 OBSERVERS = ("minmax", "ema", "percentile", "mse", "entropy", "nmse")
+SORTS = (
+    *("name", "dtype", "size", "values", "min", "max", "mean", "std", "absmax", "crest"),
+    *("channel", "kurtosis", "outliers", "near-zero", "zeros", "bad", "sqnr"),
+)
 VARIABLE = "_QCONVERT_COMPLETE"  # set by the shell's function, to which of its questions this is
 
 
@@ -25,6 +29,15 @@ def tensor_schemes(incomplete: str) -> list[str]:
 def observers(incomplete: str) -> list[str]:
     """Observers that begin so."""
     return _begun(OBSERVERS, incomplete)
+
+
+def among(*values: str) -> Callable[[str], list[str]]:
+    """Of these values those that begin so."""
+
+    def completer(incomplete: str) -> list[str]:
+        return _begun(values, incomplete)
+
+    return completer
 
 
 def _begun(names: Iterable[str], incomplete: str) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from qconvert.cli.earlier import Run
 from qconvert.files.atomic import AtomicOutput
 
 
@@ -14,6 +15,7 @@ class OutputFiles:
 
     Args:
         force: whether existing files may be replaced.
+        run: whose own earlier files may be replaced anyway.
         inputs: what must not be written over.
 
     Raises:
@@ -21,11 +23,13 @@ class OutputFiles:
     """
 
     def __init__(
-        self, targets: Sequence[Path | None], *, force: bool, inputs: Sequence[Path]
+        self, targets: Sequence[Path | None], *, force: bool, run: Run, inputs: Sequence[Path]
     ) -> None:
         with ExitStack() as stack:
             self.files = [
-                stack.enter_context(AtomicOutput(target, overwrite=force, inputs=inputs))
+                stack.enter_context(
+                    AtomicOutput(target, overwrite=force or run.wrote(target), inputs=inputs)
+                )
                 if target
                 else None
                 for target in targets

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from qconvert.cli import colour
 from qconvert.cli.streams import tell
 from qconvert.errors import printable
 from qconvert.progress import Progress, Silent
@@ -105,7 +106,7 @@ class BarProgress:
             *amounts,
             TimeRemainingColumn(),
             TextColumn("{task.fields[item]}", markup=False),
-            console=Console(stderr=True),
+            console=Console(stderr=True, no_color=not colour.wanted(sys.stderr)),
             transient=True,
         )
         self._bar.start()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from qconvert.cli.earlier import Run
 from qconvert.cli.outputs import OutputFiles
 from qconvert.cli.streams import tell
 from qconvert.errors import UsageError, printable
@@ -22,7 +23,8 @@ class SideFiles:
         file: what is verified.
         junit, listed: the outputs, where they are asked for.
         others: outputs of the same run, which must not be one of them.
-        force: whether existing ones may be replaced.
+        force: whether existing ones may be replaced; those of an earlier `Run` like this one may
+            be anyway, but for the list, which is of a release.
         inputs: what must not be written over.
 
     Raises:
@@ -46,7 +48,9 @@ class SideFiles:
         if listed and file.is_dir():
             check_listed(file)  # now, not after the weights
         self.file = file
-        self.files = OutputFiles((junit, listed), force=force, inputs=inputs)
+        self.files = OutputFiles(
+            (junit, listed), force=force, run=Run("verify", file), inputs=inputs
+        )
         self.junit, self.manifest = self.files.files
 
     def write(self, report: VerifyReport, left: Sequence[Path]) -> None:

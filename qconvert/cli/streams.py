@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from qconvert.cli import colour
 from qconvert.errors import LINE, MachineError, printable
 
 if TYPE_CHECKING:
@@ -52,7 +53,10 @@ class _Lossy(io.FileIO):
 
 def tell(text: str) -> None:
     """One line on stderr."""
-    print(printable(text, LINE), file=sys.stderr, flush=True)
+    line = printable(text, LINE)
+    if colour.wanted(sys.stderr):
+        line = colour.painted(line)
+    print(line, file=sys.stderr, flush=True)
 
 
 def write_stdout(text: str | Iterable[str]) -> bool:

@@ -25,6 +25,7 @@ from qconvert.report import (
     Report,
     VerifyReport,
 )
+from qconvert.words import WORDS
 
 BUILDERS: dict[type[Report], Callable[[Any], Page]] = {
     BenchReport: bench_page,
@@ -37,13 +38,15 @@ LONGEST = 4096  # characters of a name or a reason
 BUFFERED = 1000  # pieces of the template that are written at a time
 
 
-def document(report: Report) -> Iterator[str]:
-    """The page of a report, in pieces of HTML.
+def document(report: Report, about: str = "") -> Iterator[str]:
+    """The page of a report, in pieces of HTML, which describes itself as ``about``.
 
     It loads nothing, from the network or from files beside it, and its policy forbids that too.
     """
     page = BUILDERS[type(report)](report)
-    parts = _template().stream(page=page, version=__version__, kernels=report.kernels)
+    parts = _template().stream(
+        page=page, version=__version__, about=about, kernels=report.kernels, words=WORDS
+    )
     parts.enable_buffering(BUFFERED)
     return parts
 
