@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -53,6 +54,9 @@ _GGUF = (
 PATTERNS = 2000  # of names in a model; with more of them it has no layers
 FINE_DB = 15.0  # what four bits should at least have, for tensors whose weights are gone
 ADVISED = {"qblk": "c4_block16", "gguf": "q4_k_m"}  # of few bits, for a whole model
+_FINE = {"qblk": "c4_block16", "gguf": "q4_k"}  # the rungs of those
+_MIXES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}  # what is asked of a whole model
+FEW = 6  # tensors: so many may each be named
 _LADDERS = {"qblk": _QBLK, "gguf": _GGUF}
 _SPECIAL = re.compile(r"[\[*?]")
 
@@ -85,6 +89,39 @@ def taking(name: str, scheme: str) -> str:
 def _glob(name: str) -> str:
     """The glob of one name, whose signs stand for themselves."""
     return _SPECIAL.sub(lambda found: f"[{found[0]}]", name)
+
+
+def mending(remedies: Mapping[str, str | None], lossy: int) -> list[str]:
+    """Options of `quantize` to paste: another scheme for the whole model where more than half of
+    its tensors need one, and what single tensors need beyond it; see `joined`.
+
+    Args:
+        lossy: tensors that have lost anything.
+    """
+    needed = {name: _asked_scheme(option) for name, option in remedies.items()}
+    schemes = {scheme for scheme in needed.values() if scheme}
+    container, ladder = next(
+        (c, found)
+        for c, rungs in _LADDERS.items()
+        if schemes <= set(found := [rung.scheme for rung in rungs])
+    )
+    asked = {name: ladder.index(s) for name, s in needed.items() if s}
+    if 2 * len(asked) <= max(lossy, FEW):
+        return joined(remedies)
+    (usual, _), *_ = Counter(asked.values()).most_common(1)
+    rest = {
+        name: None if asked.get(name, len(ladder)) <= usual else option
+        for name, option in remedies.items()
+    }
+    scheme = ladder[usual]
+    if usual < ladder.index(_FINE[container]):
+        scheme = ADVISED[container]
+    return [f"--scheme {_MIXES.get(scheme, scheme)}", *joined(rest)]
+
+
+def _asked_scheme(option: str | None) -> str:
+    """The scheme that an option names; empty where it names none."""
+    return (_scheme_of(option) or ("", ""))[1].removeprefix("=")
 
 
 def joined(remedies: Mapping[str, str | None]) -> list[str]:

@@ -20,7 +20,6 @@ from qconvert.page.parts import (
     warned,
 )
 from qconvert.page.svg import histogram
-from qconvert.remedies import joined
 from qconvert.report import Check, VerifiedTensor, VerifyReport
 
 CHECKS = [
@@ -69,7 +68,7 @@ def verify_page(r: VerifyReport) -> Page:
 def _findings(r: VerifyReport) -> list[Finding]:
     failing = [Finding("bad", _failed(c)) for c in r.failed]
     outliers = [Finding("note", str(o)) for o in r.outliers[:OUTLIERS_SHOWN]]
-    options = joined({t.name: t.remedy for t in sorted(r.tensors, key=_badness)})
+    options = r.mending(sorted(r.tensors, key=_badness))
     mend = Finding("note", "To mend it, quantize again with", options)
     return [*failing, *warned(r.warnings), *outliers, *([mend] if options else ())]
 

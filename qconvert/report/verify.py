@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from qconvert.floors import Outlier
 from qconvert.quantities import counted
+from qconvert.remedies import mending
 from qconvert.report.base import Report
 
 # What may be wrong with a file that is nevertheless what its maker meant it to be: all other checks
@@ -231,6 +232,11 @@ class VerifyReport(Report):
     def failed(self) -> list[Check]:
         """The checks that do not hold."""
         return [c for c in self.checks if c.status == "fail"]
+
+    def mending(self, worst: Iterable[VerifiedTensor]) -> list[str]:
+        """Options of `quantize` that should mend what fails, those of the ``worst`` first."""
+        lossy = sum(t.sqnr_db is not None for t in self.tensors)
+        return mending({t.name: t.remedy for t in (*worst, *self.tensors)}, lossy)
 
     @property
     def comparable(self) -> bool:

@@ -17,7 +17,6 @@ from qconvert.cli.text.pieces import (
 )
 from qconvert.errors import LINE, printable
 from qconvert.quantities import counted, duration
-from qconvert.remedies import joined
 from qconvert.report import (
     EmbeddingQuality,
     Execution,
@@ -50,7 +49,7 @@ def verify_text(r: VerifyReport) -> str:
     shown = [*failing, *good[: max(WORST_SHOWN - len(failing), 0)]]
     if shown:
         lines.append(_verified_table(shown, failing=bool(failing)))
-    lines += _remedies(r.tensors, failing)
+    lines += _remedies(r, failing)
     lines += [f"outlier    {printable(str(o), LINE)}\n" for o in r.outliers[:WORST_SHOWN]]
     if len(r.outliers) > WORST_SHOWN:
         lines.append(f"           and {len(r.outliers) - WORST_SHOWN} more, see --json\n")
@@ -78,9 +77,9 @@ def _classes(v: Verdict | None) -> str:
     return f"classes    {told}\n"
 
 
-def _remedies(tensors: Sequence[VerifiedTensor], failing: Sequence[VerifiedTensor]) -> list[str]:
+def _remedies(r: VerifyReport, failing: Sequence[VerifiedTensor]) -> list[str]:
     """Options of `quantize` to paste, the worst tensor first."""
-    options = joined({t.name: t.remedy for t in (*failing, *tensors)})
+    options = r.mending(failing)
     if not options:
         return []
     head = "\nTo mend it, quantize again with\n"
