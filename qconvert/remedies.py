@@ -14,7 +14,7 @@ from qconvert.roles import place_of
 
 
 @dataclass(frozen=True, slots=True)
-class _Rung:
+class Rung:
     """A scheme that may be advised.
 
     Attributes:
@@ -30,34 +30,34 @@ class _Rung:
 
 
 _QBLK = (
-    _Rung("c2_block16", 2.4, 10.1),
-    _Rung("c3_block16", 3.4, 16.4),
-    _Rung("c4_block16", 4.4, 22.6),
-    _Rung("q5_block64", 5.4, 26.8),
-    _Rung("q6_block64", 6.4, 32.8),
-    _Rung("q8_block32", 8.5, 43.8),
-    _Rung("bf16", 16, 50.0),
-    _Rung("f32", 32, math.inf),
+    Rung("c2_block16", 2.4, 10.1),
+    Rung("c3_block16", 3.4, 16.4),
+    Rung("c4_block16", 4.4, 22.6),
+    Rung("q5_block64", 5.4, 26.8),
+    Rung("q6_block64", 6.4, 32.8),
+    Rung("q8_block32", 8.5, 43.8),
+    Rung("bf16", 16, 50.0),
+    Rung("f32", 32, math.inf),
 )
 _GGUF = (
-    _Rung("q2_k", 2.625, 11.3, 256),
-    _Rung("q3_k", 3.4375, 16.1, 256),
-    _Rung("q4_k", 4.5, 22.3, 256),
-    _Rung("iq4_nl", 4.5, 21.8, 32),
-    _Rung("q5_k", 5.5, 28.4, 256),
-    _Rung("q5_1", 6, 27.8, 32),
-    _Rung("q6_k", 6.5625, 34.5, 256),
-    _Rung("q8_0", 8.5, 43.8, 32),
-    _Rung("bf16", 16, 50.0),
-    _Rung("f32", 32, math.inf),
+    Rung("q2_k", 2.625, 11.3, 256),
+    Rung("q3_k", 3.4375, 16.1, 256),
+    Rung("q4_k", 4.5, 22.3, 256),
+    Rung("iq4_nl", 4.5, 21.8, 32),
+    Rung("q5_k", 5.5, 28.4, 256),
+    Rung("q5_1", 6, 27.8, 32),
+    Rung("q6_k", 6.5625, 34.5, 256),
+    Rung("q8_0", 8.5, 43.8, 32),
+    Rung("bf16", 16, 50.0),
+    Rung("f32", 32, math.inf),
 )
 PATTERNS = 2000  # of names in a model; with more of them it has no layers
 FINE_DB = 15.0  # what four bits should at least have, for tensors whose weights are gone
 ADVISED = {"qblk": "c4_block16", "gguf": "q4_k_m"}  # of few bits, for a whole model
 _FINE = {"qblk": "c4_block16", "gguf": "q4_k"}  # the rungs of those
-_MIXES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}  # what is asked of a whole model
+MIXES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}  # what is asked of a whole model
 FEW = 6  # tensors: so many may each be named
-_LADDERS = {"qblk": _QBLK, "gguf": _GGUF}
+LADDERS = {"qblk": _QBLK, "gguf": _GGUF}
 _SPECIAL = re.compile(r"[\[*?]")
 
 
@@ -71,7 +71,7 @@ def remedy(container: str, name: str, columns: int, bits: float, needed_db: floa
         bits: per weight that it takes now.
         needed_db: SQNR that it should have.
     """
-    if container not in _LADDERS:  # a directory, whose readers take one scheme, or none
+    if container not in LADDERS:  # a directory, whose readers take one scheme, or none
         return keeping(name)
     return taking(name, _advised(container, columns, bits, needed_db))
 
@@ -102,7 +102,7 @@ def mending(remedies: Mapping[str, str | None], lossy: int) -> list[str]:
     schemes = {scheme for scheme in needed.values() if scheme}
     container, ladder = next(
         (c, found)
-        for c, rungs in _LADDERS.items()
+        for c, rungs in LADDERS.items()
         if schemes <= set(found := [rung.scheme for rung in rungs])
     )
     asked = {name: ladder.index(s) for name, s in needed.items() if s}
@@ -116,7 +116,7 @@ def mending(remedies: Mapping[str, str | None], lossy: int) -> list[str]:
     scheme = ladder[usual]
     if usual < ladder.index(_FINE[container]):
         scheme = ADVISED[container]
-    return [f"--scheme {_MIXES.get(scheme, scheme)}", *joined(rest)]
+    return [f"--scheme {MIXES.get(scheme, scheme)}", *joined(rest)]
 
 
 def _asked_scheme(option: str | None) -> str:
@@ -180,6 +180,6 @@ def _quoted(text: str) -> str:
 
 def _advised(container: str, columns: int, bits: float, needed_db: float) -> str:
     """The smallest scheme of more bits that should come to so many dB; see `remedy`."""
-    fitting = [r for r in _LADDERS[container] if columns % r.row == 0]
+    fitting = [r for r in LADDERS[container] if columns % r.row == 0]
     more = [r for r in fitting if r.bits > bits and r.sqnr_db >= needed_db]
     return more[0].scheme if more else fitting[-1].scheme

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 import qconvert
 from qconvert import kernels
 from qconvert.cli.text.bench import bench_text
-from qconvert.errors import FormatError, MachineError
+from qconvert.errors import FormatError, MachineError, UsageError
 from qconvert.kernels import reference
 from qconvert.processor import features, model_name
 from qconvert.progress import Silent
@@ -453,3 +453,46 @@ def test_lines_that_cannot_be_compared_are_told(tmp_path: Path) -> None:
     path.write_text(json.dumps({**document, "measurements": [old]}))
     compare(report, read_earlier(path), path, 0.1)
     assert report.warnings == ["1 of 2 lines cannot be compared: old.json has no such line"]
+
+
+LLAMA = ROOT / "samples" / "tiny-llama"
+# 4 layers, 2 heads of keys and 2 of values of 64 dimensions, in 2 bytes each
+CACHE = 4 * (2 + 2) * 64 * 2
+
+
+def test_what_fits_into_a_memory_limit(tmp_path: Path) -> None:
+    limit = 4_000_000
+    found = qconvert.bench(LLAMA, memory="4M", runs=1).memory
+    assert found is not None
+    assert (found.limit, found.context_bytes, found.context) == (limit, CACHE, 512)
+    choices = {c.scheme: c for c in found.choices if c.container == "gguf"}
+    for scheme in ("q2_k", "q8_0"):  # sizes are those of the tensors of real files
+        path = tmp_path / f"{scheme}.gguf"
+        qconvert.quantize(LLAMA, scheme, output=path)
+        tensors = {t.name: t.n_bytes for t in gguf.GGUFReader(path).tensors}
+        assert choices[scheme].nbytes == sum(map(int, tensors.values()))
+        matrices = [n for n in tensors if "norm" not in n and n != "token_embd.weight"]
+        assert choices[scheme].token_bytes == sum(int(tensors[n]) for n in matrices)
+    for c in found.choices:
+        assert c.fits == (c.nbytes + 512 * CACHE <= limit)
+        assert c.context == ((limit - c.nbytes) // CACHE if c.fits else None)
+    fitting = [c for c in found.choices if c.fits]
+    assert 3 < len(fitting) < len(found.choices)
+    assert {c.sqnr_db for c in fitting if c.scheme == found.best} == {
+        max(c.sqnr_db or np.inf for c in fitting)
+    }
+
+
+def test_where_nothing_fits_the_smallest_is_named(tmp_path: Path) -> None:
+    model = save(tmp_path / "m.safetensors", {"up.weight": gaussian(1, 64, 64)})
+    report = qconvert.bench(model, memory=1000, runs=1)
+    told = bench_text(report)
+    # No configuration: nothing is known of a context, nor what GGUF would make of it.
+    assert report.memory is not None
+    assert (report.memory.best, report.memory.context) == (None, 0)
+    assert [s.name for s in report.skipped] == ["schemes of gguf"]
+    least = 64 * (2 + 64 * 2 // 8 + 64 // 16 * 5 / 8)  # scale of the row, codes, scales of blocks
+    assert {c.nbytes for c in report.memory.choices if c.scheme == "c2_block16"} == {int(least)}
+    assert "Nothing fits: the smallest file, c2_block16, takes" in told
+    with pytest.raises(UsageError):
+        qconvert.bench(memory="8G")

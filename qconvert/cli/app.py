@@ -1031,6 +1031,14 @@ def bench(
             help="of --compare: by how much, beyond the noise of the runs [10%]",
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="which scheme of MODEL loses least within 8G, 500M ...; converts nothing",
+        ),
+    ] = None,
     runs: Annotated[int, typer.Option("--runs", min=1, metavar="N", help="medians of so many")] = 5,
     threads: Annotated[int, typer.Option("--threads", min=1, metavar="N")] = 1,
     json: Json = False,
@@ -1051,6 +1059,7 @@ def bench(
       qconvert bench model.q4_block64.qblk --threads 2
       qconvert bench
       qconvert bench --shape 4096x11008 --scheme q6_block32 --threads 2 --json
+      qconvert bench model-directory --memory 8G
       qconvert bench model.safetensors --end-to-end --scheme q8_0 --work-dir /dev/shm
     """
     from qconvert.cli.earlier import Run
@@ -1070,6 +1079,7 @@ def bench(
             work_dir=work_dir,
             compare=compare,
             threshold=threshold,
+            memory=memory,
             runs=runs,
             threads=threads,
             progress=emitter.progress,

@@ -13,6 +13,7 @@ from qconvert.commands.arguments import (
     matrix_shapes,
     range_method,
     share,
+    size_in_bytes,
 )
 from qconvert.errors import UsageError
 from qconvert.progress import Progress
@@ -33,6 +34,7 @@ def bench(
     work_dir: Path | str | None = None,
     compare: Path | str | None = None,
     threshold: str | float | None = None,
+    memory: str | int | None = None,
     runs: int = 5,
     threads: int = 1,
     progress: Progress | None = None,
@@ -55,6 +57,7 @@ def bench(
         work_dir: where ``end_to_end`` writes; beside the model by default.
         compare: an earlier report of the same lines: the status is ``fail`` where one is slower.
         threshold: by how much it may be, such as ``0.05`` or ``"5%"``; a tenth by default.
+        memory: bytes, or ``"8G"``: which scheme of the model is the best choice within it.
         runs: the figures are medians of so many.
         threads: one by default, unlike the other functions.
         progress: is told of the steps of long work.
@@ -76,6 +79,8 @@ def bench(
         raise UsageError("--work-dir goes with --end-to-end")
     if threshold is not None and compare is None:
         raise UsageError("--threshold goes with --compare")
+    if memory is not None and (model is None or end_to_end or scheme):
+        raise UsageError("--memory needs a MODEL, and goes without --end-to-end and --scheme")
     default = BenchOptions()
     slower = share("--threshold", threshold)
     options = BenchOptions(
@@ -89,6 +94,7 @@ def bench(
         end_to_end=end_to_end,
         work_dir=as_path(work_dir),
         compare=as_path(compare),
+        memory=size_in_bytes("--memory", memory),
         threshold=default.threshold if slower is None else slower,
     )
     return stage(options, progress)

@@ -18,7 +18,15 @@ from qconvert.page.parts import (
 )
 from qconvert.page.svg import bars
 from qconvert.quantities import counted, shape_text, size
-from qconvert.report import BenchReport, FileCost, LayerCost, Measurement, SkippedLine
+from qconvert.report import (
+    BenchReport,
+    FileCost,
+    LayerCost,
+    Measurement,
+    MemoryChoice,
+    MemoryFit,
+    SkippedLine,
+)
 
 COLUMNS = [
     Column("line"),
@@ -28,6 +36,15 @@ COLUMNS = [
     Column("unit"),
     Column("GB/s", "number", "of weights, as the source or the codes hold them"),
     Column("speed", "long", "against other lines of the section, for the same work"),
+]
+CHOICES = [
+    Column("scheme"),
+    Column("container"),
+    Column("file", "number"),
+    Column("fits", "text", "with room for a context"),
+    Column("expected SQNR dB", "number", "of the poorest matrix"),
+    Column("tokens a second", "number", "at most, as fast as memory is read"),
+    Column("context", "number", "tokens whose keys and values have room, in float16"),
 ]
 LAYERS = [
     Column("kind of layer"),
@@ -56,7 +73,7 @@ def bench_page(r: BenchReport) -> Page:
     threads = counted(r.threads, "thread")
     return Page(
         command="bench",
-        title=r.file.path if r.file else r.machine,
+        title=next((f.path for f in (r.file, r.memory) if f), r.machine),
         status="fail" if r.status == "fail" else "done",
         verdict=f"{len(r.measurements)} lines, {threads}, medians of {r.runs} runs",
         findings=[
@@ -70,13 +87,36 @@ def bench_page(r: BenchReport) -> Page:
         ],
         facts=[
             *(_file_facts(r.file) if r.file else ()),
+            *(_memory_facts(r.memory) if r.memory else ()),
             Fact("threads", str(r.threads)),
             Fact("runs", str(r.runs), "of each line, which took turns"),
         ],
         charts=charts,
-        tables=[*([_layers(r.file)] if r.file else ()), *tables],
+        tables=[
+            *([_layers(r.file)] if r.file else ()),
+            *([table_of("schemes", CHOICES, r.memory.choices, _choice)] if r.memory else ()),
+            *tables,
+        ],
         closing=[Fact("machine", r.machine)],
     )
+
+
+def _memory_facts(m: MemoryFit) -> list[Fact]:
+    best = next((c for c in m.choices if c.scheme == m.best), None)
+    told = f"{size(best.nbytes)} of {size(m.limit)}" if best else f"within {size(m.limit)}"
+    return [Fact("best choice", best.scheme if best else "nothing fits", told)]
+
+
+def _choice(c: MemoryChoice) -> Sequence[Cell]:
+    return [
+        Cell(c.scheme),
+        Cell(c.container),
+        Cell(size(c.nbytes), c.nbytes),
+        Cell("yes" if c.fits else "no"),
+        number(c.sqnr_db),
+        number(c.bound_tokens_per_second),
+        number(c.context, 9),
+    ]
 
 
 def _skipped(s: SkippedLine) -> str:

@@ -13,6 +13,8 @@ from qconvert.report.bench import (
     FileCost,
     LayerCost,
     Measurement,
+    MemoryChoice,
+    MemoryFit,
     SkippedLine,
 )
 from qconvert.report.calibrate import CalibratedFisher, CalibratedLayer, CalibrateReport
@@ -80,6 +82,8 @@ __all__ = [
     "LayerCost",
     "ListedScheme",
     "Measurement",
+    "MemoryChoice",
+    "MemoryFit",
     "PairedHistogram",
     "Prediction",
     "QuantizeReport",

@@ -95,6 +95,50 @@ class FileCost:
 
 
 @dataclass
+class MemoryChoice:
+    """A scheme that a model could take.
+
+    Attributes:
+        nbytes: of its file, which is the memory that it takes.
+        token_bytes: that are read for a token, by the matrices it goes through.
+        sqnr_db: to be expected of the poorest matrix; None where nothing is lost.
+        fits: whether the limit has room for the file and a context as `MemoryFit` says.
+        bound_tokens_per_second: no program here is faster with it.
+        context: tokens for whose keys and values, in float16, the limit leaves room; None where
+            that is not known.
+    """
+
+    scheme: str
+    container: str
+    nbytes: int
+    token_bytes: int
+    sqnr_db: float | None
+    fits: bool = False
+    bound_tokens_per_second: float | None = None
+    context: int | None = None
+
+
+@dataclass
+class MemoryFit:
+    """Schemes for a model under a limit of memory.
+
+    Attributes:
+        limit: bytes.
+        context_bytes: of keys and values of a token in float16, 0 where that is not known.
+        context: tokens that have to have room beside the file.
+        best: that which fits and loses least; None where none fits.
+    """
+
+    path: str
+    limit: int
+    read_gigabytes_per_second: float
+    context_bytes: int
+    context: int
+    choices: list[MemoryChoice]
+    best: str | None
+
+
+@dataclass
 class Compared:
     """A line of an earlier report against the same line now.
 
@@ -119,6 +163,7 @@ class BenchReport(Report):
         machine: its processor, how many, and the version of NumPy.
         runs: of each line; figures are their medians.
         file: what a quantized file costs; None where none was given.
+        memory: what fits into a limit; None where none was asked for.
         compared: lines of an earlier report against these.
     """
 
@@ -130,6 +175,7 @@ class BenchReport(Report):
     measurements: list[Measurement]
     skipped: list[SkippedLine]
     file: FileCost | None = None
+    memory: MemoryFit | None = None
     compared: list[Compared] = field(default_factory=list)
 
     def _said(self) -> Iterator[str]:

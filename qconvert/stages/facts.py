@@ -54,9 +54,14 @@ def _of_gguf(keys: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         yield "file type", f"{name} ({file_type})" if name else file_type
 
 
+def config_of(model: OpenModel) -> dict[str, Any]:
+    """The configuration beside or in the file; empty where there is none that can be read."""
+    return _json(model, "config.json")
+
+
 def _of_companions(model: OpenModel) -> Iterator[tuple[str, str]]:
     """From the configuration and the tokenizer's, where they lie beside or in the file."""
-    config, words = _json(model, "config.json"), _json(model, "tokenizer_config.json")
+    config, words = config_of(model), _json(model, "tokenizer_config.json")
     architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures:
         yield "architecture", str(architectures[0])
@@ -76,9 +81,6 @@ def _of_companions(model: OpenModel) -> Iterator[tuple[str, str]]:
     if isinstance(quantized, dict):
         method = quantized.get("quant_method") or quantized.get("mode") or "yes"
         yield "quantized", str(method)
-
-
-DIGITS = 20  # of a number that means anything; longer ones are shown as they are
 
 
 DIGITS = 20  # of a number that means anything; longer ones are shown as they are

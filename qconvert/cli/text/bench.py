@@ -8,7 +8,7 @@ from qconvert.cli.text.fitting import Column
 from qconvert.cli.text.pieces import fitted, number, table
 from qconvert.errors import printable
 from qconvert.quantities import counted, duration, shape_text, size
-from qconvert.report import BenchReport, Compared, FileCost
+from qconvert.report import BenchReport, Compared, FileCost, MemoryFit
 
 
 def bench_text(r: BenchReport) -> str:
@@ -16,6 +16,8 @@ def bench_text(r: BenchReport) -> str:
     parts = [f"{r.machine}; {threads}, medians of {counted(r.runs, 'run')} that took turns\n"]
     if r.file:
         parts += _file_cost(r.file)
+    if r.memory:
+        parts += _memory_fit(r.memory)
     sections = dict.fromkeys([m.section for m in r.measurements] + [s.section for s in r.skipped])
     for section in sections:
         rows = []
@@ -52,8 +54,8 @@ def _file_cost(f: FileCost) -> list[str]:
     if f.bound_tokens_per_second:
         lines.append(
             f"bound      Memory gives {f.read_gigabytes_per_second:.3g} GB a second here, so that "
-            f"no program makes more than {f.bound_tokens_per_second:,.4g} tokens a second of this "
-            "file.\n"
+            f"no program makes more than {_rate(f.bound_tokens_per_second)} tokens a second of "
+            "this file.\n"
         )
     if f.tokens_per_second:
         lines.append(
@@ -85,6 +87,64 @@ def _file_cost(f: FileCost) -> list[str]:
     columns = [("kind of layer", "left"), ("matrices", "right"), ("stored", "left")]
     columns += [("a token", "right"), ("share", "right"), ("speed of float32", "right")]
     lines.append(table([*columns, ("product", "left")], rows))
+    return lines
+
+
+def _rate(value: float | None) -> str:
+    """Tokens a second."""
+    return f"{value:,.0f}" if value and value >= 100 else number(value, 3)
+
+
+def _memory_fit(m: MemoryFit) -> list[str]:
+    """The best choice in sentences, and all of them."""
+    lines = [f"\n{printable(m.path)} within {size(m.limit)} of memory\n"]
+    best = next((c for c in m.choices if c.scheme == m.best), None)
+    if best is None:
+        least = min(m.choices, key=lambda c: c.nbytes, default=None)
+        told = f": the smallest file, {least.scheme}, takes {size(least.nbytes)}" if least else ""
+        room = f", and a context of {m.context:,} tokens {size(m.context * m.context_bytes)}"
+        lines.append(f"best       Nothing fits{told}{room if m.context else ''}.\n\n")
+    else:
+        lines.append(
+            f"best       --scheme {best.scheme}: the file takes {size(best.nbytes)}"
+            + ("" if best.context is None else f" and leaves a context of {best.context:,} tokens")
+            + ".\n"
+        )
+        if best.bound_tokens_per_second:
+            lines.append(
+                f"speed      Memory gives {m.read_gigabytes_per_second:.3g} GB a second here, so "
+                f"that no program makes more than {_rate(best.bound_tokens_per_second)} tokens a "
+                "second of it. Smaller files are faster.\n\n"
+            )
+    columns = [
+        Column("scheme", "left"),
+        Column("file", "right", keep=9),
+        Column("fits", "left", keep=9),
+        Column("expected SQNR dB", "right", keep=8),
+        Column("tokens a second at most", "right", keep=7),
+        Column("context left", "right", keep=6),
+        Column("container", "left", keep=5),
+    ]
+    rows = [
+        (
+            c.scheme,
+            size(c.nbytes),
+            "yes" if c.fits else "no",
+            number(c.sqnr_db, 3),
+            _rate(c.bound_tokens_per_second),
+            "-" if c.context is None else f"{c.context:,}",
+            c.container,
+        )
+        for c in m.choices
+    ]
+    lines.append(table(columns, rows))
+    if best:
+        left = m.limit - m.context * m.context_bytes
+        limit = f"{left // 10**6}M" if left > 10**8 else f"{left // 1000}K"
+        lines.append(
+            "\nbudget     Bits spread over the tensors lose less than one scheme for all of them:\n"
+            f"           qconvert quantize {printable(m.path)} --target-size {limit}\n"
+        )
     return lines
 
 

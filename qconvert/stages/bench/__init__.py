@@ -23,9 +23,16 @@ from qconvert.report import BenchReport
 from qconvert.schemes import AffineScheme, LevelScheme
 from qconvert.stages.bench.compare import compare, read_earlier
 from qconvert.stages.bench.end_to_end import end_to_end_section
-from qconvert.stages.bench.file_cost import FileSection, file_section, is_quantized
+from qconvert.stages.bench.file_cost import (
+    READ_BYTES,
+    FileSection,
+    MemorySection,
+    file_section,
+    is_quantized,
+)
 from qconvert.stages.bench.kernel_lines import kernel_section
 from qconvert.stages.bench.lines import Section, measure
+from qconvert.stages.bench.memory import memory_section
 from qconvert.stages.bench.options import BenchOptions
 from qconvert.stages.bench.products import product_section
 from qconvert.stages.bench.weights import from_file, gaussian
@@ -61,6 +68,8 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> BenchRepor
             report.measurements += found
             if isinstance(section, FileSection) and section.cost:
                 report.file = section.cost(found)
+            if isinstance(section, MemorySection) and section.fit:
+                report.memory = section.fit(READ_BYTES / found[0].seconds)
             report.skipped += section.skipped
             progress.end()
     if options.compare and earlier:
@@ -78,6 +87,11 @@ def _whole(options: BenchOptions) -> Generator[Section]:
 
 def _parts(options: BenchOptions) -> Generator[Section]:
     """Kernels and products; each section frees its memory and files before the next."""
+    if options.file and options.memory:
+        with ExitStack() as stack:
+            workers = stack.enter_context(Workers(options.threads))
+            yield memory_section(options.file, options.memory, workers)
+        return
     if options.file and is_quantized(options.file):
         with ExitStack() as stack:
             workers = stack.enter_context(Workers(options.threads))

@@ -7,11 +7,12 @@ Matrices of one shape and one type are one kind, of which one is measured and al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from qconvert.geometry import Tile, row_length, tiles
 from qconvert.kernels.activations import dynamic_activations
 from qconvert.model import TensorInfo
 from qconvert.processor import features
-from qconvert.report import FileCost, LayerCost, Measurement
+from qconvert.report import FileCost, LayerCost, Measurement, MemoryFit
 from qconvert.roles import place_of
 from qconvert.stages.bench.lines import Line, Section
 from qconvert.stages.bench.weights import F32, MAX_VALUES
@@ -61,6 +62,13 @@ class FileSection(Section):
     cost: Callable[[list[Measurement]], FileCost] | None = None
 
 
+@dataclass(slots=True)
+class MemorySection(Section):
+    """Reading of memory, and what makes of its rate a `MemoryFit`."""
+
+    fit: Callable[[float], MemoryFit] | None = None
+
+
 def is_quantized(path: Path) -> bool:
     """Whether a file has tensors that are stored as codes."""
     model = open_model(path)
@@ -78,19 +86,10 @@ def file_section(path: Path, workers: Workers, stack: ExitStack) -> FileSection:
     """
     model = open_model(path)
     stack.callback(model.close)
-    kinds = _kinds(_multiplied(model))
+    architecture = str(model.metadata.get("general.architecture", ""))
+    kinds = _kinds(multiplied(model.tensors, architecture))
     section = FileSection(f"one token, {path.name}")
-    memory = np.ones(READ_BYTES // 8, np.uint64)
-    spans = np.array_split(memory, workers.threads)
-    section.lines.append(
-        Line(
-            READ,
-            lambda: list(workers.map(np.add.reduce, iter(spans))),
-            READ_BYTES / 1e9,
-            "GB/s",
-            READ_BYTES,
-        )
-    )
+    section.lines.append(reading_line(workers))
     for kind in kinds:
         stored = model.stored(kind.tensors[0])
         rows = min(kind.rows, max(1, MAX_VALUES // kind.columns))
@@ -123,6 +122,18 @@ def file_section(path: Path, workers: Workers, stack: ExitStack) -> FileSection:
     return section
 
 
+def reading_line(workers: Workers) -> Line:
+    """Reading of memory that no cache holds, on all threads."""
+    spans = np.array_split(np.ones(READ_BYTES // 8, np.uint64), workers.threads)
+    return Line(
+        READ,
+        lambda: list(workers.map(np.add.reduce, iter(spans))),
+        READ_BYTES / 1e9,
+        "GB/s",
+        READ_BYTES,
+    )
+
+
 def _times(x: F32, weights: F32) -> Callable[[], object]:
     return lambda: x @ weights.T
 
@@ -150,12 +161,27 @@ def _product(stored: Stored, kind: _Kind, x: F32, workers: Workers) -> Callable[
     return lambda: list(workers.map(times, tiles(kind.rows, kind.columns)))
 
 
-def _multiplied(model: OpenModel) -> list[TensorInfo]:
+class Shaped(Protocol):
+    """A tensor, or what one became."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+T = TypeVar("T", bound=Shaped)
+
+
+def multiplied(tensors: Iterable[T], architecture: str) -> list[T]:
     """Matrices that every token goes through: all but the table of embeddings, unless that is the
     head too.
+
+    Args:
+        architecture: as GGUF names it; empty for other files.
     """
-    matrices = [t for t in model.tensors if len(t.shape) > 1 and t.size]
-    tied = _is_tied(model, matrices)
+    matrices = [t for t in tensors if len(t.shape) > 1 and 0 not in t.shape]
+    tied = _is_tied(architecture, matrices)
     return [
         t
         for t in matrices
@@ -163,11 +189,10 @@ def _multiplied(model: OpenModel) -> list[TensorInfo]:
     ]
 
 
-def _is_tied(model: OpenModel, matrices: Iterable[TensorInfo]) -> bool:
+def _is_tied(architecture: str, matrices: Sequence[Shaped]) -> bool:
     """Whether the table of embeddings is what next tokens are told by: a language model without a
     head of its own.
     """
-    architecture = str(model.metadata.get("general.architecture", ""))
     encoder = "bert" in architecture or any(t.name.startswith(ENCODERS) for t in matrices)
     return not encoder and not any(class_of(t.name) == HEAD for t in matrices)
 

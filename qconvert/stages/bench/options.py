@@ -26,3 +26,4 @@ class BenchOptions:
     work_dir: Path | None = None
     compare: Path | None = None
     threshold: float = 0.10
+    memory: int | None = None
