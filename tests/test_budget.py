@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from qconvert.report import QuantizeReport
 from qconvert.stages.assignment import assign
 from qconvert.stages.quantize_options import PRESETS
 
+WHOLE = {"qblk": "q4_block32", "gguf": "q8_0"}
 TEXT = ROOT / "samples" / "calibration.txt"
 
 
@@ -272,7 +274,17 @@ def test_the_curve_says_what_each_budget_will_cost_and_lose(
     assert [p.nbytes for p in points] == sorted(p.nbytes for p in points)
     assert [p.kl for p in points] == sorted((p.kl for p in points), reverse=True)
     mark = report.curve.smallest["0.01"]
-    assert mark == min(p.bits for p in points if p.kl <= 0.01)
+    assert mark == min(p.bits for p in points if p.kl is not None and p.kl <= 0.01)
+    (whole,) = [p for p in report.curve.uniform if p.scheme == WHOLE[container]]
+    done = make(
+        f"m.{container}", scheme=whole.scheme, sensitivities=None, rounding="nearest",
+        equalise="off", force=True, **({"pure": True} if container == "gguf" else {}),
+    )  # fmt: skip
+    assert done.output_bytes <= whole.nbytes < done.output_bytes + 15_000
+    quantized = [t for t in done.tensors if t.quantized and len(t.shape) > 1]
+    error = sum(math.prod(t.shape) * (t.nmse or 0.0) for t in quantized)
+    weights = sum(math.prod(t.shape) for t in quantized)
+    assert whole.sqnr_db == pytest.approx(-10 * math.log10(error / weights), abs=0.02)
     with pytest.raises(UsageError, match="no mix"):
         make(f"m.{container}", target_bpw=points[0].bits - 1e-6, sensitivities=losses)
     for point in (points[1], points[-2]):
@@ -336,9 +348,19 @@ def test_budgets_that_cannot_be(
     assert not (tmp_path / "m.qblk").exists()
 
 
-def test_a_curve_needs_gradients(model: Path, calibration: Path) -> None:
-    with pytest.raises(UsageError, match="--curve needs to know how much errors matter"):
-        inspect(model, curve=True)
+def test_a_curve_without_gradients_predicts_nothing(model: Path, call: Call) -> None:
+    curve = inspect(model, curve=True).curve
+    assert curve
+    assert {p.kl for p in (*curve.points, *curve.uniform)} == {None}
+    known = [p.sqnr_db for p in curve.points if p.sqnr_db is not None]
+    assert known == sorted(known)
+    assert 5 < known[0] < 12
+    told = call("inspect", model, "--curve").out
+    assert "SQNR is that of the weights" in " ".join(told.split())
+    assert "nats" not in told
+
+
+def test_a_curve_goes_without_what_shows_tensors(model: Path, calibration: Path) -> None:
     with pytest.raises(UsageError, match="goes without --tensor"):
         inspect(model, curve=True, calibration=calibration, tensor="*q_proj*")
     with pytest.raises(UsageError, match="go with --curve"):

@@ -161,7 +161,8 @@ def inspect(
         bool,
         typer.Option(
             "--curve",
-            help="the predicted loss of files of all sizes, by --calibration made with --fisher",
+            help="what files of all sizes, and of each scheme, lose: SQNR, and with --calibration "
+            "made with --fisher the predicted divergence",
         ),
     ] = False,
     calibration: Annotated[
@@ -201,6 +202,7 @@ def inspect(
       qconvert inspect model-dir --csv > tensors.csv
       qconvert inspect model-dir --compare model.gguf
       qconvert inspect model.q4_block64.qblk --headers-only --json | jq .total_bytes
+      qconvert inspect model-dir --curve
       qconvert inspect model-dir --curve --calibration fisher.safetensors
     """
     from qconvert.cli.earlier import Run

@@ -10,7 +10,6 @@ from qconvert.errors import UsageError
 from qconvert.progress import Progress
 from qconvert.report import InspectReport
 from qconvert.schemes import parse_scheme
-from qconvert.stages.budget import INFORMED
 from qconvert.stages.curve import CurveOptions
 from qconvert.stages.grouping import BY, check_sort
 from qconvert.stages.inspect import InspectOptions
@@ -59,7 +58,8 @@ def inspect(
         compare: in place of statistics, what is different in this file, of any kind.
         by: also tensors of a ``layer`` or ``role`` together.
         curve: in place of statistics, the predicted loss of files of all sizes.
-        calibration: of the curve: of this model, made with ``fisher``.
+        calibration: of the curve: of this model, made with ``fisher``; without one it shows the
+            SQNR of the weights alone.
         format: ``qblk`` (by default) or ``gguf``, of the files of the curve.
         sensitivities: of the curve: a file of what each tensor loses under each scheme, read where
             it is there and written where not; `quantize` takes it too.
@@ -86,15 +86,13 @@ def inspect(
         )
     wanted = None
     if curve:
-        if calibration is None:
-            raise UsageError("--curve needs to know how much errors matter", hint=INFORMED)
         if tensor is not None or headers_only or sort or top or by:
             raise UsageError(
                 "--curve shows no tensors: it goes without --tensor, --headers-only, --sort, "
                 "--top, --by"
             )
         wanted = CurveOptions(
-            calibration=Path(calibration),
+            calibration=as_path(calibration),
             container=container_name(format) or "qblk",
             sensitivities=as_path(sensitivities),
             threads=threads,

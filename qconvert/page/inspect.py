@@ -171,7 +171,7 @@ def _inputs(view: InputsView) -> Table:
 
 
 def _curve(c: SizeCurve) -> list[Chart]:
-    points = [(p.bits, p.kl) for p in c.points]
+    points = [(p.bits, p.kl) for p in c.points if p.kl is not None]
     if not (drawn := curve(points, "bits per weight", "predicted KL in nats")):
         return []
     caption = (

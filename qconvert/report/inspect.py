@@ -286,14 +286,32 @@ class CurvePoint:
     Attributes:
         bits: per weight, over the whole file.
         nbytes: of the file, at most.
-        kl: predicted divergence of next tokens, in nats.
+        kl: predicted divergence of next tokens, in nats; None without a calibration.
+        sqnr_db: of the weights that have a choice; None where nothing is lost.
         schemes: how many tensors take each.
     """
 
     bits: float
     nbytes: int
-    kl: float
+    kl: float | None
+    sqnr_db: float | None
     schemes: dict[str, int]
+
+
+@dataclass
+class SchemePoint:
+    """One scheme for all tensors that have a choice.
+
+    Attributes:
+        nbytes, kl, sqnr_db: as of `CurvePoint`.
+        others: tensors that cannot take it, and have the next larger one.
+    """
+
+    scheme: str
+    nbytes: int
+    kl: float | None
+    sqnr_db: float | None
+    others: int
 
 
 @dataclass
@@ -301,6 +319,7 @@ class SizeCurve:
     """What files of all sizes are predicted to lose.
 
     Attributes:
+        uniform: one scheme for all tensors, the smallest file first.
         presets: bits per weight of each in this container.
         smallest: the bits of the first point that loses at most so many nats; None where none does.
         without: tensors whose sensitivity the calibration has not got.
@@ -308,6 +327,7 @@ class SizeCurve:
 
     container: str
     points: list[CurvePoint]
+    uniform: list[SchemePoint]
     presets: dict[str, float]
     smallest: dict[str, float | None]
     without: list[str]

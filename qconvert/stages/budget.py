@@ -8,6 +8,7 @@ what tensors of its role have been found to need: an order, not a prediction.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -277,6 +278,40 @@ class Choices:
             ends = [f"{round(end + beside):,}" for end in (least, most)]
             raise _impossible("--target-size", f"{budget.size:,}", f"{ends[0]} to {ends[1]} bytes")
         return found
+
+    def uniform(self, scheme: str) -> Assignment | None:
+        """One scheme for all tensors that can take it; those that cannot take the smallest of no
+        fewer bytes than it has elsewhere. None where no tensor can.
+        """
+        bits = [
+            loss.nbytes / tensor.size
+            for tensor, found in zip(self._tensors, self._losses, strict=True)
+            if (loss := found.get(scheme))
+        ]
+        if not bits:
+            return None
+        picks = []
+        for tensor, found in zip(self._tensors, self._losses, strict=True):
+            names, sizes = list(found), [loss.nbytes for loss in found.values()]
+            enough = [k for k, n in enumerate(sizes) if n >= min(bits) * tensor.size]
+            least = min(enough, key=sizes.__getitem__) if enough else sizes.index(max(sizes))
+            picks.append(names.index(scheme) if scheme in found else least)
+        chosen = [
+            (tensor, list(found.values())[pick])
+            for tensor, found, pick in zip(self._tensors, self._losses, picks, strict=True)
+        ]
+        cost = sum(loss.nbytes for _, loss in chosen)
+        total = sum(self._loss(tensor, loss) for tensor, loss in chosen)
+        return Assignment(tuple(picks), float(cost), total, optimal=False, gap=0.0)
+
+    def sqnr_db(self, found: Assignment) -> float | None:
+        """Of all weights that a scheme is chosen for, each tensor's error by its own energy; None
+        where nothing is lost.
+        """
+        triples = zip(self._tensors, self._losses, found.picks, strict=True)
+        error = sum(t.size * list(losses.values())[pick].nmse for t, losses, pick in triples)
+        weights = sum(t.size for t in self._tensors)
+        return -10 * math.log10(error / weights) if error else None
 
     def schemes(self, found: Assignment) -> dict[str, str]:
         """The scheme of each tensor."""

@@ -14,7 +14,7 @@ from qconvert.cli.text.inputs import inputs_lines
 from qconvert.cli.text.pieces import LABEL, bar, number, table_lines, wrapped
 from qconvert.errors import printable
 from qconvert.quantities import counted, duration, shape_text, size
-from qconvert.report import CurvePoint, InspectReport, SizeCurve, TensorSummary
+from qconvert.report import CurvePoint, InspectReport, SchemePoint, SizeCurve, TensorSummary
 
 CURVE_BAR = 16  # characters
 NOTHING_FOUND = (
@@ -85,25 +85,69 @@ def _finding_lines(r: InspectReport) -> Iterator[str]:
 
 
 def _curve_lines(c: SizeCurve) -> Iterator[str]:
-    """Size against loss, with a bar by powers of ten of the loss."""
-    yield f"files in {c.container} and what they are predicted to lose\n\n"
-    losses = [math.log10(p.kl) for p in c.points if p.kl > 0]
-    low, high = (min(losses), max(losses)) if losses else (0.0, 0.0)
-
-    def row(p: CurvePoint) -> Sequence[str]:
-        share = (math.log10(p.kl) - low) / (high - low) if p.kl > 0 and high > low else 0.0
-        mostly = ", ".join(f"{count} {name}" for name, count in list(p.schemes.items())[:2])
-        return f"{p.bits:.2f}", size(p.nbytes), number(p.kl, 3), bar(share, CURVE_BAR), mostly
-
-    columns = [("bits", "right"), ("size", "right"), ("KL, nats", "right")]
-    columns += [("powers of ten", "left"), ("mostly", "left")]
-    yield from table_lines(columns, c.points, row)
-    yield "\nKL is the divergence of next tokens from those of the original: losses are predicted\n"
-    yield "for codes rounded to nearest, to second order, which is too little below 3.5 bits.\n"
+    """Size against loss, of mixes and of single schemes."""
+    yield f"the best {c.container} file of each size\n\n"
+    yield from _loss_table("bits", [(f"{p.bits:.2f}", _mostly(p), p) for p in c.points])
+    yield f"\none scheme for all tensors, in {c.container}\n\n"
+    told = [(p.scheme, f"{p.others} larger" if p.others else "-", p) for p in c.uniform]
+    yield from _loss_table("scheme", told)
+    yield "\n" + wrapped(PREDICTED if any(p.kl is not None for p in c.points) else UNINFORMED)
+    yield "\n"
     for mark, bits in c.smallest.items():
-        told = f"{bits:.2f} bits: --target-bpw {bits:.2f}" if bits else "nothing here"
-        yield f"at most {mark} nats: {told}\n"
+        if bits:
+            yield f"at most {mark} nats: {bits:.2f} bits: --target-bpw {bits:.2f}\n"
     yield "presets    " + ", ".join(f"{name} {bits:g}" for name, bits in c.presets.items()) + "\n"
+
+
+PREDICTED = (
+    "KL is the divergence of next tokens from those of the original: losses are predicted for "
+    "codes rounded to nearest, to second order, which is too little below 3.5 bits. SQNR is that "
+    "of the weights."
+)
+UNINFORMED = (
+    "SQNR is that of the weights: what it does to predictions is not known without a calibration. "
+    "Mixes are chosen by what tensors of each role usually need. For predictions, and better "
+    "mixes: qconvert calibrate MODEL --text FILE --fisher -o C, then --curve --calibration C"
+)
+
+
+def _mostly(p: CurvePoint) -> str:
+    return ", ".join(f"{count} {name}" for name, count in list(p.schemes.items())[:2])
+
+
+def _loss_table(
+    first: str, points: Sequence[tuple[str, str, CurvePoint | SchemePoint]]
+) -> Iterator[str]:
+    """What points lose, with a bar: by powers of ten of the KL, or by the SQNR."""
+    predicted = any(p.kl is not None for _, _, p in points)
+    heights = [_height(p) for _, _, p in points]
+    known = [h for h in heights if h is not None]
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+
+    def row(item: tuple[str, str, CurvePoint | SchemePoint]) -> Sequence[str]:
+        name, more, p = item
+        height = _height(p)
+        share = (height - low) / (high - low) if height is not None and high > low else 0.0
+        figures = (number(p.kl, 3),) if predicted else ()
+        sqnr = "exact" if p.sqnr_db is None else f"{p.sqnr_db:.1f}"
+        return name, size(p.nbytes), *figures, sqnr, bar(share, CURVE_BAR), more
+
+    columns = [
+        Column(first, "left"),
+        Column("size", "right", keep=9),
+        *((Column("KL, nats", "right", keep=8),) if predicted else ()),
+        Column("SQNR dB", "right", keep=7),
+        Column("loss, by powers", "left", keep=6),
+        Column("mostly" if first == "bits" else "others", "left", keep=4, quiet=True),
+    ]
+    yield from table_lines(columns, points, row)
+
+
+def _height(p: CurvePoint | SchemePoint) -> float | None:
+    """The loss by powers of ten; None where there is none."""
+    if p.kl is not None:
+        return math.log10(p.kl) if p.kl > 0 else None
+    return None if p.sqnr_db is None else -p.sqnr_db / 10
 
 
 def _header_row(t: TensorSummary) -> Sequence[str]:
