@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -101,10 +101,12 @@ class Job:
 
     Attributes:
         ahead: tensors that were encoded before the output was begun.
+        sink: what the output is written by.
         target: where the tensor under way is written.
         seen: what its pieces have told so far.
     """
 
+    sink: Sink
     target: TensorTarget
     seen: Encoded
 
@@ -131,59 +133,61 @@ class Job:
         self.ahead = Ahead()
 
     def write(self, name: Path, *, interim: bool = False) -> None:
-        """Convert.
+        """Convert; see `write_together`."""
+        write_together([(self, name)], interim=interim)
+
+    def output(self, name: Path, interim: bool) -> Atomic:
+        """What is written to, before it has its name.
 
         Args:
             name: of the output, whole or in several files.
             interim: as of `AtomicOutput`.
         """
-        sources = _source_paths(self.model)
-        inputs = [self.model.path, *sources]
+        inputs = [self.model.path, *_source_paths(self.model)]
         inputs += [p for p in (self.options.calibration, self.options.gguf.imatrix) if p]
         texts = self.options.repair, self.options.finetune
         inputs += [given.text for given in texts if given]
         paths, force = self.prepared.outputs, self.options.force
-        with ExitStack() as stack:
-            out: Atomic
-            if self.prepared.directory:
-                out = AtomicDirectory(paths[0], overwrite=force, inputs=inputs)
-            elif len(paths) == 1:
-                out = AtomicOutput(paths[0], overwrite=force, inputs=inputs, interim=interim)
-            else:
-                out = AtomicSet(name, paths, overwrite=force, inputs=inputs, interim=interim)
-            stack.enter_context(out)
-            check_space(paths[0], sum(p.encoding.size(p.tensor.shape) for p in self.prepared.plan))
-            threads = self.options.threads or available_threads()
-            if self.options.repair:
-                self.ahead = self._repaired(
-                    self.options.repair, threads, stack.enter_context(Scratch(paths[0]))
-                )
-            self.report.notes += self.ahead.notes
-            self.report.warnings += self.ahead.warnings
-            sink = self.prepared.sink(out, self._provenance(sources))
-            size = sum(p.tensor.nbytes for p in self.prepared.plan)
-            self.progress.begin(_title(self.report), size, "bytes")
-            if self.roundings.compensated:
-                # Or the bits of factors would depend on the number of BLAS's threads.
-                stack.enter_context(threadpool_limits(1, "blas"))
-            with closing(sink), Workers(threads) as workers:
-                for task, piece in workers.map(self._run, self._tasks(workers)):
-                    self._take(task, piece, sink, workers)
-                self.report.output_bytes = sink.finish()
-            self.model.check_unchanged()
-            if self.calibration:
-                self.calibration.check_unchanged()
-            self._judge()
-            if self.options.strict and self.report.warnings:
-                self.report.status = "fail"
-                return  # and the outputs are gone
-            self.report.written = True
-            out.commit()
-            self.progress.end()
-        fill_totals(self.report, self.total)
+        if self.prepared.directory:
+            return AtomicDirectory(paths[0], overwrite=force, inputs=inputs)
+        if len(paths) == 1:
+            return AtomicOutput(paths[0], overwrite=force, inputs=inputs, interim=interim)
+        return AtomicSet(name, paths, overwrite=force, inputs=inputs, interim=interim)
 
-    def _run(self, task: _Task) -> tuple[_Task, Encoded]:
-        return task, self._encoded(task.encoder, task.tile)
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors of the output."""
+        return sum(p.encoding.size(p.tensor.shape) for p in self.prepared.plan)
+
+    @property
+    def source_nbytes(self) -> int:
+        return sum(p.tensor.nbytes for p in self.prepared.plan)
+
+    def begin(self, out: Atomic, threads: int, stack: ExitStack) -> None:
+        """Do what comes before the first tensor."""
+        if self.options.repair:
+            scratch = stack.enter_context(Scratch(self.prepared.outputs[0]))
+            self.ahead = self._repaired(self.options.repair, threads, scratch)
+        self.report.notes += self.ahead.notes
+        self.report.warnings += self.ahead.warnings
+        provenance = self._provenance(_source_paths(self.model))
+        self.sink = stack.enter_context(closing(self.prepared.sink(out, provenance)))
+
+    def finish(self) -> bool:
+        """Do what comes after the last tensor; whether the output is good enough for its name."""
+        self.report.output_bytes = self.sink.finish()
+        self.model.check_unchanged()
+        if self.calibration:
+            self.calibration.check_unchanged()
+        self._judge()
+        if self.options.strict and self.report.warnings:
+            self.report.status = "fail"
+            return False
+        fill_totals(self.report, self.total)
+        return True
+
+    def run(self, task: _Task) -> Encoded:
+        return self._encoded(task.encoder, task.tile)
 
     def _encoded(self, encoder: Encoder, tile: Tile) -> Encoded:
         with self.roundings.room(encoder.tensor.name):
@@ -279,7 +283,7 @@ class Job:
 
     # --- on the main thread, ahead of the work: encoders, and the tiles of all tensors in order ---
 
-    def _tasks(self, workers: Workers) -> Iterator[_Task]:
+    def tasks(self, workers: Workers) -> Iterator[_Task]:
         for p, encoder in self._encoders(workers):
             tiles = list(encoder.tiles())
             for i, tile in enumerate(tiles):
@@ -323,9 +327,9 @@ class Job:
 
     # --- on the main thread, behind the work: writing, in order ---
 
-    def _take(self, task: _Task, piece: Encoded, sink: Sink, workers: Workers) -> None:
+    def take(self, task: _Task, piece: Encoded, workers: Workers) -> None:
         if task.first:
-            self.target = sink.begin(task.planned.tensor, task.encoder.encoding)
+            self.target = self.sink.begin(task.planned.tensor, task.encoder.encoding)
             self.seen = NOTHING
         self.target.append(piece.segments)
         self.seen += piece
@@ -333,12 +337,12 @@ class Job:
             return
         encoder = task.encoder.settled(self.seen)
         if encoder.encoding != task.encoder.encoding:
-            self._again(encoder, sink, workers)
+            self._again(encoder, workers)
         self._finish(task.planned, encoder)
 
-    def _again(self, encoder: Encoder, sink: Sink, workers: Workers) -> None:
+    def _again(self, encoder: Encoder, workers: Workers) -> None:
         """Encode a tensor once more whose sample had suggested another encoding."""
-        self.target = sink.begin(encoder.tensor, encoder.encoding)
+        self.target = self.sink.begin(encoder.tensor, encoder.encoding)
         self.seen = NOTHING
         for piece in workers.map(partial(self._encoded, encoder), encoder.tiles()):
             self.target.append(piece.segments)
@@ -402,9 +406,67 @@ class Job:
         return notes
 
 
-def _title(report: QuantizeReport) -> str:
+def write_together(jobs: Sequence[tuple[Job, Path]], *, interim: bool = False) -> None:
+    """Convert one source, or several times the same: tensor by tensor in turn, so that what the
+    first reads from the disk the system still has in memory for the others.
+
+    Outputs get their names when all are complete; those that ``--strict`` refuses get none.
+
+    Args:
+        jobs: and the names of their outputs, whole or in several files.
+        interim: as of `AtomicOutput`.
+    """
+    first = jobs[0][0]
+    with ExitStack() as stack:
+        outs: list[Atomic] = []
+        for job, name in jobs:
+            outs.append(job.output(name, interim))
+            stack.push(outs[-1])
+        check_space(first.prepared.outputs[0], sum(job.nbytes for job, _ in jobs))
+        threads = first.options.threads or available_threads()
+        for (job, _), out in zip(jobs, outs, strict=True):
+            job.begin(out, threads, stack)
+        size = sum(job.source_nbytes for job, _ in jobs)
+        first.progress.begin(_title([job.report for job, _ in jobs]), size, "bytes")
+        if any(job.roundings.compensated for job, _ in jobs):
+            # Or the bits of factors would depend on the number of BLAS's threads.
+            stack.enter_context(threadpool_limits(1, "blas"))
+        workers = stack.enter_context(Workers(threads))
+        for job, task, piece in workers.map(_run, _in_turn([job for job, _ in jobs], workers)):
+            job.take(task, piece, workers)
+        good = [job.finish() for job, _ in jobs]
+        for (job, _), out, named in zip(jobs, outs, good, strict=True):
+            if named:
+                job.report.written = True
+                out.commit()
+        first.progress.end()
+
+
+def _run(item: tuple[Job, _Task]) -> tuple[Job, _Task, Encoded]:
+    job, task = item
+    return job, task, job.run(task)
+
+
+def _in_turn(jobs: Sequence[Job], workers: Workers) -> Iterator[tuple[Job, _Task]]:
+    """Tasks of all jobs, a tensor at a time of the job that is least far."""
+    streams = {i: job.tasks(workers) for i, job in enumerate(jobs)}
+    done = dict.fromkeys(streams, 0)
+    while streams:
+        i = min(streams, key=done.__getitem__)
+        for task in streams[i]:
+            yield jobs[i], task
+            if task.last:
+                done[i] += task.planned.tensor.nbytes
+                break
+        else:
+            del streams[i]
+
+
+def _title(reports: Sequence[QuantizeReport]) -> str:
     """Of the work, with what is expected of it where that is known."""
-    kl = report.prediction.kl if report.prediction else None
+    if len(reports) > 1:
+        return f"quantize, {len(reports)} schemes"
+    kl = reports[0].prediction.kl if reports[0].prediction else None
     return "quantize" if kl is None else f"quantize, predicted divergence {kl:.3g} nats"
 
 

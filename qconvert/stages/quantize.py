@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from qconvert.progress import Progress, Silent
 from qconvert.report import QuantizeReport
 from qconvert.schemes import CastScheme, KeepScheme, MixScheme, TensorScheme, adapted
 from qconvert.stages.budget import unknown_sensitivities, within_budget
-from qconvert.stages.conversion import Job, fill_totals, planned_row
+from qconvert.stages.conversion import Job, fill_totals, planned_row, write_together
 from qconvert.stages.equalisation import rescaled
 from qconvert.stages.moving import moved_note
 from qconvert.stages.plan import PlannedTensor, check_schemes
@@ -32,7 +32,7 @@ from qconvert.stages.rounding import Roundings, plan_roundings
 from qconvert.stages.sources import examined
 from qconvert.stages.target import Prepared, model_name, target_of
 
-__all__ = ["GgufOptions", "QuantizeOptions", "quantize"]
+__all__ = ["GgufOptions", "QuantizeOptions", "quantize", "quantize_together"]
 
 _FILES = tuple(c for c in WRITTEN if not c.directory)
 
@@ -49,6 +49,82 @@ def quantize(
     """
     started = time.perf_counter()
     progress = progress or Silent()
+    with ExitStack() as files:
+        begun = _begun(source, options, files, progress)
+        job, report, options = begun.job, begun.job.report, begun.job.options
+        files.enter_context(about(source))
+        files.enter_context(_hints(options))
+        if options.dry_run:
+            if options.repair:
+                report.warnings.append("--text has no effect on a dry run: the model is not run")
+            report.tensors = [
+                planned_row(p, job.roundings, begun.sizes.get(p.tensor.name))
+                for p in job.prepared.plan
+            ]
+            report.output_bytes = sum(t.nbytes for t in report.tensors)
+            report.output_bytes += job.prepared.companion_bytes
+            fill_totals(report, ErrorSums())
+            if options.finetune:
+                report.notes.append("scales of rows are not tuned in a dry run")
+        elif options.finetune:
+            from qconvert.stages.finetune import convert_tuned  # what runs models
+
+            convert_tuned(
+                *(source, begun.output, job.prepared, job.plain, options),
+                *(job.calibration, job.roundings, report, progress),
+            )
+        else:
+            job.write(begun.output)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def quantize_together(
+    source: Path, several: Sequence[QuantizeOptions], progress: Progress | None = None
+) -> list[QuantizeReport]:
+    """Convert a model several times, a tensor at a time: what is read from the disk for one of them
+    is in memory for the others. No output gets its name before all are complete.
+
+    Raises:
+        UsageError: two have one output, or options of one alone; and as of `quantize`.
+    """
+    started = time.perf_counter()
+    progress = progress or Silent()
+    for name, given in (
+        ("--finetune", any(o.finetune for o in several)),
+        ("--text", any(o.repair for o in several)),
+        ("--dry-run", any(o.dry_run for o in several)),
+    ):
+        if given:
+            raise UsageError(f"{name} goes with one scheme", found=f"{len(several)} schemes")
+    with ExitStack() as files:
+        begun = [_begun(source, options, files, progress) for options in several]
+        files.enter_context(about(source))
+        for i, one in enumerate(begun):
+            if any(one.output == other.output for other in begun[:i]):
+                raise UsageError("two schemes would have one output", found=str(one.output))
+        write_together([(one.job, one.output) for one in begun])
+    for one in begun:
+        one.job.report.seconds = time.perf_counter() - started
+    return [one.job.report for one in begun]
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A conversion that everything is known of but the codes.
+
+    Attributes:
+        output: its name, whole or in several files.
+        sizes: of tensors that a budget chose for.
+    """
+
+    job: Job
+    output: Path
+    sizes: Mapping[str, int]
+
+
+def _begun(source: Path, options: QuantizeOptions, files: ExitStack, progress: Progress) -> _Begun:
+    """Decide, and refuse what cannot be; see `quantize`."""
     names = kernels.describe()
     output, container = _output(source, options)
     if options.calibration is None and not options.weighting:
@@ -56,12 +132,12 @@ def quantize(
             "--no-weighting without a calibration", hint="weights come with --calibration FILE"
         )
     if options.finetune:
-        from qconvert.stages.finetune import check_source, convert_tuned  # what runs models
+        from qconvert.stages.finetune import check_source  # what runs models
 
         check_source(source, progress)
     options = _adapted(_kept(options), container)
     check_schemes((options.scheme, *(s for _, s in options.tensor_schemes)), container)
-    with ExitStack() as files, about(source), _hints(options):
+    with about(source), _hints(options):
         opened = open_model(source)
         files.callback(opened.close)
         said = examined(opened)
@@ -119,24 +195,8 @@ def quantize(
             )
         if options.range and not prepared.ranged:
             report.warnings.append("--range has no effect: no tensor takes a scheme with ranges")
-        if options.dry_run and options.repair:
-            report.warnings.append("--text has no effect on a dry run: the model is not run")
-        if options.dry_run:
-            report.tensors = [
-                planned_row(p, roundings, sizes.get(p.tensor.name)) for p in prepared.plan
-            ]
-            report.output_bytes = sum(t.nbytes for t in report.tensors) + prepared.companion_bytes
-            fill_totals(report, ErrorSums())
-            if options.finetune:
-                report.notes.append("scales of rows are not tuned in a dry run")
-        else:
-            job = prepared, plain, options, calibration, roundings, report, progress
-            if options.finetune:
-                convert_tuned(source, output, *job)
-            else:
-                Job(*job).write(output)
-    report.seconds = time.perf_counter() - started
-    return report
+        job = Job(prepared, plain, options, calibration, roundings, report, progress)
+        return _Begun(job, output, sizes)
 
 
 @contextmanager
