@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qconvert.commands.bench import bench
     from qconvert.commands.calibrate import calibrate
     from qconvert.commands.inspect import inspect
-    from qconvert.commands.quantize import quantize
+    from qconvert.commands.quantize import quantize, quantize_set
     from qconvert.commands.verify import verify
     from qconvert.errors import (
         FormatError,
@@ -55,6 +55,7 @@ __all__ = [
     "inspect",
     "load",
     "quantize",
+    "quantize_set",
     "verify",
 ]
 
@@ -69,6 +70,8 @@ if not TYPE_CHECKING:  # a type checker sees the imports above
         home = "loading" if name == "load" else "errors"
         if name in ("bench", "calibrate", "inspect", "quantize", "verify"):
             home = f"commands.{name}"
+        elif name == "quantize_set":
+            home = "commands.quantize"
         globals()[name] = found = getattr(import_module(f"{__name__}.{home}"), name)
         return found
 

@@ -241,7 +241,18 @@ def test_strict_makes_a_warning_a_failure(place: Path, call: Call) -> None:
 
 
 # What only a command has: where its report goes in which form, which ``--force`` replaces.
-SHOWING = {"json", "csv", "html", "list_schemes", "report", "junit", "manifest", "quiet", "debug"}
+SHOWING = {
+    "color",
+    "json",
+    "csv",
+    "html",
+    "list_schemes",
+    "report",
+    "junit",
+    "manifest",
+    "quiet",
+    "debug",
+}
 FORCE = {name: {"force"} for name in ("inspect", "verify", "bench")}
 
 
@@ -378,7 +389,7 @@ def test_an_error_survives_pickling(place: Path) -> None:
 
 
 def test_dir_is_what_is_public() -> None:
-    assert dir(qconvert) == sorted([*FUNCTIONS, *ERRORS, "__version__"])
+    assert dir(qconvert) == sorted([*FUNCTIONS, "quantize_set", *ERRORS, "__version__"])
     assert qconvert.__all__ == dir(qconvert)
     for name in dir(qconvert):
         assert getattr(qconvert, name) is not None

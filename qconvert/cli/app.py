@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -408,11 +408,11 @@ def quantize(
         typer.Argument(metavar="MODEL", help="safetensors file or model directory"),
     ] = None,
     scheme: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--scheme",
             metavar="NAME",
-            help=f"one of: {SCHEME_GRAMMAR}; a budget takes its place",
+            help=f"one of: {SCHEME_GRAMMAR}; a budget takes its place; several write a file each",
             autocompletion=completion.schemes,
         ),
     ] = None,
@@ -429,7 +429,8 @@ def quantize(
             "-o",
             "--output",
             metavar="PATH",
-            help=".qblk or .gguf file, or a directory [MODEL.SCHEME.qblk, MODEL-SCHEME ...]",
+            help=".qblk or .gguf file, or a directory [MODEL.SCHEME.qblk, MODEL-SCHEME ...]; of "
+            "several schemes where their files go",
         ),
     ] = None,
     format: Annotated[
@@ -690,6 +691,7 @@ def quantize(
       qconvert quantize model.safetensors --scheme q4_block64
       qconvert quantize model-directory --preset balanced -o model.gguf
       qconvert quantize model-directory --scheme q4_k_m -o model.gguf
+      qconvert quantize model-directory --scheme q4_k_m --scheme q8_0 -o directory
       qconvert quantize model.safetensors --scheme q3_block32 \\
           --tensor-scheme '*down_proj*=q6_block32' --keep 'lm_head.*'
       qconvert quantize model-directory --target-bpw 4.5 \\
@@ -708,16 +710,23 @@ def quantize(
         raise UsageError("missing argument 'MODEL'", hint="see qconvert quantize --help")
     from qconvert.cli.earlier import Run
     from qconvert.cli.emit import Emitter
-    from qconvert.cli.text.quantize import quantize_text
-    from qconvert.commands.quantize import quantize as command
+    from qconvert.cli.text.quantize import quantize_set_text, quantize_text
+    from qconvert.commands.quantize import quantize as one
+    from qconvert.commands.quantize import quantize_set
 
     inputs = [model, *(path for path in (calibration, imatrix, text) if path)]
+    several = len(scheme or ()) > 1
+    if several and html:
+        raise UsageError("--html is the page of one scheme", found=f"{len(scheme or ())} schemes")
     with Emitter(
         Run("quantize", model), json, report, force, quiet, strict, inputs, html
     ) as emitter:
+        command: partial[Any]
+        if several:
+            command = partial(quantize_set, model, scheme or ())
+        else:
+            command = partial(one, model, scheme[0] if scheme else None)
         done = command(
-            model,
-            scheme,
             output=output,
             format=format,
             range=range,
@@ -758,7 +767,8 @@ def quantize(
             strict=strict,
             progress=emitter.progress,
         )
-        return emitter.emit(done, quantize_text)
+        shown: Any = quantize_set_text if several else quantize_text
+        return emitter.emit(done, shown)
 
 
 def _list_schemes(json: bool, report: Path | None, force: bool, quiet: bool) -> int:

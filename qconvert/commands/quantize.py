@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from qconvert import kernels
 from qconvert.commands.arguments import (
     as_assignments,
     as_path,
@@ -24,11 +28,12 @@ from qconvert.commands.arguments import (
 from qconvert.errors import UsageError
 from qconvert.mixes import parse_ggml_type, parse_tensor_type
 from qconvert.progress import Progress
-from qconvert.report import QuantizeReport
+from qconvert.report import QuantizeReport, QuantizeSetReport
 from qconvert.schemes import parse_scheme
 from qconvert.stages.plan import MIN_VALUES
 from qconvert.stages.quantize import GgufOptions, QuantizeOptions
 from qconvert.stages.quantize import quantize as stage
+from qconvert.stages.quantize import quantize_together as together
 from qconvert.stages.quantize_options import UNDER_BUDGET
 
 
@@ -151,6 +156,103 @@ def quantize(
         UsageError: options contradict each other or the model, or name what does not exist.
         MachineError: the output cannot be written; OutputExistsError: it exists.
     """
+    given = {k: v for k, v in locals().items() if k not in ("model", "progress")}
+    return stage(Path(model), _options(**given), progress).judged(strict)
+
+
+def quantize_set(
+    model: Path | str,
+    schemes: Iterable[str],
+    *,
+    output: Path | str | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> QuantizeSetReport:
+    """Convert a model to several files, whose names are those that each has by default.
+
+    The source is gone through once, tensor by tensor, and no file gets its name before all of them
+    are complete.
+
+    Args:
+        schemes: at least two.
+        output: a directory that exists, for the files; that of the model by default.
+        options: of `quantize`, for all of them.
+
+    Raises:
+        As of `quantize`.
+    """
+    names = list(schemes)
+    given = {"output": None, "strict": strict, **_DEFAULTS, **options}
+    several = [_options(**{**given, "scheme": name}) for name in names]
+    if output is not None and not Path(output).is_dir():
+        raise UsageError(
+            "-o with several schemes",
+            found=str(output),
+            wanted="a directory that exists, in which each file has a name of its own",
+        )
+    home = as_path(output)
+    reports = together(Path(model), [replace(o, home=home) for o in several], progress)
+    found = QuantizeSetReport(kernels.describe(), str(model), [r.judged(strict) for r in reports])
+    found.status = "fail" if any(r.status == "fail" for r in reports) else "pass"
+    found.warnings = [f"{r.scheme}: {w}" for r in reports for w in r.warnings]
+    return found
+
+
+_DEFAULTS = {
+    name: p.default
+    for name, p in inspect.signature(quantize).parameters.items()
+    if name not in ("model", "output", "strict", "progress")
+}
+
+
+def _options(
+    scheme: str | None,
+    *,
+    output: Path | str | None,
+    format: str | None,
+    range: str | None,
+    percentile: float | None,
+    calibration: Path | str | None,
+    no_weighting: bool,
+    rounding: str | None,
+    equalise: str | None,
+    text: Path | str | None,
+    nsamples: int | None,
+    seqlen: int | None,
+    keep: str | Iterable[str] | None,
+    tensor_scheme: Mapping[str, str] | str | Iterable[str] | None,
+    min_values: int,
+    hash_source: bool,
+    allow_requantize: bool,
+    exact: bool,
+    tensor_type: Mapping[str, str] | str | Iterable[str] | None,
+    output_tensor_type: str | None,
+    token_embedding_type: str | None,
+    imatrix: Path | str | None,
+    pure: bool,
+    no_fallback: bool,
+    raw: bool,
+    pre_tokenizer: str | None,
+    shard_size: str | int | None,
+    override_kv: Mapping[str, str] | str | Iterable[str] | None,
+    target_bpw: float | None,
+    target_size: str | int | None,
+    max_kl: float | None,
+    preset: str | None,
+    finetune: int,
+    seed: int,
+    sensitivities: Path | str | None,
+    threads: int | None,
+    dry_run: bool,
+    force: bool,
+    strict: bool,
+) -> QuantizeOptions:
+    """Options of one conversion, as `quantize` describes them.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
     check_bounds("--min-values", min_values, 0)
     check_bounds("--threads", threads, 1)
     check_bounds("--nsamples", nsamples, 1)
@@ -170,7 +272,7 @@ def quantize(
         raise UsageError("--pure and --no-fallback go with --scheme, not with a budget")
     if scheme is None:  # which tensors are quantized at all; what they take is chosen
         scheme = UNDER_BUDGET[written]
-    options = QuantizeOptions(
+    return QuantizeOptions(
         scheme=parse_scheme(scheme),
         output=as_path(output),
         container=container,
@@ -205,4 +307,3 @@ def quantize(
             overrides=tuple(map(parse_override, as_assignments(override_kv))),
         ),
     )
-    return stage(Path(model), options, progress).judged(strict)

@@ -43,6 +43,7 @@ from qconvert.report.quantize import (
     Prediction,
     QuantizedTensor,
     QuantizeReport,
+    QuantizeSetReport,
 )
 from qconvert.report.schemes import ListedScheme, SchemesReport
 from qconvert.report.verify import (
@@ -88,6 +89,7 @@ __all__ = [
     "PairedHistogram",
     "Prediction",
     "QuantizeReport",
+    "QuantizeSetReport",
     "QuantizedTensor",
     "Report",
     "SchemePoint",

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from qconvert import __version__
 from qconvert.quantities import counted
-from qconvert.report.base import Report
+from qconvert.report.base import Report, dump_parts
 
 
 @dataclass(slots=True)
@@ -180,3 +181,27 @@ class QuantizeReport(Report):
         if self.model_bits_per_weight is not None:
             yield f"{self.model_bits_per_weight:.3g} bits per weight"
         yield f"{self.output_bytes:,} bytes"
+
+
+@dataclass(repr=False)
+class QuantizeSetReport(Report):
+    """Result of ``quantize`` with several schemes.
+
+    Attributes:
+        reports: of each, in the order that they were asked for.
+    """
+
+    SCHEMA: ClassVar[str] = "qconvert.quantize-set/1"
+
+    source: str
+    reports: list[QuantizeReport]
+
+    def json_parts(self) -> Iterator[str]:
+        """The document of ``--json``; those of the schemes are whole documents inside."""
+        head = {"schema": self.SCHEMA, "qconvert": __version__, "status": self.status}
+        body = {"kernels": self.kernels, "source": self.source, "warnings": self.warnings}
+        yield from dump_parts({**head, **body, "reports": [r.to_json() for r in self.reports]})
+
+    def _said(self) -> Iterator[str]:
+        yield repr(self.source)
+        yield from (f"{r.scheme} {r.status}" for r in self.reports)

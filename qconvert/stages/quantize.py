@@ -312,6 +312,7 @@ def _output(source: Path, options: QuantizeOptions) -> tuple[Path, Container]:
     if output is None:
         container = asked or container_for(options.scheme.family)
         parent = source.parent if source.name not in ("", "..") else source.resolve().parent
+        parent = options.home or parent
         dot = "-" if container.directory else "."  # a name with a suffix looks like a file's
         name = f"{model_name(source)}{dot}{options.name}{container.suffix}"
         return parent / name, container

@@ -108,6 +108,7 @@ class QuantizeOptions:
 
     Attributes:
         scheme: under a budget, what says which tensors are quantized at all.
+        home: where the output is, under the name that it has by default; beside the source if None.
         equalise: whether to rescale channels where that gains.
         exact: whether all codes have to stay what they are, where they are to be kept.
         assigned: what a budget has chosen for tensors by their names; None keeps one as it is.
@@ -115,6 +116,7 @@ class QuantizeOptions:
 
     scheme: Scheme
     output: Path | None = None
+    home: Path | None = None
     container: str | None = None
     range: RangeMethod | None = None
     calibration: Path | None = None

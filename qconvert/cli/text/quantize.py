@@ -17,7 +17,14 @@ from qconvert.cli.text.pieces import (
 )
 from qconvert.errors import printable
 from qconvert.quantities import counted, duration, shape_text, size
-from qconvert.report import Equalisation, Finetuning, Prediction, QuantizedTensor, QuantizeReport
+from qconvert.report import (
+    Equalisation,
+    Finetuning,
+    Prediction,
+    QuantizedTensor,
+    QuantizeReport,
+    QuantizeSetReport,
+)
 
 NOTES_SHOWN = 3
 
@@ -145,3 +152,8 @@ def _plan_table(tensors: Sequence[QuantizedTensor]) -> str:
         Column("why", "left", keep=6),
     ]
     return "".join(table_lines(columns, tensors, row)) + "\n"
+
+
+def quantize_set_text(r: QuantizeSetReport) -> str:
+    """The text of each scheme, with an empty line between them."""
+    return "\n".join(map(quantize_text, r.reports))

@@ -81,7 +81,10 @@ def _choices(source: Path, architecture: str, section: MemorySection) -> Iterato
             if rung.scheme in OF_TYPES or scheme == "f32":
                 continue
             options = QuantizeOptions(
-                *(parse_scheme(scheme), None, container), dry_run=True, allow_requantize=True
+                scheme=parse_scheme(scheme),
+                container=container,
+                dry_run=True,
+                allow_requantize=True,
             )
             try:
                 report = quantize(source, options, Silent())
