@@ -23,11 +23,15 @@ from qconvert.report import (
     CalibrateReport,
     InspectReport,
     QuantizeReport,
+    QuantizeSetReport,
     Report,
     VerifyReport,
 )
 
-REPORTS = (BenchReport, CalibrateReport, InspectReport, QuantizeReport, VerifyReport)
+REPORTS = (
+    *(BenchReport, CalibrateReport, InspectReport, QuantizeReport, QuantizeSetReport),
+    VerifyReport,
+)
 PLAIN = {str: "string", int: "integer", bool: "boolean", type(None): "null"}
 ERROR = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -91,7 +95,8 @@ def schema_of(hint: Any, parts: dict[str, Any]) -> dict[str, Any]:
         name = hint.__name__
         if name not in parts:
             parts[name] = {}  # so that a class may hold itself
-            parts[name] = object_of(hint, parts)  # type: ignore[arg-type]
+            body = object_of(hint, parts)  # type: ignore[arg-type]
+            parts[name] = headed(hint, body) if issubclass(hint, Report) else body  # type: ignore[arg-type]
         return {"$ref": f"#/$defs/{name}"}
     if hint is float:
         return {"type": ["number", "null"]}  # JSON has neither infinities nor NaN
@@ -118,14 +123,18 @@ def object_of(cls: type, parts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def headed(cls: type[Report], body: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a report, which says first what it is."""
+    head = {"schema": {"const": cls.SCHEMA}, "qconvert": {"type": "string"}}
+    status = {"enum": ["pass", "fail"], "description": attributes(Report)["status"]}
+    properties = {**head, **body["properties"], "status": status}
+    return {**body, "properties": properties, "required": [*head, *body["required"]]}
+
+
 def document(cls: type[Report]) -> str:
     """The schema of what a command prints under ``--json``."""
     parts: dict[str, Any] = {}
-    body = object_of(cls, parts)
-    head = {"schema": {"const": cls.SCHEMA}, "qconvert": {"type": "string"}}
-    status = {"enum": ["pass", "fail"], "description": attributes(Report)["status"]}
-    body["properties"] = {**head, **body["properties"], "status": status}
-    body["required"] = [*head, *body["required"]]
+    body = headed(cls, object_of(cls, parts))
     whole = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": cls.SCHEMA,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 from conftest import ROOT, Call, gaussian, listing, save
@@ -73,6 +74,8 @@ def test_under_strict_a_scheme_with_a_warning_has_no_file(tmp_path: Path, call: 
     done = call(*line, "--strict", "--json")
     told = json.loads(done.out)
     assert done.code == 1
+    schema = json.loads((ROOT / "formats/reports/quantize-set.json").read_text())
+    jsonschema.validate(told, schema)
     assert [r["status"] for r in told["reports"]] == ["fail", "pass"]
     assert [r["written"] for r in told["reports"]] == [False, True]
     assert [p.name for p in tmp_path.iterdir()] == ["tiny-llama.q8_channel.qblk"]
