@@ -160,3 +160,14 @@ def test_strict_says_why_and_leaves_nothing(tmp_path: Path, call: Call) -> None:
     told = json.loads(done.out)
     assert (done.code, told["status"], told["written"]) == (1, "fail", False)
     assert (tmp_path / "m.qblk").read_bytes() == b"old"
+
+
+def test_a_gguf_file_of_another_architecture_is_of_another_model(
+    tmp_path: Path, call: Call, minilm: Path
+) -> None:
+    """Whose tokenizer cannot be converted as the file's was: that is not what is wrong."""
+    path = tmp_path / "m.gguf"
+    assert call("quantize", ROOT / "samples/tiny-llama", "--scheme", "q8_0", "-o", path).code == 0
+    done = call("verify", path, "--against", minilm)
+    assert done.code == 1
+    assert done.out.startswith(f"FAIL  0 of 39 names match those of {minilm}")

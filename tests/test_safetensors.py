@@ -592,6 +592,7 @@ def test_a_header_above_the_limit_is_refused_even_if_it_is_there(tmp_path: Path)
         ),
         (b"\n <!DOCTYPE html><html><head><title>Sign in</title>", "a web page", "login"),
         (b"<html><body>404</body></html>", "a web page", "download"),
+        (b"# A model\n\nIt is small, and of no use to anybody.\n" * 9, "a text file", "directory"),
         (b"PK\x03\x04\x00\x00\x08\x08\x00\x00archive/data.pkl", "a PyTorch", "save_pretrained"),
         (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "a PyTorch", "save_pretrained"),
         (b"\x80\x05\x95\x10\x00\x00\x00\x00\x00\x00\x00}", "a PyTorch", "save_pretrained"),

@@ -13,7 +13,7 @@ from qconvert.architectures.places import Place, layer_places
 from qconvert.architectures.restored import RestoredModel, restored
 from qconvert.architectures.sentence_modules import modules_beyond
 from qconvert.architectures.small_files import SmallFiles
-from qconvert.architectures.source import GgufSource, open_gguf_source
+from qconvert.architectures.source import GgufSource, architecture_of, open_gguf_source
 
 
 def supported() -> tuple[str, ...]:
@@ -27,6 +27,7 @@ __all__ = [
     "Place",
     "RestoredModel",
     "SmallFiles",
+    "architecture_of",
     "layer_places",
     "modules_beyond",
     "open_gguf_source",

@@ -12,7 +12,7 @@ import gguf
 from qconvert.architectures.chat_templates import chat_template_keys, chat_templates
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_warnings import config_warnings
-from qconvert.architectures.families import family_of, hyper_parameters
+from qconvert.architectures.families import family_of, hyper_parameters, known_family
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.general_name import harmless_name
 from qconvert.architectures.mapped import MappedModel
@@ -57,6 +57,15 @@ class GgufSource:
     dropped: tuple[Dropped, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...] = ()
+
+
+def architecture_of(model: Model) -> str | None:
+    """What llama.cpp calls the architecture that a model's configuration names; None where there is
+    none that we know.
+    """
+    fields = SmallFiles(model).json(CONFIG)
+    family = known_family(fields) if fields else None
+    return family.arch if family else None
 
 
 def open_gguf_source(

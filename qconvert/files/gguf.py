@@ -464,7 +464,11 @@ class _Header:
         most = min(limit, (self._file.size - self._position) // size)
         if count > most:
             raise self._broken(
-                f"too many {what}", "GGUF-COUNT", found=count, wanted=f"at most {most}"
+                f"too many {what}",
+                "GGUF-COUNT",
+                found=count,
+                wanted=f"at most {most}",
+                hint="the file is damaged or cut off: download it again",
             )
         return count
 

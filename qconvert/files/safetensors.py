@@ -258,6 +258,18 @@ def _check_header_length(file: RegularFile, length: int, start: bytes) -> None:
     if brace and 0 < length <= min(room, MAX_JSON_BYTES):
         return
     refuse_foreign(file.path, start)
+    if (
+        len(start) > LENGTH_BYTES
+        and start.isascii()
+        and start.decode().replace("\n", "").isprintable()
+    ):
+        raise FormatError(
+            "not safetensors",
+            path=file.path,
+            found="a text file",
+            hint="pass a .safetensors, .gguf or .qblk file, or a model directory",
+            code="ST-FOREIGN",
+        )
     if length == 0:
         message, code = "header is empty", "ST-HEADER-EMPTY"
     elif length > MAX_JSON_BYTES:

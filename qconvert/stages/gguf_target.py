@@ -120,6 +120,8 @@ class GgufTarget:
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
         if made.metadata.get(ARCHITECTURE) == RAW or isinstance(opened, AnyGgufModel):
             return model
+        if _is_another(made, opened):
+            return model  # under its own names: that no tensor is the same will be said
         # Other kinds of tokenizers have a pre-tokenizer in the file, but none that can be named.
         named = made.metadata.get(TOKENIZER) == "gpt2"
         pre_tokenizer = made.metadata.get(PRE_TOKENIZER) if named else None
@@ -129,6 +131,14 @@ class GgufTarget:
 
     def examined(self, made: OpenModel) -> Sequence[Finding]:
         return ()
+
+
+def _is_another(made: OpenModel, source: OpenModel) -> bool:
+    """Whether a source is of another architecture than the file that is said to be made of it."""
+    from qconvert.architectures import architecture_of
+
+    of_source = architecture_of(source)
+    return of_source is not None and of_source != made.metadata.get(ARCHITECTURE)
 
 
 TARGET: Target = GgufTarget()

@@ -79,6 +79,7 @@ def inspect(path: Path, options: InspectOptions, progress: Progress | None = Non
         raise UsageError(
             f"inspect cannot suggest {scheme.name}",
             wanted="a scheme with scales, such as q4_block64",
+            hint="what GGUF's types lose is shown by --curve --format gguf",
         )
     other = None
     curve = size_curve(path, options.curve, progress) if options.curve else None
