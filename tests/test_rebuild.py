@@ -67,6 +67,7 @@ def rebuild(path: Path, source: Path, call: Call, *more: object) -> Finished:
         "--target-bpw 5.5 -o m.qblk",
         "--preset small -o m.gguf",
         "--scheme w8a16_channel -o made",
+        "--scheme w4a16_g32 --shard-size 60K -o made",
     ],
 )
 def test_a_recipe_gives_the_same_bytes_again(

@@ -145,7 +145,8 @@ class DirectoryTarget:
             planned,
             (output,),
             partial(_sink, shards, dict(self.metadata), files, _joined(planned)),
-            options={"format": self.name},
+            options={"format": self.name}
+            | ({"shard_size": options.gguf.shard_size} if options.gguf.shard_size else {}),
             origin=own.get,
             provenance=rescaled,
             companions=len(files),
