@@ -153,3 +153,31 @@ def test_the_library_decodes_every_weight_to_the_same_bits(
             np.testing.assert_array_equal(peer.view(np.uint32), own.view(np.uint32), name)
             compared += 1
     assert compared == 28
+
+
+@pytest.mark.parametrize("scheme", ["w4a16_g128", "w4a16_g32"])
+def test_the_divergence_that_verify_promises_is_that_of_transformers(
+    tmp_path: Path, scheme: str
+) -> None:
+    """Of next tokens over windows of 128, each beginning with the token that begins a text."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place, text = tmp_path / "made", tmp_path / "text.txt"
+    text.write_text((ROOT / "samples" / "eval.txt").read_text()[:12_000])
+    qconvert.quantize(SAMPLE, scheme, output=place)
+    promised = qconvert.verify(place, against=SAMPLE, text=text, seqlen=128).token_quality
+    assert promised is not None
+    ids = AutoTokenizer.from_pretrained(SAMPLE)(text.read_text(), return_tensors="pt").input_ids[0]
+    windows = ids[: len(ids) // 128 * 128].reshape(-1, 128).clone()
+    windows[:, 0] = ids[0]
+    logs = []
+    for path in (SAMPLE, place):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logs.append(torch.cat([model(w[None]).logits[0] for w in windows]).log_softmax(-1))
+    truth, found = logs
+    kl = float((truth.exp() * (truth - found)).sum(-1).mean())
+    assert promised.tokens == len(truth)
+    assert kl > 1e-3
+    assert promised.kl_mean == pytest.approx(kl, rel=0.02)

@@ -83,6 +83,7 @@ def _choices(source: Path, architecture: str, section: MemorySection) -> Iterato
             options = QuantizeOptions(
                 scheme=parse_scheme(scheme),
                 container=container,
+                equalise=False,  # which reads the weights, and changes no size
                 dry_run=True,
                 allow_requantize=True,
             )
