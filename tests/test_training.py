@@ -145,6 +145,37 @@ def test_a_trained_model_is_its_file(
             assert tensors[name].dequantize().tobytes() == weight.numpy().tobytes()
 
 
+def test_verify_knows_that_a_model_was_trained(llama: Any, directory: Path, tmp_path: Path) -> None:
+    """The source's values are not those of the file any more; its names and shapes are."""
+    train(qt.prepare(llama, "q4_block32"), 2)
+    qt.save_quantized(llama, tmp_path / "m.qblk")
+    proof = qconvert.verify(tmp_path / "m.qblk", against=directory)
+    assert proof.status == "pass"
+    checks = {c.id: c.status for c in proof.checks}
+    assert checks["same-tensors"] == "pass"
+    assert checks["kept-exact"] == checks["recorded-error"] == checks["error-bound"] == "skip"
+    llama.save_pretrained(tmp_path / "float")  # the weights behind the codes
+    found = {
+        t.name: t for t in qconvert.verify(tmp_path / "m.qblk", against=tmp_path / "float").tensors
+    }
+    weight = llama.lm_head.weight.detach().double()
+    noise = (computed_with(llama)["lm_head.weight"].double() - weight).square().sum()
+    wanted = 10 * np.log10(float(weight.square().sum() / noise))
+    assert found["lm_head.weight"].sqnr_db == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_model_of_half_precision_has_the_codes_of_its_file(llama: Any, tmp_path: Path) -> None:
+    """What it computes with is what the file decodes to, rounded to its dtype."""
+    model = qt.prepare(llama.to(torch.bfloat16), "q4_block32")
+    model(input_ids=batch(), labels=batch()).loss.backward()
+    assert model.lm_head.weight.grad.dtype == torch.bfloat16
+    qt.save_quantized(model, tmp_path / "m.qblk")
+    with qconvert.load(tmp_path / "m.qblk") as tensors:
+        for name, weight in computed_with(model).items():
+            wanted = torch.from_numpy(tensors[name].dequantize()).to(torch.bfloat16)
+            assert torch.equal(wanted, weight)
+
+
 @pytest.mark.parametrize("scheme", ["q4_block32", "c2_block16", "fp4_block64"])
 def test_what_is_quantized_and_how_is_decided_as_quantize_decides(
     scheme: str, tied_directory: Path, tmp_path: Path

@@ -59,7 +59,6 @@ def prepare_model(
     observer: str = "ema",
     keep: Sequence[str] = (),
     tensor_scheme: Mapping[str, str] | None = None,
-    min_values: int = MIN_VALUES,
     learn: bool = False,
 ) -> Training:
     """Put fake quantization into a model, in place.
@@ -79,32 +78,16 @@ def prepare_model(
     others = tuple((glob, _trainable(s)) for glob, s in (tensor_scheme or {}).items())
     tensors = named_tensors(model, lambda m: False)
     live = LiveModel(tensors)
-    options = PlanOptions(tuple(keep), others, min_values)
+    options = PlanOptions(tuple(keep), others)
     plan = make_plan(live.tensors, asked, options)
     owners = _owners(model)
-    weights: dict[str, FakeWeight] = {}
-    settled = []
-    for p in plan:
-        name = p.tensor.name
-        if p.scheme is not None and not isinstance(tensors[name], torch.nn.Parameter):
-            p = replace(p, scheme=None, reason="a buffer, which is not trained")
-        if p.scheme is not None:
-            if learn and p.scheme.family != "affine":
-                raise UsageError(
-                    "scales can be learned of schemes with scale and zero point alone",
-                    found=f"{p.scheme.name} of '{name}'",
-                    wanted="q..._tensor, _channel or _block...",
-                    hint="leave out learn=True: scales then follow from the weights",
-                )
-            _check_owners(name, owners[id(tensors[name])])
-            weights[name] = FakeWeight(p.tensor, p.scheme, tensors[name], learn=learn)
-            p = replace(p, scheme=weights[name].scheme)
-        settled.append(p)
+    weights = _weights(plan, tensors, owners, learn=learn)
+    settled = [_settled(p, weights.get(p.tensor.name)) for p in plan]
     if not weights:
         raise UsageError(
             "nothing of the model takes the scheme",
             found=f"{len(plan)} tensors, all kept: {plan[0].reason if plan else 'none there'}",
-            wanted=f"matrices of at least {min_values:,} values",
+            wanted=f"matrices of at least {MIN_VALUES:,} values",
         )
     inputs = _inputs(weights, tensors, owners, activations, observer)
     for name, weight in weights.items():
@@ -122,6 +105,41 @@ def prepare_model(
     training = Training(asked, options, tuple(settled), weights, inputs)
     object.__setattr__(model, RECORD, training)
     return training
+
+
+def _weights(
+    plan: Sequence[PlannedTensor],
+    tensors: Mapping[str, Any],
+    owners: Mapping[int, list[tuple[Any, str]]],
+    *,
+    learn: bool,
+) -> dict[str, FakeWeight]:
+    """Of the parameters that take a scheme."""
+    found = {}
+    for p in plan:
+        name = p.tensor.name
+        tensor = tensors[name]
+        if p.scheme is None or not isinstance(tensor, torch.nn.Parameter):
+            continue
+        if learn and p.scheme.family != "affine":
+            raise UsageError(
+                "scales can be learned of schemes with scale and zero point alone",
+                found=f"{p.scheme.name} of '{name}'",
+                wanted="q..._tensor, _channel or _block...",
+                hint="leave out learn=True: scales then follow from the weights",
+            )
+        _check_owners(name, owners[id(tensor)])
+        found[name] = FakeWeight(p.tensor, p.scheme, tensor, learn=learn)
+    return found
+
+
+def _settled(p: PlannedTensor, weight: FakeWeight | None) -> PlannedTensor:
+    """A tensor of the plan with the choice that was made for it."""
+    if weight is not None:
+        return replace(p, scheme=weight.scheme)
+    if p.scheme is not None:
+        return replace(p, scheme=None, reason="a buffer, which is not trained")
+    return p
 
 
 def _trainable(scheme: str | TensorScheme) -> TensorScheme:

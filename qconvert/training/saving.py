@@ -13,7 +13,7 @@ from typing import Any
 
 from qconvert import kernels
 from qconvert.codecs.codec import Encoder, Outcome
-from qconvert.codecs.rescaled import PROVENANCE_KEY, TUNED, RescaledEncoder
+from qconvert.codecs.rescaled import PROVENANCE_KEY, TRAINED, TUNED, RescaledEncoder
 from qconvert.containers import CONTAINERS, Container
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.files.shards import COMPANIONS
@@ -53,7 +53,6 @@ def save_model(
         output,
         keep=training.asked.keep,
         tensor_schemes=training.asked.tensor_schemes,
-        min_values=training.asked.min_values,
         force=force,
         # A mix would give other types to some tensors.
         gguf=GgufOptions(pure=container.name == "gguf"),
@@ -175,7 +174,7 @@ class _TrainedJob(Job):
 
     def _provenance(self, sources: list[Path]) -> dict[str, Any]:
         trained = {
-            "trained": "scales" if self.training.learned else "weights",
+            TRAINED: "scales" if self.training.learned else "weights",
             "activations": self.training.activations,
             "tensors": [p.tensor.name for p in self.prepared.plan if p.scheme],
         }
