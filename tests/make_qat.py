@@ -107,7 +107,7 @@ def rows(given: argparse.Namespace) -> Iterator[str]:
     heads = [f"{n} steps" for n in given.steps]
     yield f"| scheme | nearest | compensated | {' | '.join(heads)} | s a step |\n"
     yield f"|---|---|---|{'---|' * len(heads)}---|\n"
-    for scheme, activations, learn, rate in ROWS:
+    for scheme, activations, learn, rate in given.rows:
         how = {"activations": activations, "learn": learn}
         said = ", ".join([scheme, *([activations] if activations else []), *(["learn"] * learn)])
         path = work / f"{said}.qblk"
@@ -140,7 +140,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--steps", type=int, nargs="+", default=[40])
     parser.add_argument("--seed", type=int, default=0)
+    chosen = "numbers of the rows, from 0 on"
+    parser.add_argument("--rows", type=int, nargs="+", default=range(len(ROWS)), help=chosen)
     given = parser.parse_args()
+    given.rows = [ROWS[i] for i in given.rows]
     given.work.mkdir(parents=True, exist_ok=True)
     for line in rows(given):
         print(line, end="", flush=True)

@@ -145,6 +145,26 @@ def test_a_trained_model_is_its_file(
             assert tensors[name].dequantize().tobytes() == weight.numpy().tobytes()
 
 
+@pytest.mark.parametrize("name", ["qwen3-moe", "bert", "phi3"])
+def test_experts_encoders_and_fused_matrices_are_their_files_too(name: str, tmp_path: Path) -> None:
+    """Experts of a layer are one parameter of three dimensions, which is no linear layer's."""
+    place = write_directory(tmp_path / name, name)
+    cls = transformers.AutoModel if name == "bert" else transformers.AutoModelForCausalLM
+    model = qt.prepare(cls.from_pretrained(place, dtype=torch.float32), "q4_block16")
+    ids = torch.arange(40, 64).reshape(2, 12)
+    model.train()(input_ids=ids)[0].square().mean().backward()
+    moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert "mlp.experts.gate_up_proj" in " ".join(moved) or name != "qwen3-moe"
+    torch.optim.Adam(model.parameters(), lr=1e-3).step()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    report = qt.save_quantized(model.eval(), tmp_path / "m.qblk", tokenizer=tokenizer)
+    with torch.no_grad():
+        found = qt.load_model(tmp_path / "m.qblk", "none")(input_ids=ids)[0]
+        assert torch.equal(found, model(input_ids=ids)[0])
+    counts = {"qwen3-moe": 14, "bert": 15, "phi3": 10}
+    assert sum(t.quantized for t in report.tensors) == counts[name]
+
+
 def test_verify_knows_that_a_model_was_trained(llama: Any, directory: Path, tmp_path: Path) -> None:
     """The source's values are not those of the file any more; its names and shapes are."""
     train(qt.prepare(llama, "q4_block32"), 2)

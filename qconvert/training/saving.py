@@ -22,6 +22,7 @@ from qconvert.mapper import Mapper
 from qconvert.model import Companion
 from qconvert.progress import Silent
 from qconvert.report import QuantizedTensor, QuantizeReport
+from qconvert.schemes import CastScheme
 from qconvert.stages.conversion import Job
 from qconvert.stages.parallel import Workers
 from qconvert.stages.plan import PlannedTensor, check_schemes
@@ -116,7 +117,7 @@ def _as_trained(prepared: Prepared, training: Training) -> Prepared:
         scheme = None if origin is None else origin.scheme
         if prepared.outputs[0].suffix.lower() == ".qblk":
             p = replace(p, scheme=scheme, reason=origin.reason if origin else p.reason)
-        elif p.scheme != scheme:
+        elif p.scheme != scheme and not (scheme is None and isinstance(p.scheme, CastScheme)):
             raise UsageError(
                 "the container has another scheme for a tensor than it was trained with",
                 tensor=p.tensor.name,
