@@ -64,7 +64,7 @@ WITHOUT_KERNELS = {
         *("directories", "general_name", "layers", "mixes", "page", "plan", "prequantized"),
         *("published_configs", "prove_micro", "prove_packed", "python", "safetensors", "schemes"),
         *("sets", "spec", "streams"),
-        *("style",),
+        *("style", "training"),
     )
 }
 

@@ -53,7 +53,11 @@ for layer, own in (
     ("version", ("loading", "commands")),  # the public names, when they are asked for
     ("calibration", ("architectures", "files", "codecs", "kernels")),
     ("running", ("architectures", "files", "codecs", "kernels")),
-    ("torch", ("running", "files", "codecs", "kernels")),
+    ("torch", ("training", "running", "files", "codecs", "kernels")),
+    (
+        "training",
+        ("stages", "running", "calibration", "architectures", "files", "codecs", "kernels"),
+    ),
     ("stages", ("running", "calibration", "architectures", "files", "codecs", "kernels")),
     ("commands", ("stages", "calibration", "running")),
     ("page", ()),

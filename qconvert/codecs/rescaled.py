@@ -19,6 +19,7 @@ from qconvert.model import Model, TensorInfo
 
 TUNED = "tuned"  # how codes that were the nearest stand to scales that were not theirs
 PROVENANCE_KEY = "finetune"  # what was tuned and how, in the provenance of a file
+TRAINED = "trained"  # there: that tensors are others than the source's, which were trained
 
 
 def tuned_tensors(provenance: object) -> frozenset[str]:
@@ -28,6 +29,14 @@ def tuned_tensors(provenance: object) -> frozenset[str]:
     noted = provenance.get(PROVENANCE_KEY) if isinstance(provenance, dict) else None
     names = noted.get("tensors") if isinstance(noted, dict) else None
     return frozenset(n for n in names if isinstance(n, str)) if isinstance(names, list) else _NONE
+
+
+def were_trained(provenance: object) -> bool:
+    """Whether the provenance of a file says that the model was trained on its way from the source
+    into the file.
+    """
+    noted = provenance.get(PROVENANCE_KEY) if isinstance(provenance, dict) else None
+    return isinstance(noted, dict) and TRAINED in noted
 
 
 _NONE: frozenset[str] = frozenset()

@@ -120,7 +120,8 @@ class _QblkSink:
     ) -> None:
         self.model = model
         self.provenance = provenance
-        calibrated = "calibration" in provenance
+        trained = provenance.get(PROVENANCE_KEY, {})
+        calibrated = "calibration" in provenance or trained.get("activations") == "static"
         rounding = provenance.get("rounding", {})
         compensated = set(rounding.get("compensated", ()))
         swept = compensated - set(rounding["by_row"]) if "by_row" in rounding else set()

@@ -248,12 +248,7 @@ class Measuring:
             WeightError: NaN or Inf, or weights that the scheme does not take.
         """
         scheme = TENSOR_SCHEMES[name]
-        encoder = codec_of(scheme).encoder(self.model, tensor, scheme, self.facts(tensor))
-        parts, seen = _encoded(encoder)
-        settled = encoder.settled(seen)
-        if settled.encoding != encoder.encoding:
-            parts, _ = _encoded(settled)
-        return as_stored(tensor, settled.encoding, [*parts, settled.shared()], self.model.path)
+        return encoded(codec_of(scheme).encoder(self.model, tensor, scheme, self.facts(tensor)))
 
     def _loss(self, tensor: TensorInfo, stored: Stored, d: Sensitivity | None) -> Loss:
         """What the decoded tensor has lost."""
@@ -270,6 +265,20 @@ class Measuring:
                 kl += d.divergence(first, column, squares)
         nbytes = stored.encoding.size(tensor.shape)
         return Loss(nbytes, noise / signal if signal else 0.0, None if d is None else kl)
+
+
+def encoded(encoder: Encoder) -> Stored:
+    """A whole tensor as it will be in a file.
+
+    Raises:
+        WeightError: NaN or Inf, or weights that the encoding cannot hold.
+    """
+    parts, seen = _encoded(encoder)
+    settled = encoder.settled(seen)
+    if settled.encoding != encoder.encoding:
+        parts, _ = _encoded(settled)
+    tensor, path = encoder.tensor, encoder.model.path
+    return as_stored(tensor, settled.encoding, [*parts, settled.shared()], path)
 
 
 def _encoded(encoder: Encoder) -> tuple[list[dict[str, Bytes]], Encoded]:

@@ -21,6 +21,7 @@ from qconvert import kernels
 from qconvert.calibration.recorded import check_activations, read_batches
 from qconvert.codecs.codec import NEAREST, REPAIRED, Coded, Stored
 from qconvert.codecs.compensation import COMPENSATED
+from qconvert.codecs.rescaled import were_trained
 from qconvert.codecs.source import F32_MAX
 from qconvert.containers import CONTAINERS
 from qconvert.errors import FormatError, UnsupportedError, UsageError, WeightError
@@ -28,7 +29,7 @@ from qconvert.files import OpenModel, open_model
 from qconvert.files.dequantized import dequantized
 from qconvert.files.equalised import Exponents, equalised, read_exponents
 from qconvert.files.limits_file import read_limits
-from qconvert.files.provenance import PROVENANCE, read_provenance
+from qconvert.files.provenance import PROVENANCE, provenance_of, read_provenance
 from qconvert.files.transposed import input_first
 from qconvert.floors import (
     COMPENSATED_DB,
@@ -264,6 +265,7 @@ class _Job:
         self.unused_samples: set[tuple[Path, str]] = set()
         self.judged: Judged | None = None
         self.needed: dict[str, float] = {}  # SQNR in dB that tensors miss a limit for
+        self.trained = were_trained(provenance_of(model))
         # Rows of weights that are stored (in, out) meet no input of the layer.
         self.transposed = input_first(source or model)
 
@@ -368,7 +370,9 @@ class _Job:
         dtypes = [
             n
             for n, t in wanted.items()
-            if n in found and self.stored[n].source_dtype not in (None, t.dtype)
+            if n in found
+            and self.stored[n].source_dtype not in (None, t.dtype)
+            and not self.trained  # in a dtype of its own
         ]
         for what, names in (
             ("missing from the file", missing),
@@ -393,6 +397,9 @@ class _Job:
         kept = [t for t in self.model.tensors if self._is_copy(t, pairs)]
         if not self.source:
             self.skip("kept-exact", "no source: give it with --against")
+            return
+        if self.trained:
+            self.skip("kept-exact", "the model was trained after the source")
             return
         for tensor in kept:
             original = pairs.get(tensor.name)
@@ -688,6 +695,9 @@ class _Job:
         noted = {r.name: error for r in rows if (error := self.stored[r.name].error)}
         if not noted:
             self.skip("recorded-error", "the file records no errors")
+            return
+        if self.trained:
+            self.skip("recorded-error", "the file's are against trained weights, not the source's")
             return
         wrong = [r for r in rows if r.name in noted and not _agrees(r, noted[r.name])]
         self._of_tensors("recorded-error", f"errors of {len(noted)} tensors", wrong)
