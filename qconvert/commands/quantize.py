@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qconvert import kernels
 from qconvert.commands.arguments import (
     as_assignments,
     as_path,
@@ -193,7 +192,7 @@ def quantize_set(
         )
     home = as_path(output)
     reports = together(Path(model), [replace(o, home=home) for o in several], progress)
-    found = QuantizeSetReport(kernels.describe(), str(model), [r.judged(strict) for r in reports])
+    found = QuantizeSetReport(reports[0].kernels, str(model), [r.judged(strict) for r in reports])
     found.status = "fail" if any(r.status == "fail" for r in reports) else "pass"
     found.warnings = [f"{r.scheme}: {w}" for r in reports for w in r.warnings]
     return found
