@@ -324,6 +324,19 @@ def test_what_is_tied_or_no_layer_of_its_own_is_left(
     assert qconvert.verify(experts[1], against=experts[0]).status == "pass"
 
 
+@pytest.mark.usefixtures("fast")
+def test_norms_that_do_something_else_are_left_and_named(
+    directory: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norm_gains, "_added", lambda module, stored: None)
+    report, tuned = made(directory("llama"), "q3_block32", tmp_path / "m.qblk")
+    assert (tuned.tensors, tuned.norms) == (15, 0)
+    assert sum("norm" in name for name in tuned.left) == 5
+    assert any("5 tensors" in n and "its norm does not multiply" in n for n in report.notes)
+    checks = qconvert.verify(tmp_path / "m.qblk", against=directory("llama")).checks
+    assert {c.id: c.detail for c in checks}["kept-exact"] == "5 tensors bit for bit"
+
+
 def test_shards_and_a_calibration(
     directory: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,7 @@ class Finetuning:
         norms: how many have other gains now.
         kl_before, kl: mean divergence of the held-out windows from the source in nats, before and
             now; None where there was nothing to tune.
-        left: why quantized tensors were not tuned, by their names.
+        left: why quantized tensors and gains of norms were not tuned, by their names.
     """
 
     text: str

@@ -179,6 +179,7 @@ def _tuned(
         made.path, directory=source.path, threads=None, check=False, decoded=True
     ).checkpoint
     found, left = _places(made, prepared, quantized)
+    norms, others = find_norms(made, prepared, quantized.model)
     rate = _rate([prepared.plan[i] for i in found])
     report = Finetuning(
         text=str(options.finetune.text),
@@ -187,9 +188,8 @@ def _tuned(
         seqlen=options.finetune.seqlen,
         training_windows=min(steps * BATCH, len(windows.training)),
         held_out_windows=len(windows.held_out),
-        left=left,
+        left=left | others,
     )
-    norms = find_norms(made, prepared, quantized.model)
     if not found and not norms:
         return _Tuned({}, {}, report)
     tokens = tokens_run(options.finetune.seqlen, windows.held_out.size, steps)

@@ -45,15 +45,19 @@ class Norm:
         return bytes(kernels.cast(SourceRows.of(values[None]), self.dtype).segments["data"])
 
 
-def find_norms(made: OpenModel, prepared: Prepared, model: Any) -> dict[str, Norm]:
-    """Kept tensors of the plan that are the gains of one norm, by their names in the output.
+def find_norms(
+    made: OpenModel, prepared: Prepared, model: Any
+) -> tuple[dict[str, Norm], dict[str, str]]:
+    """Kept tensors of the plan that are the gains of one norm, by their names in the output; and
+    why those of other norms are left as they are.
 
     Args:
         made: the file with these tensors, which ``model`` runs.
     """
     modules: Mapping[str, Any] = dict(model.named_modules())
     infos = {t.name: t for t in made.tensors}
-    found = {}
+    found: dict[str, Norm] = {}
+    left: dict[str, str] = {}
     for p in prepared.plan:
         origin = prepared.origin(p.tensor.name)
         place = layer_name(origin) if origin else ""
@@ -63,9 +67,11 @@ def find_norms(made: OpenModel, prepared: Prepared, model: Any) -> dict[str, Nor
             continue
         values = made.values(info, 0, info.size).astype(np.float32)
         added = _added(module, values)
-        if added is not None:
+        if added is None:
+            left[p.tensor.name] = "its norm does not multiply what it gives by it alone"
+        else:
             found[p.tensor.name] = Norm(place, info.dtype, values, added)
-    return found
+    return found, left
 
 
 def _added(module: Any, stored: F32) -> float | None:
