@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import ROOT, Call, gaussian, read_independently, save
@@ -31,7 +32,7 @@ from qconvert.running import tuning
 from qconvert.running.hugging_face import Checkpoint, open_checkpoint
 from qconvert.running.quantized_model import open_quantized
 from qconvert.running.text import token_chunks
-from qconvert.stages import finetune
+from qconvert.stages import finetune, norm_gains
 
 pytestmark = pytest.mark.filterwarnings("default")  # of torch and transformers, not ours
 TEXT = ROOT / "samples" / "calibration.txt"
@@ -124,7 +125,7 @@ def test_scales_stay_finite_and_above_0() -> None:
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """So large a rate that a few steps tell."""
-    monkeypatch.setattr(finetune, "_rate", lambda tensors: 0.05)
+    monkeypatch.setattr(finetune, "_rate", lambda tensors: 0.02)
 
 
 def made(
@@ -205,6 +206,14 @@ def _same_but_scales(plain: Path, output: Path) -> None:
         for tensor in one.tensors:
             a, b = one.stored(tensor), named(other, tensor.name)
             assert a.encoding == b.encoding
+            if len(tensor.shape) == 1 and "norm" in tensor.name:
+                x, y = (e.encoding.values(e, 0, tensor.size) for e in (a, b))
+                assert (y / x).min() > 0.6
+                assert (y / x).max() < 1.6
+                assert len(np.unique(y / x)) > tensor.size / 4
+                moved.add(tensor.name)
+                assert b.rounding == TUNED
+                continue
             for segment in a.encoding.segments(tensor.shape):
                 x = np.frombuffer(a.read(segment.kind, 0, segment.size), np.uint8)
                 y = np.frombuffer(b.read(segment.kind, 0, segment.size), np.uint8)
@@ -220,6 +229,7 @@ def _same_but_scales(plain: Path, output: Path) -> None:
                 np.testing.assert_array_equal(x, y)
             assert (b.rounding == TUNED) == (tensor.name in moved)
         assert {n for n in moved if "lm_head" in n or "output.weight" in n}
+        assert sum("norm" in n for n in moved) > 3
         assert not {n for n in moved if "embd" in n or "embed_tokens" in n}
 
 
@@ -234,6 +244,43 @@ def test_the_same_bytes_again_and_other_ones_of_another_seed(
         found.append(output.read_bytes())
     assert found[0] == found[1] != found[2]
     assert {p.name for p in tmp_path.iterdir()} == {"0.qblk", "1.qblk", "2.qblk"}  # no draft
+
+
+def norm_of(module: Any, gains: Any) -> norm_gains.Norm | None:
+    """As `find_norms` takes a norm whose stored vector these numbers are."""
+    added = norm_gains._added(module, np.array(gains, np.float32))
+    return None if added is None else norm_gains.Norm("n", "F32", np.float32(gains), added)
+
+
+def test_gains_of_norms_that_add_1_and_of_others() -> None:
+    """LayerNorm and RMSNorm of torch, Gemma's of transformers, and as GGUF has it, with 1 added."""
+    import torch
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+
+    w = [0.5, -0.25, 1.0, 0.0]
+    factors = np.array([2, 1, 0.5, 3], np.float32)
+    for module, stored, wanted in (
+        (torch.nn.LayerNorm(4), w, [1.0, -0.25, 0.5, 0.0]),
+        (torch.nn.RMSNorm(4), w, [1.0, -0.25, 0.5, 0.0]),
+        (GemmaRMSNorm(4), w, [2.0, -0.25, 0.0, 2.0]),
+        (GemmaRMSNorm(4), [1 + x for x in w], [3.0, 0.75, 1.0, 3.0]),
+    ):
+        with torch.no_grad():
+            module.weight.copy_(torch.tensor(w))
+        norm = norm_of(module, stored)
+        assert norm is not None
+        assert np.frombuffer(norm.tuned(factors), np.float32).tolist() == wanted
+        assert module.weight.tolist() == w  # looked at, and left as it was
+        assert norm_of(module, [9.0, 9, 9, 9]) is None
+    assert norm_of(torch.nn.LayerNorm(4), w[:3]) is None
+
+
+def test_gains_are_rounded_to_their_dtype_and_stay_finite() -> None:
+    for dtype, kind in (("F16", np.float16), ("BF16", ml_dtypes.bfloat16)):
+        norm = norm_gains.Norm("n", dtype, np.array([1, 60000], np.float32), 0.0)
+        found = np.frombuffer(norm.tuned(np.array([1.0007, 1.5], np.float32)), kind)
+        wanted = [1.0007, 60000 if dtype == "F16" else 90000]
+        assert found.astype(np.float32).tolist() == np.array(wanted, kind).astype(float).tolist()
 
 
 def test_no_steps_are_the_bytes_without(directory: Callable[[str], Path], tmp_path: Path) -> None:
@@ -251,7 +298,7 @@ def test_steps_that_are_no_better_change_nothing(
     model, plain, output = directory("llama"), tmp_path / "p.qblk", tmp_path / "m.qblk"
     before = qconvert.quantize(model, "q4_block32", output=plain)
     report, tuned = made(model, "q4_block32", output)
-    assert (tuned.step, tuned.tensors) == (0, 0)
+    assert (tuned.step, tuned.tensors, tuned.norms) == (0, 0, 0)
     assert tuned.kl == tuned.kl_before
     assert any("scales stay as they were" in note for note in report.notes)
     digests = []
@@ -275,6 +322,19 @@ def test_what_is_tied_or_no_layer_of_its_own_is_left(
     assert tuned.tensors
     assert any("are not tuned: no linear layer of its own has it" in n for n in report.notes)
     assert qconvert.verify(experts[1], against=experts[0]).status == "pass"
+
+
+@pytest.mark.usefixtures("fast")
+def test_norms_that_do_something_else_are_left_and_named(
+    directory: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norm_gains, "_added", lambda module, stored: None)
+    report, tuned = made(directory("llama"), "q3_block32", tmp_path / "m.qblk")
+    assert (tuned.tensors, tuned.norms) == (15, 0)
+    assert sum("norm" in name for name in tuned.left) == 5
+    assert any("5 tensors" in n and "its norm does not multiply" in n for n in report.notes)
+    checks = qconvert.verify(tmp_path / "m.qblk", against=directory("llama")).checks
+    assert {c.id: c.detail for c in checks}["kept-exact"] == "5 tensors bit for bit"
 
 
 def test_shards_and_a_calibration(
@@ -405,7 +465,12 @@ def test_the_command_line(directory: Callable[[str], Path], tmp_path: Path, call
     with closing(open_model(output)) as made_:
         noted = made_.header.provenance["finetune"]  # type: ignore[attr-defined]
     assert noted["steps"] == STEPS
-    assert len(noted["tensors"]) == 15
+    assert len(noted["tensors"]) == 15 + 5
+    assert sum("norm" in name for name in noted["tensors"]) == 5
+    assert "gains of 5 norms" in done.out
+    checked = call("verify", output, "--against", model)
+    assert checked.code == 0
+    assert "5 with gains that were tuned, not compared" in checked.out
     assert "lm_head.weight" in noted["tensors"]
     assert noted["text_sha256"] == hashlib.sha256(TEXT.read_bytes()).hexdigest()
     assert noted["nsamples"] == WINDOWS

@@ -642,8 +642,8 @@ def quantize(
         typer.Option(
             "--finetune",
             metavar="N",
-            help="tune the scales of rows by N steps of gradient descent on --text, usually 20; "
-            "codes and size stay (needs qconvert[hf])",
+            help="tune the scales of rows and the gains of norms by N steps of gradient descent "
+            "on --text, usually 20; codes and size stay (needs qconvert[hf])",
         ),
     ] = 0,
     seed: Annotated[

@@ -22,6 +22,7 @@ from qconvert.codecs.codec import (
     Segment,
     Stored,
 )
+from qconvert.codecs.rescaled import TUNED
 from qconvert.codecs.source import (
     RUN_VALUES,
     finite_weights,
@@ -107,6 +108,23 @@ class KeptEncoder(Encoder):
             return Outcome(None)
         warning = f"kept tensor '{self.tensor.name}' has {seen.nonfinite:,} NaN or Inf values"
         return Outcome(None, warning=warning)
+
+
+@dataclass(frozen=True, slots=True)
+class GainsEncoder(KeptEncoder):
+    """Other bytes in place of those of a kept tensor.
+
+    Attributes:
+        data: all of them.
+    """
+
+    data: bytes
+
+    def encode(self, tile: Tile) -> Encoded:
+        return Encoded({"data": self.data[tile.start : tile.start + tile.columns]})
+
+    def outcome(self, seen: Encoded) -> Outcome:
+        return Outcome(None, {"rounding": TUNED})
 
 
 @dataclass(frozen=True, slots=True)

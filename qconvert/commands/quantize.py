@@ -137,10 +137,10 @@ def quantize(
             file, or the predicted divergence of next tokens in nats. By the ``calibration`` where
             it was made with ``fisher``, else by what tensors of each role usually need.
         preset: a budget by name: ``small``, ``balanced`` or ``near-lossless``.
-        finetune: tune the scales of rows for so many steps of gradient descent, usually 20, so that
-            the model predicts next tokens as its source does; codes and size stay. The model is a
-            directory that transformers runs, twice in memory as float32. By ``text``, a part of
-            which judges. Needs qconvert[hf].
+        finetune: tune the scales of rows and the gains of norms for so many steps of gradient
+            descent, usually 20, so that the model predicts next tokens as its source does; codes
+            and size stay. The model is a directory that transformers runs, twice in memory as
+            float32. By ``text``, a part of which judges. Needs qconvert[hf].
         seed: of ``finetune``: of the windows that are drawn, and of their order.
         sensitivities: of a budget: a file of what each tensor loses under each scheme, read where
             it is there and written where not.

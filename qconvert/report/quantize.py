@@ -61,9 +61,10 @@ class Finetuning:
         training_windows, held_out_windows: of ``seqlen`` tokens, that steps were made by, and that
             judged.
         tensors: how many have other scales now.
+        norms: how many have other gains now.
         kl_before, kl: mean divergence of the held-out windows from the source in nats, before and
             now; None where there was nothing to tune.
-        left: why quantized tensors were not tuned, by their names.
+        left: why quantized tensors and gains of norms were not tuned, by their names.
     """
 
     text: str
@@ -75,6 +76,7 @@ class Finetuning:
     left: dict[str, str]
     step: int = 0
     tensors: int = 0
+    norms: int = 0
     kl_before: float | None = None
     kl: float | None = None
 

@@ -1,8 +1,9 @@
-"""Scales of a quantized model's rows, tuned so that it predicts next tokens as its source does.
+"""Scales of a quantized model's rows and gains of its norms, tuned so that it predicts next tokens
+as its source does.
 
-What is tuned is a factor for each output of a linear layer, which begins at 1; weights stay as they
-are. The loss is KL(source || quantized) of the next tokens over all positions, by Adam on the
-logarithms of the factors. Windows that were not trained on judge.
+What is tuned is a factor for each output of a linear layer or a norm, which begins at 1; weights
+stay as they are. The loss is KL(source || quantized) of the next tokens over all positions, by Adam
+on the logarithms of the factors. Windows that were not trained on judge.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def tune(
     """Factors of the outputs of modules, their biases untouched.
 
     Args:
-        modules: linear layers of the quantized model, by name.
+        modules: linear layers and norms of the quantized model, by name.
         training, held_out: windows of tokens, (n, length); training windows are taken in turn,
             `BATCH` a step.
         rate: of the logarithms of the factors, reached after `WARM_UP` steps and lowered to 0 along

@@ -358,7 +358,8 @@ class Job:
             self.report.warnings.append(outcome.warning)
         error = outcome.error
         if error is None:
-            self.target.finish({"decision": {"rule": "kept", "reason": p.reason}})
+            said = outcome.decision or {}
+            self.target.finish({"decision": {"rule": "kept", "reason": p.reason} | said})
             return
         if not np.isfinite(error.noise):
             raise WeightError(

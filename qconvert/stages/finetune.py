@@ -1,5 +1,5 @@
 """quantize --finetune: a first version of the output, which is run and tuned, and the output with
-its codes and other scales of rows.
+its codes, other scales of rows and other gains of norms.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qconvert.calibration.file import Calibration
 from qconvert.codecs.codec import Encoder, Outcome, Stored
-from qconvert.codecs.raw import RawEncoding
+from qconvert.codecs.raw import GainsEncoder, RawEncoding
 from qconvert.codecs.rescaled import PROVENANCE_KEY, TUNED, RescaledEncoder
 from qconvert.codecs.source import RUN_VALUES
 from qconvert.errors import InputError, UnsupportedError, UsageError
@@ -40,6 +40,7 @@ from qconvert.running.quantized_model import open_quantized
 from qconvert.running.text import token_chunks
 from qconvert.running.tuning import BATCH, Tuning, tokens_run, tune
 from qconvert.stages.conversion import Job
+from qconvert.stages.norm_gains import find_norms
 from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import PlannedTensor
 from qconvert.stages.quantize_options import FinetuneOptions, QuantizeOptions
@@ -152,9 +153,10 @@ def _windows(source: Checkpoint, options: FinetuneOptions) -> _Windows:
 
 @dataclass(frozen=True, slots=True)
 class _Tuned:
-    """Factors of the rows of tensors, by the names in the output."""
+    """Factors of the rows of tensors, and the bytes of gains, by the names in the output."""
 
     factors: Mapping[str, F32]
+    gains: Mapping[str, bytes]
     report: Finetuning
 
 
@@ -177,6 +179,7 @@ def _tuned(
         made.path, directory=source.path, threads=None, check=False, decoded=True
     ).checkpoint
     found, left = _places(made, prepared, quantized)
+    norms, others = find_norms(made, prepared, quantized.model)
     rate = _rate([prepared.plan[i] for i in found])
     report = Finetuning(
         text=str(options.finetune.text),
@@ -185,13 +188,13 @@ def _tuned(
         seqlen=options.finetune.seqlen,
         training_windows=min(steps * BATCH, len(windows.training)),
         held_out_windows=len(windows.held_out),
-        left=left,
+        left=left | others,
     )
-    if not found:
-        return _Tuned({}, report)
+    if not found and not norms:
+        return _Tuned({}, {}, report)
     tokens = tokens_run(options.finetune.seqlen, windows.held_out.size, steps)
     progress.begin("tune scales", tokens, "tokens")
-    modules = [place for place, _ in found.values()]
+    modules = [place for place, _ in found.values()] + [norm.place for norm in norms.values()]
     done: Tuning = tune(
         *(source, quantized, modules, windows.training, windows.held_out, steps, rate),
         progress.advance,
@@ -204,13 +207,14 @@ def _tuned(
             found=f"a divergence of {done.before} on the held-out windows",
             hint="leave out --finetune, and look at the model with verify --text",
         )
-    factors = {}
+    factors, gains = {}, {}
     if done.factors:
+        gains = {name: norm.tuned(done.factors[norm.place]) for name, norm in norms.items()}
         for i, (place, order) in found.items():
             factors[prepared.plan[i].tensor.name] = done.factors[place][order]
     report.step, report.kl_before, report.kl = done.step, done.before, done.after
-    report.tensors = len(factors)
-    return _Tuned(factors, report)
+    report.tensors, report.norms = len(factors), len(gains)
+    return _Tuned(factors, gains, report)
 
 
 def _rate(tensors: list[PlannedTensor]) -> float:
@@ -294,10 +298,17 @@ def _order(stored: F32, running: F32) -> I64 | None:
 def _notes(tuned: Finetuning) -> list[str]:
     notes = []
     if tuned.kl_before is None:
-        notes.append("no scales were tuned: no tensor is the weight of one linear layer")
-    elif not tuned.tensors:
+        notes.append(
+            "nothing was tuned: no tensor is the weight of one linear layer, or the gains of a norm"
+        )
+    elif not tuned.tensors and not tuned.norms:
         notes.append(
             "no step of --finetune was better on the held-out windows: scales stay as they were"
+        )
+    if tuned.norms:
+        notes.append(
+            f"the gains of {tuned.norms} norms were tuned beside the scales of rows: these tensors "
+            "are kept in their dtype, but are not the source's bit for bit"
         )
     for why, count in Counter(tuned.left.values()).most_common():
         name = next(n for n, reason in tuned.left.items() if reason == why)
@@ -321,6 +332,8 @@ class _TunedJob(Job):
     rows: Mapping[str, QuantizedTensor]
 
     def _prepared(self, p: PlannedTensor, workers: Workers) -> Callable[[], Encoder]:
+        if (gains := self.tuned.gains.get(p.tensor.name)) is not None:
+            return partial(GainsEncoder, self.model, p.tensor, p.encoding, gains)
         if p.scheme is None:
             return super()._prepared(p, workers)
         return partial(self._rescaled, p)
@@ -349,7 +362,7 @@ class _TunedJob(Job):
             "seqlen": t.seqlen,
             "nsamples": len(self.windows.training) + len(self.windows.held_out),
             "text_sha256": file_sha256(asked.text),
-            "tensors": list(self.tuned.factors),
+            "tensors": [*self.tuned.factors, *self.tuned.gains],
         }
         if t.kl is not None and t.kl_before is not None:
             noted["held_out_kl"] = [float(f"{kl:.6g}") for kl in (t.kl_before, t.kl)]

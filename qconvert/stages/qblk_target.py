@@ -204,6 +204,8 @@ def _bound(p: PlannedTensor, calibrated: bool, compensated: bool, swept: bool) -
     """Upper bound in bytes of a tensor's entry in the header."""
     tensor = p.tensor
     notes: dict[str, Any] = {"decision": {"rule": "kept", "reason": p.reason}}
+    if p.scheme is None and compensated:  # gains that were tuned
+        notes["decision"] |= WIDEST_ROUNDING
     if p.scheme is not None:
         notes = dict(WIDEST_NOTES)
         if compensated:

@@ -122,9 +122,9 @@ def _prediction(p: Prediction) -> str:
 def _finetuning(f: Finetuning) -> str:
     if f.kl is None or f.kl_before is None:
         return "tuned      nothing\n"
-    told = (
-        f"scales of {f.tensors} tensors by step {f.step} of {f.steps}" if f.tensors else "nothing"
-    )
+    what = [f"scales of {f.tensors} tensors"] * bool(f.tensors)
+    what += [f"gains of {f.norms} norms"] * bool(f.norms)
+    told = f"{' and '.join(what)} by step {f.step} of {f.steps}" if what else "nothing"
     gain = f"{f.kl_before:.4g} -> {f.kl:.4g} nats on {f.held_out_windows} held-out windows"
     return f"tuned      {told}: divergence {gain}\n"
 
