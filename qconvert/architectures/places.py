@@ -12,7 +12,13 @@ import gguf
 from qconvert.architectures.config import Config
 from qconvert.architectures.families import known_family
 from qconvert.architectures.families.keys import MAX_BLOCKS
-from qconvert.architectures.mapping import drop_reason, name_table, renamed, source_names
+from qconvert.architectures.mapping import (
+    drop_reason,
+    gguf_names,
+    name_table,
+    renamed,
+    source_names,
+)
 from qconvert.architectures.source import read_config
 from qconvert.errors import UnsupportedError
 
@@ -67,7 +73,8 @@ def layer_places(fields: dict[str, Any], path: Path) -> Callable[[str], Place | 
         if family:
             if drop_reason(weight, family, tied=False):
                 return None
-            weight = renamed(weight, family)
+            name, expert, _ = next(gguf_names(renamed(weight, family), family, names))
+            return None if name is None else Place(name, expert)
         source, expert, _ = next(source_names(weight))
         name = names.get_name(source, try_suffixes=(".weight",))
         return None if name is None else Place(name, expert)
