@@ -21,6 +21,7 @@ from family_models import MORE, NARROW, WRAPPED
 from qconvert.architectures import restored
 from qconvert.architectures.mapped import Order, described, inverted, strided
 from qconvert.architectures.mapping import map_tensors
+from qconvert.architectures.places import Place, layer_places
 from qconvert.architectures.source import read_config
 from qconvert.architectures.tying import Head
 from qconvert.files import open_model
@@ -150,3 +151,10 @@ def test_the_way_back_knows_the_names_of_transformers_modules(name: str, tmp_pat
     assert back == modules.keys() - {d.name for d in dropped}
     if name not in WRAPPED:
         assert {d.name for d in dropped} <= {"lm_head.weight"}
+
+
+def test_a_layer_whose_columns_are_permuted_has_no_place_for_its_statistics() -> None:
+    place = layer_places(dict(NARROW["qwen3_5_text"]), Path("config.json"))
+    assert place("model.layers.0.linear_attn.out_proj") is None
+    assert place("model.layers.0.linear_attn.in_proj_z") == Place("blk.0.attn_gate.weight", None)
+    assert place("model.layers.2.self_attn.o_proj") == Place("blk.2.attn_output.weight", None)

@@ -222,8 +222,10 @@ class MappedModel:
 
     def origin(self, name: str) -> str | None:
         """The tensor of the source whose rows a tensor has; None where it has those of several, or
-        of none.
+        of none, or where rows are cut up.
         """
+        if self._made[name].order is not None:
+            return None
         sources = {source.name for source in self._made[name].sources}
         return sources.pop() if len(sources) == 1 else None
 
