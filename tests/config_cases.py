@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from family_models import NARROW
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tiny_models import TOKENIZERS, rows
@@ -25,6 +26,12 @@ TOKENS = 160  # of the text; more than any window and original context that is t
 CONTEXT = 256  # llama.cpp's smallest
 # What is recorded of the outputs: at these positions, each so manieth.
 POSITIONS, EVERY = (5, 79, 159), 61
+# Largest difference, of the largest output. ggml takes GELU from a table of binary16.
+TOLERANCE = {
+    **dict.fromkeys(("gemma2", "gemma3_text", "gemma3", "bert", "starcoder2"), 3e-3),
+    **dict.fromkeys(("gemma4_text", "gemma4"), 6e-3),
+}
+EXACT = 3e-4
 REMOVED = "<removed>"  # in the place of a value: the field is not there
 
 Fields = dict[str, Any]
@@ -123,8 +130,12 @@ BASES: dict[str, Fields] = {
         "hidden_act": "gelu",
     },
 }
+BASES |= NARROW
 DECODERS = tuple(name for name in BASES if name not in ("bert", "gemma3"))
 
+
+# Classes whose norms are stored less one.
+ZERO_BASED = ("gemma2", "gemma3", "qwen3_next", "qwen3_5")
 
 # --- weights and directories ----------------------------------------------------------------------
 
@@ -170,7 +181,7 @@ class Directories:
     def _written(self, base: str, shapes: Mapping[str, tuple[int, ...]]) -> Path:
         place = self._home / f"{base}-{len(self._made)}"
         place.mkdir(parents=True)
-        tensors = weights(shapes, zero_based=base.startswith("gemma"))
+        tensors = weights(shapes, zero_based=base.startswith(ZERO_BASED))
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
         tokenizer = TOKENIZERS[TOKENIZER.get(base, "sp-llama")]
         (place / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))

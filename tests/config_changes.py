@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from config_cases import BASES, DECODERS, REMOVED, Fields
+from family_models import NARROW
+
+from qconvert.architectures.families import CONFIG_CLASSES
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,91 @@ _UNUSED: dict[str, list[Any]] = {  # no computation depends on these
 # transformers caps the logits of no model of text and images
 UNUSED = (*_UNUSED, "text_config.final_logit_softcapping")
 VALUES |= _UNUSED
+VALUES |= {
+    "no_rope_layer_interval": [2, 4],
+    "no_rope_layers": [[1, 0]],
+    "shared_expert_intermediate_size": [48, 0],
+    "shared_intermediate_size": [48, 0],
+    "qkv_bias": [False],
+    "embedding_multiplier": [2.0, 3],
+    "logits_scaling": [4.0, 0.0],
+    "residual_multiplier": [0.25, 0.0],
+    "attention_multiplier": [0.25, 0.0],
+    "attention_out_bias": [True],
+    "logit_scale": [0.5, 0.0],
+    "use_qk_norm": [True],
+    "use_bias": [False],
+    "norm_epsilon": [1e-2],
+    "use_qkv_bias": [False],
+    "qk_layernorm": [True],
+    "use_parallel_residual": [True],
+    "eod_token_id": [5],
+    "n_routed_experts": [8, 0],
+    "n_shared_experts": [2, 0],
+    "routed_scaling_factor": [2.0, 0.0],
+    "n_group": [2, 3],
+    "topk_group": [2, 0],
+    "first_k_dense_replace": [0, 2],
+    "num_mtp_layers": [2],
+    "swiglu_alpha": [1.5],
+    "swiglu_limit": [5.0],
+    "norm_eps": [1e-2],
+    "conv_bias": [True],
+    "conv_L_cache": [4, 0],
+    "block_multiple_of": [32],
+    "block_ffn_dim_multiplier": [2.0],
+    "block_auto_adjust_ff_dim": [False],
+    "full_attn_idxs": [[0]],
+    "tie_embedding": [False],
+    "block_ff_dim": [128],
+    "num_dense_layers": [2, 3],
+    "vocab_size_per_layer_input": [320],
+    **{
+        name: [303]
+        for name in (
+            "image_token_id",
+            "video_token_id",
+            "vision_start_token_id",
+            "vision_end_token_id",
+            "boi_token_id",
+            "eoi_token_id",
+            "boa_token_id",
+            "eoa_token_index",
+            "audio_token_id",
+        )
+    },
+    "projector_hidden_act": ["relu"],
+    "vision_feature_layer": [-1],
+    "multimodal_projector_bias": [False],
+    "spatial_merge_size": [2],
+    "hidden_size_per_layer_input": [64, 0],
+    "attention_k_eq_v": [False],
+    "num_kv_shared_layers": [0, 3],
+    "enable_moe_block": [True],
+    "use_double_wide_mlp": [False],
+    "top_k_experts": [2],
+    "global_head_dim": [32],
+    "num_global_key_value_heads": [2],
+    "linear_conv_kernel_dim": [3],
+    "linear_key_head_dim": [8],
+    "linear_value_head_dim": [8],
+    "linear_num_key_heads": [1, 3],
+    "linear_num_value_heads": [2, 3],
+    "full_attention_interval": [3],
+    "use_expert_bias": [False],
+    "rotary_dim": [8],
+    "kv_lora_rank": [48],
+    "q_lora_rank": [48],
+    "qk_rope_head_dim": [8, 15],
+    "qk_nope_head_dim": [8],
+    "v_head_dim": [32],
+    "topk_method": ["group_limited_greedy"],
+    "rope_interleave": [False],
+    "mlp_layer_types": [["dense", "dense"], ["sparse", "sparse"], ["sparse", "dense"]],
+    "residual_dropout": [0.5],
+    "embedding_dropout": [0.5],
+    "hidden_dropout": [0.5],
+}
 # Read by transformers though no field of the class, or of every class before transformers 5.
 BESIDE = (
     "torch_dtype", "_name_or_path", "tokenizer_class", "temperature", "output_attentions",
@@ -164,10 +252,22 @@ RELATED = {
     "head_dim": ("query_pre_attn_scalar",),
     "num_experts": ("num_local_experts",),
     "num_local_experts": ("num_experts",),
+    "num_attention_heads": ("num_key_value_heads",),
+    "num_experts_per_tok": ("n_group",),
+    "layer_types": ("num_kv_shared_layers",),
+    "enable_moe_block": ("num_experts",),
+    "linear_num_key_heads": ("linear_num_value_heads",),
+    "num_hidden_layers": (
+        "layer_types",
+        "first_k_dense_replace",
+        "num_dense_layers",
+        "mlp_layer_types",
+        "num_kv_shared_layers",
+    ),
 }
 # Which matrix is the output matrix is settled by comparing the two that a checkpoint may have.
 NOT_HERE = {"gemma3": ("tie_word_embeddings",)}
-NOT_FIELDS = ("architectures", "text_config", "vision_config")
+NOT_FIELDS = ("architectures", "text_config", "vision_config", "audio_config")
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 _LONG = [1.0 + 0.5 * i for i in range(16)]
@@ -510,8 +610,88 @@ def inner_cases() -> Iterator[Case]:
     yield Case("architectures", "absent", {"architectures": REMOVED})
 
 
+# Values that mean something to one class only, and those of names that are read beside its fields.
+OWN: dict[str, dict[str, list[Any]]] = {
+    "smollm3": {
+        "no_rope_layers": [[1, 1, 1, 0], [0, 1, 1, 1]],
+        "layer_types": [[FULL] * 4, [SLIDING] * 4],
+    },
+    "olmo3": {"layer_types": [[FULL] * 4, [SLIDING] * 4, [FULL, SLIDING] * 2]},
+    "cohere2": {"layer_types": [[FULL] * 4, [SLIDING] * 4, [FULL, SLIDING] * 2]},
+    "exaone4": {"layer_types": [[FULL] * 2, [SLIDING] * 2]},
+    "gpt_oss": {"layer_types": [[FULL, SLIDING], [SLIDING] * 2]},
+    **{
+        name: {"layer_types": [[FULL] * 3, ["linear_attention", FULL, "linear_attention"]]}
+        for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+    },
+    "gemma4_text": {
+        "final_logit_softcapping": [100.0],
+        "hidden_size_per_layer_input": [64],
+        "layer_types": [[FULL] * 4, [FULL, FULL, SLIDING, FULL]],
+    },
+    "lfm2": {"layer_types": [[FULL] * 3, ["conv"] * 3, [FULL, "conv", FULL]]},
+    "lfm2_moe": {"layer_types": [[FULL] * 3, ["conv"] * 3, [FULL, "conv", FULL]]},
+}
+
+
+def family_cases(name: str) -> Iterator[Case]:
+    """Of classes in `NARROW` fewer: what fields of every class do, others have shown.
+
+    Fields that nothing depends on are changed together, and stand in one case.
+    """
+    known = next(c for c in CONFIG_CLASSES if c.model_type == name)
+    base, own = BASES[name], OWN.get(name, {})
+    for f, (kind, _) in known.fields.items():
+        for value in own.get(f) or VALUES[f][: 1 if f in VALUES_OF_ALL else 2]:
+            yield Case(f, json.dumps(value), {f: value})
+        if kind.endswith("null"):
+            yield Case(f, "null", {f: None})
+    left_out = (*NOT_FIELDS, *(("tie_word_embeddings",) if known.inner else ()))
+    unused = {f: VALUES[f][0] for f in known.unused if f not in left_out}
+    yield Case(", ".join(unused), "others", unused)
+    if known.inner:
+        for f, value in (("rms_norm_eps", 0.5), ("num_hidden_layers", 1), ("hidden_act", "relu")):
+            changes = {"text_config": {f: value}}
+            yield Case(f"text_config.{f}", json.dumps(value), changes)
+    for f in known.beside:
+        for value in own.get(f) or VALUES[f][:1]:
+            yield Case(f, json.dumps(value), {f: value})
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    brief = {
+        "linear": {"rope_type": "linear", "factor": 4.0},
+        "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+        "yarn": yarn,
+        "yarn, betas": yarn | {"beta_fast": 4.0, "beta_slow": 2.0},
+        "yarn, mscale": yarn | {"mscale": 0.7, "mscale_all_dim": 1.4},
+        "llama3": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+        },
+        "default, rope_theta 500": {"rope_type": "default", "rope_theta": 500.0},
+        "default, partial_rotary_factor 0.5": {
+            "rope_type": "default", "partial_rotary_factor": 0.5,
+        },
+    }  # fmt: skip
+    if "rope_parameters" in known.fields:
+        for label, fields in brief.items():
+            whole = base.get("rope_parameters", {}) | {"rope_theta": 10_000.0} | fields
+            yield Case("rope_parameters", label, {"rope_parameters": whole})
+        old = {"rope_scaling": brief["yarn"], "rope_parameters": REMOVED}
+        yield Case("rope_scaling", "yarn", old)
+
+
+# Fields that the first classes have as well: one other value is enough.
+VALUES_OF_ALL = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "layer_norm_eps",
+    "norm_epsilon", "norm_eps", "tie_word_embeddings", "hidden_act", "rope_parameters",
+)  # fmt: skip
+
+
 def cases(name: str, own: list[str]) -> list[Case]:
     """All cases of a class with these fields."""
+    if name in NARROW:
+        return list(family_cases(name))
     beside = BESIDE + BESIDE_CLASS.get(name, ())
     if name in DECODERS:
         beside += BESIDE_DECODERS

@@ -11,8 +11,12 @@ TITLE = """[GGUF](gguf.md). Made by [a script](../tests/make_config_table.py), n
 For every class of configuration that becomes a GGUF file for llama.cpp, every field of it that
 transformers 5.24 knows, set to other values, to null, and removed ("absent"); and rotary fields in
 their old and new places beside each other. A tiny model with random weights was built by
-transformers from each, converted to F32 and run by llama.cpp 0c1e57098 on {tokens} tokens. Any
-outcome but these four would have been a fault ({taken} more are explained below):
+transformers from each, converted to F32 and run by llama.cpp 0c1e57098 on {tokens} tokens. Of
+the classes from smollm3 on, whose models are in
+[a file of their own](../tests/family_models.py), each field has one or two other values, and null
+where its type allows that; fields that nothing depends on are changed together; of rotary fields
+there are the kinds of scaling. Any outcome but these four would have been a fault ({taken} more are
+explained below):
 
 - **equal**: llama.cpp computes what transformers does. *Effect* is how far the field moves
   transformers' own outputs (logits; hidden states of an encoder), *difference* how far llama.cpp is

@@ -61,7 +61,8 @@ WITHOUT_KERNELS = {
     f"test_{name}"
     for name in (
         *("architectures", "atomic", "calibrate_text", "config", "config_classes", "config_table"),
-        *("directories", "general_name", "layers", "mixes", "page", "plan", "prequantized"),
+        *("directories", "families", "general_name", "layers", "mixes", "page", "plan"),
+        "prequantized",
         *("published_configs", "prove_micro", "prove_packed", "python", "safetensors", "schemes"),
         *("sets", "spec", "streams"),
         *("style", "training"),

@@ -23,6 +23,10 @@ INT_OR_NULL, FLOAT_OR_NULL, BOOL_OR_NULL = (
     f"{BOOL}, or null",
 )
 INTS_OR_NULL, TEXTS_OR_NULL = "a list of integers, or null", "a list of texts, or null"
+NUMBER = "a number"
+NUMBER_OR_NULL, TEXT_OR_NULL = "a number, or null", f"{TEXT}, or null"
+FLOATS_OR_NULL = f"a list of {FLOAT.replace('a number', 'numbers')}, or null"
+INT_OR_TEXT_OR_NULL = "an integer or text, or null"
 OBJECT_OR_NULL = "an object, or null"
 
 Fields = Mapping[str, tuple[str, object]]
@@ -78,11 +82,21 @@ class ConfigClass:
         kind = self.fields[name][0] if name in self.fields else None
         if kind is None or (value is None and kind.endswith("null")):
             return True
-        of_list = {INTS_OR_NULL: int, TEXTS_OR_NULL: str}.get(kind)
+        if kind.startswith("'"):
+            return value in [option.strip(" '") for option in kind.split(",")]
+        of_list = {INTS_OR_NULL: int, TEXTS_OR_NULL: str, FLOATS_OR_NULL: float}.get(kind)
         if of_list:
             return isinstance(value, list) and all(type(v) is of_list for v in value)
-        plain = {INT: int, FLOAT: float, BOOL: bool, TEXT: str, "an object": dict}
-        return type(value) is plain[kind.removesuffix(", or null")]
+        plain = {
+            INT: (int,),
+            FLOAT: (float,),
+            NUMBER: (int, float),
+            BOOL: (bool,),
+            TEXT: (str,),
+            "an integer or text": (int, str),
+            "an object": (dict,),
+        }
+        return type(value) in plain[kind.removesuffix(", or null")]
 
     def reads(self, name: str) -> bool:
         """Whether a conversion has use for a field of this name: ids of tokens are among them."""
@@ -168,23 +182,22 @@ def decoder_fields(
     *,
     tied: bool = False,
     activation: tuple[str, str] = ("hidden_act", "silu"),
+    epsilon: str = "rms_norm_eps",
     **more: tuple[str, object],
-) -> Fields:
+) -> dict[str, tuple[str, object]]:
     """Fields of every decoder; sizes are of vocabulary, width, inner width, layers and heads."""
     vocabulary, width, inner, layers, heads = sizes
-    return MappingProxyType(
-        {
-            "vocab_size": (INT, vocabulary),
-            "hidden_size": (INT, width),
-            "intermediate_size": (INT, inner),
-            "num_hidden_layers": (INT, layers),
-            "num_attention_heads": (INT, heads),
-            "num_key_value_heads": groups,
-            activation[0]: (TEXT, activation[1]),
-            "max_position_embeddings": (INT, context),
-            "rms_norm_eps": (FLOAT, eps),
-            "tie_word_embeddings": (BOOL, tied),
-            "rope_parameters": (OBJECT_OR_NULL, None),
-            **more,
-        }
-    )
+    return {
+        "vocab_size": (INT, vocabulary),
+        "hidden_size": (INT, width),
+        "intermediate_size": (INT, inner),
+        "num_hidden_layers": (INT, layers),
+        "num_attention_heads": (INT, heads),
+        "num_key_value_heads": groups,
+        activation[0]: (TEXT, activation[1]),
+        "max_position_embeddings": (INT, context),
+        epsilon: (FLOAT, eps),
+        "tie_word_embeddings": (BOOL, tied),
+        "rope_parameters": (OBJECT_OR_NULL, None),
+        **more,
+    }

@@ -62,6 +62,11 @@ def config_warnings(
             f"{rope.longer} tokens, transformers when the text is: run it with a context of at "
             f"most {rope.longer} for texts that short"
         )
+    if rope.rounded > 0:
+        found.append(
+            "llama.cpp rounds the bounds between which YaRN stretches rotary positions, and "
+            f"config.json says 'truncate': false: frequencies differ by up to {rope.rounded:.1%}"
+        )
     return tuple(found)
 
 

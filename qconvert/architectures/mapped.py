@@ -1,15 +1,16 @@
 """A model under other tensor names, with rows in another order: nothing is read until it is asked.
 
-Every change that GGUF makes to a Hugging Face checkpoint is one of rows (the last dimension of a
+Most changes that GGUF makes to a Hugging Face checkpoint are of rows (the last dimension of a
 tensor): permuted within heads, taken from a fused tensor, or stacked from several. So a mapped
-tensor is a list of sources and a function that says where each of its rows lies in them.
+tensor is a list of sources and a function that says where each of its rows lies in them. Where rows
+themselves are cut up (a transposed matrix, permuted columns), the function is one of values.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,6 +26,63 @@ Locate = Callable[[Rows], Rows]
 
 
 @dataclass(frozen=True, slots=True)
+class Order:
+    """Values in another order.
+
+    Attributes:
+        there: from places of the flat mapped tensor to those in its sources, one after the other.
+        back: the way back; -1 for values of the sources that the tensor does not have.
+    """
+
+    there: Locate
+    back: Locate
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is done to each value, in binary32, and the way back."""
+
+    there: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    back: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+def strided(shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -> Order:
+    """Values of an array that lie at even distances along each of its dimensions.
+
+    Args:
+        shape: of the mapped tensor, dimensions split as needed.
+        strides: from one value to the next in the source, along each of them. Each is a multiple of
+            the next smaller one, and no less than what the dimension of that one spans.
+        offset: of the first value in the source.
+    """
+
+    def there(places: Rows) -> Rows:
+        found = np.full(len(places), offset, np.int64)
+        for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+            places, index = np.divmod(places, length)
+            found += index * stride
+        return found
+
+    steps = [math.prod(shape[i + 1 :]) for i in range(len(shape))]  # in the mapped tensor
+
+    def back(places: Rows) -> Rows:
+        rest = places - offset
+        found = np.zeros(len(places), np.int64)
+        inside = rest >= 0
+        for stride, length, step in sorted(zip(strides, shape, steps, strict=True), reverse=True):
+            index, rest = np.divmod(rest, stride)
+            inside &= index < length
+            found += index * step
+        return np.where(inside & (rest == 0), found, -1)
+
+    return Order(there, back)
+
+
+# A recurrent layer's decay: checkpoints have the logarithm of its size.
+NEGATED_EXP = Change(lambda x: -np.exp(x), lambda x: np.log(-x))
+
+
+@dataclass(frozen=True, slots=True)
 class MappedTensor:
     """How a tensor is made.
 
@@ -32,14 +90,18 @@ class MappedTensor:
         info: name, shape and dtype of what comes out.
         sources: tensors of one shape and dtype; none when ``constant`` is given.
         locate: where its rows are; None when they are those of the sources in their order.
+        order: where its values are, instead.
         added: what is added to each value, in binary32; the dtype is then F32.
+        change: what is done to each value, likewise.
         constant: the values themselves, binary32 and flat, for a tensor that no file holds.
     """
 
     info: TensorInfo
     sources: tuple[TensorInfo, ...] = ()
     locate: Locate | None = None
+    order: Order | None = None
     added: float = 0.0
+    change: Change | None = None
     constant: NDArray[np.float32] | None = None
 
 
@@ -89,6 +151,17 @@ def inverted(tensors: Sequence[MappedTensor]) -> list[MappedTensor]:
 
 def _inverted(source: TensorInfo, parts: list[tuple[MappedTensor, int]]) -> MappedTensor:
     """A source from tensors that it is so-manieth source of."""
+    first = parts[0][0]
+    made = MappedTensor(
+        described(source.name, source.shape, "F32"),
+        tuple(described(t.info.name, t.info.shape, "F32") for t, _ in parts),
+        added=-first.added,
+        change=first.change and Change(first.change.back, first.change.there),
+    )
+    if any(t.order for t, _ in parts):
+        return replace(made, order=_back(source, parts))
+    if first.locate is None and len(parts) == len(first.sources) == 1:
+        return made
     count = _rows(source)
     origin = np.full(count, -1, np.int64)  # of each row, through all tensors in order
     before = 0
@@ -101,12 +174,28 @@ def _inverted(source: TensorInfo, parts: list[tuple[MappedTensor, int]]) -> Mapp
     if (origin < 0).any():
         raise ValueError(f"rows of '{source.name}' are in no tensor")
     in_order = np.array_equal(origin, np.arange(before))
-    return MappedTensor(
-        described(source.name, source.shape, "F32"),
-        tuple(described(t.info.name, t.info.shape, "F32") for t, _ in parts),
-        None if in_order else origin.__getitem__,
-        added=-parts[0][0].added,
-    )
+    return made if in_order else replace(made, locate=origin.__getitem__)
+
+
+def _back(source: TensorInfo, parts: list[tuple[MappedTensor, int]]) -> Order:
+    """Where values of a source are in the tensors that have them, all of these one after another.
+
+    A tensor that is stacked from this source and others has the source's values at its place.
+    """
+
+    def there(places: Rows) -> Rows:
+        found = np.full(len(places), -1, np.int64)
+        before = 0
+        for tensor, i in parts:
+            assert tensor.order is not None
+            at = tensor.order.back(places + i * source.size)
+            found[at >= 0] = before + at[at >= 0]
+            before += tensor.info.size
+        if (found < 0).any():
+            raise ValueError(f"values of '{source.name}' are in no tensor")
+        return found
+
+    return Order(there, there)
 
 
 def _rows(tensor: TensorInfo) -> int:
@@ -117,7 +206,8 @@ def _rows(tensor: TensorInfo) -> int:
 class MappedModel:
     """A `Model` whose tensors are made from those of another, which it closes when it is closed.
 
-    A request takes memory for what is asked and for two rows.
+    A request takes memory for what is asked and for two rows; where rows are cut up, for the part
+    of the sources that it comes from: of a transposed stack of experts, one expert's matrix.
     """
 
     def __init__(self, source: Model, tensors: Sequence[MappedTensor]) -> None:
@@ -132,8 +222,10 @@ class MappedModel:
 
     def origin(self, name: str) -> str | None:
         """The tensor of the source whose rows a tensor has; None where it has those of several, or
-        of none.
+        of none, or where rows are cut up.
         """
+        if self._made[name].order is not None:
+            return None
         sources = {source.name for source in self._made[name].sources}
         return sources.pop() if len(sources) == 1 else None
 
@@ -145,6 +237,8 @@ class MappedModel:
         if made.constant is not None:
             return made.constant[start:stop].copy()
         found = kernels.widen(self._stored(made, start, stop), made.sources[0].dtype)
+        if made.change:
+            found = made.change.there(found.astype(np.float32))
         if made.added:
             return found.astype(np.float32) + np.float32(made.added)
         return found
@@ -156,7 +250,7 @@ class MappedModel:
         made = self._made[tensor.name]
         width = DTYPES[tensor.dtype].size
         start, stop = offset // width, -(-(offset + size) // width)
-        if made.constant is not None or made.added:
+        if made.constant is not None or made.added or made.change:
             whole = self.values(tensor, start, stop).astype("<f4").tobytes()
         else:
             whole = self._stored(made, start, stop)
@@ -178,32 +272,56 @@ class MappedModel:
     def _stored(self, made: MappedTensor, start: int, stop: int) -> bytes:
         """Values ``start..stop`` in the dtype of the sources, in the order of the mapped tensor."""
         width = DTYPES[made.sources[0].dtype].size
-        size = made.sources[0].size
+        if made.order is not None:
+            wanted = made.order.there(np.arange(start, stop, dtype=np.int64))
+            return self._gathered(made, wanted, 1, _NEAR // width).tobytes()
         if made.locate is None:
-            parts = []
-            for i, source in enumerate(made.sources):
-                first, last = max(start - i * size, 0), min(stop - i * size, size)
+            parts, before = [], 0
+            for source in made.sources:
+                first, last = max(start - before, 0), min(stop - before, source.size)
                 if first < last:
                     parts.append(self._source.raw(source, first * width, (last - first) * width))
+                before += source.size
             return b"".join(parts)
         columns = made.info.shape[-1] if len(made.info.shape) > 1 else 1
         first_row = start // columns
         wanted = made.locate(np.arange(first_row, -(-stop // columns), dtype=np.int64))
-        order = np.argsort(wanted)
-        rows = wanted[order]
-        row = np.dtype((np.void, columns * width))
-        found = np.empty(len(rows), row)
-        for begin, end in _runs(rows, size // columns):
-            index, first = divmod(int(rows[begin]), size // columns)
-            offset, nbytes = first * row.itemsize, (end - begin) * row.itemsize
-            data = self._source.raw(made.sources[index], offset, nbytes)
-            found[order[begin:end]] = np.frombuffer(data, row)
+        found = self._gathered(made, wanted, columns, 0)
         skipped = (start - first_row * columns) * width
         return found.view(np.uint8)[skipped : skipped + (stop - start) * width].tobytes()
 
+    def _gathered(
+        self, made: MappedTensor, wanted: Rows, columns: int, near: int
+    ) -> NDArray[np.void]:
+        """Rows of so many values out of the sources; rows between may be read that are so few."""
+        row = np.dtype((np.void, columns * DTYPES[made.sources[0].dtype].size))
+        ends = np.cumsum([source.size // columns for source in made.sources])
+        order = np.argsort(wanted)
+        rows = wanted[order]
+        found = np.empty(len(rows), row)
+        for begin, end in _runs(rows, ends, near):
+            index = int(np.searchsorted(ends, rows[begin], "right"))
+            first = int(ends[index - 1]) if index else 0
+            low, high = int(rows[begin]), int(rows[end - 1]) + 1
+            offset, nbytes = (low - first) * row.itemsize, (high - low) * row.itemsize
+            data = np.frombuffer(self._source.raw(made.sources[index], offset, nbytes), row)
+            found[order[begin:end]] = data[rows[begin:end] - low]
+        return found
 
-def _runs(rows: Rows, rows_of_source: int) -> Iterator[tuple[int, int]]:
-    """Where sorted rows follow one another within one source: beginnings and ends."""
-    breaks = np.flatnonzero((np.diff(rows) != 1) | (rows[1:] % rows_of_source == 0)) + 1
-    ends = [0, *breaks.tolist(), len(rows)]
-    return pairwise(ends) if len(rows) else iter(())
+
+# Bytes that it takes less time to read than to begin another read.
+_NEAR = 1 << 16
+
+
+def _runs(rows: Rows, ends: Rows, near: int) -> Iterator[tuple[int, int]]:
+    """Where sorted rows lie near one another within one source: beginnings and ends.
+
+    Args:
+        rows: sorted.
+        ends: number of rows up to the end of each source.
+        near: how many rows may lie between two that are read together.
+    """
+    apart = (np.diff(rows) > near + 1) | (np.diff(np.searchsorted(ends, rows, "right")) != 0)
+    breaks = np.flatnonzero(apart) + 1
+    bounds = [0, *breaks.tolist(), len(rows)]
+    return pairwise(bounds) if len(rows) else iter(())

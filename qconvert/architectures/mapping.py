@@ -28,6 +28,7 @@ from qconvert.errors import InputError, UnsupportedError
 from qconvert.model import TensorInfo
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)(\.\w+\.weight)")
+_IN_BLOCK = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
 _STACKED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?")
 # What transformers computes instead of storing, as some older checkpoints have it.
 _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
@@ -57,7 +58,7 @@ class _Found:
     """The sources of one GGUF tensor."""
 
     sources: dict[int, TensorInfo] = field(default_factory=dict)  # by expert, or 0 alone
-    part: tuple[int, int] | None = None  # this part of so many equal ones of each source's rows
+    part: tuple[int, int] = (0, 1)  # this part of so many equal ones of each source's rows
     per_expert: bool = False  # one source for each, rather than one for all
 
 
@@ -80,10 +81,11 @@ def map_tensors(
         InputError: a tensor is missing or of another shape than the configuration says.
         UnsupportedError: a tensor has no place in the architecture, or a dtype that it cannot have.
     """
-    slots = dict(_slots(family, config, sizes, with_output=not head.tied))
-    found, dropped = _collect(model, family, sizes, slots, head)
+    slots = dict(_slots(family, config, sizes, with_output=not head.tied or head.copied))
+    found, dropped = _collect(model, family, config, sizes, slots, head)
     mapped = []
     for name, slot in slots.items():
+        shape = sizes.shape(slot.shape, _block(name))
         if name in found:
             mapped.append(_made(model, name, slot, found[name], family, config, sizes))
         else:
@@ -91,7 +93,7 @@ def map_tensors(
                 "tensor is missing that the architecture needs",
                 path=model.path,
                 tensor=name,
-                wanted=f"shape {list(sizes.shape(slot.shape))}",
+                wanted=f"shape {list(shape)}",
                 hint="the checkpoint is not whole, or config.json is that of another model",
                 code="ARCH-TENSOR-MISSING",
             )
@@ -105,28 +107,42 @@ def _slots(
 ) -> Iterator[tuple[str, Slot]]:
     """All tensors by their whole names: those outside blocks first."""
     for slot in family.whole:
-        if with_output or slot.name != OUTPUT:
+        there = slot.only is None or slot.only(config, sizes, 0)
+        if there and (with_output or slot.name != OUTPUT):
             yield slot.name, slot
     block = [s for s in family.block if s.flag is None or config.flag(s.flag)]
     for i in range(sizes.blocks):
         for slot in block:
-            yield f"blk.{i}.{slot.name}", slot
+            if slot.only is None or slot.only(config, sizes, i):
+                yield f"blk.{i}.{slot.name}", slot
+
+
+def _block(name: str) -> int | None:
+    """The block that a tensor of GGUF belongs to."""
+    found = re.match(r"blk\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def _collect(
-    model: Tensors, family: Family, sizes: Sizes, slots: dict[str, Slot], head: Head
+    model: Tensors,
+    family: Family,
+    config: Config,
+    sizes: Sizes,
+    slots: dict[str, Slot],
+    head: Head,
 ) -> tuple[dict[str, _Found], list[Dropped]]:
     """Which source tensors make up each GGUF tensor."""
     names = name_table(family.arch, sizes.blocks)
     found: dict[str, _Found] = {}
     dropped: list[Dropped] = []
     for tensor in model.tensors:
+        plain = renamed(tensor.name, family)
         reason = drop_reason(tensor.name, family, head.tied and not head.stands_in)
+        reason = reason or _beyond(plain, family, config, sizes)
         if reason:
             dropped.append(Dropped(tensor.name, reason))
             continue
-        for source_name, expert, part in source_names(renamed(tensor.name, family)):
-            name = names.get_name(source_name, try_suffixes=(".weight", ".bias"))
+        for name, expert, part in gguf_names(plain, family, names):
             if name == OUTPUT and head.stands_in:
                 name = TOKEN_EMBEDDING
             if name not in slots:
@@ -144,6 +160,8 @@ def _collect(
                 )
             entry.per_expert = expert is not None
             entry.part = part
+    if head.copied and TOKEN_EMBEDDING in found:
+        found[OUTPUT] = found[TOKEN_EMBEDDING]
     return found, dropped
 
 
@@ -169,6 +187,16 @@ def name_table(arch: str, blocks: int) -> Any:
     return gguf.get_tensor_name_map(found, blocks)
 
 
+def _beyond(name: str, family: Family, config: Config, sizes: Sizes) -> str | None:
+    """Why a layer after the last is left out; None where there is none such."""
+    found = _IN_BLOCK.match(name)
+    if family.beyond is None or found is None:
+        return None
+    more = config.get(family.beyond, 0)
+    there = type(more) is int and sizes.blocks <= int(found[1]) < sizes.blocks + more
+    return "predicts further tokens at once, which is left to a file of its own" if there else None
+
+
 def drop_reason(name: str, family: Family, tied: bool) -> str | None:
     """Why GGUF does without a tensor of the checkpoint; None when it has it."""
     if name.endswith(_COMPUTED):
@@ -190,6 +218,27 @@ def renamed(name: str, family: Family) -> str:
     if name.endswith(".beta"):
         return name.removesuffix("beta") + "bias"
     return name
+
+
+def gguf_names(
+    name: str, family: Family, names: Any
+) -> Iterator[tuple[str | None, int | None, tuple[int, int]]]:
+    """What is made of a source: GGUF's names, with the expert, or the part of a fused tensor."""
+    if slots := _named(name, family):
+        for i, slot in enumerate(slots):
+            yield slot, None, (i, len(slots))
+        return
+    for source_name, expert, part in source_names(name):
+        own = _named(source_name, family)
+        found = own[0] if own else names.get_name(source_name, try_suffixes=(".weight", ".bias"))
+        yield found, expert, part or (0, 1)
+
+
+def _named(name: str, family: Family) -> list[str]:
+    """The names that a family itself has for a tensor of a block."""
+    within = _IN_BLOCK.match(name)
+    slots = family.parts.get(name[within.end() :], ()) if within else ()
+    return [f"blk.{within[1]}.{slot}" for slot in slots] if within else []
 
 
 def source_names(name: str) -> Iterator[tuple[str, int | None, tuple[int, int] | None]]:
@@ -215,7 +264,8 @@ def _made(
     sizes: Sizes,
 ) -> MappedTensor:
     """One tensor, its sources held to shape and dtype."""
-    shape = sizes.shape(slot.shape)
+    block = _block(name)
+    shape = sizes.shape(slot.shape, block)
     wanted, count = shape, 1
     if found.per_expert:
         count, wanted = shape[0], shape[1:]
@@ -231,8 +281,10 @@ def _made(
                 wanted=f"{count} experts",
                 code="ARCH-EXPERTS",
             )
-    elif found.part:
-        wanted = (shape[0], shape[1] * found.part[1], shape[2])
+    elif slot.source:
+        wanted = sizes.shape(slot.source, block)
+    elif found.part[1] > 1:
+        wanted = (*shape[:-2], shape[-2] * found.part[1], shape[-1])
     sources = tuple(found.sources[e] for e in range(count))
     for source in sources:
         _check_source(model, source, wanted, config)
@@ -247,12 +299,21 @@ def _made(
     locate: Locate | None = None
     if slot.heads:
         locate = interleaved(sizes.head_dim)
-    elif found.part and found.part[1] > 1:
-        rows, (part, _) = wanted[1], found.part
-        locate = window(rows, part * shape[1], (part + 1) * shape[1])
-    if family.norm_offset and name.endswith("norm.weight"):
-        return MappedTensor(described(name, shape, "F32"), sources, locate, added=1.0)
-    return MappedTensor(described(name, shape, sources[0].dtype), sources, locate)
+    elif slot.rows:
+        locate = slot.rows(sizes)
+    elif found.part[1] > 1 and not slot.order:
+        part, rows = found.part[0], shape[-2]
+        locate = window(rows * found.part[1], part * rows, (part + 1) * rows)
+    added = 1.0 if family.norm_offset and name.endswith("norm.weight") and not slot.plain else 0.0
+    dtype = "F32" if added or slot.change else sources[0].dtype
+    return MappedTensor(
+        described(name, shape, dtype),
+        sources,
+        locate,
+        slot.order(sizes) if slot.order else None,
+        added,
+        slot.change,
+    )
 
 
 def _check_source(

@@ -12,7 +12,13 @@ import gguf
 from qconvert.architectures.config import Config
 from qconvert.architectures.families import known_family
 from qconvert.architectures.families.keys import MAX_BLOCKS
-from qconvert.architectures.mapping import drop_reason, name_table, renamed, source_names
+from qconvert.architectures.mapping import (
+    drop_reason,
+    gguf_names,
+    name_table,
+    renamed,
+    source_names,
+)
 from qconvert.architectures.source import read_config
 from qconvert.errors import UnsupportedError
 
@@ -60,6 +66,7 @@ def layer_places(fields: dict[str, Any], path: Path) -> Callable[[str], Place | 
     if known_family(fields):
         family, config = read_config(fields, path)
     arch = family.arch if family else _arch_of_type(config)
+    reordered = {slot.name for slot in family.block if slot.order} if family else set()
     names = name_table(arch, config.count("num_hidden_layers", most=MAX_BLOCKS))
 
     def place(layer: str) -> Place | None:
@@ -67,7 +74,10 @@ def layer_places(fields: dict[str, Any], path: Path) -> Callable[[str], Place | 
         if family:
             if drop_reason(weight, family, tied=False):
                 return None
-            weight = renamed(weight, family)
+            name, expert, _ = next(gguf_names(renamed(weight, family), family, names))
+            if name is None or name.partition(".")[2].partition(".")[2] in reordered:
+                return None  # no columns that are those of the layer
+            return Place(name, expert)
         source, expert, _ = next(source_names(weight))
         name = names.get_name(source, try_suffixes=(".weight",))
         return None if name is None else Place(name, expert)

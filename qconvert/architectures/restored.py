@@ -15,7 +15,7 @@ from qconvert.architectures.families.slots import OUTPUT
 from qconvert.architectures.mapped import MappedModel, described, inverted
 from qconvert.architectures.mapping import Dropped, map_tensors
 from qconvert.architectures.source import read_config
-from qconvert.architectures.tying import Head
+from qconvert.architectures.tying import HEAD, Head
 from qconvert.errors import UnsupportedError
 from qconvert.files.dequantized import DequantizedModel
 from qconvert.files.gguf import ARCHITECTURE
@@ -68,7 +68,9 @@ def restored(
     sizes = family.sizes(checked)
     _, rope = hyper_parameters(family, checked, sizes)
     asked = _Asked(config.parent, tuple(described(n, s, "F32") for n, s in shapes.items()))
-    head = Head(tied=all(t.name != OUTPUT for t in gguf.tensors))
+    output = any(t.name == OUTPUT for t in gguf.tensors)
+    copied = output and family.own_head and not any(n.endswith(HEAD) for n in shapes)
+    head = Head(tied=copied or not output, copied=copied)
     mapped, dropped = map_tensors(asked, family, checked, sizes, rope.tensors, head)
     there = {t.name: t for t in gguf.tensors}
     for tensor in mapped:

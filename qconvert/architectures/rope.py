@@ -54,15 +54,23 @@ class Scalings:
         kinds: of scaling.
         by_pair: whether its loader asks for a tensor of factors, one for each pair of dimensions.
         partial: whether it may rotate a part of each head.
+        whole: the part that is rotated when no field says it.
+        rounded: whether YaRN with bounds that are not whole is taken, with a warning, though
+            llama.cpp rounds them.
+        beside: names among the rotary fields that others than this module read.
     """
 
     kinds: tuple[str, ...]
     by_pair: bool = False
     partial: bool = False
+    whole: float = 1.0
+    rounded: bool = False
+    beside: tuple[str, ...] = ()
 
 
 PLAIN = Scalings(("default", "linear", "yarn"))
 BY_PAIR = Scalings(("default", "linear", "yarn", "llama3", "longrope"), by_pair=True)
+PARTIAL = Scalings(("default", "linear", "yarn"), partial=True)
 LONG = Scalings(("default", "longrope"), partial=True)
 _FULL_LAYERS, _SLIDING_LAYERS = Scalings(("default", "linear")), Scalings(("default",))
 
@@ -77,12 +85,15 @@ class Rope:
         unread: fields of the configuration that transformers reads for no scaling of this kind.
         longer: the number of tokens from which llama.cpp goes by the length of its context and
             transformers by that of the text; None when they agree.
+        rounded: by which part at most frequencies differ from transformers', as llama.cpp rounds
+            the bounds of YaRN.
     """
 
     keys: dict[str, MetadataValue] = field(default_factory=dict)
     tensors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     longer: int | None = None
+    rounded: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +108,7 @@ class Parameters:
         original: context before it was stretched.
         context: and after.
         outdone: fields that say something else, and do not count.
+        beside: fields that others read.
     """
 
     fields: Config
@@ -106,6 +118,7 @@ class Parameters:
     original: int
     context: int
     outdone: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     def optional(self, name: str) -> float | None:
         """A positive number; None when it is null or absent."""
@@ -113,7 +126,7 @@ class Parameters:
 
     def unread(self) -> list[str]:
         """Fields that are none of this kind of scaling, or that do not count beside others."""
-        known = (*_EVERY, *_HARMLESS, *_FIELDS[self.kind])
+        known = (*_EVERY, *_HARMLESS, *_FIELDS[self.kind], *self.beside)
         named = [self.fields.described(n) for n in self.fields.names() if n not in known]
         return [*named, *self.outdone]
 
@@ -166,7 +179,7 @@ def read_rope(p: Parameters, dimensions: int, scalings: Scalings) -> Rope:
     if p.kind == "linear":
         rope.keys |= {"scaling.type": "linear", "scaling.factor": p.fields.number("factor")}
     elif p.kind == "yarn":
-        _yarn(rope, p, dimensions // 2, scalings.by_pair)
+        _yarn(rope, p, dimensions // 2, scalings)
     elif p.kind == "llama3":
         _llama3(rope, p, dimensions)
     elif p.kind == "longrope":
@@ -174,12 +187,22 @@ def read_rope(p: Parameters, dimensions: int, scalings: Scalings) -> Rope:
     return rope
 
 
-def read_rope_by_layer(config: Config, dimensions: int) -> Rope:
-    """The same for Gemma 3, which has one base for full layers and another for sliding ones.
+def read_rope_by_layer(
+    config: Config,
+    dimensions: int,
+    scalings: Scalings | None = None,
+    local: str | None = "rope_local_base_freq",
+) -> Rope:
+    """The same for models with one base for full layers and another for sliding ones.
+
+    Args:
+        config, dimensions: as above.
+        scalings: what llama.cpp does for full layers: a linear factor, if nothing else is said.
+        local: field that has the base of sliding layers where it is not inside; None: it is then
+            that of the class.
 
     Raises:
-        UnsupportedError: a kind of scaling that llama.cpp does not do: it has a linear factor, for
-            full layers.
+        UnsupportedError: a kind of scaling that llama.cpp does not do.
         FormatError: a field is missing or unusable.
     """
     outer, old = config.section("rope_parameters"), config.section("rope_scaling")
@@ -189,23 +212,26 @@ def read_rope_by_layer(config: Config, dimensions: int) -> Rope:
             # transformers would have nothing to put the older fields into
             raise outer.wrong(_FULL, "an object, as 'rope_scaling' is there too")
         full = old.replaced(full.fields() | old.fields())
-    sliding = _of_layer(config, outer, _SLIDING, "rope_local_base_freq", _LOCAL_THETA)
-    p = _parameters(config, full, _FULL_LAYERS)
-    local = _parameters(config, sliding, _SLIDING_LAYERS)
-    rope = read_rope(p, dimensions, _FULL_LAYERS)
-    rope.keys["freq_base_swa"] = local.theta
-    rope.unread += local.unread()
+    other = _LOCAL_THETA if local else _theta(config)
+    sliding = _of_layer(config, outer, _SLIDING, local, other)
+    p = _parameters(config, full, scalings or _FULL_LAYERS)
+    windowed = _parameters(config, sliding, _SLIDING_LAYERS)
+    rope = read_rope(p, dimensions, scalings or _FULL_LAYERS)
+    rope.keys["freq_base_swa"] = windowed.theta
+    rope.unread += windowed.unread()
     if outer:  # beside the objects of the layers nothing is read
         rope.unread += [outer.described(n) for n in outer.names() if n not in (_FULL, _SLIDING)]
     return rope
 
 
-def _of_layer(config: Config, outer: Config | None, layer: str, base: str, theta: float) -> Config:
+def _of_layer(
+    config: Config, outer: Config | None, layer: str, base: str | None, theta: float
+) -> Config:
     """Fields for one kind of layer, with the base that stands outside if it must."""
     inner = outer.section(layer) if outer else None
     fields: dict[str, Any] = inner.fields() if inner else {"rope_type": "default"}
     if "rope_theta" not in fields:
-        fields["rope_theta"] = config.number(base, theta)
+        fields["rope_theta"] = config.number(base, theta) if base else theta
     if config.stated(_PARTIAL) is not None:
         fields.setdefault(_PARTIAL, config.get(_PARTIAL))
     return config.inner(fields, f"rope_parameters.{layer}")
@@ -242,13 +268,13 @@ def _parameters(
             raise owner.wrong(_ORIGINAL, "more than 1")
         if fields.get(_ORIGINAL, original) != original:
             outdone += (fields.described(_ORIGINAL),)
-    part = 1.0
+    part = scalings.whole
     if fields.get(_PARTIAL, 1.0) is not None or scalings.partial or kind != "default":
-        part = fields.number(_PARTIAL, 1.0)
+        part = fields.number(_PARTIAL, part)
     if part != 1 and not scalings.partial:
         raise fields.unlike(_PARTIAL, "1.0")
     theta = fields.number("rope_theta")
-    return Parameters(fields, kind, theta, part, original, context, outdone)
+    return Parameters(fields, kind, theta, part, original, context, outdone, scalings.beside)
 
 
 # --- YaRN ---
@@ -257,7 +283,7 @@ def _parameters(
 _BETA_NAMES = ("beta_fast", "beta_slow")
 
 
-def _yarn(rope: Rope, p: Parameters, pairs: int, by_pair: bool) -> None:
+def _yarn(rope: Rope, p: Parameters, pairs: int, scalings: Scalings) -> None:
     """By llama.cpp's own formula where it gives the same, else by factors where it takes them."""
     if not p.fields.given("factor"):
         raise p.fields.wrong("factor", "a positive number")
@@ -270,14 +296,21 @@ def _yarn(rope: Rope, p: Parameters, pairs: int, by_pair: bool) -> None:
     truncate = p.fields.flag("truncate", True)
     wanted = yarn_shares(p.theta, pairs, p.original, betas, truncate=truncate)
     attention = _yarn_attention(p, factor)
-    if np.allclose(wanted, _ggml_shares(p.theta, pairs, p.original), rtol=0, atol=1e-6):
+    whole = yarn_shares(p.theta, pairs, p.original, betas, truncate=True)
+    exact, ggml = wanted, _ggml_shares(p.theta, pairs, p.original)
+    if scalings.rounded and not truncate:
+        wanted = whole
+    if np.allclose(wanted, ggml, rtol=0, atol=1e-6):
+        if wanted is not exact:
+            off = np.abs((1 - exact * (1 - 1 / factor)) / (1 - whole * (1 - 1 / factor)) - 1)
+            rope.rounded = float(off.max())
         rope.keys |= {
             "scaling.type": "yarn",
             "scaling.factor": factor,
             "scaling.original_context_length": p.original,
         }
         attention /= _magnitude(factor)  # which llama.cpp multiplies by
-    elif by_pair:
+    elif scalings.by_pair:
         rope.tensors["rope_freqs.weight"] = (1 / (wanted / factor + 1 - wanted)).astype(np.float32)
     else:
         names = [n for n in (*_BETA_NAMES, "truncate") if p.fields.stated(n) is not None]

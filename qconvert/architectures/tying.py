@@ -28,12 +28,14 @@ class Head:
 
     Attributes:
         tied: whether it is the token embedding, so that a file needs one of them.
+        copied: whether the file has it nevertheless, as llama.cpp wants one.
         stands_in: whether the head is what the checkpoint has of the two.
         notes, warnings: what is to be said about it.
     """
 
     tied: bool
     stands_in: bool = False
+    copied: bool = False
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -52,10 +54,10 @@ def output_head(model: Model, family: Family, config: Config) -> Head:
     else:
         asked = head is None if family.tied is None else family.tied
     if head is None or (asked and embedding is None):
-        return Head(asked, stands_in=head is not None)
+        return Head(asked, stands_in=head is not None, copied=asked and family.own_head)
     assert embedding is not None or not asked
     if asked and embedding is not None and equal_values(model, head, embedding):
-        return Head(True)
+        return Head(True, copied=family.own_head)
     if not any(slot.name == OUTPUT for slot in family.whole):
         raise UnsupportedError(
             "llama.cpp multiplies with the token embedding in this architecture, and the model has "

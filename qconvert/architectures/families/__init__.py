@@ -13,15 +13,62 @@ from typing import Any
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_classes import ConfigClass
-from qconvert.architectures.families import bert, gemma, llama, phi, qwen
+from qconvert.architectures.families import (
+    bert,
+    cohere,
+    deepseek,
+    exaone,
+    gemma,
+    gemma4,
+    glm,
+    gpt_oss,
+    granite,
+    hunyuan,
+    lfm,
+    llama,
+    minimax,
+    mistral,
+    olmo,
+    phi,
+    qwen,
+    qwen_linear,
+    seed_oss,
+    smollm,
+    stablelm,
+    starcoder,
+)
 from qconvert.architectures.families.keys import Keys, Sizes
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.rope import Rope
 from qconvert.errors import UnsupportedError
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
 
-FAMILIES = (*llama.ROWS, *qwen.ROWS, *gemma.ROWS, *phi.ROWS, *bert.ROWS)
-CONFIG_CLASSES = (*llama.CONFIGS, *qwen.CONFIGS, *gemma.CONFIGS, *phi.CONFIGS, *bert.CONFIGS)
+_MODULES = (
+    llama,
+    qwen,
+    gemma,
+    phi,
+    smollm,
+    olmo,
+    granite,
+    mistral,
+    seed_oss,
+    exaone,
+    cohere,
+    hunyuan,
+    starcoder,
+    stablelm,
+    glm,
+    gpt_oss,
+    lfm,
+    minimax,
+    deepseek,
+    qwen_linear,
+    gemma4,
+    bert,
+)
+FAMILIES: tuple[Family, ...] = tuple(row for module in _MODULES for row in module.ROWS)
+CONFIG_CLASSES: tuple[ConfigClass, ...] = tuple(c for m in _MODULES for c in m.CONFIGS)
 
 
 def known_class(fields: Mapping[str, Any]) -> ConfigClass | None:
@@ -82,9 +129,12 @@ def hyper_parameters(family: Family, config: Config, sizes: Sizes) -> tuple[Keys
         FormatError: a field of the configuration is missing or unusable.
         UnsupportedError: a field asks for something llama.cpp does not do for this architecture.
     """
-    gemma = config.known and "hidden_activation" in config.known.fields
-    config.require("hidden_activation" if gemma else "hidden_act", family.activations)
-    if config.stated("per_layer_config"):
+    fields = config.known.fields if config.known else {}
+    named = ("hidden_activation", "mlp_hidden_act", "hidden_act")
+    activation = next((n for n in named if n in fields), None)
+    if activation:
+        config.require(activation, family.activations)
+    if config.stated("per_layer_config") and not family.per_layer:
         raise config.unlike("per_layer_config", "the same for all layers")
     keys = family.keys(config, sizes)
     rope = family.rope(config, sizes) if family.rope else Rope()

@@ -22,10 +22,12 @@ from qconvert.architectures.config_classes import (
 from qconvert.architectures.families.keys import (
     GELU,
     MAX_BLOCKS,
+    NO_CAP,
     SLIDING,
     Keys,
     Sizes,
     decoder_keys,
+    every_nth_full,
     layer_types,
     plain_sizes,
     rotary,
@@ -34,8 +36,10 @@ from qconvert.architectures.families.row import Family
 from qconvert.architectures.families.slots import (
     GATED,
     HEAD_NORMS,
+    INSIDE,
     NORMS,
     POST_NORMS,
+    VISION,
     WHOLE,
     attention,
 )
@@ -149,22 +153,18 @@ def _gemma_keys(
     return found
 
 
-def _every_nth_full(sizes: Sizes, n: int) -> list[bool]:
-    return [bool((i + 1) % n) for i in range(sizes.blocks)]
-
-
 def gemma2_keys(config: Config, sizes: Sizes) -> Keys:
     if config.get("attn_logit_softcapping") is None:  # llama.cpp always has one for these scores
         raise config.unlike("attn_logit_softcapping", "a number")
     capped = config.get("final_logit_softcapping") is not None
-    usual = _every_nth_full(sizes, 2)
+    usual = every_nth_full(sizes, 2)
     sliding = layer_types(config, sizes, usual)
     if not any(sliding):  # llama.cpp ends its process
         raise config.unlike("layer_types", f"'{SLIDING}' for one layer at least")
     return _gemma_keys(config, sizes, 46, sliding, usual) | {
         "attn_logit_softcapping": config.number("attn_logit_softcapping"),
         # llama.cpp takes 30 for an absent one
-        "final_logit_softcapping": config.number("final_logit_softcapping") if capped else _NO_CAP,
+        "final_logit_softcapping": config.number("final_logit_softcapping") if capped else NO_CAP,
     }
 
 
@@ -172,8 +172,8 @@ def gemma3_keys(config: Config, sizes: Sizes) -> Keys:
     pattern = config.get("sliding_window_pattern", 6)
     if type(pattern) is not int or not 0 < abs(pattern) <= MAX_BLOCKS:
         raise config.wrong("sliding_window_pattern", f"an integer from 1 to {MAX_BLOCKS}")
-    sliding = layer_types(config, sizes, _every_nth_full(sizes, pattern))
-    found = _gemma_keys(config, sizes, 62, sliding, _every_nth_full(sizes, 6))
+    sliding = layer_types(config, sizes, every_nth_full(sizes, pattern))
+    found = _gemma_keys(config, sizes, 62, sliding, every_nth_full(sizes, 6))
     if config.get("final_logit_softcapping") is not None:
         found["final_logit_softcapping"] = config.number("final_logit_softcapping")
     return found
@@ -182,17 +182,6 @@ def gemma3_keys(config: Config, sizes: Sizes) -> Keys:
 def gemma3_rope(config: Config, sizes: Sizes) -> Rope:
     return read_rope_by_layer(config, sizes.head_dim)
 
-
-_VISION = "belongs to the vision part, which is a file of its own in llama.cpp"
-# A family that transformers stores inside a model of text and images.
-_INSIDE = (
-    ("language_model.model.", "model."),
-    ("model.language_model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-)
-
-# A soft cap of so many leaves every logit as it is, bit for bit: a power of two far above them.
-_NO_CAP = 2.0**64
 
 ROWS = (
     Family(
@@ -220,12 +209,7 @@ ROWS = (
         GELU,
         norm_offset=True,
         tied=True,
-        renames=_INSIDE,
-        dropped=(
-            ("vision_tower.", _VISION),
-            ("model.vision_tower.", _VISION),
-            ("multi_modal_projector.", _VISION),
-            ("model.multi_modal_projector.", _VISION),
-        ),
+        renames=INSIDE,
+        dropped=VISION,
     ),
 )

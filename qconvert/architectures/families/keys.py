@@ -7,12 +7,12 @@ be said is refused by name.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from qconvert.architectures.config import Config
-from qconvert.architectures.rope import Rope, Scalings, read_rope, settled
+from qconvert.architectures.rope import Parameters, Rope, Scalings, read_rope, settled
 from qconvert.errors import FormatError
-from qconvert.files.gguf_writer import MetadataValue
+from qconvert.files.gguf_writer import GgufValue, MetadataValue
 
 Keys = dict[str, MetadataValue]
 
@@ -25,16 +25,34 @@ MAX_HEAD = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Dimensions of the tensors of one model, by the names that a slot's shape uses."""
+    """Dimensions of the tensors of one model, by the names that a slot's shape uses.
+
+    Attributes:
+        blocks: number of blocks.
+        head_dim: width of a head.
+        named: dimensions.
+        by_block: those that differ from block to block.
+    """
 
     blocks: int
     head_dim: int
     named: dict[str, int]
+    by_block: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def shape(self, names: str) -> tuple[int, ...]:
-        """The dimensions of these names."""
-        return tuple(self.named[name] for name in names.split())
+    def shape(self, names: str, block: int | None = None) -> tuple[int, ...]:
+        """The dimensions of these names; numbers stand for themselves."""
+        return tuple(
+            int(name)
+            if name.isdecimal()
+            else self.by_block[name][block]
+            if block is not None and name in self.by_block
+            else self.named[name]
+            for name in names.split()
+        )
 
+
+# A soft cap of so many leaves every logit as it is, bit for bit: a power of two far above them.
+NO_CAP = 2.0**64
 
 SILU = ("silu", "swish")
 # ggml has one GELU, the approximation by tanh, from a table of binary16 that is further from either
@@ -63,7 +81,8 @@ def plain_sizes(config: Config, *, grouped: bool = True, **more: int) -> Sizes:
             + (", and a width that is a multiple of the heads" if divides else ""),
             code="ARCH-HEADS",
         )
-    inner = config.count("intermediate_size")
+    none = config.known is not None and "intermediate_size" not in config.known.fields
+    inner = more["expert_inner"] if none else config.count("intermediate_size")
     return Sizes(
         blocks=config.count("num_hidden_layers", most=MAX_BLOCKS),
         head_dim=head,
@@ -113,7 +132,16 @@ def common_keys(config: Config, sizes: Sizes) -> Keys:
     }
 
 
-def decoder_keys(config: Config, sizes: Sizes) -> Keys:
+def decoder_keys(
+    config: Config, sizes: Sizes, epsilon: str = "rms_norm_eps", *, mean: bool = False
+) -> Keys:
+    """Keys of every decoder.
+
+    Args:
+        config, sizes: of the model.
+        epsilon: field of the norms' smallest divisor.
+        mean: whether norms take the mean away (LayerNorm).
+    """
     # transformers makes masks of the first field whatever the class (null counts as false there),
     # and its cache goes by the others.
     config.require("is_causal", (True,), True)
@@ -122,7 +150,7 @@ def decoder_keys(config: Config, sizes: Sizes) -> Keys:
     if not declared and any(layer_types(config, sizes, [])):
         raise config.unlike("layer_types", f"'{FULL}'")
     return common_keys(config, sizes) | {
-        "attention.layer_norm_rms_epsilon": config.number("rms_norm_eps", zero=True),
+        f"attention.layer_norm_{'' if mean else 'rms_'}epsilon": config.number(epsilon, zero=True),
         "attention.key_length": sizes.head_dim,
         "attention.value_length": sizes.head_dim,
         "vocab_size": sizes.named["vocabulary"],
@@ -138,8 +166,33 @@ def rotary(scalings: Scalings) -> Callable[[Config, Sizes], Rope]:
     return rope
 
 
-def expert_keys(config: Config, sizes: Sizes) -> Keys:
-    used = config.count("num_experts_per_tok")
+def partial_rotary(scalings: Scalings, whole: float) -> Callable[[Config, Sizes], Rope]:
+    """The same for one that rotates a part of each head, ``whole`` if no field says which."""
+    scalings = replace(scalings, whole=whole)
+
+    def rope(config: Config, sizes: Sizes) -> Rope:
+        parameters = settled(config, scalings)
+        return read_rope(parameters, rotated(parameters, sizes.head_dim), scalings)
+
+    return rope
+
+
+def rotated(parameters: Parameters, head_dim: int) -> int:
+    """How many dimensions of a head are rotated.
+
+    Raises:
+        FormatError: none, an odd number, or more than there are.
+    """
+    found = int(head_dim * min(parameters.part, MAX_HEAD))
+    if found % 2 or not 0 < found <= head_dim:
+        raise parameters.fields.wrong(
+            "partial_rotary_factor", f"an even number of {head_dim} dimensions, not {found}"
+        )
+    return found
+
+
+def expert_keys(config: Config, sizes: Sizes, field: str = "num_experts_per_tok") -> Keys:
+    used = config.count(field)
     if used > sizes.named["experts"]:
         raise FormatError(
             "more experts are used than there are",
@@ -148,6 +201,55 @@ def expert_keys(config: Config, sizes: Sizes) -> Keys:
             code="ARCH-EXPERTS",
         )
     return {"expert_count": sizes.named["experts"], "expert_used_count": used}
+
+
+def experts_everywhere(config: Config, sizes: Sizes) -> None:
+    """Refuse layers without experts, which llama.cpp does not have here."""
+    if config.count("decoder_sparse_step", 1) > 1:
+        raise config.unlike("decoder_sparse_step", "1")
+    plain = config.get("mlp_only_layers") or ()
+    if any(layer in plain for layer in range(sizes.blocks)):
+        raise config.unlike("mlp_only_layers", "no layer")
+
+
+_GATING = {"softmax": 1, "sigmoid": 2}  # llama.cpp's numbers
+
+
+def routed_keys(
+    config: Config, sizes: Sizes, gating: str, *, scale: float = 1.0, norm: bool = True
+) -> Keys:
+    """Keys of experts that a router chooses.
+
+    Args:
+        config, sizes: of the model.
+        gating: what makes weights of the router's outputs.
+        scale: that these are multiplied by.
+        norm: whether they are divided by their sum.
+    """
+    return expert_keys(config, sizes) | {
+        "expert_feed_forward_length": sizes.named["expert_inner"],
+        "expert_gating_func": _GATING[gating],
+        "expert_weights_scale": scale,
+        "expert_weights_norm": norm,
+    }
+
+
+def group_keys(config: Config, sizes: Sizes) -> Keys:
+    """Experts that are chosen from some of several groups; none where all groups are taken."""
+    groups, used = config.count("n_group", 1), config.count("topk_group", 1)
+    if used > groups or sizes.named["experts"] % groups:
+        raise FormatError(
+            "groups of experts are not those that there can be",
+            path=config.path,
+            found=f"{used} of {groups} groups, {sizes.named['experts']} experts",
+            code="ARCH-EXPERTS",
+        )
+    if used == groups:
+        return {}
+    each = sizes.named["experts"] // groups
+    if each < 2 or config.count("num_experts_per_tok") > each * used:
+        raise config.unlike("n_group", "groups of at least two experts, enough of them")
+    return {"expert_group_count": groups, "expert_group_used_count": used}
 
 
 # --- windows ---
@@ -175,6 +277,21 @@ def layer_types(config: Config, sizes: Sizes, usual: list[bool]) -> list[bool]:
             "layer_types", f"'{FULL}' or '{SLIDING}' for each of {sizes.blocks} layers"
         )
     return [names[t] for t in types]
+
+
+def every_nth_full(sizes: Sizes, n: int) -> list[bool]:
+    """Windows in all layers but each so manieth."""
+    return [bool((i + 1) % n) for i in range(sizes.blocks)]
+
+
+def window_keys(config: Config, sliding: list[bool]) -> Keys:
+    """A window, and which layers have it; llama.cpp ends its process where none does."""
+    if not any(sliding):
+        raise config.unlike("layer_types", f"'{SLIDING}' for one layer at least")
+    return {
+        "attention.sliding_window": config.count("sliding_window"),
+        "attention.sliding_window_pattern": GgufValue("BOOL", sliding),
+    }
 
 
 def plain_window(config: Config, sizes: Sizes) -> int | None:

@@ -31,6 +31,7 @@ from qconvert.architectures.families.slots import (
     ATTENTION_BIAS,
     EXPERTS,
     GATED,
+    GATED_BIASES,
     NORMS,
     WHOLE,
     attention,
@@ -111,17 +112,10 @@ def mixtral_keys(config: Config, sizes: Sizes) -> Keys:
     return decoder_keys(config, sizes) | expert_keys(config, sizes)
 
 
-_MLP_BIAS = "mlp_bias"
 _LLAMA = (
     *NORMS,
     *attention(heads=True, bias=None),
     Slot("attn_output.bias", "width", flag=ATTENTION_BIAS),
-)
-_LLAMA_DENSE = (
-    *GATED,
-    Slot("ffn_gate.bias", "inner", flag=_MLP_BIAS),
-    Slot("ffn_up.bias", "inner", flag=_MLP_BIAS),
-    Slot("ffn_down.bias", "width", flag=_MLP_BIAS),
 )
 
 ROWS = (
@@ -130,7 +124,7 @@ ROWS = (
         ("LlamaForCausalLM", "MistralForCausalLM"),
         "llama",
         WHOLE,
-        (*_LLAMA, *_LLAMA_DENSE),
+        (*_LLAMA, *GATED, *GATED_BIASES),
         decoder_keys,
         plain_sizes,
         rotary(BY_PAIR),

@@ -14,13 +14,13 @@ from qconvert.architectures.config_classes import (
     decoder_fields,
 )
 from qconvert.architectures.families.keys import (
-    MAX_HEAD,
     SILU,
     Keys,
     Sizes,
     decoder_keys,
     filled_sizes,
     plain_window,
+    rotated,
 )
 from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.families.slots import NORMS, WHOLE
@@ -63,12 +63,7 @@ def phi3_keys(config: Config, sizes: Sizes) -> Keys:
 
 def phi3_rope(config: Config, sizes: Sizes) -> Rope:
     parameters = settled(config, LONG)
-    rotated = int(sizes.head_dim * min(parameters.part, MAX_HEAD))
-    if rotated % 2 or not 0 < rotated <= sizes.head_dim:
-        raise parameters.fields.wrong(
-            "partial_rotary_factor", f"an even number of {sizes.head_dim} dimensions, not {rotated}"
-        )
-    return read_rope(parameters, rotated, LONG)
+    return read_rope(parameters, rotated(parameters, sizes.head_dim), LONG)
 
 
 _PHI3 = (

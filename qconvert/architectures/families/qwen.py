@@ -25,6 +25,7 @@ from qconvert.architectures.families.keys import (
     Sizes,
     decoder_keys,
     expert_keys,
+    experts_everywhere,
     filled_sizes,
     layer_types,
     plain_sizes,
@@ -36,6 +37,8 @@ from qconvert.architectures.families.slots import (
     GATED,
     HEAD_NORMS,
     NORMS,
+    SHARED,
+    SHARED_GATE,
     WHOLE,
     attention,
 )
@@ -80,6 +83,28 @@ CONFIGS = (
         ),
         TRAINING,
         DECODER,
+    ),
+    ConfigClass(
+        "Qwen2MoeConfig",
+        "qwen2_moe",
+        ("Qwen2MoeForCausalLM",),
+        _with_windows(
+            decoder_fields(
+                (151_936, 2048, 5632, 24, 16),
+                (INT_OR_NULL, 16),
+                32_768,
+                decoder_sparse_step=(INT, 1),
+                moe_intermediate_size=(INT, 1408),
+                shared_expert_intermediate_size=(INT, 5632),
+                num_experts_per_tok=(INT, 4),
+                num_experts=(INT, 60),
+                norm_topk_prob=(BOOL, False),
+                mlp_only_layers=(INTS_OR_NULL, None),
+                qkv_bias=(BOOL, True),
+            )
+        ),
+        (*TRAINING, "output_router_logits", "router_aux_loss_coef"),
+        (*DECODER, "head_dim"),
     ),
     ConfigClass(
         "Qwen3MoeConfig",
@@ -139,13 +164,9 @@ def qwen3_moe_sizes(config: Config) -> Sizes:
 
 
 def qwen3_moe_keys(config: Config, sizes: Sizes) -> Keys:
-    # llama.cpp has experts in every block, and divides the chosen ones' weights by their sum,
-    # which is 1 anyway where all are chosen.
-    if config.count("decoder_sparse_step") > 1:
-        raise config.unlike("decoder_sparse_step", "1")
-    plain = config.get("mlp_only_layers") or ()
-    if any(layer in plain for layer in range(sizes.blocks)):
-        raise config.unlike("mlp_only_layers", "no layer")
+    # llama.cpp divides the chosen experts' weights by their sum, which is 1 anyway where all are
+    # chosen.
+    experts_everywhere(config, sizes)
     experts = expert_keys(config, sizes)
     if not config.flag("norm_topk_prob") and experts["expert_used_count"] != sizes.named["experts"]:
         raise config.unlike("norm_topk_prob", "true")
@@ -153,6 +174,32 @@ def qwen3_moe_keys(config: Config, sizes: Sizes) -> Keys:
         decoder_keys(config, sizes)
         | experts
         | {"expert_feed_forward_length": sizes.named["expert_inner"]}
+    )
+
+
+def qwen2_moe_sizes(config: Config) -> Sizes:
+    filled_sizes(config)
+    return plain_sizes(
+        config,
+        experts=config.count("num_experts", most=MAX_EXPERTS),
+        expert_inner=config.count("moe_intermediate_size"),
+        shared=config.count("shared_expert_intermediate_size"),
+    )
+
+
+def qwen2_moe_keys(config: Config, sizes: Sizes) -> Keys:
+    # llama.cpp does not divide here.
+    experts_everywhere(config, sizes)
+    experts = expert_keys(config, sizes)
+    if config.flag("norm_topk_prob") and experts["expert_used_count"] != sizes.named["experts"]:
+        raise config.unlike("norm_topk_prob", "false")
+    return (
+        decoder_keys(config, sizes)
+        | experts
+        | {
+            "expert_feed_forward_length": sizes.named["expert_inner"],
+            "expert_shared_feed_forward_length": sizes.named["shared"],
+        }
     )
 
 
@@ -180,6 +227,25 @@ ROWS = (
         rotary(PLAIN),
         SILU,
         switched_window,
+    ),
+    Family(
+        "Qwen2 mixture of experts",
+        ("Qwen2MoeForCausalLM",),
+        "qwen2moe",
+        WHOLE,
+        (
+            *NORMS,
+            *attention(heads=False, bias=None, flag="qkv_bias"),
+            *EXPERTS,
+            *SHARED,
+            SHARED_GATE,
+        ),
+        qwen2_moe_keys,
+        qwen2_moe_sizes,
+        rotary(PLAIN),
+        SILU,
+        switched_window,
+        own_head=True,
     ),
     Family(
         "Qwen3 mixture of experts",

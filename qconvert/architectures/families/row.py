@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.families.keys import Keys, Sizes
+from qconvert.architectures.mapped import Change, Locate, Order
 from qconvert.architectures.rope import Rope
 
 
@@ -19,12 +21,25 @@ class Slot:
         shape: names of `Sizes`, outermost dimension first.
         heads: whether its rows are those of heads with rotated halves, to be interleaved.
         flag: field of the configuration that says whether there is such a tensor; none: always.
+        only: which blocks have it; None: all.
+        source: the shape that a checkpoint has it in, likewise; None: the same, or, of a tensor
+            that is one of several equal parts, so many times as many rows.
+        rows: where its rows are in the source, if that is not said by ``heads`` or equal parts.
+        order: where its values are in the source, if they are not whole rows of it.
+        change: what is done to each value.
+        plain: a norm to which nothing is added, in a family that adds to norms.
     """
 
     name: str
     shape: str
     heads: bool = False
     flag: str | None = None
+    only: Callable[[Config, Sizes, int], bool] | None = None
+    source: str | None = None
+    rows: Callable[[Sizes], Locate] | None = None
+    order: Callable[[Sizes], Order] | None = None
+    change: Change | None = None
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +62,13 @@ class Family:
             tensors are.
         renames: beginnings of source names, and what stands for them in gguf-py's table.
         dropped: beginnings of source names that llama.cpp has no use for, and why.
+        parts: ends of source names within a block for which gguf-py's table has no name, or another
+            one, and the slots that are made of each: several are equal parts of its rows, in their
+            order, or say themselves where their rows are.
+        beyond: field of the configuration that counts layers for the prediction of several tokens
+            after the others; they are left out.
+        per_layer: whether its keys say what ``per_layer_config`` says.
+        own_head: whether llama.cpp wants an output matrix even where it is the token embedding.
     """
 
     name: str
@@ -63,3 +85,7 @@ class Family:
     tied: bool | None = None
     renames: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    beyond: str | None = None
+    own_head: bool = False
+    per_layer: bool = False

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
+from qconvert.architectures.config import Config
+from qconvert.architectures.families.keys import Sizes
 from qconvert.architectures.families.row import Slot
 
 OUTPUT = "output.weight"
@@ -15,7 +20,7 @@ WHOLE = (
 ATTENTION_BIAS = "attention_bias"
 
 
-def attention(heads: bool, bias: bool | None) -> tuple[Slot, ...]:
+def attention(heads: bool, bias: bool | None, flag: str = ATTENTION_BIAS) -> tuple[Slot, ...]:
     """Query, key, value and output; biases are required, absent or (None) as a field says."""
     q, k, v = (("attn_q", "query"), ("attn_k", "key"), ("attn_v", "key"))
     found = [
@@ -25,11 +30,11 @@ def attention(heads: bool, bias: bool | None) -> tuple[Slot, ...]:
         Slot("attn_output.weight", "width query"),
     ]
     if bias is not False:
-        flag = ATTENTION_BIAS if bias is None else None
+        said = flag if bias is None else None
         found += [
-            Slot(f"{q[0]}.bias", q[1], heads=heads, flag=flag),
-            Slot(f"{k[0]}.bias", k[1], heads=heads, flag=flag),
-            Slot(f"{v[0]}.bias", v[1], flag=flag),
+            Slot(f"{q[0]}.bias", q[1], heads=heads, flag=said),
+            Slot(f"{k[0]}.bias", k[1], heads=heads, flag=said),
+            Slot(f"{v[0]}.bias", v[1], flag=said),
         ]
     return tuple(found)
 
@@ -45,9 +50,82 @@ GATED = (
     Slot("ffn_up.weight", "inner width"),
     Slot("ffn_down.weight", "width inner"),
 )
+MLP_BIAS = "mlp_bias"
+GATED_BIASES = (
+    Slot("ffn_gate.bias", "inner", flag=MLP_BIAS),
+    Slot("ffn_up.bias", "inner", flag=MLP_BIAS),
+    Slot("ffn_down.bias", "width", flag=MLP_BIAS),
+)
 EXPERTS = (
     Slot("ffn_gate_inp.weight", "experts width"),
     Slot("ffn_gate_exps.weight", "experts expert_inner width"),
     Slot("ffn_up_exps.weight", "experts expert_inner width"),
     Slot("ffn_down_exps.weight", "experts width expert_inner"),
 )
+
+
+def leading_dense(config: Config, sizes: Sizes, block: int) -> bool:
+    """Whether a block is among the first, which have no experts."""
+    return block < sizes.named["dense"]
+
+
+def _sparse(config: Config, sizes: Sizes, block: int) -> bool:
+    return not leading_dense(config, sizes, block)
+
+
+def limited(
+    slots: tuple[Slot, ...], only: Callable[[Config, Sizes, int], bool]
+) -> tuple[Slot, ...]:
+    """The same in some blocks, of those that have them at all."""
+
+    def both(slot: Slot) -> Callable[[Config, Sizes, int], bool]:
+        own = slot.only
+        if own is None:
+            return only
+        return lambda config, sizes, block: only(config, sizes, block) and own(config, sizes, block)
+
+    return tuple(replace(slot, only=both(slot)) for slot in slots)
+
+
+def _shared(config: Config, sizes: Sizes, block: int) -> bool:
+    return sizes.named["shared"] > 0
+
+
+# An expert that every token has.
+SHARED = (
+    Slot("ffn_gate_shexp.weight", "shared width", only=_shared),
+    Slot("ffn_up_shexp.weight", "shared width", only=_shared),
+    Slot("ffn_down_shexp.weight", "width shared", only=_shared),
+)
+
+# What a router's weights are increased by where it chooses, not where it weighs.
+ROUTER_BIAS = Slot("exp_probs_b.bias", "experts")
+# Dense blocks first, then experts.
+LEADING_DENSE = (
+    *limited(GATED, leading_dense),
+    *limited((*EXPERTS, ROUTER_BIAS, *SHARED), _sparse),
+)
+ROUTER_BIAS_PART: dict[str, tuple[str, ...]] = {
+    "mlp.gate.e_score_correction_bias": (ROUTER_BIAS.name,)
+}
+SHARED_GATE = Slot("ffn_gate_inp_shexp.weight", "width", source="1 width")
+
+
+# Where a language model is inside a model of several kinds of input.
+INSIDE = (
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+_ELSEWHERE = "belongs to the {} part, which is a file of its own in llama.cpp"
+VISION = tuple(
+    (f"{inside}{part}.", _ELSEWHERE.format("vision"))
+    for inside in ("", "model.")
+    for part in ("vision_tower", "multi_modal_projector", "embed_vision", "visual")
+)
+AUDIO = tuple(
+    (f"{inside}{part}.", _ELSEWHERE.format("audio"))
+    for inside in ("", "model.")
+    for part in ("audio_tower", "embed_audio")
+)
+FURTHER = (("mtp.", "predicts further tokens at once, which is left to a file of its own"),)

@@ -1,0 +1,158 @@
+"""GLM 4, and GLM 4.5 with experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import MappingProxyType
+
+from qconvert.architectures.config import Config
+from qconvert.architectures.config_classes import (
+    BOOL,
+    DECODER,
+    FLOAT,
+    INT,
+    TRAINING,
+    ConfigClass,
+    decoder_fields,
+)
+from qconvert.architectures.families.keys import (
+    MAX_EXPERTS,
+    SILU,
+    Keys,
+    Sizes,
+    decoder_keys,
+    group_keys,
+    partial_rotary,
+    plain_sizes,
+    routed_keys,
+)
+from qconvert.architectures.families.row import Family, Slot
+from qconvert.architectures.families.slots import (
+    HEAD_NORMS,
+    LEADING_DENSE,
+    NORMS,
+    POST_NORMS,
+    ROUTER_BIAS_PART,
+    WHOLE,
+    attention,
+)
+from qconvert.architectures.rope import PARTIAL
+
+CONFIGS = (
+    ConfigClass(
+        "Glm4Config",
+        "glm4",
+        ("Glm4ForCausalLM",),
+        decoder_fields(
+            (151_552, 4096, 13_696, 40, 32),
+            (INT, 2),
+            131_072,
+            1.5625e-07,
+            head_dim=(INT, 128),
+            attention_bias=(BOOL, True),
+        ),
+        TRAINING,
+        DECODER,
+    ),
+    ConfigClass(
+        "Glm4MoeConfig",
+        "glm4_moe",
+        ("Glm4MoeForCausalLM",),
+        decoder_fields(
+            (151_552, 4096, 10_944, 46, 96),
+            (INT, 8),
+            131_072,
+            1e-5,
+            attention_bias=(BOOL, False),
+            moe_intermediate_size=(INT, 1408),
+            num_experts_per_tok=(INT, 8),
+            n_shared_experts=(INT, 1),
+            n_routed_experts=(INT, 128),
+            routed_scaling_factor=(FLOAT, 1.0),
+            n_group=(INT, 1),
+            topk_group=(INT, 1),
+            first_k_dense_replace=(INT, 1),
+            norm_topk_prob=(BOOL, True),
+            use_qk_norm=(BOOL, False),
+        ),
+        (*TRAINING, "output_router_logits", "num_mtp_layers"),
+        (*DECODER, "head_dim"),
+        MappingProxyType(
+            {
+                "num_local_experts": "n_routed_experts",
+                "num_nextn_predict_layers": "num_mtp_layers",
+            }
+        ),
+    ),
+)
+
+_HALF = partial_rotary(PARTIAL, 0.5)
+
+
+def glm4_moe_sizes(config: Config) -> Sizes:
+    inner = config.count("moe_intermediate_size")
+    blocks = config.count("num_hidden_layers")
+    dense = config.get("first_k_dense_replace")
+    if not 0 <= dense < blocks:
+        raise config.wrong("first_k_dense_replace", f"an integer from 0 to {blocks - 1}")
+    return plain_sizes(
+        config,
+        experts=config.count("n_routed_experts", most=MAX_EXPERTS),
+        expert_inner=inner,
+        shared=config.count("n_shared_experts") * inner,
+        dense=dense,
+    )
+
+
+def glm4_moe_keys(config: Config, sizes: Sizes) -> Keys:
+    norm = config.flag("norm_topk_prob")
+    scale = config.number("routed_scaling_factor")
+    return (
+        decoder_keys(config, sizes)
+        | routed_keys(config, sizes, "sigmoid", scale=scale, norm=norm)
+        | group_keys(config, sizes)
+        | {
+            "expert_shared_count": config.count("n_shared_experts"),
+            "leading_dense_block_count": sizes.named["dense"],
+        }
+    )
+
+
+ROWS = (
+    Family(
+        "GLM 4",
+        ("Glm4ForCausalLM",),
+        "glm4",
+        WHOLE,
+        (
+            *NORMS,
+            *POST_NORMS,
+            *attention(heads=False, bias=None),
+            Slot("ffn_up.weight", "gate_up width"),
+            Slot("ffn_down.weight", "width inner"),
+        ),
+        decoder_keys,
+        plain_sizes,
+        _HALF,
+        SILU,
+    ),
+    Family(
+        "GLM 4.5 mixture of experts",
+        ("Glm4MoeForCausalLM",),
+        "glm4moe",
+        WHOLE,
+        (
+            NORMS[0],
+            POST_NORMS[0],
+            *attention(heads=False, bias=None),
+            *(replace(norm, flag="use_qk_norm") for norm in HEAD_NORMS),
+            *LEADING_DENSE,
+        ),
+        glm4_moe_keys,
+        glm4_moe_sizes,
+        _HALF,
+        SILU,
+        parts=MappingProxyType(ROUTER_BIAS_PART),
+        beyond="num_mtp_layers",
+    ),
+)

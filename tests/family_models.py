@@ -1,0 +1,275 @@
+"""Tiny models of the families that came after the first ones, with all kinds of layers in each.
+
+`NARROW` are bases of `config_cases`; `WIDE` are the same with rows that divide into every block of
+ggml's types. Shared by `make_families.py`, which asks transformers and llama.cpp, and by
+test_families.py, which needs neither.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tiny_models import TOKENIZERS, rows
+
+Fields = dict[str, Any]
+VOCABULARY = rows(TOKENIZERS["sp-llama"])
+
+
+def _base(kind: str, model_type: str, **more: Any) -> Fields:
+    return {
+        "architectures": [kind],
+        "model_type": model_type,
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        **more,
+    }
+
+
+def _without(fields: Fields, *names: str) -> Fields:
+    return {n: v for n, v in fields.items() if n not in names}
+
+
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.1,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_LATENT = {
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 24,
+    "kv_lora_rank": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    **_EXPERTS,
+}
+_SHARING = {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 32}
+_LINEAR = {
+    "head_dim": 32,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "num_hidden_layers": 3,
+    "partial_rotary_factor": 0.5,
+}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+_GEMMA4 = {
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "sliding_window": 16,
+    "tie_word_embeddings": True,
+    "num_hidden_layers": 4,
+    "layer_types": [_SLIDING, _FULL] * 2,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
+_GRANITE_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, **_MULTIPLIERS}
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+    "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0,
+    "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+
+NARROW: dict[str, Fields] = {
+    "smollm3": _base("SmolLM3ForCausalLM", "smollm3", num_hidden_layers=4),
+    "qwen2_moe": _base(
+        "Qwen2MoeForCausalLM", "qwen2_moe", **_EXPERTS, num_experts=4,
+        shared_expert_intermediate_size=32,
+    ),
+    "olmo2": _base("Olmo2ForCausalLM", "olmo2"),
+    "olmo3": _base("Olmo3ForCausalLM", "olmo3", num_hidden_layers=4, sliding_window=16),
+    "granite": _base("GraniteForCausalLM", "granite", **_MULTIPLIERS),
+    "granitemoe": _base("GraniteMoeForCausalLM", "granitemoe", **_GRANITE_MOE),
+    "granitemoeshared": _base(
+        "GraniteMoeSharedForCausalLM", "granitemoeshared", **_GRANITE_MOE,
+        shared_intermediate_size=32,
+    ),
+    "ministral3": _base(
+        "Ministral3ForCausalLM", "ministral3", head_dim=32, rope_parameters=_YARN
+    ),
+    "seed_oss": _base("SeedOssForCausalLM", "seed_oss", head_dim=32),
+    "exaone4": _base(
+        "Exaone4ForCausalLM", "exaone4", sliding_window=None, layer_types=[_FULL] * 2
+    ),
+    "cohere": _without(
+        _base("CohereForCausalLM", "cohere", layer_norm_eps=1e-5, tie_word_embeddings=True),
+        "rms_norm_eps",
+    ),
+    "cohere2": _without(
+        _base(
+            "Cohere2ForCausalLM", "cohere2", layer_norm_eps=1e-5, tie_word_embeddings=True,
+            num_hidden_layers=4, sliding_window=16,
+        ),
+        "rms_norm_eps",
+    ),
+    "hunyuan_v1_dense": _base("HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", head_dim=32),
+    "starcoder2": _without(
+        _base("Starcoder2ForCausalLM", "starcoder2", norm_epsilon=1e-5), "rms_norm_eps"
+    ),
+    "stablelm": _without(
+        _base("StableLmForCausalLM", "stablelm", layer_norm_eps=1e-5, use_qkv_bias=True),
+        "rms_norm_eps",
+    ),
+    "glm4": _base("Glm4ForCausalLM", "glm4", head_dim=32),
+    "glm4_moe": _base(
+        "Glm4MoeForCausalLM", "glm4_moe", **_EXPERTS, n_routed_experts=4, head_dim=32,
+        use_qk_norm=True, first_k_dense_replace=1, routed_scaling_factor=1.5,
+    ),
+    "gpt_oss": _base(
+        "GptOssForCausalLM", "gpt_oss", num_local_experts=4, num_experts_per_tok=2, head_dim=32,
+        sliding_window=16, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "lfm2": _without(
+        _base(
+            "Lfm2ForCausalLM", "lfm2", norm_eps=1e-5, tie_word_embeddings=True,
+            num_hidden_layers=3, layer_types=["conv", _FULL, "conv"],
+        ),
+        "rms_norm_eps",
+    ),
+    "lfm2_moe": _without(
+        _base(
+            "Lfm2MoeForCausalLM", "lfm2_moe", norm_eps=1e-5, tie_word_embeddings=True,
+            num_hidden_layers=3, layer_types=["conv", _FULL, "conv"], num_dense_layers=1,
+            num_experts=4, **_EXPERTS,
+        ),
+        "rms_norm_eps",
+    ),
+    "minimax_m2": _base(
+        "MiniMaxM2ForCausalLM", "minimax_m2", num_local_experts=4, num_experts_per_tok=2,
+        head_dim=32, partial_rotary_factor=0.5,
+    ),
+    "deepseek_v2": _base(
+        "DeepseekV2ForCausalLM", "deepseek_v2", **_LATENT, q_lora_rank=None, rms_norm_eps=1e-6,
+    ),
+    "deepseek_v3": _base(
+        "DeepseekV3ForCausalLM", "deepseek_v3", **_LATENT, q_lora_rank=32, rms_norm_eps=1e-6,
+        n_group=2, topk_group=1,
+    ),
+    "glm4_moe_lite": _without(
+        _base(
+            "Glm4MoeLiteForCausalLM", "glm4_moe_lite", **_LATENT, q_lora_rank=32,
+            rms_norm_eps=1e-6,
+        ),
+        "first_k_dense_replace",
+    ),
+    "qwen3_next": _base(
+        "Qwen3NextForCausalLM", "qwen3_next", **_LINEAR, **_SHARING, norm_topk_prob=True
+    ),
+    "qwen3_5_text": _base("Qwen3_5ForCausalLM", "qwen3_5_text", **_LINEAR),
+    "qwen3_5_moe_text": _without(
+        _base("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", **_LINEAR, **_SHARING),
+        "intermediate_size",
+    ),
+    "gemma4_text": _base(
+        "Gemma4ForCausalLM", "gemma4_text", **_GEMMA4, num_global_key_value_heads=1,
+        attention_k_eq_v=True, num_kv_shared_layers=2, use_double_wide_mlp=True,
+        hidden_size_per_layer_input=32,
+    ),
+}  # fmt: skip
+
+
+def _wrapped(kind: str, model_type: str, inner: str, vision: Fields, **more: Any) -> Fields:
+    """A model of text and images around one of `NARROW`."""
+    return {
+        "architectures": [kind],
+        "model_type": model_type,
+        "text_config": _without(NARROW[inner], "architectures"),
+        "vision_config": vision,
+        **more,
+    }
+
+
+_QWEN_VISION = {
+    "model_type": "qwen3_5_vision",
+    **{"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2},
+    **{"out_hidden_size": 64, "patch_size": 4, "num_position_embeddings": 16},
+}
+NARROW |= {
+    "qwen3_5": _wrapped(
+        "Qwen3_5ForConditionalGeneration", "qwen3_5", "qwen3_5_text", _QWEN_VISION
+    ),
+    "qwen3_5_moe": _wrapped(
+        "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", "qwen3_5_moe_text",
+        _QWEN_VISION | {"model_type": "qwen3_5_moe_vision"},
+    ),
+    "mistral3": _wrapped(
+        "Mistral3ForConditionalGeneration", "mistral3", "ministral3",
+        {
+            "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 32,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        },
+        tie_word_embeddings=False,
+    ),
+    "gemma4": _wrapped(
+        "Gemma4ForConditionalGeneration", "gemma4", "gemma4_text",
+        {
+            "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 32,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "head_dim": 16, "patch_size": 4, "position_embedding_size": 16,
+        },
+    ),
+}  # fmt: skip
+WRAPPED = ("qwen3_5", "qwen3_5_moe", "mistral3", "gemma4")
+
+# More models for `make_families.py`: of classes that are in `NARROW` otherwise.
+MORE: dict[str, Fields] = {
+    "gemma4_text, experts": _base(
+        "Gemma4ForCausalLM", "gemma4_text", **_GEMMA4, enable_moe_block=True, num_experts=4,
+        top_k_experts=2, moe_intermediate_size=48, hidden_size_per_layer_input=0,
+    ),
+    "exaone4, windows": _base(
+        "Exaone4ForCausalLM", "exaone4", sliding_window=16, num_hidden_layers=64
+    ),
+    "deepseek_v3, yarn": _base(
+        "DeepseekV3ForCausalLM", "deepseek_v3", **_LATENT, q_lora_rank=32, rms_norm_eps=1e-6,
+        n_group=2, topk_group=1, rope_parameters=_YARN | {"mscale_all_dim": 0.5},
+    ),
+    "gpt_oss, yarn": _base(
+        "GptOssForCausalLM", "gpt_oss", num_local_experts=4, num_experts_per_tok=2, head_dim=32,
+        sliding_window=16, rope_parameters=_YARN | {"truncate": True},
+    ),
+}  # fmt: skip
+
+# Fields of `NARROW`, and what makes a multiple of 256 of rows that depend on them.
+_WIDER = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+    "shared_intermediate_size": 256,
+    "head_dim": 64,
+    "kv_lora_rank": 256,
+    "q_lora_rank": 256,
+    "v_head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "hidden_size_per_layer_input": 256,
+    "global_head_dim": 128,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+
+
+def wide(fields: Fields) -> Fields:
+    """The same model with rows of multiples of 256 values."""
+    wider = {n: _WIDER.get(n, v) if v else v for n, v in fields.items()}
+    if "text_config" in fields:
+        wider["text_config"] = wide(fields["text_config"])
+        if "out_hidden_size" in fields["vision_config"]:
+            wider["vision_config"] = fields["vision_config"] | {"out_hidden_size": 256}
+    return wider

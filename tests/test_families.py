@@ -1,0 +1,160 @@
+"""Every family converts, and comes back: the half of `make_families.py` that needs no llama.cpp.
+
+Tensors are those that transformers saved (their shapes lie in config_table.json), with values that
+follow from their names.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from config_cases import TOLERANCE, Directories, unfolded
+from conftest import ROOT, Call
+from family_document import PAGE, with_table
+from family_models import MORE, NARROW, WRAPPED
+
+from qconvert.architectures import restored
+from qconvert.architectures.mapped import Order, described, inverted, strided
+from qconvert.architectures.mapping import map_tensors
+from qconvert.architectures.places import Place, layer_places
+from qconvert.architectures.source import read_config
+from qconvert.architectures.tying import Head
+from qconvert.files import open_model
+from qconvert.model import Model, TensorInfo
+
+TABLE: dict[str, Any] = json.loads((ROOT / "tests" / "config_table.json").read_text())
+FIGURES: dict[str, Any] = json.loads((ROOT / "tests" / "families.json").read_text())
+# Values that GGUF changes so that they come back rounded.
+CHANGED = ("A_log", "norm")
+
+
+def whole(model: Model, tensor: TensorInfo) -> np.ndarray:
+    return model.values(tensor, 0, tensor.size).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_a_family_converts_and_comes_back(name: str, tmp_path: Path, call: Call) -> None:
+    shapes = unfolded(TABLE["tensors"][TABLE["bases"][name]["tensors"]])
+    directory = Directories(tmp_path).made(name, NARROW[name], shapes)
+    path = tmp_path / "m.gguf"
+    assert call("quantize", directory, "--scheme", "f32", "-o", path).code == 0
+    # every value of the file is what the table of the family says it is
+    assert call("verify", path, "--against", directory).code == 0
+    source = open_model(directory)
+    config = directory / "config.json"
+    found = restored(open_model(path), json.loads(config.read_text()), config, shapes)
+    left_out = {d.name for d in found.dropped}
+    assert {t.name for t in found.model.tensors} == shapes.keys() - left_out
+    # of a language model nothing is left out
+    inside = ("language_model", "lm_head")
+    assert not [n for n in left_out if "text_config" not in NARROW[name] or n.startswith(inside)]
+    for tensor in found.model.tensors:
+        original = next(t for t in source.tensors if t.name == tensor.name)
+        values, wanted = whole(found.model, tensor), whole(source, original)
+        if any(part in tensor.name for part in CHANGED):
+            np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-6)
+        else:
+            assert values.tobytes() == wanted.tobytes(), tensor.name
+    found.model.close()
+    source.close()
+
+
+def test_a_part_of_a_reordered_tensor_is_that_part_of_the_whole(tmp_path: Path, call: Call) -> None:
+    """gpt-oss: matrices are turned round and every second column taken."""
+    shapes = unfolded(TABLE["tensors"][TABLE["bases"]["gpt_oss"]["tensors"]])
+    directory = Directories(tmp_path).made("gpt_oss", NARROW["gpt_oss"], shapes)
+    path = tmp_path / "m.gguf"
+    assert call("quantize", directory, "--scheme", "f32", "-o", path).code == 0
+    source, file = open_model(directory), open_model(path)
+    fused = next(t for t in source.tensors if t.name.endswith("0.mlp.experts.gate_up_proj"))
+    stored = whole(source, fused).reshape(fused.shape)  # experts, width, 2 x inner
+    for part, name in enumerate(("gate", "up")):
+        tensor = next(t for t in file.tensors if t.name == f"blk.0.ffn_{name}_exps.weight")
+        made = whole(file, tensor).reshape(tensor.shape)
+        np.testing.assert_array_equal(made, stored[:, :, part::2].transpose(0, 2, 1))
+    source.close()
+    file.close()
+
+
+def test_places_at_even_distances_are_found_there_and_back() -> None:
+    """An array of numpy's says where values of a view lie."""
+    array = np.arange(3 * 4 * 10).reshape(3, 4, 10)
+    for view, order in (
+        (array.transpose(0, 2, 1), strided((3, 10, 4), (40, 1, 10))),
+        (array[:, :, 1::2].transpose(0, 2, 1), strided((3, 5, 4), (40, 2, 10), 1)),
+        (array[:, 1:3], strided((3, 2, 10), (40, 10, 1), 10)),
+    ):
+        _check(order, view)
+
+
+def _check(order: Order, view: np.ndarray) -> None:
+    places = np.arange(view.size)
+    np.testing.assert_array_equal(order.there(places), view.ravel())
+    back = order.back(np.arange(120))
+    np.testing.assert_array_equal(back[view.ravel()], places)
+    assert (np.delete(back, view.ravel()) == -1).all()
+
+
+def test_figures_are_there_for_every_model_and_none_is_a_fault() -> None:
+    models = NARROW | MORE
+    assert FIGURES.keys() == models.keys()
+    for name, found in FIGURES.items():
+        limit = TOLERANCE.get(models[name]["model_type"], 1e-3)
+        assert found["difference"] <= limit, name
+        assert found["otherwise"] == {}, name
+
+
+def test_the_page_has_these_figures() -> None:
+    page = PAGE.read_text()
+    assert with_table(page, FIGURES) == page
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, call: Call) -> None:
+    shapes = unfolded(TABLE["tensors"][TABLE["bases"]["glm4_moe"]["tensors"]])
+    more = shapes | {"model.layers.2.eh_proj.weight": (64, 128)}
+    config = NARROW["glm4_moe"] | {"num_nextn_predict_layers": 1}
+    directory = Directories(tmp_path).made("glm4_moe", config, more)
+    ran = call("quantize", directory, "--scheme", "f32", "-o", tmp_path / "m.gguf", "--json")
+    assert ran.code == 0
+    assert "model.layers.2.eh_proj.weight" in ran.out
+    config["num_nextn_predict_layers"] = 0
+    (directory / "config.json").write_text(json.dumps(config))
+    assert call("quantize", directory, "--scheme", "f32", "-o", tmp_path / "n.gguf").code == 3
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_the_way_back_knows_the_names_of_transformers_modules(name: str, tmp_path: Path) -> None:
+    """They are not those of checkpoints in some families."""
+    torch = pytest.importorskip("torch", reason="pip install qconvert[hf]")
+    transformers = pytest.importorskip("transformers", reason="pip install qconvert[hf]")
+    fields = NARROW[name]
+    place = tmp_path / "config.json"
+    place.write_text(json.dumps(fields))
+    loaded = transformers.AutoConfig.from_pretrained(tmp_path)
+    kind = transformers.AutoModelForCausalLM
+    if name in WRAPPED:
+        kind = transformers.AutoModelForImageTextToText
+    with torch.device("meta"):
+        modules = kind.from_config(loaded).state_dict()
+    family, config = read_config(dict(fields), place)
+    sizes = family.sizes(config)
+    infos = [described(n, tuple(v.shape), "F32") for n, v in modules.items()]
+    asked = SimpleNamespace(path=place, tensors=infos)
+    tied = fields.get("text_config", fields).get("tie_word_embeddings", False)
+    mapped, dropped = map_tensors(asked, family, config, sizes, {}, Head(tied=tied))
+    back = {t.info.name for t in inverted(mapped)}
+    assert back == modules.keys() - {d.name for d in dropped}
+    if name not in WRAPPED:
+        assert {d.name for d in dropped} <= {"lm_head.weight"}
+
+
+def test_a_layer_whose_columns_are_permuted_has_no_place_for_its_statistics() -> None:
+    place = layer_places(dict(NARROW["qwen3_5_text"]), Path("config.json"))
+    assert place("model.layers.0.linear_attn.out_proj") is None
+    assert place("model.layers.0.linear_attn.in_proj_z") == Place("blk.0.attn_gate.weight", None)
+    assert place("model.layers.2.self_attn.o_proj") == Place("blk.2.attn_output.weight", None)
