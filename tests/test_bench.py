@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -333,6 +334,8 @@ def test_a_token_reads_all_matrices_but_the_table_of_embeddings(quantized: Path)
     assert cost.float_nbytes == 4 * 4_000_000
     assert sum(layer.count for layer in cost.layers) == 1 + 4 * 7
     assert all(layer.integer for layer in cost.layers)
+    installed = importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx")
+    assert all(bool(layer.peer_ratio) == bool(installed) for layer in cost.layers)
     seconds = sum(layer.count * layer.seconds for layer in cost.layers)
     assert cost.tokens_per_second == pytest.approx(1 / seconds)
     assert cost.bound_tokens_per_second == pytest.approx(

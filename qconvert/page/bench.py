@@ -54,6 +54,7 @@ LAYERS = [
     Column("bytes", "number", "of all of them"),
     Column("ms a token", "number", "of all of them, with one row of inputs"),
     Column("speed of float32", "number", "against the product of float32 weights by BLAS"),
+    Column("speed of ONNX Runtime", "number", "against its product of about as many bits"),
     Column("product", "text", "integer, or decoded to float32 where the codes have none"),
 ]
 
@@ -149,6 +150,7 @@ def _layers(f: FileCost) -> Table:
             Cell(size(layer.count * layer.nbytes), layer.count * layer.nbytes),
             number(1000 * layer.count * layer.seconds),
             number(layer.float_ratio, 3),
+            number(layer.peer_ratio, 3),
             Cell("integer" if layer.integer else "decoded"),
         ]
 

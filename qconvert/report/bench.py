@@ -54,6 +54,8 @@ class LayerCost:
         nbytes: of one.
         seconds: of the product of one with one row of activations.
         float_ratio: its speed in relation to the product of float32 weights by BLAS.
+        peer_ratio: likewise, in relation to ONNX Runtime's product of about as many bits; None
+            where it is not installed.
         integer: whether the product runs straight from the codes; else they are decoded.
     """
 
@@ -64,6 +66,7 @@ class LayerCost:
     nbytes: int
     seconds: float
     float_ratio: float
+    peer_ratio: float | None
     integer: bool
 
 

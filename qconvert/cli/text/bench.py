@@ -72,6 +72,7 @@ def _file_cost(f: FileCost) -> list[str]:
     told = ", ".join(f"{name} ({what})" for name, what in f.processor.items())
     lines.append(f"processor  It has {told or 'nothing that the system tells of'}.\n\n")
     whole = sum(layer.count * layer.seconds for layer in f.layers) or 1.0
+    held = any(layer.peer_ratio for layer in f.layers)
     rows = [
         (
             layer.roles,
@@ -80,13 +81,22 @@ def _file_cost(f: FileCost) -> list[str]:
             f"{1000 * layer.count * layer.seconds:.3g} ms",
             f"{100 * layer.count * layer.seconds / whole:.0f} %",
             f"{layer.float_ratio:.2g} x",
+            *((f"{layer.peer_ratio:.2g} x" if layer.peer_ratio else "-",) if held else ()),
             "integer" if layer.integer else "decoded",
         )
         for layer in sorted(f.layers, key=lambda layer: -layer.count * layer.seconds)
     ]
-    columns = [("kind of layer", "left"), ("matrices", "right"), ("stored", "left")]
-    columns += [("a token", "right"), ("share", "right"), ("speed of float32", "right")]
-    lines.append(table([*columns, ("product", "left")], rows))
+    columns = [
+        Column("kind of layer", "left"),
+        Column("matrices", "right", keep=6),
+        Column("stored", "left", keep=7),
+        Column("a token", "right", keep=9),
+        Column("share", "right", keep=3),
+        Column("speed of float32", "right", keep=8),
+        *((Column("speed of ONNX Runtime", "right", keep=8),) if held else ()),
+        Column("product", "left", keep=4),
+    ]
+    lines.append(table(columns, rows))
     return lines
 
 

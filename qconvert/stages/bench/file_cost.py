@@ -24,6 +24,7 @@ from qconvert.model import TensorInfo
 from qconvert.processor import features
 from qconvert.report import FileCost, LayerCost, Measurement, MemoryFit
 from qconvert.roles import place_of
+from qconvert.stages.bench import onnx_runtime
 from qconvert.stages.bench.lines import Line, Section
 from qconvert.stages.bench.weights import F32, MAX_VALUES
 from qconvert.stages.parallel import Workers
@@ -35,6 +36,8 @@ READ_BYTES = 1 << 28  # more than caches hold
 TOKENS = ("embed_tokens", "token_embd", "word_embeddings", "wte", "tok_embeddings")
 ENCODERS = ("bert", "encoder.")
 ROLES_NAMED = 4
+FEW_BITS = 5.7  # per weight; with more of them 8 are nearer than 4
+NEAREST_BLOCK = 32  # of what GGUF and qblk usually have, the smallest that it takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,7 @@ def file_section(path: Path, workers: Workers, stack: ExitStack) -> FileSection:
         floats = f"float32 BLAS {rows}x{kind.columns}"
         operations = 2 * kind.rows * kind.columns / 1e9
         x = np.random.default_rng(3).standard_normal((1, kind.columns), np.float32)
+        peer = _peer(kind)
         if floats not in {line.name for line in section.lines}:
             weights = np.random.default_rng(4).standard_normal((rows, kind.columns), np.float32)
             section.lines.append(
@@ -108,6 +112,19 @@ def file_section(path: Path, workers: Workers, stack: ExitStack) -> FileSection:
                     share=rows / kind.rows,
                 )
             )
+        theirs = f"{peer.name} {rows}x{kind.columns}"
+        if theirs not in {line.name for line in section.lines}:
+            work = onnx_runtime.product(peer, (rows, kind.columns), x, workers.threads)
+            if isinstance(work, str):
+                told = [(s.name, s.reason) for s in section.skipped]
+                if (peer.name, work) not in told:
+                    section.skip(peer.name, work)
+            else:
+                part = rows / kind.rows
+                nbytes = peer.bits * rows * kind.columns / 8
+                section.lines.append(
+                    Line(theirs, work, operations * part, "Gop/s", nbytes, share=part)
+                )
         section.lines.append(
             Line(
                 kind.label,
@@ -115,11 +132,18 @@ def file_section(path: Path, workers: Workers, stack: ExitStack) -> FileSection:
                 operations,
                 "Gop/s",
                 kind.tensors[0].nbytes,
-                against=(floats,),
+                against=(floats, theirs),
             )
         )
     section.cost = lambda found: _cost(path, model, kinds, found)
     return section
+
+
+def _peer(kind: _Kind) -> onnx_runtime.Operator:
+    """What ONNX Runtime has for about as many bits."""
+    tensor = kind.tensors[0]
+    bits = 4 if 8 * tensor.nbytes / tensor.size < FEW_BITS else 8
+    return onnx_runtime.peer(bits, NEAREST_BLOCK)
 
 
 def reading_line(workers: Workers) -> Line:
@@ -212,7 +236,7 @@ def _cost(
     layers = []
     for kind in kinds:
         line = lines[kind.label]
-        (ratio,) = line.ratios.values()
+        ratio, *others = line.ratios.values()
         roles = dict.fromkeys(place_of(t.name).role for t in kind.tensors)
         more = f" and {len(roles) - ROLES_NAMED} more" if len(roles) > ROLES_NAMED else ""
         layers.append(
@@ -224,6 +248,7 @@ def _cost(
                 nbytes=kind.tensors[0].nbytes,
                 seconds=line.seconds,
                 float_ratio=ratio,
+                peer_ratio=others[0] if others else None,
                 integer=model.stored(kind.tensors[0]).encoding.multiplies,
             )
         )
