@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, Run
+from conftest import ROOT, Run, gaussian, save
 from safetensors.numpy import save_file
 
 import qconvert
@@ -181,6 +181,20 @@ def test_histograms_before_and_after_count_the_same_values(quantized: Path) -> N
                 below = np.searchsorted(np.sort(values.ravel()), edges[1:-1])
                 assert np.abs(np.cumsum(counts)[:-1] - below).max() <= 64
                 assert sum(counts) == x.size
+            assert h.grid == [y.min(), y.max()]  # of scales of blocks, whose values are many
+
+
+def test_the_few_values_of_a_grid_are_drawn(tmp_path: Path) -> None:
+    source = save(tmp_path / "m.safetensors", {"w.weight": gaussian(1, 64, 64)})
+    qconvert.quantize(source, "q2_tensor", output=tmp_path / "m.qblk")
+    report = qconvert.verify(tmp_path / "m.qblk", against=source, histograms=True)
+    with qconvert.load(tmp_path / "m.qblk") as tensors:
+        values = np.unique(tensors["w.weight"].dequantize())
+    assert len(values) == 4
+    assert report.tensors[0].histogram
+    assert report.tensors[0].histogram.grid == values.tolist()
+    page = "".join(document(report))
+    assert page.count("a value that codes stand for") == 4
 
 
 def test_a_strangers_name_is_text(tmp_path: Path) -> None:
@@ -215,7 +229,7 @@ def test_a_thousand_tensors_with_histograms_are_small() -> None:
             output_sqnr_db=20.1,
             activations="dynamic",
             inputs="Gaussian",
-            histogram=PairedHistogram(-1.0, 1.0, bins, bins[::-1]),
+            histogram=PairedHistogram(-1.0, 1.0, bins, bins[::-1], [-1.0, 0.0, 1.0]),
         )
         for i in range(1000)
     ]

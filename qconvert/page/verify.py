@@ -153,7 +153,12 @@ def _badness(t: VerifiedTensor) -> tuple[bool, float]:
 def _row(t: VerifiedTensor) -> Sequence[Cell]:
     drawn = Cell("")
     if h := t.histogram:
-        drawn = Cell(histogram(h.before, h.low, h.high, h.after))
+        few = len(h.grid) > 2
+        told = (
+            "a value that codes stand for" if few else "end of the grid: what is beyond is clipped"
+        )
+        marks = [(value, told) for value in h.grid]
+        drawn = Cell(histogram(h.before, h.low, h.high, h.after, marks))
     return [
         Cell(t.name),
         drawn,

@@ -44,12 +44,15 @@ class PairedHistogram:
     Attributes:
         low, high: ends of bins of equal width.
         before, after: counts of the source's and of the stored values.
+        grid: the values that codes stand for, where these are few; else the least and the largest,
+            beyond which weights were clipped.
     """
 
     low: float
     high: float
     before: list[int]
     after: list[int]
+    grid: list[float]
 
 
 def of_quality(check: Check) -> bool:

@@ -10,6 +10,7 @@ from qconvert.model import Model, TensorInfo
 from qconvert.report import PairedHistogram
 
 BINS = 64
+MOST_DRAWN = 32  # values of a grid; of more the lines would be all that is seen
 
 
 def paired_histogram(
@@ -34,5 +35,10 @@ def paired_histogram(
     high = float(max(before.max(), after.max()))
     if high - low <= BINS * float(np.spacing(max(abs(low), abs(high)))):  # no room for bins
         low, high = low - 1, high + 1
-    counted = [np.histogram(values, BINS, (low, high))[0].tolist() for values in (before, after)]
-    return PairedHistogram(low, high, *counted)
+    first, second = (
+        np.histogram(values, BINS, (low, high))[0].tolist() for values in (before, after)
+    )
+    grid = np.unique(after)
+    if len(grid) > MOST_DRAWN:
+        grid = grid[[0, -1]]
+    return PairedHistogram(low, high, first, second, grid.tolist())
