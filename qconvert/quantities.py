@@ -33,3 +33,8 @@ def duration(seconds: float) -> str:
 def counted(n: int, noun: str) -> str:
     """So many of a thing whose plural has an s."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def figure(value: float, digits: int = 4) -> str:
+    """A number in so many digits, but with all that a large one has before the point."""
+    return f"{value:,.0f}" if 10**digits <= abs(value) < 1e12 else f"{value:.{digits}g}"

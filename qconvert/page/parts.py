@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from markupsafe import Markup
 
+from qconvert.quantities import figure
+
 T = TypeVar("T")
 ROWS_SHOWN = 2000  # of a table: more make a page slow to open, and `--json` has them all
 ROWS_OPENED = 200  # that a browser lays out at first; the page's search and sorting know all
@@ -123,7 +125,7 @@ def warned(warnings: Iterable[str]) -> list[Finding]:
 
 def number(value: float | None, digits: int = 4) -> Cell:
     """A number, to be sorted by itself and not by its rounded text."""
-    return Cell("–") if value is None else Cell(f"{value:.{digits}g}", value)
+    return Cell("–") if value is None else Cell(figure(value, digits), value)
 
 
 def decibels(value: float | None, measured: bool) -> Cell:

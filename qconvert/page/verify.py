@@ -20,6 +20,7 @@ from qconvert.page.parts import (
     warned,
 )
 from qconvert.page.svg import histogram
+from qconvert.quantities import figure
 from qconvert.report import Check, VerifiedTensor, VerifyReport
 
 CHECKS = [
@@ -74,8 +75,9 @@ def _findings(r: VerifyReport) -> list[Finding]:
 
 
 def _failed(c: Check) -> str:
-    known = c.worst is not None and c.limit is not None
-    figures = f": {c.worst:.4g} (limit {c.limit:.4g})" if known else ""
+    figures = ""
+    if c.worst is not None and c.limit is not None:
+        figures = f": {figure(c.worst)} (limit {figure(c.limit)})"
     where = f", in {c.tensor}" if c.tensor else ""
     return f"{c.id}: {c.detail}{figures}{where}"
 

@@ -54,7 +54,7 @@ def _file_cost(f: FileCost) -> list[str]:
     if f.bound_tokens_per_second:
         lines.append(
             f"bound      Memory gives {f.read_gigabytes_per_second:.3g} GB a second here, so that "
-            f"no program makes more than {_rate(f.bound_tokens_per_second)} tokens a second of "
+            f"no program makes more than {number(f.bound_tokens_per_second, 3)} tokens a second of "
             "this file.\n"
         )
     if f.tokens_per_second:
@@ -100,11 +100,6 @@ def _file_cost(f: FileCost) -> list[str]:
     return lines
 
 
-def _rate(value: float | None) -> str:
-    """Tokens a second."""
-    return f"{value:,.0f}" if value and value >= 100 else number(value, 3)
-
-
 def _memory_fit(m: MemoryFit) -> list[str]:
     """The best choice in sentences, and all of them."""
     lines = [f"\n{printable(m.path)} within {size(m.limit)} of memory\n"]
@@ -123,8 +118,8 @@ def _memory_fit(m: MemoryFit) -> list[str]:
         if best.bound_tokens_per_second:
             lines.append(
                 f"speed      Memory gives {m.read_gigabytes_per_second:.3g} GB a second here, so "
-                f"that no program makes more than {_rate(best.bound_tokens_per_second)} tokens a "
-                "second of it. Smaller files are faster.\n\n"
+                f"that no program makes more than {number(best.bound_tokens_per_second, 3)} tokens "
+                "a second of it. Smaller files are faster.\n\n"
             )
     columns = [
         Column("scheme", "left"),
@@ -141,7 +136,7 @@ def _memory_fit(m: MemoryFit) -> list[str]:
             size(c.nbytes),
             "yes" if c.fits else "no",
             number(c.sqnr_db, 3),
-            _rate(c.bound_tokens_per_second),
+            number(c.bound_tokens_per_second, 3),
             "-" if c.context is None else f"{c.context:,}",
             c.container,
         )

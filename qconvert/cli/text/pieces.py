@@ -11,6 +11,7 @@ from qconvert.cli.text.fitting import Column, fit, folded, text_width
 from qconvert.cli.text.names import DistinctNames, start_of
 from qconvert.cli.text.signs import display_width, signs, written
 from qconvert.errors import printable
+from qconvert.quantities import figure
 
 T = TypeVar("T")
 WORST_SHOWN = 5
@@ -154,7 +155,7 @@ def _line(
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}g}"
+    return "-" if value is None else figure(value, digits)
 
 
 def decibels(value: float | None) -> str:
