@@ -17,6 +17,7 @@ from conftest import ROOT, Call, Run
 from qconvert.architectures import restored
 from qconvert.calibration.file import Calibration
 from qconvert.calibration.observers import ObserverSettings
+from qconvert.commands.calibrate import calibrate
 from qconvert.commands.inspect import inspect
 from qconvert.commands.quantize import quantize
 from qconvert.errors import FormatError, UnsupportedError, UsageError
@@ -360,6 +361,23 @@ def test_a_curve_without_gradients_predicts_nothing(model: Path, call: Call) -> 
     assert "nats" not in told
 
 
+def test_a_curve_by_a_text_is_that_of_a_calibration_with_it(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="install qconvert[hf]")
+    pytest.importorskip("transformers", reason="install qconvert[hf]")
+    made = tmp_path / "c.safetensors"
+    calibrate(model, output=made, text=TEXT, nsamples=2, fisher=True)
+    assert inspect(model, curve=True, text=TEXT, nsamples=2).curve == (
+        inspect(model, curve=True, calibration=made).curve
+    )
+    for wrong, told in (
+        ({"curve": True, "text": TEXT, "calibration": made}, "one of them"),
+        ({"curve": True, "nsamples": 2}, "--nsamples goes with --text"),
+        ({"text": TEXT}, "go with --curve"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            inspect(model, **wrong)
+
+
 def test_a_curve_goes_without_what_shows_tensors(model: Path, calibration: Path) -> None:
     with pytest.raises(UsageError, match="goes without --tensor"):
         inspect(model, curve=True, calibration=calibration, tensor="*q_proj*")
@@ -373,7 +391,7 @@ def test_the_curve_is_drawn(model: Path, calibration: Path, call: Call) -> None:
     assert "KL, nats" in done.out
     assert "█" in done.out
     assert "--target-bpw" in done.out
-    assert "balanced 4.3" in done.out
+    assert "--preset balanced: 4.30 bits" in done.out
 
 
 def test_no_other_models_sensitivities(make: Make, model: Path, tmp_path: Path) -> None:

@@ -168,6 +168,19 @@ def inspect(
     calibration: Annotated[
         Path | None, typer.Option("--calibration", metavar="FILE", help="of --curve")
     ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="of --curve, in place of --calibration: run MODEL over this text (needs "
+            "qconvert[hf])",
+        ),
+    ] = None,
+    nsamples: Annotated[
+        int | None,
+        typer.Option("--nsamples", min=1, metavar="N", help="windows of --text, drawn [all]"),
+    ] = None,
     format: Annotated[
         str | None,
         typer.Option("--format", metavar="qblk|gguf", help="of --curve: container [qblk]"),
@@ -213,7 +226,7 @@ def inspect(
 
     if csv and (json or curve or by or compare):
         raise UsageError("--csv prints tensors: it goes without --json, --curve, --by, --compare")
-    inputs = [path for path in (model, compare) if path]
+    inputs = [path for path in (model, compare, text) if path]
     with Emitter(
         Run("inspect", model), json, report, force, quiet, strict, inputs, html
     ) as emitter:
@@ -229,6 +242,8 @@ def inspect(
             by=by,
             compare=compare,
             calibration=calibration,
+            text=text,
+            nsamples=nsamples,
             curve=curve,
             format=format,
             sensitivities=sensitivities,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from qconvert.commands.arguments import as_path, as_texts, check_bounds, container_name
+from qconvert.commands.calibrate import calibrate
 from qconvert.errors import UsageError
 from qconvert.progress import Progress
 from qconvert.report import InspectReport
@@ -29,6 +32,8 @@ def inspect(
     by: str | None = None,
     compare: Path | str | None = None,
     calibration: Path | str | None = None,
+    text: Path | str | None = None,
+    nsamples: int | None = None,
     curve: bool = False,
     format: str | None = None,
     sensitivities: Path | str | None = None,
@@ -60,6 +65,9 @@ def inspect(
         curve: in place of statistics, the predicted loss of files of all sizes.
         calibration: of the curve: of this model, made with ``fisher``; without one it shows the
             SQNR of the weights alone.
+        text: of the curve, in place of a calibration: run the model over it, for nothing but this;
+            needs torch and transformers.
+        nsamples: windows of ``text``, drawn; all by default.
         format: ``qblk`` (by default) or ``gguf``, of the files of the curve.
         sensitivities: of the curve: a file of what each tensor loses under each scheme, read where
             it is there and written where not; `quantize` takes it too.
@@ -91,14 +99,20 @@ def inspect(
                 "--curve shows no tensors: it goes without --tensor, --headers-only, --sort, "
                 "--top, --by"
             )
+        if text is not None and calibration is not None:
+            raise UsageError("--text takes the place of --calibration: one of them")
         wanted = CurveOptions(
             calibration=as_path(calibration),
             container=container_name(format) or "qblk",
             sensitivities=as_path(sensitivities),
             threads=threads,
         )
-    elif calibration or format or sensitivities:
-        raise UsageError("--calibration, --format and --sensitivities go with --curve")
+    elif calibration or format or sensitivities or text or nsamples:
+        raise UsageError(
+            "--calibration, --text, --nsamples, --format and --sensitivities go with --curve"
+        )
+    if nsamples is not None and text is None:
+        raise UsageError("--nsamples goes with --text")
     options = InspectOptions(
         scheme=parse_scheme(scheme),
         tensors=as_texts(tensor),
@@ -112,4 +126,13 @@ def inspect(
         by=by,
         compare=as_path(compare),
     )
-    return stage(Path(model), options, progress).judged(strict)
+    if wanted is None or text is None:
+        return stage(Path(model), options, progress).judged(strict)
+    with tempfile.TemporaryDirectory(prefix="qconvert-") as place:
+        made = Path(place) / "calibration.safetensors"
+        calibrate(
+            *(model,), output=made, text=text, nsamples=nsamples, fisher=True, threads=threads,
+            progress=progress,
+        )  # fmt: skip
+        options = replace(options, curve=replace(wanted, calibration=made))
+        return stage(Path(model), options, progress).judged(strict)

@@ -320,7 +320,7 @@ class SizeCurve:
 
     Attributes:
         uniform: one scheme for all tensors, the smallest file first.
-        presets: bits per weight of each in this container.
+        presets: of each what it comes to in this container.
         smallest: the bits of the first point that loses at most so many nats; None where none does.
         without: tensors whose sensitivity the calibration has not got.
     """
@@ -328,7 +328,7 @@ class SizeCurve:
     container: str
     points: list[CurvePoint]
     uniform: list[SchemePoint]
-    presets: dict[str, float]
+    presets: dict[str, CurvePoint]
     smallest: dict[str, float | None]
     without: list[str]
 

@@ -74,11 +74,16 @@ def size_curve(source: Path, options: CurveOptions, progress: Progress) -> SizeC
         choices = choices_of(prepared, asked, plain, container.name, known, progress)
         points = [_point(choices, prepared, bits) for bits in _budgets(*choices.ends(prepared))]
         uniform = [_uniform(choices, prepared, name) for name in CANDIDATES[container.name]]
+        least = points[0].bits  # which a preset may lie below, where shapes allow no less
+        presets = {
+            name: _point(choices, prepared, max(bits[container.name], least))
+            for name, bits in PRESETS.items()
+        }
     return SizeCurve(
         container=container.name,
         points=points,
         uniform=sorted((p for p in uniform if p), key=lambda p: p.nbytes),
-        presets={name: bits[container.name] for name, bits in PRESETS.items()},
+        presets=presets,
         smallest={
             str(mark): next((p.bits for p in points if p.kl is not None and p.kl <= mark), None)
             for mark in MARKS

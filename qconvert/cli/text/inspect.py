@@ -96,7 +96,9 @@ def _curve_lines(c: SizeCurve) -> Iterator[str]:
     for mark, bits in c.smallest.items():
         if bits:
             yield f"at most {mark} nats: {bits:.2f} bits: --target-bpw {bits:.2f}\n"
-    yield "presets    " + ", ".join(f"{name} {bits:g}" for name, bits in c.presets.items()) + "\n"
+    for name, p in c.presets.items():
+        lost = f"{number(p.kl, 3)} nats" if p.kl is not None else f"{number(p.sqnr_db, 3)} dB"
+        yield f"--preset {name}: {p.bits:.2f} bits, {size(p.nbytes)}, {lost}\n"
 
 
 PREDICTED = (
