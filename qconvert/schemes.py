@@ -299,7 +299,8 @@ SCHEMES: dict[str, Scheme] = {
 
 SCHEME_GRAMMAR = (
     "q{2,3,4,5,6,8}_{tensor|channel|block16|block32|block64|block128|block256}[_sym|_asym], "
-    "{nf4|fp4}_block{32|64|128|256}[_dq], {c2|c3|c4|c5|c6}_block{16|32}, c4s_block16, f32, f16, bf16; "
+    "{nf4|fp4}_block{32|64|128|256}[_dq], {c2|c3|c4|c5|c6}_block{16|32}, c4s_block16, "
+    "f32, f16, bf16; "
     f"directories: {EXCHANGE_GRAMMAR}; keep, of a quantized source; "
     "GGUF: " + ", ".join(dict.fromkeys((*MIXES, *(s.name for s in _ALL if s.family == "ggml"))))
 )

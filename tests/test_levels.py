@@ -95,9 +95,9 @@ def test_tables_and_bits_are_those_of_the_specification(name: str) -> None:
     encoding = encoding_of(name, 512, 256)
     bits, block = int(name[1]), int(name.partition("block")[2])
     assert encoding.code.levels == TABLES[bits]
-    stored = 7 if name.startswith("c4s") else 6 if bits > 4 else 5  # bits of a step
-    assert (encoding.code.step_bits, encoding.code.shift) == {5: (5, 0), 6: (6, 0), 7: (6, 4)}[stored]
-    wanted = bits + stored / block + 16 / 256
+    steps = (6, 4) if name.startswith("c4s") else (6, 0) if bits > 4 else (5, 0)
+    assert (encoding.code.step_bits, encoding.code.shift) == steps
+    wanted = bits + (steps[0] + (steps[1] > 0)) / block + 16 / 256
     assert 8 * encoding.size((512, 256)) / (512 * 256) == wanted
 
 
