@@ -84,10 +84,28 @@ LEVELS = {
     2: (-127, -43, 17, 85),
     3: (-127, -77, -45, -19, 6, 33, 64, 109),
     4: (-127, -102, -79, -61, -46, -32, -20, -9, 2, 13, 24, 36, 49, 65, 83, 109),
+    5: (
+        *(-127, -117, -105, -94, -80, -72, -64, -56, -48, -41, -35, -29, -23, -17, -12, -7, -1),
+        *(4, 9, 15, 21, 26, 32, 38, 45, 51, 58, 66, 74, 82, 94, 113),
+    ),
+    6: (
+        *(-127, -120, -111, -106, -100, -95, -90, -83, -78, -74, -70, -65, -61, -58, -54, -50),
+        *(-47, -44, -40, -37, -34, -31, -28, -26, -23, -20, -17, -15, -12, -10, -7, -4, -2, 1, 3),
+        *(6, 8, 10, 13, 16, 18, 21, 23, 26, 29, 31, 34, 37, 40, 43, 46, 50, 53, 57, 61, 64, 68, 72),
+        *(76, 81, 88, 93, 99, 109),
+    ),
 }
 LEVEL_BLOCKS = (16, 32)
-# Bits of a scale with its sign, and what a bit besides adds to the levels.
-PLAIN_STEPS, SHIFTED_STEPS = (5, 0), (6, 4)
+# Bits of a scale with its sign, and what a bit besides adds to the levels; fine ones are those of
+# codes of 5 and 6 bits.
+PLAIN_STEPS, SHIFTED_STEPS, FINE_STEPS = (5, 0), (6, 4), (6, 0)
+
+
+def steps_of(bits: int, shifted: bool) -> tuple[int, int]:
+    """Bits of a scale and the shift, for codes of so many bits."""
+    if bits > 4:
+        return FINE_STEPS
+    return SHIFTED_STEPS if shifted else PLAIN_STEPS
 
 
 class TensorScheme(Protocol):
@@ -198,8 +216,11 @@ class LevelScheme:
         return f"c{self.bits}{'s' if self.shifted else ''}_block{self.block}"
 
     def at_least(self, bits: int) -> LevelScheme:
-        """This scheme, or the same with so many bits, 4 at most, if it has fewer."""
-        return replace(self, bits=max(self.bits, min(bits, max(LEVELS))))
+        """This scheme, or the same with so many bits, 6 at most, if it has fewer and can have
+        them.
+        """
+        most = self.bits if self.shifted else max(LEVELS)
+        return replace(self, bits=max(self.bits, min(bits, most)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +299,8 @@ SCHEMES: dict[str, Scheme] = {
 
 SCHEME_GRAMMAR = (
     "q{2,3,4,5,6,8}_{tensor|channel|block16|block32|block64|block128|block256}[_sym|_asym], "
-    "{nf4|fp4}_block{32|64|128|256}[_dq], {c2|c3|c4}_block{16|32}, c4s_block16, f32, f16, bf16; "
+    "{nf4|fp4}_block{32|64|128|256}[_dq], {c2|c3|c4|c5|c6}_block{16|32}, c4s_block16, "
+    "f32, f16, bf16; "
     f"directories: {EXCHANGE_GRAMMAR}; keep, of a quantized source; "
     "GGUF: " + ", ".join(dict.fromkeys((*MIXES, *(s.name for s in _ALL if s.family == "ggml"))))
 )

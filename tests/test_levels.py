@@ -1,4 +1,4 @@
-"""c2, c3, c4 and c4s: formats/schemes/SPEC.md section 11, held to the independent reader, to
+"""c2 to c6 and c4s: formats/schemes/SPEC.md section 11, held to the independent reader, to
 arithmetic in fractions and to a search of every step.
 """
 
@@ -37,6 +37,16 @@ TABLES = {
     4: (-127, -102, -79, -61, -46, -32, -20, -9, 2, 13, 24, 36, 49, 65, 83, 109),
     3: (-127, -77, -45, -19, 6, 33, 64, 109),
     2: (-127, -43, 17, 85),
+    5: (
+        *(-127, -117, -105, -94, -80, -72, -64, -56, -48, -41, -35, -29, -23, -17, -12, -7),
+        *(-1, 4, 9, 15, 21, 26, 32, 38, 45, 51, 58, 66, 74, 82, 94, 113),
+    ),
+    6: (
+        *(-127, -120, -111, -106, -100, -95, -90, -83, -78, -74, -70, -65, -61, -58, -54, -50),
+        *(-47, -44, -40, -37, -34, -31, -28, -26, -23, -20, -17, -15, -12, -10, -7, -4),
+        *(-2, 1, 3, 6, 8, 10, 13, 16, 18, 21, 23, 26, 29, 31, 34, 37),
+        *(40, 43, 46, 50, 53, 57, 61, 64, 68, 72, 76, 81, 88, 93, 99, 109),
+    ),
 }
 
 
@@ -85,9 +95,9 @@ def test_tables_and_bits_are_those_of_the_specification(name: str) -> None:
     encoding = encoding_of(name, 512, 256)
     bits, block = int(name[1]), int(name.partition("block")[2])
     assert encoding.code.levels == TABLES[bits]
-    shifted = name.startswith("c4s")
-    assert (encoding.code.step_bits, encoding.code.shift) == ((6, 4) if shifted else (5, 0))
-    wanted = bits + (7 if shifted else 5) / block + 16 / 256
+    steps = (6, 4) if name.startswith("c4s") else (6, 0) if bits > 4 else (5, 0)
+    assert (encoding.code.step_bits, encoding.code.shift) == steps
+    wanted = bits + (steps[0] + (steps[1] > 0)) / block + 16 / 256
     assert 8 * encoding.size((512, 256)) / (512 * 256) == wanted
 
 
@@ -185,6 +195,11 @@ def test_the_search_is_near_the_best_of_all_steps_on_real_weights(name: str) -> 
         ("c3_block16", 17.25),
         ("c2_block16", 10.9),
         ("c4s_block16", 24.1),
+        # Evenly spaced levels with scales of 6 bits have 28.95 and 34.9 in blocks of 16.
+        ("c5_block16", 29.95),
+        ("c5_block32", 28.65),
+        ("c6_block16", 35.8),
+        ("c6_block32", 34.5),
     ],
 )
 def test_a_gaussian_keeps_what_the_format_can_keep(name: str, least: float) -> None:

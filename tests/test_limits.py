@@ -81,7 +81,7 @@ def test_a_limit_holds_for_what_its_glob_matches_alone(place: Path, call: Call) 
     ]
     assert [t["remedy"] for t in report["tensors"]] == [
         None,
-        "--tensor-scheme 'b.weight=q5_block64'",  # of more bits than 4.5, scales counted
+        "--tensor-scheme 'b.weight=c5_block16'",  # of more bits than 4.5, scales counted
     ]
 
 

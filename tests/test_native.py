@@ -46,7 +46,7 @@ from qconvert.kernels.records import (
 )
 from qconvert.kernels.reference.ggml import GGML_BLOCKS
 from qconvert.ranges import RANGE_METHODS, RangeMethod
-from qconvert.schemes import CODEBOOKS, LEVEL_BLOCKS, LEVELS, PLAIN_STEPS, SHIFTED_STEPS
+from qconvert.schemes import CODEBOOKS, LEVEL_BLOCKS, LEVELS, PLAIN_STEPS, steps_of
 
 if os.environ.get("QCONVERT_KERNELS") == "reference":
     pytest.skip("compares native kernels whatever runs: once is enough", allow_module_level=True)
@@ -515,7 +515,7 @@ def test_pack_and_unpack(width: int) -> None:
 def level_code(seed: int, bits: int, block: int, shifted: bool) -> LevelCode:
     """Of the usual table, or of any other."""
     rng = np.random.default_rng(seed)
-    step_bits, shift = SHIFTED_STEPS if shifted else PLAIN_STEPS
+    step_bits, shift = steps_of(bits, shifted)
     levels = LEVELS[bits]
     if rng.random() < 0.5:
         below = int(rng.integers(1, 1 << bits))
@@ -528,7 +528,7 @@ def level_code(seed: int, bits: int, block: int, shifted: bool) -> LevelCode:
 @often
 @given(
     *(kinds, seeds, st.integers(1, 40), st.integers(1, 300) | st.sampled_from((256, 2080))),
-    *(st.sampled_from((2, 3, 4)), st.sampled_from(LEVEL_BLOCKS), st.booleans(), st.booleans()),
+    *(st.sampled_from(list(LEVELS)), st.sampled_from(LEVEL_BLOCKS), st.booleans(), st.booleans()),
 )
 def test_levels(
     kind: str,
@@ -563,7 +563,7 @@ def random_steps(rng: np.random.Generator, rows: int, code: LevelCode, columns: 
 @settings(parent=often, max_examples=100)
 @given(
     *(seeds, st.integers(1, 40), st.integers(1, 400) | st.sampled_from((2048, 2049, 4100))),
-    *(st.integers(0, 9), st.sampled_from((2, 3, 4)), st.sampled_from(LEVEL_BLOCKS)),
+    *(st.integers(0, 9), st.sampled_from(list(LEVELS)), st.sampled_from(LEVEL_BLOCKS)),
     *(st.booleans(), st.sampled_from((0, 0, -128, 127, 5)), st.booleans()),
 )
 def test_product_of_levels(

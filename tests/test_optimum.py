@@ -101,11 +101,12 @@ def test_affine_blocks(bits: int, kind: str, weights: list[F32], tmp_path: Path)
 
 @pytest.mark.parametrize("bits", LEVELS)
 def test_steps_of_levels(bits: int, weights: list[F32]) -> None:
-    """With the scale of the row as it was found, every step of 5 bits with its sign is tried."""
+    """With the scale of the row as it was found, every step with its sign is tried."""
     scheme = SCHEMES[f"c{bits}_block16"]
     assert isinstance(scheme, LevelScheme)
     code, levels = level_code(scheme), np.array(LEVELS[bits], np.float64)
-    grids = levels * np.arange(-16.0, 16.0)[:, None]
+    half = 2.0 ** (code.step_bits - 1)
+    grids = levels * np.arange(-half, half)[:, None]
     ours = best = 0.0
     for x in weights:
         done = kernels.levels_encode(x, code).segments

@@ -453,11 +453,12 @@ def check_encoding(
 def check_levels(source: str, encoding: dict[str, Json], t: str | None) -> None:
     """QBLK-014: levels of section 3.2."""
     table: list[int] = encoding["levels"]
-    if encoding["bits"] not in (2, 3, 4):
+    if encoding["bits"] not in (2, 3, 4, 5, 6):
         refuse(14, f"bits {encoding['bits']} is not defined for levels", t)
     if encoding["block"] not in (16, 32):
         refuse(14, f"block {encoding['block']} is not defined for levels", t)
-    if (encoding["scale_bits"], encoding["shift"]) not in ((5, 0), (6, 4)):
+    fine = encoding["bits"] > 4
+    if (encoding["scale_bits"], encoding["shift"]) not in (((6, 0),) if fine else ((5, 0), (6, 4))):
         refuse(14, "scale_bits and shift do not go together", t)
     if len(table) != 1 << encoding["bits"]:
         refuse(14, f"{len(table)} levels", t)

@@ -44,7 +44,7 @@ from qconvert.kernels.records import (
     Multiples,
 )
 from qconvert.model import DTYPES, Model, TensorInfo
-from qconvert.schemes import LEVEL_BLOCKS, LEVELS, PLAIN_STEPS, SHIFTED_STEPS, LevelScheme
+from qconvert.schemes import LEVEL_BLOCKS, LEVELS, LevelScheme, steps_of
 
 CHECKED = 1 << 18  # scales of rows that are looked at at once
 
@@ -294,8 +294,8 @@ class LevelEncoder(Encoder):
 
 def level_code(scheme: LevelScheme) -> LevelCode:
     """What the codes of a scheme mean."""
-    step_bits, shift = SHIFTED_STEPS if scheme.shifted else PLAIN_STEPS
-    return LevelCode(scheme.bits, scheme.block, step_bits, shift, LEVELS[scheme.bits])
+    steps = steps_of(scheme.bits, scheme.shifted)
+    return LevelCode(scheme.bits, scheme.block, *steps, LEVELS[scheme.bits])
 
 
 def planned(scheme: LevelScheme, tensor: TensorInfo) -> LevelEncoding:
@@ -331,7 +331,7 @@ def _parse(fields: HeaderFields) -> Encoding:
     if (
         code.bits not in LEVELS
         or code.block not in LEVEL_BLOCKS
-        or (code.step_bits, code.shift) not in (PLAIN_STEPS, SHIFTED_STEPS)
+        or (code.step_bits, code.shift) not in {steps_of(code.bits, s) for s in (False, True)}
         or len(levels) != 1 << code.bits
         or any(low >= high for low, high in pairwise(levels))
         or not -127 <= levels[0] < 0 < levels[-1] <= 127 - code.shift

@@ -189,7 +189,14 @@ def padded_codes(codes: U8, columns: int, encoding: AffineEncoding) -> U8:
 
 # By the bits of a code: where steps are searched, in steps that bring the furthest value to an end
 # of the table. tests/test_levels.py holds the search to all steps that there are.
-LEVEL_WINDOWS = {2: (0.5625, 1.125), 3: (0.8125, 1.125), 4: (0.875, 1.4375)}
+LEVEL_WINDOWS = {
+    2: (0.5625, 1.125),
+    3: (0.8125, 1.125),
+    4: (0.875, 1.4375),
+    5: (0.9375, 1.75),
+    6: (0.96875, 1.75),
+}
+LEVEL_PARTS = {2: 1, 3: 1, 4: 1, 5: 4, 6: 4}  # of a level's unit that the search tells apart
 LEAST_WEIGHT = np.float32(2.0**-16)  # of the largest of a block, as in the weighted search
 _SMALLEST_HALF = np.float32(SMALLEST_SCALE["F16"])
 

@@ -509,7 +509,7 @@ class LevelCode:
     """Codes of integer levels with signed steps, formats/schemes/SPEC.md section 11.
 
     Attributes:
-        bits: of a code, 2 to 4.
+        bits: of a code, 2 to 6.
         block: values of a row that share a step, 16 or 32.
         step_bits: of a step with its sign.
         shift: what a bit besides may add to the levels of a block; 0 for no such bit.

@@ -43,6 +43,7 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "qblk": (
         *("c2_block16", "c2_block32", "c3_block16", "c3_block32"),
         *("c4_block16", "c4_block32", "c4s_block16"),
+        *("c5_block16", "c5_block32", "c6_block16", "c6_block32"),
         *("q2_block16", "q2_block32", "q3_block16", "q3_block32", "q3_block64"),
         *("q4_block16", "q4_block32", "q4_block64", "nf4_block64_dq"),
         *("q5_block32", "q5_block64", "q6_block32", "q6_block64", "q8_block64", "q8_channel", KEPT),

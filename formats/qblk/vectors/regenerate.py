@@ -910,10 +910,22 @@ LEVELS = {
     2: [-127, -43, 17, 85],
     3: [-127, -77, -45, -19, 6, 33, 64, 109],
     4: [-127, -102, -79, -61, -46, -32, -20, -9, 2, 13, 24, 36, 49, 65, 83, 109],
+    5: [
+        *(-127, -117, -105, -94, -80, -72, -64, -56, -48, -41, -35, -29, -23, -17, -12, -7),
+        *(-1, 4, 9, 15, 21, 26, 32, 38, 45, 51, 58, 66, 74, 82, 94, 113),
+    ],
+    6: [
+        *(-127, -120, -111, -106, -100, -95, -90, -83, -78, -74, -70, -65, -61, -58, -54, -50),
+        *(-47, -44, -40, -37, -34, -31, -28, -26, -23, -20, -17, -15, -12, -10, -7, -4),
+        *(-2, 1, 3, 6, 8, 10, 13, 16, 18, 21, 23, 26, 29, 31, 34, 37),
+        *(40, 43, 46, 50, 53, 57, 61, 64, 68, 72, 76, 81, 88, 93, 99, 109),
+    ],
 }
-# Steps -3, 15, -16, 0 plus 16 in 5 bits; -3, 31, -32, 0 plus 32, the first and third shifted.
+# Steps -3, 15, -16, 0 plus 16 in 5 bits; -3, 31, -32, 0 plus 32 in 6; and in 7, the first and third
+# shifted.
 STEPS5 = ("0d 0f 00*14 00 01 00 01", [(-3, 0), (15, 0), (-16, 0), (0, 0)])
 STEPS7 = ("0d 0f 00*14 01 03 00 02 00*4 01 00 01 00", [(-3, 4), (31, 0), (-32, 4), (0, 0)])
+STEPS6 = ("0d 0f 00*14 01 03 00 02 00*4", [(-3, 0), (31, 0), (-32, 0), (0, 0)])
 ROW_SCALES = ("00 3c 00 34", [1.0, 0.25])
 
 
@@ -932,7 +944,8 @@ def levels(
 ) -> Tensor:
     """Two rows of 19 codes in blocks of 16, each padded to a group, perhaps with other bytes."""
     packed, u = BLOCK[bits]
-    packed_steps, steps = STEPS7 if shifted else STEPS5
+    fine = bits > 4
+    packed_steps, steps = STEPS7 if shifted else STEPS6 if fine else STEPS5
     packed_rows, d = ROW_SCALES
     described = {
         "bits": bits,
@@ -940,11 +953,11 @@ def levels(
         "kind": "levels",
         "levels": LEVELS[bits],
         "row_length": 19,
-        "scale_bits": 6 if shifted else 5,
+        "scale_bits": 6 if shifted or fine else 5,
         "shift": 4 if shifted else 0,
         **(encoding or {}),
     }
-    divisor = 4096 if shifted else 2048
+    divisor = 4096 if shifted or fine else 2048
     values = []
     for i, (code, block) in enumerate(zip(u, OWNER[2], strict=True)):
         step, shift = steps[block]
@@ -995,6 +1008,14 @@ def valid_levels() -> None:
             features=["levels-1.3"],
             fields={"minor": 3},
         )
+    for bits in (5, 6):
+        valid(
+            f"levels-c{bits}",
+            f"levels of {bits} bits: rows of 19 in blocks of 16, steps -32 to 31, and 0",
+            [levels("w", bits)],
+            features=["levels-1.3"],
+            fields={"minor": 3},
+        )
     valid(
         "levels-c4s",
         "levels of 4 bits with steps of 6 bits, some of them shifted",
@@ -1026,10 +1047,12 @@ def invalid_levels() -> None:
         file(levels("w", 2, encoding={"levels": fractions})),
     )
     for case, bits, change, why in (
-        ("bits", 4, {"bits": 5}, "5 bits"),
+        ("bits", 4, {"bits": 7}, "7 bits"),
         ("block", 4, {"block": 64}, "blocks of 64"),
         ("shift", 4, {"shift": 4}, "steps of 5 bits and a shift"),
         ("steps", 4, {"scale_bits": 6}, "steps of 6 bits without a shift"),
+        ("fine-steps", 5, {"scale_bits": 5}, "steps of 5 bits for codes of 5"),
+        ("fine-shift", 6, {"shift": 4}, "a shift for codes of 6 bits"),
         ("count", 2, {"levels": LEVELS[3]}, "8 levels for 2 bits"),
         ("order", 2, {"levels": [-127, 17, -43, 85]}, "levels that do not ascend"),
         ("equal", 2, {"levels": [-127, 17, 17, 85]}, "a level twice"),

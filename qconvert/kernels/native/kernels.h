@@ -147,13 +147,15 @@ typedef struct {
     const uint8_t *entries; /* one more */
 } Codebook;
 
+enum { MOST_LEVELS = 64 };
+
 /* Codes of integer levels with signed steps, section 11. */
 typedef struct {
-    int bits;           /* 2, 3 or 4 */
+    int bits;           /* 2 to 6 */
     size_t block;       /* 16 or 32 */
     int step_bits;      /* 5 or 6 */
     int shift;          /* 0 or 4 */
-    int8_t levels[16];  /* 2^bits of them, ascending; with the shift at most 127 */
+    int8_t levels[MOST_LEVELS]; /* 2^bits of them, ascending; with the shift at most 127 */
 } LevelCode;
 
 /* Rows to be searched and encoded. */

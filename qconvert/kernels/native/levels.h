@@ -6,23 +6,25 @@
 #include "level_code.h"
 #include "statistics.h"
 
-enum { LONGEST_LEVEL_BLOCK = 32, MOST_LEVELS = 16 };
+enum { LONGEST_LEVEL_BLOCK = 32, LOWEST_PLACE = 128, FINEST_PLACES = 4 };
 
-/* How levels are found for whole numbers -128..127, their places. */
+/* How levels are found for whole numbers -128..127, their places, or parts of them. */
 typedef struct {
-    int16_t least;                                       /* the level of the lowest place */
-    int16_t middles[MOST_LEVELS - 1][BATCH];             /* places above have the next level, */
-    int16_t steps[MOST_LEVELS - 1][BATCH];               /* so much further up; as rows of 16 */
+    int fine;                    /* parts of a place that a search tells apart, 1 or 4 */
+    float level[2 * LOWEST_PLACE * FINEST_PLACES]; /* by these, from the lowest: nearest levels */
+    uint8_t code[4 * LOWEST_PLACE]; /* by halves of places: codes of the nearest levels, */
+    int8_t of_code[MOST_LEVELS];    /* and by codes: levels */
 #ifdef USE_AVX2
     int binned;                       /* whether look-ups of bytes find levels: then */
     int8_t below[16];                 /* by 16 places, as signed: middles below all of them, */
     int8_t first[16], second[16];     /* and those among them, or 127; */
     int8_t half_below[32], half_middle[32]; /* by 8 places: the same of one middle, in halves; */
-    int8_t levels[MOST_LEVELS];       /* by codes: levels, */
-    uint8_t magnitude[MOST_LEVELS];   /* their magnitudes, */
-    uint8_t float2[MOST_LEVELS], float3[MOST_LEVELS]; /* the upper half of them as binary32 */
+    uint8_t magnitude[16];            /* by codes: magnitudes of levels, */
+    uint8_t float2[16], float3[16];   /* and the upper half of levels as binary32 */
 #endif
 } LevelTable;
+
+#ifdef USE_AVX2
 
 /* The middle between two levels, rounded down: a place above it is nearer to the upper one. */
 INLINE int middle_below(const int8_t *levels, int k, int shift) {
@@ -30,16 +32,16 @@ INLINE int middle_below(const int8_t *levels, int k, int shift) {
     return (sum - (sum & 1)) / 2 + shift;
 }
 
-#ifdef USE_AVX2
-
-/* The tables of bytes of a LevelTable whose middles are set. */
+/* The tables of bytes of a LevelTable: of 16 levels at most, not too close to each other. */
 static void set_level_bins(LevelTable *t, LevelCode code, int shift) {
     const int middles = level_count(code) - 1;
-    t->binned = code.levels[0] + shift >= -127; /* sums of two squares fit 16 bits */
-    for (int k = 0; k < MOST_LEVELS; k++) {
-        const int level = k <= middles ? code.levels[k] + shift : 0;
+    t->binned = middles < 16 && code.levels[0] + shift >= -127; /* two squares fit 16 bits */
+    if (!t->binned) {
+        return;
+    }
+    for (int k = 0; k < 16; k++) {
+        const int level = t->of_code[k];
         const uint32_t bits = bits_of((float)level); /* the lower half is 0 */
-        t->levels[k] = (int8_t)level;
         t->magnitude[k] = (uint8_t)(level < 0 ? -level : level);
         t->float2[k] = (uint8_t)(bits >> 16);
         t->float3[k] = (uint8_t)(bits >> 24);
@@ -50,7 +52,7 @@ static void set_level_bins(LevelTable *t, LevelCode code, int shift) {
         t->below[bin] = 0;
         t->first[bin] = t->second[bin] = 127;
         for (int k = 0; k < middles; k++) {
-            const int middle = t->middles[k][0];
+            const int middle = middle_below(code.levels, k, shift);
             t->below[bin] = (int8_t)(t->below[bin] + (middle < low));
             if (middle >= low && middle < low + 15) {
                 *(among ? &t->second[bin] : &t->first[bin]) = (int8_t)middle;
@@ -78,16 +80,28 @@ static void set_level_bins(LevelTable *t, LevelCode code, int shift) {
 
 #endif
 
+/* Whether so many parts of a place, of which `fine` make one, are above the middle of two levels. */
+INLINE int is_above_middle(const LevelTable *t, int k, int parts, int fine) {
+    return 2 * parts > fine * (t->of_code[k] + t->of_code[k + 1]);
+}
+
 static void set_level_table(LevelTable *t, LevelCode code, int shift) {
-    const int middles = level_count(code) - 1;
-    t->least = (int16_t)(code.levels[0] + shift);
-    for (int k = 0; k < MOST_LEVELS - 1; k++) {
-        const int there = k < middles;
-        const int middle = there ? middle_below(code.levels, k, shift) : INT16_MAX;
-        for (int j = 0; j < BATCH; j++) {
-            t->middles[k][j] = (int16_t)middle;
-            t->steps[k][j] = (int16_t)(there ? code.levels[k + 1] - code.levels[k] : 0);
+    const int last = level_count(code) - 1;
+    t->fine = code.bits > 4 ? FINEST_PLACES : 1;
+    for (int k = 0; k < MOST_LEVELS; k++) {
+        t->of_code[k] = (int8_t)(k <= last ? code.levels[k] + shift : 0);
+    }
+    for (int i = 0, k = 0; i < 4 * LOWEST_PLACE; i++) {
+        while (k < last && is_above_middle(t, k, i - 2 * LOWEST_PLACE, 2)) {
+            k++;
         }
+        t->code[i] = (uint8_t)k;
+    }
+    for (int i = 0, k = 0; i < 2 * LOWEST_PLACE * t->fine; i++) {
+        while (k < last && is_above_middle(t, k, i - LOWEST_PLACE * t->fine, t->fine)) {
+            k++;
+        }
+        t->level[i] = (float)t->of_code[k];
     }
 #ifdef USE_AVX2
     set_level_bins(t, code, shift);
@@ -104,55 +118,43 @@ typedef struct {
 } LevelColumns;
 
 /* Sums of values and of squares by the levels of the places values * inverse, each column's from its
- * first value to its last, with comparisons. */
-INLINE void level_sums_compared(const LevelColumns *c, const float inverse[BATCH],
+ * first value to its last. */
+INLINE void level_sums_by_place(const LevelColumns *c, const float inverse[BATCH],
                                 const LevelTable *t, int weighted, float *restrict a,
                                 float *restrict b) {
     const float magic = 12582912.0f; /* as in round_small */
-    const int32_t zero = (int32_t)bits_of(magic), low = zero - 128, top = zero + 127;
-    int16_t places[LONGEST_LEVEL_BLOCK * BATCH], levels[LONGEST_LEVEL_BLOCK * BATCH];
-    for (size_t i = 0; i < c->length * BATCH; i += BATCH) {
-        int32_t sums[BATCH];
-        for (int j = 0; j < BATCH; j++) {
-            sums[j] = (int32_t)bits_of(c->values[i + (size_t)j] * inverse[j] + magic);
-        }
-        for (int j = 0; j < BATCH; j++) {
-            int32_t sum = sums[j] > low ? sums[j] : low;
-            sum = sum < top ? sum : top;
-            places[i + (size_t)j] = (int16_t)(sum - zero);
-        }
-    }
-    for (size_t i = 0; i < c->length * BATCH; i += BATCH) {
-        for (int j = 0; j < BATCH; j++) {
-            const int16_t place = places[i + (size_t)j];
-            int16_t level = t->least;
-            for (int k = 0; k < MOST_LEVELS - 1; k++) {
-                level = (int16_t)(level + (-(place > t->middles[k][j]) & t->steps[k][j]));
-            }
-            levels[i + (size_t)j] = level;
-        }
-    }
+    const int32_t zero = (int32_t)bits_of(magic), low = zero - LOWEST_PLACE * t->fine;
+    const int32_t top = zero + LOWEST_PLACE * t->fine - 1;
     const float *x = weighted ? c->weighted : c->values;
     memset(a, 0, BATCH * sizeof *a);
     memset(b, 0, BATCH * sizeof *b);
-    for (size_t i = 0; i < c->length; i++) {
+    for (size_t i = 0; i < c->length * BATCH; i += BATCH) {
+        int32_t places[BATCH];
+        float levels[BATCH];
         EACH_COLUMN {
-            const size_t at = i * BATCH + (size_t)j;
-            const float q = (float)levels[at];
-            a[j] += x[at] * q;
-            b[j] += weighted ? q * q * c->weights[at] : q * q;
+            const int32_t sum = (int32_t)bits_of(c->values[i + (size_t)j] * inverse[j] + magic);
+            const int32_t above = sum > low ? sum : low;
+            places[j] = (above < top ? above : top) - low;
+        }
+        for (int j = 0; j < BATCH; j++) {
+            levels[j] = t->level[places[j]];
+        }
+        EACH_COLUMN {
+            const float q = levels[j];
+            a[j] += x[i + (size_t)j] * q;
+            b[j] += weighted ? q * q * c->weights[i + (size_t)j] : q * q;
         }
     }
 }
 
-APART void plain_sums_compared(const LevelColumns *c, const float inverse[BATCH],
+APART void plain_sums_by_place(const LevelColumns *c, const float inverse[BATCH],
                                const LevelTable *t, float a[BATCH], float b[BATCH]) {
-    level_sums_compared(c, inverse, t, 0, a, b);
+    level_sums_by_place(c, inverse, t, 0, a, b);
 }
 
-APART void weighted_sums_compared(const LevelColumns *c, const float inverse[BATCH],
+APART void weighted_sums_by_place(const LevelColumns *c, const float inverse[BATCH],
                                   const LevelTable *t, float a[BATCH], float b[BATCH]) {
-    level_sums_compared(c, inverse, t, 1, a, b);
+    level_sums_by_place(c, inverse, t, 1, a, b);
 }
 
 #ifdef USE_AVX2
@@ -238,7 +240,7 @@ INLINE LevelSums *level_sums_for(const LevelTable *t, int weighted) {
     }
 #endif
     (void)t;
-    return weighted ? weighted_sums_compared : plain_sums_compared;
+    return weighted ? weighted_sums_by_place : plain_sums_by_place;
 }
 
 /* --- searching steps --------------------------------------------------------------------------*/
@@ -289,8 +291,10 @@ INLINE float furthest_of(const float *x, size_t n) {
  * at most. */
 APART int window_of(const LevelCode *code, int shift, int negative, const float peak[BATCH],
                     const float unit[BATCH], float first[BATCH], float last[BATCH]) {
-    static const float nearest[] = {[2] = 0.5625f, [3] = 0.8125f, [4] = 0.875f};
-    static const float furthest[] = {[2] = 1.125f, [3] = 1.125f, [4] = 1.4375f};
+    static const float nearest[] = {[2] = 0.5625f, [3] = 0.8125f, [4] = 0.875f, [5] = 0.9375f,
+                                    [6] = 0.96875f};
+    static const float furthest[] = {[2] = 1.125f, [3] = 1.125f, [4] = 1.4375f, [5] = 1.75f,
+                                     [6] = 1.75f};
     const float near = nearest[code->bits], far = furthest[code->bits];
     const float lower = (float)-(code->levels[0] + shift);
     const float upper = (float)(code->levels[level_count(*code) - 1] + shift);
@@ -342,7 +346,7 @@ static void search_steps(const LevelColumns *c, const LevelCode *code, const Lev
                     const float size = next < last[j] ? next : last[j];
                     step[j] = negative ? -size : size;
                     scale[j] = unit[j] * step[j];
-                    inverse[j] = 1.0f / scale[j];
+                    inverse[j] = (float)tables->fine / scale[j];
                 }
                 sums_of(c, inverse, tables + k, a, b);
                 keep_better_step(step, (float)shift, scale, a, b, best);
@@ -451,50 +455,32 @@ static void search_blocks(LevelBlocks *b, const LevelTable tables[2]) {
     }
 }
 
-/* How the codes of a block are made, and what they mean. */
-typedef struct {
-    int middles;                     /* middles between levels */
-    float inverse;                   /* from values to places */
-    float middle[MOST_LEVELS];       /* of the levels as shifted */
-    float value[MOST_LEVELS];
-} LevelRule;
-
-INLINE LevelRule level_rule(const LevelCode *code, float scale, int shift) {
-    LevelRule rule = {.middles = level_count(*code) - 1,
-                      .inverse = scale != 0.0f ? 1.0f / scale : 0.0f};
-    const int8_t *levels = code->levels;
-    for (int k = 0; k < MOST_LEVELS; k++) { /* what lies behind the last level is never used */
-        const int next = levels[k + 1 < MOST_LEVELS ? k + 1 : k];
-        rule.middle[k] = (float)(levels[k] + next) / 2.0f + (float)shift;
-        rule.value[k] = (float)(levels[k] + shift) * scale;
-    }
-    return rule;
-}
-
-/* 16 codes and what they decode to. */
-INLINE void encode_sixteen(const float *restrict x, const LevelRule *restrict rule,
-                           uint8_t *restrict codes, float *restrict decoded) {
-    float places[LANES];
-    int32_t above[LANES] = {0};
+/* 16 codes and what they decode to; `plain` is the table without a shift. A value is above a middle
+ * if twice its place, rounded up, is above twice the middle, which is a whole number. */
+INLINE void encode_sixteen(const float *restrict x, const LevelTable *restrict plain, float scale,
+                           int shift, uint8_t *restrict codes, float *restrict decoded) {
+    const float inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
+    int32_t halves[LANES], levels[LANES];
     EACH_COLUMN {
-        places[j] = x[j] * rule->inverse;
-    }
-    for (int k = 0; k < rule->middles; k++) {
-        EACH_COLUMN {
-            above[j] += places[j] > rule->middle[k];
-        }
+        const float place = x[j] * inverse, twice = place + place;
+        const float above = twice > -256.0f ? twice : -256.0f;
+        const float within = above < 255.0f ? above : 255.0f;
+        const int32_t whole = (int32_t)within;
+        const int32_t half = whole + ((float)whole < within) - 2 * shift;
+        halves[j] = (half > -256 ? half : -256) + 256;
     }
     for (int j = 0; j < LANES; j++) {
-        codes[j] = (uint8_t)above[j];
-        decoded[j] = rule->value[above[j]];
+        codes[j] = plain->code[halves[j]];
+        levels[j] = plain->of_code[codes[j]];
+    }
+    EACH_COLUMN {
+        decoded[j] = (float)(levels[j] + shift) * scale;
     }
 }
 
 #ifdef USE_AVX2
 
-/* 32 codes and what they decode to, by look-ups of bytes: those of two halves, each with a scale
- * and a shift. A value is above a middle if twice its place, rounded up, is above twice the middle,
- * which is a whole number. */
+/* The same of 32 by look-ups of bytes: those of two halves, each with a scale and a shift. */
 INLINE void encode_looked_up(const float *x, const LevelTable *t, const float scales[2],
                              const int shifts[2], uint8_t *codes, float *decoded) {
     const __m256i sign = _mm256_set1_epi8(-128);
@@ -528,7 +514,7 @@ INLINE void encode_looked_up(const float *x, const LevelTable *t, const float sc
     int8_t levels[PACK_GROUP];
     _mm256_storeu_si256((__m256i *)codes, code);
     _mm256_storeu_si256((__m256i *)levels,
-                        _mm256_add_epi8(_mm256_shuffle_epi8(TWICE(t->levels), code), shift));
+                        _mm256_add_epi8(_mm256_shuffle_epi8(TWICE(t->of_code), code), shift));
     for (int k = 0; k < 4; k++) {
         const __m256i level = _mm256_cvtepi8_epi32(_mm_loadl_epi64((__m128i *)(levels + 8 * k)));
         _mm256_storeu_ps(decoded + 8 * k, _mm256_mul_ps(_mm256_cvtepi32_ps(level),
@@ -568,10 +554,9 @@ static void encode_level_row(const LevelRows *task, const LevelTable *plain, siz
             continue;
         }
 #endif
-        (void)plain;
         for (size_t h = 0; h < 2; h++) {
-            const LevelRule rule = level_rule(code, scales[h], shifts[h]);
-            encode_sixteen(from + 16 * h, &rule, codes + at + 16 * h, decoded + at + 16 * h);
+            encode_sixteen(from + 16 * h, plain, scales[h], shifts[h], codes + at + 16 * h,
+                           decoded + at + 16 * h);
         }
     }
     memset(codes + columns, 0, padded - columns);

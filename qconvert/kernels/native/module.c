@@ -838,7 +838,7 @@ FUNCTION(codebook_decode, CODEBOOK_DECODE) {
 
 static LevelCode level_code_at(Call *call, int bits, int block, int step_bits, int shift,
                                int levels) {
-    LevelCode found = {integer_at(call, bits, 2, 4), (size_t)integer_at(call, block, 16, 32),
+    LevelCode found = {integer_at(call, bits, 2, 6), (size_t)integer_at(call, block, 16, 32),
                        integer_at(call, step_bits, 5, 6), integer_at(call, shift, 0, 4), {0}};
     require(call, found.block == 16 || found.block == 32, "block must be 16 or 32");
     const int count = 1 << found.bits;

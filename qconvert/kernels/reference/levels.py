@@ -9,6 +9,7 @@ import numpy as np
 
 from qconvert.geometry import PACK_GROUP
 from qconvert.kernels.arithmetic import (
+    LEVEL_PARTS,
     LEVEL_WINDOWS,
     level_weights,
     row_units,
@@ -95,14 +96,15 @@ def _search(x: F32, unit: F32, code: LevelCode, weights: F32 | None) -> _Found:
         wx = w * columns
     low, high = columns.min(axis=0), columns.max(axis=0)
     peak = np.where(high > -low, high, low)
-    table = code.table.astype(np.float32)
+    table, fine = code.table.astype(np.float32), np.float32(LEVEL_PARTS[code.bits])
     best = _Found(
         np.zeros(len(x), np.int8), np.zeros(len(x), np.int8), np.zeros(len(x), np.float32)
     )
     for step, shift in _candidates(peak, unit, code):
         levels = table + np.float32(shift)
         scale = unit * step
-        place = np.clip(np.rint(columns * (np.float32(1) / scale)), -128, 127)
+        parts = np.clip(np.rint(columns * (fine / scale)), -128 * fine, 128 * fine - 1)
+        place = parts / fine
         q = levels[np.searchsorted((levels[:-1] + levels[1:]) / np.float32(2), place)]
         a, b = np.zeros(len(x), np.float32), np.zeros(len(x), np.float32)
         for i in range(len(columns)):
