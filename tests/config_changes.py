@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from config_cases import BASES, DECODERS, REMOVED, Fields
-from family_models import NARROW
+from family_models import ENCODERS, NARROW
 
 from qconvert.architectures.families import CONFIG_CLASSES
 
@@ -257,6 +257,7 @@ RELATED = {
     "layer_types": ("num_kv_shared_layers",),
     "enable_moe_block": ("num_experts",),
     "linear_num_key_heads": ("linear_num_value_heads",),
+    "max_position_embeddings": ("pad_token_id",),
     "num_hidden_layers": (
         "layer_types",
         "first_k_dense_replace",
@@ -701,7 +702,7 @@ def cases(name: str, own: list[str]) -> list[Case]:
         found += inner_cases()
     elif name == "gemma3_text":
         found += gemma3_rope_cases()
-    elif name != "bert":
+    elif name not in ENCODERS:
         found += rope_cases(name)
     found += class_cases(name)
     return found
