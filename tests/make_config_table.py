@@ -170,10 +170,10 @@ def _run(llama_cpp: Any, path: str, encoder: bool, pooled: bool) -> NDArray[np.f
     parameters.n_threads = parameters.n_threads_batch = 1
     parameters.type_k = parameters.type_v = 0  # a cache in F32, as transformers has it
     parameters.flash_attn_type = 0
-    if encoder:
+    if encoder or pooled:
         parameters.embeddings = True
-        if not pooled:
-            parameters.pooling_type = 0  # otherwise as the file says
+    if encoder and not pooled:
+        parameters.pooling_type = 0  # otherwise as the file says
     context = llama_cpp.llama_init_from_model(model, parameters)
     if not context:
         return "llama.cpp makes no context for it"

@@ -161,6 +161,41 @@ def test_pooling_is_that_of_sentence_transformers(
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("inside", ["model.", ""])
+def test_an_embedding_model_of_qwen3_takes_the_last_token(
+    inside: str, tmp_path: Path, call: Call, llama: Any
+) -> None:
+    """Published ones have names of tensors without the model's."""
+    shapes = {n.replace("model.", inside, 1): s for n, s in shapes_of("qwen3").items()}
+    shapes.pop("lm_head.weight", None)
+    config = {**BASES["qwen3"], "tie_word_embeddings": True}
+    directory = Directories(tmp_path).made("qwen3", config, shapes)
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "x.models.Pooling"},
+    ]
+    (directory / "modules.json").write_text(json.dumps(modules))
+    (directory / "1_Pooling").mkdir()
+    pooling = json.dumps({"pooling_mode_lasttoken": True})
+    (directory / "1_Pooling" / "config.json").write_text(pooling)
+    path = tmp_path / "m.gguf"
+    assert call("quantize", directory, "--scheme", "f32", "-o", path).code == 0
+    assert call("verify", path, "--against", directory).code == 0
+    assert GGUFReader(path).fields["qwen3.pooling_type"].contents() == 3
+    if not llama:
+        return
+    torch = pytest.importorskip("torch", reason="pip install qconvert[hf]")
+    transformers = pytest.importorskip("transformers", reason="pip install qconvert[hf]")
+    model = transformers.AutoModel.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        wanted = model.eval()(torch.tensor([text()])).last_hidden_state[0, -1].numpy()
+    found = llama.outputs(path, encoder=False, pooled=True)
+    assert not isinstance(found, str), found
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
 def head_shapes(name: str, count: int) -> dict[str, tuple[int, ...]]:
     """Tensors of a model with a head, as transformers saves it."""
     base, inside, width = name.partition(",")[0], "roberta", 64
