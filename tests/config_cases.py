@@ -59,6 +59,7 @@ TOKENIZER = {
     "bert": "wordpiece",
     "xlm-roberta": "unigram",
     "roberta": "gpt-2",
+    "modernbert": "gpt-2",
 }
 
 

@@ -222,6 +222,24 @@ VALUES |= {
     "embedding_dropout": [0.5],
     "hidden_dropout": [0.5],
 }
+VALUES |= {
+    "initializer_cutoff_factor": [1.0],
+    "norm_bias": [True],
+    "local_attention": [32, 7, 0],
+    "mlp_dropout": [0.5],
+    "decoder_bias": [False],
+    "classifier_pooling": ["mean"],
+    "classifier_bias": [True],
+    "classifier_activation": ["relu"],
+    "deterministic_flash_attn": [True],
+    "sparse_prediction": [True],
+    "sparse_pred_ignore_index": [-1],
+    "cls_token_id": [4],
+    "sep_token_id": [4],
+    "global_attn_every_n_layers": [2, 1, 0],
+    "global_rope_theta": [500.0],
+    "local_rope_theta": [500.0],
+}
 # Read by transformers though no field of the class, or of every class before transformers 5.
 BESIDE = (
     "torch_dtype", "_name_or_path", "tokenizer_class", "temperature", "output_attentions",
@@ -620,6 +638,17 @@ OWN: dict[str, dict[str, list[Any]]] = {
     "olmo3": {"layer_types": [[FULL] * 4, [SLIDING] * 4, [FULL, SLIDING] * 2]},
     "cohere2": {"layer_types": [[FULL] * 4, [SLIDING] * 4, [FULL, SLIDING] * 2]},
     "exaone4": {"layer_types": [[FULL] * 2, [SLIDING] * 2]},
+    "modernbert": {
+        "layer_types": [[FULL] * 4, [SLIDING] * 4, [FULL, SLIDING] * 2],
+        "hidden_activation": ["gelu_new", "silu", "relu"],
+        "global_attn_every_n_layers": [2, 1, 0],
+        "rope_parameters": [
+            {},
+            {FULL: {"rope_theta": 500.0}, SLIDING: {"rope_theta": 50.0}},
+            {FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}, SLIDING: {}},
+        ],
+        "rope_scaling": [{"rope_type": "linear", "factor": 4.0}],
+    },
     "gpt_oss": {"layer_types": [[FULL, SLIDING], [SLIDING] * 2]},
     **{
         name: {"layer_types": [[FULL] * 3, ["linear_attention", FULL, "linear_attention"]]}
@@ -673,7 +702,7 @@ def family_cases(name: str) -> Iterator[Case]:
             "rope_type": "default", "partial_rotary_factor": 0.5,
         },
     }  # fmt: skip
-    if "rope_parameters" in known.fields:
+    if "rope_parameters" in known.fields and name not in ENCODERS:
         for label, fields in brief.items():
             whole = base.get("rope_parameters", {}) | {"rope_theta": 10_000.0} | fields
             yield Case("rope_parameters", label, {"rope_parameters": whole})

@@ -197,7 +197,14 @@ def _encoder(kind: str, model_type: str, **more: Any) -> Fields:
 NARROW |= {
     "xlm-roberta": _encoder("XLMRobertaModel", "xlm-roberta"),
     "roberta": _encoder("RobertaModel", "roberta"),
-}
+    "modernbert": _without(
+        _encoder(
+            "ModernBertModel", "modernbert", num_hidden_layers=4, local_attention=16,
+            norm_eps=1e-5, cls_token_id=0, sep_token_id=2,
+        ),
+        "type_vocab_size", "layer_norm_eps", "hidden_act",
+    ),
+}  # fmt: skip
 
 
 def _wrapped(kind: str, model_type: str, inner: str, vision: Fields, **more: Any) -> Fields:
@@ -242,7 +249,7 @@ NARROW |= {
     ),
 }  # fmt: skip
 # What is compared of these are hidden states.
-ENCODERS = ("bert", "xlm-roberta", "roberta")
+ENCODERS = ("bert", "xlm-roberta", "roberta", "modernbert")
 WRAPPED = ("qwen3_5", "qwen3_5_moe", "mistral3", "gemma4")
 
 # More models for `make_families.py`: of classes that are in `NARROW` otherwise.

@@ -29,6 +29,7 @@ from qconvert.architectures.families import (
     llama,
     minimax,
     mistral,
+    modern_bert,
     olmo,
     phi,
     qwen,
@@ -69,6 +70,7 @@ _MODULES = (
     gemma4,
     bert,
     roberta,
+    modern_bert,
 )
 FAMILIES: tuple[Family, ...] = tuple(row for module in _MODULES for row in module.ROWS)
 CONFIG_CLASSES: tuple[ConfigClass, ...] = tuple(c for m in _MODULES for c in m.CONFIGS)
