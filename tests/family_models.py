@@ -265,6 +265,10 @@ MORE: dict[str, Fields] = {
         "XLMRobertaForSequenceClassification", "xlm-roberta",
         id2label={"0": "bad", "1": "good", "2": "neither"},
     ),
+    "modernbert, classifier": NARROW["modernbert"] | {
+        "architectures": ["ModernBertForSequenceClassification"], "classifier_pooling": "mean",
+        "id2label": {"0": "score"},
+    },
     "exaone4, windows": _base(
         "Exaone4ForCausalLM", "exaone4", sliding_window=16, num_hidden_layers=64
     ),

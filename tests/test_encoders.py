@@ -70,7 +70,7 @@ def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
 def trained(kind: str) -> Any:
     """A tokenizer of the library, as files of XLM-RoBERTa and RoBERTa have it."""
     tokenizers = pytest.importorskip("tokenizers", reason="pip install qconvert[hf]")
-    from tokenizers import models, normalizers, pre_tokenizers, trainers
+    from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
     if kind == "xlm-roberta":
         found = tokenizers.Tokenizer(models.Unigram())
@@ -97,11 +97,16 @@ def trained(kind: str) -> Any:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )  # fmt: skip
     found.train_from_iterator(CORPUS, trainer)
+    if kind == "modernbert":  # whose tokenizer transformers takes as the file has it
+        found.normalizer = normalizers.NFC()
+        found.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+        )
     found.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])
     return found
 
 
-@pytest.mark.parametrize("kind", ["xlm-roberta", "roberta"])
+@pytest.mark.parametrize("kind", ["xlm-roberta", "roberta", "modernbert"])
 def test_tokens_are_those_of_transformers(kind: str, tmp_path: Path, call: Call) -> None:
     transformers = pytest.importorskip("transformers", reason="pip install qconvert[hf]")
     directory = Directories(tmp_path).made(kind, NARROW[kind], shapes_of(kind))
@@ -113,7 +118,8 @@ def test_tokens_are_those_of_transformers(kind: str, tmp_path: Path, call: Call)
     (directory / "tokenizer_config.json").write_text(json.dumps(SETTINGS))
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
     assert type(theirs).__name__ == {
-        "xlm-roberta": "XLMRobertaTokenizer", "roberta": "RobertaTokenizer"
+        "xlm-roberta": "XLMRobertaTokenizer", "roberta": "RobertaTokenizer",
+        "modernbert": "TokenizersBackend",
     }[kind]  # fmt: skip
     source = open_gguf_source(open_model(directory))
     ours = LlamaTokenizer(source.metadata)
@@ -199,6 +205,10 @@ def test_an_embedding_model_of_qwen3_takes_the_last_token(
 def head_shapes(name: str, count: int) -> dict[str, tuple[int, ...]]:
     """Tensors of a model with a head, as transformers saves it."""
     base, inside, width = name.partition(",")[0], "roberta", 64
+    if base == "modernbert":
+        shapes = {f"model.{n}": s for n, s in shapes_of(base).items()}
+        shapes |= {"head.dense.weight": (width, width), "head.norm.weight": (width,)}
+        return shapes | {"classifier.weight": (count, width), "classifier.bias": (count,)}
     if base == "bert":
         shapes = shapes_of("bert")
         shapes |= {"classifier.weight": (count, width), "classifier.bias": (count,)}
@@ -217,6 +227,8 @@ LABELS: list[tuple[str, Mapping[str, Any], list[str]]] = [
     ("bert, classifier", {"id2label": None, "num_labels": 4}, [f"LABEL_{i}" for i in range(4)]),
     ("xlm-roberta, classifier", {}, ["bad", "good", "neither"]),
     ("xlm-roberta, classifier", {"id2label": None}, ["LABEL_0", "LABEL_1"]),
+    ("modernbert, classifier", {}, ["score"]),
+    ("modernbert, classifier", {"classifier_pooling": "cls"}, ["score"]),
     ("xlm-roberta, classifier", {"num_labels": 3}, ["bad", "good", "neither"]),
     (
         "xlm-roberta, classifier",
@@ -242,10 +254,12 @@ def test_a_head_gives_the_values_of_transformers(
     assert ("scores of pairs" in ran.err) == name.startswith("bert")
     assert call("verify", path, "--against", directory).code == 0
     fields = GGUFReader(path).fields
-    assert fields["bert.pooling_type"].contents() == 4  # LLAMA_POOLING_TYPE_RANK
-    assert fields["bert.classifier.output_labels"].contents() == labels
+    arch = "modern-bert" if name.startswith("modern") else "bert"
+    assert fields[f"{arch}.pooling_type"].contents() == 4  # LLAMA_POOLING_TYPE_RANK
+    assert fields[f"{arch}.classifier.output_labels"].contents() == labels
     # <s> A </s></s> B </s>, but [CLS] A [SEP] B [SEP]
-    assert fields["tokenizer.ggml.add_sep_token"].contents() == (not name.startswith("bert"))
+    two = fields["tokenizer.ggml.add_sep_token"].contents()
+    assert two == name.startswith("xlm-roberta")
     if not llama:
         return
     torch = pytest.importorskip("torch", reason="pip install qconvert[hf]")
@@ -270,6 +284,10 @@ def test_a_head_gives_the_values_of_transformers(
         ("xlm-roberta, classifier", {"id2label": {}}, "ARCH-CONFIG"),
         ("xlm-roberta, classifier", {"num_labels": 7}, "ARCH-CONFIG"),
         ("xlm-roberta, classifier", {"id2label": {"0": "a"}}, "ARCH-SHAPE"),
+        ("modernbert", {"rope_scaling": {"rope_type": "linear"}}, "ARCH-CONFIG-VALUE"),
+        ("modernbert, classifier", {"classifier_bias": True}, "ARCH-CONFIG-VALUE"),
+        ("modernbert, classifier", {"classifier_activation": "relu"}, "ARCH-CONFIG-VALUE"),
+        ("modernbert, classifier", {"classifier_pooling": "max"}, "ARCH-CONFIG-VALUE"),
         ("xlm-roberta, classifier", {"architectures": ["XLMRobertaModel"]}, "ARCH-TENSOR-LEFT"),
     ],
 )
@@ -278,7 +296,7 @@ def test_what_llama_cpp_does_not_do_is_refused_by_name(
 ) -> None:
     config = {**(NARROW | MORE)[name], **changes}
     shapes = head_shapes(name, 3) if "," in name else shapes_of(name)
-    directory = Directories(tmp_path).made("xlm-roberta", config, shapes)
+    directory = Directories(tmp_path).made(config["model_type"], config, shapes)
     with pytest.raises(QconvertError) as caught:
         open_gguf_source(open_model(directory))
     assert caught.value.code == code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
 from qconvert.architectures.config import Config
@@ -17,6 +18,7 @@ from qconvert.architectures.config_classes import (
     ConfigClass,
 )
 from qconvert.architectures.families.bert import UNUSED_HEAD
+from qconvert.architectures.families.heads import label_keys, labels, with_labels
 from qconvert.architectures.families.keys import (
     FULL,
     GELU,
@@ -33,7 +35,7 @@ from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.rope import Rope, Scalings, read_rope_by_layer
 
 _EVERY = "global_attn_every_n_layers"
-CONFIGS = (
+_CONFIG = (
     ConfigClass(
         "ModernBertConfig",
         "modernbert",
@@ -77,6 +79,10 @@ CONFIGS = (
         divides=True,
     ),
 )  # fmt: skip
+_OF_HEAD = ("classifier_pooling", "classifier_bias", "classifier_activation")
+_HEAD_CONFIG = with_labels(_CONFIG[0], "ModernBertForSequenceClassification")
+CONFIGS = (*_CONFIG, replace(_HEAD_CONFIG, beside=(*_HEAD_CONFIG.beside, *_OF_HEAD)))
+_POOLING = {"mean": 1, "cls": 2}  # llama.h's llama_pooling_type
 
 
 def modern_bert_sizes(config: Config) -> Sizes:
@@ -108,6 +114,21 @@ def modern_bert_keys(config: Config, sizes: Sizes) -> Keys:
     return found
 
 
+def modern_bert_classifier_sizes(config: Config) -> Sizes:
+    sizes = modern_bert_sizes(config)
+    sizes.named["labels"] = len(labels(config))
+    return sizes
+
+
+def modern_bert_classifier_keys(config: Config, sizes: Sizes) -> Keys:
+    config.require("classifier_bias", (False,), False)
+    config.require("classifier_activation", GELU, "gelu")
+    config.require("classifier_pooling", tuple(_POOLING), "cls")
+    pooling = _POOLING[config.get("classifier_pooling", "cls")]
+    keys = modern_bert_keys(config, sizes) | label_keys(config)
+    return keys | {"classifier.pooling_type": pooling}
+
+
 def modern_bert_rope(config: Config, sizes: Sizes) -> Rope:
     """Rotary positions, which no kind of layer has scaled."""
     if config.stated("rope_scaling") is not None:
@@ -121,30 +142,56 @@ def _not_first(config: Config, sizes: Sizes, block: int) -> bool:
     return block > 0
 
 
+_WHOLE = (
+    Slot("token_embd.weight", "vocabulary width"),
+    Slot("token_embd_norm.weight", "width"),
+    Slot("output_norm.weight", "width"),
+)
+_BLOCK = (
+    Slot("attn_norm.weight", "width", only=_not_first),
+    Slot("attn_qkv.weight", "fused width"),
+    Slot("attn_output.weight", "width width"),
+    Slot("ffn_norm.weight", "width"),
+    Slot("ffn_up.weight", "gate_up width"),
+    Slot("ffn_down.weight", "width inner"),
+)
+
 ROWS = (
     Family(
         "ModernBERT (encoders)",
         ("ModernBertModel", "ModernBertForMaskedLM"),
         "modern-bert",
-        (
-            Slot("token_embd.weight", "vocabulary width"),
-            Slot("token_embd_norm.weight", "width"),
-            Slot("output_norm.weight", "width"),
-        ),
-        (
-            Slot("attn_norm.weight", "width", only=_not_first),
-            Slot("attn_qkv.weight", "fused width"),
-            Slot("attn_output.weight", "width width"),
-            Slot("ffn_norm.weight", "width"),
-            Slot("ffn_up.weight", "gate_up width"),
-            Slot("ffn_down.weight", "width inner"),
-        ),
+        _WHOLE,
+        _BLOCK,
         modern_bert_keys,
         modern_bert_sizes,
         modern_bert_rope,
         (*GELU, *SILU),
         renames=(("model.", ""),),
         dropped=(("head.", UNUSED_HEAD), ("decoder.", UNUSED_HEAD)),
+        tied=True,
+    ),
+    Family(
+        "ModernBERT with a classification head (rerankers)",
+        ("ModernBertForSequenceClassification",),
+        "modern-bert",
+        (
+            *_WHOLE,
+            Slot("cls.weight", "width width"),
+            Slot("cls.norm.weight", "width"),
+            Slot("cls.output.weight", "labels width"),
+            Slot("cls.output.bias", "labels"),
+        ),
+        _BLOCK,
+        modern_bert_classifier_keys,
+        modern_bert_classifier_sizes,
+        modern_bert_rope,
+        (*GELU, *SILU),
+        renames=(
+            ("model.", ""),
+            ("classifier.weight", "classifier.out_proj.weight"),
+            ("classifier.bias", "classifier.out_proj.bias"),
+        ),
         tied=True,
     ),
 )
