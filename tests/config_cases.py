@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from family_models import NARROW
+from family_models import ENCODERS, NARROW
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tiny_models import TOKENIZERS, rows
@@ -28,7 +28,7 @@ CONTEXT = 256  # llama.cpp's smallest
 POSITIONS, EVERY = (5, 79, 159), 61
 # Largest difference, of the largest output. ggml takes GELU from a table of binary16.
 TOLERANCE = {
-    **dict.fromkeys(("gemma2", "gemma3_text", "gemma3", "bert", "starcoder2"), 3e-3),
+    **dict.fromkeys(("gemma2", "gemma3_text", "gemma3", "starcoder2", *ENCODERS), 3e-3),
     **dict.fromkeys(("gemma4_text", "gemma4"), 6e-3),
 }
 EXACT = 3e-4
@@ -57,6 +57,9 @@ TOKENIZER = {
     "gemma3_text": "sp-gemma",
     "gemma3": "sp-gemma",
     "bert": "wordpiece",
+    "xlm-roberta": "unigram",
+    "roberta": "gpt-2",
+    "modernbert": "gpt-2",
 }
 
 
@@ -131,7 +134,7 @@ BASES: dict[str, Fields] = {
     },
 }
 BASES |= NARROW
-DECODERS = tuple(name for name in BASES if name not in ("bert", "gemma3"))
+DECODERS = tuple(name for name in BASES if name not in (*ENCODERS, "gemma3"))
 
 
 # Classes whose norms are stored less one.

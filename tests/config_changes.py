@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from config_cases import BASES, DECODERS, REMOVED, Fields
-from family_models import NARROW
+from family_models import ENCODERS, NARROW
 
 from qconvert.architectures.families import CONFIG_CLASSES
 
@@ -222,6 +222,24 @@ VALUES |= {
     "embedding_dropout": [0.5],
     "hidden_dropout": [0.5],
 }
+VALUES |= {
+    "initializer_cutoff_factor": [1.0],
+    "norm_bias": [True],
+    "local_attention": [32, 7, 0],
+    "mlp_dropout": [0.5],
+    "decoder_bias": [False],
+    "classifier_pooling": ["mean"],
+    "classifier_bias": [True],
+    "classifier_activation": ["relu"],
+    "deterministic_flash_attn": [True],
+    "sparse_prediction": [True],
+    "sparse_pred_ignore_index": [-1],
+    "cls_token_id": [4],
+    "sep_token_id": [4],
+    "global_attn_every_n_layers": [2, 1, 0],
+    "global_rope_theta": [500.0],
+    "local_rope_theta": [500.0],
+}
 # Read by transformers though no field of the class, or of every class before transformers 5.
 BESIDE = (
     "torch_dtype", "_name_or_path", "tokenizer_class", "temperature", "output_attentions",
@@ -257,6 +275,7 @@ RELATED = {
     "layer_types": ("num_kv_shared_layers",),
     "enable_moe_block": ("num_experts",),
     "linear_num_key_heads": ("linear_num_value_heads",),
+    "max_position_embeddings": ("pad_token_id",),
     "num_hidden_layers": (
         "layer_types",
         "first_k_dense_replace",
@@ -619,6 +638,17 @@ OWN: dict[str, dict[str, list[Any]]] = {
     "olmo3": {"layer_types": [[FULL] * 4, [SLIDING] * 4, [FULL, SLIDING] * 2]},
     "cohere2": {"layer_types": [[FULL] * 4, [SLIDING] * 4, [FULL, SLIDING] * 2]},
     "exaone4": {"layer_types": [[FULL] * 2, [SLIDING] * 2]},
+    "modernbert": {
+        "layer_types": [[FULL] * 4, [SLIDING] * 4, [FULL, SLIDING] * 2],
+        "hidden_activation": ["gelu_new", "silu", "relu"],
+        "global_attn_every_n_layers": [2, 1, 0],
+        "rope_parameters": [
+            {},
+            {FULL: {"rope_theta": 500.0}, SLIDING: {"rope_theta": 50.0}},
+            {FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}, SLIDING: {}},
+        ],
+        "rope_scaling": [{"rope_type": "linear", "factor": 4.0}],
+    },
     "gpt_oss": {"layer_types": [[FULL, SLIDING], [SLIDING] * 2]},
     **{
         name: {"layer_types": [[FULL] * 3, ["linear_attention", FULL, "linear_attention"]]}
@@ -672,7 +702,7 @@ def family_cases(name: str) -> Iterator[Case]:
             "rope_type": "default", "partial_rotary_factor": 0.5,
         },
     }  # fmt: skip
-    if "rope_parameters" in known.fields:
+    if "rope_parameters" in known.fields and name not in ENCODERS:
         for label, fields in brief.items():
             whole = base.get("rope_parameters", {}) | {"rope_theta": 10_000.0} | fields
             yield Case("rope_parameters", label, {"rope_parameters": whole})
@@ -701,7 +731,7 @@ def cases(name: str, own: list[str]) -> list[Case]:
         found += inner_cases()
     elif name == "gemma3_text":
         found += gemma3_rope_cases()
-    elif name != "bert":
+    elif name not in ENCODERS:
         found += rope_cases(name)
     found += class_cases(name)
     return found

@@ -31,8 +31,7 @@ def _base(kind: str, model_type: str, **more: Any) -> Fields:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "tie_word_embeddings": False,
-        **more,
-    }
+    } | more
 
 
 def _without(fields: Fields, *names: str) -> Fields:
@@ -183,6 +182,31 @@ NARROW: dict[str, Fields] = {
 }  # fmt: skip
 
 
+def _encoder(kind: str, model_type: str, **more: Any) -> Fields:
+    """An encoder of BERT's kind."""
+    without = ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
+    return _without(
+        _base(
+            kind, model_type, max_position_embeddings=258, pad_token_id=1, bos_token_id=0,
+            type_vocab_size=1, layer_norm_eps=1e-5, hidden_act="gelu", **more,
+        ),
+        *without,
+    )  # fmt: skip
+
+
+NARROW |= {
+    "xlm-roberta": _encoder("XLMRobertaModel", "xlm-roberta"),
+    "roberta": _encoder("RobertaModel", "roberta"),
+    "modernbert": _without(
+        _encoder(
+            "ModernBertModel", "modernbert", num_hidden_layers=4, local_attention=16,
+            norm_eps=1e-5, cls_token_id=0, sep_token_id=2,
+        ),
+        "type_vocab_size", "layer_norm_eps", "hidden_act",
+    ),
+}  # fmt: skip
+
+
 def _wrapped(kind: str, model_type: str, inner: str, vision: Fields, **more: Any) -> Fields:
     """A model of text and images around one of `NARROW`."""
     return {
@@ -224,6 +248,8 @@ NARROW |= {
         },
     ),
 }  # fmt: skip
+# What is compared of these are hidden states.
+ENCODERS = ("bert", "xlm-roberta", "roberta", "modernbert")
 WRAPPED = ("qwen3_5", "qwen3_5_moe", "mistral3", "gemma4")
 
 # More models for `make_families.py`: of classes that are in `NARROW` otherwise.
@@ -232,6 +258,17 @@ MORE: dict[str, Fields] = {
         "Gemma4ForCausalLM", "gemma4_text", **_GEMMA4, enable_moe_block=True, num_experts=4,
         top_k_experts=2, moe_intermediate_size=48, hidden_size_per_layer_input=0,
     ),
+    "bert, classifier": _encoder(
+        "BertForSequenceClassification", "bert", id2label={"0": "score"}
+    ),
+    "xlm-roberta, classifier": _encoder(
+        "XLMRobertaForSequenceClassification", "xlm-roberta",
+        id2label={"0": "bad", "1": "good", "2": "neither"},
+    ),
+    "modernbert, classifier": NARROW["modernbert"] | {
+        "architectures": ["ModernBertForSequenceClassification"], "classifier_pooling": "mean",
+        "id2label": {"0": "score"},
+    },
     "exaone4, windows": _base(
         "Exaone4ForCausalLM", "exaone4", sliding_window=16, num_hidden_layers=64
     ),

@@ -59,7 +59,7 @@ from config_changes import (
     cases,
 )
 from config_document import document
-from family_models import WRAPPED
+from family_models import ENCODERS, WRAPPED
 from gguf import GGUFReader
 from numpy.typing import NDArray
 
@@ -72,6 +72,16 @@ TABLE = HERE / "config_table.json"
 DOCUMENT = HERE.parent / "formats" / "gguf-configuration.md"
 
 # --- transformers ---------------------------------------------------------------------------------
+
+
+def is_encoder(config: Fields) -> bool:
+    """Whether hidden states are compared, not logits of tokens."""
+    return config.get("model_type") in ENCODERS
+
+
+def has_classifier(config: Fields) -> bool:
+    """Whether values of labels are compared."""
+    return "ForSequenceClassification" in str(config.get("architectures"))
 
 
 class Transformers:
@@ -97,7 +107,9 @@ class Transformers:
         p = self.package
         if config.get("model_type") in WRAPPED:
             return p.AutoModelForImageTextToText
-        return p.AutoModel if config.get("model_type") == "bert" else p.AutoModelForCausalLM
+        if has_classifier(config):
+            return p.AutoModelForSequenceClassification
+        return p.AutoModel if is_encoder(config) else p.AutoModelForCausalLM
 
     def shapes(self, config: Fields) -> dict[str, tuple[int, ...]]:
         """Tensors of a checkpoint as transformers saves it."""
@@ -120,14 +132,14 @@ class Transformers:
             return self._saved[known]
 
     def outputs(self, home: Path, config: Fields) -> NDArray[np.float32]:
-        """Logits, or hidden states of an encoder: (tokens, width)."""
+        """Logits, or hidden states of an encoder: (tokens, width); of a classifier: (labels)."""
         model = self._class(config).from_pretrained(
             home, dtype=self.torch.float32, attn_implementation="eager"
         )
         with self.torch.no_grad():
             found = model.eval()(self.torch.tensor([text()]))
-        encoder = config.get("model_type") == "bert"
-        made = (found.last_hidden_state if encoder else found.logits)[0].numpy()
+        hidden = is_encoder(config) and not has_classifier(config)
+        made = (found.last_hidden_state if hidden else found.logits)[0].numpy()
         if not np.isfinite(made).all():
             raise ValueError("outputs are not finite")
         return made
@@ -143,11 +155,11 @@ def _serve(pipe: Any) -> None:
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     with contextlib.suppress(EOFError):  # nobody asks any more
         while True:
-            path, encoder = pipe.recv()
-            pipe.send(_run(llama_cpp, path, encoder))
+            path, encoder, pooled = pipe.recv()
+            pipe.send(_run(llama_cpp, path, encoder, pooled))
 
 
-def _run(llama_cpp: Any, path: str, encoder: bool) -> NDArray[np.float32] | str:
+def _run(llama_cpp: Any, path: str, encoder: bool, pooled: bool) -> NDArray[np.float32] | str:
     settings = llama_cpp.llama_model_default_params()
     settings.n_gpu_layers = 0
     model = llama_cpp.llama_model_load_from_file(path.encode(), settings)
@@ -158,8 +170,10 @@ def _run(llama_cpp: Any, path: str, encoder: bool) -> NDArray[np.float32] | str:
     parameters.n_threads = parameters.n_threads_batch = 1
     parameters.type_k = parameters.type_v = 0  # a cache in F32, as transformers has it
     parameters.flash_attn_type = 0
-    if encoder:
-        parameters.embeddings, parameters.pooling_type = True, 0
+    if encoder or pooled:
+        parameters.embeddings = True
+    if encoder and not pooled:
+        parameters.pooling_type = 0  # otherwise as the file says
     context = llama_cpp.llama_init_from_model(model, parameters)
     if not context:
         return "llama.cpp makes no context for it"
@@ -172,14 +186,21 @@ def _run(llama_cpp: Any, path: str, encoder: bool) -> NDArray[np.float32] | str:
     run = llama_cpp.llama_encode if encoder else llama_cpp.llama_decode
     found: NDArray[np.float32] | str = "llama.cpp does not run it"
     if run(context, batch) == 0:
-        if encoder:
+        if pooled:
+            ranks = llama_cpp.llama_pooling_type(context) == 4
+            of = llama_cpp.llama_model_n_cls_out if ranks else llama_cpp.llama_model_n_embd
+            width = of(model)
+            found = np.ctypeslib.as_array(
+                llama_cpp.llama_get_embeddings_seq(context, 0), (width,)
+            ).copy()
+        elif encoder:
             width, row = llama_cpp.llama_model_n_embd(model), llama_cpp.llama_get_embeddings_ith
         else:
             vocabulary = llama_cpp.llama_model_get_vocab(model)
             width, row = llama_cpp.llama_vocab_n_tokens(vocabulary), llama_cpp.llama_get_logits_ith
-        found = np.stack(
-            [np.ctypeslib.as_array(row(context, i), (width,)).copy() for i in range(len(ids))]
-        )
+        if not pooled:
+            rows = [np.ctypeslib.as_array(row(context, i), (width,)) for i in range(len(ids))]
+            found = np.stack(rows)
     llama_cpp.llama_batch_free(batch)
     llama_cpp.llama_free(context)
     llama_cpp.llama_model_free(model)
@@ -192,7 +213,7 @@ class LlamaCpp:
     def __init__(self) -> None:
         self._process: Any = None
 
-    def outputs(self, path: Path, encoder: bool) -> NDArray[np.float32] | str:
+    def outputs(self, path: Path, encoder: bool, pooled: bool = False) -> NDArray[np.float32] | str:
         """As `Transformers.outputs`, or why there are none."""
         if self._process is None or not self._process.is_alive():
             context = multiprocessing.get_context("spawn")
@@ -200,7 +221,7 @@ class LlamaCpp:
             self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
             self._process.start()
             theirs.close()
-        self._pipe.send((str(path), encoder))
+        self._pipe.send((str(path), encoder, pooled))
         try:
             found: NDArray[np.float32] | str = self._pipe.recv()
         except (EOFError, ConnectionError):
@@ -266,7 +287,7 @@ class Runner:
     def __init__(self, name: str, ours: Transformers, llama: LlamaCpp, home: Path) -> None:
         self.name, self.home = name, home
         self.transformers, self.llama = ours, llama
-        self.encoder = name == "bert"
+        self.encoder = name in ENCODERS
         self.tolerance = TOLERANCE.get(name, EXACT)
         self.config = BASES[name]
         self.shapes = ours.shapes(self.config)

@@ -23,7 +23,7 @@ from config_cases import TOLERANCE, Directories, text
 from family_document import PAGE, with_table
 from family_models import MORE, NARROW, wide
 from gguf import GGUFReader
-from make_config_table import LlamaCpp, Transformers
+from make_config_table import LlamaCpp, Transformers, has_classifier, is_encoder
 from make_mixes import chosen
 
 from qconvert.schemes import parse_scheme
@@ -57,7 +57,7 @@ def measured(name: str, ours: Transformers, llama: LlamaCpp, home: Path) -> dict
     directory = Directories(home).made(config["model_type"], config, ours.shapes(config))
     whole = converted(directory, "f32")
     wanted = ours.outputs(directory, config)[:TOKENS]
-    found = llama.outputs(whole, encoder=False)
+    found = llama.outputs(whole, encoder=is_encoder(config), pooled=has_classifier(config))
     if isinstance(found, str):
         raise ValueError(found)
     found = found[:TOKENS]

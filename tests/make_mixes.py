@@ -302,6 +302,7 @@ def chosen(skeleton: Path, arguments: list[str], mix: str) -> dict[str, str]:
         ["llama-quantize", "--dry-run", *arguments, skeleton, mix],
         capture_output=True,
         text=True,
+        errors="replace",  # it cuts long lists of tokens within a character
         check=False,
     )
     output = done.stdout + done.stderr

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import ROOT, Call
-from family_models import NARROW
+from family_models import MORE, NARROW
 from numpy.typing import NDArray
 from tiny_models import (
     BYTE_LEVEL_END,
@@ -174,8 +174,9 @@ def test_tensors_have_the_names_and_shapes_that_llama_cpp_asks_for(
 
 
 def test_every_architecture_of_the_table_is_tried_here() -> None:
-    # the later ones in test_families.py
-    classes = {c["architectures"][0] for c in (*CONFIGS.values(), *NARROW.values())}
+    # the later ones in test_families.py and test_encoders.py
+    configs = (*CONFIGS.values(), *NARROW.values(), *MORE.values())
+    classes = {c["architectures"][0] for c in configs}
     assert all(classes & set(family.classes) for family in FAMILIES)
     assert len(supported()) == len(FAMILIES)
 
@@ -1410,12 +1411,13 @@ def test_a_configuration_that_llama_cpp_would_not_run_is_refused(
 
 
 def test_an_unknown_architecture_is_told_which_there_are(tmp_path: Path) -> None:
-    config = {"architectures": ["FalconForCausalLM"]}
+    config = {"architectures": ["Gemma3nForCausalLM"]}
     error = refused(write_directory(tmp_path / "m", "llama", config=config))
     assert isinstance(error, UnsupportedError)
-    for name in ("Llama", "Qwen3 mixture of experts", "Gemma 3", "BERT"):
-        assert name in str(error)
-    assert "FalconForCausalLM" in str(error)
+    assert "near by name: Gemma3ForCausalLM" in str(error)
+    assert "formats/gguf.md" in (error.hint or "")
+    assert len(error.wanted or "") < 150
+    assert "Gemma3nForCausalLM" in str(error)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])

@@ -28,6 +28,7 @@ NUMBER_OR_NULL, TEXT_OR_NULL = "a number, or null", f"{TEXT}, or null"
 FLOATS_OR_NULL = f"a list of {FLOAT.replace('a number', 'numbers')}, or null"
 INT_OR_TEXT_OR_NULL = "an integer or text, or null"
 OBJECT_OR_NULL = "an object, or null"
+LAYER_OBJECTS_OR_NULL = "an object with objects for full_attention and sliding_attention, or null"
 
 Fields = Mapping[str, tuple[str, object]]
 ANY = None  # in `ConfigClass.harmless`: whatever the value
@@ -84,6 +85,11 @@ class ConfigClass:
             return True
         if kind.startswith("'"):
             return value in [option.strip(" '") for option in kind.split(",")]
+        if kind == LAYER_OBJECTS_OR_NULL:
+            layers = ("full_attention", "sliding_attention")
+            return isinstance(value, dict) and all(
+                n in layers and isinstance(v, dict) for n, v in value.items()
+            )
         of_list = {INTS_OR_NULL: int, TEXTS_OR_NULL: str, FLOATS_OR_NULL: float}.get(kind)
         if of_list:
             return isinstance(value, list) and all(type(v) is of_list for v in value)

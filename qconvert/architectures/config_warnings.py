@@ -51,6 +51,11 @@ def config_warnings(
             "config.json has fields without effect, in transformers' "
             f"{known.name} as here: {_listed(unknown)}"
         )
+    if known.model_type == "bert" and "labels" in sizes.named and sizes.named["types"] > 1:
+        found.append(
+            "llama.cpp has no second token type: values of a text by itself are the model's, but "
+            "scores of pairs of texts differ from those of transformers"
+        )
     if window := family.window(config, sizes):
         found.append(
             f"llama.cpp attends to all tokens, not to a window of {window} as the configuration "

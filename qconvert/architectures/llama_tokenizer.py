@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from qconvert.architectures.llama_text import PRE_TOKENIZERS, bert_words, split_words
+from qconvert.architectures.tokenizer_json import SPACE
 from qconvert.architectures.tokenizers import (
     CONTROL,
     NORMAL,
-    SPACE,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,

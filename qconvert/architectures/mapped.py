@@ -93,6 +93,8 @@ class MappedTensor:
         order: where its values are, instead.
         added: what is added to each value, in binary32; the dtype is then F32.
         change: what is done to each value, likewise.
+        cut: whether it does without rows of its sources that nothing is computed with: on the way
+            back they are zero.
         constant: the values themselves, binary32 and flat, for a tensor that no file holds.
     """
 
@@ -102,6 +104,7 @@ class MappedTensor:
     order: Order | None = None
     added: float = 0.0
     change: Change | None = None
+    cut: bool = False
     constant: NDArray[np.float32] | None = None
 
 
@@ -171,7 +174,7 @@ def _inverted(source: TensorInfo, parts: list[tuple[MappedTensor, int]]) -> Mapp
         inside = (there >= 0) & (there < count)
         origin[there[inside]] = before + rows[inside]
         before += len(rows)
-    if (origin < 0).any():
+    if (origin < 0).any() and not any(t.cut for t, _ in parts):
         raise ValueError(f"rows of '{source.name}' are in no tensor")
     in_order = np.array_equal(origin, np.arange(before))
     return made if in_order else replace(made, locate=origin.__getitem__)
@@ -293,12 +296,16 @@ class MappedModel:
     def _gathered(
         self, made: MappedTensor, wanted: Rows, columns: int, near: int
     ) -> NDArray[np.void]:
-        """Rows of so many values out of the sources; rows between may be read that are so few."""
+        """Rows of so many values out of the sources; rows between may be read that are so few.
+
+        A row below 0 is one of zeros.
+        """
         row = np.dtype((np.void, columns * DTYPES[made.sources[0].dtype].size))
         ends = np.cumsum([source.size // columns for source in made.sources])
+        found = np.zeros(len(wanted), row)
         order = np.argsort(wanted)
+        order = order[wanted[order] >= 0]
         rows = wanted[order]
-        found = np.empty(len(rows), row)
         for begin, end in _runs(rows, ends, near):
             index = int(np.searchsorted(ends, rows[begin], "right"))
             first = int(ends[index - 1]) if index else 0

@@ -313,6 +313,7 @@ def _made(
         slot.order(sizes) if slot.order else None,
         added,
         slot.change,
+        slot.cut,
     )
 
 

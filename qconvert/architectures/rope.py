@@ -192,6 +192,7 @@ def read_rope_by_layer(
     dimensions: int,
     scalings: Scalings | None = None,
     local: str | None = "rope_local_base_freq",
+    whole: str = "rope_theta",
 ) -> Rope:
     """The same for models with one base for full layers and another for sliding ones.
 
@@ -200,13 +201,14 @@ def read_rope_by_layer(
         scalings: what llama.cpp does for full layers: a linear factor, if nothing else is said.
         local: field that has the base of sliding layers where it is not inside; None: it is then
             that of the class.
+        whole: the same for full layers.
 
     Raises:
         UnsupportedError: a kind of scaling that llama.cpp does not do.
         FormatError: a field is missing or unusable.
     """
     outer, old = config.section("rope_parameters"), config.section("rope_scaling")
-    full = _of_layer(config, outer, _FULL, "rope_theta", _theta(config))
+    full = _of_layer(config, outer, _FULL, whole, _theta(config))
     if old:
         if outer and not isinstance(outer.get(_FULL), dict):
             # transformers would have nothing to put the older fields into

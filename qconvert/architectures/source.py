@@ -18,9 +18,10 @@ from qconvert.architectures.general_name import harmless_name
 from qconvert.architectures.mapped import MappedModel
 from qconvert.architectures.mapping import Dropped, map_tensors
 from qconvert.architectures.model_card import card_keys
+from qconvert.architectures.rebuilt_tokenizers import CLASSES
 from qconvert.architectures.sentence_modules import sentence_modules
 from qconvert.architectures.small_files import SmallFiles
-from qconvert.architectures.special_tokens import special_token_keys
+from qconvert.architectures.special_tokens import pair_keys, special_token_keys
 from qconvert.architectures.token_check import compare_tokens
 from qconvert.architectures.tokenizer_json import TokenizerJson
 from qconvert.architectures.tokenizers import Vocabulary, read_vocabulary
@@ -119,12 +120,14 @@ def open_gguf_source(
     renamed = _renamed(metadata, files)
     metadata |= _sampling(files)
     metadata |= keys
-    if family.arch == "bert" or modules.pooling is not None:
-        pooling = GgufValue("UINT32", modules.pooling or 0)
-        metadata[f"{family.arch}.pooling_type"] = pooling
+    pooled = f"{family.arch}.pooling_type"
+    if modules.pooling is not None or (family.arch == "bert" and pooled not in keys):
+        metadata[pooled] = GgufValue("UINT32", modules.pooling or 0)
     if family.arch == "bert":
         metadata["tokenizer.ggml.token_type_count"] = GgufValue("UINT32", sizes.named["types"])
     metadata |= tokens.keys
+    if "labels" in sizes.named:
+        metadata |= pair_keys(tokens.file, tokens.keys)
     if compare:
         compare_tokens(tokens.file, metadata)
     return GgufSource(
@@ -215,6 +218,8 @@ def _tokenizer(files: SmallFiles, config: Config, size: int, pre_tokenizer: str 
             if v not in (None, "")
         },
     }
+    if config.known and (named := CLASSES.get(config.known.model_type)):
+        settings.setdefault("tokenizer_class", named)
     file = TokenizerJson(fields, files.home / TOKENIZER)
     vocabulary = read_vocabulary(file, size, pre_tokenizer, settings)
     keys = vocabulary.keys | special_token_keys(file, vocabulary, settings, config)

@@ -140,6 +140,25 @@ def _around(tokenizer: TokenizerJson, known: dict[str, int]) -> _Around | None:
     return None
 
 
+def pair_keys(tokenizer: TokenizerJson, keys: Keys) -> Keys:
+    """What llama.cpp's server puts between a question and a text that it is to score.
+
+    It puts the end token there, and the separator too where a key says so.
+    """
+    steps = tokenizer.steps("post_processor")
+    two = any(step.get("type") == "RobertaProcessing" for step in steps)
+    for step in steps:
+        pair = step.get("pair")
+        if step.get("type") == "TemplateProcessing" and isinstance(pair, list):
+            texts = [i for i, piece in enumerate(pair) if _is_text(piece)]
+            two = len(texts) == 2 and texts[1] - texts[0] > 2
+    found: Keys = {"tokenizer.ggml.add_sep_token": two}
+    end, separator = f"tokenizer.ggml.{KEYS['eos']}", f"tokenizer.ggml.{KEYS['sep']}"
+    if two and end in keys and separator not in keys:
+        found[separator] = keys[end]
+    return found
+
+
 def _is_text(piece: Any) -> bool:
     return isinstance(piece, dict) and "Sequence" in piece
 

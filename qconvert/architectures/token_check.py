@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from qconvert.architectures.library_tokens import library_tokens
 from qconvert.architectures.llama_tokenizer import CannotTokenizeError, LlamaTokenizer
 from qconvert.architectures.tokenizer_findings import LONG_WORD
-from qconvert.architectures.tokenizer_json import TokenizerJson
-from qconvert.architectures.tokenizers import SPACE
+from qconvert.architectures.tokenizer_json import SPACE, TokenizerJson
 from qconvert.errors import UnsupportedError
 from qconvert.files.gguf_writer import MetadataValue
 

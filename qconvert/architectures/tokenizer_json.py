@@ -12,6 +12,7 @@ from qconvert.errors import FormatError, UnsupportedError
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+SPACE = "\u2581"  # what SentencePiece writes for a space
 _SHOWN = 40  # characters of the name of a kind of step
 
 

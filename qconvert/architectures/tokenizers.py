@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qconvert.architectures.pretokenizers import named_warning, pre_tokenizer_name
+from qconvert.architectures.rebuilt_tokenizers import as_rebuilt
 from qconvert.architectures.tokenizer_findings import findings
-from qconvert.architectures.tokenizer_json import TokenizerJson
+from qconvert.architectures.tokenizer_json import SPACE, TokenizerJson
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
 
@@ -23,7 +24,6 @@ Keys = dict[str, MetadataValue]
 # Types of tokens: llama.h's llama_token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-SPACE = "\u2581"  # what SentencePiece writes for a space
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 # Some versions of transformers left out the first merge; many more are another kind of tokenizer.
 MAX_UNLISTED = 0.01  # pairs for each token
@@ -37,12 +37,6 @@ MAX_STRANGE = 8  # kinds of normalizers that are named
 MAX_SCORE = 1e30  # of a piece: what binary32 holds without a thought
 # Tokens beyond the last row of the embedding that are left out: at most so many for each row.
 MAX_BEYOND = 0.01
-# Tokenizers that transformers 5 builds from tokenizer_config.json, whatever normalizer
-# tokenizer.json has; also where no class is named.
-_REBUILT = re.compile(
-    r"(Bert|DistilBert|MPNet|Electra|MobileBert|LayoutLM|Lxmert|Funnel|SqueezeBert|ConvBert)"
-    r"Tokenizer(Fast)?"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +77,7 @@ def read_vocabulary(
     """
     kind = _kind(tokenizer)
     _check_lengths(tokenizer)
-    if kind == "bert":
-        _as_rebuilt(tokenizer, settings or {})
+    as_rebuilt(tokenizer, kind, settings or {})
     if pre_tokenizer is not None and kind != "gpt2":
         raise UnsupportedError(
             "only byte-level BPE has a pre-tokenizer to be named",
@@ -126,42 +119,6 @@ def _check_lengths(tokenizer: TokenizerJson) -> None:
             f"{MAX_TOKEN_CHARACTERS:,} together",
             f"one of {longest:,}, together {total:,}",
         )
-
-
-def _as_rebuilt(tokenizer: TokenizerJson, settings: Mapping[str, Any]) -> None:
-    """Put in what transformers 5 gives a tokenizer of BERT's kind: a normalizer, and tokens around
-    a text.
-
-    It goes by tokenizer_config.json alone, with its own defaults, not by tokenizer.json.
-    """
-    named = settings.get("tokenizer_class")
-    if named is not None and not (isinstance(named, str) and _REBUILT.fullmatch(named)):
-        return
-    rebuilt = {
-        "type": "BertNormalizer",
-        "clean_text": True,
-        "handle_chinese_chars": settings.get("tokenize_chinese_chars", True) is True,
-        "strip_accents": settings.get("strip_accents"),
-        "lowercase": settings.get("do_lower_case", True) is True,
-    }
-    cls, sep = (settings.get(f"{name}_token", f"[{name.upper()}]") for name in ("cls", "sep"))
-    if not tokenizer.steps("post_processor") and isinstance(cls, str) and isinstance(sep, str):
-        ids = {**tokenizer.vocabulary(), **{t.text: t.id for t in tokenizer.added}}
-        if cls in ids and sep in ids:
-            tokenizer.fields["post_processor"] = {
-                "type": "BertProcessing",
-                "cls": [cls, ids[cls]],
-                "sep": [sep, ids[sep]],
-            }
-    found = tokenizer.steps("normalizer")
-    if len(found) == 1 and {k: found[0].get(k) for k in rebuilt} == rebuilt:
-        return
-    tokenizer.warnings.append(
-        f"the normalizer in {tokenizer.path.name} is not used: transformers builds it from "
-        f"tokenizer_config.json (do_lower_case {str(rebuilt['lowercase']).lower()}), and so does "
-        "this file"
-    )
-    tokenizer.fields["normalizer"] = rebuilt
 
 
 def _leave_out_beyond(tokenizer: TokenizerJson, size: int) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ tensor that its loader does not ask for, or one that it misses, makes it refuse 
 
 from __future__ import annotations
 
+import difflib
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,10 +29,12 @@ from qconvert.architectures.families import (
     llama,
     minimax,
     mistral,
+    modern_bert,
     olmo,
     phi,
     qwen,
     qwen_linear,
+    roberta,
     seed_oss,
     smollm,
     stablelm,
@@ -66,6 +69,8 @@ _MODULES = (
     qwen_linear,
     gemma4,
     bert,
+    roberta,
+    modern_bert,
 )
 FAMILIES: tuple[Family, ...] = tuple(row for module in _MODULES for row in module.ROWS)
 CONFIG_CLASSES: tuple[ConfigClass, ...] = tuple(c for m in _MODULES for c in m.CONFIGS)
@@ -77,10 +82,12 @@ def known_class(fields: Mapping[str, Any]) -> ConfigClass | None:
     transformers goes by ``model_type``; the class of model that ``architectures`` names must be one
     that we take, unless there is none.
     """
-    by_type = next((c for c in CONFIG_CLASSES if c.model_type == fields.get("model_type")), None)
+    named = _class_names(fields)
+    of_type = [c for c in CONFIG_CLASSES if c.model_type == fields.get("model_type")]
+    ours = (c for c in of_type if any(n in c.architectures for n in named))
+    by_type = next(ours, of_type[0] if of_type else None)
     if by_type and by_type.model_type == "mistral" and "layer_types" in fields:
         return None  # transformers takes it for another, 'ministral'
-    named = _class_names(fields)
     by_name = next((c for c in CONFIG_CLASSES if any(n in c.architectures for n in named)), None)
     if fields.get("architectures") in (None, []):
         return by_type
@@ -111,10 +118,22 @@ def family_of(fields: Mapping[str, Any], path: Path) -> tuple[Family, ConfigClas
         "architecture has no row in our table for GGUF",
         path=path,
         found=reprlib.repr(found)[1:-1] if len(found) > 120 else found,
-        wanted=", ".join(family.name for family in FAMILIES),
-        hint="--raw writes the tensors under their own names, for tools other than llama.cpp",
+        wanted=_near(_class_names(fields)),
+        hint="formats/gguf.md has a table of all; --raw writes the tensors under their own names, "
+        "for tools other than llama.cpp",
         code="ARCH-UNKNOWN",
     )
+
+
+def _near(named: list[str]) -> str:
+    """The classes whose names are nearest to these, and how many families there are."""
+    classes = sorted(name for family in FAMILIES for name in family.classes)
+    # names of one kind of model end alike, which makes none near
+    alike = {c.replace("ForCausalLM", "").replace("Model", ""): c for c in reversed(classes)}
+    first = named[0].replace("ForCausalLM", "").replace("Model", "")[:80] if named else ""
+    near = [alike[n] for n in difflib.get_close_matches(first, alike, 3, 0.5)]
+    of_all = f"a class of one of {len(FAMILIES)} families"
+    return f"{of_all}; near by name: {', '.join(near)}" if near else of_all
 
 
 def _class_names(fields: Mapping[str, Any]) -> list[str]:

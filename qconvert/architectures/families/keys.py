@@ -284,12 +284,12 @@ def every_nth_full(sizes: Sizes, n: int) -> list[bool]:
     return [bool((i + 1) % n) for i in range(sizes.blocks)]
 
 
-def window_keys(config: Config, sliding: list[bool]) -> Keys:
+def window_keys(config: Config, sliding: list[bool], field: str = "sliding_window") -> Keys:
     """A window, and which layers have it; llama.cpp ends its process where none does."""
     if not any(sliding):
         raise config.unlike("layer_types", f"'{SLIDING}' for one layer at least")
     return {
-        "attention.sliding_window": config.count("sliding_window"),
+        "attention.sliding_window": config.count(field),
         "attention.sliding_window_pattern": GgufValue("BOOL", sliding),
     }
 

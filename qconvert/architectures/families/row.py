@@ -27,6 +27,7 @@ class Slot:
         rows: where its rows are in the source, if that is not said by ``heads`` or equal parts.
         order: where its values are in the source, if they are not whole rows of it.
         change: what is done to each value.
+        cut: whether rows of the source that nothing is computed with are left out.
         plain: a norm to which nothing is added, in a family that adds to norms.
     """
 
@@ -39,6 +40,7 @@ class Slot:
     rows: Callable[[Sizes], Locate] | None = None
     order: Callable[[Sizes], Order] | None = None
     change: Change | None = None
+    cut: bool = False
     plain: bool = False
 
 

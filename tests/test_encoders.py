@@ -1,0 +1,320 @@
+"""Encoders: tokens of trained tokenizers, pooling, heads that classify, and what is refused.
+
+Tokens and outputs are held against transformers, and against llama.cpp where it is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from config_cases import BASES, Directories, text, unfolded
+from conftest import ROOT, Call
+from family_models import MORE, NARROW
+from gguf import GGUFReader
+from tiny_models import charsmap
+
+from qconvert.architectures import open_gguf_source
+from qconvert.architectures.llama_tokenizer import LlamaTokenizer
+from qconvert.architectures.token_check import AWKWARD, ORDINARY
+from qconvert.errors import QconvertError
+from qconvert.files import open_model
+from qconvert.files.gguf_writer import GgufValue
+
+TABLE: dict[str, Any] = json.loads((ROOT / "tests" / "config_table.json").read_text())
+LLAMA = importlib.util.find_spec("llama_cpp") is not None
+TEXTS = (
+    *ORDINARY,
+    *AWKWARD,
+    "",
+    "  ",
+    "a<s>b</s> c",
+    "x<mask> y",
+    "12345 ½",
+    "don'T 'll",
+    "\u3000x",
+)
+SETTINGS = {
+    "bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>",
+    "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>",
+}  # fmt: skip
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+CORPUS = [
+    *ORDINARY,
+    "the theatre is there",
+    "test tests testing",
+    "def g(y): return y",
+    "日本 語",
+] * 3
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    """llama.cpp in a process of its own; None where it is not installed."""
+    if not LLAMA:
+        return None
+    from make_config_table import LlamaCpp
+
+    return LlamaCpp()
+
+
+def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
+    return unfolded(TABLE["tensors"][TABLE["bases"][name]["tensors"]])
+
+
+def trained(kind: str) -> Any:
+    """A tokenizer of the library, as files of XLM-RoBERTa and RoBERTa have it."""
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install qconvert[hf]")
+    from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+
+    if kind == "xlm-roberta":
+        found = tokenizers.Tokenizer(models.Unigram())
+        spaces = dict.fromkeys(("\t", "\n", "\r", "\u00a0", "\u3000"), " ")
+        blob = charsmap(spaces | {"ﬁ": "fi", "①": "1", "Ⅷ": "VIII", "\u200b": " "})
+        # as bge-m3 has it: not what transformers makes of it
+        import base64
+
+        found.normalizer = normalizers.Sequence(
+            [
+                normalizers.Precompiled(base64.b64decode(blob)),
+                normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
+            ]
+        )
+        found.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer: Any = trainers.UnigramTrainer(
+            vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+        )
+    else:
+        found = tokenizers.Tokenizer(models.BPE())
+        found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=300, special_tokens=SPECIAL, show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )  # fmt: skip
+    found.train_from_iterator(CORPUS, trainer)
+    if kind == "modernbert":  # whose tokenizer transformers takes as the file has it
+        found.normalizer = normalizers.NFC()
+        found.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+        )
+    found.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["xlm-roberta", "roberta", "modernbert"])
+def test_tokens_are_those_of_transformers(kind: str, tmp_path: Path, call: Call) -> None:
+    transformers = pytest.importorskip("transformers", reason="pip install qconvert[hf]")
+    directory = Directories(tmp_path).made(kind, NARROW[kind], shapes_of(kind))
+    fields = json.loads(trained(kind).to_str())
+    if kind == "xlm-roberta":  # pieces of so small a corpus have equal scores, and cuts then tie
+        pieces = fields["model"]["vocab"]
+        fields["model"]["vocab"] = [[p, s - 1e-3 * i] for i, (p, s) in enumerate(pieces)]
+    (directory / "tokenizer.json").write_text(json.dumps(fields))
+    (directory / "tokenizer_config.json").write_text(json.dumps(SETTINGS))
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    assert type(theirs).__name__ == {
+        "xlm-roberta": "XLMRobertaTokenizer", "roberta": "RobertaTokenizer",
+        "modernbert": "TokenizersBackend",
+    }[kind]  # fmt: skip
+    source = open_gguf_source(open_model(directory))
+    ours = LlamaTokenizer(source.metadata)
+    before, after = ours.around
+    for each in TEXTS:
+        assert [*before, *ours.encode(each), *after] == theirs(each).input_ids, each
+    if LLAMA:
+        from test_llama_cpp import loaded, tokenized
+
+        path = tmp_path / "m.gguf"
+        assert call("quantize", directory, "--scheme", "f32", "-o", path).code == 0
+        with loaded(path) as model:
+            for each in TEXTS:
+                assert tokenized(model, each) == theirs(each).input_ids, each
+
+
+@pytest.mark.parametrize(
+    ("mode", "number"), [("mean", 1), ("cls", 2), ("lasttoken", 3), ("none", 0)]
+)
+def test_pooling_is_that_of_sentence_transformers(
+    mode: str, number: int, tmp_path: Path, call: Call, llama: Any
+) -> None:
+    directory = Directories(tmp_path).made(
+        "xlm-roberta", NARROW["xlm-roberta"], shapes_of("xlm-roberta")
+    )
+    if mode != "none":
+        modules = [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "x.models.Pooling"},
+        ]
+        (directory / "modules.json").write_text(json.dumps(modules))
+        (directory / "1_Pooling").mkdir()
+        (directory / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+    path = tmp_path / "m.gguf"
+    assert call("quantize", directory, "--scheme", "f32", "-o", path).code == 0
+    fields = GGUFReader(path).fields
+    assert fields["bert.pooling_type"].contents() == number
+    # 258 positions, less those up to the padding's
+    assert fields["bert.context_length"].contents() == 256
+    if llama and number:
+        each = llama.outputs(path, encoder=True)
+        found = llama.outputs(path, encoder=True, pooled=True)
+        assert not isinstance(each, str)
+        wanted = {"mean": each.mean(axis=0), "cls": each[0], "lasttoken": each[-1]}[mode]
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inside", ["model.", ""])
+def test_an_embedding_model_of_qwen3_takes_the_last_token(
+    inside: str, tmp_path: Path, call: Call, llama: Any
+) -> None:
+    """Published ones have names of tensors without the model's."""
+    shapes = {n.replace("model.", inside, 1): s for n, s in shapes_of("qwen3").items()}
+    shapes.pop("lm_head.weight", None)
+    config = {**BASES["qwen3"], "tie_word_embeddings": True}
+    directory = Directories(tmp_path).made("qwen3", config, shapes)
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "x.models.Pooling"},
+    ]
+    (directory / "modules.json").write_text(json.dumps(modules))
+    (directory / "1_Pooling").mkdir()
+    pooling = json.dumps({"pooling_mode_lasttoken": True})
+    (directory / "1_Pooling" / "config.json").write_text(pooling)
+    path = tmp_path / "m.gguf"
+    assert call("quantize", directory, "--scheme", "f32", "-o", path).code == 0
+    assert call("verify", path, "--against", directory).code == 0
+    assert GGUFReader(path).fields["qwen3.pooling_type"].contents() == 3
+    if not llama:
+        return
+    torch = pytest.importorskip("torch", reason="pip install qconvert[hf]")
+    transformers = pytest.importorskip("transformers", reason="pip install qconvert[hf]")
+    model = transformers.AutoModel.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        wanted = model.eval()(torch.tensor([text()])).last_hidden_state[0, -1].numpy()
+    found = llama.outputs(path, encoder=False, pooled=True)
+    assert not isinstance(found, str), found
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def head_shapes(name: str, count: int) -> dict[str, tuple[int, ...]]:
+    """Tensors of a model with a head, as transformers saves it."""
+    base, inside, width = name.partition(",")[0], "roberta", 64
+    if base == "modernbert":
+        shapes = {f"model.{n}": s for n, s in shapes_of(base).items()}
+        shapes |= {"head.dense.weight": (width, width), "head.norm.weight": (width,)}
+        return shapes | {"classifier.weight": (count, width), "classifier.bias": (count,)}
+    if base == "bert":
+        shapes = shapes_of("bert")
+        shapes |= {"classifier.weight": (count, width), "classifier.bias": (count,)}
+        inside = "bert"
+    else:
+        shapes = {n: s for n, s in shapes_of(base).items() if "pooler" not in n}
+        shapes |= {"classifier.dense.weight": (width, width), "classifier.dense.bias": (width,)}
+        shapes |= {
+            "classifier.out_proj.weight": (count, width), "classifier.out_proj.bias": (count,)
+        }  # fmt: skip
+    return {n if n.startswith("classifier.") else f"{inside}.{n}": s for n, s in shapes.items()}
+
+
+LABELS: list[tuple[str, Mapping[str, Any], list[str]]] = [
+    ("bert, classifier", {}, ["score"]),
+    ("bert, classifier", {"id2label": None, "num_labels": 4}, [f"LABEL_{i}" for i in range(4)]),
+    ("xlm-roberta, classifier", {}, ["bad", "good", "neither"]),
+    ("xlm-roberta, classifier", {"id2label": None}, ["LABEL_0", "LABEL_1"]),
+    ("modernbert, classifier", {}, ["score"]),
+    ("modernbert, classifier", {"classifier_pooling": "cls"}, ["score"]),
+    ("xlm-roberta, classifier", {"num_labels": 3}, ["bad", "good", "neither"]),
+    (
+        "xlm-roberta, classifier",
+        {"id2label": {str(i): f"l{i}" for i in (10, *range(10))}},
+        [f"l{i}" for i in range(11)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "labels"), LABELS)
+def test_a_head_gives_the_values_of_transformers(
+    name: str, changes: Mapping[str, Any], labels: list[str], tmp_path: Path, call: Call, llama: Any
+) -> None:
+    config = {**MORE[name], **changes}
+    shapes = head_shapes(name, len(labels))
+    if name.startswith("bert"):
+        config |= {"vocab_size": BASES["bert"]["vocab_size"], "max_position_embeddings": 256}
+        config |= {"type_vocab_size": 2, "pad_token_id": 0}
+    directory = Directories(tmp_path).made(config["model_type"], config, shapes)
+    path = tmp_path / "m.gguf"
+    ran = call("quantize", directory, "--scheme", "f32", "-o", path)
+    assert ran.code == 0
+    assert ("scores of pairs" in ran.err) == name.startswith("bert")
+    assert call("verify", path, "--against", directory).code == 0
+    fields = GGUFReader(path).fields
+    arch = "modern-bert" if name.startswith("modern") else "bert"
+    assert fields[f"{arch}.pooling_type"].contents() == 4  # LLAMA_POOLING_TYPE_RANK
+    assert fields[f"{arch}.classifier.output_labels"].contents() == labels
+    # <s> A </s></s> B </s>, but [CLS] A [SEP] B [SEP]
+    two = fields["tokenizer.ggml.add_sep_token"].contents()
+    assert two == name.startswith("xlm-roberta")
+    if not llama:
+        return
+    torch = pytest.importorskip("torch", reason="pip install qconvert[hf]")
+    transformers = pytest.importorskip("transformers", reason="pip install qconvert[hf]")
+    kind = transformers.AutoModelForSequenceClassification
+    model = kind.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        wanted = model.eval()(torch.tensor([text()])).logits[0].numpy()
+    found = llama.outputs(path, encoder=True, pooled=True)
+    assert wanted.shape == (len(labels),)
+    np.testing.assert_allclose(found, wanted, atol=3e-3 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "code"),
+    [
+        ("xlm-roberta", {"pad_token_id": None}, "ARCH-CONFIG-VALUE"),
+        ("xlm-roberta", {"pad_token_id": 257}, "ARCH-CONFIG-VALUE"),
+        ("xlm-roberta", {"is_decoder": True}, "ARCH-CONFIG-VALUE"),
+        ("xlm-roberta, classifier", {"id2label": {"1": "a", "2": "b", "3": "c"}}, "ARCH-CONFIG"),
+        ("xlm-roberta, classifier", {"id2label": {"0": 1, "1": 2, "2": 3}}, "ARCH-CONFIG"),
+        ("xlm-roberta, classifier", {"id2label": {}}, "ARCH-CONFIG"),
+        ("xlm-roberta, classifier", {"num_labels": 7}, "ARCH-CONFIG"),
+        ("xlm-roberta, classifier", {"id2label": {"0": "a"}}, "ARCH-SHAPE"),
+        ("modernbert", {"rope_scaling": {"rope_type": "linear"}}, "ARCH-CONFIG-VALUE"),
+        ("modernbert, classifier", {"classifier_bias": True}, "ARCH-CONFIG-VALUE"),
+        ("modernbert, classifier", {"classifier_activation": "relu"}, "ARCH-CONFIG-VALUE"),
+        ("modernbert, classifier", {"classifier_pooling": "max"}, "ARCH-CONFIG-VALUE"),
+        ("xlm-roberta, classifier", {"architectures": ["XLMRobertaModel"]}, "ARCH-TENSOR-LEFT"),
+    ],
+)
+def test_what_llama_cpp_does_not_do_is_refused_by_name(
+    name: str, changes: Mapping[str, Any], code: str, tmp_path: Path
+) -> None:
+    config = {**(NARROW | MORE)[name], **changes}
+    shapes = head_shapes(name, 3) if "," in name else shapes_of(name)
+    directory = Directories(tmp_path).made(config["model_type"], config, shapes)
+    with pytest.raises(QconvertError) as caught:
+        open_gguf_source(open_model(directory))
+    assert caught.value.code == code
+    if code.startswith("ARCH-CONFIG"):
+        assert next(iter(changes)) in str(caught.value)
+
+
+def test_a_model_type_with_another_head_is_the_class_that_is_named(tmp_path: Path) -> None:
+    shapes = head_shapes("xlm-roberta, classifier", 3)
+    config = {
+        **MORE["xlm-roberta, classifier"],
+        "architectures": [BASES["bert"]["architectures"][0]],
+    }
+    directory = Directories(tmp_path).made("xlm-roberta", config, shapes)
+    with pytest.raises(QconvertError):  # taken for XLMRobertaModel, by the model type
+        open_gguf_source(open_model(directory))
+    config["architectures"] = ["XLMRobertaForSequenceClassification"]
+    (directory / "config.json").write_text(json.dumps(config))
+    labels = open_gguf_source(open_model(directory)).metadata["bert.classifier.output_labels"]
+    assert isinstance(labels, GgufValue)
+    assert labels.value == ["bad", "good", "neither"]
