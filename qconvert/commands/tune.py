@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -126,8 +125,8 @@ def tune(
         ("--threads", threads, 1),
     ):
         check_bounds(name, number, least)
-    if lr is not None and not 0 < lr < math.inf:
-        raise UsageError("--lr", found=lr, wanted="a number above 0")
+    if lr is not None and not 0 < lr <= 1:
+        raise UsageError("--lr", found=lr, wanted="a number above 0, at most 1")
     for name, word, known in (
         ("--loss", loss, LOSSES),
         ("--train", train, PARTS),
