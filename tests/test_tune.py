@@ -125,7 +125,8 @@ def test_the_figures_are_those_of_the_file(done: tuple[TuneReport, Path], llama:
 def test_verify_takes_the_file(done: tuple[TuneReport, Path], llama: Path) -> None:
     _, output = done
     proof = qconvert.verify(output, against=llama, text=text_of(llama), seqlen=LENGTH, nsamples=8)
-    assert {c.id for c in proof.checks if c.status == "fail"} <= {"quality"}
+    assert [c.id for c in proof.checks if c.status == "fail"] == []
+    assert proof.status == "pass"
     assert proof.token_quality is not None
 
 
@@ -349,7 +350,10 @@ def poisoned(layer: Any, how: str) -> None:
     [
         ("loss", "the loss is nan, first in the output of layer 'model.layers.0.mlp.down_proj'"),
         ("gradient", "the gradient of 'model.layers.0.mlp.down_proj.weight' is not finite"),
-        ("weight", "are NaN or Inf, the first at index 289, in 'model.layers.0.mlp.down_proj.weight'"),
+        (
+            "weight",
+            "are NaN or Inf, the first at index 289, in 'model.layers.0.mlp.down_proj.weight'",
+        ),
     ],
 )
 def test_numbers_that_are_none_name_step_and_layer(
