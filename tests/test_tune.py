@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from qconvert.errors import (
     UnsupportedError,
     UsageError,
 )
+from qconvert.files import open_model
 from qconvert.report import JudgedModel, TuneReport
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of other packages are theirs
@@ -33,7 +35,7 @@ torch: Any = pytest.importorskip("torch", reason="install qconvert[hf]")
 transformers: Any = pytest.importorskip("transformers", reason="install qconvert[hf]")
 
 import qconvert.torch as qt  # noqa: E402
-from qconvert.training import loop, memory  # noqa: E402
+from qconvert.training import fixed, loop, memory  # noqa: E402
 from qconvert.training import tune as stage  # noqa: E402
 
 LENGTH = 16
@@ -91,31 +93,34 @@ def test_two_bits_are_better_after_training(done: tuple[TuneReport, Path]) -> No
     )
 
 
-def held_out(model: Path, count: int) -> tuple[Any, Any]:
-    """Inputs of the judging windows and the tokens that follow, by transformers alone: each window
-    of the text behind the first token, the second tenth of a permutation.
+def held_out(model: Path, tenth: int) -> tuple[Any, Any]:
+    """Inputs of a tenth of the 40 drawn windows and the tokens that follow, by transformers alone:
+    windows of the text, each behind the first token; the first tenth of a permutation chooses the
+    state, the second judges.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     ids = tokenizer(text_of(model).read_text(), add_special_tokens=False)["input_ids"]
     every = np.array(ids[: len(ids) // LENGTH * LENGTH]).reshape(-1, LENGTH)
-    drawn = np.sort(np.random.default_rng(0).permutation(len(every))[:count])
-    chosen = every[drawn][np.random.default_rng(0).permutation(count)][count // 10 :][: count // 10]
+    drawn = np.sort(np.random.default_rng(0).permutation(len(every))[:40])
+    order = np.random.default_rng(0).permutation(40)
+    chosen = every[drawn][order][4 * tenth :][:4]
     begin = np.full((len(chosen), 1), tokenizer.bos_token_id)
     return torch.from_numpy(np.hstack([begin, chosen[:, :-1]])), torch.from_numpy(chosen)
 
 
-def test_the_figures_are_those_of_the_file(done: tuple[TuneReport, Path], llama: Path) -> None:
-    """Divergence and perplexity computed anew in float64, of the file as `load_model` loads it."""
-    report, output = done
-    inputs, targets = held_out(llama, 40)
-    source = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+def figures(model: Path, quantized: Any, tenth: int) -> tuple[Any, Any]:
+    """Divergence from the float model and negative log-likelihood of each token, in float64."""
+    inputs, targets = held_out(model, tenth)
+    source = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
-        p, q = (
-            m(input_ids=inputs).logits.double().log_softmax(-1)
-            for m in (source, qt.load_model(output, "none"))
-        )
-    kl = (p.exp() * (p - q)).sum(-1).flatten()
-    nll = -q.gather(-1, targets[..., None]).flatten()
+        p, q = (m(input_ids=inputs).logits.double().log_softmax(-1) for m in (source, quantized))
+    return (p.exp() * (p - q)).sum(-1).flatten(), -q.gather(-1, targets[..., None]).flatten()
+
+
+def test_the_figures_are_those_of_the_file(done: tuple[TuneReport, Path], llama: Path) -> None:
+    """Divergence and perplexity computed anew, of the file as `load_model` loads it."""
+    report, output = done
+    kl, nll = figures(llama, qt.load_model(output, "none"), 1)
     found = models(report)["tuned"]
     assert found.kl_mean == pytest.approx(float(kl.mean()), rel=1e-6)
     assert found.kl_mean_error == pytest.approx(float(kl.std() / len(kl) ** 0.5), rel=1e-6)
@@ -198,30 +203,80 @@ def test_the_untrained_result_is_written_where_it_is_better(
     assert not (tmp_path / "n.qblk").exists()
 
 
-def test_compensated_rounding_has_to_be_beaten(llama: Path, tmp_path: Path) -> None:
-    calibration = tmp_path / "c.safetensors"
-    qconvert.calibrate(
-        *(llama,),
-        text=text_of(llama),
-        output=calibration,
-        gram=True,
-        seqlen=LENGTH,
-        nsamples=40,
-        threads=1,
-    )
-    more = {"calibration": calibration, "lr": 1e-4, "steps": 2}
-    report = tuned(llama, tmp_path / "m.qblk", "q3_channel", **more)
-    found = models(report)
-    assert found["compensated"].kl_mean < found["tuned"].kl_mean
+@pytest.fixture(scope="module")
+def calibration(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("calibration") / "c.safetensors"
+    more: dict[str, Any] = {"gram": True, "seqlen": LENGTH, "nsamples": 40, "threads": 1}
+    qconvert.calibrate(llama, text=text_of(llama), output=output, **more)
+    return output
+
+
+@pytest.mark.parametrize("scheme", ["q3_channel", "c3_block16"])
+def test_training_begins_with_compensated_codes(
+    scheme: str, llama: Path, calibration: Path, tmp_path: Path
+) -> None:
+    """And keeps their scales: only codes are others."""
+    report = tuned(llama, tmp_path / "m.qblk", scheme, calibration=calibration, lr=5e-4)
+    assert list(models(report)) == ["float", "nearest", "compensated", "tuned"]
+    plain = tmp_path / "q.qblk"
+    done = qconvert.quantize(llama, scheme, output=plain, calibration=calibration)
+    names = [t.name for t in done.tensors if t.rounding == "compensated"]
+    assert report.began_compensated == len(names) == 8
+    kl, _ = figures(llama, qt.load_model(plain, "none"), 0)
+    assert report.course[0].validation == pytest.approx(float(kl.mean()), rel=1e-6)
+    kl, _ = figures(llama, qt.load_model(plain, "none"), 1)
+    assert models(report)["compensated"].kl_mean == pytest.approx(float(kl.mean()), rel=1e-6)
+    assert report.chosen == "tuned"
+    assert report.gain > 0
+    kl, _ = figures(llama, qt.load_model(tmp_path / "m.qblk", "none"), 1)
+    assert models(report)["tuned"].kl_mean == pytest.approx(float(kl.mean()), rel=1e-6)
+    with qconvert.load(tmp_path / "m.qblk") as a, qconvert.load(plain) as b:
+        for name in names:
+            mine, theirs = a[name].quantized(), b[name].quantized()
+            np.testing.assert_array_equal(mine.scales, theirs.scales)
+            np.testing.assert_array_equal(mine.zero_points, theirs.zero_points)
+            assert 0 < (mine.codes != theirs.codes).mean() < 0.1
+    assert qconvert.verify(tmp_path / "m.qblk", against=llama).status == "pass"
+
+
+def test_a_weight_stays_where_it_rounds_to_its_code(llama: Path, calibration: Path) -> None:
+    """Others go to what their code stands for. Nearest levels by trying all of them."""
+    output = calibration.with_name("q.qblk")
+    qconvert.quantize(llama, "c3_block16", output=output, calibration=calibration, force=True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    before = model.get_parameter(name).detach().numpy().copy()
+    training = stage.prepare_model(model, "c3_block16")
+    checkpoint: Any = stage.Checkpoint(llama, model, None, {}, "causal")
+    with closing(open_model(output)) as file:
+        (info,) = [t for t in file.tensors if t.name == name]
+        base = fixed.held(file.stored(info))
+    loop.Student(checkpoint, training, {}).begin_at({name: base})
+    with qconvert.load(output) as tensors:
+        codes, values = tensors[name].quantized(), tensors[name].dequantize()
+    assert codes.table is not None
+    place = before / codes.scale + codes.zero_point
+    nearest = np.abs(place[..., None] - codes.table).argmin(-1)
+    wanted = np.where(nearest == codes.codes, before, values)
+    assert 0.02 < (nearest != codes.codes).mean() < 0.9
+    np.testing.assert_array_equal(model.get_parameter(name).detach().numpy(), wanted)
+    made = training.weights[name](model.get_parameter(name)).detach().numpy()
+    np.testing.assert_array_equal(made, values)
+
+
+def test_compensated_rounding_has_to_be_beaten(
+    llama: Path, calibration: Path, tmp_path: Path
+) -> None:
+    harm: dict[str, Any] = {"calibration": calibration, "lr": 0.05, "steps": 1}
+    report = tuned(llama, tmp_path / "m.qblk", "q3_channel", **harm)
     assert report.chosen == "compensated"
-    assert "not better than compensated rounding" in report.warnings[0]
+    assert "the file is that of compensated rounding" in report.warnings[0]
     qconvert.quantize(llama, "q3_channel", output=tmp_path / "q.qblk", calibration=calibration)
     assert (tmp_path / "m.qblk").read_bytes() == (tmp_path / "q.qblk").read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.safetensors", "m.qblk", "q.qblk"]
+    assert sorted(listing(tmp_path)) == ["m.qblk", "q.qblk"]
     plain = tmp_path / "p.safetensors"
-    qconvert.calibrate(
-        llama, text=text_of(llama), output=plain, seqlen=LENGTH, nsamples=4, threads=1
-    )
+    few: dict[str, Any] = {"seqlen": LENGTH, "nsamples": 4, "threads": 1}
+    qconvert.calibrate(llama, text=text_of(llama), output=plain, **few)
     with pytest.raises(InputError, match="the calibration does not help rounding") as e:
         tuned(llama, tmp_path / "n.qblk", calibration=plain)
     assert "--gram" in str(e.value.hint)
@@ -277,15 +332,8 @@ def test_what_is_not_to_be_trained_stays(
 def test_a_gguf_file_is_written_too(llama: Path, tmp_path: Path) -> None:
     report = tuned(llama, tmp_path / "m.gguf", "q4_0", lr=1e-3)
     assert (report.container, report.chosen) == ("gguf", "tuned")
-    inputs, _ = held_out(llama, 40)
-    source = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    with torch.no_grad():
-        p, q = (
-            m(input_ids=inputs).logits.double().log_softmax(-1)
-            for m in (source, qt.load_model(tmp_path / "m.gguf", "none", directory=llama))
-        )
-    kl = float((p.exp() * (p - q)).sum(-1).mean())
-    assert models(report)["tuned"].kl_mean == pytest.approx(kl, rel=1e-5)
+    kl, _ = figures(llama, qt.load_model(tmp_path / "m.gguf", "none", directory=llama), 1)
+    assert models(report)["tuned"].kl_mean == pytest.approx(float(kl.mean()), rel=1e-5)
 
 
 def test_next_tokens_of_the_text_can_be_learned(llama: Path, tmp_path: Path) -> None:

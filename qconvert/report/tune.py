@@ -53,6 +53,7 @@ class TuneReport(Report):
         loss: ``distill``, divergence from the teacher, or ``lm``, next tokens of the text.
         trained: ``weights``, ``norms`` or ``all``.
         trained_tensors: how many tensors were.
+        began_compensated: how many began with the codes of ``compensated``, whose scales they keep.
         steps: asked for; ``steps_run`` were, ``step`` is the one whose state was kept, 0 for none.
         stopped: why no more steps were run.
         rate: of the weights, as asked for; None where it follows from each tensor's rounding error.
@@ -90,6 +91,7 @@ class TuneReport(Report):
     judging_windows: int
     memory_bytes: int
     trained_tensors: int = 0
+    began_compensated: int = 0
     steps_run: int = 0
     step: int = 0
     stopped: str = ""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from qconvert.codecs.codec import Stored
 from qconvert.errors import WeightError
 from qconvert.progress import Progress
 from qconvert.quantities import counted, duration
@@ -47,17 +48,34 @@ class Student:
 
     def state(self) -> State:
         """A copy of all that a step changes."""
-        return _copied({**self.parameters, **self._ranges()})
+        return {name: tensor.detach().clone() for name, tensor in self._changing().items()}
 
     def restore(self, state: State) -> None:
-        _put_back({**self.parameters, **self._ranges()}, state)
+        with torch.no_grad():
+            for name, tensor in self._changing().items():
+                tensor.copy_(state[name])
 
-    def ranges(self) -> State:
-        """A copy of what the observers of static activations know."""
-        return _copied(self._ranges())
+    def begin_at(self, bases: Mapping[str, Stored]) -> None:
+        """Give weights the codes and scales of tensors that were quantized before, by name.
 
-    def restore_ranges(self, state: State) -> None:
-        _put_back(self._ranges(), state)
+        A weight stays where it is if it rounds to that code, and goes to the value of the code if
+        it does not. Scales stay.
+        """
+        with torch.no_grad():
+            for name, fake in self.training.weights.items():
+                if name not in bases:
+                    continue
+                weight = self.checkpoint.model.get_parameter(name)
+                wanted = bases[name].values(0, weight.numel()).reshape(tuple(weight.shape))
+                fake.keep_scales(bases[name])
+                values = torch.from_numpy(wanted)
+                weight.copy_(torch.where(fake(weight) == values, weight, values))
+        self.training.plan = tuple(
+            replace(p, scheme=self.training.weights[p.tensor.name].scheme)
+            if p.tensor.name in bases
+            else p
+            for p in self.training.plan
+        )
 
     def observe(self, on: bool) -> None:
         """Whether the observers of static activations look at what comes."""
@@ -69,22 +87,12 @@ class Student:
             if module.kind == "static":
                 module.frozen.fill_(True)
 
-    def _ranges(self) -> dict[str, Any]:
-        return {
-            f"{name}: {part}": buffer
-            for name, module in self.training.inputs.items()
-            for part, buffer in module.named_buffers()
-        }
-
-
-def _copied(tensors: Mapping[str, Any]) -> State:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def _put_back(tensors: Mapping[str, Any], state: State) -> None:
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(state[name])
+    def _changing(self) -> dict[str, Any]:
+        """Parameters, and what the observers of static activations know."""
+        found = dict(self.parameters)
+        for name, module in self.training.inputs.items():
+            found |= {f"{name}: {part}": buffer for part, buffer in module.named_buffers()}
+        return found
 
 
 @dataclass

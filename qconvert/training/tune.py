@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import numpy as np
 import torch
 
 from qconvert import kernels
+from qconvert.codecs.codec import Stored
 from qconvert.codecs.rescaled import TRAINED
 from qconvert.containers import Container
 from qconvert.errors import InputError, UnsupportedError, UsageError, about
+from qconvert.files import open_model
 from qconvert.files.atomic import check_target, draft_directory
 from qconvert.files.regular import file_sha256
 from qconvert.files.safetensors import open_safetensors
@@ -42,7 +45,8 @@ from qconvert.stages.parallel import available_threads
 from qconvert.stages.plan import PlanOptions, check_schemes, make_plan
 from qconvert.stages.quantize import quantize
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
-from qconvert.training.loop import Plan, State, Student, passes, rates_of, train
+from qconvert.training.fixed import can_stay, held
+from qconvert.training.loop import Plan, Student, passes, rates_of, train
 from qconvert.training.memory import check_memory, needed_bytes
 from qconvert.training.options import FEWEST_WINDOWS, TuneOptions
 from qconvert.training.preparation import Training, prepare_model
@@ -107,7 +111,6 @@ class _Run:
 
     student: Student
     fallback: str  # the better result without training
-    untrained: State  # static ranges before training
 
     def __init__(self, source: Path, options: TuneOptions, progress: Progress) -> None:
         self.source, self.options, self.progress = source, options, progress
@@ -304,8 +307,9 @@ def _tuned(run: _Run, report: TuneReport) -> Student:
     """
     judging = run.split.judging
     found = {FLOAT: run.scores(run.loaded, judging, "judge the float model")}
+    bases: dict[str, Stored] = {}
     if run.options.calibration:
-        found[COMPENSATED] = _compensated(run)
+        found[COMPENSATED] = _compensated(run, report, bases)
     student = run.prepare()
     found[NEAREST] = run.scores(student.checkpoint, judging, "judge nearest rounding")
     if not np.isfinite(run.losses(found[NEAREST])).all():
@@ -319,10 +323,11 @@ def _tuned(run: _Run, report: TuneReport) -> Student:
         scores = run.scores(student.checkpoint, run.split.validation)
         return float(run.losses(scores).mean())
 
-    run.untrained = student.ranges()
+    rates = rates_of(student, run.options.rate)
+    student.begin_at(bases)
     plan = Plan(
         *(run.split.training, run.options.loss, run.options.steps, run.options.batch),
-        *(rates_of(student, run.options.rate), validate),
+        *(rates, validate),
     )
     course = train(student, run.reference, plan, run.progress)
     report.trained_tensors = len(student.parameters)
@@ -377,8 +382,9 @@ def _decide(run: _Run, found: Mapping[str, Scores], report: TuneReport) -> None:
         )
 
 
-def _compensated(run: _Run) -> Scores:
-    """What quantization with the calibration gives.
+def _compensated(run: _Run, report: TuneReport, bases: dict[str, Stored]) -> Scores:
+    """What quantization with the calibration gives; ``bases`` takes the tensors that training can
+    begin with.
 
     Raises:
         InputError: the calibration has no Gram matrices of the model.
@@ -394,10 +400,29 @@ def _compensated(run: _Run) -> Scores:
                 found=next((t.rounding_reason for t in made.tensors if t.rounding_reason), None),
                 hint="make one with calibrate --text FILE --gram, or leave --calibration out",
             )
+        bases.update(_bases(draft, made, report))
         quantized = open_quantized(
             draft, o.activations, directory=run.source, threads=None, check=False
         )
         return run.scores(quantized.checkpoint, run.split.judging, "judge compensated rounding")
+
+
+def _bases(draft: Path, made: QuantizeReport, report: TuneReport) -> dict[str, Stored]:
+    """The compensated tensors of a file, in memory, where they are those of the model itself."""
+    why = None
+    if made.container != "qblk":
+        why = "tensors of a GGUF file have other names and rows"
+    elif made.equalisation and made.equalisation.equalised:
+        why = "quantize has rescaled channels, which the float model has as they were"
+    if why:
+        report.notes.append(f"training began with nearest codes, not compensated ones: {why}")
+        return {}
+    compensated = {t.name for t in made.tensors if t.rounding == COMPENSATED}
+    with closing(open_model(draft)) as model:
+        stored = {t.name: model.stored(t) for t in model.tensors if t.name in compensated}
+        found = {name: held(s) for name, s in stored.items() if can_stay(s)}
+    report.began_compensated = len(found)
+    return found
 
 
 def _untrained(o: TuneOptions, rounding: str, output: Path) -> QuantizeOptions:
@@ -427,12 +452,10 @@ def _write(run: _Run, report: TuneReport, student: Student) -> None:
     if report.chosen == TUNED:
         made = _saved(run, student, report, o.trained)
     elif report.chosen == NEAREST and o.activations == "static":
-        model = student.checkpoint.model
-        source = open_checkpoint(run.source)
-        with torch.no_grad():
-            for name, parameter in source.model.named_parameters():
-                model.get_parameter(name).copy_(parameter)
-        student.restore_ranges(run.untrained)
+        # What nobody has trained; its ranges are found as they were before.
+        if run.reference is not run.loaded:
+            run.loaded = open_checkpoint(run.source)
+        student = run.prepare()
         made = _saved(run, student, report, "ranges")
     else:
         made = quantize(run.source, _untrained(o, report.chosen, o.output), run.progress)
@@ -453,6 +476,7 @@ def _saved(run: _Run, student: Student, report: TuneReport, trained: str) -> Qua
         "teacher": o.teacher.name if o.teacher else None,
         "steps": o.steps,
         "step": report.step,
+        "began_compensated": report.began_compensated or None,
         "rate": o.rate,
         "seed": o.seed,
         "seqlen": o.seqlen,

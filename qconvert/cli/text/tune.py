@@ -16,6 +16,9 @@ def tune_text(r: TuneReport) -> str:
     lines = [f"{printable(r.source)} -> {printable(r.output)}{written}\n"]
     lines.append(f"trained    {r.trained}: {counted(r.trained_tensors, 'tensor')}, {r.scheme}")
     lines.append(f", activations {r.activations}\n" if r.activations != "none" else "\n")
+    if r.began_compensated:
+        began = counted(r.began_compensated, "tensor")
+        lines.append(f"began      {began} with compensated codes, whose scales stay\n")
     learned = "next tokens of the text"
     if r.loss == "distill":
         learned = f"divergence from {printable(r.teacher) if r.teacher else 'the float model'}"
