@@ -371,11 +371,10 @@ def test_rates_follow_from_rounding_errors(llama: Path) -> None:
     checkpoint: Any = stage.Checkpoint(llama, model, None, {}, "causal")
     norm = "model.norm.weight"
     student = loop.Student(checkpoint, training, {n: model.get_parameter(n) for n in (name, norm)})
-    low = torch.round(weight.double() / 1e-9)  # a grid so fine that it stands for none
-    error = torch.from_numpy(training.weights[name].stored(weight).values(0, weight.numel()))
-    error = error.reshape(weight.shape).double() - low * 1e-9
+    values = training.weights[name].stored(weight).values(0, weight.numel())
+    error = values.reshape(weight.shape).astype(np.float64) - weight.numpy()
     rates = loop.rates_of(student, None)
-    assert rates[name] == pytest.approx(0.015 * float(error.square().mean().sqrt()), rel=1e-4)
+    assert rates[name] == pytest.approx(0.015 * float(np.sqrt((error**2).mean())), rel=1e-4)
     assert rates[norm] == 1e-3
     assert loop.rates_of(student, 2e-4) == {name: 2e-4, norm: 2e-3}
 
@@ -511,6 +510,9 @@ def test_inputs_that_cannot_be_used_are_refused(
     with pytest.raises(MachineError, match=r"found 1\.02 MB available, wanted about 5\d\d MB"):
         tuned(llama, output)
     assert output.read_bytes() == b"older"
+    monkeypatch.undo()
+    with pytest.raises(MachineError, match="absent: no such directory"):
+        tuned(llama, tmp_path / "absent" / "m.qblk")
 
 
 def test_memory_is_reckoned_by_the_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,10 +78,16 @@ class Student:
             for p in self.training.plan
         )
 
-    def observe(self, on: bool) -> None:
-        """Whether the observers of static activations look at what comes."""
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Have the observers of static activations look at what comes."""
         for module in self.training.inputs.values():
-            module.train(on)
+            module.train()
+        try:
+            yield
+        finally:
+            for module in self.training.inputs.values():
+                module.eval()
 
     def freeze(self) -> None:
         for module in self.training.inputs.values():
@@ -231,8 +238,7 @@ def _step(student: Student, reference: Checkpoint, plan: Plan, clock: _Clock, st
     targets = plan.windows.targets[chosen]
     inputs = plan.windows.inputs[chosen]
     total = 0.0
-    student.observe(True)
-    with torch.enable_grad():
+    with torch.enable_grad(), student.observing():
         for part in passes(len(chosen), inputs.shape[1]):
             loss = _loss(student, reference, plan, inputs[part], targets[part]) / targets.size
             total += float(loss.detach())
@@ -240,7 +246,6 @@ def _step(student: Student, reference: Checkpoint, plan: Plan, clock: _Clock, st
                 raise Diverged(f"the loss is {total}, {_first_bad(student, inputs[part])}")
             loss.backward()
             clock.progress.advance(inputs[part].size, f"step {step}")
-    student.observe(False)
     for name, parameter in student.parameters.items():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             raise Diverged(f"the gradient of '{name}' is not finite")

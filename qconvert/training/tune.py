@@ -84,8 +84,9 @@ def tune(source: Path, options: TuneOptions, progress: Progress | None = None) -
     run = _Run(source, options, progress)
     progress.end()
     report = _report(source, container, run, needed)
-    with about(source):
-        student = _tuned(run, report)
+    # Beside the output from now on, so that a place that cannot be written to costs no time.
+    with about(source), draft_directory(options.output) as directory:
+        student = _tuned(run, report, directory)
         _write(run, report, student)
     report.seconds = time.perf_counter() - started
     return report
@@ -106,11 +107,7 @@ class _Run:
     Attributes:
         reference: whose predictions are learned and all others are held against.
         loaded: the model as floats.
-        student: the model that is trained; `prepare` makes it.
     """
-
-    student: Student
-    fallback: str  # the better result without training
 
     def __init__(self, source: Path, options: TuneOptions, progress: Progress) -> None:
         self.source, self.options, self.progress = source, options, progress
@@ -145,13 +142,11 @@ class _Run:
         """Give static activations their first ranges."""
         if self.options.activations != "static":
             return
-        student.observe(True)
         inputs = self.split.training.inputs[: OBSERVED * self.options.batch]
-        with torch.no_grad():
+        with torch.no_grad(), student.observing():
             for part in passes(*inputs.shape):
                 ids = torch.from_numpy(np.ascontiguousarray(inputs[part]))
                 student.checkpoint.model(input_ids=ids, use_cache=False)
-        student.observe(False)
 
     def scores(self, checkpoint: Checkpoint, chunks: Windows, title: str = "") -> Scores:
         """A model against the reference; tells of it under a title, if it has one."""
@@ -180,7 +175,9 @@ def _trained(model: Any, training: Training, o: TuneOptions) -> dict[str, Any]:
         if "norm" in type(module).__name__.lower()
         for name, _ in module.named_parameters(recurse=False)
     }
-    norms = {n for n in norms if not any(kept.matches(infos[n], glob) for glob in o.keep)}
+    norms = {
+        n for n in norms & infos.keys() if not any(kept.matches(infos[n], glob) for glob in o.keep)
+    }
     weights = set(training.weights)
     chosen = {"weights": weights, "norms": norms, "all": weights | norms}[o.trained]
     found = {name: p for name, p in model.named_parameters() if name in chosen}
@@ -299,8 +296,11 @@ def _report(source: Path, container: Container, run: _Run, needed: int) -> TuneR
     )
 
 
-def _tuned(run: _Run, report: TuneReport) -> Student:
+def _tuned(run: _Run, report: TuneReport, directory: Path) -> Student:
     """Judge all models there are, train, and decide; the student has the best state then.
+
+    Args:
+        directory: for a file that is made on the way.
 
     Raises:
         UnsupportedError: the quantized model predicts no numbers.
@@ -309,7 +309,7 @@ def _tuned(run: _Run, report: TuneReport) -> Student:
     found = {FLOAT: run.scores(run.loaded, judging, "judge the float model")}
     bases: dict[str, Stored] = {}
     if run.options.calibration:
-        found[COMPENSATED] = _compensated(run, report, bases)
+        found[COMPENSATED] = _compensated(run, report, directory, bases)
     student = run.prepare()
     found[NEAREST] = run.scores(student.checkpoint, judging, "judge nearest rounding")
     if not np.isfinite(run.losses(found[NEAREST])).all():
@@ -354,15 +354,15 @@ def _decide(run: _Run, found: Mapping[str, Scores], report: TuneReport) -> None:
     """Which model is written, and what is said of it."""
     losses = {name: run.losses(scores) for name, scores in found.items()}
     untrained = [name for name in (NEAREST, COMPENSATED) if name in losses]
-    run.fallback = min(untrained, key=lambda name: float(losses[name].mean()))
-    report.chosen = run.fallback
+    fallback = min(untrained, key=lambda name: float(losses[name].mean()))
+    report.chosen = fallback
     if TUNED not in losses:
         report.warnings.append(
             "no step was better than none on the validation windows: "
-            f"the file is that of {run.fallback} rounding, which was not trained"
+            f"the file is that of {fallback} rounding, which was not trained"
         )
         return
-    gain = mean(losses[run.fallback] - losses[TUNED])
+    gain = mean(losses[fallback] - losses[TUNED])
     report.gain, report.gain_error = gain.value, gain.error
     better = gain.value > 0
     if better or run.options.anyway:
@@ -370,9 +370,9 @@ def _decide(run: _Run, found: Mapping[str, Scores], report: TuneReport) -> None:
     if not better:
         written = "the tuned one is written all the same (--anyway)"
         if report.chosen != TUNED:
-            written = f"the file is that of {run.fallback} rounding, which was not trained"
+            written = f"the file is that of {fallback} rounding, which was not trained"
         report.warnings.append(
-            f"the tuned model is not better than {run.fallback} rounding on the judging windows "
+            f"the tuned model is not better than {fallback} rounding on the judging windows "
             f"({-gain.value:.2g} ± {gain.error:.1g} nats a token worse): {written}"
         )
     elif gain.value < SURE * gain.error:
@@ -382,7 +382,9 @@ def _decide(run: _Run, found: Mapping[str, Scores], report: TuneReport) -> None:
         )
 
 
-def _compensated(run: _Run, report: TuneReport, bases: dict[str, Stored]) -> Scores:
+def _compensated(
+    run: _Run, report: TuneReport, directory: Path, bases: dict[str, Stored]
+) -> Scores:
     """What quantization with the calibration gives; ``bases`` takes the tensors that training can
     begin with.
 
@@ -390,21 +392,21 @@ def _compensated(run: _Run, report: TuneReport, bases: dict[str, Stored]) -> Sco
         InputError: the calibration has no Gram matrices of the model.
     """
     o = run.options
-    with draft_directory(o.output) as directory:
-        draft = directory / o.output.name
-        made = quantize(run.source, _untrained(o, COMPENSATED, draft), run.progress)
-        if not any(t.rounding == COMPENSATED for t in made.tensors):
-            raise InputError(
-                "the calibration does not help rounding: no codes could make up for others",
-                path=o.calibration,
-                found=next((t.rounding_reason for t in made.tensors if t.rounding_reason), None),
-                hint="make one with calibrate --text FILE --gram, or leave --calibration out",
-            )
-        bases.update(_bases(draft, made, report))
-        quantized = open_quantized(
-            draft, o.activations, directory=run.source, threads=None, check=False
+    draft = directory / o.output.name
+    asked = replace(_untrained(o, COMPENSATED, draft), strict=False)
+    made = quantize(run.source, asked, run.progress)
+    if not any(t.rounding == COMPENSATED for t in made.tensors):
+        raise InputError(
+            "the calibration does not help rounding: no codes could make up for others",
+            path=o.calibration,
+            found=next((t.rounding_reason for t in made.tensors if t.rounding_reason), None),
+            hint="make one with calibrate --text FILE --gram, or leave --calibration out",
         )
-        return run.scores(quantized.checkpoint, run.split.judging, "judge compensated rounding")
+    bases.update(_bases(draft, made, report))
+    quantized = open_quantized(
+        draft, o.activations, directory=run.source, threads=None, check=False
+    )
+    return run.scores(quantized.checkpoint, run.split.judging, "judge compensated rounding")
 
 
 def _bases(draft: Path, made: QuantizeReport, report: TuneReport) -> dict[str, Stored]:
@@ -485,6 +487,7 @@ def _saved(run: _Run, student: Student, report: TuneReport, trained: str) -> Qua
             len(w.inputs) for w in (run.split.training, run.split.validation, run.split.judging)
         ),
         "text_sha256": file_sha256(o.text),
+        "calibration_sha256": file_sha256(o.calibration) if o.calibration else None,
         "judged": {
             j.model: {"kl": float(f"{j.kl_mean:.6g}"), "perplexity": float(f"{j.perplexity:.6g}")}
             for j in report.models
