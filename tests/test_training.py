@@ -185,6 +185,27 @@ def test_verify_knows_that_a_model_was_trained(llama: Any, directory: Path, tmp_
     assert found["lm_head.weight"].sqnr_db == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize(("away", "status"), [(0.6, "pass"), (1.5, "fail")])
+def test_floors_of_rounding_are_not_those_of_training(
+    away: float, status: str, llama: Any, directory: Path, tmp_path: Path
+) -> None:
+    """Weights moved by 0.6 of their size leave 4.4 dB, which rounding may not; at 1.5 of it, below
+    0 dB, nothing of the source is left.
+    """
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in llama.parameters():
+            if p.ndim == 2:
+                p += away * p.std() * torch.randn_like(p)
+    qt.save_quantized(qt.prepare(llama, "q8_channel"), tmp_path / "m.qblk")
+    proof = qconvert.verify(tmp_path / "m.qblk", against=directory)
+    assert proof.status == status
+    failed = {c.id for c in proof.checks if c.status == "fail"}
+    assert failed == ({"quality"} if status == "fail" else set())
+    worst = min(t.sqnr_db for t in proof.tensors if t.sqnr_db is not None)
+    assert worst == pytest.approx(-20 * np.log10(away), abs=0.5)
+
+
 def test_a_model_of_half_precision_has_the_codes_of_its_file(llama: Any, tmp_path: Path) -> None:
     """What it computes with is what the file decodes to, rounded to its dtype."""
     model = qt.prepare(llama.to(torch.bfloat16), "q4_block32")

@@ -402,6 +402,10 @@ def _compensated(
             found=next((t.rounding_reason for t in made.tensors if t.rounding_reason), None),
             hint="make one with calibrate --text FILE --gram, or leave --calibration out",
         )
+    report.notes.append(
+        "a calibration with this very text has seen the windows that judge: compare files on "
+        "another one, with verify --text"
+    )
     bases.update(_bases(draft, made, report))
     quantized = open_quantized(
         draft, o.activations, directory=run.source, threads=None, check=False
