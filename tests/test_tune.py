@@ -362,6 +362,18 @@ def test_another_teacher_is_learned_from(llama: Path, tmp_path: Path) -> None:
     assert report.teacher == str(teacher)
 
 
+def test_tensors_under_other_names_are_told_of(tmp_path: Path) -> None:
+    """transformers joins experts that the files have one by one."""
+    model = write_directory(tmp_path / "moe", "qwen3-moe")
+    shutil.copy(ROOT / "samples" / "eval.txt", tmp_path / "text.txt")
+    report = tuned(model, tmp_path / "m.qblk", steps=1, nsamples=3)
+    assert report.chosen == "tuned"
+    (note,) = [n for n in report.notes if "that transformers gives them" in n]
+    assert "'model.layers.0.mlp.experts.down_proj'" in note
+    proof = qconvert.verify(tmp_path / "m.qblk", against=model)
+    assert "same-tensors" in {c.id for c in proof.checks if c.status == "fail"}
+
+
 def test_rates_follow_from_rounding_errors(llama: Path) -> None:
     """1.5 % of the root mean square of what rounding takes away, by a file of `quantize`."""
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)

@@ -498,6 +498,13 @@ def _saved(run: _Run, student: Student, report: TuneReport, trained: str) -> Qua
         },
     }
     with open_safetensors(run.source) as files:
+        others = {p.tensor.name for p in student.training.plan} - {t.name for t in files.tensors}
+        if others:
+            report.notes.append(
+                f"{counted(len(others), 'tensor')} of the file, such as '{min(others)}', have the "
+                "names and shapes that transformers gives them, not the model's: verify --against "
+                "says that tensors differ"
+            )
         return save_model(
             student.checkpoint.model,
             o.output,
