@@ -1,6 +1,6 @@
 """qconvert: convert model weights to quantized files, and prove the result.
 
-Five functions do what the commands of the same names do, with the same options; `load` gives the
+Six functions do what the commands of the same names do, with the same options; `load` gives the
 tensors of a file::
 
     import qconvert
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qconvert.commands.calibrate import calibrate
     from qconvert.commands.inspect import inspect
     from qconvert.commands.quantize import quantize, quantize_set
+    from qconvert.commands.tune import tune
     from qconvert.commands.verify import verify
     from qconvert.errors import (
         FormatError,
@@ -56,6 +57,7 @@ __all__ = [
     "load",
     "quantize",
     "quantize_set",
+    "tune",
     "verify",
 ]
 
@@ -68,7 +70,7 @@ if not TYPE_CHECKING:  # a type checker sees the imports above
         from importlib import import_module
 
         home = "loading" if name == "load" else "errors"
-        if name in ("bench", "calibrate", "inspect", "quantize", "verify"):
+        if name in ("bench", "calibrate", "inspect", "quantize", "tune", "verify"):
             home = f"commands.{name}"
         elif name == "quantize_set":
             home = "commands.quantize"

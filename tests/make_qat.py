@@ -7,7 +7,9 @@ errors (a calibration with --gram over TRAIN, made once in DIR), and files after
 training. A step takes 4 windows of 256 tokens of TRAIN in an order that the seed decides, and
 follows the gradient of KL(float || quantized) of the next tokens: Adam, the rate reached after 5
 steps and lowered to 0 along a cosine, ten times it for norms, a tenth of it for learned scales.
-EVAL, which has to be another text, judges files as `qconvert verify --text` does.
+EVAL, which has to be another text, judges files as `qconvert verify --text` does. With --tune a
+column more is what `qconvert tune` makes in as many steps at most, from the calibration; scales are
+learned here alone.
 """
 
 from __future__ import annotations
@@ -105,6 +107,8 @@ def rows(given: argparse.Namespace) -> Iterator[str]:
             seqlen=SEQLEN, nsamples=128,
         )  # fmt: skip
     heads = [f"{n} steps" for n in given.steps]
+    if given.tune:
+        heads.append(f"tune, {max(given.steps)} steps")
     yield f"| scheme | nearest | compensated | {' | '.join(heads)} | s a step |\n"
     yield f"|---|---|---|{'---|' * len(heads)}---|\n"
     for scheme, activations, learn, rate in given.rows:
@@ -127,6 +131,15 @@ def rows(given: argparse.Namespace) -> Iterator[str]:
             seconds = train(teacher, model, data, steps, rate)
             qconvert.torch.save_quantized(model, path, tokenizer=tokenizer, force=True)
             cells.append(judged(path, source, given.text, activations, given.windows))
+        if given.tune:
+            cells.append("")
+            if not learn:
+                qconvert.tune(
+                    *(source,), scheme=scheme, text=given.train, output=path, force=True,
+                    activations=activations or "none", calibration=calibration,
+                    steps=max(given.steps), seed=given.seed,
+                )  # fmt: skip
+                cells[-1] = judged(path, source, given.text, activations, given.windows)
         yield f"| {said} | {' | '.join(cells)} | {seconds:.1f} |\n"
 
 
@@ -140,6 +153,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--steps", type=int, nargs="+", default=[40])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tune", action="store_true", help="qconvert tune as well")
     chosen = "numbers of the rows, from 0 on"
     parser.add_argument("--rows", type=int, nargs="+", default=range(len(ROWS)), help=chosen)
     given = parser.parse_args()

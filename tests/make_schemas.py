@@ -25,12 +25,13 @@ from qconvert.report import (
     QuantizeReport,
     QuantizeSetReport,
     Report,
+    TuneReport,
     VerifyReport,
 )
 
 REPORTS = (
     *(BenchReport, CalibrateReport, InspectReport, QuantizeReport, QuantizeSetReport),
-    VerifyReport,
+    *(TuneReport, VerifyReport),
 )
 PLAIN = {str: "string", int: "integer", bool: "boolean", type(None): "null"}
 ERROR = {

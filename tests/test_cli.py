@@ -43,6 +43,7 @@ from qconvert.files.qblk import open_qblk
 from qconvert.stages import inspect as inspect_stage
 
 COMMANDS = ("inspect", "calibrate", "quantize", "verify", "bench")
+ALL = (*COMMANDS, "tune")  # which needs a whole model, and torch
 
 
 @pytest.fixture(scope="module")
@@ -634,7 +635,7 @@ def test_every_command_has_help_with_examples(option: str, call: Call) -> None:
     assert "Examples:" in main_help.out
     for code in (0, 1, 2, 3, 4, 70, 130, 143, 141):
         assert re.search(rf"\b{code}\b", main_help.out)
-    for command in COMMANDS:
+    for command in ALL:
         assert command in main_help.out
         done = call(command, option)
         assert done.code == 0
@@ -646,7 +647,7 @@ def test_every_command_has_help_with_examples(option: str, call: Call) -> None:
 
 def test_the_options_of_all_commands_are_named_alike(call: Call) -> None:
     short = set()
-    for command in COMMANDS:
+    for command in ALL:
         text = call(command, "--help").out
         assert {"--json", "--report", "--quiet", "--debug"} <= set(re.findall(r"--[a-z-]+", text))
         options = text[text.index("Options:") :]

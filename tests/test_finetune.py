@@ -394,7 +394,7 @@ def test_equal_rows_in_another_order_are_not_told_apart() -> None:
 def test_steps_and_rates() -> None:
     assert list(tuning._judged(20)) == [5, 10, 15, 20]
     assert list(tuning._judged(2)) == [1, 2]
-    rates = [tuning._schedule(step, 20) for step in range(1, 21)]
+    rates = [tuning.schedule(step, 20) for step in range(1, 21)]
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == rates[4]
     assert rates[19] < 0.01

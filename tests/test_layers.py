@@ -59,7 +59,7 @@ for layer, own in (
         ("stages", "running", "calibration", "architectures", "files", "codecs", "kernels"),
     ),
     ("stages", ("running", "calibration", "architectures", "files", "codecs", "kernels")),
-    ("commands", ("stages", "calibration", "running")),
+    ("commands", ("training", "stages", "calibration", "running")),
     ("page", ()),
     ("cli", ("commands", "page", "files")),
 ):

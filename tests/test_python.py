@@ -27,7 +27,7 @@ from qconvert.cli import app
 from qconvert.commands.arguments import matrix_shapes
 from qconvert.report import Report
 
-COMMANDS = ("bench", "calibrate", "inspect", "quantize", "verify")
+COMMANDS = ("bench", "calibrate", "inspect", "quantize", "tune", "verify")
 FUNCTIONS = (*COMMANDS, "load")
 ERRORS = {
     "QconvertError": Exception,
@@ -289,6 +289,7 @@ NEEDED: dict[str, Callable[..., Report]] = {
     "inspect": lambda **o: qconvert.inspect("m.safetensors", **o),
     "calibrate": lambda **o: qconvert.calibrate("m.safetensors", output="c", text="t", **o),
     "quantize": lambda **o: qconvert.quantize("m.safetensors", "q4_block32", **o),
+    "tune": lambda **o: qconvert.tune("m", scheme="q4_block32", text="t", output="o.qblk", **o),
     "verify": lambda **o: qconvert.verify("m.qblk", text="t", **o),
     "bench": lambda **o: qconvert.bench(**o),
 }
@@ -447,6 +448,9 @@ def test_the_type_checker_knows_the_functions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_example_of_each_function_runs(name: str, place: Path) -> None:
+    if name == "tune":
+        pytest.importorskip("torch", reason="install qconvert[hf]")
+        pytest.importorskip("transformers", reason="install qconvert[hf]")
     function = getattr(qconvert, name)
     parser, told = doctest.DocTestParser(), []
     example = parser.get_doctest(function.__doc__, {"qconvert": qconvert}, name, None, 0)

@@ -76,7 +76,7 @@ def test_a_schema_refuses_what_a_report_has_not(tmp_path: Path, call: Call) -> N
 
 def test_the_reference_has_every_option(call: Call) -> None:
     text = (ROOT / "samples/man/README.md").read_text("utf-8")
-    for command in ("inspect", "calibrate", "quantize", "verify", "bench"):
+    for command in ("inspect", "calibrate", "quantize", "tune", "verify", "bench"):
         _, _, section = text.partition(f"\n## qconvert {command}\n")
         section = section.partition("\n## ")[0]
         listed = call(command, "--help").out.partition("\nOptions:")[2]

@@ -797,6 +797,190 @@ def _list_schemes(json: bool, report: Path | None, force: bool, quiet: bool) -> 
 
 
 @app.command(cls=OnceCommand)
+def tune(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="directory of a causal language model")
+    ],
+    scheme: Annotated[
+        str,
+        typer.Option(
+            "--scheme",
+            metavar="NAME",
+            help="one grid for each tensor: q..., c..., nf4..., fp4... or a ggml type such as q4_0",
+            autocompletion=completion.schemes,
+        ),
+    ],
+    text: Annotated[
+        Path,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="UTF-8 text to train on; a part of it judges. Any other text will do to measure "
+            "the result with verify --text",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help=".qblk or .gguf file")
+    ],
+    steps: Annotated[
+        int,
+        typer.Option(
+            "--steps", min=1, metavar="N", help="at most so many; fewer where it gets no better"
+        ),
+    ] = 100,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            "--lr",
+            metavar="X",
+            help="learning rate of the weights, ten times which norms have [1.5 % of each tensor's "
+            "rounding error; norms 0.001]",
+        ),
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option("--seqlen", min=4, metavar="N", help="tokens of a window [256]")
+    ] = None,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, metavar="N", help="windows of a step")
+    ] = 4,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", min=0, metavar="N", help="of the draw of windows, their use and order"
+        ),
+    ] = 0,
+    nsamples: Annotated[
+        int | None,
+        typer.Option("--nsamples", min=3, metavar="N", help="windows of --text, drawn [all]"),
+    ] = None,
+    loss: Annotated[
+        str,
+        typer.Option(
+            "--loss",
+            metavar="distill|lm",
+            help="what training makes smaller: the divergence from the teacher's next-token "
+            "distributions, or the negative log-likelihood of the text",
+            autocompletion=completion.among("distill", "lm"),
+        ),
+    ] = "distill",
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            "--teacher",
+            metavar="MODEL",
+            help="of --loss distill: another model of the same vocabulary [MODEL itself]",
+        ),
+    ] = None,
+    train: Annotated[
+        str,
+        typer.Option(
+            "--train",
+            metavar="all|weights|norms",
+            help="what is trained: weights that are quantized, norms, or both",
+            autocompletion=completion.among("all", "weights", "norms"),
+        ),
+    ] = "all",
+    activations: Annotated[
+        str,
+        typer.Option(
+            "--activations",
+            metavar="MODE",
+            help="inputs of linear layers: none (floats), dynamic (bytes with a scale for each "
+            "row) or static (bytes with one scale and zero point, which go into the file)",
+            autocompletion=completion.among("none", "dynamic", "static"),
+        ),
+    ] = "none",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="made with calibrate --gram: judge what quantize makes of it too, which has to "
+            "be beaten",
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep", metavar="GLOB", help="keep these tensors as they are, untrained; repeatable"
+        ),
+    ] = None,
+    tensor_scheme: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor-scheme",
+            metavar="GLOB=NAME",
+            help="another scheme for these tensors; repeatable, the first match wins",
+            autocompletion=completion.tensor_schemes,
+        ),
+    ] = None,
+    threads: Threads = None,
+    anyway: Annotated[
+        bool,
+        typer.Option("--anyway", help="write the tuned model even where it is not better"),
+    ] = False,
+    force: Force = False,
+    strict: Strict = False,
+    json: Json = False,
+    report: ReportFile = None,
+    html: Html = None,
+    color: Color = "auto",
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Train a model for the grid of a scheme, and write it: quantization-aware training.
+
+    The model computes with the weights that its file will have, and is trained to predict next
+    tokens as it did as floats. It pays at 2 or 3 bits and takes a text and time; try quantize with
+    a calibration first. A part of the text judges; where quantization without training is better,
+    that is said and written. Needs torch and transformers: pip install '.[hf]'.
+
+    \b
+    Examples:
+      qconvert tune model-directory --scheme c2_block16 --text train.txt -o model.qblk
+      qconvert tune model-directory --scheme q4_0 --text train.txt --steps 40 -o model.gguf
+      qconvert tune model-directory --scheme c3_block16 --text train.txt \\
+          --calibration gram.safetensors -o model.qblk
+      qconvert tune model-directory --scheme q4_block64 --activations static --text train.txt \\
+          -o model.qblk
+      qconvert tune small-model --teacher large-model --scheme c3_block16 --text train.txt \\
+          -o model.qblk
+    """
+    from qconvert.cli.earlier import Run
+    from qconvert.cli.emit import Emitter
+    from qconvert.cli.text.tune import tune_text
+    from qconvert.commands.tune import tune as command
+
+    inputs = [model, text, *(path for path in (teacher, calibration) if path)]
+    with Emitter(Run("tune", model), json, report, force, quiet, strict, inputs, html) as emitter:
+        done = command(
+            model,
+            scheme=scheme,
+            text=text,
+            output=output,
+            steps=steps,
+            lr=lr,
+            seqlen=seqlen,
+            batch=batch,
+            seed=seed,
+            nsamples=nsamples,
+            loss=loss,
+            teacher=teacher,
+            train=train,
+            activations=activations,
+            calibration=calibration,
+            keep=keep,
+            tensor_scheme=tensor_scheme,
+            threads=threads,
+            anyway=anyway,
+            force=force,
+            strict=strict,
+            progress=emitter.progress,
+        )
+        return emitter.emit(done, tune_text)
+
+
+@app.command(cls=OnceCommand)
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE", help=".qblk or GGUF file, or directory")],
     against: Annotated[

@@ -35,7 +35,7 @@ from qconvert.errors import (
     printable,
 )
 
-WRITING = ("quantize", "calibrate")  # commands whose work is a file
+WRITING = ("quantize", "calibrate", "tune")  # commands whose work is a file
 HELP = {"-h", "--help"}
 GARBAGE = 200_000  # new objects before Python looks for cycles among them; by default 700
 

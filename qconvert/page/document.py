@@ -16,6 +16,7 @@ from qconvert.page.calibrate import calibrate_page
 from qconvert.page.inspect import inspect_page
 from qconvert.page.parts import ROWS_OPENED, Page
 from qconvert.page.quantize import quantize_page
+from qconvert.page.tune import tune_page
 from qconvert.page.verify import verify_page
 from qconvert.report import (
     BenchReport,
@@ -23,6 +24,7 @@ from qconvert.report import (
     InspectReport,
     QuantizeReport,
     Report,
+    TuneReport,
     VerifyReport,
 )
 from qconvert.words import WORDS
@@ -32,6 +34,7 @@ BUILDERS: dict[type[Report], Callable[[Any], Page]] = {
     CalibrateReport: calibrate_page,
     InspectReport: inspect_page,
     QuantizeReport: quantize_page,
+    TuneReport: tune_page,
     VerifyReport: verify_page,
 }
 LONGEST = 4096  # characters of a name or a reason

@@ -46,6 +46,7 @@ from qconvert.report.quantize import (
     QuantizeSetReport,
 )
 from qconvert.report.schemes import ListedScheme, SchemesReport
+from qconvert.report.tune import JudgedModel, TuneReport, TuningStep
 from qconvert.report.verify import (
     Check,
     EmbeddingQuality,
@@ -81,6 +82,7 @@ __all__ = [
     "InputLayer",
     "InputsView",
     "InspectReport",
+    "JudgedModel",
     "LayerCost",
     "ListedScheme",
     "Measurement",
@@ -99,6 +101,8 @@ __all__ = [
     "TensorGroup",
     "TensorSummary",
     "TokenQuality",
+    "TuneReport",
+    "TuningStep",
     "TypeTally",
     "Verdict",
     "VerifiedTensor",

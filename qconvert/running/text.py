@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,19 @@ def sentences(
     chosen = [lines[k] for k in drawn(len(lines), nsamples, seed, text, "lines")]
     found = tokenizer(chosen, truncation=True, max_length=seqlen)["input_ids"]
     return [np.asarray(tokens, np.int64) for tokens in found]
+
+
+def check_positions(config: Mapping[str, Any], seqlen: int) -> None:
+    """Refuse windows of more tokens than a model has positions for.
+
+    Raises:
+        UsageError: they are.
+    """
+    most = config.get("max_position_embeddings")
+    if isinstance(most, int) and seqlen > most:
+        raise UsageError(
+            "--seqlen", found=seqlen, wanted=f"at most {most:,}, the model's positions"
+        )
 
 
 def first_token(tokenizer: Any) -> int | None:

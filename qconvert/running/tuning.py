@@ -71,16 +71,16 @@ def tune(
     }
     optimiser = torch.optim.Adam(list(logs.values()), lr=rate)
     judged = _judged(steps)
-    with _deterministic(), _applied(quantized.model, logs), torch.enable_grad():
+    with deterministic(), _applied(quantized.model, logs), torch.enable_grad():
         best = before = _mean_divergence(source, quantized, held_out, advance)
         best_step, kept = 0, {}
         for step in range(1, steps + 1):
             for group in optimiser.param_groups:
-                group["lr"] = rate * _schedule(step, steps)
+                group["lr"] = rate * schedule(step, steps)
             optimiser.zero_grad(set_to_none=True)
             batch = training[np.arange((step - 1) * BATCH, step * BATCH) % len(training)]
             for window in batch:
-                loss = _divergence(source, quantized, window) / batch.size
+                loss = divergence(source, quantized, window[None]) / batch.size
                 loss.backward()
                 advance(len(window), f"step {step}")
             optimiser.step()
@@ -108,7 +108,7 @@ def _judged(steps: int) -> Sequence[int]:
     return [round(steps * (i + 1) / times) for i in range(times)]
 
 
-def _schedule(step: int, steps: int) -> float:
+def schedule(step: int, steps: int) -> float:
     """Of the rate, at a step from 1 on."""
     warm = min(1.0, step / WARM_UP)
     return warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
@@ -141,27 +141,29 @@ def _mean_divergence(
     total = 0.0
     with torch.no_grad():
         for window in windows:
-            total += float(_divergence(source, quantized, window))
+            total += float(divergence(source, quantized, window[None]))
             advance(len(window), "held-out windows")
     return total / windows.size
 
 
-def _divergence(source: Checkpoint, quantized: Checkpoint, window: I64) -> Any:
-    """Σ over positions of KL(source || quantized) of the next token, in nats."""
+def divergence(source: Checkpoint, quantized: Checkpoint, windows: I64) -> Any:
+    """Σ over the positions of windows (n, length) of KL(source || quantized) of the next token, in
+    nats.
+    """
     import torch
     from torch.nn import functional
 
-    ids = torch.from_numpy(np.ascontiguousarray(window)[None])
+    ids = torch.from_numpy(np.ascontiguousarray(windows))
     with torch.no_grad():
-        wanted = source.model(input_ids=ids, use_cache=False).logits[0].float()
+        wanted = source.model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
         wanted = functional.log_softmax(wanted, -1)
-    found = quantized.model(input_ids=ids, use_cache=False).logits[0].float()
+    found = quantized.model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
     found = functional.log_softmax(found, -1)
     return functional.kl_div(found, wanted, reduction="sum", log_target=True)
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """Have torch give the same bits each time, and its setting back."""
     import torch
 

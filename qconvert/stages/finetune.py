@@ -21,7 +21,7 @@ from qconvert.codecs.codec import Encoder, Outcome, Stored
 from qconvert.codecs.raw import GainsEncoder, RawEncoding
 from qconvert.codecs.rescaled import PROVENANCE_KEY, TUNED, RescaledEncoder
 from qconvert.codecs.source import RUN_VALUES
-from qconvert.errors import InputError, UnsupportedError, UsageError
+from qconvert.errors import InputError, UnsupportedError
 from qconvert.files import OpenModel, open_model
 from qconvert.files.atomic import check_target, draft_directory
 from qconvert.files.regular import file_sha256
@@ -37,7 +37,7 @@ from qconvert.running.hugging_face import (
     require,
 )
 from qconvert.running.quantized_model import open_quantized
-from qconvert.running.text import token_chunks
+from qconvert.running.text import check_positions, token_chunks
 from qconvert.running.tuning import BATCH, Tuning, tokens_run, tune
 from qconvert.stages.conversion import Job
 from qconvert.stages.norm_gains import find_norms
@@ -129,11 +129,7 @@ class _Windows:
 
 def _windows(source: Checkpoint, options: FinetuneOptions) -> _Windows:
     """Windows to train on, in an order that the seed decides, and others."""
-    most, seqlen = source.config.get("max_position_embeddings"), options.seqlen
-    if isinstance(most, int) and seqlen > most:
-        raise UsageError(
-            "--seqlen", found=seqlen, wanted=f"at most {most:,}, the model's positions"
-        )
+    check_positions(source.config, options.seqlen)
     found = token_chunks(
         source.tokenizer, options.text, options.seqlen, options.nsamples, options.seed
     )

@@ -589,6 +589,13 @@ class _Job:
         it should.
         """
         roundings = {r.name: self.stored[r.name].rounding for r in rows}
+        others = {
+            COMPENSATED: (COMPENSATED_DB, "of those whose codes make up for each other's errors"),
+            REPAIRED: (REPAIRED_DB, "of those that make up for what others have lost"),
+        }
+        if self.trained:  # codes of other weights than the source's, as of those
+            roundings = dict.fromkeys(roundings, REPAIRED)
+            others[REPAIRED] = (REPAIRED_DB, "after training")
         measured = [
             Measured(
                 *(r.name, r.stored, self.stored[r.name].encoding.bits, r.sqnr_db),
@@ -609,10 +616,6 @@ class _Job:
         figures: dict[str, dict[str, float]] = {}
         for db, name in judged.figures:
             figures.setdefault(roundings[name], {})[name] = db
-        others = {
-            COMPENSATED: (COMPENSATED_DB, "of those whose codes make up for each other's errors"),
-            REPAIRED: (REPAIRED_DB, "of those that make up for what others have lost"),
-        }
         plain = {n: db for how, of in figures.items() if how not in others for n, db in of.items()}
         if plain or not figures:
             self._limit("quality", detail, plain, LOST_DB, min)

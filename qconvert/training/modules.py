@@ -17,6 +17,7 @@ from qconvert.codecs.codec import Stored
 from qconvert.model import TensorInfo
 from qconvert.schemes import TensorScheme
 from qconvert.training.activations import FakeInput, StraightThrough
+from qconvert.training.fixed import on_grid_of
 from qconvert.training.live import LiveModel
 from qconvert.training.weights import (
     as_in_file,
@@ -51,6 +52,7 @@ class FakeWeight(torch.nn.Module):  # type: ignore[misc]
         scheme: with the choice of symmetric or asymmetric that was made for the weight as it was.
         scale, zero_point: (G,), of its groups; None where they are found anew for each weight, or
             there is no zero point.
+        base: whose scales it keeps; None where they are found anew or learned.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class FakeWeight(torch.nn.Module):  # type: ignore[misc]
         self._known: tuple[tuple[int, ...], Stored] | None = None
         self.scale: Any = None
         self.zero_point: Any = None
+        self.base: Stored | None = None
         live = LiveModel({tensor.name: weight})
         stored = as_in_file(live, live.tensors[0], scheme)
         self.scheme = settled_scheme(scheme, stored)
@@ -72,6 +75,11 @@ class FakeWeight(torch.nn.Module):  # type: ignore[misc]
         self.scale = torch.nn.Parameter(torch.from_numpy(scale).to(weight.device))
         if not stored.encoding.symmetric:
             self.zero_point = torch.nn.Parameter(torch.from_numpy(zero_point).to(weight.device))
+
+    def keep_scales(self, base: Stored) -> None:
+        """Have weights take the scales and zero points of a tensor, whatever becomes of them."""
+        self.base, self.encoding, self._known = base, base.encoding, None
+        self.scheme = settled_scheme(self.scheme, base)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_known": None}  # of a copy, whose weight lies elsewhere
@@ -90,6 +98,8 @@ class FakeWeight(torch.nn.Module):  # type: ignore[misc]
 
     def _encoded(self, live: LiveModel) -> Stored:
         (tensor,) = live.tensors
+        if self.base is not None:
+            return on_grid_of(live, tensor, self.base)
         if self.scale is None:
             return as_in_file(live, tensor, self.scheme)
         assert isinstance(self.encoding, Affine)

@@ -34,13 +34,26 @@ from qconvert.training.preparation import Training, live_tensors, training_of
 
 
 def save_model(
-    model: Any, output: Path, *, tokenizer: Any = None, force: bool = False
+    model: Any,
+    output: Path,
+    *,
+    tokenizer: Any = None,
+    companions: tuple[Companion, ...] | None = None,
+    force: bool = False,
+    strict: bool = False,
+    noted: Mapping[str, Any] | None = None,
 ) -> QuantizeReport:
-    """Write a prepared model; args and errors as of `qconvert.torch.save_quantized`."""
+    """Write a prepared model; other args and errors as of `qconvert.torch.save_quantized`.
+
+    Args:
+        companions: the files that go with it; None for those of the model's config and tokenizer.
+        strict: a warning is a failure, and nothing is written.
+        noted: what else the provenance says of the training.
+    """
     started = time.perf_counter()
     training = training_of(model)
     tensors = live_tensors(model, training)
-    container = _container(output)
+    container = container_of(output)
     check_schemes((p.scheme for p in training.plan if p.scheme), container)
     if container.name == "gguf" and (training.inputs or training.learned):
         raise UsageError(
@@ -48,13 +61,16 @@ def save_model(
             found="a model prepared with activations or learn=True",
             wanted="a name that ends in .qblk",
         )
-    live = LiveModel(tensors, _companions(model, tokenizer))
+    if companions is None:
+        companions = _companions(model, tokenizer)
+    live = LiveModel(tensors, companions)
     options = QuantizeOptions(
         training.scheme,
         output,
         keep=training.asked.keep,
         tensor_schemes=training.asked.tensor_schemes,
         force=force,
+        strict=strict,
         # A mix would give other types to some tensors.
         gguf=GgufOptions(pure=container.name == "gguf"),
     )
@@ -88,13 +104,18 @@ def save_model(
     )
     roundings = plan_roundings(prepared.plan, None, {}, None, True, prepared.model)
     job = _TrainedJob(prepared, live, options, None, roundings, report, Silent())
-    job.training, job.tensors = training, tensors
+    job.training, job.tensors, job.noted = training, tensors, noted or {}
     job.write(output)
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _container(output: Path) -> Container:
+def container_of(output: Path) -> Container:
+    """Of the file that a trained model goes into.
+
+    Raises:
+        UsageError: the name does not say.
+    """
     found = next((c for c in CONTAINERS.values() if c.suffix == output.suffix.lower() != ""), None)
     if found is None or found.name not in ("qblk", "gguf"):
         raise UsageError(
@@ -153,10 +174,12 @@ class _TrainedJob(Job):
 
     Attributes:
         tensors: of the model, by name.
+        noted: what else the provenance says of the training.
     """
 
     training: Training
     tensors: Mapping[str, Any]
+    noted: Mapping[str, Any]
 
     def _encoder(self, p: PlannedTensor, workers: Workers, mapper: Mapper = map) -> Encoder:
         weight = self.training.weights.get(p.tensor.name)
@@ -179,5 +202,5 @@ class _TrainedJob(Job):
             "activations": self.training.activations,
             "tensors": [p.tensor.name for p in self.prepared.plan if p.scheme],
         }
-        noted = {k: v for k, v in trained.items() if v is not None}
+        noted = {k: v for k, v in (trained | dict(self.noted)).items() if v is not None}
         return super()._provenance(sources) | {PROVENANCE_KEY: noted}

@@ -1,0 +1,70 @@
+"""What `tune` did, for people."""
+
+from __future__ import annotations
+
+from qconvert.cli.text.fitting import Column
+from qconvert.cli.text.pieces import fitted, next_step, number, table_lines
+from qconvert.errors import printable
+from qconvert.quantities import counted, duration, size
+from qconvert.report import JudgedModel, TuneReport
+
+COURSE_SHOWN = 12  # validations
+
+
+def tune_text(r: TuneReport) -> str:
+    written = "" if r.written else " (nothing written)"
+    lines = [f"{printable(r.source)} -> {printable(r.output)}{written}\n"]
+    lines.append(f"trained    {r.trained}: {counted(r.trained_tensors, 'tensor')}, {r.scheme}")
+    lines.append(f", activations {r.activations}\n" if r.activations != "none" else "\n")
+    if r.began_compensated:
+        began = counted(r.began_compensated, "tensor")
+        lines.append(f"began      {began} with compensated codes, whose scales stay\n")
+    learned = "next tokens of the text"
+    if r.loss == "distill":
+        learned = f"divergence from {printable(r.teacher) if r.teacher else 'the float model'}"
+    lines.append(f"loss       {learned}, in nats a token\n")
+    lines.append(
+        f"text       windows of {r.seqlen} tokens of {printable(r.text)}: "
+        f"{r.training_windows:,} to train on, {r.validation_windows} to choose the state by, "
+        f"{r.judging_windows} to judge it\n"
+    )
+    lines.append(
+        f"steps      {r.steps_run} of {r.steps}, {r.batch} windows each; {r.stopped}; "
+        f"the state of step {r.step} was kept\n"
+    )
+    shown = r.course[:: max(1, -(-len(r.course) // COURSE_SHOWN))]
+    told = ", ".join(f"{v.validation:.4g} (step {v.step})" for v in shown)
+    lines.append(f"validation {told}\n\n")
+    columns = [
+        Column("model", "left"),
+        Column("divergence", "right"),
+        Column("std error", "right"),
+        Column("perplexity", "right"),
+        Column("std error", "right"),
+    ]
+
+    def row(m: JudgedModel) -> list[str]:
+        figures = m.kl_mean, m.kl_mean_error, m.perplexity, m.perplexity_error
+        return [m.model, *(number(n) for n in figures)]
+
+    lines += table_lines(columns, r.models, row)
+    lines.append("\n")
+    if any(m.model == "tuned" for m in r.models):
+        lines.append(
+            f"gain       {r.gain:.3g} nats a token, standard error {r.gain_error:.2g}, "
+            "over the best without training\n"
+        )
+    if r.written:
+        lines.append(f"file       that of {r.chosen}: {size(r.output_bytes)}, ")
+        lines.append(f"{number(r.model_bits_per_weight)} bits over the whole model\n")
+    lines += [f"note       {printable(note)}\n" for note in r.notes]
+    lines.append(f"memory     about {size(r.memory_bytes)} were reckoned with\n")
+    lines.append(f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n")
+    if r.written:
+        lines.append(
+            next_step(
+                f"qconvert verify {printable(r.output)} --against {printable(r.source)} "
+                "--text OTHER-TEXT"
+            )
+        )
+    return fitted("".join(lines))

@@ -1,0 +1,165 @@
+"""`qconvert.tune`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from qconvert.commands.arguments import (
+    as_assignments,
+    as_float,
+    as_path,
+    as_texts,
+    check_bounds,
+    parse_tensor_scheme,
+)
+from qconvert.errors import UsageError
+from qconvert.progress import Progress
+from qconvert.report import TuneReport
+from qconvert.running.hugging_face import require
+from qconvert.running.text import DEFAULT_SEQLEN
+from qconvert.schemes import parse_scheme
+from qconvert.training.options import (
+    ACTIVATIONS,
+    BATCH,
+    FEWEST_WINDOWS,
+    LOSSES,
+    PARTS,
+    STEPS,
+    TuneOptions,
+)
+from qconvert.training.weights import check_trainable
+
+
+def tune(
+    model: Path | str,
+    *,
+    scheme: str,
+    text: Path | str,
+    output: Path | str,
+    steps: int = STEPS,
+    lr: float | None = None,
+    seqlen: int | None = None,
+    batch: int = BATCH,
+    seed: int = 0,
+    nsamples: int | None = None,
+    loss: str = LOSSES[0],
+    teacher: Path | str | None = None,
+    train: str = PARTS[0],
+    activations: str = ACTIVATIONS[0],
+    calibration: Path | str | None = None,
+    keep: str | Iterable[str] | None = None,
+    tensor_scheme: Mapping[str, str] | str | Iterable[str] | None = None,
+    threads: int | None = None,
+    anyway: bool = False,
+    force: bool = False,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> TuneReport:
+    """Train a model with the grid of a scheme in place (quantization-aware training), and write it.
+
+    The model computes with the weights that its file will have, and learns to predict next tokens
+    with them. What came of it is judged on a part of the text that was not trained on; where
+    quantization without training is better, its result is written.
+
+    >>> report = qconvert.tune(
+    ...     "samples/tiny-llama",
+    ...     scheme="c2_block16",
+    ...     text="samples/calibration.txt",
+    ...     output="model.qblk",
+    ...     steps=2,
+    ...     batch=1,
+    ...     seqlen=32,
+    ...     nsamples=4,
+    ... )
+    >>> report
+    <TuneReport pass: 'model.qblk', c2_block16, tuned after 2 steps, ... bytes>
+    >>> [m.model for m in report.models]
+    ['float', 'nearest', 'tuned']
+
+    Args:
+        model: a directory that transformers runs, of a causal language model. It is twice in memory
+            as float32, and what is trained four times more.
+        scheme: one grid for each tensor, such as ``c2_block16``, ``q4_block64`` or ``q4_0``.
+        text: a UTF-8 file: a tenth of its windows, at most 16, chooses the state that is kept, as
+            many judge it, and the others are trained on.
+        output: a name that ends in .qblk, or in .gguf for a scheme of ggml's.
+        steps: at most so many; fewer where the model gets no better.
+        lr: learning rate of the weights, ten times which norms have. By default a share of each
+            tensor's rounding error.
+        seqlen: tokens of a window, 256 by default.
+        batch: windows of a step.
+        seed: of the windows that are drawn, of what they are for, and of their order.
+        nsamples: windows that are drawn; all by default.
+        loss: ``distill`` for the divergence from the teacher, ``lm`` for the next tokens of the
+            text.
+        teacher: another model of the same vocabulary whose predictions are learned; by default the
+            model's own as floats.
+        train: ``weights`` that are quantized, ``norms``, or ``all`` of both.
+        activations: how linear layers take their inputs: ``none`` as floats, ``dynamic`` as bytes
+            with a scale for each row, ``static`` as bytes with one scale and zero point, which are
+            found on the way and go into the file.
+        calibration: with Gram matrices: what quantization without training makes of it is judged
+            too, and has to be beaten.
+        keep: keep tensors that match this glob, or one of these, as they are, untrained.
+        tensor_scheme: another scheme for tensors that match a glob: ``{glob: scheme}``, or texts
+            ``"GLOB=SCHEME"``; the first match wins.
+        threads: all available processors by default. Another number may give other bytes.
+        anyway: write the tuned model even where it is not better.
+        force: replace an existing output.
+        strict: a warning makes the report's status ``fail``, and nothing is written.
+        progress: is told of the steps of long work.
+
+    Raises:
+        InputError: the model, the teacher, the text or the calibration cannot be used.
+        UsageError: options contradict each other or the model.
+        MachineError: torch or transformers is not installed, memory does not suffice, or the output
+            cannot be written; OutputExistsError: it exists.
+    """
+    for name, number, least in (
+        ("--steps", steps, 1),
+        ("--seqlen", seqlen, 4),
+        ("--batch", batch, 1),
+        ("--seed", seed, 0),
+        ("--nsamples", nsamples, FEWEST_WINDOWS),
+        ("--threads", threads, 1),
+    ):
+        check_bounds(name, number, least)
+    if lr is not None and not 0 < lr <= 1:
+        raise UsageError("--lr", found=lr, wanted="a number above 0, at most 1")
+    for name, word, known in (
+        ("--loss", loss, LOSSES),
+        ("--train", train, PARTS),
+        ("--activations", activations, ACTIVATIONS),
+    ):
+        if word not in known:
+            raise UsageError(name, found=word, wanted=", ".join(known))
+    if teacher is not None and loss != LOSSES[0]:
+        raise UsageError("--teacher goes with --loss distill")
+    others = map(parse_tensor_scheme, as_assignments(tensor_scheme))
+    options = TuneOptions(
+        scheme=check_trainable(parse_scheme(scheme)),
+        text=Path(text),
+        output=Path(output),
+        steps=steps,
+        rate=as_float(lr),
+        seqlen=DEFAULT_SEQLEN if seqlen is None else seqlen,
+        batch=batch,
+        seed=seed,
+        nsamples=nsamples,
+        loss=loss,
+        teacher=as_path(teacher),
+        trained=train,
+        activations=activations,
+        calibration=as_path(calibration),
+        keep=as_texts(keep),
+        tensor_schemes=tuple((glob, check_trainable(other)) for glob, other in others),
+        threads=threads,
+        anyway=anyway,
+        force=force,
+        strict=strict,
+    )
+    require("torch", "transformers", progress=progress)
+    from qconvert.training.tune import tune as stage  # which imports them
+
+    return stage(Path(model), options, progress).judged(strict)

@@ -1,0 +1,111 @@
+"""What `tune` did, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from qconvert.quantities import counted
+from qconvert.report.base import Report
+
+
+@dataclass(slots=True)
+class TuningStep:
+    """A step after which the validation windows were run.
+
+    Attributes:
+        step: 0 for before the first.
+        loss: mean of a token of the step's own windows, in nats; None before the first step.
+        validation: the same of the validation windows.
+    """
+
+    step: int
+    loss: float | None
+    validation: float
+
+
+@dataclass(slots=True)
+class JudgedModel:
+    """A model on the windows that neither trained nor chose a state.
+
+    Attributes:
+        model: ``float``, the model as it is; ``nearest``, the same scheme without training, codes
+            rounded to the nearest; ``compensated``, what ``quantize --calibration`` makes;
+            ``tuned``.
+        kl_mean, kl_mean_error: mean divergence of next tokens from the teacher, which is the float
+            model where no other is given, in nats, and its standard error.
+        perplexity, perplexity_error: of the text, and its standard error.
+    """
+
+    model: str
+    kl_mean: float
+    kl_mean_error: float
+    perplexity: float
+    perplexity_error: float
+
+
+@dataclass(repr=False)
+class TuneReport(Report):
+    """Result of ``tune``.
+
+    Attributes:
+        loss: ``distill``, divergence from the teacher, or ``lm``, next tokens of the text.
+        trained: ``weights``, ``norms`` or ``all``.
+        trained_tensors: how many tensors were.
+        began_compensated: how many began with the codes of ``compensated``, whose scales they keep.
+        steps: asked for; ``steps_run`` were, ``step`` is the one whose state was kept, 0 for none.
+        stopped: why no more steps were run.
+        rate: of the weights, as asked for; None where it follows from each tensor's rounding error.
+        training_windows, validation_windows, judging_windows: of ``seqlen`` tokens, that steps were
+            made by, that chose the state, and that judged it.
+        memory_bytes: what was reckoned with, from the shapes of the model.
+        course: the validations.
+        models: how good each is on the judging windows.
+        gain, gain_error: by how much the loss of the tuned model is below that of the better
+            post-training one on the judging windows, in nats a token, token by token, and its
+            standard error.
+        chosen: whose the written file is, of ``models``.
+        written: whether the output is there; not where a warning under ``--strict`` took it back.
+    """
+
+    SCHEMA: ClassVar[str] = "qconvert.tune/1"
+
+    source: str
+    output: str
+    container: str
+    scheme: str
+    text: str
+    loss: str
+    teacher: str | None
+    calibration: str | None
+    trained: str
+    activations: str
+    steps: int
+    rate: float | None
+    seqlen: int
+    batch: int
+    seed: int
+    training_windows: int
+    validation_windows: int
+    judging_windows: int
+    memory_bytes: int
+    trained_tensors: int = 0
+    began_compensated: int = 0
+    steps_run: int = 0
+    step: int = 0
+    stopped: str = ""
+    course: list[TuningStep] = field(default_factory=list)
+    models: list[JudgedModel] = field(default_factory=list)
+    gain: float = 0.0
+    gain_error: float = 0.0
+    chosen: str = ""
+    output_bytes: int = 0
+    model_bits_per_weight: float | None = None
+    written: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def _said(self) -> Iterator[str]:
+        yield repr(self.output) if self.written else f"{self.output!r} not written"
+        yield f"{self.scheme}, {self.chosen} after {counted(self.steps_run, 'step')}"
+        yield f"{self.output_bytes:,} bytes"

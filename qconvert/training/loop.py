@@ -1,0 +1,337 @@
+"""The loop of `tune`: steps of Adam, validations that keep the best state, and an early stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from qconvert.codecs.codec import Stored
+from qconvert.errors import WeightError
+from qconvert.progress import Progress
+from qconvert.quantities import counted, duration
+from qconvert.report import TuningStep
+from qconvert.running.hugging_face import Checkpoint
+from qconvert.running.quality import BATCH_TOKENS, I64, Windows
+from qconvert.running.tuning import deterministic, divergence, schedule
+from qconvert.training.activations import FakeInput
+from qconvert.training.modules import FakeWeight
+from qconvert.training.preparation import Training
+
+VALIDATIONS = 10  # of all steps, besides the one before the first
+PATIENCE = 3  # validations without a better one, after which training stops
+RATE = 0.015  # of a weight, as a share of the root mean square of its tensor's rounding errors
+NORM_RATE = 1e-3  # of the parameters of norms, whose gains are near 1
+NORM_FACTOR = 10  # theirs over that of weights, where that is given
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """A prepared model that is trained.
+
+    Attributes:
+        checkpoint: the model with its tokenizer.
+        training: what it was prepared for.
+        parameters: those that are trained, by name.
+    """
+
+    checkpoint: Checkpoint
+    training: Training
+    parameters: Mapping[str, Any]
+
+    def state(self) -> State:
+        """A copy of all that a step changes."""
+        return {name: tensor.detach().clone() for name, tensor in self._changing().items()}
+
+    def restore(self, state: State) -> None:
+        with torch.no_grad():
+            for name, tensor in self._changing().items():
+                tensor.copy_(state[name])
+
+    def begin_at(self, bases: Mapping[str, Stored]) -> None:
+        """Give weights the codes and scales of tensors that were quantized before, by name.
+
+        A weight stays where it is if it rounds to that code, and goes to the value of the code if
+        it does not. Scales stay.
+        """
+        with torch.no_grad():
+            for name, fake in self.training.weights.items():
+                if name not in bases:
+                    continue
+                weight = self.checkpoint.model.get_parameter(name)
+                wanted = bases[name].values(0, weight.numel()).reshape(tuple(weight.shape))
+                fake.keep_scales(bases[name])
+                values = torch.from_numpy(wanted)
+                weight.copy_(torch.where(fake(weight) == values, weight, values))
+        self.training.plan = tuple(
+            replace(p, scheme=self.training.weights[p.tensor.name].scheme)
+            if p.tensor.name in bases
+            else p
+            for p in self.training.plan
+        )
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Have the observers of static activations look at what comes."""
+        for module in self.training.inputs.values():
+            module.train()
+        try:
+            yield
+        finally:
+            for module in self.training.inputs.values():
+                module.eval()
+
+    def freeze(self) -> None:
+        for module in self.training.inputs.values():
+            if module.kind == "static":
+                module.frozen.fill_(True)
+
+    def _changing(self) -> dict[str, Any]:
+        """Parameters, and what the observers of static activations know."""
+        found = dict(self.parameters)
+        for name, module in self.training.inputs.items():
+            found |= {f"{name}: {part}": buffer for part, buffer in module.named_buffers()}
+        return found
+
+
+@dataclass
+class Course:
+    """What became of a training.
+
+    Attributes:
+        validations: in order, the one before the first step included.
+        best: the state of ``step``; None where no step was better than none.
+        stopped: why no more steps were run.
+        warning: what went wrong, if anything did.
+    """
+
+    validations: list[TuningStep] = field(default_factory=list)
+    steps_run: int = 0
+    step: int = 0
+    best: State | None = None
+    stopped: str = ""
+    warning: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is trained on, and how.
+
+    Attributes:
+        windows: to train on, taken in turn, ``batch`` a step.
+        loss: ``distill`` or ``lm``.
+        rates: of the parameters, by name, reached after a few steps and lowered along a cosine.
+        validate: mean loss of a token of the validation windows.
+    """
+
+    windows: Windows
+    loss: str
+    steps: int
+    batch: int
+    rates: Mapping[str, float]
+    validate: Callable[[], float]
+
+
+class Diverged(Exception):
+    """A loss or a gradient that is no number any more; says where it was first so."""
+
+
+def train(student: Student, reference: Checkpoint, plan: Plan, progress: Progress) -> Course:
+    """Train the student in place; its state afterwards is that of the last step.
+
+    Args:
+        reference: whose next-token distributions are learned.
+    """
+    course = Course()
+    groups = [{"params": [p], "lr": 0.0} for p in student.parameters.values()]
+    optimiser = torch.optim.Adam(groups)
+    rates = [plan.rates[name] for name in student.parameters]
+    every = max(1, round(plan.steps / VALIDATIONS))
+    clock = _Clock(plan, progress, every)
+    with deterministic():
+        best = clock.validated(course, 0, None)
+        for step in range(1, plan.steps + 1):
+            if step == plan.steps // 2 + 1:
+                student.freeze()  # so that weights settle on ranges that stay
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule(step, plan.steps)
+            optimiser.zero_grad(set_to_none=True)
+            begun = time.perf_counter()
+            try:
+                loss = _step(student, reference, plan, clock, step)
+                optimiser.step()
+                course.steps_run = step
+                clock.stepped(step, loss, time.perf_counter() - begun)
+                if step % every and step < plan.steps:
+                    continue
+                found = clock.validated(course, step, loss)
+            except (Diverged, WeightError) as e:
+                where = e if isinstance(e, Diverged) else f"{e.message}, in '{e.tensor}'"
+                course.stopped = f"numbers that are not finite at step {step}"
+                course.warning = (
+                    f"training stopped at step {step} of {plan.steps}: {where}; the state of step "
+                    f"{course.step} was kept; take a smaller --lr"
+                )
+                break
+            if found < best:
+                best, course.step, course.best = found, step, student.state()
+            elif step - course.step >= PATIENCE * every:
+                course.stopped = f"no better for {counted(step - course.step, 'step')}"
+                break
+    progress.end()
+    course.stopped = course.stopped or "all steps were run"
+    return course
+
+
+def rates_of(student: Student, given: float | None) -> dict[str, float]:
+    """The rate of each trained parameter.
+
+    Adam moves a parameter by about its rate in a step. Left to us, a weight moves by so small a
+    share of its tensor's rounding error that its code is another one after some tens of steps:
+    whatever the size of the weights, and whatever the number of bits.
+    """
+    found = {}
+    errors = _rounding_errors(student) if given is None else {}
+    for name in student.parameters:
+        weight = name in student.training.weights
+        if given is not None:
+            found[name] = given if weight else NORM_FACTOR * given
+        else:
+            found[name] = RATE * errors[name] if weight else NORM_RATE
+    return found
+
+
+def _rounding_errors(student: Student) -> dict[str, float]:
+    """Root mean squares of what rounding does to the weights of each tensor."""
+    found = {}
+    with torch.no_grad():
+        for name, fake in student.training.weights.items():
+            if name in student.parameters:
+                weight = student.parameters[name]
+                found[name] = float((fake(weight) - weight).square().mean().sqrt())
+    return found
+
+
+def passes(windows: int, seqlen: int) -> list[slice]:
+    """The windows that go through a model at once."""
+    together = max(1, BATCH_TOKENS // seqlen)
+    return [slice(start, start + together) for start in range(0, windows, together)]
+
+
+def _step(student: Student, reference: Checkpoint, plan: Plan, clock: _Clock, step: int) -> float:
+    """Gradients of a step's windows; their mean loss of a token.
+
+    Raises:
+        Diverged: it is not finite, or a gradient is not.
+        WeightError: weights or inputs of a layer are not.
+    """
+    count = len(plan.windows.inputs)
+    chosen = np.arange((step - 1) * plan.batch, step * plan.batch) % count
+    targets = plan.windows.targets[chosen]
+    inputs = plan.windows.inputs[chosen]
+    total = 0.0
+    with torch.enable_grad(), student.observing():
+        for part in passes(len(chosen), inputs.shape[1]):
+            loss = _loss(student, reference, plan, inputs[part], targets[part]) / targets.size
+            total += float(loss.detach())
+            if not np.isfinite(total):
+                raise Diverged(f"the loss is {total}, {_first_bad(student, inputs[part])}")
+            loss.backward()
+            clock.progress.advance(inputs[part].size, f"step {step}")
+    for name, parameter in student.parameters.items():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            raise Diverged(f"the gradient of '{name}' is not finite")
+    return total
+
+
+def _loss(student: Student, reference: Checkpoint, plan: Plan, inputs: I64, targets: I64) -> Any:
+    """Summed over all tokens."""
+    if plan.loss == "distill":
+        return divergence(reference, student.checkpoint, inputs)
+    ids = torch.from_numpy(np.ascontiguousarray(inputs))
+    logits = student.checkpoint.model(input_ids=ids, use_cache=False).logits
+    wanted = torch.from_numpy(np.ascontiguousarray(targets))
+    return functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="sum")
+
+
+def _first_bad(student: Student, inputs: I64) -> str:
+    """Which layer's output is the first that is not finite."""
+    bad: list[str] = []
+
+    def look(name: str) -> Callable[[Any, Any, Any], None]:
+        def hook(module: Any, _: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
+                bad.append(name)
+
+        return hook
+
+    model = student.checkpoint.model
+    hooks = [
+        module.register_forward_hook(look(name))
+        for name, module in model.named_modules()
+        if not isinstance(module, FakeWeight | FakeInput)
+    ]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.from_numpy(np.ascontiguousarray(inputs)), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return f"first in the output of layer '{bad[0]}'" if bad else "all layers are finite"
+
+
+class _Clock:
+    """Tells a `Progress` of validations, and of the steps between them with the time that is left.
+
+    Attributes:
+        seconds: of the last step.
+        judging: seconds of the last validation.
+    """
+
+    def __init__(self, plan: Plan, progress: Progress, every: int) -> None:
+        self.plan, self.progress, self.every = plan, progress, every
+        self.seconds = self.judging = 0.0
+        self.held_out = 0.0
+
+    def validated(self, course: Course, step: int, loss: float | None) -> float:
+        """Run the validation windows, and note what is found.
+
+        Raises:
+            Diverged: it is no number.
+        """
+        begun = time.perf_counter()
+        self.progress.end()
+        self.held_out = self.plan.validate()
+        self.judging = time.perf_counter() - begun
+        course.validations.append(TuningStep(step, loss, self.held_out))
+        if step and not np.isfinite(self.held_out):
+            raise Diverged(f"the loss of the validation windows is {self.held_out}")
+        self._begin(step, loss)
+        return self.held_out
+
+    def stepped(self, step: int, loss: float, seconds: float) -> None:
+        """A step is done; the first says how long all will take."""
+        self.seconds = seconds
+        if step == 1 and self.every > 1:
+            self.progress.end()
+            self._begin(step, loss)
+
+    def _begin(self, step: int, loss: float | None) -> None:
+        """Tell of the steps until the next validation."""
+        coming = min(self.every - step % self.every, self.plan.steps - step)
+        if not coming:
+            return
+        told = f"tune, step {step} of {self.plan.steps}: held-out loss {self.held_out:.4g}"
+        if loss is not None:
+            left = (self.plan.steps - step) * (self.seconds + self.judging / self.every)
+            told += f", loss {loss:.4g}, about {duration(left)} left"
+        tokens = coming * self.plan.batch * self.plan.windows.inputs.shape[1]
+        self.progress.begin(told, tokens, "tokens")

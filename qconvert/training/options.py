@@ -1,0 +1,49 @@
+"""Options of tune, as data; needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qconvert.running.text import DEFAULT_SEQLEN
+from qconvert.schemes import TensorScheme
+
+LOSSES = ("distill", "lm")
+PARTS = ("all", "weights", "norms")
+ACTIVATIONS = ("none", "dynamic", "static")
+STEPS = 100
+BATCH = 4
+FEWEST_WINDOWS = 3  # to train on, to choose a state by, and to judge
+
+
+@dataclass(frozen=True, slots=True)
+class TuneOptions:
+    """Options of ``qconvert tune``; the command line's help describes each.
+
+    Attributes:
+        rate: of the weights; None for one that follows from the rounding errors of each tensor.
+        teacher: whose predictions are learned; None for those of the model itself, as floats.
+        trained: of `PARTS`.
+        anyway: whether the tuned model is written even where it is not better.
+    """
+
+    scheme: TensorScheme
+    text: Path
+    output: Path
+    steps: int = STEPS
+    rate: float | None = None
+    seqlen: int = DEFAULT_SEQLEN
+    batch: int = BATCH
+    seed: int = 0
+    nsamples: int | None = None
+    loss: str = LOSSES[0]
+    teacher: Path | None = None
+    trained: str = PARTS[0]
+    activations: str = ACTIVATIONS[0]
+    calibration: Path | None = None
+    keep: tuple[str, ...] = ()
+    tensor_schemes: tuple[tuple[str, TensorScheme], ...] = ()
+    threads: int | None = None
+    anyway: bool = False
+    force: bool = False
+    strict: bool = False
