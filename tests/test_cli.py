@@ -196,8 +196,8 @@ def test_2_without_arguments_is_help_on_stderr(run: Run) -> None:
         ("verify m.safetensors", ["quantized file", "--against"]),
         ("verify m.safetensors --against m.qblk", ["before it what was made"]),
         (
-            "quantize m.safetensors --scheme q8_0 --scheme q4_0",
-            ["--scheme is given 2 times", "once"],
+            "quantize m.safetensors --scheme q8_0 --range mse --range minmax",
+            ["--range is given 2 times", "once"],
         ),
         ("quantize m.safetensors --scheme q8_0 -o n.gguf --output o.gguf", ["--output", "2 times"]),
         ("bench --shape 64", ["ROWSxCOLS"]),

@@ -688,7 +688,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def read(*_: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(conversion.Job, "_tasks", read)
+    monkeypatch.setattr(conversion.Job, "tasks", read)
     directory: Path = write_directory(tmp_path / "m", "llama")
     return directory
 

@@ -316,6 +316,8 @@ def test_a_signal_during_an_import_leaves_no_traceback(number: int, code: int, w
     """The module that is imported sends the signal to its own process."""
     program = (
         "import sys, signal, types, importlib.abc, importlib.machinery\n"
+        # A shell that runs the tests in the background has them ignore interrupts.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Loader(importlib.abc.Loader):\n"
         "    def create_module(self, spec): return None\n"
         f"    def exec_module(self, module): signal.raise_signal({int(number)})\n"
