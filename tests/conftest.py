@@ -65,7 +65,7 @@ WITHOUT_KERNELS = {
         "prequantized",
         *("published_configs", "prove_micro", "prove_packed", "python", "safetensors", "schemes"),
         *("sets", "spec", "streams"),
-        *("style", "training"),
+        *("encoders", "families", "style", "training", "tune"),
         # What is done with figures once they are there: judged, compared, written, shown.
         *("compare", "documents", "fitting", "floors", "limits", "rebuild", "reports"),
         *("scheme_list", "side_files", "tables", "terminal", "together", "verdict"),
