@@ -93,12 +93,12 @@ class Workers:
         return Task(partial(work, item), self._pool)
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """``work`` of each item, in order; at most four results a thread wait to be taken."""
+        """``work`` of each item, in order; at most two results a thread wait to be taken."""
         waiting: deque[Task[R]] = deque()
         try:
             for item in items:
                 waiting.append(self.submit(work, item))
-                if len(waiting) > 4 * self.threads:
+                if len(waiting) > 2 * self.threads:
                     yield _first(waiting)
             while waiting:
                 yield _first(waiting)

@@ -105,10 +105,13 @@ def error_sums(x: F32, decoded: F32) -> tuple[float, float, float]:
     """Σx², Σ(x - x')² and max |x - x'| of two arrays of one shape: differences in float32, sums in
     float64.
     """
-    wide = x.astype(np.float64).ravel()
     error = (x - decoded).astype(np.float64).ravel()
     worst = float(np.abs(error).max(initial=0.0))
-    return lane_sum(wide * wide), lane_sum(error * error), worst
+    # In place, and one after the other: these are the largest arrays of a tile.
+    noise = lane_sum(np.multiply(error, error, out=error))
+    del error
+    wide = x.astype(np.float64).ravel()
+    return lane_sum(np.multiply(wide, wide, out=wide)), noise, worst
 
 
 @np.errstate(over="ignore", invalid="ignore")  # where a value was decoded to infinity

@@ -65,8 +65,9 @@ def _centred(
     """Scale such that the value furthest from 0, of either sign, gets the lowest code."""
     half = 1 << (bits - 1)
     scale = _pick(blocks, np.abs(blocks).argmax(axis=1)) / np.float32(-half)
-    steps = blocks * _inverse(scale) + np.float32(half + 0.5)
-    return scale, _codes(np.trunc(steps), bits)
+    steps = blocks * _inverse(scale)
+    steps += np.float32(half + 0.5)
+    return scale, _codes(np.trunc(steps, out=steps), bits)
 
 
 def _from_minimum(
