@@ -19,15 +19,14 @@ from qconvert.architectures.config_classes import (
     decoder_fields,
 )
 from qconvert.architectures.families.keys import (
-    MAX_EXPERTS,
     SILU,
     Keys,
     Sizes,
     decoder_keys,
     every_nth_full,
     expert_keys,
+    expert_sizes,
     layer_types,
-    plain_sizes,
     window_keys,
 )
 from qconvert.architectures.families.row import Family, Slot
@@ -65,13 +64,8 @@ CONFIGS = (
 
 
 def gpt_oss_sizes(config: Config) -> Sizes:
-    inner = config.count("intermediate_size")
-    return plain_sizes(
-        config,
-        experts=config.count("num_local_experts", most=MAX_EXPERTS),
-        expert_inner=inner,
-        heads=config.count("num_attention_heads"),
-    )
+    heads = config.count("num_attention_heads")
+    return expert_sizes(config, "num_local_experts", "intermediate_size", heads=heads)
 
 
 def gpt_oss_keys(config: Config, sizes: Sizes) -> Keys:

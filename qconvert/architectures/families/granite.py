@@ -19,12 +19,12 @@ from qconvert.architectures.config_classes import (
     decoder_fields,
 )
 from qconvert.architectures.families.keys import (
-    MAX_EXPERTS,
     SILU,
     Keys,
     Sizes,
     decoder_keys,
     expert_keys,
+    expert_sizes,
     plain_sizes,
     rotary,
 )
@@ -98,13 +98,8 @@ def granite_keys(config: Config, sizes: Sizes) -> Keys:
 
 def granite_moe_sizes(config: Config) -> Sizes:
     shared = config.get("shared_intermediate_size", 0)
-    inner = config.count("intermediate_size")
-    return plain_sizes(
-        config,
-        experts=config.count("num_local_experts", most=MAX_EXPERTS),
-        expert_inner=inner,
-        shared=config.count("shared_intermediate_size") if shared else 0,
-    )
+    width = config.count("shared_intermediate_size") if shared else 0
+    return expert_sizes(config, "num_local_experts", "intermediate_size", shared=width)
 
 
 def granite_moe_keys(config: Config, sizes: Sizes) -> Keys:

@@ -191,6 +191,22 @@ def rotated(parameters: Parameters, head_dim: int) -> int:
     return found
 
 
+def expert_sizes(config: Config, experts: str, inner: str, **more: int) -> Sizes:
+    """`plain_sizes`, with experts.
+
+    Args:
+        experts: the field that counts them.
+        inner: that of their inner width.
+    """
+    return plain_sizes(
+        config,
+        grouped=True,
+        experts=config.count(experts, most=MAX_EXPERTS),
+        expert_inner=config.count(inner),
+        **more,
+    )
+
+
 def expert_keys(config: Config, sizes: Sizes, field: str = "num_experts_per_tok") -> Keys:
     used = config.count(field)
     if used > sizes.named["experts"]:
@@ -263,20 +279,37 @@ def layer_types(config: Config, sizes: Sizes, usual: list[bool]) -> list[bool]:
     Raises:
         FormatError: it is not one of both for each layer.
     """
+    # transformers still takes the older name of full ones
+    stated = two_kinds(config, sizes, SLIDING, older="attention")
+    return usual if stated is None else stated
+
+
+def two_kinds(
+    config: Config, sizes: Sizes, other: str, older: str | None = None
+) -> list[bool] | None:
+    """Which layers ``layer_types`` says to be of another kind than full attention; None where it
+    says nothing.
+
+    Args:
+        other: its name.
+        older: one more name of full attention.
+
+    Raises:
+        FormatError: it is not one of both for each layer.
+    """
     types = config.get("layer_types")
     if types is None:
-        return usual
-    # transformers still takes the older name of full ones
-    names = {FULL: False, "attention": False, SLIDING: True}
+        return None
+    names = (FULL, other) if older is None else (FULL, other, older)
     if (
         not isinstance(types, list)
         or len(types) != sizes.blocks
-        or not all(isinstance(t, str) and t in names for t in types)
+        or any(t not in names for t in types)
     ):
         raise config.wrong(
-            "layer_types", f"'{FULL}' or '{SLIDING}' for each of {sizes.blocks} layers"
+            "layer_types", f"'{FULL}' or '{other}' for each of {sizes.blocks} layers"
         )
-    return [names[t] for t in types]
+    return [t == other for t in types]
 
 
 def every_nth_full(sizes: Sizes, n: int) -> list[bool]:

@@ -29,6 +29,7 @@ from qconvert.architectures.families.keys import (
     filled_sizes,
     rotary,
     routed_keys,
+    two_kinds,
 )
 from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.families.slots import (
@@ -148,13 +149,7 @@ def lfm2_moe_sizes(config: Config) -> Sizes:
 
 def lfm2_keys(config: Config, sizes: Sizes) -> Keys:
     config.require("conv_bias", (False,))
-    types = config.get("layer_types")
-    if types is not None and (
-        len(types) != sizes.blocks or any(t not in (FULL, _CONVOLUTION) for t in types)
-    ):
-        raise config.wrong(
-            "layer_types", f"'{FULL}' or '{_CONVOLUTION}' for each of {sizes.blocks} layers"
-        )
+    two_kinds(config, sizes, _CONVOLUTION)
     attended = [attends(config, sizes, i) for i in range(sizes.blocks)]
     if not any(attended):
         raise config.unlike("layer_types", f"'{FULL}' for one layer at least")

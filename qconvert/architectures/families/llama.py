@@ -16,12 +16,12 @@ from qconvert.architectures.config_classes import (
     decoder_fields,
 )
 from qconvert.architectures.families.keys import (
-    MAX_EXPERTS,
     SILU,
     Keys,
     Sizes,
     decoder_keys,
     expert_keys,
+    expert_sizes,
     plain_sizes,
     plain_window,
     rotary,
@@ -102,10 +102,7 @@ CONFIGS = (
 
 
 def mixtral_sizes(config: Config) -> Sizes:
-    inner = config.count("intermediate_size")
-    return plain_sizes(
-        config, experts=config.count("num_local_experts", most=MAX_EXPERTS), expert_inner=inner
-    )
+    return expert_sizes(config, "num_local_experts", "intermediate_size")
 
 
 def mixtral_keys(config: Config, sizes: Sizes) -> Keys:

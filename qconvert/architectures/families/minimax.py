@@ -14,13 +14,12 @@ from qconvert.architectures.config_classes import (
     decoder_fields,
 )
 from qconvert.architectures.families.keys import (
-    MAX_EXPERTS,
     SILU,
     Keys,
     Sizes,
     decoder_keys,
+    expert_sizes,
     partial_rotary,
-    plain_sizes,
     routed_keys,
 )
 from qconvert.architectures.families.row import Family, Slot
@@ -63,11 +62,7 @@ CONFIGS = (
 
 
 def minimax_m2_sizes(config: Config) -> Sizes:
-    return plain_sizes(
-        config,
-        experts=config.count("num_local_experts", most=MAX_EXPERTS),
-        expert_inner=config.count("intermediate_size"),
-    )
+    return expert_sizes(config, "num_local_experts", "intermediate_size")
 
 
 def minimax_m2_keys(config: Config, sizes: Sizes) -> Keys:

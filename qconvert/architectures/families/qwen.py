@@ -19,12 +19,12 @@ from qconvert.architectures.config_classes import (
     decoder_fields,
 )
 from qconvert.architectures.families.keys import (
-    MAX_EXPERTS,
     SILU,
     Keys,
     Sizes,
     decoder_keys,
     expert_keys,
+    expert_sizes,
     experts_everywhere,
     filled_sizes,
     layer_types,
@@ -156,11 +156,7 @@ def switched_window(config: Config, sizes: Sizes) -> int | None:
 
 
 def qwen3_moe_sizes(config: Config) -> Sizes:
-    return plain_sizes(
-        config,
-        experts=config.count("num_experts", most=MAX_EXPERTS),
-        expert_inner=config.count("moe_intermediate_size"),
-    )
+    return expert_sizes(config, "num_experts", "moe_intermediate_size")
 
 
 def qwen3_moe_keys(config: Config, sizes: Sizes) -> Keys:
@@ -179,12 +175,8 @@ def qwen3_moe_keys(config: Config, sizes: Sizes) -> Keys:
 
 def qwen2_moe_sizes(config: Config) -> Sizes:
     filled_sizes(config)
-    return plain_sizes(
-        config,
-        experts=config.count("num_experts", most=MAX_EXPERTS),
-        expert_inner=config.count("moe_intermediate_size"),
-        shared=config.count("shared_expert_intermediate_size"),
-    )
+    shared = config.count("shared_expert_intermediate_size")
+    return expert_sizes(config, "num_experts", "moe_intermediate_size", shared=shared)
 
 
 def qwen2_moe_keys(config: Config, sizes: Sizes) -> Keys:

@@ -22,16 +22,17 @@ from qconvert.architectures.config_classes import (
 from qconvert.architectures.families.keys import (
     FULL,
     MAX_BLOCKS,
-    MAX_EXPERTS,
     SILU,
     Keys,
     Sizes,
     decoder_keys,
     expert_keys,
+    expert_sizes,
     experts_everywhere,
     partial_rotary,
     plain_sizes,
     rotated,
+    two_kinds,
 )
 from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.families.slots import (
@@ -164,12 +165,8 @@ def _recurs(config: Config, sizes: Sizes, block: int) -> bool:
 
 def linear_sizes(config: Config) -> Sizes:
     if config.known and "num_experts" in config.known.fields:
-        plain = plain_sizes(
-            config,
-            experts=config.count("num_experts", most=MAX_EXPERTS),
-            expert_inner=config.count("moe_intermediate_size"),
-            shared=config.count("shared_expert_intermediate_size"),
-        )
+        shared = config.count("shared_expert_intermediate_size")
+        plain = expert_sizes(config, "num_experts", "moe_intermediate_size", shared=shared)
     else:
         plain = plain_sizes(config)
     keys, values = (config.count(f"linear_num_{kind}_heads") for kind in ("key", "value"))
@@ -195,13 +192,7 @@ def linear_sizes(config: Config) -> Sizes:
 
 def linear_keys(config: Config, sizes: Sizes) -> Keys:
     config.require("attention_bias", (False,))
-    types = config.get("layer_types")
-    if types is not None and (
-        len(types) != sizes.blocks or any(t not in (FULL, LINEAR) for t in types)
-    ):
-        raise config.wrong(
-            "layer_types", f"'{FULL}' or '{LINEAR}' for each of {sizes.blocks} layers"
-        )
+    two_kinds(config, sizes, LINEAR)
     recurrent = [_recurs(config, sizes, i) for i in range(sizes.blocks)]
     if all(recurrent) or not any(recurrent):  # llama.cpp ends its process
         raise config.unlike("layer_types", f"'{FULL}' for one layer, '{LINEAR}' for another")
