@@ -23,13 +23,7 @@ from qconvert.report import BenchReport
 from qconvert.schemes import AffineScheme, LevelScheme
 from qconvert.stages.bench.compare import compare, read_earlier
 from qconvert.stages.bench.end_to_end import end_to_end_section
-from qconvert.stages.bench.file_cost import (
-    READ_BYTES,
-    FileSection,
-    MemorySection,
-    file_section,
-    is_quantized,
-)
+from qconvert.stages.bench.file_cost import file_section, is_quantized
 from qconvert.stages.bench.kernel_lines import kernel_section
 from qconvert.stages.bench.lines import Section, measure
 from qconvert.stages.bench.memory import memory_section
@@ -66,10 +60,8 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> BenchRepor
             progress.begin(f"bench {section.name}", options.runs * len(section.lines), "runs")
             found = measure(section, options.runs, progress)
             report.measurements += found
-            if isinstance(section, FileSection) and section.cost:
-                report.file = section.cost(found)
-            if isinstance(section, MemorySection) and section.fit:
-                report.memory = section.fit(READ_BYTES / found[0].seconds)
+            if section.conclude:
+                section.conclude(found, report)
             report.skipped += section.skipped
             progress.end()
     if options.compare and earlier:

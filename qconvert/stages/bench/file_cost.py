@@ -22,7 +22,7 @@ from qconvert.geometry import Tile, row_length, tiles
 from qconvert.kernels.activations import dynamic_activations
 from qconvert.model import TensorInfo
 from qconvert.processor import features
-from qconvert.report import FileCost, LayerCost, Measurement, MemoryFit
+from qconvert.report import BenchReport, FileCost, LayerCost, Measurement
 from qconvert.roles import place_of
 from qconvert.stages.bench import onnx_runtime
 from qconvert.stages.bench.lines import Line, Section
@@ -58,20 +58,6 @@ class _Kind:
         return f"{self.tensors[0].dtype} {self.rows}x{self.columns}"
 
 
-@dataclass(slots=True)
-class FileSection(Section):
-    """Lines of a file's kinds of matrices, and what makes a `FileCost` of their times."""
-
-    cost: Callable[[list[Measurement]], FileCost] | None = None
-
-
-@dataclass(slots=True)
-class MemorySection(Section):
-    """Reading of memory, and what makes of its rate a `MemoryFit`."""
-
-    fit: Callable[[float], MemoryFit] | None = None
-
-
 def is_quantized(path: Path) -> bool:
     """Whether a file has tensors that are stored as codes."""
     model = open_model(path)
@@ -81,7 +67,7 @@ def is_quantized(path: Path) -> bool:
         model.close()
 
 
-def file_section(path: Path, workers: Workers, stack: ExitStack) -> FileSection:
+def file_section(path: Path, workers: Workers, stack: ExitStack) -> Section:
     """One token through every kind of matrix of a quantized file, and reading memory alone.
 
     Raises:
@@ -91,7 +77,7 @@ def file_section(path: Path, workers: Workers, stack: ExitStack) -> FileSection:
     stack.callback(model.close)
     architecture = str(model.metadata.get("general.architecture", ""))
     kinds = _kinds(multiplied(model.tensors, architecture))
-    section = FileSection(f"one token, {path.name}")
+    section = Section(f"one token, {path.name}")
     section.lines.append(reading_line(workers))
     for kind in kinds:
         stored = model.stored(kind.tensors[0])
@@ -116,9 +102,7 @@ def file_section(path: Path, workers: Workers, stack: ExitStack) -> FileSection:
         if theirs not in {line.name for line in section.lines}:
             work = onnx_runtime.product(peer, (rows, kind.columns), x, workers.threads)
             if isinstance(work, str):
-                told = [(s.name, s.reason) for s in section.skipped]
-                if (peer.name, work) not in told:
-                    section.skip(peer.name, work)
+                section.skip(peer.name, work)
             else:
                 part = rows / kind.rows
                 nbytes = peer.bits * rows * kind.columns / 8
@@ -135,7 +119,11 @@ def file_section(path: Path, workers: Workers, stack: ExitStack) -> FileSection:
                 against=(floats, theirs),
             )
         )
-    section.cost = lambda found: _cost(path, model, kinds, found)
+
+    def conclude(found: list[Measurement], report: BenchReport) -> None:
+        report.file = _cost(path, model, kinds, found)
+
+    section.conclude = conclude
     return section
 
 
@@ -156,6 +144,11 @@ def reading_line(workers: Workers) -> Line:
         "GB/s",
         READ_BYTES,
     )
+
+
+def reading_rate(measured: Measurement) -> float:
+    """Bytes a second, of a measured `reading_line`."""
+    return READ_BYTES / measured.seconds
 
 
 def _times(x: F32, weights: F32) -> Callable[[], object]:
@@ -254,7 +247,7 @@ def _cost(
         )
     token_bytes = sum(layer.count * layer.nbytes for layer in layers)
     seconds = sum(layer.count * layer.seconds for layer in layers)
-    reading = READ_BYTES / lines[READ].seconds
+    reading = reading_rate(lines[READ])
     return FileCost(
         path=str(path),
         nbytes=sum(t.nbytes for t in model.tensors),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from qconvert import kernels
 from qconvert.progress import Progress
-from qconvert.report import Measurement, SkippedLine
+from qconvert.report import BenchReport, Measurement, SkippedLine
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class Section:
     """Lines that can be compared with each other, and those that cannot be had.
 
     Attributes:
+        conclude: what is done with their measurements, for the report; None: nothing more.
         rest: seconds to wait before each run, for libraries whose threads spin after their work.
     """
 
@@ -60,9 +61,13 @@ class Section:
     lines: list[Line] = field(default_factory=list)
     skipped: list[SkippedLine] = field(default_factory=list)
     rest: float = 0
+    conclude: Callable[[list[Measurement], BenchReport], None] | None = None
 
     def skip(self, name: str, reason: str) -> None:
-        self.skipped.append(SkippedLine(self.name, name, reason))
+        """Name a line that cannot be had; once, however often it would be there."""
+        line = SkippedLine(self.name, name, reason)
+        if line not in self.skipped:
+            self.skipped.append(line)
 
 
 def measure(

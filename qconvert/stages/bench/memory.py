@@ -14,9 +14,10 @@ from qconvert.errors import InputError, UnsupportedError
 from qconvert.files import open_model
 from qconvert.progress import Silent
 from qconvert.remedies import LADDERS, MIXES
-from qconvert.report import MemoryChoice, MemoryFit
+from qconvert.report import BenchReport, Measurement, MemoryChoice, MemoryFit
 from qconvert.schemes import parse_scheme
-from qconvert.stages.bench.file_cost import MemorySection, multiplied, reading_line
+from qconvert.stages.bench.file_cost import multiplied, reading_line, reading_rate
+from qconvert.stages.bench.lines import Section
 from qconvert.stages.facts import config_of
 from qconvert.stages.parallel import Workers
 from qconvert.stages.quantize import QuantizeOptions, quantize
@@ -27,14 +28,18 @@ CONTEXT = 4096  # tokens that should have room, of models that take so many
 CACHE_BYTES = 2  # of a value of keys or values: float16, the usual cache
 
 
-def memory_section(source: Path, limit: int, workers: Workers) -> MemorySection:
+def memory_section(source: Path, limit: int, workers: Workers) -> Section:
     """How fast memory is, and what that means for a model under a limit of so many bytes."""
-    section = MemorySection("memory", [reading_line(workers)])
-    section.fit = lambda reading: _fit(source, limit, reading, section)
+    section = Section("memory", [reading_line(workers)])
+
+    def conclude(found: list[Measurement], report: BenchReport) -> None:
+        report.memory = _fit(source, limit, reading_rate(found[0]), section)
+
+    section.conclude = conclude
     return section
 
 
-def _fit(source: Path, limit: int, reading: float, section: MemorySection) -> MemoryFit:
+def _fit(source: Path, limit: int, reading: float, section: Section) -> MemoryFit:
     """Every scheme that may be advised, planned for a model: nothing is converted.
 
     Args:
@@ -74,7 +79,7 @@ def _worth(choice: MemoryChoice) -> float:
     return float("inf") if choice.sqnr_db is None else choice.sqnr_db
 
 
-def _choices(source: Path, architecture: str, section: MemorySection) -> Iterator[MemoryChoice]:
+def _choices(source: Path, architecture: str, section: Section) -> Iterator[MemoryChoice]:
     for container, ladder in LADDERS.items():
         for rung in ladder:
             scheme = MIXES.get(rung.scheme, rung.scheme)
