@@ -53,9 +53,9 @@ _GGUF = (
 )
 PATTERNS = 2000  # of names in a model; with more of them it has no layers
 FINE_DB = 15.0  # what four bits should at least have, for tensors whose weights are gone
-ADVISED = {"qblk": "c4_block16", "gguf": "q4_k_m"}  # of few bits, for a whole model
-_FINE = {"qblk": "c4_block16", "gguf": "q4_k"}  # the rungs of those
 MIXES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}  # what is asked of a whole model
+_FINE = {"qblk": "c4_block16", "gguf": "q4_k"}  # rungs of few bits that models are known to bear
+ADVISED = {container: MIXES.get(rung, rung) for container, rung in _FINE.items()}
 FEW = 6  # tensors: so many may each be named
 LADDERS = {"qblk": _QBLK, "gguf": _GGUF}
 _SPECIAL = re.compile(r"[\[*?]")
@@ -109,13 +109,12 @@ def mending(remedies: Mapping[str, str | None], lossy: int) -> list[str]:
     if 2 * len(asked) <= max(lossy, FEW):
         return joined(remedies)
     (usual, _), *_ = Counter(asked.values()).most_common(1)
+    chosen = max(usual, ladder.index(_FINE[container]))
     rest = {
-        name: None if asked.get(name, len(ladder)) <= usual else option
+        name: None if asked.get(name, len(ladder)) <= chosen else option
         for name, option in remedies.items()
     }
-    scheme = ladder[usual]
-    if usual < ladder.index(_FINE[container]):
-        scheme = ADVISED[container]
+    scheme = ladder[chosen]
     return [f"--scheme {MIXES.get(scheme, scheme)}", *joined(rest)]
 
 

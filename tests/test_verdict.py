@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, Call, gaussian, save
 
 from qconvert.floors import LOST_DB, USABLE_DB, Measured, expected_nats, judge
-from qconvert.remedies import joined, remedy
+from qconvert.remedies import joined, mending, remedy
 from qconvert.report import Check, EmbeddingQuality, Execution, TokenQuality
 from qconvert.stages.verdict import judge_embeddings, judge_tokens
 from qconvert.tensor_classes import class_of
@@ -337,6 +337,19 @@ def test_remedies_of_all_layers_of_a_role_are_one_option() -> None:
         "layers.0.experts.1.w.weight": None,
     }
     assert joined(nested) == ["--tensor-scheme 'layers.0.w.weight=q4_k'"]
+
+
+def test_what_a_scheme_for_all_gives_is_not_asked_for_again() -> None:
+    """Half a model needs two bits' best, which nobody is advised: four bits do for three, too."""
+    asked = {f"a{i}.weight": f"--tensor-scheme 'a{i}.weight=c2_block16'" for i in range(8)}
+    more = {
+        "b.weight": "--tensor-scheme 'b.weight=c3_block16'",
+        "c.weight": "--tensor-scheme 'c.weight=q8_block32'",
+    }
+    assert mending({**asked, **more}, lossy=10) == [
+        "--scheme c4_block16",
+        "--tensor-scheme 'c.weight=q8_block32'",
+    ]
 
 
 def test_a_class_has_its_lost_tensors_too() -> None:
