@@ -69,6 +69,11 @@ def test_an_error_in_one_leaves_none(tmp_path: Path, call: Call) -> None:
     assert listing(tmp_path) == before
 
 
+def test_no_scheme_at_all_is_a_usage_error() -> None:
+    with pytest.raises(qconvert.UsageError, match="no scheme is named"):
+        qconvert.quantize_set(LLAMA, [])
+
+
 def test_under_strict_a_scheme_with_a_warning_has_no_file(tmp_path: Path, call: Call) -> None:
     line = ("quantize", LLAMA, "-o", tmp_path, "--scheme", "q2_tensor", "--scheme", "q8_channel")
     done = call(*line, "--strict", "--json")

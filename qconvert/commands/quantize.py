@@ -170,11 +170,12 @@ def quantize_set(
 ) -> QuantizeSetReport:
     """Convert a model to several files, whose names are those that each has by default.
 
-    The source is gone through once, tensor by tensor, and no file gets its name before all of them
-    are complete.
+    The conversion goes through the source once, tensor by tensor, and no file gets its name before
+    all of them are complete. What equalisation looks at before is read for each scheme, unless
+    ``equalise="off"``.
 
     Args:
-        schemes: at least two.
+        schemes: at least one.
         output: a directory that exists, for the files; that of the model by default.
         options: of `quantize`, for all of them.
 
@@ -182,6 +183,8 @@ def quantize_set(
         As of `quantize`.
     """
     names = list(schemes)
+    if not names:
+        raise UsageError("no scheme is named", wanted="at least one")
     given = {"output": None, "strict": strict, **_DEFAULTS, **options}
     several = [_options(**{**given, "scheme": name}) for name in names]
     if output is not None and not Path(output).is_dir():
