@@ -7,6 +7,7 @@ way; `layer_places` gives the names alone.
 
 from __future__ import annotations
 
+from qconvert.architectures.adapters import ADAPTER, open_adapter_source
 from qconvert.architectures.families import FAMILIES
 from qconvert.architectures.mapping import Dropped
 from qconvert.architectures.places import Place, layer_places
@@ -22,6 +23,7 @@ def supported() -> tuple[str, ...]:
 
 
 __all__ = [
+    "ADAPTER",
     "Dropped",
     "GgufSource",
     "Place",
@@ -30,6 +32,7 @@ __all__ = [
     "architecture_of",
     "layer_places",
     "modules_beyond",
+    "open_adapter_source",
     "open_gguf_source",
     "restored",
     "supported",

@@ -598,6 +598,21 @@ def quantize(
             "--raw", help="GGUF: only tensors, under their own names, of any architecture"
         ),
     ] = False,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter",
+            metavar="DIR",
+            help="merge a LoRA adapter, as peft saves it, into the model first",
+        ),
+    ] = None,
+    adapter_only: Annotated[
+        bool,
+        typer.Option(
+            "--adapter-only",
+            help="GGUF: write --adapter by itself, for llama.cpp's --lora, and not the model",
+        ),
+    ] = False,
     override_kv: Annotated[
         list[str] | None,
         typer.Option(
@@ -713,6 +728,7 @@ def quantize(
           --calibration calibration.safetensors -o model.gguf
       qconvert quantize model-directory --scheme w4a16 -o model-w4a16
       qconvert quantize model-w4a16 --scheme keep -o model.gguf
+      qconvert quantize model-directory --adapter lora --preset balanced -o model.gguf
       qconvert quantize --list-schemes
     """
     if list_schemes:
@@ -729,7 +745,7 @@ def quantize(
     from qconvert.commands.quantize import quantize as one
     from qconvert.commands.quantize import quantize_set
 
-    inputs = [model, *(path for path in (calibration, imatrix, text) if path)]
+    inputs = [model, *(path for path in (calibration, imatrix, text, adapter) if path)]
     several = len(scheme or ()) > 1
     if several and html:
         raise UsageError("--html is the page of one scheme", found=f"{len(scheme or ())} schemes")
@@ -759,6 +775,8 @@ def quantize(
             hash_source=hash_source,
             allow_requantize=allow_requantize,
             exact=exact,
+            adapter=adapter,
+            adapter_only=adapter_only,
             tensor_type=tensor_type,
             output_tensor_type=output_tensor_type,
             token_embedding_type=token_embedding_type,
@@ -1024,6 +1042,12 @@ def verify(
         Path | None,
         typer.Option("--imatrix", metavar="FILE", help="of --rebuild: what it was made with"),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter", metavar="DIR", help="the adapter that was merged into --against first"
+        ),
+    ] = None,
     rows: Annotated[
         int,
         typer.Option("--rows", min=1, metavar="N", help="activation rows of the integer product"),
@@ -1136,7 +1160,7 @@ def verify(
     from qconvert.cli.text.verify import verify_text
     from qconvert.commands.verify import verify as command
 
-    single = (against, text, limits, calibration, imatrix)
+    single = (against, text, limits, calibration, imatrix, adapter)
     inputs = [file, *(path for path in single if path), *(samples or ())]
     with (
         SideFiles(file, junit, manifest, (report, html), force=force, inputs=inputs) as side,
@@ -1153,6 +1177,7 @@ def verify(
             rebuild=rebuild,
             calibration=calibration,
             imatrix=imatrix,
+            adapter=adapter,
             rows=rows,
             activations=activations,
             samples=samples,

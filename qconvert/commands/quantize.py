@@ -57,6 +57,8 @@ def quantize(
     hash_source: bool = False,
     allow_requantize: bool = False,
     exact: bool = False,
+    adapter: Path | str | None = None,
+    adapter_only: bool = False,
     tensor_type: Mapping[str, str] | str | Iterable[str] | None = None,
     output_tensor_type: str | None = None,
     token_embedding_type: str | None = None,
@@ -121,6 +123,10 @@ def quantize(
         allow_requantize: take a source that is quantized already.
         exact: of ``scheme="keep"``, which moves codes as they are: refuse a source that has some
             which the output cannot hold; otherwise they are decoded.
+        adapter: a LoRA adapter, a directory that peft's ``save_pretrained`` made, which is merged
+            into the model before anything else.
+        adapter_only: GGUF: write the adapter by itself, for llama.cpp to load beside any file of
+            the model (``--lora``); the scheme is f32, f16, bf16 or q8_0.
         tensor_type: GGUF: another ggml type where a regular expression is found in the name:
             ``{regex: type}``, or texts ``"REGEX=TYPE"``; the first match wins.
         output_tensor_type, token_embedding_type: GGUF: ggml types of these two.
@@ -228,6 +234,8 @@ def _options(
     hash_source: bool,
     allow_requantize: bool,
     exact: bool,
+    adapter: Path | str | None,
+    adapter_only: bool,
     tensor_type: Mapping[str, str] | str | Iterable[str] | None,
     output_tensor_type: str | None,
     token_embedding_type: str | None,
@@ -294,6 +302,8 @@ def _options(
         hash_source=hash_source,
         allow_requantize=allow_requantize,
         exact=exact,
+        adapter=as_path(adapter),
+        adapter_only=adapter_only,
         budget=budget,
         finetune=finetune_of(finetune, text, seqlen, nsamples, seed),
         gguf=GgufOptions(

@@ -49,7 +49,9 @@ _TEXTS: _Check = _texts, "a list of texts"
 _SAME: Mapping[str, _Check] = {
     **dict.fromkeys(("scheme", "rounding", "equalise", "pre_tokenizer", "format"), _TEXT),
     **dict.fromkeys(("output_tensor_type", "token_embedding_type"), _TEXT),
-    **dict.fromkeys(("no_weighting", "allow_requantize", "exact", "raw", "pure"), _TRUE),
+    **dict.fromkeys(
+        ("no_weighting", "allow_requantize", "exact", "raw", "pure", "adapter_only"), _TRUE
+    ),
     **dict.fromkeys(("keep", "tensor_scheme"), _TEXTS),
     **dict.fromkeys(("min_values", "shard_size"), _COUNT),
 }
@@ -68,6 +70,7 @@ def run_recipe(
     source: Path,
     calibration: Path | None,
     imatrix: Path | None,
+    adapter: Path | None,
     threads: int | None,
 ) -> QuantizeReport:
     """Quantize as a provenance says.
@@ -82,6 +85,7 @@ def run_recipe(
             output=output,
             calibration=calibration,
             imatrix=imatrix,
+            adapter=adapter,
             hash_source=any("sha256" in s for s in recipe.noted["sources"]),
             threads=threads,
             **arguments,

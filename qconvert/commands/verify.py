@@ -32,6 +32,7 @@ def verify(
     rebuild: bool = False,
     calibration: Path | str | None = None,
     imatrix: Path | str | None = None,
+    adapter: Path | str | None = None,
     rows: int = 8,
     activations: str | None = None,
     samples: Path | str | Iterable[Path | str] | None = None,
@@ -73,6 +74,8 @@ def verify(
         rebuild: run the recipe that the file records again, beside it, and fail when that gives
             other bytes.
         calibration, imatrix: of ``rebuild``: what the file was made with.
+        adapter: a directory of peft's whose corrections are merged into ``against`` first, as they
+            were when the file was made.
         rows: of activations of the integer product.
         activations: of integer products ``static``, ``dynamic``, ``dynamic_asym`` or ``auto``
             (static where the file has parameters, else dynamic), the default; with ``text`` also
@@ -96,6 +99,12 @@ def verify(
         MachineError: torch or transformers is not installed and ``text`` needs them.
     """
     given = {"calibration": as_path(calibration), "imatrix": as_path(imatrix)}
+    if adapter is not None and (against is None or text is not None):
+        raise UsageError(
+            "--adapter goes with --against, and not with --text, which runs the source as it is",
+            hint="merge it first, with: qconvert quantize MODEL --adapter DIR --scheme bf16 "
+            "--format hf",
+        )
     if rebuild and against is None:
         raise UsageError("--rebuild needs the source", hint="give it with --against")
     for name, path in given.items():
@@ -143,6 +152,7 @@ def verify(
         raise UsageError(f"{alone} goes with --text")
     options = VerifyOptions(
         against=as_path(against),
+        adapter=as_path(adapter),
         min_sqnr=as_float(min_sqnr),
         max_nmse=as_float(max_nmse),
         min_output_sqnr=as_float(min_output_sqnr),
@@ -156,6 +166,7 @@ def verify(
         quality=quality,
         threads=threads,
     )
+    given["adapter"] = as_path(adapter)
     recipe = recorded_recipe(Path(file), given) if rebuild else None
     if recipe:
         arguments_of(recipe)  # now, not after the weights
@@ -186,6 +197,7 @@ def _rebuilt(
         source=options.against,
         calibration=given["calibration"],
         imatrix=given["imatrix"],
+        adapter=given["adapter"],
         threads=options.threads,
     )
     return rebuilt(recipe, options.against, make)

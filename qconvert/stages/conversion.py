@@ -21,6 +21,7 @@ from qconvert.codecs.codec import Encoder, Facts
 from qconvert.codecs.compensation import COMPENSATED, DAMPING, ROW_DAMPING
 from qconvert.codecs.raw import KeptEncoder
 from qconvert.errors import WeightError
+from qconvert.files.adapters import adapter_sha256
 from qconvert.files.atomic import AtomicDirectory, AtomicOutput, AtomicSet, check_space
 from qconvert.files.regular import file_sha256, utf8_name
 from qconvert.files.scratch import Scratch
@@ -259,6 +260,8 @@ class Job:
             used["allow_requantize"] = True
         if o.exact:
             used["exact"] = True
+        if o.adapter_only:
+            used["adapter_only"] = True
         used |= self.prepared.options
         found: dict[str, Any] = {
             "options": used,
@@ -268,6 +271,8 @@ class Job:
         if o.hash_source:
             for note, path in zip(found["sources"], sources, strict=True):
                 note["sha256"] = file_sha256(path)
+        if o.adapter:
+            found["adapter"] = {"name": utf8_name(o.adapter), "sha256": adapter_sha256(o.adapter)}
         found |= self.prepared.provenance
         if self.calibration:
             found["calibration"] = {

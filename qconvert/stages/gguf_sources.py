@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qconvert.errors import UnsupportedError, UsageError
+from qconvert.files.adapters import AdaptedModel
 from qconvert.files.gguf import ARCHITECTURE, RAW
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
@@ -92,6 +93,18 @@ def as_gguf(
         *(found.model, found.metadata, facts_of(found.metadata)),
         *(found.model.origin, found.warnings, notes),
     )
+
+
+def adapter_as_gguf(model: AdaptedModel) -> GgufModelSource:
+    """The adapter that is merged into a model, by itself.
+
+    Raises:
+        InputError, UnsupportedError: see `open_adapter_source`.
+    """
+    from qconvert.architectures import open_adapter_source
+
+    found = open_adapter_source(model, model.adapter)
+    return GgufModelSource(found.model, found.metadata, None, notes=found.notes)
 
 
 def _check_dtypes(model: Model) -> None:

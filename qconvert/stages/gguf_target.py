@@ -17,6 +17,7 @@ from qconvert.codecs.codec import Encoding
 from qconvert.containers import CONTAINERS
 from qconvert.errors import UsageError
 from qconvert.files import OpenModel
+from qconvert.files.adapters import AdaptedModel
 from qconvert.files.atomic import AtomicDirectory, AtomicOutput, machine_errors
 from qconvert.files.equalised import EqualisedModel, noted
 from qconvert.files.gguf import ARCHITECTURE, RAW
@@ -36,7 +37,13 @@ from qconvert.kernels.records import F32, Bytes
 from qconvert.mixes import MIXES, Mix, MixOptions, ModelFacts, parse_mix
 from qconvert.model import Model, TensorInfo
 from qconvert.schemes import TENSOR_SCHEMES, KeepScheme, MixScheme
-from qconvert.stages.gguf_sources import PRE_TOKENIZER, TOKENIZER, GgufModelSource, as_gguf
+from qconvert.stages.gguf_sources import (
+    PRE_TOKENIZER,
+    TOKENIZER,
+    GgufModelSource,
+    adapter_as_gguf,
+    as_gguf,
+)
 from qconvert.stages.made_from import made_from
 from qconvert.stages.moving import Moving, check_moved, config_of, model_dtype
 from qconvert.stages.plan import MIN_VALUES, PlannedTensor, PlanOptions, make_plan, plan_mix
@@ -58,9 +65,13 @@ class GgufTarget:
         self, opened: OpenModel, model: Model, options: QuantizeOptions, output: Path
     ) -> Prepared:
         o = options.gguf
-        source = as_gguf(
-            opened, model, raw=o.raw, name=model_name(model.path), pre_tokenizer=o.pre_tokenizer
-        )
+        if options.adapter_only:
+            assert isinstance(model, AdaptedModel)
+            source = adapter_as_gguf(model)
+        else:
+            source = as_gguf(
+                opened, model, raw=o.raw, name=model_name(model.path), pre_tokenizer=o.pre_tokenizer
+            )
         imatrix = read_imatrix(o.imatrix) if o.imatrix else None
         keys: dict[str, MetadataValue] = {"general.quantization_version": 2}
         notes, warnings = [*source.notes], [*source.warnings]
@@ -120,6 +131,8 @@ class GgufTarget:
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
         if made.metadata.get(ARCHITECTURE) == RAW or isinstance(opened, AnyGgufModel):
             return model
+        if made.metadata.get("general.type") == "adapter" and isinstance(model, AdaptedModel):
+            return adapter_as_gguf(model).model
         if _is_another(made, opened):
             return model  # under its own names: that no tensor is the same will be said
         # Other kinds of tokenizers have a pre-tokenizer in the file, but none that can be named.

@@ -16,6 +16,7 @@ from qconvert.calibration.file import Calibration
 from qconvert.containers import CONTAINERS, WRITTEN, Container, container_for
 from qconvert.errors import UnsupportedError, UsageError, WeightError, about
 from qconvert.files import OpenModel, open_model
+from qconvert.files.adapters import AdaptedModel, open_adapter
 from qconvert.files.dequantized import dequantized
 from qconvert.kernels.records import ErrorSums
 from qconvert.model import Model
@@ -135,13 +136,18 @@ def _begun(source: Path, options: QuantizeOptions, files: ExitStack, progress: P
         from qconvert.stages.finetune import check_source  # what runs models
 
         check_source(source, progress)
-    options = _adapted(_kept(options), container)
+    options = _adapted(_with_adapter(_kept(options), container), container)
     check_schemes((options.scheme, *(s for _, s in options.tensor_schemes)), container)
     with about(source), _hints(options):
         opened = open_model(source)
         files.callback(opened.close)
         said = examined(opened)
         plain = _plain(opened, options)
+        if options.adapter:
+            adapter = open_adapter(options.adapter)
+            files.callback(adapter.close)
+            plain = AdaptedModel(plain, adapter)
+            said.notes.append(adapter.described())
         calibration = None
         if options.calibration:
             calibration = files.enter_context(Calibration(options.calibration))
@@ -229,7 +235,9 @@ def _report(
         range=(options.range or default).describe() if default else "none",
         dry_run=options.dry_run,
         tensors=[],
-        source_bytes=sum(t.nbytes for t in opened.tensors),
+        source_bytes=sum(
+            t.nbytes for t in (prepared.model if options.adapter_only else opened).tensors
+        ),
         output_bytes=0,
         quantized_bits_per_weight=None,
         model_bits_per_weight=None,
@@ -275,6 +283,44 @@ def _kept(options: QuantizeOptions) -> QuantizeOptions:
         return options
     if options.tensor_schemes or options.keep:
         raise UsageError("--scheme keep moves all tensors: no --tensor-scheme or --keep with it")
+    return replace(options, equalise=False)
+
+
+def _with_adapter(options: QuantizeOptions, container: Container) -> QuantizeOptions:
+    """Options of a conversion that may take an adapter: by itself, nothing is rescaled.
+
+    Raises:
+        UsageError: they keep codes of the model, or run it, which would be without the adapter; or
+            an adapter by itself is asked for in a form that it has not.
+    """
+    if options.adapter is None:
+        if options.adapter_only:
+            raise UsageError("--adapter-only without an adapter", hint="give it with --adapter DIR")
+        return options
+    merged = "merge it first, with --scheme bf16 --format hf, and convert what that gives"
+    for name, given, hint in (
+        ("--scheme keep", isinstance(options.scheme, KeepScheme), "choose another scheme"),
+        ("--text", options.repair, merged),
+        ("--finetune", options.finetune, merged),
+    ):
+        if given:
+            raise UsageError(f"{name} does not go with --adapter", hint=hint)
+    if not options.adapter_only:
+        return options
+    if container.name != "gguf" or not isinstance(options.scheme, CastScheme):
+        raise UsageError(
+            "--adapter-only writes numbers into a GGUF file",
+            found=f"--scheme {options.name} into {container.name}",
+            wanted="--scheme f32, f16 or bf16, and --format gguf",
+        )
+    without = {
+        "--calibration": options.calibration,
+        "--imatrix": options.gguf.imatrix,
+        "--tensor-scheme": options.tensor_schemes,
+        "--raw": options.gguf.raw,
+    }
+    if given := [name for name, value in without.items() if value]:
+        raise UsageError(f"{given[0]} does not go with --adapter-only")
     return replace(options, equalise=False)
 
 

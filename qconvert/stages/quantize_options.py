@@ -111,6 +111,8 @@ class QuantizeOptions:
         home: where the output is, under the name that it has by default; beside the source if None.
         equalise: whether to rescale channels where that gains.
         exact: whether all codes have to stay what they are, where they are to be kept.
+        adapter: a directory of peft's, whose corrections are merged into the model first.
+        adapter_only: write these corrections by themselves, and not the model.
         assigned: what a budget has chosen for tensors by their names; None keeps one as it is.
     """
 
@@ -134,6 +136,8 @@ class QuantizeOptions:
     hash_source: bool = False
     allow_requantize: bool = False
     exact: bool = False
+    adapter: Path | None = None
+    adapter_only: bool = False
     gguf: GgufOptions = GgufOptions()
     budget: Budget | None = None
     finetune: FinetuneOptions | None = None

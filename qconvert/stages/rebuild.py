@@ -12,6 +12,7 @@ from typing import Any
 from qconvert import __version__
 from qconvert.errors import FormatError, UsageError
 from qconvert.files import OpenModel, open_model
+from qconvert.files.adapters import adapter_sha256
 from qconvert.files.atomic import draft_directory
 from qconvert.files.beside import is_temporary
 from qconvert.files.gguf_split_reader import AnyGgufModel
@@ -48,8 +49,8 @@ def recorded_recipe(path: Path, given: Mapping[str, Path | None]) -> Recipe | No
 
     Args:
         path: the file, or directory.
-        given: files besides the source that a recipe may need, by its member: ``calibration`` and
-            ``imatrix``.
+        given: files besides the source that a recipe may need, by its member: ``calibration``,
+            ``imatrix`` and ``adapter``, a directory.
 
     Raises:
         UsageError: the recipe needs more than the file and ``given`` have.
@@ -135,9 +136,10 @@ def _check_given(recipe: Mapping[str, Any], given: Mapping[str, Path | None]) ->
         if path is None:
             raise UsageError(
                 f"--rebuild needs the {member} that the file was made with",
-                wanted=f"{option} FILE with SHA-256 {digest}",
+                wanted=f"{option} {'DIR' if member == 'adapter' else 'FILE'} with SHA-256 {digest}",
             )
-        if (found := file_sha256(path)) != digest:
+        found = adapter_sha256(path) if member == "adapter" else file_sha256(path)
+        if found != digest:
             raise UsageError(
                 f"{option} is not the one that the file was made with",
                 found=f"SHA-256 {found}",

@@ -26,6 +26,7 @@ from qconvert.codecs.source import F32_MAX
 from qconvert.containers import CONTAINERS
 from qconvert.errors import FormatError, UnsupportedError, UsageError, WeightError
 from qconvert.files import OpenModel, open_model
+from qconvert.files.adapters import AdaptedModel, adapter_sha256, open_adapter
 from qconvert.files.dequantized import dequantized
 from qconvert.files.equalised import Exponents, equalised, read_exponents
 from qconvert.files.limits_file import read_limits
@@ -80,6 +81,7 @@ class VerifyOptions:
             ``auto`` for static where the file has parameters and dynamic elsewhere.
         samples: recorded activations to use instead of Gaussian ones.
         quality: what to measure by running the models; None for tensors alone.
+        adapter: a directory of peft's, whose corrections are merged into the source first.
         exact: whether every decoded value has to be that of the source.
         histograms: whether to count the values of each tensor before and after, for a picture.
         limits: a file of them.
@@ -94,6 +96,7 @@ class VerifyOptions:
     activations: str = "auto"
     samples: tuple[Path, ...] = ()
     quality: QualityOptions | None = None
+    adapter: Path | None = None
     exact: bool = False
     histograms: bool = False
     limits: Path | None = None
@@ -196,7 +199,9 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
         if limits:
             given = {"against": bool(options.against), "text": bool(options.quality)}
             check_limits(limits, model.tensors, **given)
-        source = _source(options.against, model, exponents) if options.against else None
+        if options.against:
+            source = _source(options, model, exponents)
+            report.warnings += _of_adapter(provenance_of(model), options.adapter)
         _Job(model, source, exponents, options, limits, report, progress or Silent()).run()
     finally:
         model.close()
@@ -215,17 +220,37 @@ def _predicted(model: OpenModel) -> float | None:
     return float(kl) if isinstance(kl, int | float) else None
 
 
-def _source(path: Path, model: OpenModel, exponents: Mapping[str, Exponents]) -> Model:
-    """The source under the names of the file that was made from it, and equalised as that was.
+def _of_adapter(noted: Mapping[str, Any], adapter: Path | None) -> list[str]:
+    """A warning where the source has not the adapter that the file was made with."""
+    recorded = noted.get("adapter")
+    if isinstance(recorded, dict) and adapter is None:
+        return [
+            f"the file was made with the adapter {recorded.get('name')!r} merged into the source: "
+            "give it with --adapter"
+        ]
+    wanted = recorded.get("sha256") if isinstance(recorded, dict) else None
+    if adapter is None or adapter_sha256(adapter) == wanted:
+        return []
+    if wanted is None:
+        return [f"the file was made without the adapter {adapter.name!r}"]
+    return [f"the file was made with another adapter than {adapter.name!r}, by its SHA-256"]
+
+
+def _source(options: VerifyOptions, model: OpenModel, exponents: Mapping[str, Exponents]) -> Model:
+    """The source under the names of the file that was made from it, with the adapter that was
+    merged into it, and equalised as that was.
 
     Raises:
         UnsupportedError: the file's factors are of other tensors than these, although it is made of
             tensors like these.
     """
-    opened = open_model(path)
+    assert options.against
+    opened = open_model(options.against)
     try:
         examined(opened)
         target, plain = target_of(CONTAINERS[model.kind]), dequantized(opened)
+        if options.adapter:
+            plain = AdaptedModel(plain, open_adapter(options.adapter))
         try:
             return target.source_of(model, opened, equalised(plain, exponents))
         except UnsupportedError:
