@@ -1048,6 +1048,14 @@ def verify(
             "--adapter", metavar="DIR", help="the adapter that was merged into --against first"
         ),
     ] = None,
+    run: Annotated[
+        bool,
+        typer.Option(
+            "--run",
+            help="have llama.cpp run a GGUF file on 32 tokens, and hold it against transformers on "
+            "the same weights",
+        ),
+    ] = False,
     rows: Annotated[
         int,
         typer.Option("--rows", min=1, metavar="N", help="activation rows of the integer product"),
@@ -1151,6 +1159,7 @@ def verify(
       qconvert verify model.qblk --against model-directory --text eval.txt --activations dynamic \\
           --max-kl 0.01 --max-ppl-increase 1%
       qconvert verify model.gguf --against model-directory --text eval.txt --scoring second-half
+      qconvert verify model.gguf --against model-directory --run
       qconvert verify model.qblk --against model-directory --limits release.toml \\
           --rebuild --junit junit.xml --manifest SHA256SUMS
     """
@@ -1178,6 +1187,7 @@ def verify(
             calibration=calibration,
             imatrix=imatrix,
             adapter=adapter,
+            run=run,
             rows=rows,
             activations=activations,
             samples=samples,

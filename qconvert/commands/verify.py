@@ -33,6 +33,7 @@ def verify(
     calibration: Path | str | None = None,
     imatrix: Path | str | None = None,
     adapter: Path | str | None = None,
+    run: bool = False,
     rows: int = 8,
     activations: str | None = None,
     samples: Path | str | Iterable[Path | str] | None = None,
@@ -76,6 +77,9 @@ def verify(
         calibration, imatrix: of ``rebuild``: what the file was made with.
         adapter: a directory of peft's whose corrections are merged into ``against`` first, as they
             were when the file was made.
+        run: have llama.cpp run a GGUF file on a few tokens, and fail when it cuts a text into other
+            tokens than transformers or computes something else on the same weights; needs torch,
+            transformers and llama-cpp-python, and memory for the model as float32.
         rows: of activations of the integer product.
         activations: of integer products ``static``, ``dynamic``, ``dynamic_asym`` or ``auto``
             (static where the file has parameters, else dynamic), the default; with ``text`` also
@@ -153,6 +157,7 @@ def verify(
     options = VerifyOptions(
         against=as_path(against),
         adapter=as_path(adapter),
+        run=run,
         min_sqnr=as_float(min_sqnr),
         max_nmse=as_float(max_nmse),
         min_output_sqnr=as_float(min_output_sqnr),

@@ -183,6 +183,29 @@ class EmbeddingQuality:
 
 
 @dataclass
+class LlamaCppRun:
+    """A GGUF file in llama.cpp, held against transformers on the weights that it decodes to.
+
+    Attributes:
+        version: of llama-cpp-python.
+        tokens: that went in at once.
+        outputs: what was compared: ``logits``, or ``last hidden states`` of an encoder.
+        largest_difference: as a share of the largest output of transformers.
+        kl_mean: KL(transformers || llama.cpp) of next tokens, in nats; None for encoders.
+        same_top: share of tokens after which both find the same one the likeliest, likewise.
+        cosine_min: the smallest of an encoder's hidden states with each other; else None.
+    """
+
+    version: str
+    tokens: int
+    outputs: str
+    largest_difference: float
+    kl_mean: float | None = None
+    same_top: float | None = None
+    cosine_min: float | None = None
+
+
+@dataclass
 class Verdict:
     """What all of it comes to.
 
@@ -228,6 +251,7 @@ class VerifyReport(Report):
     sqnr_db: float | None
     token_quality: TokenQuality | None = None
     embedding_quality: EmbeddingQuality | None = None
+    llama_cpp: LlamaCppRun | None = None
     verdict: Verdict | None = None
     outliers: list[Outlier] = field(default_factory=list)
 

@@ -319,8 +319,8 @@ def _with_adapter(options: QuantizeOptions, container: Container) -> QuantizeOpt
         "--tensor-scheme": options.tensor_schemes,
         "--raw": options.gguf.raw,
     }
-    if given := [name for name, value in without.items() if value]:
-        raise UsageError(f"{given[0]} does not go with --adapter-only")
+    if names := [name for name, value in without.items() if value]:
+        raise UsageError(f"{names[0]} does not go with --adapter-only")
     return replace(options, equalise=False)
 
 

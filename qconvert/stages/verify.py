@@ -60,6 +60,7 @@ from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.sources import examined
 from qconvert.stages.target import target_of
 from qconvert.stages.verdict import judge_embeddings, judge_tokens, verdict_of
+from qconvert.stages.verify_run import measure_run
 from qconvert.stages.verify_text import QualityOptions, measure_quality
 
 HALF_STEP = 0.5 + 2.0**-9  # half a step, and the rounding of the scale and of binary32 arithmetic
@@ -82,6 +83,7 @@ class VerifyOptions:
         samples: recorded activations to use instead of Gaussian ones.
         quality: what to measure by running the models; None for tensors alone.
         adapter: a directory of peft's, whose corrections are merged into the source first.
+        run: whether to have llama.cpp run the file.
         exact: whether every decoded value has to be that of the source.
         histograms: whether to count the values of each tensor before and after, for a picture.
         limits: a file of them.
@@ -97,6 +99,7 @@ class VerifyOptions:
     samples: tuple[Path, ...] = ()
     quality: QualityOptions | None = None
     adapter: Path | None = None
+    run: bool = False
     exact: bool = False
     histograms: bool = False
     limits: Path | None = None
@@ -163,9 +166,10 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
         raise UsageError("limits on errors need the source", hint="give it with --against")
     if options.exact and options.against is None:
         raise UsageError("--exact needs what to compare with", hint="give it with --against")
-    if options.quality is not None:
+    if options.quality is not None or options.run:
         if options.against is None:
-            raise UsageError("--text needs the source", hint="give it with --against")
+            name = "--run" if options.quality is None else "--text"
+            raise UsageError(f"{name} needs the source", hint="give it with --against")
         require("torch", "transformers", progress=progress)  # now, not after the weights
     limits = read_limits(options.limits) if options.limits else None
     report = VerifyReport(
@@ -320,7 +324,8 @@ class _Job:
             if self.source and self.model.tensors and not pairs:  # all else is about nothing
                 told = next(c.detail for c in self.report.failed if c.id == "same-tensors")
                 self.report.verdict = Verdict(intact=True, other_model=told)
-                self._quality()  # which is skipped, and says so
+                self._run()  # which is skipped, as the text is, and says so
+                self._quality()
                 return
             self._compare(pairs)
         text = self.options.quality is not None
@@ -336,6 +341,7 @@ class _Job:
         quantized = [t for t in self.model.tensors if t.size and not self._is_copy(t, pairs)]
         for tensor in quantized:
             self._static(tensor)  # a missing calibration costs no time
+        self._run()
         self._quality()
         self._kept(pairs)
         self.progress.begin("verify", sum(t.nbytes for t in quantized), "bytes")
@@ -450,6 +456,18 @@ class _Job:
         return True
 
     # --- what needs torch ---
+
+    def _run(self) -> None:
+        if not self.options.run:
+            return
+        assert self.options.against
+        if any(c.id == "same-tensors" and c.status == "fail" for c in self.report.checks):
+            self.skip("llama-runs", "the file is not of the source, so nothing was run")
+            return
+        self.report.llama_cpp, checks = measure_run(
+            self.model.path, self.options.against, self.progress
+        )
+        self.report.checks += checks
 
     def _quality(self) -> None:
         if self.options.quality is None:

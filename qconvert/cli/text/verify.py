@@ -20,6 +20,7 @@ from qconvert.quantities import counted, duration
 from qconvert.report import (
     EmbeddingQuality,
     Execution,
+    LlamaCppRun,
     TokenQuality,
     Verdict,
     VerifiedTensor,
@@ -57,6 +58,8 @@ def verify_text(r: VerifyReport) -> str:
         lines += _outputs_text(r.tensors)
     if r.token_quality:
         lines.append(_token_quality(r.token_quality))
+    if r.llama_cpp:
+        lines.append(_llama_cpp(r.llama_cpp))
     if r.embedding_quality:
         lines.append(_embedding_quality(r.embedding_quality))
     lines.append(f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n")
@@ -163,6 +166,18 @@ def _embedding_quality(q: EmbeddingQuality) -> str:
         f"text       {q.sentences:,} sentences, {q.tokens:,} tokens; {_execution(q.execution)}\n"
         f"cosine     {q.cosine_mean:.5f} mean, {q.cosine_p1:.5f} first percentile, "
         f"{q.cosine_min:.5f} smallest\n"
+    )
+
+
+def _llama_cpp(run: LlamaCppRun) -> str:
+    alike = (
+        f"smallest cosine {run.cosine_min:.5f}"
+        if run.cosine_min is not None
+        else f"same top token after {100 * (run.same_top or 0):.0f} %, {run.kl_mean:.2g} nats"
+    )
+    return (
+        f"llama.cpp  {run.tokens} tokens, {run.outputs} within {run.largest_difference:.2g} of "
+        f"transformers' largest\n           on the same weights; {alike}\n"
     )
 
 
