@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from qconvert.encoding import BITS, BLOCKS
@@ -96,16 +96,22 @@ LEVELS = {
     ),
 }
 LEVEL_BLOCKS = (16, 32)
-# Bits of a scale with its sign, and what a bit besides adds to the levels; fine ones are those of
-# codes of 5 and 6 bits.
-PLAIN_STEPS, SHIFTED_STEPS, FINE_STEPS = (5, 0), (6, 4), (6, 0)
+# Those of codes of 2 bits that lie where a zero point of the block puts them.
+PLACED_LEVELS = (-125, -79, -41, 5)
+# Bits of a scale, and what bits besides add to the levels; fine ones are those of codes of 5 and
+# 6 bits. Which bits there are: `qconvert.kernels.records.LevelCode`.
+PLAIN_STEPS, SHIFTED_STEPS, FINE_STEPS, PLACED_STEPS = (5, 0), (6, 4), (6, 0), (4, 8)
+SHIFTED, PLACED = "s", "z"  # variants by the letter of their names
+VARIANTS = {0: "", 4: SHIFTED, 8: PLACED}  # by their shifts
 
 
-def steps_of(bits: int, shifted: bool) -> tuple[int, int]:
+def steps_of(bits: int, variant: str = "") -> tuple[int, int]:
     """Bits of a scale and the shift, for codes of so many bits."""
+    if variant == PLACED:
+        return PLACED_STEPS
     if bits > 4:
         return FINE_STEPS
-    return SHIFTED_STEPS if shifted else PLAIN_STEPS
+    return SHIFTED_STEPS if variant == SHIFTED else PLAIN_STEPS
 
 
 class TensorScheme(Protocol):
@@ -200,8 +206,12 @@ class CodebookScheme:
 
 @dataclass(frozen=True, slots=True)
 class LevelScheme:
-    """Codes of integer levels, `LEVELS`, with a signed scale a block and a scale a row; scales of
-    ``shifted`` ones are finer and may move the levels.
+    """Codes of integer levels, `LEVELS`, with a signed scale a block and a scale a row.
+
+    Attributes:
+        bits, block: of a code, and values that share a scale.
+        variant: `SHIFTED` for finer scales that may move the levels, `PLACED` for a zero point a
+            block and scales without sign, or nothing.
     """
 
     family: ClassVar[str] = "levels"
@@ -209,18 +219,24 @@ class LevelScheme:
     default_range: ClassVar[RangeMethod | None] = None
     bits: int
     block: int
-    shifted: bool = False
+    variant: str = ""
 
     @property
     def name(self) -> str:
-        return f"c{self.bits}{'s' if self.shifted else ''}_block{self.block}"
+        return f"c{self.bits}{self.variant}_block{self.block}"
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Of each code, ascending."""
+        return PLACED_LEVELS if self.variant == PLACED else LEVELS[self.bits]
 
     def at_least(self, bits: int) -> LevelScheme:
         """This scheme, or the same with so many bits, 6 at most, if it has fewer and can have
         them.
         """
-        most = self.bits if self.shifted else max(LEVELS)
-        return replace(self, bits=max(self.bits, min(bits, most)))
+        if self.variant == SHIFTED or bits <= self.bits:
+            return self
+        return LevelScheme(min(bits, max(LEVELS)), self.block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +300,8 @@ _ALL: tuple[TensorScheme, ...] = (
         for double in (False, True)
     ),
     *(LevelScheme(bits, block) for bits in LEVELS for block in LEVEL_BLOCKS),
-    LevelScheme(4, 16, shifted=True),
+    LevelScheme(4, 16, SHIFTED),
+    LevelScheme(2, 16, PLACED),
     *(CastScheme(dtype.lower(), dtype) for dtype in CASTS),
     *(GgmlScheme(t.name.lower(), t.name) for t in WRITTEN),
     *EXCHANGE_SCHEMES,
@@ -300,7 +317,7 @@ SCHEMES: dict[str, Scheme] = {
 SCHEME_GRAMMAR = (
     "q{2,3,4,5,6,8}_{tensor|channel|block16|block32|block64|block128|block256}[_sym|_asym], "
     "{nf4|fp4}_block{32|64|128|256}[_dq], {c2|c3|c4|c5|c6}_block{16|32}, c4s_block16, "
-    "f32, f16, bf16; "
+    "c2z_block16, f32, f16, bf16; "
     f"directories: {EXCHANGE_GRAMMAR}; keep, of a quantized source; "
     "GGUF: " + ", ".join(dict.fromkeys((*MIXES, *(s.name for s in _ALL if s.family == "ggml"))))
 )

@@ -293,6 +293,7 @@ SCHEMES += (
     "q2_block16",
     "c4_block16",
     "c4s_block16",
+    "c2z_block16",
     "c5_block16",
     "c6_block32",
     "c2_block32",

@@ -50,6 +50,10 @@ TABLES = {
 }
 
 
+def table_of(name: str) -> tuple[int, ...]:
+    return (-125, -79, -41, 5) if name == "c2z_block16" else TABLES[int(name[1])]
+
+
 def scheme(name: str) -> LevelScheme:
     found = SCHEMES[name]
     assert isinstance(found, LevelScheme)
@@ -94,10 +98,11 @@ def test_the_worked_example_of_the_specification() -> None:
 def test_tables_and_bits_are_those_of_the_specification(name: str) -> None:
     encoding = encoding_of(name, 512, 256)
     bits, block = int(name[1]), int(name.partition("block")[2])
-    assert encoding.code.levels == TABLES[bits]
-    steps = (6, 4) if name.startswith("c4s") else (6, 0) if bits > 4 else (5, 0)
-    assert (encoding.code.step_bits, encoding.code.shift) == steps
-    wanted = bits + (steps[0] + (steps[1] > 0)) / block + 16 / 256
+    assert encoding.code.levels == table_of(name)
+    steps = {"c4s": (6, 4, 7), "c2z": (4, 8, 8), "c5_": (6, 0, 6), "c6_": (6, 0, 6)}
+    step_bits, shift, width = steps.get(name[:3], (5, 0, 5))
+    assert (encoding.code.step_bits, encoding.code.shift) == (step_bits, shift)
+    wanted = bits + width / block + 16 / 256
     assert 8 * encoding.size((512, 256)) / (512 * 256) == wanted
 
 
@@ -159,16 +164,17 @@ def test_codes_of_another_step_are_found(name: str, tmp_path: Path) -> None:
 def best_noise(x: F32, name: str) -> float:
     """Least squared error of rows by all steps and shifts that there are, codes nearest."""
     code = encoding_of(name, *x.shape).code
-    half = 1 << (code.step_bits - 1)
+    unsigned = name.startswith("c2z")
+    lowest = 0 if unsigned else -(1 << (code.step_bits - 1))
     largest = np.abs(x).max(axis=1).astype(np.float32)
-    d = (largest * np.float32(1.0625)).astype(np.float16).astype(np.float64)
+    d = (largest * np.float32(0.75 if unsigned else 1.0625)).astype(np.float16).astype(np.float64)
     unit = np.repeat(d * 2.0 ** -(code.step_bits + 6), x.shape[1] // code.block)
     blocks = x.reshape(-1, code.block).astype(np.float64)
     least = (blocks**2).sum(axis=1)
-    for shift in {0, code.shift}:
+    for shift in range(0, 121, 8) if unsigned else {0, code.shift}:
         levels = np.array(code.levels, np.float64) + shift
         middles = (levels[1:] + levels[:-1]) / 2
-        for step in range(-half, half):
+        for step in range(lowest, lowest + (1 << code.step_bits)):
             scale = np.where(unit * step == 0, 1, unit * step)[:, None]
             near = levels[np.searchsorted(middles, blocks / scale)] * scale
             least = np.minimum(least, ((blocks - near) ** 2).sum(axis=1))
@@ -194,6 +200,7 @@ def test_the_search_is_near_the_best_of_all_steps_on_real_weights(name: str) -> 
         ("c4_block32", 22.35),
         ("c3_block16", 17.25),
         ("c2_block16", 10.9),
+        ("c2z_block16", 11.7),
         ("c4s_block16", 24.1),
         # Evenly spaced levels with scales of 6 bits have 28.95 and 34.9 in blocks of 16.
         ("c5_block16", 29.95),
@@ -218,7 +225,7 @@ def test_no_other_code_is_nearer(name: str) -> None:
             scale = Fraction(float(found.scale[i, j]))
             shift = Fraction(float(found.zero_point[i, j]))
             error = [
-                abs(Fraction(float(x[i, j])) - (n - shift) * scale) for n in TABLES[found.bits]
+                abs(Fraction(float(x[i, j])) - (n - shift) * scale) for n in table_of(name)
             ]
             # The quotient is rounded to binary32.
             assert error[found.codes[i, j]] <= min(error) + abs(scale) * Fraction(1, 2**15)
@@ -309,7 +316,7 @@ def test_a_linear_layer_is_that_of_the_specification(name: str, columns: int) ->
     matrix = read_matrix(in_memory(encoding, x.shape, in_file(encoding, x.shape, done.segments)))
     inputs = np.random.default_rng(12).standard_normal((5, columns)).astype(np.float32)
     codes = encoding.codes(matrix.stored)
-    levels = np.array(TABLES[codes.bits])[codes.codes] - codes.zero_point
+    levels = np.array(table_of(name))[codes.codes] - codes.zero_point
     rows = np.frombuffer(done.segments["row_scales"], "<f2").astype(np.float32)
     unit = rows * np.float32(2.0 ** -(encoding.code.step_bits + 6))
     k = np.rint(codes.scale / unit[:, None] * levels).astype(np.int64)

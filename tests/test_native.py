@@ -46,7 +46,16 @@ from qconvert.kernels.records import (
 )
 from qconvert.kernels.reference.ggml import GGML_BLOCKS
 from qconvert.ranges import RANGE_METHODS, RangeMethod
-from qconvert.schemes import CODEBOOKS, LEVEL_BLOCKS, LEVELS, PLAIN_STEPS, steps_of
+from qconvert.schemes import (
+    CODEBOOKS,
+    LEVEL_BLOCKS,
+    LEVELS,
+    PLACED,
+    PLACED_LEVELS,
+    PLAIN_STEPS,
+    VARIANTS,
+    steps_of,
+)
 
 if os.environ.get("QCONVERT_KERNELS") == "reference":
     pytest.skip("compares native kernels whatever runs: once is enough", allow_module_level=True)
@@ -512,23 +521,25 @@ def test_pack_and_unpack(width: int) -> None:
 # --- levels with signed steps ---------------------------------------------------------------------
 
 
-def level_code(seed: int, bits: int, block: int, shifted: bool) -> LevelCode:
+def level_code(seed: int, bits: int, block: int, variant: str) -> LevelCode:
     """Of the usual table, or of any other."""
     rng = np.random.default_rng(seed)
-    step_bits, shift = steps_of(bits, shifted)
-    levels = LEVELS[bits]
-    if rng.random() < 0.5:
-        below = int(rng.integers(1, 1 << bits))
+    levels = LEVELS[bits] if variant != PLACED or bits > 2 else PLACED_LEVELS
+    code = LevelCode(bits, block, *steps_of(bits, variant), levels)
+    if rng.random() < 0.5 or code.levels[-1] + code.shifts[-1] > 127:
+        top = 127 - code.shifts[-1]
+        below = int(rng.integers(max(1, (1 << bits) - top), 1 << bits))
         low = rng.choice(127, below, replace=False) - 127
-        high = rng.choice(127 - shift, (1 << bits) - below, replace=False) + 1
+        high = rng.choice(top, (1 << bits) - below, replace=False) + 1
         levels = tuple(int(v) for v in np.sort(np.concatenate([low, high])))
-    return LevelCode(bits, block, step_bits, shift, levels)
+    return replace(code, levels=levels)
 
 
 @often
 @given(
     *(kinds, seeds, st.integers(1, 40), st.integers(1, 300) | st.sampled_from((256, 2080))),
-    *(st.sampled_from(list(LEVELS)), st.sampled_from(LEVEL_BLOCKS), st.booleans(), st.booleans()),
+    *(st.sampled_from(list(LEVELS)), st.sampled_from(LEVEL_BLOCKS)),
+    *(st.sampled_from(list(VARIANTS.values())), st.booleans()),
 )
 def test_levels(
     kind: str,
@@ -537,12 +548,12 @@ def test_levels(
     columns: int,
     bits: int,
     block: int,
-    shifted: bool,
+    variant: str,
     weighted: bool,
 ) -> None:
     """Search, codes, values and errors; tables whose levels are close, and huge rows too."""
     x = values(kind, seed, rows, columns)
-    code = level_code(seed, bits, block, shifted)
+    code = level_code(seed, bits, block, variant)
     squares = mean_squares(seed, 1, columns)[0] if weighted else None
     done = twins("levels_encode", x, code, squares)
     rng = np.random.default_rng(seed)
@@ -552,11 +563,11 @@ def test_levels(
 
 
 def random_steps(rng: np.random.Generator, rows: int, code: LevelCode, columns: int) -> LevelSteps:
-    half, shape = 1 << (code.step_bits - 1), (rows, code.blocks(columns))
+    (low, high), shape = code.steps, (rows, code.blocks(columns))
     return LevelSteps(
         rng.random(rows, np.float32),
-        rng.integers(-half, half, shape).astype(np.int8),
-        rng.choice([0, code.shift], shape).astype(np.int8),
+        rng.integers(low, high + 1, shape).astype(np.int8),
+        rng.choice(code.shifts, shape).astype(np.int8),
     )
 
 
@@ -564,7 +575,8 @@ def random_steps(rng: np.random.Generator, rows: int, code: LevelCode, columns: 
 @given(
     *(seeds, st.integers(1, 40), st.integers(1, 400) | st.sampled_from((2048, 2049, 4100))),
     *(st.integers(0, 9), st.sampled_from(list(LEVELS)), st.sampled_from(LEVEL_BLOCKS)),
-    *(st.booleans(), st.sampled_from((0, 0, -128, 127, 5)), st.booleans()),
+    *(st.sampled_from(list(VARIANTS.values())), st.sampled_from((0, 0, -128, 127, 5))),
+    st.booleans(),
 )
 def test_product_of_levels(
     seed: int,
@@ -573,20 +585,21 @@ def test_product_of_levels(
     samples: int,
     bits: int,
     block: int,
-    shifted: bool,
+    variant: str,
     zero_point: int,
     extreme: bool,
 ) -> None:
     """The packed product equals that of unpacked codes, whose accumulators equal int64 ones."""
     rng = np.random.default_rng(seed)
-    code = level_code(seed, bits, block, shifted)
+    code = level_code(seed, bits, block, variant)
     steps = random_steps(rng, rows, code, columns)
     codes = rng.integers(0, 1 << bits, (rows, -(-columns // 32) * 32)).astype(np.uint8)
     a = rng.integers(-128, 128, (samples, columns)).astype(np.int8)
     if extreme:  # the largest sums there can be, of either sign
-        code = replace(code, levels=(*range(-127, -127 + (1 << bits) - 1), 127 - code.shift))
-        low = -(1 << (code.step_bits - 1))
-        steps = replace(steps, steps=np.full_like(steps.steps, low))
+        top = 127 - code.shifts[-1]
+        code = replace(code, levels=(*range(-127, -127 + (1 << bits) - 1), top))
+        furthest = max(code.steps, key=abs)
+        steps = replace(steps, steps=np.full_like(steps.steps, furthest))
         codes[:] = np.where(rng.random((rows, 1)) < 0.5, 0, (1 << bits) - 1)
         a[:] = rng.choice([-128, 127], (samples, 1))
     packed = reference.pack(codes.ravel(), bits)

@@ -99,14 +99,20 @@ def test_affine_blocks(bits: int, kind: str, weights: list[F32], tmp_path: Path)
     assert lost_db(ours, best) < MOST_LOST_DB.get((bits, kind), USUAL_DB)
 
 
-@pytest.mark.parametrize("bits", LEVELS)
-def test_steps_of_levels(bits: int, weights: list[F32]) -> None:
-    """With the scale of the row as it was found, every step with its sign is tried."""
-    scheme = SCHEMES[f"c{bits}_block16"]
+@pytest.mark.parametrize("name", [*(f"c{bits}_block16" for bits in LEVELS), "c2z_block16"])
+def test_steps_of_levels(name: str, weights: list[F32]) -> None:
+    """With the scale of the row as it was found, every step with its sign is tried, or every step
+    with every zero point.
+    """
+    scheme = SCHEMES[name]
     assert isinstance(scheme, LevelScheme)
-    code, levels = level_code(scheme), np.array(LEVELS[bits], np.float64)
-    half = 2.0 ** (code.step_bits - 1)
-    grids = levels * np.arange(-half, half)[:, None]
+    code = level_code(scheme)
+    if name == "c2z_block16":
+        places = np.array([-65.0, -19.0, 19.0, 65.0]) + np.arange(-60, 61, 8)[:, None]
+        grids = (places * np.arange(16)[:, None, None]).reshape(-1, 4)
+    else:
+        half = 2.0 ** (code.step_bits - 1)
+        grids = np.array(LEVELS[code.bits], np.float64) * np.arange(-half, half)[:, None]
     ours = best = 0.0
     for x in weights:
         done = kernels.levels_encode(x, code).segments

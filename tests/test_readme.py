@@ -132,11 +132,11 @@ def test_every_scheme_is_of_a_family_that_the_guide_names() -> None:
         for block in tables[2].split("|")
         for suffix in ("", "_dq")
     }
-    levels = re.search(r"\{(c[\dc|]+)\}_block\{([\d|]+)\} (c4s_block16)", text)
+    levels = re.search(r"\{(c[\dc|]+)\}_block\{([\d|]+)\} (c4s_block16) (c2z_block16)", text)
     assert levels
     named |= {
         f"{width}_block{block}" for width in levels[1].split("|") for block in levels[2].split("|")
     }
-    named |= {levels[3], "keep"}
+    named |= {levels[3], levels[4], "keep"}
     ggml = r"\b(?:b?f\d\d|t?q\d_[01k](?:_[sml])?|iq4_nl|iq4_xs|mxfp4(?:_moe)?|nvfp4)\b"
     assert set(SCHEMES) == named | set(re.findall(ggml, text))

@@ -30,7 +30,7 @@ CODEBOOKS = [
     for table, block, suffix in itertools.product(("nf4", "fp4"), (32, 64, 128, 256), ("", "_dq"))
 ]
 LEVELS = ["c2_block16", "c2_block32", "c3_block16", "c3_block32", "c4_block16", "c4_block32"]
-LEVELS += ["c4s_block16", "c5_block16", "c5_block32", "c6_block16", "c6_block32"]
+LEVELS += ["c4s_block16", "c2z_block16", "c5_block16", "c5_block32", "c6_block16", "c6_block32"]
 OTHERS = ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 OTHERS += ["iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "tq1_0", "tq2_0", "q1_0", "q2_0"]
 OTHERS += ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]

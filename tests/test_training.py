@@ -116,6 +116,7 @@ SCHEMES = [
     ("q6_block64", {"tensor_scheme": {"*mlp*": "c2_block16"}, "keep": ["*.0.self_attn*"]}),
     ("c3_block16", {}),
     ("c4s_block16", {}),
+    ("c2z_block16", {}),
     ("c5_block16", {}),
     ("c6_block32", {}),
     ("nf4_block64_dq", {}),

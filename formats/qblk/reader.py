@@ -294,7 +294,7 @@ class Levels:
 
     @property
     def width(self) -> int:
-        return self.scale_bits + (1 if self.shift else 0)
+        return self.scale_bits + {0: 0, 4: 1, 8: 4}[self.shift]
 
     @property
     def steps(self) -> int:  # K
@@ -457,14 +457,17 @@ def check_levels(source: str, encoding: dict[str, Json], t: str | None) -> None:
         refuse(14, f"bits {encoding['bits']} is not defined for levels", t)
     if encoding["block"] not in (16, 32):
         refuse(14, f"block {encoding['block']} is not defined for levels", t)
-    fine = encoding["bits"] > 4
-    if (encoding["scale_bits"], encoding["shift"]) not in (((6, 0),) if fine else ((5, 0), (6, 4))):
+    allowed = [(6, 0)] if encoding["bits"] > 4 else [(5, 0), (6, 4)]
+    if encoding["bits"] == 2 and encoding["block"] == 16:
+        allowed.append((4, 8))
+    if (encoding["scale_bits"], encoding["shift"]) not in allowed:
         refuse(14, "scale_bits and shift do not go together", t)
     if len(table) != 1 << encoding["bits"]:
         refuse(14, f"{len(table)} levels", t)
     if not all(low < high for low, high in pairwise(table)):
         refuse(14, "levels do not ascend", t)
-    if not (-127 <= table[0] < 0 < table[-1] <= 127 - encoding["shift"]):
+    furthest = {0: 0, 4: 4, 8: 120}[encoding["shift"]]
+    if not (-127 <= table[0] < 0 < table[-1] <= 127 - furthest):
         refuse(14, f"levels from {table[0]} to {table[-1]}", t)
     if source not in FLOATING:
         refuse(14, f"a tensor of levels cannot come from {source}", t)
@@ -774,7 +777,8 @@ def check_steps(tensor: Tensor, levels: Levels, parts: list[memoryview]) -> None
 
 def decode_levels(tensor: Tensor, levels: Levels, parts: list[memoryview]) -> Iterator[bytes]:
     """The values as binary32, with QBLK-023 for the codes' padding; every product is exact."""
-    c, block, half = levels.c, levels.block, 1 << (levels.scale_bits - 1)
+    c, block, steps = levels.c, levels.block, 1 << levels.scale_bits
+    lowest = -(steps // 2) if levels.scale_bits > 4 else 0
     values = step_values(levels, parts)
     row_bytes = levels.stored * levels.bits // 8
     for row, d in enumerate(scale_values(parts[2], "F16")):
@@ -790,8 +794,8 @@ def decode_levels(tensor: Tensor, levels: Levels, parts: list[memoryview]) -> It
                 refuse(23, f"padding of row {row} is not 0", tensor.name)
             for at in range(0, real, block):
                 stored = next(values)
-                scale = unit * (stored % (2 * half) - half)
-                shift = levels.shift if stored >= 2 * half else 0
+                scale = unit * (stored % steps + lowest)
+                shift = stored // steps * levels.shift
                 some = codes[at : min(at + block, real)]
                 yield store([scale * (levels.levels[u] + shift) for u in some])
 

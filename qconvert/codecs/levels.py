@@ -31,7 +31,7 @@ from qconvert.codecs.compensation import Rounder, values_at_once, weighted_noise
 from qconvert.codecs.source import RUN_VALUES, largest_weight, rows_of, tiles_of
 from qconvert.errors import WeightError
 from qconvert.geometry import PACK_GROUP, Tile, row_length, tiles
-from qconvert.kernels.arithmetic import level_rows, level_unit
+from qconvert.kernels.arithmetic import level_rows, level_unit, row_factor
 from qconvert.kernels.records import (
     F32,
     U8,
@@ -44,9 +44,18 @@ from qconvert.kernels.records import (
     Multiples,
 )
 from qconvert.model import DTYPES, Model, TensorInfo
-from qconvert.schemes import LEVEL_BLOCKS, LEVELS, LevelScheme, steps_of
+from qconvert.schemes import (
+    LEVEL_BLOCKS,
+    LEVELS,
+    PLACED_STEPS,
+    SHIFTED,
+    VARIANTS,
+    LevelScheme,
+    steps_of,
+)
 
 CHECKED = 1 << 18  # scales of rows that are looked at at once
+HALF_MAX = 65504.0  # of binary16
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,7 @@ class LevelEncoding(Encoding):
 
     @property
     def name(self) -> str:
-        return LevelScheme(self.code.bits, self.code.block, self.code.shift > 0).name
+        return LevelScheme(self.code.bits, self.code.block, VARIANTS[self.code.shift]).name
 
     @property
     def bits(self) -> float:
@@ -76,7 +85,7 @@ class LevelEncoding(Encoding):
     @property
     def width(self) -> int:
         """Bits of a stored step, with its shift."""
-        return self.code.step_bits + (self.code.shift > 0)
+        return self.code.step_bits + self.code.shift_bits
 
     @property
     def row_bytes(self) -> int:
@@ -212,11 +221,10 @@ class LevelEncoding(Encoding):
 
 def level_steps(step: U8, row_scales: Bytes, code: LevelCode) -> LevelSteps:
     """Steps from what is stored: a byte for each block, (R, G), and the scales of the rows."""
-    half = 1 << (code.step_bits - 1)
     return LevelSteps(
         level_unit(np.frombuffer(row_scales, "<f2").astype(np.float32), code),
-        ((step & (2 * half - 1)).astype(np.int16) - half).astype(np.int8),
-        np.where(step >= 2 * half, np.int8(code.shift), np.int8(0)),
+        ((step & ((1 << code.step_bits) - 1)).astype(np.int16) + code.steps[0]).astype(np.int8),
+        ((step >> code.step_bits) * np.uint8(code.shift)).astype(np.int8),
     )
 
 
@@ -254,7 +262,7 @@ class LevelEncoder(Encoder):
                 path=self.model.path,
                 tensor=self.tensor.name,
                 found=f"weights up to {largest_weight(self.model, self.tensor, tile):g}",
-                wanted="at most 61,600",
+                wanted=f"at most {int(HALF_MAX / row_factor(self.code.code)) // 100 * 100:,}",
                 hint=f"keep the tensor with --keep '{self.tensor.name}', or choose another scheme",
             )
         return self._compensated(x, done, self.rounder) if self.rounder else done
@@ -264,11 +272,11 @@ class LevelEncoder(Encoder):
         code, (rows, columns) = self.code.code, x.shape
         step = np.frombuffer(done.segments["scales"], np.uint8).reshape(rows, -1)
         steps = level_steps(step, done.segments["row_scales"], code)
-        zero, half = -steps.shifts.astype(np.float32), 1 << (code.step_bits - 1)
+        zero, (lowest, highest) = -steps.shifts.astype(np.float32), code.steps
         unit = np.broadcast_to(steps.unit[:, None], zero.shape)
         grid = CodeGrid(
             *(code.table.astype(np.float32), steps.scale, zero, np.zeros_like(zero), code.block),
-            Multiples(unit, -half, half - 1),
+            Multiples(unit, lowest, highest),
         )
         before = kernels.unpack(np.frombuffer(done.segments["codes"], np.uint8), code.bits)
         padded = before.reshape(rows, -1)
@@ -276,7 +284,8 @@ class LevelEncoder(Encoder):
         packed = kernels.pack(padded.ravel(), code.bits)
         chosen = np.rint(grid.scale / np.where(unit != 0, unit, np.float32(1)))
         chosen = np.where(unit != 0, chosen, steps.steps).astype(np.int8)
-        stored = step & np.uint8(2 * half) | (chosen + half).astype(np.uint8)
+        shifted = step >> code.step_bits << code.step_bits
+        stored = shifted | (chosen - np.int8(lowest)).astype(np.uint8)
         steps = replace(steps, steps=chosen)
         decoded = kernels.levels_decode(packed, columns, steps, code)
         _, noise, worst = kernels.error_sums(x, decoded)
@@ -294,8 +303,8 @@ class LevelEncoder(Encoder):
 
 def level_code(scheme: LevelScheme) -> LevelCode:
     """What the codes of a scheme mean."""
-    steps = steps_of(scheme.bits, scheme.shifted)
-    return LevelCode(scheme.bits, scheme.block, *steps, LEVELS[scheme.bits])
+    steps = steps_of(scheme.bits, scheme.variant)
+    return LevelCode(scheme.bits, scheme.block, *steps, scheme.levels)
 
 
 def planned(scheme: LevelScheme, tensor: TensorInfo) -> LevelEncoding:
@@ -316,6 +325,14 @@ def _encoder(model: Model, tensor: TensorInfo, scheme: LevelScheme, facts: Facts
     return LevelEncoder(model, tensor, code, mean_square, facts.rounder)
 
 
+def _has_steps(code: LevelCode) -> bool:
+    """Whether codes of these bits and blocks can have such steps."""
+    steps = code.step_bits, code.shift
+    if steps == PLACED_STEPS:
+        return code.bits == 2 and code.block == 16
+    return steps in {steps_of(code.bits, variant) for variant in ("", SHIFTED)}
+
+
 def _parse(fields: HeaderFields) -> Encoding:
     levels = fields.field(fields.described, "levels", list)
     code = LevelCode(
@@ -331,10 +348,10 @@ def _parse(fields: HeaderFields) -> Encoding:
     if (
         code.bits not in LEVELS
         or code.block not in LEVEL_BLOCKS
-        or (code.step_bits, code.shift) not in {steps_of(code.bits, s) for s in (False, True)}
+        or not _has_steps(code)
         or len(levels) != 1 << code.bits
         or any(low >= high for low, high in pairwise(levels))
-        or not -127 <= levels[0] < 0 < levels[-1] <= 127 - code.shift
+        or not -127 <= levels[0] < 0 < levels[-1] <= 127 - code.shifts[-1]
         or not DTYPES[fields.source_dtype].floating
     ):
         fields.impossible("encoding of levels")

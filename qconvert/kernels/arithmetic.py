@@ -201,12 +201,21 @@ LEAST_WEIGHT = np.float32(2.0**-16)  # of the largest of a block, as in the weig
 _SMALLEST_HALF = np.float32(SMALLEST_SCALE["F16"])
 
 
+def row_factor(code: LevelCode) -> float:
+    """The scale of a row by its largest magnitude.
+
+    Steps without a sign leave their upper half to few blocks at 1.0625; of 0.65, 0.75 and 0.85,
+    0.75 is best on heavy tails and not worse on a Gaussian.
+    """
+    return 1.0625 if code.steps[0] < 0 else 0.75
+
+
 def row_units(magnitude: F32, code: LevelCode) -> tuple[NDArray[np.float16], F32]:
     """The scale of rows of these largest magnitudes (R,) as stored, infinite where it is beyond
     binary16, and the unit of their steps, which is 0 then.
     """
     with np.errstate(over="ignore"):
-        stored = (magnitude * np.float32(1.0625)).astype("<f2")
+        stored = (magnitude * np.float32(row_factor(code))).astype("<f2")
     wide = stored.astype(np.float32)
     wide = np.where((wide == 0) & (magnitude > 0), _SMALLEST_HALF, wide)
     return wide.astype("<f2"), level_unit(np.where(np.isinf(wide), np.float32(0), wide), code)

@@ -501,6 +501,7 @@ class IntegerRows:
         return total
 
 
+SHIFT_BITS = {0: 0, 4: 1, 8: 4}  # of the blocks of levels, by their shift
 LEVEL_SPAN = 2_048  # columns that int32 can take at 32 · 127 · 255 each: below 2^31
 
 
@@ -511,8 +512,9 @@ class LevelCode:
     Attributes:
         bits: of a code, 2 to 6.
         block: values of a row that share a step, 16 or 32.
-        step_bits: of a step with its sign.
-        shift: what a bit besides may add to the levels of a block; 0 for no such bit.
+        step_bits: of a step; those of 5 bits or more have a sign.
+        shift: what may be added to the levels of a block, as often as `shift_bits` say; 0 for
+            nothing.
         levels: of each code, ascending.
     """
 
@@ -526,6 +528,22 @@ class LevelCode:
     def table(self) -> I8:
         """The levels, int8 (2^bits,)."""
         return np.array(self.levels, np.int8)
+
+    @property
+    def shift_bits(self) -> int:
+        """Bits of a block that say how often the shift is added."""
+        return SHIFT_BITS[self.shift]
+
+    @property
+    def shifts(self) -> range:
+        """What may be added to the levels of a block."""
+        return range(0, (self.shift << self.shift_bits) or 1, self.shift or 1)
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """The lowest and the highest step."""
+        low = -(1 << (self.step_bits - 1)) if self.step_bits >= 5 else 0
+        return low, low + (1 << self.step_bits) - 1
 
     def blocks(self, columns: int) -> int:
         """Blocks of a row."""

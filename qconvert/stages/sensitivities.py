@@ -41,7 +41,7 @@ KEPT = "kept"  # in the place of a scheme: the tensor as it is
 # `qconvert.schemes.TENSOR_SCHEMES`; those that do not fit its shape are left out.
 CANDIDATES: dict[str, tuple[str, ...]] = {
     "qblk": (
-        *("c2_block16", "c2_block32", "c3_block16", "c3_block32"),
+        *("c2_block16", "c2_block32", "c2z_block16", "c3_block16", "c3_block32"),
         *("c4_block16", "c4_block32", "c4s_block16"),
         *("c5_block16", "c5_block32", "c6_block16", "c6_block32"),
         *("q2_block16", "q2_block32", "q3_block16", "q3_block32", "q3_block64"),

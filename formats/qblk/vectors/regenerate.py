@@ -926,6 +926,9 @@ LEVELS = {
 STEPS5 = ("0d 0f 00*14 00 01 00 01", [(-3, 0), (15, 0), (-16, 0), (0, 0)])
 STEPS7 = ("0d 0f 00*14 01 03 00 02 00*4 01 00 01 00", [(-3, 4), (31, 0), (-32, 4), (0, 0)])
 STEPS6 = ("0d 0f 00*14 01 03 00 02 00*4", [(-3, 0), (31, 0), (-32, 0), (0, 0)])
+# Steps of 4 bits without a sign, s + 16 h / 8: a byte each.
+STEPS8 = ("03 ff 71 00*29", [(3, 0), (15, 120), (1, 56), (0, 0)])
+PLACED = [-125, -79, -41, 5]
 ROW_SCALES = ("00 3c 00 34", [1.0, 0.25])
 
 
@@ -937,6 +940,7 @@ def levels(
     scales: str = "",
     rows: str = "",
     shifted: bool = False,
+    placed: bool = False,
     source: str = "F32",
     shape: list[int] | None = None,
     segments: list[tuple[str, bytes]] | None = None,
@@ -946,22 +950,26 @@ def levels(
     packed, u = BLOCK[bits]
     fine = bits > 4
     packed_steps, steps = STEPS7 if shifted else STEPS6 if fine else STEPS5
+    step_bits, shift_by, table = 6 if shifted or fine else 5, 4 if shifted else 0, LEVELS[bits]
+    if placed:
+        packed_steps, steps = STEPS8
+        step_bits, shift_by, table = 4, 8, PLACED
     packed_rows, d = ROW_SCALES
     described = {
         "bits": bits,
         "block": 16,
         "kind": "levels",
-        "levels": LEVELS[bits],
+        "levels": table,
         "row_length": 19,
-        "scale_bits": 6 if shifted or fine else 5,
-        "shift": 4 if shifted else 0,
+        "scale_bits": step_bits,
+        "shift": shift_by,
         **(encoding or {}),
     }
-    divisor = 4096 if shifted or fine else 2048
+    divisor = {4: 1024, 5: 2048, 6: 4096}[step_bits]
     values = []
     for i, (code, block) in enumerate(zip(u, OWNER[2], strict=True)):
         step, shift = steps[block]
-        values.append(d[i // 19] / divisor * step * (LEVELS[bits][code] + shift))
+        values.append(d[i // 19] / divisor * step * (table[code] + shift))
     parts = [
         ("codes", hexa(codes or packed)),
         ("scales", hexa(scales or packed_steps)),
@@ -1024,6 +1032,13 @@ def valid_levels() -> None:
         fields={"minor": 3},
     )
     valid(
+        "levels-c2z",
+        "levels of 2 bits with steps of 4 bits without a sign, and shifts from 0 to 120",
+        [levels("w", 2, placed=True)],
+        features=["levels-1.3"],
+        fields={"minor": 3},
+    )
+    valid(
         "levels-many",
         "34 steps in two groups of 32; row scales 0, 2^-24 and 65504; its own table; a codebook",
         [many_levels(), codebook("nf4", 91)],
@@ -1052,6 +1067,13 @@ def invalid_levels() -> None:
         ("shift", 4, {"shift": 4}, "steps of 5 bits and a shift"),
         ("steps", 4, {"scale_bits": 6}, "steps of 6 bits without a shift"),
         ("fine-steps", 5, {"scale_bits": 5}, "steps of 5 bits for codes of 5"),
+        ("unsigned", 2, {"scale_bits": 4}, "steps of 4 bits without a shift"),
+        ("placed-bits", 3, {"scale_bits": 4, "shift": 8}, "zero points for codes of 3 bits"),
+        (
+            *("placed-block", 2),
+            {"block": 32, "levels": PLACED, "scale_bits": 4, "shift": 8},
+            "zero points for blocks of 32",
+        ),
         ("fine-shift", 6, {"shift": 4}, "a shift for codes of 6 bits"),
         ("count", 2, {"levels": LEVELS[3]}, "8 levels for 2 bits"),
         ("order", 2, {"levels": [-127, 17, -43, 85]}, "levels that do not ascend"),
@@ -1068,6 +1090,13 @@ def invalid_levels() -> None:
         "levels-shifted-high",
         "levels: 124 with a shift of 4",
         file(levels("w", 4, shifted=True, encoding=top)),
+    )
+    top = {"levels": [*PLACED[:-1], 8]}
+    invalid(
+        14,
+        "levels-placed-high",
+        "levels: 8 with shifts up to 120",
+        file(levels("w", 2, placed=True, encoding=top)),
     )
     invalid(14, "levels-source", "levels of I32", file(levels("w", 4, source="I32")))
     invalid(15, "levels-empty", "levels of no value", file(levels("w", 4, shape=[0, 19])))

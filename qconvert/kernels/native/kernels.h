@@ -149,13 +149,13 @@ typedef struct {
 
 enum { MOST_LEVELS = 64 };
 
-/* Codes of integer levels with signed steps, section 11. */
+/* Codes of integer levels with steps, section 11. */
 typedef struct {
     int bits;           /* 2 to 6 */
     size_t block;       /* 16 or 32 */
-    int step_bits;      /* 5 or 6 */
-    int shift;          /* 0 or 4 */
-    int8_t levels[MOST_LEVELS]; /* 2^bits of them, ascending; with the shift at most 127 */
+    int step_bits;      /* 4, without sign, or 5 or 6 */
+    int shift;          /* 0, 4 or 8 */
+    int8_t levels[MOST_LEVELS]; /* 2^bits of them, ascending; with any shift at most 127 */
 } LevelCode;
 
 /* Rows to be searched and encoded. */
@@ -358,6 +358,11 @@ static inline size_t packed_bytes(size_t codes, int bits) {
 /* The largest zero point that its stored form can hold. */
 static inline int32_t zero_top(int bits) {
     return bits == 8 ? 255 : (4 << bits) - 1;
+}
+
+/* What may be added to the levels of a block: so many multiples of the shift, from 0. */
+static inline int level_shifts(LevelCode code) {
+    return code.shift == 0 ? 1 : code.shift == 4 ? 2 : 16;
 }
 
 /* Groups of a row of `columns` values. */

@@ -1,4 +1,4 @@
-/* Values to codes of integer levels with signed steps and back: ../reference/levels.py, section 11. */
+/* Values to codes of integer levels with steps and back: ../reference/levels.py, section 11. */
 #ifndef QCONVERT_LEVELS_H
 #define QCONVERT_LEVELS_H
 
@@ -298,12 +298,12 @@ APART int window_of(const LevelCode *code, int shift, int negative, const float 
     const float near = nearest[code->bits], far = furthest[code->bits];
     const float lower = (float)-(code->levels[0] + shift);
     const float upper = (float)(code->levels[level_count(*code) - 1] + shift);
-    const float top = (float)((1 << (code->step_bits - 1)) - !negative);
+    const float top = (float)(negative ? -lowest_step(*code) : highest_step(*code));
     float most = 0;
     EACH_COLUMN {
         const float end = (peak[j] < 0) != negative ? lower : upper;
         const float size = from_bits(bits_of(peak[j]) & 0x7FFFFFFF);
-        const float place = unit[j] > 0 ? size / (unit[j] * end) : 0.0f;
+        const float place = unit[j] > 0 && end > 0 ? size / (unit[j] * end) : 0.0f;
         first[j] = code_of(place * near, 1.0f, top);
         last[j] = code_of(place * far, 1.0f, top);
     }
@@ -330,13 +330,13 @@ APART void keep_better_step(const float step[BATCH], float shift, const float sc
     }
 }
 
-static void search_steps(const LevelColumns *c, const LevelCode *code, const LevelTable tables[2],
+static void search_steps(const LevelColumns *c, const LevelCode *code, const LevelTable *tables,
                          const float peak[BATCH], const float unit[BATCH], LevelBest *best) {
     memset(best, 0, sizeof *best);
-    for (int k = 0; k < (code->shift ? 2 : 1); k++) {
-        const int shift = k ? code->shift : 0;
+    for (int k = 0; k < level_shifts(*code); k++) {
+        const int shift = k * code->shift;
         LevelSums *sums_of = level_sums_for(tables + k, c->has_weights);
-        for (int negative = 0; negative < 2; negative++) {
+        for (int negative = 0; negative < (lowest_step(*code) < 0 ? 2 : 1); negative++) {
             float first[BATCH], last[BATCH];
             const int count = window_of(code, shift, negative, peak, unit, first, last);
             for (int i = 0; i < count; i++) {
@@ -437,9 +437,10 @@ static void gather_blocks(const LevelBlocks *b, const uint16_t chosen[BATCH], Le
 
 /* The steps of blocks as stored. Those with as many steps to be tried are searched side by side: the
  * longest search of 16 is that of all of them. */
-static void search_blocks(LevelBlocks *b, const LevelTable tables[2]) {
+static void search_blocks(LevelBlocks *b, const LevelTable *tables) {
     const LevelCode *code = &b->task->code;
-    const float half = (float)(1 << (code->step_bits - 1));
+    const float lowest = (float)lowest_step(*code), steps = (float)(1 << code->step_bits);
+    const float shift = code->shift ? (float)code->shift : 1.0f;
     LevelColumns c;
     sort_blocks(b);
     for (size_t k = 0; k < b->n; k += BATCH) {
@@ -449,7 +450,7 @@ static void search_blocks(LevelBlocks *b, const LevelTable tables[2]) {
         gather_blocks(b, chosen, &c, peak, unit);
         search_steps(&c, code, tables, peak, unit, &best);
         for (int j = 0; j < BATCH; j++) {
-            const float stored = best.step[j] + half + (best.shift[j] > 0 ? 2 * half : 0.0f);
+            const float stored = best.step[j] - lowest + steps * (best.shift[j] / shift);
             b->task->steps[b->first + chosen[j]] = (uint8_t)stored;
         }
     }
@@ -532,7 +533,7 @@ static void encode_level_row(const LevelRows *task, const LevelTable *plain, siz
     const size_t columns = task->columns, padded = level_row(columns);
     const size_t blocks = level_blocks(*code, columns);
     const float *x = task->x + row * columns;
-    const int half = 1 << (code->step_bits - 1);
+    const int steps = 1 << code->step_bits;
     for (size_t at = 0; at < padded; at += PACK_GROUP) {
         float tail[PACK_GROUP], scales[2];
         const float *from = x + at;
@@ -540,8 +541,8 @@ static void encode_level_row(const LevelRows *task, const LevelTable *plain, siz
         for (size_t h = 0; h < 2; h++) { /* behind the last block it is over again */
             const size_t block = smaller((at + 16 * h) / code->block, blocks - 1);
             const int stored = task->steps[row * blocks + block];
-            scales[h] = task->unit[row] * (float)((stored & (2 * half - 1)) - half);
-            shifts[h] = stored >= 2 * half ? code->shift : 0;
+            scales[h] = task->unit[row] * (float)((stored & (steps - 1)) + lowest_step(*code));
+            shifts[h] = (stored >> code->step_bits) * code->shift;
         }
         if (at + PACK_GROUP > columns) {
             memset(tail, 0, sizeof tail);
@@ -567,16 +568,18 @@ static void encode_level_row(const LevelRows *task, const LevelTable *plain, siz
 static int levels_encode(const LevelRows *task, Errors *found) {
     const size_t columns = task->columns, blocks = level_blocks(task->code, columns);
     const size_t strip = blocks < SORTED_BLOCKS ? SORTED_BLOCKS / blocks : 1; /* rows */
+    const int shifts = level_shifts(task->code);
+    LevelTable *tables = malloc((size_t)shifts * sizeof *tables);
     LevelBlocks *some = malloc(sizeof *some);
     uint8_t *codes = malloc(level_row(columns));
     float *decoded = malloc(level_row(columns) * sizeof *decoded);
-    const int failed = !codes || !decoded || !some;
+    const int failed = !codes || !decoded || !some || !tables;
     if (!failed) {
-        LevelTable tables[2];
         ErrorLanes lanes = {0};
         WeightedLanes weighted = {0};
-        set_level_table(tables, task->code, 0);
-        set_level_table(tables + 1, task->code, task->code.shift);
+        for (int k = 0; k < shifts; k++) {
+            set_level_table(tables + k, task->code, k * task->code.shift);
+        }
         for (size_t r = 0; r < task->rows; r += strip) {
             const size_t end = smaller(r + strip, task->rows);
             for (size_t k = r * blocks; k < end * blocks; k += SORTED_BLOCKS) {
@@ -603,6 +606,7 @@ static int levels_encode(const LevelRows *task, Errors *found) {
     free(codes);
     free(decoded);
     free(some);
+    free(tables);
     return failed ? NO_MEMORY : DONE;
 }
 

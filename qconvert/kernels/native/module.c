@@ -839,15 +839,18 @@ FUNCTION(codebook_decode, CODEBOOK_DECODE) {
 static LevelCode level_code_at(Call *call, int bits, int block, int step_bits, int shift,
                                int levels) {
     LevelCode found = {integer_at(call, bits, 2, 6), (size_t)integer_at(call, block, 16, 32),
-                       integer_at(call, step_bits, 5, 6), integer_at(call, shift, 0, 4), {0}};
+                       integer_at(call, step_bits, 4, 6), integer_at(call, shift, 0, 8), {0}};
     require(call, found.block == 16 || found.block == 32, "block must be 16 or 32");
+    require(call, found.shift % 4 == 0 && (1 << found.step_bits) * level_shifts(found) <= 256,
+            "shift must be 0, 4 or, for steps of 4 bits, 8");
     const int count = 1 << found.bits;
     const int8_t *given = memory_at(call, levels, count, 1, PyBUF_SIMPLE);
     for (int k = 0; given && k < count; k++) {
         found.levels[k] = given[k];
         require(call, k == 0 || given[k - 1] < given[k], "levels must ascend");
     }
-    require(call, !given || given[count - 1] + found.shift <= 127, "levels above 127");
+    const int furthest = (level_shifts(found) - 1) * found.shift;
+    require(call, !given || given[count - 1] + furthest <= 127, "levels above 127");
     return found;
 }
 

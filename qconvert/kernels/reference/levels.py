@@ -67,8 +67,8 @@ def levels_encode(x: F32, code: LevelCode, mean_square: F32 | None = None) -> En
     if mean_square is not None:
         weighted = weighted_error_sums(x, decoded, mean_square[None, :])
     error = ErrorSums(x.size, *error_sums(x, decoded), 0, *weighted)
-    half = 1 << (code.step_bits - 1)
-    stored = (steps.astype(np.int16) + half + (shifts != 0) * (2 * half)).astype(np.uint8)
+    times = shifts.astype(np.int16) // (code.shift or 1)
+    stored = (steps.astype(np.int16) - code.steps[0] + (times << code.step_bits)).astype(np.uint8)
     segments: dict[str, Bytes] = {
         "codes": packed.data,
         "scales": stored.ravel().data,
@@ -123,13 +123,15 @@ def _search(x: F32, unit: F32, code: LevelCode, weights: F32 | None) -> _Found:
 def _candidates(peak: F32, unit: F32, code: LevelCode) -> Iterator[tuple[F32, int]]:
     """Steps (G,), of which some may come more than once, and a shift."""
     nearest, furthest = LEVEL_WINDOWS[code.bits]
-    half = 1 << (code.step_bits - 1)
-    for shift in (0, code.shift) if code.shift else (0,):
-        for sign, top in ((1, half - 1), (-1, half)):
+    lowest, highest = code.steps
+    for shift in code.shifts:
+        for sign, top in ((1, highest), (-1, -lowest)):
+            if not top:
+                continue
             below = -(code.levels[0] + shift)
             end = np.where((peak < 0) == (sign > 0), below, code.levels[-1] + shift)
             place = np.abs(peak) / (unit * end.astype(np.float32))
-            place = np.where(unit > 0, place, np.float32(0)).astype(np.float32)
+            place = np.where((unit > 0) & (end > 0), place, np.float32(0)).astype(np.float32)
             first = np.clip(np.rint(place * np.float32(nearest)), 1, top)
             last = np.clip(np.rint(place * np.float32(furthest)), 1, top)
             for i in range(int((last - first).max(initial=0)) + 1):
