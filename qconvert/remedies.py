@@ -31,6 +31,7 @@ class Rung:
 
 _QBLK = (
     Rung("c2_block16", 2.4, 10.1),
+    Rung("c2z_block16", 2.6, 11.2),
     Rung("c3_block16", 3.4, 16.4),
     Rung("c4_block16", 4.4, 22.6),
     Rung("c5_block16", 5.4, 29.3),

@@ -23,7 +23,15 @@ import qconvert
 BITS = (4.9, 4.3, 3.4, 2.65)
 MIXES = ("q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
 SCHEMES = ("q4_block64", "c4_block16", "c3_block16", "c2_block16", "nf4_block64")
-DATA_FREE = ("c2_block16", "c3_block16", "c4_block32", "c4_block16", "c4s_block16", "q4_block64")
+DATA_FREE = (
+    "c2_block16",
+    "c2z_block16",
+    "c3_block16",
+    "c4_block32",
+    "c4_block16",
+    "c4s_block16",
+    "q4_block64",
+)
 
 
 def calibrated(model: Path, text: Path, work: Path) -> Path:

@@ -45,7 +45,8 @@ ROWS, COLUMNS = 12, 512
 
 SCALED = (
     *("q8_channel", "q4_channel_asym", "q2_block16", "q4_block64_asym", "q6_block32_sym"),
-    *("q8_block64", "c2_block16", "c3_block32", "c4s_block16", "c2z_block16", "nf4_block64", "fp4_block32"),
+    *("q8_block64", "c2_block16", "c3_block32", "c4s_block16", "nf4_block64"),
+    *("c2z_block16", "fp4_block32"),
     *(name.lower() for name in HALVES),
 )
 

@@ -13,6 +13,7 @@ from qconvert.mixes import MixOptions, ModelFacts, parse_mix
 from qconvert.model import TensorInfo
 from qconvert.report import ListedScheme, SchemesReport
 from qconvert.schemes import (
+    PLACED,
     SCHEMES,
     AffineScheme,
     CastScheme,
@@ -83,7 +84,8 @@ def _purpose(scheme: TensorScheme) -> str:
             return f"one scale for a tensor{kind}"
         return f"a scale for a row{kind}"
     if isinstance(scheme, LevelScheme):
-        return f"least loss of its size; blocks of {scheme.block}"
+        where = ", with heavy tails above all" if scheme.variant == PLACED else ""
+        return f"least loss of its size{where}; blocks of {scheme.block}"
     if isinstance(scheme, CodebookScheme):
         double = ", scales quantized" if scheme.double else ""
         return f"{scheme.book} of bitsandbytes{double}"
