@@ -20,9 +20,11 @@ from stored import in_file, in_memory
 
 import qconvert
 from qconvert import kernels
+from qconvert.codecs.level_tables import fitted_code, fitted_levels
 from qconvert.codecs.levels import CODEC, LevelEncoding, planned
 from qconvert.files import open_model
 from qconvert.kernels.activations import DynamicInput, StaticInput
+from qconvert.kernels.arithmetic import level_steps
 from qconvert.kernels.records import Encoded, LevelCode
 from qconvert.model import TensorInfo
 from qconvert.running.integer_path import read_matrix
@@ -224,9 +226,7 @@ def test_no_other_code_is_nearer(name: str) -> None:
         for j in range(90):
             scale = Fraction(float(found.scale[i, j]))
             shift = Fraction(float(found.zero_point[i, j]))
-            error = [
-                abs(Fraction(float(x[i, j])) - (n - shift) * scale) for n in table_of(name)
-            ]
+            error = [abs(Fraction(float(x[i, j])) - (n - shift) * scale) for n in table_of(name)]
             # The quotient is rounded to binary32.
             assert error[found.codes[i, j]] <= min(error) + abs(scale) * Fraction(1, 2**15)
 
@@ -358,3 +358,100 @@ def test_the_schema_takes_their_headers(tmp_path: Path) -> None:
     for name in NAMES:
         qconvert.quantize(source, name, output=tmp_path / "m.qblk", force=True)
         jsonschema.validate(Qblk(tmp_path / "m.qblk").header, schema)
+
+
+# --- fitted tables --------------------------------------------------------------------------------
+
+
+def tails(seed: int, rows: int, columns: int) -> F32:
+    """Student's t of three degrees of freedom."""
+    drawn = np.random.default_rng(seed).standard_t(3, (rows, columns))
+    return (0.02 * drawn).astype(np.float32)
+
+
+def nearest_noise(x: F32, code: LevelCode, levels: NDArray[np.float64], done: Encoded) -> float:
+    """Error of rows on levels that need not be integers, with the steps that were found."""
+    step = np.frombuffer(done.segments["scales"], np.uint8).reshape(len(x), -1)
+    steps = level_steps(step, done.segments["row_scales"], code)
+    scale = np.repeat(steps.scale.astype(np.float64), code.block, axis=1)
+    grid = levels * scale[:, :, None]
+    return float(np.square(np.abs(x[:, :, None] - grid).min(axis=2)).sum())
+
+
+@pytest.mark.parametrize("name", ["c2_block16", "c3_block16", "c4_block32"])
+def test_a_fitted_table_is_one_that_no_single_step_betters(name: str) -> None:
+    """Lloyd's method has come to rest: with steps as found, another place of one level is worse."""
+    x, code = tails(1, 64, 256), encoding_of(name, 64, 256).code
+    found = fitted_levels(x, code)
+    done = kernels.levels_encode(x, found)
+    assert done.error.noise < 0.97 * kernels.levels_encode(x, code).error.noise
+    levels = np.array(found.levels, np.float64)
+    rest = nearest_noise(x, found, levels, done)
+    assert rest == pytest.approx(done.error.noise, rel=1e-4)
+    for k in range(len(levels)):
+        for change in (-2, 2):
+            moved = levels + change * (np.arange(len(levels)) == k)
+            if np.abs(moved).max() > 127:
+                continue
+            assert nearest_noise(x, found, np.sort(moved), done) > 0.999 * rest
+
+
+def test_heavy_tails_get_tables_and_files_say_so(tmp_path: Path, call: Call) -> None:
+    source = save(tmp_path / "m.safetensors", {"g": gaussian(1, 96, 256), "t": tails(2, 96, 256)})
+    line = ("quantize", source, "--scheme", "c3_block16", "-o")
+    told = call(*line, tmp_path / "m.qblk", "--threads", 1)
+    call(*line, tmp_path / "n.qblk", "--threads", 3)
+    assert (tmp_path / "m.qblk").read_bytes() == (tmp_path / "n.qblk").read_bytes()
+    assert "1 of 2 fitted to their tensors" in told.out
+    by_name = {t["name"]: t for t in Qblk(tmp_path / "m.qblk").header["tensors"]}
+    assert tuple(by_name["g"]["encoding"]["levels"]) == TABLES[3]
+    assert tuple(by_name["t"]["encoding"]["levels"]) != TABLES[3]
+    assert "table" not in by_name["g"].get("decision", {})
+    assert by_name["t"]["decision"]["table"] == "fitted"
+    assert by_name["t"]["decision"]["table_gain_db"] > 0.3
+    with qconvert.load(tmp_path / "m.qblk") as found:
+        gained = sqnr(tails(2, 96, 256), found["t"].dequantize()) - sqnr(
+            tails(2, 96, 256), decoded("c3_block16", tails(2, 96, 256))
+        )
+        values = found["t"].dequantize().astype("<f4").tobytes()
+    assert gained > 0.3
+    read = read_independently(tmp_path / "m.qblk")
+    hashes = {t["name"]: t["values_sha256"] for t in read.json["tensors"]}
+    assert hashes["t"] == hashlib.sha256(values).hexdigest()
+    report = qconvert.verify(tmp_path / "m.qblk", against=source)
+    assert report.status == "pass"
+    assert all(row.integer_exact for row in report.tensors)
+
+
+def test_a_gain_that_other_rows_do_not_share_is_none(tmp_path: Path) -> None:
+    """Rows that are fitted to have heavy tails, those that judge have none."""
+    x = gaussian(3, 96, 256)
+    x[::2] = tails(4, 48, 256)
+    source = save(tmp_path / "m.safetensors", {"w": x})
+    model = open_model(source)
+    tensor, code = model.tensors[0], encoding_of("c3_block16", 96, 256).code
+    assert fitted_levels(x[::2], code) != code
+    assert fitted_code(model, tensor, code, None) == (code, 0.0)
+    model.close()
+
+
+def test_weights_of_channels_weigh_a_fitted_table() -> None:
+    """Where only the Gaussian channels count, the usual table stays nearly the best."""
+    x, code = gaussian(5, 64, 256), encoding_of("c3_block16", 64, 256).code
+    x[:, ::2] = tails(6, 64, 128)
+    squares = np.where(np.arange(256) % 2, 1, 1e-4).astype(np.float32)
+    plain, weighted = (fitted_levels(x, code, w) for w in (None, squares))
+    errors = [
+        kernels.levels_encode(x, c, squares).error.weighted_noise for c in (code, plain, weighted)
+    ]
+    assert plain.levels != weighted.levels
+    assert errors[2] <= min(errors[0], errors[1])
+
+
+def test_one_row_and_zeros_keep_the_usual_table(tmp_path: Path) -> None:
+    tensors = {"row": tails(7, 1, 4096), "zeros": np.zeros((64, 64), np.float32)}
+    model = open_model(save(tmp_path / "m.safetensors", tensors))
+    for tensor in model.tensors:
+        code = encoding_of("c2_block16", *tensor.shape).code
+        assert fitted_code(model, tensor, code, None) == (code, 0.0)
+    model.close()

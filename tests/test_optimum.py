@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 import qconvert
 from qconvert import kernels
-from qconvert.codecs.levels import level_code, level_steps
+from qconvert.codecs.levels import level_code
+from qconvert.kernels.arithmetic import level_steps
 from qconvert.schemes import LEVELS, SCHEMES, LevelScheme
 
 F32 = NDArray[np.float32]

@@ -356,6 +356,7 @@ class Facts:
             for tensors that `Codec.uncompensated` says nothing against, whose tiles are whole rows
             then.
         mapper: runs work that spans tiles.
+        tables: whether tables may be fitted to the tensor, where its family has such.
     """
 
     method: RangeMethod | None = None
@@ -363,6 +364,7 @@ class Facts:
     importance: F32 | None = None
     rounder: Rounder | None = None
     mapper: Mapper = map
+    tables: bool = False
 
 
 class Encoder(ABC):

@@ -28,10 +28,11 @@ from qconvert.codecs.codec import (
 )
 from qconvert.codecs.codes import Codes
 from qconvert.codecs.compensation import Rounder, values_at_once, weighted_noise
+from qconvert.codecs.level_tables import fitted_code
 from qconvert.codecs.source import RUN_VALUES, largest_weight, rows_of, tiles_of
 from qconvert.errors import WeightError
 from qconvert.geometry import PACK_GROUP, Tile, row_length, tiles
-from qconvert.kernels.arithmetic import level_rows, level_unit, row_factor
+from qconvert.kernels.arithmetic import level_rows, level_steps, row_factor
 from qconvert.kernels.records import (
     F32,
     U8,
@@ -56,6 +57,7 @@ from qconvert.schemes import (
 
 CHECKED = 1 << 18  # scales of rows that are looked at at once
 HALF_MAX = 65504.0  # of binary16
+FITTED = "fitted"  # a table that is the tensor's own, in the notes of a header
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,15 +221,6 @@ class LevelEncoding(Encoding):
                 stored.refuse(23, "padding codes are not 0")
 
 
-def level_steps(step: U8, row_scales: Bytes, code: LevelCode) -> LevelSteps:
-    """Steps from what is stored: a byte for each block, (R, G), and the scales of the rows."""
-    return LevelSteps(
-        level_unit(np.frombuffer(row_scales, "<f2").astype(np.float32), code),
-        ((step & ((1 << code.step_bits) - 1)).astype(np.int16) + code.steps[0]).astype(np.int8),
-        ((step >> code.step_bits) * np.uint8(code.shift)).astype(np.int8),
-    )
-
-
 # --- writing --------------------------------------------------------------------------------------
 
 
@@ -238,6 +231,7 @@ class LevelEncoder(Encoder):
     Attributes:
         mean_square: of the input channels, (columns,), where known.
         rounder: see `Facts`.
+        gain_db: of a table that was fitted to the tensor; 0 where it is the usual one.
     """
 
     model: Model
@@ -245,6 +239,7 @@ class LevelEncoder(Encoder):
     code: LevelEncoding
     mean_square: F32 | None
     rounder: Rounder | None = None
+    gain_db: float = 0.0
 
     @property
     def encoding(self) -> LevelEncoding:
@@ -297,8 +292,10 @@ class LevelEncoder(Encoder):
         return replace(done, segments=segments, error=error)
 
     def outcome(self, seen: Encoded) -> Outcome:
-        note = self.rounder.note() if self.rounder else None
-        return Outcome(seen.error, note, weighted=self.mean_square is not None)
+        notes = self.rounder.note() if self.rounder else {}
+        if self.gain_db:
+            notes |= {"table": FITTED, "table_gain_db": round(self.gain_db, 3)}
+        return Outcome(seen.error, notes or None, weighted=self.mean_square is not None)
 
 
 def level_code(scheme: LevelScheme) -> LevelCode:
@@ -321,8 +318,11 @@ def _refuses(scheme: LevelScheme, tensor: TensorInfo) -> str | None:
 
 def _encoder(model: Model, tensor: TensorInfo, scheme: LevelScheme, facts: Facts) -> Encoder:
     code = planned(scheme, tensor)
-    mean_square = facts.mean_square(code.row_length)
-    return LevelEncoder(model, tensor, code, mean_square, facts.rounder)
+    mean_square, gain = facts.mean_square(code.row_length), 0.0
+    if facts.tables:
+        levels, gain = fitted_code(model, tensor, code.code, mean_square)
+        code = replace(code, code=levels)
+    return LevelEncoder(model, tensor, code, mean_square, facts.rounder, gain)
 
 
 def _has_steps(code: LevelCode) -> bool:

@@ -20,6 +20,7 @@ from qconvert.kernels.records import (
     LEVEL_SPAN,
     U8,
     Bools,
+    Bytes,
     Extent,
     IntegerRows,
     LevelCode,
@@ -225,6 +226,15 @@ def level_unit(row_scales: F32, code: LevelCode) -> F32:
     """What a step and a level of 1 count for in each row, (R,)."""
     unit: F32 = row_scales * np.float32(2.0 ** -(code.step_bits + 6))
     return unit
+
+
+def level_steps(step: U8, row_scales: Bytes, code: LevelCode) -> LevelSteps:
+    """Steps from what is stored: a byte for each block, (R, G), and the scales of the rows."""
+    return LevelSteps(
+        level_unit(np.frombuffer(row_scales, "<f2").astype(np.float32), code),
+        ((step & ((1 << code.step_bits) - 1)).astype(np.int16) + code.steps[0]).astype(np.int8),
+        ((step >> code.step_bits) * np.uint8(code.shift)).astype(np.int8),
+    )
 
 
 def level_weights(mean_square: F32 | None, columns: int, block: int) -> F32 | None:

@@ -180,6 +180,7 @@ def _measured(
             options.range,
             partial(weighting.mean_squares, layer) if weighting and layer else lambda _: None,
             prepared.importance(tensor),
+            tables=True,
         )
 
     assert options.budget

@@ -328,6 +328,7 @@ class Job:
             self.prepared.importance(p.tensor),
             self.roundings.rounder(p.tensor.name, workers.map),
             mapper,
+            tables=True,
         )
 
     # --- on the main thread, behind the work: writing, in order ---

@@ -82,6 +82,12 @@ def quantize_text(r: QuantizeReport) -> str:
             f"rounding   {_count(compensated)} compensated, "
             f"{_count([t for t in quantized if t.rounding == 'nearest'])} to the nearest\n"
         )
+    gains = [(t.decision or {}).get("table_gain_db", 0.0) for t in quantized]
+    if any(gains):
+        lines.append(
+            f"tables     {sum(map(bool, gains))} of {len(gains)} fitted to their tensors: "
+            f"up to {decibels(max(gains))} dB more in a sample\n"
+        )
     if r.finetuning:
         lines.append(_finetuning(r.finetuning))
     rate = f", {size(round(r.source_bytes / r.seconds))} a second" if r.seconds else ""

@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from qconvert import kernels
 from qconvert.codecs.affine.encoder import planned
-from qconvert.codecs.levels import level_steps
 from qconvert.encoding import AffineEncoding
 from qconvert.errors import InputError, UsageError
 from qconvert.files import open_model
 from qconvert.geometry import TILE_VALUES, spans_tiles, tiles
-from qconvert.kernels.arithmetic import to_groups
+from qconvert.kernels.arithmetic import level_steps, to_groups
 from qconvert.kernels.records import U8, Bytes, LevelCode, LevelSteps, Parameters
 from qconvert.model import TensorInfo
 from qconvert.ranges import RangeMethod, default_method
