@@ -212,6 +212,8 @@ class LevelScheme:
         bits, block: of a code, and values that share a scale.
         variant: `SHIFTED` for finer scales that may move the levels, `PLACED` for a zero point a
             block and scales without sign, or nothing.
+        table: levels that were fitted to a tensor before; None for the usual ones, or those that
+            will be.
     """
 
     family: ClassVar[str] = "levels"
@@ -220,6 +222,7 @@ class LevelScheme:
     bits: int
     block: int
     variant: str = ""
+    table: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -228,6 +231,8 @@ class LevelScheme:
     @property
     def levels(self) -> tuple[int, ...]:
         """Of each code, ascending."""
+        if self.table:
+            return self.table
         return PLACED_LEVELS if self.variant == PLACED else LEVELS[self.bits]
 
     def at_least(self, bits: int) -> LevelScheme:

@@ -29,6 +29,7 @@ from qconvert.kernels.records import Encoded, LevelCode
 from qconvert.model import TensorInfo
 from qconvert.running.integer_path import read_matrix
 from qconvert.schemes import SCHEMES, LevelScheme
+from qconvert.training.weights import as_in_file, settled_scheme
 
 LLAMA = ROOT / "samples/tiny-llama"
 NAMES = [name for name, scheme in SCHEMES.items() if isinstance(scheme, LevelScheme)]
@@ -454,4 +455,18 @@ def test_one_row_and_zeros_keep_the_usual_table(tmp_path: Path) -> None:
     for tensor in model.tensors:
         code = encoding_of("c2_block16", *tensor.shape).code
         assert fitted_code(model, tensor, code, None) == (code, 0.0)
+    model.close()
+
+
+def test_training_stays_with_the_table_that_it_began_with(tmp_path: Path) -> None:
+    tensors = {"a": tails(8, 96, 256), "b": gaussian(9, 96, 256)}
+    model = open_model(save(tmp_path / "m.safetensors", tensors))
+    first, later = model.tensors
+    begun = as_in_file(model, first, scheme("c3_block16"))
+    settled = settled_scheme(scheme("c3_block16"), begun)
+    assert isinstance(begun.encoding, LevelEncoding)
+    assert begun.encoding.code.levels != TABLES[3]
+    assert settled.name == "c3_block16"
+    assert as_in_file(model, later, settled).encoding == begun.encoding
+    assert as_in_file(model, later, scheme("c3_block16")).encoding != begun.encoding
     model.close()

@@ -319,7 +319,7 @@ def _refuses(scheme: LevelScheme, tensor: TensorInfo) -> str | None:
 def _encoder(model: Model, tensor: TensorInfo, scheme: LevelScheme, facts: Facts) -> Encoder:
     code = planned(scheme, tensor)
     mean_square, gain = facts.mean_square(code.row_length), 0.0
-    if facts.tables:
+    if facts.tables and scheme.table is None:
         levels, gain = fitted_code(model, tensor, code.code, mean_square)
         code = replace(code, code=levels)
     return LevelEncoder(model, tensor, code, mean_square, facts.rounder, gain)

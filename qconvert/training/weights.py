@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,14 @@ from qconvert import kernels
 from qconvert.codecs import codec_of
 from qconvert.codecs.affine.encoding import Affine
 from qconvert.codecs.codec import Coded, Facts, Stored
+from qconvert.codecs.levels import LevelEncoding
 from qconvert.codecs.source import RUN_VALUES, rows_of
 from qconvert.errors import UsageError, WeightError
 from qconvert.geometry import Tile, tiles
 from qconvert.kernels.arithmetic import nearest_zero_point, real_zero, round_scale
 from qconvert.kernels.records import F32, Bools, Parameters
 from qconvert.model import Model, TensorInfo
-from qconvert.schemes import AffineScheme, CastScheme, TensorScheme
+from qconvert.schemes import AffineScheme, CastScheme, LevelScheme, TensorScheme
 from qconvert.stages.sensitivities import as_stored, encoded
 
 TRAINED_FAMILIES = ("affine", "codebook", "levels", "ggml")
@@ -50,13 +51,17 @@ def as_in_file(model: Model, tensor: TensorInfo, scheme: TensorScheme) -> Stored
     Raises:
         WeightError: NaN or Inf, or weights that the scheme cannot hold.
     """
-    return encoded(codec_of(scheme).encoder(model, tensor, scheme, Facts()))
+    return encoded(codec_of(scheme).encoder(model, tensor, scheme, Facts(tables=True)))
 
 
 def settled_scheme(scheme: TensorScheme, stored: Stored) -> TensorScheme:
-    """The scheme with the choice of symmetric or asymmetric that was made for the tensor."""
+    """The scheme with the choice of symmetric or asymmetric, or of a table, that was made for the
+    tensor.
+    """
     if isinstance(scheme, AffineScheme) and isinstance(stored.encoding, Affine):
         return scheme.resolved(stored.encoding.symmetric)
+    if isinstance(scheme, LevelScheme) and isinstance(stored.encoding, LevelEncoding):
+        return replace(scheme, table=stored.encoding.code.levels)
     return scheme
 
 
