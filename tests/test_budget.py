@@ -355,7 +355,9 @@ def test_a_curve_without_gradients_predicts_nothing(model: Path, call: Call) -> 
     assert {p.kl for p in (*curve.points, *curve.uniform)} == {None}
     known = [p.sqnr_db for p in curve.points if p.sqnr_db is not None]
     assert known == sorted(known)
-    assert 5 < known[0] < 12
+    # Four even levels on one scale have 12.04 dB of uniform weights, which these are; a table that
+    # was fitted to them comes near that, and scales of blocks add to it.
+    assert 5 < known[0] < 13
     told = call("inspect", model, "--curve").out
     assert "SQNR is that of the weights" in " ".join(told.split())
     assert "nats" not in told
