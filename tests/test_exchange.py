@@ -235,7 +235,7 @@ def test_plain_weights_are_verified_against_what_they_were_decoded_from(
 
 
 def test_what_does_not_move_is_refused_with_the_reason_of_most(model: Path, call: Call) -> None:
-    source = quantized(model, "q4_block32_sym", "a.qblk")
+    source = quantized(model, "q4_channel", "a.qblk")  # with scales of binary32
     for target, why in (
         ("compressed-tensors", "no such scales of BF16"),
         ("fp8", "no such codes"),
@@ -244,7 +244,22 @@ def test_what_does_not_move_is_refused_with_the_reason_of_most(model: Path, call
         assert (done.code, why in done.err) == (3, True), done.err
     gguf = quantized(model, "q4_0", "a.gguf", raw=True)
     done = call("quantize", gguf, "--scheme", "keep", "--format", "gptq", "-o", "o")
-    assert (done.code, "has none, and goes into" in done.err) == (3, True), done.err
+    assert (done.code, "a raw GGUF file says nothing of a model" in done.err) == (3, True), done.err
+
+
+def test_codes_with_scales_of_binary16_make_a_model_of_bfloat16_one_of_binary16(
+    model: Path,
+) -> None:
+    source = quantized(model, "q4_block32_sym", "a.qblk")
+    report = qconvert.quantize(
+        source, "keep", output=model.parent / "out", format="compressed-tensors"
+    )
+    assert "says float16, not bfloat16" in report.warnings[0]
+    fields = json.loads((model.parent / "out" / "config.json").read_text())
+    assert fields["torch_dtype"] == "float16"
+    name = f"{LAYER}mlp.up_proj.weight"
+    with qconvert.load(source) as one, qconvert.load(model.parent / "out") as other:
+        np.testing.assert_array_equal(other[name].dequantize(), one[name].dequantize())
 
 
 def test_the_size_of_a_quantized_source_is_that_of_its_files(model: Path) -> None:

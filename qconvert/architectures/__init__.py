@@ -2,13 +2,16 @@
 
 `open_gguf_source` wraps an opened model: tensors under GGUF's names, in llama.cpp's order of rows,
 read lazily from the same files; and the metadata that goes before them. `restored` goes the other
-way; `layer_places` gives the names alone.
+way, and `as_checkpoint` with codes as they are; `layer_places` gives the names alone.
 """
 
 from __future__ import annotations
 
 from qconvert.architectures.adapters import ADAPTER, open_adapter_source
+from qconvert.architectures.checkpoint import Checkpoint, as_checkpoint
 from qconvert.architectures.families import FAMILIES
+from qconvert.architectures.made_config import made_config
+from qconvert.architectures.made_tokenizer import made_tokenizer
 from qconvert.architectures.mapping import Dropped
 from qconvert.architectures.places import Place, layer_places
 from qconvert.architectures.restored import RestoredModel, restored
@@ -24,13 +27,17 @@ def supported() -> tuple[str, ...]:
 
 __all__ = [
     "ADAPTER",
+    "Checkpoint",
     "Dropped",
     "GgufSource",
     "Place",
     "RestoredModel",
     "SmallFiles",
     "architecture_of",
+    "as_checkpoint",
     "layer_places",
+    "made_config",
+    "made_tokenizer",
     "modules_beyond",
     "open_adapter_source",
     "open_gguf_source",

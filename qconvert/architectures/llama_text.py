@@ -72,6 +72,12 @@ PRE_TOKENIZERS |= {
 }
 
 
+def plain_name(pre_tokenizer: str) -> str:
+    """The first of several names of the same pre-tokenizer."""
+    named = (name for name, aliases in _ALIASES.items() if pre_tokenizer in aliases)
+    return next(named, pre_tokenizer)
+
+
 def is_space(character: str) -> bool:
     """Whether llama.cpp takes it for white space."""
     return ord(character) in _SPACES

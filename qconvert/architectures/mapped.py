@@ -9,10 +9,11 @@ themselves are cut up (a transposed matrix, permuted columns), the function is o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,11 +138,14 @@ def described(name: str, shape: tuple[int, ...], dtype: str) -> TensorInfo:
     return TensorInfo(name, shape, dtype, DTYPES[dtype].nbytes(math.prod(shape)))
 
 
-def inverted(tensors: Sequence[MappedTensor]) -> list[MappedTensor]:
+def inverted(
+    tensors: Sequence[MappedTensor], dtypes: Mapping[str, str] = MappingProxyType({})
+) -> list[MappedTensor]:
     """The way back: every source as it is made from the tensors that were made from it.
 
-    All are F32, as a GGUF file's tensors are once they are decoded. What was added is taken away in
-    binary32: the same bits where the sum was exact.
+    All are F32, as a GGUF file's tensors are once they are decoded, but for those whose parts have
+    another dtype by their names. What was added is taken away in binary32: the same bits where the
+    sum was exact.
     """
     made: dict[str, list[tuple[MappedTensor, int]]] = {}
     infos: dict[str, TensorInfo] = {}
@@ -149,15 +153,20 @@ def inverted(tensors: Sequence[MappedTensor]) -> list[MappedTensor]:
         for i, source in enumerate(tensor.sources):
             made.setdefault(source.name, []).append((tensor, i))
             infos[source.name] = source
-    return [_inverted(infos[name], parts) for name, parts in made.items()]
+    return [_inverted(infos[name], parts, dtypes) for name, parts in made.items()]
 
 
-def _inverted(source: TensorInfo, parts: list[tuple[MappedTensor, int]]) -> MappedTensor:
+def _inverted(
+    source: TensorInfo, parts: list[tuple[MappedTensor, int]], dtypes: Mapping[str, str]
+) -> MappedTensor:
     """A source from tensors that it is so-manieth source of."""
     first = parts[0][0]
+    kinds = {dtypes.get(t.info.name, "F32") for t, _ in parts}
+    plain = len(kinds) > 1 or first.added or first.change
+    dtype = "F32" if plain else kinds.pop()
     made = MappedTensor(
-        described(source.name, source.shape, "F32"),
-        tuple(described(t.info.name, t.info.shape, "F32") for t, _ in parts),
+        described(source.name, source.shape, dtype),
+        tuple(described(t.info.name, t.info.shape, dtype) for t, _ in parts),
         added=-first.added,
         change=first.change and Change(first.change.back, first.change.there),
     )

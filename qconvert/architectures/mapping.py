@@ -81,7 +81,7 @@ def map_tensors(
         InputError: a tensor is missing or of another shape than the configuration says.
         UnsupportedError: a tensor has no place in the architecture, or a dtype that it cannot have.
     """
-    slots = dict(_slots(family, config, sizes, with_output=not head.tied or head.copied))
+    slots = dict(slots_of(family, config, sizes, with_output=not head.tied or head.copied))
     found, dropped = _collect(model, family, config, sizes, slots, head)
     mapped = []
     for name, slot in slots.items():
@@ -102,7 +102,7 @@ def map_tensors(
     return mapped, dropped
 
 
-def _slots(
+def slots_of(
     family: Family, config: Config, sizes: Sizes, with_output: bool
 ) -> Iterator[tuple[str, Slot]]:
     """All tensors by their whole names: those outside blocks first."""

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from qconvert.errors import FormatError
 from qconvert.files.strict_json import strict_json
-from qconvert.model import Model
+from qconvert.model import Companion, Model
 
 
 class SmallFiles:
-    """The small files of a model, in its directory or carried in a container."""
+    """The small files of a model, in its directory or carried in a container.
 
-    def __init__(self, model: Model) -> None:
-        self.home = model.path
-        self._companions = {c.name: c for c in model.companions}
+    Args:
+        model: it has them, unless others are given.
+        companions: those instead.
+        home: where they are, for messages.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        companions: tuple[Companion, ...] | None = None,
+        home: Path | None = None,
+    ) -> None:
+        self.home = home or model.path
+        taken = model.companions if companions is None else companions
+        self._companions = {c.name: c for c in taken}
 
     def read(self, name: str) -> bytes | None:
         """The bytes of a file; None when there is none."""

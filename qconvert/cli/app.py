@@ -554,6 +554,15 @@ def quantize(
         bool,
         typer.Option("--exact", help="of --scheme keep: refuse tensors whose codes cannot move"),
     ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="DIR",
+            help="of a GGUF file into a directory: the original model's, whose config.json and "
+            "tokenizer are taken [made of the file]",
+        ),
+    ] = None,
     tensor_type: Annotated[
         list[str] | None,
         typer.Option(
@@ -729,6 +738,7 @@ def quantize(
       qconvert quantize model-directory --scheme w4a16 -o model-w4a16
       qconvert quantize model-w4a16 --scheme keep -o model.gguf
       qconvert quantize model-directory --adapter lora --preset balanced -o model.gguf
+      qconvert quantize model-q4_0.gguf --scheme keep --format mlx -o model-mlx
       qconvert quantize --list-schemes
     """
     if list_schemes:
@@ -745,7 +755,8 @@ def quantize(
     from qconvert.commands.quantize import quantize as one
     from qconvert.commands.quantize import quantize_set
 
-    inputs = [model, *(path for path in (calibration, imatrix, text, adapter) if path)]
+    given = (calibration, imatrix, text, adapter, config)
+    inputs = [model, *(path for path in given if path)]
     several = len(scheme or ()) > 1
     if several and html:
         raise UsageError("--html is the page of one scheme", found=f"{len(scheme or ())} schemes")
@@ -777,6 +788,7 @@ def quantize(
             exact=exact,
             adapter=adapter,
             adapter_only=adapter_only,
+            config=config,
             tensor_type=tensor_type,
             output_tensor_type=output_tensor_type,
             token_embedding_type=token_embedding_type,

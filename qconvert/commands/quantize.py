@@ -59,6 +59,7 @@ def quantize(
     exact: bool = False,
     adapter: Path | str | None = None,
     adapter_only: bool = False,
+    config: Path | str | None = None,
     tensor_type: Mapping[str, str] | str | Iterable[str] | None = None,
     output_tensor_type: str | None = None,
     token_embedding_type: str | None = None,
@@ -127,6 +128,8 @@ def quantize(
             into the model before anything else.
         adapter_only: GGUF: write the adapter by itself, for llama.cpp to load beside any file of
             the model (``--lora``); the scheme is f32, f16, bf16 or q8_0.
+        config: of a GGUF file that becomes a directory: that of the model that it was made from,
+            whose configuration, tokenizer and names are taken; made of the file by default.
         tensor_type: GGUF: another ggml type where a regular expression is found in the name:
             ``{regex: type}``, or texts ``"REGEX=TYPE"``; the first match wins.
         output_tensor_type, token_embedding_type: GGUF: ggml types of these two.
@@ -236,6 +239,7 @@ def _options(
     exact: bool,
     adapter: Path | str | None,
     adapter_only: bool,
+    config: Path | str | None,
     tensor_type: Mapping[str, str] | str | Iterable[str] | None,
     output_tensor_type: str | None,
     token_embedding_type: str | None,
@@ -304,6 +308,7 @@ def _options(
         exact=exact,
         adapter=as_path(adapter),
         adapter_only=adapter_only,
+        config=as_path(config),
         budget=budget,
         finetune=finetune_of(finetune, text, seqlen, nsamples, seed),
         gguf=GgufOptions(

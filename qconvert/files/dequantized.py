@@ -24,8 +24,8 @@ class DequantizedModel:
         self.sources: tuple[SourceFile, ...] = source.sources
         self.companions: tuple[Companion, ...] = source.companions
         self._source = source
-        self._stored = {t.name: t for t in source.tensors if t.dtype not in kept}
-        self.tensors = tuple(_decoded(t) if t.name in self._stored else t for t in source.tensors)
+        self._stored = {t.name: t for t in source.tensors}
+        self.tensors = tuple(t if t.dtype in kept else _decoded(t) for t in source.tensors)
 
     def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[np.floating]:
         """Values ``start..stop`` of the flattened tensor; see `Model.values`."""

@@ -121,6 +121,24 @@ def model_files(path: Path) -> ModelFiles:
     )
 
 
+def directory_companions(path: Path) -> tuple[Companion, ...]:
+    """The small files of a model's directory, whatever weights are in it.
+
+    Raises:
+        InputError: it is no directory, or one of them is a link that leads elsewhere, or too large.
+    """
+    try:
+        os.listdir(path)
+    except OSError as error:
+        raise os_refusal(path, error) from error
+    return _companions(_Inside(path))[0]
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether a directory has safetensors files, or an index of them."""
+    return any(name.endswith((".safetensors", INDEX)) for name in os.listdir(path))
+
+
 def _named_weights(inside: _Inside, names: list[str]) -> str | None:
     """What config.json names as the file of the weights, or their index; None where it does not.
 

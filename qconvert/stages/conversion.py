@@ -145,7 +145,8 @@ class Job:
             interim: as of `AtomicOutput`.
         """
         inputs = [self.model.path, *_source_paths(self.model)]
-        inputs += [p for p in (self.options.calibration, self.options.gguf.imatrix) if p]
+        o = self.options
+        inputs += [p for p in (o.calibration, o.gguf.imatrix, o.config) if p]
         texts = self.options.repair, self.options.finetune
         inputs += [given.text for given in texts if given]
         paths, force = self.prepared.outputs, self.options.force

@@ -21,11 +21,13 @@ class MadeFrom:
         sources: tensors of the source, one below the other.
         rows: which of their rows those of the tensor are; None where they are the same.
         added: to their values.
+        whole: whether its rows are rows of the sources, neither cut up nor with values changed.
     """
 
     sources: tuple[TensorInfo, ...]
     rows: I64 | None = None
     added: float = 0.0
+    whole: bool = True
 
 
 def made_from(model: Model, tensor: TensorInfo) -> MadeFrom:
@@ -36,5 +38,14 @@ def made_from(model: Model, tensor: TensorInfo) -> MadeFrom:
         return MadeFrom((tensor,))
     made, rows = model.made(tensor), None
     if made.locate is not None:
-        rows = made.locate(np.arange(tensor.size // row_length(tensor.shape), dtype=np.int64))
-    return MadeFrom(made.sources, rows, made.added)
+        rows = made.locate(np.arange(_rows(tensor), dtype=np.int64))
+    return MadeFrom(made.sources, rows, made.added, not (made.order or made.change))
+
+
+def row_ends(sources: tuple[TensorInfo, ...]) -> I64:
+    """How many rows there are up to the end of each tensor, shape (len(sources),)."""
+    return np.cumsum([_rows(s) for s in sources], dtype=np.int64)
+
+
+def _rows(tensor: TensorInfo) -> int:
+    return tensor.size // row_length(tensor.shape)

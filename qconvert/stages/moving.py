@@ -29,12 +29,14 @@ from qconvert.ggml_types import GGML_TYPES
 from qconvert.kernels.records import IntegerRows
 from qconvert.model import Model, TensorInfo
 from qconvert.schemes import TENSOR_SCHEMES, CodebookScheme, TensorScheme
-from qconvert.stages.made_from import I64, made_from
+from qconvert.stages.made_from import I64, made_from, row_ends
 from qconvert.stages.plan import PlannedTensor
 
 _DECODED = "decoded from "
 _NEARLY = "codes and scales of groups moved from "
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_NO_SCALES = "has no such scales"
+DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 FIRST_VALUES = 1 << 12  # of a tensor that tell most encodings that cannot hold it
 
 
@@ -55,6 +57,18 @@ class Moving:
     container: Container
     dtype: str
     dense: Callable[[str], str | None] = lambda name: None
+
+    def plan_in_best_dtype(self, exact: bool) -> tuple[tuple[PlannedTensor, ...], str]:
+        """`plan`, and the dtype that holds the scales of most: binary16 has more digits than
+        bfloat16, and so have scales that were made for it.
+        """
+        plan, dtype = self.plan(False), self.dtype
+        if dtype != "F16" and any(_NO_SCALES in p.reason for p in plan):
+            other = replace(self, dtype="F16").plan(False)
+            if len(_moved_and_decoded(other)[0]) > len(_moved_and_decoded(plan)[0]):
+                plan, dtype = other, "F16"
+        check_moved(plan, self.opened, exact)
+        return plan, dtype
 
     @cached_property
     def _stored(self) -> dict[str, TensorInfo]:
@@ -87,7 +101,9 @@ class Moving:
         if not any(t.coded for t in sources):
             return None
         found: MovedScheme | str | None = None
-        if len(sources) == 1 and made.rows is None and not made.added:
+        if not made.whole:
+            found = "its rows are cut up, or its values changed, on the way"
+        elif len(sources) == 1 and made.rows is None and not made.added:
             found = self._copied(tensor, self.opened.stored(sources[0]))
         found = found or self._moved(tensor, sources, made.rows, made.added)
         if isinstance(found, MovedScheme):
@@ -174,7 +190,7 @@ class Moving:
             )
         dtypes = sorted({like.scale_dtype for _, like in candidates if like})
         of_scales = f" of {' or '.join(dtypes)}" if dtypes else ""
-        return f"{self.container.article} has no such scales{of_scales}, or no such zero points"
+        return f"{self.container.article} {_NO_SCALES}{of_scales}, or no such zero points"
 
     def _candidates(
         self, grain: Grain, tensor: TensorInfo, source: Encoding
@@ -203,13 +219,13 @@ def _rows(
     opened: OpenModel, sources: tuple[TensorInfo, ...], order: I64 | None, first: int, last: int
 ) -> IntegerRows | None:
     """Rows of a tensor whose rows are those of the sources in some order, as they can move."""
-    columns = row_length(sources[0].shape)
-    each = sources[0].size // columns
+    columns, ends = row_length(sources[0].shape), row_ends(sources)
     wanted = np.arange(first, last) if order is None else order[first:last]
     found: list[IntegerRows] = []
-    breaks = np.flatnonzero((np.diff(wanted) != 1) | (wanted[1:] % each == 0)) + 1
+    breaks = np.flatnonzero((np.diff(wanted) != 1) | np.isin(wanted[1:], ends)) + 1
     for run in np.split(wanted, breaks):
-        index, row = divmod(int(run[0]), each)
+        index = int(np.searchsorted(ends, run[0], "right"))
+        row = int(run[0]) - (int(ends[index - 1]) if index else 0)
         stored = opened.stored(sources[index])
         coded = stored.encoding.coded(stored, Tile(len(run), columns, row * columns, True))
         rows = None if coded.integers is None else stored.encoding.movable(coded.integers)

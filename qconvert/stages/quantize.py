@@ -24,13 +24,14 @@ from qconvert.progress import Progress, Silent
 from qconvert.report import QuantizeReport
 from qconvert.schemes import CastScheme, KeepScheme, MixScheme, TensorScheme, adapted
 from qconvert.stages.budget import unknown_sensitivities, within_budget
+from qconvert.stages.checkpoints import as_directory
 from qconvert.stages.conversion import Job, fill_totals, planned_row, write_together
 from qconvert.stages.equalisation import rescaled
 from qconvert.stages.moving import moved_note
 from qconvert.stages.plan import PlannedTensor, check_schemes
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions, RepairText
 from qconvert.stages.rounding import Roundings, plan_roundings
-from qconvert.stages.sources import examined
+from qconvert.stages.sources import Remarks, examined
 from qconvert.stages.target import Prepared, model_name, target_of
 
 __all__ = ["GgufOptions", "QuantizeOptions", "quantize", "quantize_together"]
@@ -142,6 +143,11 @@ def _begun(source: Path, options: QuantizeOptions, files: ExitStack, progress: P
         opened = open_model(source)
         files.callback(opened.close)
         said = examined(opened)
+        if container.directory or options.config is not None:
+            _check_config(options, container)
+            seen = as_directory(opened, options.config)
+            opened = seen.model
+            said = Remarks(said.notes + seen.said.notes, said.warnings + seen.said.warnings)
         plain = _plain(opened, options)
         if options.adapter:
             adapter = open_adapter(options.adapter)
@@ -203,6 +209,20 @@ def _begun(source: Path, options: QuantizeOptions, files: ExitStack, progress: P
             report.warnings.append("--range has no effect: no tensor takes a scheme with ranges")
         job = Job(prepared, plain, options, calibration, roundings, report, progress)
         return _Begun(job, output, sizes)
+
+
+def _check_config(options: QuantizeOptions, container: Container) -> None:
+    """Refuse a directory of small files where the output has no place for them.
+
+    Raises:
+        UsageError: it is none that another tool loads.
+    """
+    if options.config is not None and not container.directory:
+        raise UsageError(
+            "--config goes with a GGUF file that becomes a directory",
+            found=f"--format {container.name}",
+            hint="leave it out",
+        )
 
 
 @contextmanager

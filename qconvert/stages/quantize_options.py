@@ -110,6 +110,7 @@ class QuantizeOptions:
         scheme: under a budget, what says which tensors are quantized at all.
         home: where the output is, under the name that it has by default; beside the source if None.
         equalise: whether to rescale channels where that gains.
+        config: the directory of the model that a GGUF file was made from.
         exact: whether all codes have to stay what they are, where they are to be kept.
         adapter: a directory of peft's, whose corrections are merged into the model first.
         adapter_only: write these corrections by themselves, and not the model.
@@ -138,6 +139,7 @@ class QuantizeOptions:
     exact: bool = False
     adapter: Path | None = None
     adapter_only: bool = False
+    config: Path | None = None
     gguf: GgufOptions = GgufOptions()
     budget: Budget | None = None
     finetune: FinetuneOptions | None = None

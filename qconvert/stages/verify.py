@@ -54,6 +54,7 @@ from qconvert.remedies import remedy
 from qconvert.report import Check, Verdict, VerifiedTensor, VerifyReport
 from qconvert.report.verify import of_quality
 from qconvert.running.hugging_face import require
+from qconvert.stages.checkpoints import as_made
 from qconvert.stages.limits import check_limits, file_checks, tensor_checks
 from qconvert.stages.paired_histograms import paired_histogram
 from qconvert.stages.parallel import Workers, available_threads
@@ -252,6 +253,8 @@ def _source(options: VerifyOptions, model: OpenModel, exponents: Mapping[str, Ex
     opened = open_model(options.against)
     try:
         examined(opened)
+        if model.kind == "safetensors" or CONTAINERS[model.kind].directory:
+            opened = as_made(opened, model)
         target, plain = target_of(CONTAINERS[model.kind]), dequantized(opened)
         if options.adapter:
             plain = AdaptedModel(plain, open_adapter(options.adapter))

@@ -7,17 +7,16 @@ from typing import Any
 
 from qconvert.schemes import CastScheme
 from qconvert.stages.directories.target import DirectoryTarget, Readers
+from qconvert.stages.moving import DTYPE_NAMES
 from qconvert.stages.plan import PlannedTensor
 from qconvert.stages.target import Target
-
-_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def settings(plan: Sequence[PlannedTensor], config: Mapping[str, Any]) -> dict[str, Any]:
     """The dtype that tensors were cast to, where the configuration names one."""
     cast = {p.scheme.dtype for p in plan if isinstance(p.scheme, CastScheme)}
     keys = [key for key in ("dtype", "torch_dtype") if key in config]
-    return dict.fromkeys(keys, _NAMES[cast.pop()]) if len(cast) == 1 else {}
+    return dict.fromkeys(keys, DTYPE_NAMES[cast.pop()]) if len(cast) == 1 else {}
 
 
 TARGET: Target = DirectoryTarget(

@@ -32,7 +32,7 @@ from qconvert.files.shards import CONFIG
 from qconvert.kernels.records import Bytes
 from qconvert.model import WEIGHT, Companion, Model, TensorInfo, layer_name
 from qconvert.schemes import KeepScheme, MixScheme, TensorScheme
-from qconvert.stages.moving import Moving, config_of, model_dtype
+from qconvert.stages.moving import DTYPE_NAMES, Moving, config_of, model_dtype
 from qconvert.stages.plan import PlannedTensor, PlanOptions, make_plan
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
 from qconvert.stages.target import Atomic, Finding, Prepared, Sink
@@ -110,12 +110,20 @@ class DirectoryTarget:
             raise UnsupportedError(
                 f"the model has no {CONFIG}, without which no tool loads a directory",
                 path=model.path,
-                hint="convert the model's directory, in which it lies beside the tensors; a GGUF "
-                "file has none, and goes into .gguf and .qblk",
+                hint="convert the model's directory, in which it lies beside the tensors",
             )
         rescaled, own = noted(model), {t.name: t.name for t in model.tensors}
         model = self.named(model)
-        planned = self._planned(opened, model, options, model_dtype(config, model))
+        dtype = model_dtype(config, model)
+        planned, scales = self._planned(opened, model, options, dtype)
+        warnings = []
+        if scales != dtype:
+            config = config | _named_dtype(config, scales)
+            warnings.append(
+                f"{CONFIG} says {DTYPE_NAMES[scales]}, not {DTYPE_NAMES[dtype]}, in which scales "
+                "that moved would be rounded: a model whose activations go beyond 65,504 needs "
+                "--scheme bf16 --format hf instead"
+            )
         self._check_fused(planned, model.path)
         planned = self._tied(planned)
         _check_static(planned, options.calibration)
@@ -151,18 +159,18 @@ class DirectoryTarget:
             provenance=rescaled,
             companions=len(files),
             companion_bytes=sum(len(data) for data in files.values()),
-            warnings=[*readers.warnings, *self._unlike(planned)],
+            warnings=[*warnings, *readers.warnings, *self._unlike(planned)],
             readers=readers.notes,
             directory=True,
         )
 
     def _planned(
         self, opened: OpenModel, model: Model, options: QuantizeOptions, dtype: str
-    ) -> tuple[PlannedTensor, ...]:
-        """What becomes of every tensor."""
+    ) -> tuple[tuple[PlannedTensor, ...], str]:
+        """What becomes of every tensor, and the dtype that readers have to load scales in."""
         if isinstance(options.scheme, KeepScheme):
             moving = Moving(opened, model, CONTAINERS[self.name], dtype, self._dense)
-            return moving.plan(options.exact)
+            return moving.plan_in_best_dtype(options.exact)
         scales = partial(_with_scales, dtype=dtype)
         asked = PlanOptions(
             options.keep,
@@ -170,9 +178,8 @@ class DirectoryTarget:
             options.min_values,
         )
         assert not isinstance(options.scheme, MixScheme)
-        return tuple(
-            self._checked(p) for p in make_plan(model.tensors, scales(options.scheme), asked)
-        )
+        plan = make_plan(model.tensors, scales(options.scheme), asked)
+        return tuple(self._checked(p) for p in plan), dtype
 
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
         return self.named(model)
@@ -282,6 +289,16 @@ def _divisor(scheme: MovedScheme) -> float:
 
 def _with_scales(scheme: TensorScheme, dtype: str) -> TensorScheme:
     return scheme.with_scales(dtype) if isinstance(scheme, ExchangeScheme) else scheme
+
+
+def _named_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The fields of a configuration that name a dtype, with another one."""
+    named = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    found: dict[str, Any] = dict.fromkeys(named, DTYPE_NAMES[dtype])
+    inner = config.get("text_config")
+    if isinstance(inner, dict) and any(key in inner for key in ("dtype", "torch_dtype")):
+        found["text_config"] = inner | _named_dtype(inner, dtype)
+    return found
 
 
 def _like(scheme: TensorScheme | None) -> TensorScheme | None:
