@@ -32,6 +32,10 @@ SEQLEN, WINDOWS = 128, 16
 # Schemes that a tool is shown, and the dtypes that it computes in.
 SHOWN: dict[str, tuple[tuple[str, str], ...]] = {
     "vllm": (
+        ("bf16", "bfloat16"),  # nothing quantized: what is lost by its arithmetic
+        ("bf16", "float16"),
+        ("w4a16", "float16"),
+        ("w4a16_g64", "float16"),
         ("w4a16_g64", "float32"),
         ("w4a16_g64", "bfloat16"),
         ("w4a16", "bfloat16"),
@@ -121,12 +125,13 @@ def in_vllm(directory: Path, dtype: str, ids: NDArray[np.int64]) -> NDArray[np.f
 
 def in_onnxruntime(directory: Path, dtype: str, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     import onnxruntime_genai as og  # type: ignore[import-not-found]
-    from onnxruntime_genai.models.builder import (  # type: ignore[import-not-found]
-        create_model,
-    )
 
     out = directory.with_name(f"{directory.name}-onnx")
-    create_model("", str(directory), str(out), "int4", "cpu", str(out / "cache"))
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    places = ["-i", directory, "-o", out, "-c", out / "cache"]
+    # Inputs in float32, and the head, which is plain in ours, as it is.
+    more = ["--extra_options", "accuracy_level=1", "nodes_to_exclude=/lm_head/MatMul"]
+    subprocess.run([*builder, *places, "-p", "int4", "-e", "cpu", *more], check=True)
     model = og.Model(str(out))
     found = []
     for row in ids:
@@ -170,11 +175,12 @@ def rows(tool: str, place: Path, work: Path, only: str | None) -> Iterator[dict[
 
     targets, truth = ids[:, 1:].ravel(), logits(source)
     for scheme, dtype in SHOWN[tool]:
-        if only and scheme != only:
+        if only and only not in (scheme, dtype):
             continue
         directory = work / scheme
         if not directory.exists():
-            qconvert.quantize(SAMPLE, scheme, output=directory)
+            plain = "hf" if scheme == "bf16" else None
+            qconvert.quantize(SAMPLE, scheme, output=directory, format=plain)
         opened = open_quantized(directory, "none", directory=SAMPLE, threads=1, check=False)
         ours = logits(opened.checkpoint)
         found = {"tool": tool, "scheme": scheme, "dtype": dtype}
@@ -208,7 +214,7 @@ def main() -> None:
     running.add_argument("tool", choices=SHOWN)
     running.add_argument("place", type=Path)
     running.add_argument("--work", type=Path, required=True)
-    running.add_argument("--only", metavar="SCHEME")
+    running.add_argument("--only", metavar="SCHEME or DTYPE")
     inside = commands.add_parser("inside")
     inside.add_argument("tool", choices=INSIDE)
     inside.add_argument("directory", type=Path)

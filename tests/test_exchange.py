@@ -19,8 +19,13 @@ from conftest import ROOT, Call, Finished, Tensors, gaussian
 from safetensors.numpy import load_file, save_file
 
 import qconvert
+from qconvert.architectures.mapped import NEGATED_EXP, MappedModel, MappedTensor, strided
 from qconvert.codecs.exchange.floats import e4m3
+from qconvert.containers import CONTAINERS
+from qconvert.files import open_model
+from qconvert.files.dequantized import dequantized
 from qconvert.report import QuantizeReport
+from qconvert.stages.moving import Moving
 
 FOREIGN = ROOT / "tests" / "data" / "foreign"
 SAMPLE = ROOT / "samples" / "tiny-llama"
@@ -260,6 +265,24 @@ def test_codes_with_scales_of_binary16_make_a_model_of_bfloat16_one_of_binary16(
     name = f"{LAYER}mlp.up_proj.weight"
     with qconvert.load(source) as one, qconvert.load(model.parent / "out") as other:
         np.testing.assert_array_equal(other[name].dequantize(), one[name].dequantize())
+
+
+def test_codes_of_rows_that_are_cut_up_on_the_way_do_not_move(model: Path) -> None:
+    source = open_model(quantized(model, "w4a16_g32", "out"))
+    named = f"{LAYER}self_attn.q_proj.weight"
+    (info,) = (t for t in dequantized(source).tensors if t.name == named)
+    rows, columns = info.shape
+    swapped = strided((rows, 2, columns // 2), (columns, 1, 2))  # even columns first
+    for made, how in (
+        (MappedTensor(info, (info,)), "moved exactly"),
+        (MappedTensor(info, (info,), order=swapped), "decoded"),
+        (MappedTensor(info, (info,), change=NEGATED_EXP), "decoded"),
+    ):
+        view = MappedModel(dequantized(source), [made])
+        found = Moving(source, view, CONTAINERS["mlx"], "BF16").of(info)
+        assert found is not None
+        assert found.reason.startswith(how), found.reason
+    source.close()
 
 
 def test_the_size_of_a_quantized_source_is_that_of_its_files(model: Path) -> None:

@@ -42,7 +42,7 @@ class DequantizedModel:
         start = offset // width
         values = self.values(tensor, start, -(-(offset + size) // width))
         skipped = offset - start * width
-        return values.astype("<f4").tobytes()[skipped : skipped + size]
+        return values.astype("<f4", copy=False).tobytes()[skipped : skipped + size]
 
     def check_unchanged(self) -> None:
         """Refuse files that were written to since they were opened."""

@@ -28,9 +28,15 @@ def packed_rows(codes: U8, bits: int) -> U8:
         return out
     if 8 % bits == 0:
         each = 8 // bits
-        for k in range(each):
-            part = codes[:, k::each]
-            out[:, : part.shape[1]] |= part << np.uint8(k * bits)
+        if columns % each:
+            codes = np.pad(codes, ((0, 0), (0, -columns % each)))
+        # The codes of a byte lie in one word, each in the low bits of a byte of its own.
+        words = np.ascontiguousarray(codes).view(f"<u{each}")
+        found = words >> words.dtype.type(8 - bits)
+        found |= words
+        for k in range(2, each):
+            found |= words >> words.dtype.type(k * (8 - bits))
+        out[:, : words.shape[1]] = found  # of which the lowest byte is taken
         return out
     groups = -(-columns // TOGETHER)
     wide = np.zeros((rows, groups, TOGETHER), np.uint8)

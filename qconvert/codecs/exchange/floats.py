@@ -90,10 +90,14 @@ class Float8(Layout):
         first, low = divmod(tile.start, columns)
         raw = stored.read(WEIGHT, tile.start, tile.rows * tile.columns)
         values = kernels.widen(raw, E4M3).reshape(tile.rows, tile.columns)
-        scale = self._scales(stored, first, first + tile.rows)
-        if self.block[1]:
-            scale = np.repeat(scale, self.block[1], axis=1)[:, low : low + tile.columns]
+        scale, block = self._scales(stored, first, first + tile.rows), self.block[1]
         with np.errstate(over="ignore", invalid="ignore"):
+            if block and low % block == 0 and tile.columns % block == 0:  # no array of its own
+                groups = values.reshape(tile.rows, -1, block)
+                groups *= scale[:, low // block : (low + tile.columns) // block, None]
+                return Coded(values)
+            if block:
+                scale = np.repeat(scale, block, axis=1)[:, low : low + tile.columns]
             return Coded(values * scale)
 
     def _scales(self, stored: Stored, first: int, last: int) -> F32:

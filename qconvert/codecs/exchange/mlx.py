@@ -24,7 +24,7 @@ from qconvert.codecs.exchange.integers import (
 from qconvert.codecs.exchange.layout import Part
 from qconvert.codecs.exchange.micro import FP4, FP8, MX_GROUP, NV_GROUP, Micro
 from qconvert.codecs.exchange.micro_encoder import micro_encoder
-from qconvert.codecs.source import RUN_VALUES, finite_weights, source_rows, tiles_of
+from qconvert.codecs.source import finite_weights, source_rows, tiles_of
 from qconvert.codecs.units import exact_scales, regrouped, with_offset, without_offset
 from qconvert.exchange_schemes import MLX_AFFINE, NOT_ROUNDED, MlxScheme
 from qconvert.geometry import Tile
@@ -44,6 +44,9 @@ from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.ranges import RangeMethod, default_method
 
 WORDS, SCALES, BIASES = ".weight", ".scales", ".biases"
+# Values that are worked on together: several arrays of them fit into a core's own cache, where they
+# pass through one step after another.
+AT_ONCE = 1 << 18
 
 
 def packed_shape(shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
@@ -142,7 +145,7 @@ class MlxEncoder(Encoder):
         return self.layout
 
     def tiles(self) -> Iterator[Tile]:
-        return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, RUN_VALUES))
+        return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, AT_ONCE))
 
     def encode(self, tile: Tile) -> Encoded:
         code = self.code
@@ -153,9 +156,8 @@ class MlxEncoder(Encoder):
         dtype = SCALE_NUMPY[code.scale_dtype]
         bias = (-real_zero(found.zero, code.bits) * found.scale).astype(dtype).astype(np.float32)
         zero = np.zeros(len(groups), np.int32)
-        nearest, clipped = kernels.encode(
-            groups - bias[:, None], found.scale, zero, code.bits, False
-        )
+        above = groups - bias[:, None]
+        nearest, clipped = kernels.encode(above, found.scale, zero, code.bits, False)
         codes = nearest.reshape(tile.rows, -1)
         scale, bias = found.scale.reshape(tile.rows, -1), bias.reshape(tile.rows, -1)
         if self.rounder:
