@@ -413,19 +413,29 @@ static void run_compensation(const Kernels *k, size_t rows, size_t columns, size
         take(scale, rows * groups * sizeof *scale);
         free(before);
     }
-    float *shares = scales(rows * (rows + 2), 1), *errors = scales((rows + 2) * columns, 1);
-    float *scale = scales(rows * groups, 1);
-    uint8_t *codes = make(rows * columns + 1);
-    for (size_t i = 0; i < rows * columns; i++) {
+    const size_t swept = rows < SWEPT_ROWS ? rows : SWEPT_ROWS;
+    const size_t width = columns < SWEPT_COLUMNS ? columns : SWEPT_COLUMNS;
+    float *shares = scales(swept * swept, 1), *scale = scales(rows * groups, 1);
+    float *slope = scales(swept * columns, 1), *values = scales(swept * columns, 1);
+    float *moves = make(swept * width * sizeof *moves);
+    int32_t *places = make(width * sizeof *places);
+    uint8_t *codes = make(swept * columns);
+    for (size_t i = 0; i < swept * columns; i++) {
         codes[i] = (uint8_t)(i % LEVELS);
     }
-    const size_t swept = rows < 128 ? rows : 128;
-    const RowSweep sweep = {{x, swept, columns, NULL, levels, LEVELS, scale, zero, offset, groups,
-                             length, gram, NULL, 2, 0, SCALE_F16, codes, none, none},
-                            rows + 2, 1, shares, errors};
-    check(k->sweep_rows(&sweep));
-    take(codes, rows * columns);
-    free(errors), free(shares), free(scale), free(unit);
+    const ColumnSweep sweep = {{x, swept, columns, NULL, levels, LEVELS, scale, zero, offset, groups,
+                                length, gram, NULL, 2, 0, SCALE_F16, codes, none, none},
+                               columns - width, width, shares, slope, values, moves, places};
+    size_t moved;
+    int changed;
+    check(k->sweep_columns(&sweep, &moved, &changed));
+    take(codes, swept * columns);
+    take(places, moved * sizeof *places);
+    const Products products = {values, moves, gram, places, swept, moved, columns, 0, columns};
+    check(k->multiply_ordered(&products));
+    take(values, swept * columns * sizeof *values);
+    free(slope), free(values), free(moves), free(places), free(codes);
+    free(shares), free(scale), free(unit);
     free(x), free(zero), free(offset), free(levels), free(gram), free(feedback), free(order);
 }
 

@@ -56,6 +56,7 @@ from qconvert.schemes import (
     VARIANTS,
     steps_of,
 )
+from qconvert.stages.parallel import Workers
 
 if os.environ.get("QCONVERT_KERNELS") == "reference":
     pytest.skip("compares native kernels whatever runs: once is enough", allow_module_level=True)
@@ -908,7 +909,9 @@ def test_compensated_rounding(shape: tuple[int, int, int], evenly: bool) -> None
 
 
 @pytest.mark.parametrize("evenly", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 65, 32), (16, 130, 16), (150, 9, 35)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (17, 65, 32), (16, 130, 16), (150, 9, 35), (9, 1200, 64), (266, 20, 16)]
+)
 def test_rows_swept(shape: tuple[int, int, int], evenly: bool) -> None:
     """Of fewer rows than a strip has and of more, with columns in blocks and beyond."""
     rng = np.random.default_rng(shape[0])
@@ -923,9 +926,15 @@ def test_rows_swept(shape: tuple[int, int, int], evenly: bool) -> None:
     gram, output = (
         (m := rng.standard_normal((n, n + 9))) @ m.T / n + 0.1 * np.eye(n) for n in (columns, rows)
     )
+    gram = gram.astype(np.float32)  # or the definition would be that of binary64
     last = slice((groups - 1) * length, None)
     for passes in (0, 1, 2):
         codes = twins("sweep_rows", x, before, grid, gram, shares_of(output), passes)
+        with Workers(3) as workers, np.errstate(over="ignore", invalid="ignore"):
+            shared = compiled.sweep_rows(
+                x, before, grid, gram, shares_of(output), passes, workers.map
+            )
+        assert np.array_equal(shared, codes)
         assert (codes[::5, last] == before[::5, last]).all()
         assert rows == 1 or (codes != before).any() == (passes > 0)
     empty = CodeGrid(grid.levels, grid.scale[:0], grid.zero[:0], grid.offset[:0], length)
@@ -972,27 +981,40 @@ def test_sizes_are_checked_before_memory_is_touched() -> None:
     nothing = replace(grid, levels=short[:0])
     with pytest.raises(ValueError, match="levels"):
         compiled.compensate(x, codes, nothing, factors, 4)
+    sweep = _sweep(codes, grid)
     with pytest.raises(ValueError, match="levels"):
-        _native.sweep_rows(**_sweep(x, codes, nothing))
-    with pytest.raises(ValueError, match="without level"):
-        _native.sweep_rows(**_sweep(x, codes + 3, grid))
+        _native.sweep_columns(**_sweep(codes, nothing))
     with pytest.raises(ValueError, match="not be empty"):
-        _native.sweep_rows(**_sweep(x, codes, replace(grid, length=0)))
-    for place in ({"first": 1}, {"rows": 0}, {"all_rows": 0}, {"rows": 129, "all_rows": 200}):
+        _native.sweep_columns(**_sweep(codes, replace(grid, length=0)))
+    for rows in (0, 129):
         with pytest.raises(ValueError, match="rows that are none"):
-            _native.sweep_rows(**_sweep(x, codes, grid) | place)
+            _native.sweep_columns(**sweep | {"rows": rows})
+    for place in ({"first": 1}, {"width": 0}, {"width": 65, "columns": 100}):
+        with pytest.raises(ValueError, match="columns that are none"):
+            _native.sweep_columns(**sweep | place)
     with pytest.raises(ValueError, match="bytes"):
-        _native.sweep_rows(**_sweep(x, codes, grid) | {"all_rows": 2})
+        _native.sweep_columns(**sweep | {"rows": 2})
+    product = _ordered_product()
+    with pytest.raises(ValueError, match="columns that are none"):
+        _native.multiply_ordered(**product | {"end": 4})
+    with pytest.raises(ValueError, match="columns that are none"):
+        _native.multiply_ordered(**product | {"begin": 4})
+    for order in ([0, 3], [-1, 0]):
+        with pytest.raises(ValueError, match="rows that are none"):
+            _native.multiply_ordered(**product | {"order": np.array(order, np.int32)})
+    with pytest.raises(ValueError, match="rows that are none"):
+        _native.multiply_ordered(**product | {"order": None})
+    with pytest.raises(ValueError, match="bytes"):
+        _native.multiply_ordered(**product | {"rows": 3})
 
 
-def _sweep(x: NDArray[Any], codes: NDArray[Any], grid: CodeGrid) -> dict[str, Any]:
-    """The arguments of `_native.sweep_rows` for one row of two columns."""
+def _sweep(codes: NDArray[Any], grid: CodeGrid) -> dict[str, Any]:
+    """The arguments of `_native.sweep_columns` for one row of two columns."""
     return {
-        "x": x,
-        "all_rows": 1,
-        "first": 0,
         "rows": 1,
         "columns": 2,
+        "first": 0,
+        "width": 2,
         "levels": grid.levels,
         "scale": grid.scale,
         "zero": grid.zero,
@@ -1000,9 +1022,27 @@ def _sweep(x: NDArray[Any], codes: NDArray[Any], grid: CodeGrid) -> dict[str, An
         "length": grid.length,
         "gram": np.eye(2, dtype=np.float32),
         "shares": np.ones((1, 1), np.float32),
-        "errors": np.zeros((1, 2), np.float32),
-        "passes": 1,
+        "slope": np.zeros((1, 2), np.float32),
+        "values": np.zeros((1, 2), np.float32),
         "codes": codes,
+        "moves": np.zeros((1, 2), np.float32),
+        "places": np.zeros(2, np.int32),
+    }
+
+
+def _ordered_product() -> dict[str, Any]:
+    """The arguments of `_native.multiply_ordered`: (2, 2) times two of three rows of three."""
+    return {
+        "sums": np.zeros((2, 3), np.float32),
+        "left": np.ones((2, 2), np.float32),
+        "right": np.ones((3, 3), np.float32),
+        "order": np.array([2, 0], np.int32),
+        "rows": 2,
+        "depth": 2,
+        "right_rows": 3,
+        "columns": 3,
+        "begin": 0,
+        "end": 3,
     }
 
 

@@ -131,7 +131,7 @@ class Rounder:
         found = np.concatenate([c for c, _ in done])
         scale, offset = (np.concatenate([getattr(g, k) for _, g in done]) for k in _FOUND)
         grid = replace(grid, scale=scale, offset=offset)
-        return _swept(x, found, grid, factors, self.shares()), grid
+        return _swept(x, found, grid, factors, self.shares(), self.mapper), grid
 
     def note(self) -> dict[str, Any]:
         """As reports and headers have it, in the ``decision`` of a tensor."""
@@ -152,12 +152,12 @@ def _by_rows(
     return found, replace(grid, scale=scale, offset=offset)
 
 
-def _swept(x: F32, codes: U8, grid: CodeGrid, factors: Factors, shares: F32) -> U8:
+def _swept(x: F32, codes: U8, grid: CodeGrid, factors: Factors, shares: F32, mapper: Mapper) -> U8:
     """Codes of all rows that make up for each other's errors; rows with weights beyond 2^64 keep
     theirs, and nothing makes up for them.
     """
     beyond, x, given = _without(x, grid, LARGEST_SWEPT)
-    found: U8 = kernels.sweep_rows(x, codes, given, factors.gram, shares, ROW_PASSES)
+    found: U8 = kernels.sweep_rows(x, codes, given, factors.gram, shares, ROW_PASSES, mapper)
     found[beyond] = codes[beyond]
     return found
 

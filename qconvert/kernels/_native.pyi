@@ -277,13 +277,12 @@ def compensate(
     offset_high: int,
     codes: Buffer,
 ) -> None: ...
-def sweep_rows(
+def sweep_columns(
     *,
-    x: Buffer,
-    all_rows: int,
-    first: int,
     rows: int,
     columns: int,
+    first: int,
+    width: int,
     levels: Buffer,
     scale: Buffer,
     zero: Buffer,
@@ -291,7 +290,22 @@ def sweep_rows(
     length: int,
     gram: Buffer,
     shares: Buffer,
-    errors: Buffer,
-    passes: int,
+    slope: Buffer,
+    values: Buffer,
     codes: Buffer,
+    moves: Buffer,
+    places: Buffer,
+) -> tuple[int, bool]: ...
+def multiply_ordered(
+    *,
+    sums: Buffer,
+    left: Buffer,
+    right: Buffer,
+    order: Buffer | None,
+    rows: int,
+    depth: int,
+    right_rows: int,
+    columns: int,
+    begin: int,
+    end: int,
 ) -> None: ...

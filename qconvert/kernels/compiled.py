@@ -21,7 +21,6 @@ from qconvert.kernels.arithmetic import (
     HISTOGRAM_BINS,
     PIECE,
     SCALE_NUMPY,
-    SWEPT_ROWS,
     level_weights,
     narrow_bounds,
     nearest_entries,
@@ -54,7 +53,7 @@ from qconvert.kernels.records import (
     Weighting,
 )
 from qconvert.kernels.reference import widening
-from qconvert.kernels.reference.compensation import values_of
+from qconvert.kernels.row_sweep import sweep_rows as sweep_rows
 from qconvert.kernels.scale_search import Found, best_scales, long_source
 from qconvert.ranges import RangeMethod, SearchGrid, search_grid
 
@@ -789,34 +788,3 @@ def _multiples(name: str, of: Multiples | None) -> dict[str, Any]:
     unit = None if of is None else _f32(of.unit)
     low, high = (0, 0) if of is None else (of.low, of.high)
     return {f"{name}_unit": unit, f"{name}_low": low, f"{name}_high": high}
-
-
-def sweep_rows(x: F32, codes: U8, grid: CodeGrid, gram: F32, shares: F32, passes: int) -> U8:
-    """`reference.sweep_rows` of binary32."""
-    found = np.array(codes, np.uint8, order="C")
-    x, gram, shares, levels = _f32(x), _f32(gram), _f32(shares), _f32(grid.levels)
-    scale, zero, offset = _f32(grid.scale), _f32(grid.zero), _f32(grid.offset)
-    runs = [slice(first, first + SWEPT_ROWS) for first in range(0, len(x), SWEPT_ROWS)]
-    errors = np.empty_like(x)
-    for run in runs:
-        part = CodeGrid(levels, scale[run], zero[run], offset[run], grid.length)
-        errors[run] = values_of(found[run], part) - x[run]
-    for run in runs:
-        _native.sweep_rows(
-            x=x[run],
-            all_rows=len(x),
-            first=run.start,
-            rows=len(x[run]),
-            columns=x.shape[1],
-            levels=levels,
-            scale=scale[run],
-            zero=zero[run],
-            offset=offset[run],
-            length=grid.length,
-            gram=gram,
-            shares=shares[run],
-            errors=errors,
-            passes=passes,
-            codes=found[run],
-        )
-    return found

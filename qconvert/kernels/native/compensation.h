@@ -8,36 +8,16 @@
 
 #include "blocks.h"
 #include "columns.h"
+#include "ordered_products.h"
 
 #include <float.h>
 #include <math.h>
 #include <stdlib.h>
 
 enum {
-    STRIP = 128, /* rows that share what is read of a factor */
-    WIDE = 64,   /* columns of a block, and of a panel that a block changes */
+    STRIP = SWEPT_ROWS, /* rows that share what is read of a factor */
     WIDEST = 256, /* columns of a block whose groups change their scales */
-    QUAD = 4,    /* rows at once in `add_products` */
 };
-
-/* A function by itself. GCC 12 joins the addresses of bytes and floats of a block, these four times as
- * far apart, to one, then takes a function that stores by it for one without effect, and drops its
- * calls: nothing is to be concluded about these. */
-#ifdef __clang__
-#define SEPARATE static __attribute__((noinline))
-#else
-#define SEPARATE static __attribute__((noipa))
-#endif
-
-/* Vectors as wide as the registers; the compiler would not keep an array of sums in registers. */
-#if defined USE_AVX512
-enum { VECTOR = 16, VECTORS = 4 };
-#elif defined USE_AVX2
-enum { VECTOR = 8, VECTORS = 2 };
-#else
-enum { VECTOR = 4, VECTORS = 2 };
-#endif
-typedef float Vector __attribute__((vector_size(VECTOR * sizeof(float)), aligned(4), may_alias));
 
 /* A block of columns of 16 rows, as columns. */
 typedef struct {
@@ -64,8 +44,8 @@ typedef struct {
     size_t stride;      /* of a row of `sums`: columns, and zeros to a multiple of WIDE and beyond */
     float *sums;        /* (STRIP, stride): targets in the order of rounding, then slopes */
     float *values;      /* (STRIP, columns) */
-    float *errors;      /* (STRIP, WIDE), in a block */
-    float *panel;       /* (WIDEST, WIDE) of a factor */
+    float *errors;      /* (STRIP, stride), in the order of `sums` */
+    float *panel;       /* (DEEP, WIDE) of a factor */
     Moves *moves;       /* (STRIP) */
     Block *block;
 } Strips;
@@ -372,48 +352,7 @@ SEPARATE void store_moves(const Strips *s, size_t row, size_t strip_row, size_t 
     }
 }
 
-/* Rows first..first + depth, columns from..from + WIDE of a factor, zeros behind the last column. */
-SEPARATE void load_panel(const Strips *s, const float *factor, size_t first, size_t depth,
-                         size_t from) {
-    const size_t columns = s->task->columns, width = smaller(WIDE, columns - from);
-    for (size_t j = 0; j < depth; j++) {
-        memcpy(s->panel + j * WIDE, factor + (first + j) * columns + from, width * sizeof(float));
-        memset(s->panel + j * WIDE + width, 0, (WIDE - width) * sizeof(float));
-    }
-}
-
-/* sums[:, from..] += errors · panel for all rows of a strip. */
-SEPARATE void add_products(const Strips *s, size_t depth, size_t from) {
-    for (size_t row = 0; row < STRIP; row += QUAD) {
-        const float *errors = s->errors + row * WIDE;
-        for (size_t k = 0; k < WIDE; k += VECTOR * VECTORS) {
-            Vector sums[QUAD][VECTORS], part[VECTORS];
-            float *to = s->sums + row * s->stride + from + k;
-            for (int r = 0; r < QUAD; r++) {
-                for (int v = 0; v < VECTORS; v++) {
-                    sums[r][v] = *(const Vector *)(to + (size_t)r * s->stride + v * VECTOR);
-                }
-            }
-            for (size_t j = 0; j < depth; j++) {
-                for (int v = 0; v < VECTORS; v++) {
-                    part[v] = *(const Vector *)(s->panel + j * WIDE + k + v * VECTOR);
-                }
-                for (int r = 0; r < QUAD; r++) {
-                    for (int v = 0; v < VECTORS; v++) {
-                        sums[r][v] += part[v] * errors[r * WIDE + j];
-                    }
-                }
-            }
-            for (int r = 0; r < QUAD; r++) {
-                for (int v = 0; v < VECTORS; v++) {
-                    *(Vector *)(to + (size_t)r * s->stride + v * VECTOR) = sums[r][v];
-                }
-            }
-        }
-    }
-}
-
-/* The same for the moves of one row, straight from the factor: WIDE columns. */
+/* What the moves of one row do to WIDE of its sums, straight from the factor. */
 INLINE void add_moves(const float *factor, size_t stride, const Moves *moves, float *to) {
     enum { HALF = VECTOR < 8 ? 8 : WIDE / VECTOR };
     for (size_t k = 0; k < WIDE; k += HALF * VECTOR) {
@@ -465,12 +404,18 @@ SEPARATE void spread(const Strips *s, size_t rows, size_t first, size_t depth, s
     }
 }
 
+/* WIDE of the sums of each row, from column `from` on, get what its first errors do to them. */
+static void pass_on(const Strips *s, size_t rows, const float *factor, size_t errors, size_t from) {
+    const size_t columns = s->task->columns;
+    add_products(s->sums + from, s->stride, rows, s->errors, s->stride, errors,
+                 (Rows){factor, columns, NULL}, from, smaller(WIDE, columns - from), s->panel);
+}
+
 /* Rounds a strip, rows start..start + rows, column after column. */
 static void sweep_strip(const Strips *s, size_t start, size_t rows) {
     const Compensation *t = s->task;
     const size_t columns = t->columns;
     memset(s->sums, 0, STRIP * s->stride * sizeof(float));
-    memset(s->errors, 0, STRIP * WIDE * sizeof(float));
     memcpy(s->values, t->x + start * columns, rows * columns * sizeof(float));
     for (size_t r = 0; r < rows; r++) {
         for (size_t c = 0; c < columns; c++) {
@@ -479,6 +424,7 @@ static void sweep_strip(const Strips *s, size_t start, size_t rows) {
     }
     for (size_t first = 0; first < columns; first += WIDE) {
         const size_t width = smaller(WIDE, columns - first);
+        pass_on(s, rows, t->feedback, first, first);
         for (size_t r = 0; r < rows; r += BATCH) {
             const size_t count = smaller(BATCH, rows - r);
             load_block(s, t->order, start + r, r, count, first, width);
@@ -486,13 +432,9 @@ static void sweep_strip(const Strips *s, size_t start, size_t rows) {
             store_block(s, t->order, start + r, r, count, first, width);
             for (size_t i = 0; i < count; i++) {
                 for (size_t c = 0; c < width; c++) {
-                    s->errors[(r + i) * WIDE + c] = s->block->moves[c][i];
+                    s->errors[(r + i) * s->stride + first + c] = s->block->moves[c][i];
                 }
             }
-        }
-        for (size_t from = first + WIDE; from < columns; from += WIDE) {
-            load_panel(s, t->feedback, first, width, from);
-            add_products(s, width, from);
         }
     }
 }
@@ -501,20 +443,15 @@ static void sweep_strip(const Strips *s, size_t start, size_t rows) {
 static void slope_strip(const Strips *s, size_t start, size_t rows) {
     const Compensation *t = s->task;
     const size_t columns = t->columns;
+    for (size_t r = 0; r < rows; r++) {
+        const float *x = t->x + (start + r) * columns, *values = s->values + r * columns;
+        for (size_t c = 0; c < columns; c++) {
+            s->errors[r * s->stride + c] = values[c] - x[c];
+        }
+    }
     memset(s->sums, 0, STRIP * s->stride * sizeof(float));
-    for (size_t first = 0; first < columns; first += WIDE) {
-        const size_t width = smaller(WIDE, columns - first);
-        for (size_t r = 0; r < rows; r++) {
-            const float *x = t->x + (start + r) * columns + first;
-            const float *values = s->values + r * columns + first;
-            for (size_t c = 0; c < width; c++) {
-                s->errors[r * WIDE + c] = values[c] - x[c];
-            }
-        }
-        for (size_t from = 0; from < columns; from += WIDE) {
-            load_panel(s, t->gram, first, width, from);
-            add_products(s, width, from);
-        }
+    for (size_t from = 0; from < columns; from += WIDE) {
+        pass_on(s, rows, t->gram, columns, from);
     }
 }
 
@@ -562,19 +499,20 @@ static void find_middles(Strips *s) {
 
 static int compensate(const Compensation *task) {
     /* And a line of cache more, or rows of a power of two would all want the same places in it. */
-    const size_t stride = (task->columns + WIDE - 1) / WIDE * WIDE + 16;
-    const size_t floats = STRIP * (stride + task->columns + WIDE) + WIDEST * WIDE;
-    float *memory = malloc(floats * sizeof *memory);
+    const size_t stride = (task->columns + WIDE - 1) / WIDE * WIDE + LINE;
+    const size_t floats = STRIP * (2 * stride + task->columns) + DEEP * WIDE;
+    float *memory = malloc((floats + LINE) * sizeof *memory);
     Moves *moves = calloc(STRIP, sizeof *moves);
     Block *block = calloc(1, sizeof *block);
-    Strips s = {.task = task, .stride = stride, .sums = memory, .moves = moves, .block = block};
+    Strips s = {.task = task, .stride = stride, .moves = moves, .block = block};
     if (!memory || !moves || !block) {
         free(memory), free(moves), free(block);
         return NO_MEMORY;
     }
-    s.values = s.sums + STRIP * stride;
-    s.errors = s.values + STRIP * task->columns;
-    s.panel = s.errors + STRIP * WIDE;
+    s.sums = aligned(memory);
+    s.errors = s.sums + STRIP * stride;
+    s.panel = s.errors + STRIP * stride;
+    s.values = s.panel + DEEP * WIDE;
     find_middles(&s);
     const int refits = task->rescale || task->scales.unit || task->offsets.unit;
     for (size_t start = 0; start < task->rows; start += STRIP) {

@@ -213,14 +213,27 @@ typedef struct {
     Multiples scales, offsets;    /* that are changed in the first of them */
 } Compensation;
 
-/* Some rows of a matrix whose codes are to make up for the errors of its other rows too: `of` says
- * what it says there of these rows, but for `order`, `feedback` and scales that change. */
+/* sums (rows, columns) += left (rows, depth) · right, columns begin..end of them; row j of `right` is
+ * order[j] of a matrix of as many columns, or its row j. */
+typedef struct {
+    float *sums;
+    const float *left, *right;
+    const int32_t *order; /* (depth), or NULL */
+    size_t rows, depth, columns, begin, end;
+} Products;
+
+/* A step of the descent of rows that make up for each other's errors: columns first..first + width, at
+ * most SWEPT_COLUMNS, of at most SWEPT_ROWS rows. `of` says what it says there, but for x, `order` and
+ * scales that change. */
+enum { SWEPT_ROWS = 128, SWEPT_COLUMNS = 64 };
 typedef struct {
     Compensation of;
-    size_t all, first;   /* rows of the matrix, and the first of these, at most STRIP of them */
-    const float *shares; /* (rows, all) */
-    float *errors;       /* (all, columns): of all rows, those of these rows before and after */
-} RowSweep;
+    size_t first, width;
+    const float *shares;   /* (rows, rows) */
+    float *slope, *values; /* (rows, columns), those of these columns before and after */
+    float *moves;          /* (rows, columns that moved): of targets */
+    int32_t *places;       /* of these columns */
+} ColumnSweep;
 
 /* What values (rows, columns) were decoded to, in groups of `group` columns, the last of a row
  * perhaps shorter. Codes are low..high, a code step apart, in the units of `zero`. */
@@ -306,7 +319,8 @@ typedef struct {
     int (*levels_encode)(const LevelRows *task, Errors *found);
     void (*levels_decode)(const StoredLevels *stored, float *out);
     int (*compensate)(const Compensation *task);
-    int (*sweep_rows)(const RowSweep *task);
+    int (*multiply_ordered)(const Products *task);
+    int (*sweep_columns)(const ColumnSweep *task, size_t *moved, int *changed);
 
     const ProductKernels *products;
     const GgmlKernels *ggml;

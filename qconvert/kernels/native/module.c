@@ -1010,22 +1010,20 @@ FUNCTION(compensate, COMPENSATE) {
     RETURN(none_or_no_memory(status));
 }
 
-enum { SWEPT_ROWS = 128 };
-
-#define SWEEP_ROWS(X)                                                                           \
-    X(x) X(all_rows) X(first) X(rows) X(columns) X(levels) X(scale) X(zero) X(offset) X(length) \
-    X(gram) X(shares) X(errors) X(passes) X(codes)
-FUNCTION(sweep_rows, SWEEP_ROWS) {
-    BEGIN(sweep_rows, SWEEP_ROWS)
-    const Py_ssize_t all = SIZE(all_rows), first = SIZE(first), rows = SIZE(rows);
-    const Py_ssize_t columns = SIZE(columns), length = SIZE(length);
+#define SWEEP_COLUMNS(X)                                                                        \
+    X(rows) X(columns) X(first) X(width) X(levels) X(scale) X(zero) X(offset) X(length) X(gram) \
+    X(shares) X(slope) X(values) X(codes) X(moves) X(places)
+FUNCTION(sweep_columns, SWEEP_COLUMNS) {
+    BEGIN(sweep_columns, SWEEP_COLUMNS)
+    const Py_ssize_t rows = SIZE(rows), columns = SIZE(columns), length = SIZE(length);
+    const Py_ssize_t first = SIZE(first), width = SIZE(width);
     require(&call, length > 0, "groups must not be empty");
-    const int there = rows > 0 && rows <= SWEPT_ROWS && rows <= all && first <= all - rows;
-    require(&call, there, "rows that are none, or too many");
+    require(&call, rows > 0 && rows <= SWEPT_ROWS, "rows that are none, or too many");
+    const int there = width > 0 && width <= SWEPT_COLUMNS && width <= columns && first <= columns - width;
+    require(&call, there, "columns that are none, or too many");
     const Py_ssize_t groups = call.failed ? 0 : columns / length + (columns % length != 0);
-    RowSweep task = {.all = (size_t)all, .first = (size_t)first};
+    ColumnSweep task = {.first = (size_t)first, .width = (size_t)width};
     Compensation *of = &task.of;
-    of->x = INPUT(x, times(rows, columns), float);
     of->rows = (size_t)rows;
     of->columns = (size_t)columns;
     of->levels = floats_at(&call, ARG_levels, &of->level_count);
@@ -1036,13 +1034,47 @@ FUNCTION(sweep_rows, SWEEP_ROWS) {
     of->groups = (size_t)groups;
     of->length = (size_t)length;
     of->gram = INPUT(gram, times(columns, columns), float);
-    task.shares = INPUT(shares, times(rows, all), float);
-    task.errors = OUTPUT(errors, times(all, columns), float);
-    of->passes = (size_t)SIZE(passes);
+    task.shares = INPUT(shares, times(rows, rows), float);
+    task.slope = OUTPUT(slope, times(rows, columns), float);
+    task.values = OUTPUT(values, times(rows, columns), float);
     of->codes = OUTPUT(codes, times(rows, columns), uint8_t);
-    int fit = 1, status = DONE;
-    RUN(fit = indices_fit(of); status = fit ? call.kernels->sweep_rows(&task) : DONE)
-    require(&call, fit, "a code without level");
+    task.moves = OUTPUT(moves, times(rows, width), float);
+    task.places = OUTPUT(places, width, int32_t);
+    size_t moved = 0;
+    int changed = 0, status = DONE;
+    RUN(status = call.kernels->sweep_columns(&task, &moved, &changed))
+    RETURN(status == DONE ? Py_BuildValue("nO", (Py_ssize_t)moved, changed ? Py_True : Py_False)
+                          : PyErr_NoMemory());
+}
+
+/* Whether all of them are numbers of rows. */
+static int rows_fit(const int32_t *order, Py_ssize_t count, Py_ssize_t rows) {
+    for (Py_ssize_t i = 0; order && i < count; i++) {
+        if (order[i] < 0 || order[i] >= rows) {
+            return 0;
+        }
+    }
+    return order || count == rows;
+}
+
+#define MULTIPLY_ORDERED(X)                                                                     \
+    X(sums) X(left) X(right) X(order) X(rows) X(depth) X(right_rows) X(columns) X(begin) X(end)
+FUNCTION(multiply_ordered, MULTIPLY_ORDERED) {
+    BEGIN(multiply_ordered, MULTIPLY_ORDERED)
+    const Py_ssize_t rows = SIZE(rows), depth = SIZE(depth), columns = SIZE(columns);
+    const Py_ssize_t right_rows = SIZE(right_rows), begin = SIZE(begin), end = SIZE(end);
+    require(&call, begin <= end && end <= columns, "columns that are none");
+    Products task = {
+        .sums = OUTPUT(sums, times(rows, columns), float),
+        .left = INPUT(left, times(rows, depth), float),
+        .right = INPUT(right, times(right_rows, columns), float),
+        .order = OPTIONAL(order, depth, int32_t),
+        .rows = (size_t)rows, .depth = (size_t)depth, .columns = (size_t)columns,
+        .begin = (size_t)begin, .end = (size_t)end,
+    };
+    require(&call, call.failed || rows_fit(task.order, depth, right_rows), "rows that are none");
+    int status = DONE;
+    RUN(status = call.kernels->multiply_ordered(&task))
     RETURN(none_or_no_memory(status));
 }
 
@@ -1054,7 +1086,7 @@ FUNCTION(sweep_rows, SWEEP_ROWS) {
     X(encode_rows) X(quantize_blocks) X(quantize_channels) X(pack) X(unpack) X(cast)            \
     X(integer_dots) X(product) X(ggml_encode) X(ggml_quantize) X(ggml_decode)                   \
     X(codebook_encode) X(codebook_decode) X(levels_encode) X(levels_decode) X(levels_product)   \
-    X(compensate) X(sweep_rows)
+    X(compensate) X(multiply_ordered) X(sweep_columns)
 
 /* Names of the arguments of each function, by its name. */
 static PyObject *signatures(PyObject *module, PyObject *unused) {

@@ -36,7 +36,8 @@ const Kernels OF_VARIANT(kernels) = {
     .levels_encode = levels_encode,
     .levels_decode = levels_decode,
     .compensate = compensate,
-    .sweep_rows = sweep_rows,
+    .multiply_ordered = multiply_ordered,
+    .sweep_columns = sweep_columns,
     .products = &OF_VARIANT(products),
     .ggml = &OF_VARIANT(ggml),
 };

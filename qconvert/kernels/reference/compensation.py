@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from qconvert.kernels.arithmetic import SCALE_NUMPY, SWEPT_ROWS
 from qconvert.kernels.records import U8, CodeGrid, Factors, Multiples
+from qconvert.mapper import Mapper
 
 Floats = NDArray[Any]
 
@@ -175,7 +176,13 @@ def _revalue(
 
 
 def sweep_rows(
-    x: Floats, codes: U8, grid: CodeGrid, gram: Floats, shares: Floats, passes: int
+    x: Floats,
+    codes: U8,
+    grid: CodeGrid,
+    gram: Floats,
+    shares: Floats,
+    passes: int,
+    mapper: Mapper = map,
 ) -> U8:
     """Codes of rows that make up for the errors of other rows as well: the cost of errors e is
     Σ O_ik e_i H e_kᵀ over pairs of rows i, k, as in YAQA (Tseng et al., 2025). `SWEPT_ROWS` rows at
@@ -185,6 +192,7 @@ def sweep_rows(
         codes: as `compensate` left them, and ``grid`` with its scales.
         shares: O_ik / O_ii, (R, R), of a symmetric, damped O.
         passes: over all columns at most, for each run of rows.
+        mapper: for kernels that work on several threads.
     """
     codes = codes.copy()
     error = values_of(codes, grid) - x
