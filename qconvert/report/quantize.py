@@ -89,7 +89,9 @@ class Prediction:
         budget: as asked for.
         basis: what it was decided by: ``Fisher information`` of a calibration, or ``priors by
             role``, which give an order and predict nothing.
-        kl: predicted divergence of next tokens, in nats.
+        kl: predicted divergence of next tokens, in nats, for the rounding that tensors get.
+        kl_nearest: the same of codes rounded to nearest, which the mix was chosen by; None where
+            that is ``kl``.
         optimal: whether no other mix of the candidates is better by what was measured; ``gap`` is
             by how much one may be, in nats.
         measured: pairs of a tensor and a scheme that were measured; others came from
@@ -105,6 +107,7 @@ class Prediction:
     measured: int
     sensitivities: str | None
     without: list[str]
+    kl_nearest: float | None = None
 
 
 @dataclass(slots=True)

@@ -66,12 +66,21 @@ class Decided:
         prepared: the conversion with them.
         prediction: for the report, and what the file says of it.
         sizes: bytes of the tensors that a scheme was chosen for.
+        losses: of them, in nats; none without Fisher information.
     """
 
     options: QuantizeOptions
     prepared: Prepared
     prediction: Prediction
     sizes: dict[str, int]
+    losses: dict[str, float]
+
+    def expect(self, losses: Mapping[str, float]) -> None:
+        """Tell other losses of the tensors, in nats, those of the rounding that they get."""
+        assert self.prediction.kl is not None
+        self.prediction.kl_nearest = self.prediction.kl
+        self.prediction.kl = sum(losses.values())
+        self.prepared.provenance["prediction"]["kl"] = float(f"{self.prediction.kl:.6g}")
 
 
 def within_budget(
@@ -126,7 +135,8 @@ def within_budget(
         **({"kl": float(f"{found.loss:.6g}")} if informed else {}),
     }
     sizes = choices.sizes(found)
-    return Decided(chosen, again, prediction, sizes)
+    losses = choices.losses(found) if informed else {}
+    return Decided(chosen, again, prediction, sizes, losses)
 
 
 def choices_of(
@@ -337,6 +347,11 @@ class Choices:
         """Bytes of each tensor."""
         triples = zip(self._tensors, self._losses, found.picks, strict=True)
         return {t.name: list(losses.values())[pick].nbytes for t, losses, pick in triples}
+
+    def losses(self, found: Assignment) -> dict[str, float]:
+        """What each tensor loses."""
+        triples = zip(self._tensors, self._losses, found.picks, strict=True)
+        return {t.name: self._loss(t, list(losses.values())[pick]) for t, losses, pick in triples}
 
     def _loss(self, tensor: TensorInfo, loss: Loss) -> float:
         if not self.informed:

@@ -25,9 +25,11 @@ from qconvert.report import QuantizeReport
 from qconvert.schemes import CastScheme, KeepScheme, MixScheme, TensorScheme, adapted
 from qconvert.stages.budget import unknown_sensitivities, within_budget
 from qconvert.stages.checkpoints import as_directory
+from qconvert.stages.compensated_losses import CompensatedLosses
 from qconvert.stages.conversion import Job, fill_totals, planned_row, write_together
 from qconvert.stages.equalisation import rescaled
 from qconvert.stages.moving import moved_note
+from qconvert.stages.parallel import available_threads
 from qconvert.stages.plan import PlannedTensor, check_schemes
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions, RepairText
 from qconvert.stages.rounding import Roundings, plan_roundings
@@ -163,7 +165,7 @@ def _begun(source: Path, options: QuantizeOptions, files: ExitStack, progress: P
         plain, prepared, calibration, equalisation = rescaled(
             plain, prepare, calibration, options, files, progress
         )
-        prediction, sizes = None, {}
+        decided, prediction, sizes = None, None, {}
         if options.budget:
             decided = within_budget(
                 *(target, opened, plain, options, output, container.name, calibration, progress)
@@ -201,10 +203,15 @@ def _begun(source: Path, options: QuantizeOptions, files: ExitStack, progress: P
                 f"the static ranges of {len(calibration.rescaled)} layers with rescaled inputs are "
                 "those of the extremes of their channels"
             )
-        if prediction and roundings.compensated:
-            report.notes.append(
-                "losses are predicted for codes rounded to nearest: compensated ones lose less"
-            )
+        if decided and calibration and decided.losses and roundings.compensated:
+            left = CompensatedLosses(prepared, options, calibration, roundings)
+            threads = options.threads or available_threads()
+            decided.expect(left.of(decided.losses, progress, threads))
+            if options.repair:
+                report.notes.append(
+                    "losses are predicted for compensated codes: what aiming at the outputs of the "
+                    "float model makes up for is not"
+                )
         if options.range and not prepared.ranged:
             report.warnings.append("--range has no effect: no tensor takes a scheme with ranges")
         job = Job(prepared, plain, options, calibration, roundings, report, progress)

@@ -28,7 +28,7 @@ from qconvert.codecs.compensation import (
     shares_of,
 )
 from qconvert.errors import FormatError, UsageError
-from qconvert.kernels.records import F32, Factors
+from qconvert.kernels.records import F32, F64, Factors
 from qconvert.mapper import Mapper
 from qconvert.model import Model, TensorInfo
 from qconvert.stages.made_from import made_from
@@ -94,11 +94,14 @@ class Roundings:
         """Names of those of them whose rows make up for each other's errors."""
         return [name for name in self.compensated if self.of[name].by_row is None]
 
-    def rounder(self, tensor: str, mapper: Mapper = map) -> Rounder | None:
+    def rounder(
+        self, tensor: str, mapper: Mapper = map, rows: NDArray[np.int64] | None = None
+    ) -> Rounder | None:
         """What chooses the codes of a tensor; None where they are the nearest.
 
         Args:
             mapper: runs work on parts of a whole matrix.
+            rows: of the tensor that codes are chosen for; None for all.
         """
         found = self.of.get(tensor)
         if found is None or found.method != COMPENSATED:
@@ -106,7 +109,23 @@ class Roundings:
         factors = partial(self._factors, self.layers[tensor])
         if found.by_row is not None:
             return Rounder(factors)
-        return Rounder(factors, shares=partial(self._shares, tensor), mapper=mapper)
+        return Rounder(factors, shares=partial(self._shares, tensor, rows), mapper=mapper)
+
+    def output(self, tensor: str, rows: NDArray[np.int64] | None = None) -> F64 | None:
+        """What the errors of rows of a tensor have to do with each other, (rows, rows); None where
+        they are not said to make up for each other's.
+
+        Args:
+            rows: of the tensor; None for all.
+        """
+        if self.of[tensor].by_row is not None:
+            return None
+        assert self.calibration
+        located = self.of[tensor].located
+        if located is not None:
+            rows = located if rows is None else located[rows]
+        found = output_factor(self.calibration, self.layers[tensor])
+        return found if rows is None else found[np.ix_(rows, rows)]
 
     @contextmanager
     def room(self, tensor: str) -> Iterator[None]:
@@ -142,16 +161,13 @@ class Roundings:
         except ValueError as e:
             raise self._unusable("Gram matrix", layer, e) from e
 
-    def _shares(self, tensor: str) -> F32:
-        assert self.calibration
-        layer, located = self.layers[tensor], self.of[tensor].located
-        output = output_factor(self.calibration, layer)
-        if located is not None:
-            output = output[np.ix_(located, located)]
+    def _shares(self, tensor: str, rows: NDArray[np.int64] | None) -> F32:
+        output = self.output(tensor, rows)
+        assert output is not None
         try:
             return shares_of(output)
         except ValueError as e:
-            raise self._unusable("Fisher information", layer, e) from e
+            raise self._unusable("Fisher information", self.layers[tensor], e) from e
 
     def _unusable(self, what: str, layer: str, why: ValueError) -> FormatError:
         assert self.calibration

@@ -121,6 +121,8 @@ def _prediction(p: Prediction) -> str:
         told = "by priors of each role, without a prediction: calibrate with --fisher for one"
     else:
         told = f"predicted divergence {p.kl:.3g} nats by the Fisher information"
+        if p.kl_nearest is not None:
+            told += f", {p.kl_nearest:.3g} if rounded to nearest"
     best = "no better mix" if p.optimal else "the best mix found"
     return f"budget     {p.budget}: {told}; {best} of the schemes\n"
 
