@@ -21,7 +21,7 @@ from qconvert.stages.verdict import judge_embeddings, judge_tokens
 from qconvert.tensor_classes import class_of
 
 LLAMA = ROOT / "samples/tiny-llama"
-RAN = Execution("none", 0, 0, 0, 0)
+RAN = Execution("none", "cpu", 0, 0, 0, 0)
 # llama.cpp, tools/perplexity/README.md at 0c1e57098: LLaMA 3 8B without an importance matrix, bits
 # per weight (by the sizes in GiB there, of 8.03e9 weights) and mean divergence in nats.
 LLAMA_3_8B = {

@@ -56,6 +56,15 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, metavar="N", help="default: all available processors"),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="that torch runs the model on: cpu, cuda, cuda:N, mps or auto; bytes may differ "
+        "between devices [cpu]",
+    ),
+]
 Force = Annotated[
     bool,
     typer.Option(
@@ -354,6 +363,7 @@ def calibrate(
         ),
     ] = None,
     threads: Threads = None,
+    device: Device = None,
     json: Json = False,
     report: ReportFile = None,
     html: Html = None,
@@ -409,6 +419,7 @@ def calibrate(
             imatrix=imatrix,
             record=record,
             threads=threads,
+            device=device,
             force=force,
             strict=strict,
             progress=emitter.progress,
@@ -1139,6 +1150,7 @@ def verify(
         int, typer.Option("--seed", help="of Gaussian activations and drawn windows")
     ] = 0,
     threads: Threads = None,
+    device: Device = None,
     json: Json = False,
     report: ReportFile = None,
     junit: Annotated[
@@ -1213,6 +1225,7 @@ def verify(
             seed=seed,
             histograms=html is not None,
             threads=threads,
+            device=device,
             strict=strict,
             progress=emitter.progress,
         )

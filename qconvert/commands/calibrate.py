@@ -40,6 +40,7 @@ def calibrate(
     imatrix: Path | str | None = None,
     record: Path | str | None = None,
     threads: int | None = None,
+    device: str | None = None,
     force: bool = False,
     strict: bool = False,
     progress: Progress | None = None,
@@ -77,6 +78,9 @@ def calibrate(
         imatrix: also write an importance matrix for llama-quantize here.
         record: also keep 64 rows of each input in this directory, for ``verify(samples=...)``.
         threads: for ``text``; all available processors by default.
+        device: that torch runs the model on: ``cpu``, the default, ``cuda``, ``cuda:N``, ``mps`` or
+            ``auto``. Statistics are summed exactly in any case; what is summed differs in its last
+            bits between devices, and so may the bytes of the calibration.
         force: replace existing files.
         strict: a warning makes the report's status ``fail``, and nothing is written.
         progress: is told of the steps of long work.
@@ -110,6 +114,7 @@ def calibrate(
             "--fisher": fisher or None,
             "--record": record,
             "--threads": threads,
+            "--device": device,
         },
     )
     check_bounds("--threads", threads, 1)
@@ -140,6 +145,7 @@ def calibrate(
             strict=strict,
         )
         return stage(recorded, progress).judged(strict)
+    from qconvert.running.device import CPU, check_device
     from qconvert.running.text import DEFAULT_SEQLEN
     from qconvert.stages.calibrate_text import TextOptions, calibrate_text
 
@@ -158,6 +164,7 @@ def calibrate(
         imatrix=as_path(imatrix),
         record=as_path(record),
         threads=threads,
+        device=check_device(device or CPU),
         force=force,
         strict=strict,
     )

@@ -13,6 +13,7 @@ from qconvert.errors import UsageError
 from qconvert.progress import Progress
 from qconvert.report import Check, VerifyReport
 from qconvert.report.verify import REBUILD
+from qconvert.running.device import CPU, check_device
 from qconvert.stages.rebuild import Recipe, rebuilt, recorded_recipe
 from qconvert.stages.verify import ACTIVATIONS, VerifyOptions
 from qconvert.stages.verify import verify as stage
@@ -46,6 +47,7 @@ def verify(
     min_cosine: float | None = None,
     seed: int = 0,
     threads: int | None = None,
+    device: str | None = None,
     strict: bool = False,
     progress: Progress | None = None,
 ) -> VerifyReport:
@@ -94,6 +96,9 @@ def verify(
         min_cosine: fail when the mean cosine of an encoder's embeddings is below.
         seed: of Gaussian activations and drawn windows.
         threads: all available processors by default.
+        device: that torch runs both models of ``text`` on: ``cpu``, the default, ``cuda``,
+            ``cuda:N``, ``mps`` or ``auto``; in float32. Figures differ in their last digits between
+            devices.
         strict: a warning makes the report's status ``fail``.
         progress: is told of the steps of long work.
 
@@ -137,6 +142,7 @@ def verify(
         "--max-kl": max_kl,
         "--max-ppl-increase": max_ppl_increase,
         "--min-cosine": min_cosine,
+        "--device": device,
     }
     quality = None
     if text is not None:
@@ -151,6 +157,7 @@ def verify(
             max_ppl_increase=share("--max-ppl-increase", max_ppl_increase),
             min_cosine=as_float(min_cosine),
             threads=threads,
+            device=_device(device, activations),
         )
     elif alone := next((name for name, limit in of_text.items() if limit is not None), None):
         raise UsageError(f"{alone} goes with --text")
@@ -206,3 +213,19 @@ def _rebuilt(
         threads=options.threads,
     )
     return rebuilt(recipe, options.against, make)
+
+
+def _device(device: str | None, activations: str | None) -> str:
+    """The name of a device for both models.
+
+    Raises:
+        UsageError: it is none, or products of integers are wanted elsewhere than on the CPU.
+    """
+    found = check_device(device or CPU)
+    if found != CPU and activations not in (None, "none"):
+        raise UsageError(
+            "--device: integer products run on the CPU",
+            found=f"--device {found} --activations {activations}",
+            hint="leave out one of them",
+        )
+    return found

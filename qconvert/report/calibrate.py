@@ -60,6 +60,7 @@ class CalibrateReport(Report):
         chunks, tokens: of the text that was run; None for recorded activations.
         resumed_at: pieces of text that an interrupted run had done; None without ``--resume``.
         unreached: layers that no token came through.
+        device: of torch that ran the text; None for recorded activations.
         imatrix, record: other files that were written.
         written: whether the outputs are there; not where a warning under ``--strict`` took them
             back.
@@ -78,6 +79,7 @@ class CalibrateReport(Report):
     imatrix: str | None = None
     record: str | None = None
     written: bool = True
+    device: str | None = None
     fisher: CalibratedFisher | None = None
 
     def _said(self) -> Iterator[str]:

@@ -112,6 +112,7 @@ class Execution:
 
     Attributes:
         activations: as asked for: ``none``, ``dynamic``, ``static`` or ``auto``.
+        device: of torch: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         static_layers, dynamic_layers: linear layers that ran in integers.
         float_layers: layers with codes that ran in float: embeddings, and linear layers under
             ``none``.
@@ -119,6 +120,7 @@ class Execution:
     """
 
     activations: str
+    device: str
     static_layers: int
     dynamic_layers: int
     float_layers: int

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from qconvert.errors import UnsupportedError
 from qconvert.model import Model, layer_name
+from qconvert.running.device import device_of
 from qconvert.running.hugging_face import Checkpoint
 from qconvert.running.layers import Layer, rows_of
 
@@ -121,7 +122,7 @@ def _watching(
                 leaf = result.detach().float().requires_grad_()
                 table = tables.get(args[1].data_ptr())
                 if table is not None:
-                    ids = args[0].detach().reshape(-1).numpy()
+                    ids = args[0].detach().reshape(-1).cpu().numpy()
                     leaf.register_hook(lambda g: on_lookup(table, ids, rows_of(g)))
                 return leaf.clone()  # a model may change what it gets
             return result
@@ -193,7 +194,8 @@ def run_sampled(
     import torch
     from torch.nn import functional
 
-    ids = torch.from_numpy(np.ascontiguousarray(tokens)[None])
+    device = device_of(checkpoint.model)
+    ids = torch.from_numpy(np.ascontiguousarray(tokens)[None]).to(device)
     with torch.enable_grad():
         logits = checkpoint.model(input_ids=ids, use_cache=False).logits[0]
         if not logits.requires_grad:
@@ -203,7 +205,7 @@ def run_sampled(
                 hint="calibrate without --fisher",
                 code="FISHER-GRADIENT",
             )
-        labels = torch.from_numpy(sampled(logits.detach().numpy(), tokens, seed))
+        labels = torch.from_numpy(sampled(logits.detach().cpu().numpy(), tokens, seed)).to(device)
         loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
         before_backward()
         loss.backward()

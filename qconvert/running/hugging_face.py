@@ -15,6 +15,7 @@ from qconvert.files.safetensors import open_safetensors
 from qconvert.files.shards import MAX_COMPANION_BYTES
 from qconvert.files.strict_json import read_object
 from qconvert.progress import Progress, Silent
+from qconvert.running.device import CPU
 from qconvert.running.streaming import stream_weights, widen_if_needed
 
 INSTALL = "pip install torch transformers, or '.[hf]' in a checkout of qconvert"
@@ -33,7 +34,7 @@ ENCODER = (
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model ready to run on the CPU, and its tokenizer.
+    """A model ready to run, and its tokenizer.
 
     Attributes:
         path: the directory.
@@ -51,7 +52,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: Path, *, threads: int | None = None, streamed: bool = False
+    path: Path, *, threads: int | None = None, streamed: bool = False, device: str = CPU
 ) -> Checkpoint:
     """Load a directory as Hugging Face lays it out; code in it or named by it is never run.
 
@@ -60,6 +61,7 @@ def open_checkpoint(
         threads: of torch, for the whole process; None leaves its own choice.
         streamed: leave matrices in their files; see `qconvert.running.streaming`. The model then
             computes in float32 as otherwise, but its parameters are not all float32.
+        device: of torch, where the weights go; those that are streamed in the dtype of their files.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -107,6 +109,8 @@ def open_checkpoint(
     if streamed:
         stream_weights(model)
         widen_if_needed(model)
+    if device != CPU:
+        model.to(device)
     return Checkpoint(path, model, tokenizer, config, kind)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.model import Model, TensorInfo, layer_name
+from qconvert.running.device import device_of
 from qconvert.running.hugging_face import Checkpoint
 
 F32 = NDArray[np.float32]
@@ -124,7 +125,7 @@ def _first_part(model: Model, tensor: TensorInfo, parts: Mapping[bytes, Any]) ->
 
 def _row(matrix: Any, at: int) -> bytes:
     """A row as it is in float32."""
-    data: bytes = matrix[at].detach().float().contiguous().numpy().tobytes()
+    data: bytes = matrix[at].detach().float().cpu().contiguous().numpy().tobytes()
     return data
 
 
@@ -294,7 +295,7 @@ def run_tokens(checkpoint: Checkpoint, tokens: NDArray[np.int64]) -> None:
     """One forward pass over a window or a line, (tokens,)."""
     import torch
 
-    ids = torch.from_numpy(np.ascontiguousarray(tokens)[None])
+    ids = torch.from_numpy(np.ascontiguousarray(tokens)[None]).to(device_of(checkpoint.model))
     options = {"use_cache": False} if checkpoint.kind == "causal" else {}
     with torch.inference_mode():
         checkpoint.model(input_ids=ids, **options)
@@ -302,5 +303,5 @@ def run_tokens(checkpoint: Checkpoint, tokens: NDArray[np.int64]) -> None:
 
 def rows_of(x: Any) -> F32:
     """A torch tensor as rows of its last dimension, (rows, C) float32."""
-    rows: F32 = x.detach().reshape(-1, x.shape[-1]).float().contiguous().numpy()
+    rows: F32 = x.detach().reshape(-1, x.shape[-1]).float().cpu().contiguous().numpy()
     return rows

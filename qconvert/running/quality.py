@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.errors import UnsupportedError, UsageError
+from qconvert.running.device import device_of
 from qconvert.running.hugging_face import Checkpoint
 from qconvert.running.text import consecutive_windows, first_token, token_chunks
 
@@ -208,7 +209,11 @@ def compare_models(
         for start in range(0, len(chunks.inputs), batch):
             ids = torch.from_numpy(chunks.inputs[start : start + batch])
             one, other = (
-                c.model(input_ids=ids, use_cache=False).logits[:, scored].flatten(0, 1).numpy()
+                c.model(input_ids=ids.to(device_of(c.model)), use_cache=False)
+                .logits[:, scored]
+                .flatten(0, 1)
+                .cpu()
+                .numpy()
                 for c in (source, quantized)
             )
             if one.shape != other.shape:
@@ -276,11 +281,12 @@ def sentence_cosines(
     cosines = np.empty(len(sentences))
     with torch.inference_mode():
         for i, tokens in enumerate(sentences):
-            ids = torch.from_numpy(tokens)[None]
+            ids = torch.from_numpy(tokens)[None].to(device_of(source.model))
             mask = torch.ones_like(ids)
             a, b = (
                 c.model.base_model(input_ids=ids, attention_mask=mask)
                 .last_hidden_state[0]
+                .cpu()
                 .numpy()
                 .astype(np.float64)
                 .mean(axis=0)

@@ -25,6 +25,7 @@ from qconvert.files.qblk_header import SLASH
 from qconvert.geometry import TILE_VALUES
 from qconvert.kernels.activations import DynamicInput, StaticInput
 from qconvert.model import DTYPES, Model, TensorInfo
+from qconvert.running.device import CPU
 from qconvert.running.hugging_face import (
     CONFIG,
     Checkpoint,
@@ -118,7 +119,9 @@ def open_quantized(
         model.close()
 
 
-def open_source(path: Path, *, threads: int | None = None, streamed: bool = False) -> Checkpoint:
+def open_source(
+    path: Path, *, threads: int | None = None, streamed: bool = False, device: str = CPU
+) -> Checkpoint:
     """A directory as `hugging_face.open_checkpoint` loads it; one of codes that are read as weights
     with these in memory, float32.
 
@@ -128,8 +131,10 @@ def open_source(path: Path, *, threads: int | None = None, streamed: bool = Fals
     with open_weights(path) as model:
         quantized = isinstance(model, QuantizedModel)
     if quantized:
-        return open_quantized(path, threads=threads, check=False, decoded=True).checkpoint
-    return open_checkpoint(path, threads=threads, streamed=streamed)
+        found = open_quantized(path, threads=threads, check=False, decoded=True).checkpoint
+        found.model.to(device)
+        return found
+    return open_checkpoint(path, threads=threads, streamed=streamed, device=device)
 
 
 def open_tokenizer(path: Path, *, directory: Path | None = None) -> Any:

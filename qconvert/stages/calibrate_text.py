@@ -51,6 +51,7 @@ from qconvert.files.scratch import Scratch
 from qconvert.model import Model, layer_name
 from qconvert.progress import Progress, Silent
 from qconvert.report import CalibratedFisher, CalibrateReport
+from qconvert.running.device import CPU, chosen_device
 from qconvert.running.gradients import (
     recomputed_blocks,
     run_sampled,
@@ -93,6 +94,7 @@ class TextOptions:
     imatrix: Path | None = None
     record: Path | None = None
     threads: int | None = None
+    device: str = CPU
     force: bool = False
     strict: bool = False
     statistics_bytes: int = STATISTICS_BYTES
@@ -130,9 +132,9 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
         imatrix = opened(options.imatrix) if options.imatrix else None
         record = opened(_record_file(options.record)) if options.record else None
         require("torch", "transformers", progress=progress)
-        checkpoint = open_source(
-            options.model, threads=options.threads or available_threads(), streamed=True
-        )
+        device = chosen_device(options.device)
+        threads = options.threads or available_threads()
+        checkpoint = open_source(options.model, threads=threads, streamed=True, device=device)
         if options.imatrix:
             layer_places(checkpoint.config, options.model / "config.json")
         opened_model = stack.enter_context(open_weights(options.model))
@@ -180,6 +182,7 @@ def calibrate_text(options: TextOptions, progress: Progress | None = None) -> Ca
         written=written,
         seconds=time.perf_counter() - started,
     )
+    report.device = device
     report.fisher = run.fisher_report()
     return report
 

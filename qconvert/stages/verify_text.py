@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import ge, le
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import numpy as np
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.progress import Progress
 from qconvert.report import Check, EmbeddingQuality, Execution, TokenQuality
-from qconvert.running.hugging_face import Checkpoint
+from qconvert.running.device import CPU, chosen_device
+from qconvert.running.hugging_face import Checkpoint, require
 from qconvert.running.quality import (
     SCORINGS,
     BlindGuess,
@@ -49,6 +50,7 @@ class QualityOptions:
     max_ppl_increase: float | None = None
     min_cosine: float | None = None
     threads: int | None = None
+    device: str = CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +74,19 @@ def measure_quality(
         UsageError: options contradict the model or each other.
         MachineError: torch or transformers is not installed.
     """
-    source = open_source(against, threads=options.threads)
+    require("torch", "transformers", progress=progress)
+    options = replace(options, device=chosen_device(options.device))
+    source = open_source(against, threads=options.threads, device=options.device)
+    elsewhere = options.device != CPU  # where our own layers do not run
     quantized = open_quantized(
-        path, options.activations, directory=against, threads=options.threads, check=False
+        *(path, options.activations),
+        directory=against,
+        threads=options.threads,
+        check=False,
+        decoded=elsewhere,
     )
+    if elsewhere:
+        quantized.checkpoint.model.to(options.device)
     _same_kind(source, quantized.checkpoint, options.text)
     seqlen = _seqlen(source, options)
     if source.kind == "encoder":
@@ -218,6 +229,7 @@ def _limited(
 def _execution(quantized: QuantizedCheckpoint, options: QualityOptions) -> Execution:
     return Execution(
         activations=options.activations,
+        device=options.device,
         static_layers=len(quantized.static),
         dynamic_layers=len(quantized.dynamic),
         float_layers=len(quantized.quantized) - len(quantized.static) - len(quantized.dynamic),

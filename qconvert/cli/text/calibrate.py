@@ -54,6 +54,8 @@ def _text_lines(r: CalibrateReport) -> str:
     if r.chunks is not None:
         went_on = f", resumed after {r.resumed_at:,}" if r.resumed_at else ""
         lines.append(f"text       {r.tokens:,} tokens in {r.chunks:,} pieces{went_on}\n")
+    if r.device:
+        lines.append(f"device     {r.device}\n")
     lines += [f"no token   {printable(name)}\n" for name in r.unreached]
     if r.fisher:
         lines.append(_fisher(r.fisher))

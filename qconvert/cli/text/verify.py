@@ -188,7 +188,9 @@ def _execution(e: Execution) -> str:
         (e.float_layers, "quantized layers in float"),
         (e.dequantized_tensors, "tensors dequantized"),
     )
-    return ", ".join(f"{count} {what}" for count, what in counts if count) or "nothing quantized"
+    where = "" if e.device == "cpu" else f", on {e.device}"
+    told = ", ".join(f"{count} {what}" for count, what in counts if count) or "nothing quantized"
+    return told + where
 
 
 def _worse(t: VerifiedTensor) -> float:
