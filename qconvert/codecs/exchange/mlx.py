@@ -6,21 +6,19 @@ The law is formats/exchange/mlx.md.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from qconvert import kernels
+from qconvert.codecs.affine.compensated import stored_parameters
 from qconvert.codecs.affine.encoding import Affine
 from qconvert.codecs.affine.weighting import weighting
 from qconvert.codecs.codec import Codec, Encoder, Facts, Outcome, Stored
 from qconvert.codecs.compensation import Rounder, values_at_once
 from qconvert.codecs.exchange.bits import WORD, packed_rows, row_bytes, unpacked_rows
-from qconvert.codecs.exchange.integers import (
-    IntegerLayout,
-    as_codes,
-)
+from qconvert.codecs.exchange.integers import EVERYWHERE, IntegerLayout, as_codes
 from qconvert.codecs.exchange.layout import Part
 from qconvert.codecs.exchange.micro import FP4, FP8, MX_GROUP, NV_GROUP, Micro
 from qconvert.codecs.exchange.micro_encoder import micro_encoder
@@ -28,7 +26,7 @@ from qconvert.codecs.source import finite_weights, source_rows, tiles_of
 from qconvert.codecs.units import exact_scales, regrouped, with_offset, without_offset
 from qconvert.exchange_schemes import MLX_AFFINE, NOT_ROUNDED, MlxScheme
 from qconvert.geometry import Tile
-from qconvert.kernels.arithmetic import SCALE_NUMPY, real_zero, to_groups
+from qconvert.kernels.arithmetic import SCALE_NUMPY, real_zero
 from qconvert.kernels.records import (
     F32,
     U8,
@@ -37,6 +35,7 @@ from qconvert.kernels.records import (
     Encoded,
     ErrorSums,
     IntegerRows,
+    Parameters,
     Weighting,
 )
 from qconvert.kernels.reference.statistics import weighted_error_sums
@@ -46,7 +45,7 @@ from qconvert.ranges import RangeMethod, default_method
 WORDS, SCALES, BIASES = ".weight", ".scales", ".biases"
 # Values that are worked on together: several arrays of them fit into a core's own cache, where they
 # pass through one step after another.
-AT_ONCE = 1 << 18
+AT_ONCE = 1 << 16
 
 
 def packed_shape(shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
@@ -148,32 +147,44 @@ class MlxEncoder(Encoder):
         return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, AT_ONCE))
 
     def encode(self, tile: Tile) -> Encoded:
-        code = self.code
+        code, rows = self.code, source_rows(self.model, self.tensor, tile)
         with finite_weights(self.model, self.tensor):
-            x = kernels.values(source_rows(self.model, self.tensor, tile))
-        groups, counts = to_groups(x, code.block)
-        found = kernels.fit(groups, code, self.method, counts, self.weights)
+            done = kernels.quantize_rows(rows, code, self.method, EVERYWHERE, self.weights)
+        found = stored_parameters(done.segments, code)
         dtype = SCALE_NUMPY[code.scale_dtype]
         bias = (-real_zero(found.zero, code.bits) * found.scale).astype(dtype).astype(np.float32)
-        zero = np.zeros(len(groups), np.int32)
-        above = groups - bias[:, None]
-        nearest, clipped = kernels.encode(above, found.scale, zero, code.bits, False)
-        codes = nearest.reshape(tile.rows, -1)
-        scale, bias = found.scale.reshape(tile.rows, -1), bias.reshape(tile.rows, -1)
+        x, shape = kernels.values(rows), (tile.rows, -1)
+        above = (x.reshape(len(bias), -1) - bias[:, None]).reshape(x.shape)
+        squares = None if self.weights is None else self.weights.mean_square
+        grid = Parameters(found.scale, np.zeros(len(bias), np.int32))
+        nearest = kernels.encode_rows(above, code, grid, squares)
+        codes = kernels.load_codes(bytes(nearest.segments["codes"]), code).reshape(shape)
+        scale, bias = found.scale.reshape(shape), bias.reshape(shape)
         if self.rounder:
-            levels = np.arange(1 << code.bits, dtype=np.float32)
-            grid = CodeGrid(levels, scale, np.zeros_like(scale), bias, code.block)
-            codes, grid = self.rounder.codes(x, codes, grid, code.scale_dtype)
-            scale = grid.scale
-        numbers = codes.reshape(groups.shape), scale.ravel(), zero
+            return self._compensated(x, codes, scale, bias)
+        # What is lost above the bias is what is lost; what there was is known from the first pass.
+        error = replace(
+            nearest.error, signal=done.error.signal, weighted_signal=done.error.weighted_signal
+        )
+        return Encoded(self.layout.packed(codes, scale, bias), error)
+
+    def _compensated(self, x: F32, codes: U8, scale: F32, bias: F32) -> Encoded:
+        """Rows x (R, C) in codes that make up for each other's errors, from the nearest ones."""
+        assert self.rounder
+        code = self.code
+        levels = np.arange(1 << code.bits, dtype=np.float32)
+        grid = CodeGrid(levels, scale, np.zeros_like(scale), bias, code.block)
+        codes, grid = self.rounder.codes(x, codes, grid, code.scale_dtype)
+        zero = np.zeros(scale.size, np.int32)
+        numbers = codes.reshape(scale.size, -1), grid.scale.ravel(), zero
         values = kernels.decode(*numbers, code.bits, False)
         values += bias.reshape(-1, 1)
         values = values.reshape(x.shape)
         sums, weighted = kernels.error_sums(x, values), (0.0, 0.0)
         if self.weights is not None:
             weighted = weighted_error_sums(x, values, self.weights.mean_square)
-        error = ErrorSums(x.size, *sums, clipped, *weighted)
-        return Encoded(self.layout.packed(codes, scale, bias), error)
+        error = ErrorSums(x.size, *sums, 0, *weighted)
+        return Encoded(self.layout.packed(codes, grid.scale, bias), error)
 
     def outcome(self, seen: Encoded) -> Outcome:
         note: dict[str, Any] = {"range": self.method.describe()}
