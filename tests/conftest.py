@@ -66,6 +66,12 @@ WITHOUT_KERNELS = {
         *("published_configs", "prove_micro", "prove_packed", "python", "safetensors", "schemes"),
         *("sets", "spec", "streams"),
         *("encoders", "families", "style", "training", "tune"),
+        # What runs models with what a few kernels give, which other files hold to the reference.
+        *("device", "finetune", "quality", "repair", "running", "verify_run"),
+        # Where tensors lie and what they are called, whatever is made of them.
+        *("adapters", "gguf_directories", "restored"),
+        # What is predicted and timed.
+        *("bench", "compensated_losses"),
         # What is done with figures once they are there: judged, compared, written, shown.
         *("compare", "documents", "fitting", "floors", "limits", "rebuild", "reports"),
         *("scheme_list", "side_files", "tables", "terminal", "together", "verdict"),

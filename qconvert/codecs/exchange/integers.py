@@ -22,7 +22,7 @@ from qconvert.codecs.codec import Coded, Encoder, Facts, Grain, Grid, Outcome, S
 from qconvert.codecs.compensation import Rounder, values_at_once
 from qconvert.codecs.exchange.layout import Layout, refuse_values, ungrouped
 from qconvert.codecs.gathered import Gathered
-from qconvert.codecs.source import RUN_VALUES, finite_weights, source_rows, tiles_of
+from qconvert.codecs.source import finite_weights, source_rows, tiles_of
 from qconvert.codecs.units import centred, exact_scales, regrouped, values_of
 from qconvert.geometry import Tile
 from qconvert.kernels.arithmetic import SCALE_NUMPY, round_scale, to_groups, zero_steps
@@ -39,6 +39,8 @@ from qconvert.kernels.records import (
 from qconvert.model import Model, TensorInfo
 from qconvert.ranges import RangeMethod, default_method
 
+# Values that are worked on together, of which several arrays stay in a core's cache.
+AT_ONCE = 1 << 18
 EVERYWHERE = (-np.inf, np.inf)  # no value is an outlier: nothing is decided by them here
 
 
@@ -178,7 +180,7 @@ class IntegerEncoder(Encoder):
         return self.layout
 
     def tiles(self) -> Iterator[Tile]:
-        return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, RUN_VALUES))
+        return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, AT_ONCE))
 
     def encode(self, tile: Tile) -> Encoded:
         rows, code = source_rows(self.model, self.tensor, tile), self.code
