@@ -429,12 +429,12 @@ static void run_compensation(const Kernels *k, size_t rows, size_t columns, size
     size_t moved;
     int changed;
     check(k->sweep_columns(&sweep, &moved, &changed));
-    take(codes, swept * columns);
-    take(places, moved * sizeof *places);
     const Products products = {values, moves, gram, places, swept, moved, columns, 0, columns};
     check(k->multiply_ordered(&products));
+    take(codes, swept * columns);
+    take(places, moved * sizeof *places);
     take(values, swept * columns * sizeof *values);
-    free(slope), free(values), free(moves), free(places), free(codes);
+    free(slope), free(moves);
     free(shares), free(scale), free(unit);
     free(x), free(zero), free(offset), free(levels), free(gram), free(feedback), free(order);
 }
