@@ -69,7 +69,7 @@ WITHOUT_KERNELS = {
         # What runs models with what a few kernels give, which other files hold to the reference.
         *("device", "finetune", "quality", "repair", "running", "verify_run"),
         # Where tensors lie and what they are called, whatever is made of them.
-        *("adapters", "gguf_directories", "restored"),
+        *("adapters", "gguf_directories", "restored", "tokens"),
         # What is predicted and timed.
         *("bench", "compensated_losses"),
         # What is done with figures once they are there: judged, compared, written, shown.

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from awkward_texts import LETTERS_ALONE, OTHERWISE_CUT, awkward, marked, trained
 from conftest import ROOT
 from numpy.typing import NDArray
 from tiny_models import CONFIGS, TOKENIZERS, added, charsmap, weights, write_directory
 
 from qconvert.architectures import open_gguf_source
 from qconvert.architectures.llama_tokenizer import LlamaTokenizer
+from qconvert.architectures.pretokenizers import NAMES
 from qconvert.architectures.token_check import AWKWARD, COMPOSED, HANGUL, ORDINARY
 from qconvert.files import open_model
 from qconvert.files.gguf_split import SplitGgufWriter, plan_shards, shard_path
@@ -277,6 +279,40 @@ def test_our_model_of_llama_cpp_gives_its_tokens(kind: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_our_model_of_llama_cpp_knows_its_variants(variant: str, tmp_path: Path) -> None:
     compared(tmp_path, *VARIANTS[variant])
+
+
+@pytest.mark.parametrize(("expressions", "ignore_merges"), NAMES)
+def test_awkward_texts_of_every_pre_tokenizer(
+    expressions: tuple[str, ...], ignore_merges: bool, tmp_path: Path
+) -> None:
+    """llama.cpp, our model of it, and the tokenizers library on 2,000 texts."""
+    import tokenizers
+
+    fields = trained(expressions, ignore_merges)
+    size = {"vocab_size": len(fields["model"]["vocab"]) + 8}
+    directory = write_directory(
+        tmp_path / "tiny",
+        "llama",
+        config=size,
+        tensors=weights({**CONFIGS["llama"], **size}),
+        tokenizer=fields,
+    )
+    source = open_gguf_source(open_model(directory), compare=False)
+    name = NAMES[expressions, ignore_merges]
+    assert source.metadata["tokenizer.ggml.pre"] == name
+    ours, library = (
+        LlamaTokenizer(source.metadata),
+        tokenizers.Tokenizer.from_str(json.dumps(fields)),
+    )
+    before, after = ours.around
+    texts, different = awkward(1), 0
+    with loaded(write_gguf(directory, tmp_path / "m.gguf")) as model:
+        for text in texts:
+            found = tokenized(model, text)
+            assert [*before, *ours.encode(text), *after] == found, text
+            if not (marked(text) and name in LETTERS_ALONE):
+                different += found != [*before, *library.encode(text).ids, *after]
+    assert different <= OTHERWISE_CUT.get(name, 0) * len(texts)
 
 
 def test_the_trained_sample_goes_on_as_in_transformers(tmp_path: Path) -> None:
