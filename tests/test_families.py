@@ -17,6 +17,9 @@ from config_cases import TOLERANCE, Directories, unfolded
 from conftest import ROOT, Call
 from family_document import PAGE, with_table
 from family_models import ENCODERS, MORE, NARROW, WRAPPED
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from safetensors.numpy import load_file, save_file
 
 from qconvert.architectures import restored
 from qconvert.architectures.mapped import Order, described, inverted, strided
@@ -86,6 +89,52 @@ def test_a_part_of_a_reordered_tensor_is_that_part_of_the_whole(tmp_path: Path, 
         np.testing.assert_array_equal(made, stored[:, :, part::2].transpose(0, 2, 1))
     source.close()
     file.close()
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def packed_experts(place: Path) -> dict[str, np.ndarray]:
+    """gpt-oss with experts in MXFP4, as it is published: the codes of each output along its inputs.
+
+    Returns:
+        What the experts are, (experts, outputs, inputs), by name.
+    """
+    draw = np.random.default_rng(7)
+    tensors, values = load_file(place / "model.safetensors"), {}
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        codes = draw.integers(0, 16, (experts, outputs, inputs // 32, 32), np.uint8)
+        codes[codes == 8] = 0  # -0, of which ggml's numbers have none that differs
+        scales = draw.integers(118, 124, (experts, outputs, inputs // 32), np.uint8)
+        tensors[f"{name}_blocks"] = codes[..., ::2] | codes[..., 1::2] << 4
+        tensors[f"{name}_scales"] = scales
+        scaled = E2M1[codes] * np.exp2(scales.astype(np.float32) - 127)[..., None]
+        values[name] = scaled.reshape(experts, outputs, inputs)
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((place / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": []}
+    (place / "config.json").write_text(json.dumps(config))
+    return values
+
+
+def test_codes_of_experts_move_into_gguf(tmp_path: Path, call: Call) -> None:
+    """gpt-oss: gates and what they multiply alternate in rows of codes, which stay as they are."""
+    shapes = unfolded(TABLE["tensors"][TABLE["bases"]["gpt_oss"]["tensors"]])
+    directory = Directories(tmp_path).made("gpt_oss", NARROW["gpt_oss"], shapes)
+    values, path = packed_experts(directory), tmp_path / "m.gguf"
+    result = call("quantize", directory, "--scheme", "keep", "--exact", "-o", path)
+    assert result.code == 0, result
+    assert "6 quantized tensors moved exactly, 0 decoded" in result.out
+    found = {t.name: t for t in GGUFReader(path).tensors}
+    for block in range(2):
+        experts = f"model.layers.{block}.mlp.experts"
+        both, down = values[f"{experts}.gate_up_proj"], values[f"{experts}.down_proj"]
+        for name, wanted in (("gate", both[:, ::2]), ("up", both[:, 1::2]), ("down", down)):
+            tensor = found[f"blk.{block}.ffn_{name}_exps.weight"]
+            assert tensor.tensor_type.name == "MXFP4"
+            np.testing.assert_array_equal(dequantize(tensor.data, tensor.tensor_type), wanted)
+    assert call("verify", path, "--against", directory, "--exact").code == 0
 
 
 def test_places_at_even_distances_are_found_there_and_back() -> None:

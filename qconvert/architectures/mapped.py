@@ -93,6 +93,8 @@ class MappedTensor:
         locate: where its rows are; None when they are those of the sources in their order.
         order: where its values are, instead.
         added: what is added to each value, in binary32; the dtype is then F32.
+        turned: where its rows are in the sources with their last two dimensions exchanged, in which
+            some checkpoints hold them; what ``order`` says of values, said of rows.
         change: what is done to each value, likewise.
         cut: whether it does without rows of its sources that nothing is computed with: on the way
             back they are zero.
@@ -103,6 +105,7 @@ class MappedTensor:
     sources: tuple[TensorInfo, ...] = ()
     locate: Locate | None = None
     order: Order | None = None
+    turned: Locate | None = None
     added: float = 0.0
     change: Change | None = None
     cut: bool = False

@@ -311,6 +311,7 @@ def _made(
         sources,
         locate,
         slot.order(sizes) if slot.order else None,
+        slot.turned,
         added,
         slot.change,
         slot.cut,

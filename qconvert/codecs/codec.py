@@ -254,6 +254,12 @@ class Encoding(ABC):
 
     # --- bytes that are those of another encoding: `qconvert.codecs.moving` ---
 
+    def turned(self, stored: Stored) -> Stored | None:
+        """The same tensor with its last two dimensions exchanged, where its rows lie so; None where
+        they do not.
+        """
+        return None
+
     def common(self, stored: Stored) -> Stored:
         """The same tensor in the encoding whose codes and numbers this one has under other names:
         that of which `taking` is asked.

@@ -22,12 +22,15 @@ class MadeFrom:
         rows: which of their rows those of the tensor are; None where they are the same.
         added: to their values.
         whole: whether its rows are rows of the sources, neither cut up nor with values changed.
+        turned: which rows its own are of the sources with their last two dimensions exchanged; None
+            where they are none.
     """
 
     sources: tuple[TensorInfo, ...]
     rows: I64 | None = None
     added: float = 0.0
     whole: bool = True
+    turned: I64 | None = None
 
 
 def made_from(model: Model, tensor: TensorInfo) -> MadeFrom:
@@ -36,16 +39,8 @@ def made_from(model: Model, tensor: TensorInfo) -> MadeFrom:
 
     if not isinstance(model, MappedModel):
         return MadeFrom((tensor,))
-    made, rows = model.made(tensor), None
-    if made.locate is not None:
-        rows = made.locate(np.arange(_rows(tensor), dtype=np.int64))
-    return MadeFrom(made.sources, rows, made.added, not (made.order or made.change))
-
-
-def row_ends(sources: tuple[TensorInfo, ...]) -> I64:
-    """How many rows there are up to the end of each tensor, shape (len(sources),)."""
-    return np.cumsum([_rows(s) for s in sources], dtype=np.int64)
-
-
-def _rows(tensor: TensorInfo) -> int:
-    return tensor.size // row_length(tensor.shape)
+    made = model.made(tensor)
+    every = np.arange(tensor.size // row_length(tensor.shape), dtype=np.int64)
+    rows = made.locate(every) if made.locate else None
+    turned = made.turned(every) if made.turned else None
+    return MadeFrom(made.sources, rows, made.added, not (made.order or made.change), turned)

@@ -29,7 +29,7 @@ from qconvert.ggml_types import GGML_TYPES
 from qconvert.kernels.records import IntegerRows
 from qconvert.model import Model, TensorInfo
 from qconvert.schemes import TENSOR_SCHEMES, CodebookScheme, TensorScheme
-from qconvert.stages.made_from import I64, made_from, row_ends
+from qconvert.stages.made_from import I64, made_from
 from qconvert.stages.plan import PlannedTensor
 
 _DECODED = "decoded from "
@@ -101,11 +101,17 @@ class Moving:
         if not any(t.coded for t in sources):
             return None
         found: MovedScheme | str | None = None
-        if not made.whole:
+        stored = [self.opened.stored(source) for source in sources]
+        rows, whole = made.rows, made.whole
+        if made.turned is not None:
+            rows = made.turned
+            stored = [turned for s in stored if (turned := s.encoding.turned(s))]
+            whole = len(stored) == len(sources)
+        if not whole:
             found = "its rows are cut up, or its values changed, on the way"
-        elif len(sources) == 1 and made.rows is None and not made.added:
-            found = self._copied(tensor, self.opened.stored(sources[0]))
-        found = found or self._moved(tensor, sources, made.rows, made.added)
+        elif len(sources) == 1 and rows is None and not made.added:
+            found = self._copied(tensor, stored[0])
+        found = found or self._moved(tensor, sources, stored, rows, made.added)
         if isinstance(found, MovedScheme):
             how = f"moved exactly from {sources[0].dtype}"
             if not found.exact:
@@ -155,22 +161,26 @@ class Moving:
                     yield codec.planned(like, tensor), like
 
     def _moved(
-        self, tensor: TensorInfo, sources: Sequence[TensorInfo], order: I64 | None, added: float
+        self,
+        tensor: TensorInfo,
+        sources: Sequence[TensorInfo],
+        stored: Sequence[Stored],
+        order: I64 | None,
+        added: float,
     ) -> MovedScheme | str:
         """The codes in an encoding of the output, or why there is none."""
         kinds = {t.dtype for t in sources}
         if len(kinds) > 1:
             return "its parts are of several types"
-        grain = self.opened.stored(sources[0]).encoding.grain
+        grain = stored[0].encoding.grain
         if added or grain is None:
             return f"{self.container.article} has no such codes and scales"
         if (why := self.dense(tensor.name)) is not None:
             return why
-        stored = [self.opened.stored(source) for source in sources]
         divisors = {s.encoding.divisor(s) for s in stored}
         if len(divisors) > 1:
             return "its parts have scales of their own"
-        rows = partial(_rows, self.opened, tuple(sources), order)
+        rows = partial(_rows, stored, order)
         found = self._candidates(grain, tensor, stored[0].encoding)
         candidates = sorted(found, key=lambda c: c[0].size(tensor.shape))
         (divisor,) = divisors
@@ -216,17 +226,18 @@ class Moving:
 
 
 def _rows(
-    opened: OpenModel, sources: tuple[TensorInfo, ...], order: I64 | None, first: int, last: int
+    sources: Sequence[Stored], order: I64 | None, first: int, last: int
 ) -> IntegerRows | None:
     """Rows of a tensor whose rows are those of the sources in some order, as they can move."""
-    columns, ends = row_length(sources[0].shape), row_ends(sources)
+    columns = row_length(sources[0].shape)
+    ends = np.cumsum([math.prod(s.shape) // columns for s in sources])
     wanted = np.arange(first, last) if order is None else order[first:last]
     found: list[IntegerRows] = []
     breaks = np.flatnonzero((np.diff(wanted) != 1) | np.isin(wanted[1:], ends)) + 1
     for run in np.split(wanted, breaks):
         index = int(np.searchsorted(ends, run[0], "right"))
         row = int(run[0]) - (int(ends[index - 1]) if index else 0)
-        stored = opened.stored(sources[index])
+        stored = sources[index]
         coded = stored.encoding.coded(stored, Tile(len(run), columns, row * columns, True))
         rows = None if coded.integers is None else stored.encoding.movable(coded.integers)
         # bitsandbytes rounds values of bytes twice.

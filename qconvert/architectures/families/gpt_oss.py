@@ -113,7 +113,14 @@ def _half(slot: str, first: int) -> tuple[Slot, Slot]:
 
     source = "experts width gate_up"
     return (
-        Slot(f"{slot}.weight", "experts expert_inner width", source=source, order=weights),
+        Slot(
+            f"{slot}.weight",
+            "experts expert_inner width",
+            source=source,
+            order=weights,
+            # Turned round, as the codes of MXFP4 lie, they alternate in the rows.
+            turned=lambda rows: 2 * rows + first,
+        ),
         Slot(f"{slot}.bias", "experts expert_inner", source="experts gate_up", order=biases),
     )
 
@@ -128,7 +135,7 @@ _EXPERTS = (
     Slot("ffn_gate_inp.bias", "experts"),
     *_half("ffn_gate_exps", 0),
     *_half("ffn_up_exps", 1),
-    replace(EXPERTS[3], source="experts expert_inner width", order=_down),
+    replace(EXPERTS[3], source="experts expert_inner width", order=_down, turned=lambda rows: rows),
     Slot("ffn_down_exps.bias", "experts width"),
 )
 _HALVES = ("ffn_gate_exps", "ffn_up_exps")

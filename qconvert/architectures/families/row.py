@@ -26,6 +26,7 @@ class Slot:
             that is one of several equal parts, so many times as many rows.
         rows: where its rows are in the source, if that is not said by ``heads`` or equal parts.
         order: where its values are in the source, if they are not whole rows of it.
+        turned: where its rows are in the source with its last two dimensions exchanged.
         change: what is done to each value.
         cut: whether rows of the source that nothing is computed with are left out.
         plain: a norm to which nothing is added, in a family that adds to norms.
@@ -39,6 +40,7 @@ class Slot:
     source: str | None = None
     rows: Callable[[Sizes], Locate] | None = None
     order: Callable[[Sizes], Order] | None = None
+    turned: Locate | None = None
     change: Change | None = None
     cut: bool = False
     plain: bool = False

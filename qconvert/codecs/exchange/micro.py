@@ -347,6 +347,11 @@ class Experts(Layout):
         grid = (experts, outputs, inputs // MX_GROUP)
         return Part(BLOCKS, "U8", (*grid, MX_GROUP // 2)), Part(SCALES, "U8", grid)
 
+    def turned(self, stored: Stored) -> Stored:
+        experts, inputs, outputs = stored.shape
+        rows = Micro(FP4, (BLOCKS, "U8"), (SCALES, "U8"), MX_GROUP)
+        return replace(stored, shape=(experts, outputs, inputs), encoding=rows)
+
     def coded(self, stored: Stored, tile: Tile) -> Coded:
         _, inputs, outputs = stored.shape
         first, low = divmod(tile.start, outputs)
