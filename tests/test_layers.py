@@ -79,7 +79,7 @@ HEAVY = {
     "yaml",
 }
 # Run in a process of their own, whose output qconvert reads.
-PROGRAMS = {"qconvert.architectures.library_tokens"}
+PROGRAMS = {"qconvert.architectures.library_tokens", "qconvert.running.llama_cpp"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ids = {"ids": lambda p: str(p.relative_to(ROOT))}
 

@@ -60,7 +60,7 @@ def run_gguf(path: Path, text: str, tokens: Sequence[int], wanted: Wanted) -> Ll
     request = {"path": str(path), "text": text, "tokens": list(tokens), "wanted": wanted}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-P", "-m", __name__],  # nothing is imported from where we started
             input=json.dumps(request).encode(),
             capture_output=True,
             timeout=_SECONDS,
