@@ -240,6 +240,23 @@ VALUES |= {
     "global_rope_theta": [500.0],
     "local_rope_theta": [500.0],
 }
+VALUES |= {
+    "num_heads": [4, 7, 0],
+    "state_size": [32, 0],
+    "layer_norm_epsilon": [1e-2],
+    "expand": [4, 0],
+    "conv_kernel": [3, 0],
+    "n_groups": [1, 3],
+    "use_conv_bias": [False],
+    "time_step_limit": [[0.0, 0.5], [0.5, {"__float__": "Infinity"}]],
+    "chunk_size": [64],
+    "residual_in_fp32": [False],
+    "time_step_rank": [7],
+    "time_step_min": [0.01],
+    "time_step_max": [0.2],
+    "time_step_floor": [0.5],
+    "rescale_prenorm_residual": [True],
+}
 # Read by transformers though no field of the class, or of every class before transformers 5.
 BESIDE = (
     "torch_dtype", "_name_or_path", "tokenizer_class", "temperature", "output_attentions",
@@ -265,6 +282,8 @@ DEFAULT_IS_ANOTHER = frozenset(
         "num_local_experts", "num_experts", "text_config", "vision_config",
     }
 )  # fmt: skip
+# Fields that move outputs by what the order of additions rounds away, and by no more.
+ROUNDING = ("chunk_size", "mamba_chunk_size")
 # Fields that a refusal may name instead: one contradicts the other.
 RELATED = {
     "head_dim": ("query_pre_attn_scalar",),
@@ -677,7 +696,10 @@ def family_cases(name: str) -> Iterator[Case]:
         if kind.endswith("null"):
             yield Case(f, "null", {f: None})
     left_out = (*NOT_FIELDS, *(("tie_word_embeddings",) if known.inner else ()))
-    unused = {f: VALUES[f][0] for f in known.unused if f not in left_out}
+    unused = {f: VALUES[f][0] for f in known.unused if f not in (*left_out, *ROUNDING)}
+    for f in ROUNDING:
+        if f in known.unused:
+            yield Case(f, json.dumps(VALUES[f][0]), {f: VALUES[f][0]})
     yield Case(", ".join(unused), "others", unused)
     if known.inner:
         for f, value in (("rms_norm_eps", 0.5), ("num_hidden_layers", 1), ("hidden_act", "relu")):

@@ -179,6 +179,14 @@ NARROW: dict[str, Fields] = {
         attention_k_eq_v=True, num_kv_shared_layers=2, use_double_wide_mlp=True,
         hidden_size_per_layer_input=32,
     ),
+    "mamba2": _without(
+        _base(
+            "Mamba2ForCausalLM", "mamba2", layer_norm_epsilon=1e-5, num_heads=8, head_dim=16,
+            n_groups=2, state_size=16,
+        ),
+        "rms_norm_eps", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+        "max_position_embeddings",
+    ),
 }  # fmt: skip
 
 

@@ -53,6 +53,7 @@ from config_cases import (
 from config_changes import (
     DEFAULT_IS_ANOTHER,
     RELATED,
+    ROUNDING,
     TAKEN,
     UNUSED,
     Case,
@@ -394,7 +395,7 @@ class Runner:
         effect = outcome.effect
         if outcome.difference > self.tolerance:
             self._judge_warned(case, outcome, found, theirs)
-        elif effect == 0:
+        elif effect == 0 or (case.field in ROUNDING and float(effect or 0) < EXACT / 10):
             outcome.verdict = "no effect"
         elif isinstance(effect, str) or effect > 10 * max(outcome.difference, self.difference):
             outcome.verdict = "equal"

@@ -25,7 +25,8 @@ INT_OR_NULL, FLOAT_OR_NULL, BOOL_OR_NULL = (
 INTS_OR_NULL, TEXTS_OR_NULL = "a list of integers, or null", "a list of texts, or null"
 NUMBER = "a number"
 NUMBER_OR_NULL, TEXT_OR_NULL = "a number, or null", f"{TEXT}, or null"
-FLOATS_OR_NULL = f"a list of {FLOAT.replace('a number', 'numbers')}, or null"
+FLOATS = f"a list of {FLOAT.replace('a number', 'numbers')}"
+FLOATS_OR_NULL = f"{FLOATS}, or null"
 INT_OR_TEXT_OR_NULL = "an integer or text, or null"
 OBJECT_OR_NULL = "an object, or null"
 LAYER_OBJECTS_OR_NULL = "an object with objects for full_attention and sliding_attention, or null"
@@ -90,7 +91,9 @@ class ConfigClass:
             return isinstance(value, dict) and all(
                 n in layers and isinstance(v, dict) for n, v in value.items()
             )
-        of_list = {INTS_OR_NULL: int, TEXTS_OR_NULL: str, FLOATS_OR_NULL: float}.get(kind)
+        of_list = {
+            INTS_OR_NULL: int, TEXTS_OR_NULL: str, FLOATS: float, FLOATS_OR_NULL: float
+        }.get(kind)  # fmt: skip
         if of_list:
             return isinstance(value, list) and all(type(v) is of_list for v in value)
         plain = {

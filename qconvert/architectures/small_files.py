@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qconvert.errors import FormatError
+from qconvert.files.shards import CONFIG
 from qconvert.files.strict_json import strict_json
 from qconvert.model import Companion, Model
 
@@ -54,4 +55,6 @@ class SmallFiles:
 
     def _parsed(self, name: str) -> Any:
         data = self.read(name)
-        return None if data is None else strict_json(data, self.home / name)
+        if data is None:
+            return None
+        return strict_json(data, self.home / name, infinity=name == CONFIG)

@@ -19,7 +19,10 @@ from qconvert.geometry import TILE_VALUES
 from qconvert.model import Model, TensorInfo
 
 HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight", "word_embeddings.weight", "backbone.embeddings.weight",
+    "backbone.embedding.weight",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,7 @@ def _small_files(model: Model) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if file.name in (CONFIG, MODELOPT):
             data = file.read()
             if any(word in data for word in _STATING):  # most have none, and need not be parsed
-                fields = strict_json(data, model.path / file.name)
+                fields = strict_json(data, model.path / file.name, infinity=True)
                 if isinstance(fields, dict):
                     yield file.name, fields
 

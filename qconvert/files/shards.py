@@ -153,7 +153,7 @@ def _named_weights(inside: _Inside, names: list[str]) -> str | None:
     config = _companion(inside, CONFIG).read()
     if b'"transformers_weights"' not in config:
         return None
-    fields = strict_json(config, directory / CONFIG)
+    fields = strict_json(config, directory / CONFIG, infinity=True)
     named = fields.get("transformers_weights") if isinstance(fields, dict) else None
     if named is None:
         return None

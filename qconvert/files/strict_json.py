@@ -28,17 +28,25 @@ MAX_JSON_TEXT = 140 << 20  # bytes of memory, see `JsonSize.text_bytes`
 MAX_DIGITS = 308  # of an integer: any such becomes a finite float
 
 _LOCATED_TEXT = 1 << 24  # of a longer text no tensor is named: that would parse it again
+_INFINITY = {"__float__": "Infinity"}
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def strict_json(
-    data: bytes, path: Path, *, digits: int = MAX_DIGITS, of_tensors: bool = False
+    data: bytes,
+    path: Path,
+    *,
+    digits: int = MAX_DIGITS,
+    of_tensors: bool = False,
+    infinity: bool = False,
 ) -> Any:
     """``data`` as JSON, read in the one way in which all readers agree.
 
     Args:
         digits: of an integer at most.
         of_tensors: its members are tensors: a fault within one names it.
+        infinity: whether ``Infinity`` is taken, which Python writes though JSON has no such number,
+            and ``{"__float__": "Infinity"}``, which transformers writes in its place.
 
     Raises:
         FormatError: not UTF-8, not JSON, the same key twice in an object, NaN or Infinity, a number
@@ -50,7 +58,7 @@ def strict_json(
     def refusal(message: str, code: str, found: object = None) -> FormatError:
         return FormatError(message, path=path, tensor=tensor, found=found, code=code)
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | float:
         if len(pairs) > MAX_JSON_MEMBERS:
             raise refusal("an object of the JSON has too many members", "ST-NESTING", len(pairs))
         fields = dict(pairs)
@@ -58,7 +66,7 @@ def strict_json(
             raise refusal(
                 "the same key twice in the JSON", "ST-DUPLICATE", reprlib.repr(repeated(pairs))
             )
-        return fields
+        return math.inf if infinity and fields == _INFINITY else fields
 
     def integer(text: str) -> int:
         if len(text) > digits and len(text.lstrip("-")) > digits:
@@ -72,6 +80,8 @@ def strict_json(
         return number
 
     def constant(name: str) -> float:
+        if infinity and name == "Infinity":
+            return math.inf
         raise refusal("number that JSON does not have", "ST-NAN", name)
 
     size = _checked_size(data, path)

@@ -29,7 +29,7 @@ def input_first(model: Model) -> Callable[[str], bool]:
     data = b"" if config is None else config.read()
     if not any(name.encode() in data for name in _TYPES):
         return lambda name: False
-    fields = strict_json(data, model.path / CONFIG)
+    fields = strict_json(data, model.path / CONFIG, infinity=True)
     if not isinstance(fields, dict) or fields.get("model_type") not in _TYPES:
         return lambda name: False
     return lambda name: _NAMES.fullmatch(name) is not None

@@ -97,7 +97,7 @@ def _json(model: OpenModel, name: str) -> dict[str, Any]:
     if companion is None or companion.size > MAX_COMPANION_BYTES:
         return {}
     try:
-        found = strict_json(companion.read(), model.path)
+        found = strict_json(companion.read(), model.path, infinity=True)
     except InputError:
         return {}
     return found if isinstance(found, dict) else {}

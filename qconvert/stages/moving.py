@@ -357,7 +357,7 @@ def config_of(model: Model) -> dict[str, Any] | None:
     found = next((c for c in model.companions if c.name == CONFIG), None)
     if found is None:
         return None
-    fields = strict_json(found.read(), model.path / CONFIG)
+    fields = strict_json(found.read(), model.path / CONFIG, infinity=True)
     if not isinstance(fields, dict):
         raise FormatError(f"{CONFIG} is no object", path=model.path / CONFIG)
     return fields

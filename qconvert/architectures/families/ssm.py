@@ -1,0 +1,109 @@
+"""State-space layers of Mamba 2's kind, as several architectures have them.
+
+A checkpoint has the logarithm of each head's decay, a decay and a skip for each head as vectors,
+and one norm over the inner width; GGUF has the decay itself, both as columns, and the norm as one
+row for each group.
+"""
+
+from __future__ import annotations
+
+import math
+
+from qconvert.architectures.config import Config
+from qconvert.architectures.families.keys import Keys, Sizes
+from qconvert.architectures.families.row import Slot
+from qconvert.architectures.mapped import NEGATED_EXP
+from qconvert.errors import FormatError
+
+UNLIMITED = (0.0, math.inf)
+_MOST_INNER = 1 << 24
+# The converter's, for models whose positions have no end.
+ENDLESS = 1 << 20
+
+
+def ssm_sizes(
+    config: Config, *, inner: int, heads: str, groups: str, state: str, kernel: str
+) -> dict[str, int]:
+    """Dimensions of state-space layers.
+
+    Args:
+        config: of the model.
+        inner: width that the heads share.
+        heads, groups, state, kernel: fields that count heads, groups of heads with the same input
+            and output matrices, values of a head's state, and steps of the convolution.
+
+    Raises:
+        FormatError: heads or groups do not divide what they should.
+    """
+    count, parts = config.count(heads), config.count(groups)
+    if inner > _MOST_INNER or inner % count or count % parts:
+        raise FormatError(
+            "heads of state-space layers do not divide as they should",
+            path=config.path,
+            found=f"{count} heads, {parts} groups, inner width {inner}",
+            wanted=f"'{heads}' that divides the width, '{groups}' that divides the heads",
+            code="ARCH-HEADS",
+        )
+    each = config.count(state, most=_MOST_INNER)
+    mixed = inner + 2 * parts * each
+    return {
+        "ssm_inner": inner,
+        "ssm_heads": count,
+        "ssm_groups": parts,
+        "ssm_group": inner // parts,
+        "ssm_state": each,
+        "ssm_kernel": config.count(kernel, most=64),
+        "ssm_mixed": mixed,
+        "ssm_projected": inner + mixed + count,
+    }
+
+
+def ssm_keys(sizes: Sizes) -> Keys:
+    named = sizes.named
+    return {
+        "ssm.conv_kernel": named["ssm_kernel"],
+        "ssm.inner_size": named["ssm_inner"],
+        "ssm.state_size": named["ssm_state"],
+        "ssm.time_step_rank": named["ssm_heads"],
+        "ssm.group_count": named["ssm_groups"],
+    }
+
+
+def require_unlimited(config: Config, field: str = "time_step_limit") -> None:
+    """Refuse limits of the time steps: llama.cpp takes them as they are.
+
+    Raises:
+        UnsupportedError: there is one that a softplus can reach.
+    """
+    found = config.get(field)
+    if not isinstance(found, list | tuple) or tuple(found) != UNLIMITED:
+        raise config.unlike(field, "[0.0, Infinity]")
+
+
+SSM = (
+    Slot("ssm_in.weight", "ssm_projected width"),
+    Slot("ssm_conv1d.weight", "ssm_mixed ssm_kernel", source="ssm_mixed 1 ssm_kernel"),
+    Slot("ssm_conv1d.bias", "ssm_mixed"),
+    Slot("ssm_dt.bias", "ssm_heads"),
+    Slot("ssm_a", "ssm_heads 1", source="ssm_heads", change=NEGATED_EXP),
+    Slot("ssm_d", "ssm_heads 1", source="ssm_heads"),
+    Slot("ssm_norm.weight", "ssm_groups ssm_group", source="ssm_inner"),
+    Slot("ssm_out.weight", "width ssm_inner"),
+)
+
+
+def ssm_parts(inside: str) -> dict[str, tuple[str, ...]]:
+    """Names within a block, of a module that is called ``inside``."""
+    return {
+        f"{inside}.dt_bias": ("ssm_dt.bias",),
+        f"{inside}.A_log": ("ssm_a",),
+        f"{inside}.D": ("ssm_d",),
+        f"{inside}.norm.weight": ("ssm_norm.weight",),
+        **{
+            f"{inside}.{theirs}.{kind}": (f"{ours}.{kind}",)
+            for theirs, ours in (
+                ("in_proj", "ssm_in"), ("conv1d", "ssm_conv1d"), ("out_proj", "ssm_out"),
+            )
+            for kind in ("weight", "bias")
+        },
+    }  # fmt: skip
