@@ -34,6 +34,8 @@ class Case:
     weights: Fields | None = None
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
 # --- cases ----------------------------------------------------------------------------------------
 
 WITHOUT_WIDTH = "yarn, head_dim left out"
@@ -249,6 +251,47 @@ VALUES |= {
     "n_groups": [1, 3],
     "use_conv_bias": [False],
     "time_step_limit": [[0.0, 0.5], [0.5, {"__float__": "Infinity"}]],
+    "mamba_d_ssm": [64, 100],
+    "mamba_norm_before_gate": [True],
+    "mamba_rms_norm": [False],
+    "projectors_bias": [True],
+    "num_logits_to_keep": [2],
+    "lm_head_multiplier": [2.0, 0.0],
+    "mlp_multipliers": [[1.0, 2.0], [1.0]],
+    "key_multiplier": [2.0],
+    "attention_out_multiplier": [2.0],
+    "attention_in_multiplier": [2.0],
+    "ssm_multipliers": [[1.0, 2.0, 0.5, 1.5, 0.7], [1.0]],
+    "ssm_in_multiplier": [2.0],
+    "ssm_out_multiplier": [2.0],
+    "layers_block_type": [
+        ["linear_attention", "moe", FULL, "mlp", "linear_attention"],
+        [FULL, "moe", FULL, "moe", FULL],
+        ["linear_attention", "moe", SLIDING],
+    ],
+    "hybrid_override_pattern": ["MEM*E", "M-M*-", "MEMZ*", 7],
+    "mlp_hidden_act": ["silu"],
+    "use_mamba_kernels": [False],
+    "ssm_state_size": [32],
+    "mamba_num_heads": [4, 7],
+    "mamba_head_dim": [32],
+    "mamba_hidden_act": ["relu"],
+    "moe_shared_expert_intermediate_size": [48],
+    "moe_latent_size": [32],
+    "moe_shared_expert_overlap": [False],
+    "num_nextn_predict_layers": [1],
+    "mtp_layers_block_type": [["moe"]],
+    "mamba_ssm_cache_dtype": ["float16"],
+    "mamba_dt_min": [0.05],
+    "mamba_n_heads": [4, 7],
+    "mamba_n_groups": [1, 3],
+    "mamba_d_state": [32],
+    "mamba_d_head": [16, 32],
+    "mamba_d_conv": [3],
+    "mamba_expand": [1],
+    "mamba_conv_bias": [False],
+    "mamba_proj_bias": [True],
+    "mamba_chunk_size": [64],
     "chunk_size": [64],
     "residual_in_fp32": [False],
     "time_step_rank": [7],
@@ -291,10 +334,11 @@ RELATED = {
     "num_local_experts": ("num_experts",),
     "num_attention_heads": ("num_key_value_heads",),
     "num_experts_per_tok": ("n_group",),
-    "layer_types": ("num_kv_shared_layers",),
+    "layer_types": ("num_kv_shared_layers", "position_embedding_type"),
     "enable_moe_block": ("num_experts",),
     "linear_num_key_heads": ("linear_num_value_heads",),
     "max_position_embeddings": ("pad_token_id",),
+    "layers_block_type": ("layer_types",),
     "num_hidden_layers": (
         "layer_types",
         "first_k_dense_replace",
@@ -306,7 +350,6 @@ RELATED = {
 # Which matrix is the output matrix is settled by comparing the two that a checkpoint may have.
 NOT_HERE = {"gemma3": ("tie_word_embeddings",)}
 NOT_FIELDS = ("architectures", "text_config", "vision_config", "audio_config")
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 _LONG = [1.0 + 0.5 * i for i in range(16)]
 _SHORT = [1.0 + 0.05 * i for i in range(16)]
@@ -677,6 +720,21 @@ OWN: dict[str, dict[str, list[Any]]] = {
         "final_logit_softcapping": [100.0],
         "hidden_size_per_layer_input": [64],
         "layer_types": [[FULL] * 4, [FULL, FULL, SLIDING, FULL]],
+    },
+    "granitemoehybrid": {
+        "layer_types": [
+            [FULL] * 3,
+            ["mamba", "attention", "attention"],
+            ["linear_attention"] * 3,
+            [FULL, SLIDING, "linear_attention"],
+        ],
+        "position_embedding_type": ["rope", "nope"],
+        "num_local_experts": [2, 0],
+    },
+    "nemotron_h": {
+        "time_step_min": [0.0, 0.5],
+        "hybrid_override_pattern": ["MEM*E"],
+        "mamba_conv_bias": [True],
     },
     "lfm2": {"layer_types": [[FULL] * 3, ["conv"] * 3, [FULL, "conv", FULL]]},
     "lfm2_moe": {"layer_types": [[FULL] * 3, ["conv"] * 3, [FULL, "conv", FULL]]},

@@ -84,6 +84,23 @@ _YARN = {
     "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 
+_MAMBA = {
+    "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_d_head": "auto",
+    "mamba_d_conv": 4, "mamba_expand": 2,
+}  # fmt: skip
+_GRANITE4 = {
+    **_GRANITE_MOE, **_MAMBA, "shared_intermediate_size": 32, "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", _FULL, "linear_attention"],
+}  # fmt: skip
+
+_NEMOTRON = _base(
+    "NemotronHForCausalLM", "nemotron_h", layer_norm_epsilon=1e-5, head_dim=32, num_hidden_layers=5,
+    layers_block_type=["linear_attention", "moe", _FULL, "moe", "linear_attention"],
+    mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16, n_groups=2, n_routed_experts=4,
+    moe_intermediate_size=48, moe_shared_expert_intermediate_size=32, num_experts_per_tok=2,
+    routed_scaling_factor=2.5,
+)  # fmt: skip
+
 NARROW: dict[str, Fields] = {
     "smollm3": _base("SmolLM3ForCausalLM", "smollm3", num_hidden_layers=4),
     "qwen2_moe": _base(
@@ -179,6 +196,17 @@ NARROW: dict[str, Fields] = {
         attention_k_eq_v=True, num_kv_shared_layers=2, use_double_wide_mlp=True,
         hidden_size_per_layer_input=32,
     ),
+    "granitemoehybrid": _base(
+        "GraniteMoeHybridForCausalLM", "granitemoehybrid", **_GRANITE4
+    ),
+    "falcon_h1": _base(
+        "FalconH1ForCausalLM", "falcon_h1", **_MAMBA, mamba_d_ssm=96, mamba_rms_norm=True,
+        mamba_norm_before_gate=False, lm_head_multiplier=0.5, embedding_multiplier=3.0,
+        mlp_multipliers=[0.7, 0.4], key_multiplier=0.3, attention_out_multiplier=0.9,
+        attention_in_multiplier=1.2, ssm_multipliers=[0.4, 0.3, 0.5, 0.6, 0.2],
+        ssm_in_multiplier=1.25, ssm_out_multiplier=0.25,
+    ),
+    "nemotron_h": _without(_NEMOTRON, "rms_norm_eps"),
     "mamba2": _without(
         _base(
             "Mamba2ForCausalLM", "mamba2", layer_norm_epsilon=1e-5, num_heads=8, head_dim=16,
@@ -262,6 +290,29 @@ WRAPPED = ("qwen3_5", "qwen3_5_moe", "mistral3", "gemma4")
 
 # More models for `make_families.py`: of classes that are in `NARROW` otherwise.
 MORE: dict[str, Fields] = {
+    "nemotron_h, dense": NARROW["nemotron_h"] | {
+        "layers_block_type": ["mamba", "mlp", "attention", "mlp", "mamba"]
+    },
+    "nemotron_h, latent": NARROW["nemotron_h"] | {"moe_latent_size": 32},
+    "falcon_h1, tied": NARROW["falcon_h1"] | {
+        "tie_word_embeddings": True, "mamba_rms_norm": False,
+    },
+    **{
+        f"granitemoehybrid, {name}": _base(
+            "GraniteMoeHybridForCausalLM", "granitemoehybrid", **_GRANITE4 | more
+        )
+        for name, more in {
+            "dense": {"num_local_experts": 0},
+            "attention": {"layer_types": ["attention"] * 3, "position_embedding_type": "rope"},
+            "attention, dense": {
+                "layer_types": ["attention"] * 3, "position_embedding_type": "rope",
+                "num_local_experts": 0,
+            },
+            "attention, dense, without positions": {
+                "layer_types": ["attention"] * 3, "num_local_experts": 0,
+            },
+        }.items()
+    },
     "gemma4_text, experts": _base(
         "Gemma4ForCausalLM", "gemma4_text", **_GEMMA4, enable_moe_block=True, num_experts=4,
         top_k_experts=2, moe_intermediate_size=48, hidden_size_per_layer_input=0,
@@ -293,8 +344,12 @@ MORE: dict[str, Fields] = {
 # Fields of `NARROW`, and what makes a multiple of 256 of rows that depend on them.
 _WIDER = {
     "hidden_size": 256,
+    "mamba_d_ssm": 512,
     "intermediate_size": 512,
     "moe_intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 256,
+    "moe_latent_size": 256,
+    "mamba_head_dim": 64,
     "shared_expert_intermediate_size": 256,
     "shared_intermediate_size": 256,
     "head_dim": 64,

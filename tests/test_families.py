@@ -34,6 +34,7 @@ TABLE: dict[str, Any] = json.loads((ROOT / "tests" / "config_table.json").read_t
 FIGURES: dict[str, Any] = json.loads((ROOT / "tests" / "families.json").read_text())
 # Values that GGUF changes so that they come back rounded.
 CHANGED = ("A_log", "norm")
+MULTIPLIED = ("falcon_h1",)
 
 
 def whole(model: Model, tensor: TensorInfo) -> np.ndarray:
@@ -66,7 +67,7 @@ def test_a_family_converts_and_comes_back(name: str, tmp_path: Path, call: Call)
             unused = 2 * 64  # up to the padding's, whose id is 1
             assert not values[:unused].any()
             values, wanted = values[unused:], wanted[unused:]
-        if any(part in tensor.name for part in CHANGED):
+        if name in MULTIPLIED or any(part in tensor.name for part in CHANGED):
             np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-6)
         else:
             assert values.tobytes() == wanted.tobytes(), tensor.name

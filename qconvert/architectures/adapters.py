@@ -100,7 +100,7 @@ def _unlike(tensor: MappedTensor, correction: Correction, tied: bool) -> str | N
     """Why a correction of a source is none of the tensor that llama.cpp makes of it."""
     if len(tensor.sources) > 1:
         return f"'{tensor.info.name}' is stacked from {len(tensor.sources)} tensors"
-    if tensor.order is not None or tensor.change is not None:
+    if tensor.order or tensor.change or tensor.factors:
         return f"'{tensor.info.name}' has its values in another order"
     if correction.embedding and tied:
         return "the embeddings are the output matrix as well"

@@ -56,6 +56,8 @@ def config_warnings(
             "llama.cpp has no second token type: values of a text by itself are the model's, but "
             "scores of pairs of texts differ from those of transformers"
         )
+    if said := family.said(config):
+        found.append(said)
     if window := family.window(config, sizes):
         found.append(
             f"llama.cpp attends to all tokens, not to a window of {window} as the configuration "

@@ -84,6 +84,26 @@ NEGATED_EXP = Change(lambda x: -np.exp(x), lambda x: np.log(-x))
 
 
 @dataclass(frozen=True, slots=True)
+class Factors:
+    """What values are multiplied by, in binary32.
+
+    Attributes:
+        of_rows: one number for all rows, or one for each.
+        divided: whether they are divided by it instead, on the way back.
+    """
+
+    of_rows: NDArray[np.float32]
+    divided: bool = False
+
+    def applied(self, values: NDArray[np.float32], start: int, columns: int) -> NDArray[np.float32]:
+        """Values from ``start`` on, of rows with so many columns."""
+        factors = self.of_rows
+        if len(factors) > 1:
+            factors = factors[np.arange(start, start + len(values)) // columns]
+        return values / factors if self.divided else values * factors
+
+
+@dataclass(frozen=True, slots=True)
 class MappedTensor:
     """How a tensor is made.
 
@@ -96,6 +116,7 @@ class MappedTensor:
         turned: where its rows are in the sources with their last two dimensions exchanged, in which
             some checkpoints hold them; what ``order`` says of values, said of rows.
         change: what is done to each value, likewise.
+        factors: what its rows are multiplied by, likewise.
         cut: whether it does without rows of its sources that nothing is computed with: on the way
             back they are zero.
         constant: the values themselves, binary32 and flat, for a tensor that no file holds.
@@ -108,6 +129,7 @@ class MappedTensor:
     turned: Locate | None = None
     added: float = 0.0
     change: Change | None = None
+    factors: Factors | None = None
     cut: bool = False
     constant: NDArray[np.float32] | None = None
 
@@ -164,19 +186,24 @@ def _inverted(
 ) -> MappedTensor:
     """A source from tensors that it is so-manieth source of."""
     first = parts[0][0]
+    if first.locate is None and first.order is None and len(first.sources) == 1:
+        parts = parts[:1]  # what has it whole; others have copies
     kinds = {dtypes.get(t.info.name, "F32") for t, _ in parts}
-    plain = len(kinds) > 1 or first.added or first.change
+    plain = len(kinds) > 1 or first.added or first.change or first.factors
     dtype = "F32" if plain else kinds.pop()
     made = MappedTensor(
         described(source.name, source.shape, dtype),
         tuple(described(t.info.name, t.info.shape, dtype) for t, _ in parts),
         added=-first.added,
         change=first.change and Change(first.change.back, first.change.there),
+        factors=first.factors and Factors(first.factors.of_rows, divided=True),
     )
     if any(t.order for t, _ in parts):
         return replace(made, order=_back(source, parts))
     if first.locate is None and len(parts) == len(first.sources) == 1:
         return made
+    if first.factors and len(first.factors.of_rows) > 1:
+        raise ValueError(f"rows of '{source.name}' have factors and another order")
     count = _rows(source)
     origin = np.full(count, -1, np.int64)  # of each row, through all tensors in order
     before = 0
@@ -215,7 +242,12 @@ def _back(source: TensorInfo, parts: list[tuple[MappedTensor, int]]) -> Order:
 
 def _rows(tensor: TensorInfo) -> int:
     """Rows as `Locate` counts them: of one dimension, every value is one."""
-    return math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.size
+    return tensor.size // _columns(tensor)
+
+
+def _columns(tensor: TensorInfo) -> int:
+    """Values of such a row."""
+    return tensor.shape[-1] if len(tensor.shape) > 1 else 1
 
 
 class MappedModel:
@@ -254,6 +286,9 @@ class MappedModel:
         found = kernels.widen(self._stored(made, start, stop), made.sources[0].dtype)
         if made.change:
             found = made.change.there(found.astype(np.float32))
+        if made.factors:
+            found = found.astype(np.float32)
+            found = made.factors.applied(found, start, _columns(made.info))
         if made.added:
             return found.astype(np.float32) + np.float32(made.added)
         return found
@@ -265,7 +300,7 @@ class MappedModel:
         made = self._made[tensor.name]
         width = DTYPES[tensor.dtype].size
         start, stop = offset // width, -(-(offset + size) // width)
-        if made.constant is not None or made.added or made.change:
+        if made.constant is not None or made.added or made.change or made.factors:
             whole = self.values(tensor, start, stop).astype("<f4").tobytes()
         else:
             whole = self._stored(made, start, stop)
@@ -298,7 +333,7 @@ class MappedModel:
                     parts.append(self._source.raw(source, first * width, (last - first) * width))
                 before += source.size
             return b"".join(parts)
-        columns = made.info.shape[-1] if len(made.info.shape) > 1 else 1
+        columns = _columns(made.info)
         first_row = start // columns
         wanted = made.locate(np.arange(first_row, -(-stop // columns), dtype=np.int64))
         found = self._gathered(made, wanted, columns, 0)

@@ -17,6 +17,7 @@ from qconvert.architectures.families.keys import Sizes
 from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.families.slots import OUTPUT
 from qconvert.architectures.mapped import (
+    Factors,
     Locate,
     MappedTensor,
     described,
@@ -305,7 +306,8 @@ def _made(
         part, rows = found.part[0], shape[-2]
         locate = window(rows * found.part[1], part * rows, (part + 1) * rows)
     added = 1.0 if family.norm_offset and name.endswith("norm.weight") and not slot.plain else 0.0
-    dtype = "F32" if added or slot.change else sources[0].dtype
+    factors = _factors(slot, config, sizes)
+    dtype = "F32" if added or slot.change or factors else sources[0].dtype
     return MappedTensor(
         described(name, shape, dtype),
         sources,
@@ -314,8 +316,15 @@ def _made(
         slot.turned,
         added,
         slot.change,
+        factors,
         slot.cut,
     )
+
+
+def _factors(slot: Slot, config: Config, sizes: Sizes) -> Factors | None:
+    """What rows are multiplied by; None where that is one."""
+    found = np.array(slot.factors(config, sizes) if slot.factors else [1.0], np.float32)
+    return None if (found == 1.0).all() else Factors(found)
 
 
 def _check_source(

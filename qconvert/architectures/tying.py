@@ -21,7 +21,7 @@ from qconvert.model import Model, TensorInfo
 HEAD = "lm_head.weight"
 _EMBEDDINGS = (
     "embed_tokens.weight", "word_embeddings.weight", "backbone.embeddings.weight",
-    "backbone.embedding.weight",
+    "backbone.embedding.weight", "model.embeddings.weight",
 )  # fmt: skip
 
 

@@ -43,4 +43,5 @@ def made_from(model: Model, tensor: TensorInfo) -> MadeFrom:
     every = np.arange(tensor.size // row_length(tensor.shape), dtype=np.int64)
     rows = made.locate(every) if made.locate else None
     turned = made.turned(every) if made.turned else None
-    return MadeFrom(made.sources, rows, made.added, not (made.order or made.change), turned)
+    whole = not (made.order or made.change or made.factors)
+    return MadeFrom(made.sources, rows, made.added, whole, turned)

@@ -19,11 +19,13 @@ from qconvert.architectures.families import (
     cohere,
     deepseek,
     exaone,
+    falcon_h1,
     gemma,
     gemma4,
     glm,
     gpt_oss,
     granite,
+    granite_hybrid,
     hunyuan,
     lfm,
     llama,
@@ -31,6 +33,7 @@ from qconvert.architectures.families import (
     minimax,
     mistral,
     modern_bert,
+    nemotron_h,
     olmo,
     phi,
     qwen,
@@ -55,6 +58,7 @@ _MODULES = (
     smollm,
     olmo,
     granite,
+    granite_hybrid,
     mistral,
     seed_oss,
     exaone,
@@ -70,6 +74,8 @@ _MODULES = (
     qwen_linear,
     gemma4,
     mamba,
+    falcon_h1,
+    nemotron_h,
     bert,
     roberta,
     modern_bert,
@@ -99,7 +105,11 @@ def known_class(fields: Mapping[str, Any]) -> ConfigClass | None:
 def known_family(fields: Mapping[str, Any]) -> Family | None:
     """The row for a configuration; None when no row has its class."""
     known = known_class(fields)
-    return next((f for f in FAMILIES if known and known.architectures[0] in f.classes), None)
+    found = next((f for f in FAMILIES if known and known.architectures[0] in f.classes), None)
+    if known is None or found is None:
+        return found
+    inside = fields.get(known.inner[0]) if known.inner else fields
+    return found.instead(inside if isinstance(inside, dict) else {}) or found
 
 
 def family_of(fields: Mapping[str, Any], path: Path) -> tuple[Family, ConfigClass]:

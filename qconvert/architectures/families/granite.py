@@ -50,14 +50,14 @@ _MULTIPLIERS = {
 }
 
 
-def _fields(number: str, **more: tuple[str, object]) -> Fields:
+def granite_fields(number: str, **more: tuple[str, object]) -> Fields:
     sizes = (32_000, 4096, 11_008, 32, 32)
     bias = (BOOL, False)
     plain = decoder_fields(sizes, (INT_OR_NULL, None), 2048, attention_bias=bias)
     return plain | {name: (number, 1.0) for name in _MULTIPLIERS} | more
 
 
-_EXPERT_FIELDS: dict[str, tuple[str, object]] = {
+EXPERT_FIELDS: dict[str, tuple[str, object]] = {
     "num_local_experts": (INT_OR_NULL, 8),
     "num_experts_per_tok": (INT_OR_NULL, 2),
 }
@@ -65,7 +65,7 @@ _MOE = ConfigClass(
     "GraniteMoeConfig",
     "granitemoe",
     ("GraniteMoeForCausalLM",),
-    _fields(NUMBER_OR_NULL, **_EXPERT_FIELDS),
+    granite_fields(NUMBER_OR_NULL, **EXPERT_FIELDS),
     (*TRAINING, "output_router_logits", "router_aux_loss_coef"),
     (*DECODER, "head_dim"),
     harmless=MappingProxyType({"mlp_bias": (False,)}),
@@ -75,7 +75,7 @@ CONFIGS = (
         "GraniteConfig",
         "granite",
         ("GraniteForCausalLM",),
-        _fields(NUMBER, mlp_bias=(BOOL, False)),
+        granite_fields(NUMBER, mlp_bias=(BOOL, False)),
         TRAINING,
         (*DECODER, "head_dim"),
     ),
@@ -85,7 +85,7 @@ CONFIGS = (
         name="GraniteMoeSharedConfig",
         model_type="granitemoeshared",
         architectures=("GraniteMoeSharedForCausalLM",),
-        fields=_fields(NUMBER_OR_NULL, **_EXPERT_FIELDS, shared_intermediate_size=(INT, 0)),
+        fields=granite_fields(NUMBER_OR_NULL, **EXPERT_FIELDS, shared_intermediate_size=(INT, 0)),
     ),
 )
 
@@ -109,12 +109,12 @@ def granite_moe_keys(config: Config, sizes: Sizes) -> Keys:
     return found
 
 
-_BLOCK = (
+GRANITE = (
     *NORMS,
     *attention(heads=True, bias=None),
     Slot("attn_output.bias", "width", flag=ATTENTION_BIAS),
 )
-_PARTS = {
+GRANITE_PARTS = {
     "block_sparse_moe.input_linear.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
     "block_sparse_moe.output_linear.weight": ("ffn_down_exps.weight",),
     "block_sparse_moe.router.layer.weight": ("ffn_gate_inp.weight",),
@@ -132,7 +132,7 @@ ROWS = (
         ("GraniteForCausalLM",),
         "granite",
         WHOLE,
-        (*_BLOCK, *GATED, *GATED_BIASES),
+        (*GRANITE, *GATED, *GATED_BIASES),
         granite_keys,
         plain_sizes,
         rotary(BY_PAIR),
@@ -143,11 +143,11 @@ ROWS = (
         ("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
         "granitemoe",
         WHOLE,
-        (*_BLOCK, *EXPERTS, *SHARED),
+        (*GRANITE, *EXPERTS, *SHARED),
         granite_moe_keys,
         granite_moe_sizes,
         rotary(BY_PAIR),
         SILU,
-        parts=MappingProxyType(_PARTS),
+        parts=MappingProxyType(GRANITE_PARTS),
     ),
 )

@@ -60,8 +60,12 @@ SILU = ("silu", "swish")
 GELU = ("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast")
 
 
-def plain_sizes(config: Config, *, grouped: bool = True, **more: int) -> Sizes:
+def plain_sizes(
+    config: Config, *, grouped: bool = True, blocks: int | None = None, **more: int
+) -> Sizes:
     """Dimensions that every architecture has; ``grouped`` if queries may share keys.
+
+    ``blocks`` are counted by ``num_hidden_layers``, if not otherwise.
 
     Raises:
         FormatError: they contradict each other.
@@ -84,7 +88,7 @@ def plain_sizes(config: Config, *, grouped: bool = True, **more: int) -> Sizes:
     none = config.known is not None and "intermediate_size" not in config.known.fields
     inner = more["expert_inner"] if none else config.count("intermediate_size")
     return Sizes(
-        blocks=config.count("num_hidden_layers", most=MAX_BLOCKS),
+        blocks=blocks or config.count("num_hidden_layers", most=MAX_BLOCKS),
         head_dim=head,
         named={
             "vocabulary": config.count("vocab_size"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.families.keys import Keys, Sizes
@@ -28,6 +29,7 @@ class Slot:
         order: where its values are in the source, if they are not whole rows of it.
         turned: where its rows are in the source with its last two dimensions exchanged.
         change: what is done to each value.
+        factors: what its rows are multiplied by, all by one number or each by its own.
         cut: whether rows of the source that nothing is computed with are left out.
         plain: a norm to which nothing is added, in a family that adds to norms.
     """
@@ -42,6 +44,7 @@ class Slot:
     order: Callable[[Sizes], Order] | None = None
     turned: Locate | None = None
     change: Change | None = None
+    factors: Callable[[Config, Sizes], Sequence[float]] | None = None
     cut: bool = False
     plain: bool = False
 
@@ -73,6 +76,9 @@ class Family:
             after the others; they are left out.
         per_layer: whether its keys say what ``per_layer_config`` says.
         own_head: whether llama.cpp wants an output matrix even where it is the token embedding.
+        said: what is to be said of a configuration that is taken, of what llama.cpp does otherwise.
+        instead: rows for some configurations of the same classes, by what the language model's
+            fields say: llama.cpp has another architecture for them, or other tensors.
     """
 
     name: str
@@ -93,3 +99,5 @@ class Family:
     beyond: str | None = None
     own_head: bool = False
     per_layer: bool = False
+    said: Callable[[Config], str | None] = lambda config: None
+    instead: Callable[[Mapping[str, Any]], Family | None] = lambda fields: None

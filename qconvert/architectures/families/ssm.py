@@ -10,13 +10,17 @@ from __future__ import annotations
 import math
 
 from qconvert.architectures.config import Config
-from qconvert.architectures.families.keys import Keys, Sizes
+from qconvert.architectures.families.keys import FULL, Keys, Sizes
 from qconvert.architectures.families.row import Slot
 from qconvert.architectures.mapped import NEGATED_EXP
 from qconvert.errors import FormatError
+from qconvert.files.gguf_writer import GgufValue
 
 UNLIMITED = (0.0, math.inf)
 _MOST_INNER = 1 << 24
+LINEAR = "linear_attention"
+# Names that transformers still takes for kinds of layers.
+OLDER = {"mamba": LINEAR, "attention": FULL}
 # The converter's, for models whose positions have no end.
 ENDLESS = 1 << 20
 
@@ -67,6 +71,50 @@ def ssm_keys(sizes: Sizes) -> Keys:
         "ssm.time_step_rank": named["ssm_heads"],
         "ssm.group_count": named["ssm_groups"],
     }
+
+
+def head_width(config: Config, inner: int) -> None:
+    """Hold the stated width of a head, where it is no text, to what the heads share.
+
+    Raises:
+        FormatError: it is another.
+    """
+    stated = config.get("mamba_d_head")
+    if stated != "auto" and stated != inner // config.count("mamba_n_heads"):
+        raise config.wrong("mamba_d_head", f"'auto', or {inner} / mamba_n_heads")
+
+
+def kinds(config: Config, sizes: Sizes) -> list[str]:
+    """Which kind each layer is of; all are state-space layers where nothing is said.
+
+    Raises:
+        FormatError: not one for each layer, or of another kind.
+    """
+    types = config.get("layer_types")
+    if types is None:
+        return [LINEAR] * sizes.blocks
+    found = [OLDER.get(t, t) for t in types]
+    if len(found) != sizes.blocks or not set(found) <= {LINEAR, FULL}:
+        wanted = f"'{FULL}' or '{LINEAR}' for each of {sizes.blocks} layers"
+        raise config.wrong("layer_types", wanted)
+    return found
+
+
+def recurs(config: Config, sizes: Sizes, block: int) -> bool:
+    """Whether a block is a state-space layer."""
+    return kinds(config, sizes)[block] == LINEAR
+
+
+def attends(config: Config, sizes: Sizes, block: int) -> bool:
+    """Whether it has attention instead."""
+    return not recurs(config, sizes, block)
+
+
+def attending_keys(config: Config, sizes: Sizes) -> Keys:
+    """Heads of keys in each layer, none where it is a state-space layer."""
+    groups = sizes.named["key"] // sizes.head_dim
+    attended = [kind == FULL for kind in kinds(config, sizes)]
+    return {"attention.head_count_kv": GgufValue("UINT32", [groups if a else 0 for a in attended])}
 
 
 def require_unlimited(config: Config, field: str = "time_step_limit") -> None:
