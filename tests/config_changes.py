@@ -140,7 +140,6 @@ _UNUSED: dict[str, list[Any]] = {  # no computation depends on these
 UNUSED = (*_UNUSED, "text_config.final_logit_softcapping")
 VALUES |= _UNUSED
 VALUES |= {
-    "no_rope_layer_interval": [2, 4],
     "no_rope_layers": [[1, 0]],
     "shared_expert_intermediate_size": [48, 0],
     "shared_intermediate_size": [48, 0],
@@ -264,6 +263,13 @@ VALUES |= {
     "ssm_multipliers": [[1.0, 2.0, 0.5, 1.5, 0.7], [1.0]],
     "ssm_in_multiplier": [2.0],
     "ssm_out_multiplier": [2.0],
+    "intermediate_size_mlp": [64],
+    "moe_layers": [[0, 1, 2, 3], [3], [0, 3], []],
+    "interleave_moe_layer_step": [1, 0],
+    "no_rope_layer_interval": [2, 4],
+    "attn_temperature_tuning": [False],
+    "floor_scale": [16],
+    "attn_scale": [0.5],
     "layers_block_type": [
         ["linear_attention", "moe", FULL, "mlp", "linear_attention"],
         [FULL, "moe", FULL, "moe", FULL],
@@ -735,6 +741,13 @@ OWN: dict[str, dict[str, list[Any]]] = {
         "time_step_min": [0.0, 0.5],
         "hybrid_override_pattern": ["MEM*E"],
         "mamba_conv_bias": [True],
+    },
+    "llama4_text": {
+        "use_qk_norm": [False],
+        "no_rope_layers": [[1, 1, 1, 0], [0, 1, 1, 1], []],
+        "attention_chunk_size": [8192, 512, 16],
+        "layer_types": [[FULL] * 4, ["chunked_attention"] * 4, [SLIDING] * 4],
+        "max_position_embeddings": [512, 16384],
     },
     "lfm2": {"layer_types": [[FULL] * 3, ["conv"] * 3, [FULL, "conv", FULL]]},
     "lfm2_moe": {"layer_types": [[FULL] * 3, ["conv"] * 3, [FULL, "conv", FULL]]},

@@ -207,6 +207,11 @@ NARROW: dict[str, Fields] = {
         ssm_in_multiplier=1.25, ssm_out_multiplier=0.25,
     ),
     "nemotron_h": _without(_NEMOTRON, "rms_norm_eps"),
+    "llama4_text": _base(
+        "Llama4ForCausalLM", "llama4_text", num_hidden_layers=4, head_dim=32,
+        intermediate_size=48, intermediate_size_mlp=96, num_local_experts=4,
+        num_experts_per_tok=1, interleave_moe_layer_step=2,
+    ),
     "mamba2": _without(
         _base(
             "Mamba2ForCausalLM", "mamba2", layer_norm_epsilon=1e-5, num_heads=8, head_dim=16,
@@ -275,6 +280,14 @@ NARROW |= {
         },
         tie_word_embeddings=False,
     ),
+    "llama4": _wrapped(
+        "Llama4ForConditionalGeneration", "llama4", "llama4_text",
+        {
+            "model_type": "llama4_vision_model", "hidden_size": 32, "intermediate_size": 128,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+            "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
+        },
+    ),
     "gemma4": _wrapped(
         "Gemma4ForConditionalGeneration", "gemma4", "gemma4_text",
         {
@@ -286,10 +299,15 @@ NARROW |= {
 }  # fmt: skip
 # What is compared of these are hidden states.
 ENCODERS = ("bert", "xlm-roberta", "roberta", "modernbert")
-WRAPPED = ("qwen3_5", "qwen3_5_moe", "mistral3", "gemma4")
+WRAPPED = ("qwen3_5", "qwen3_5_moe", "mistral3", "llama4", "gemma4")
 
 # More models for `make_families.py`: of classes that are in `NARROW` otherwise.
 MORE: dict[str, Fields] = {
+    "mistral3, around mistral": NARROW["mistral3"] | {
+        "text_config": _without(
+            _base("", "mistral", head_dim=32, sliding_window=None), "architectures"
+        )
+    },
     "nemotron_h, dense": NARROW["nemotron_h"] | {
         "layers_block_type": ["mamba", "mlp", "attention", "mlp", "mamba"]
     },
@@ -346,6 +364,7 @@ _WIDER = {
     "hidden_size": 256,
     "mamba_d_ssm": 512,
     "intermediate_size": 512,
+    "intermediate_size_mlp": 512,
     "moe_intermediate_size": 256,
     "moe_shared_expert_intermediate_size": 256,
     "moe_latent_size": 256,

@@ -137,6 +137,9 @@ class Transformers:
         model = self._class(config).from_pretrained(
             home, dtype=self.torch.float32, attn_implementation="eager"
         )
+        if config.get("model_type") == "llama4":
+            # transformers 5.24 stumbles over outputs of images that its language model has not
+            model = model.language_model
         with self.torch.no_grad():
             found = model.eval()(self.torch.tensor([text()]))
         hidden = is_encoder(config) and not has_classifier(config)

@@ -110,7 +110,7 @@ def test_what_transformers_removes_from_every_configuration_is_known() -> None:
 
 def test_each_class_is_of_one_row() -> None:
     rows = [name for family in FAMILIES for name in family.classes]
-    assert sorted(rows) == sorted(name for c in CONFIG_CLASSES for name in c.architectures)
+    assert sorted(rows) == sorted({name for c in CONFIG_CLASSES for name in c.architectures})
 
 
 def test_annotations_are_of_the_kinds_compared_here() -> None:

@@ -29,6 +29,7 @@ from qconvert.architectures.families import (
     hunyuan,
     lfm,
     llama,
+    llama4,
     mamba,
     minimax,
     mistral,
@@ -76,6 +77,7 @@ _MODULES = (
     mamba,
     falcon_h1,
     nemotron_h,
+    llama4,
     bert,
     roberta,
     modern_bert,
@@ -91,7 +93,9 @@ def known_class(fields: Mapping[str, Any]) -> ConfigClass | None:
     that we take, unless there is none.
     """
     named = _class_names(fields)
-    of_type = [c for c in CONFIG_CLASSES if c.model_type == fields.get("model_type")]
+    of_type = [
+        c for c in CONFIG_CLASSES if c.model_type == fields.get("model_type") and _holds(c, fields)
+    ]
     ours = (c for c in of_type if any(n in c.architectures for n in named))
     by_type = next(ours, of_type[0] if of_type else None)
     if by_type and by_type.model_type == "mistral" and "layer_types" in fields:
@@ -100,6 +104,13 @@ def known_class(fields: Mapping[str, Any]) -> ConfigClass | None:
     if fields.get("architectures") in (None, []):
         return by_type
     return by_name and (by_name if fields.get("model_type") is None else by_type)
+
+
+def _holds(known: ConfigClass, fields: Mapping[str, Any]) -> bool:
+    """Whether the language model inside is of the class's own, where the file says of which."""
+    inside = fields.get(known.inner[0]) if known.inner else None
+    named = inside.get("model_type") if isinstance(inside, dict) else None
+    return known.inner is None or named in (None, known.inner[1].model_type)
 
 
 def known_family(fields: Mapping[str, Any]) -> Family | None:
@@ -124,6 +135,9 @@ def family_of(fields: Mapping[str, Any], path: Path) -> tuple[Family, ConfigClas
     found = ", ".join(_class_names(fields)) or "no architectures"
     if fields.get("model_type") is not None:
         found += f", model_type {reprlib.repr(fields['model_type'])}"
+    inside = fields.get("text_config")
+    if isinstance(inside, dict) and isinstance(inside.get("model_type"), str):
+        found += f" around {reprlib.repr(inside['model_type'])}"
     if "layer_types" in fields:
         found += " with layer_types"
     raise UnsupportedError(

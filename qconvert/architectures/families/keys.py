@@ -149,7 +149,8 @@ def decoder_keys(
     # transformers makes masks of the first field whatever the class (null counts as false there),
     # and its cache goes by the others.
     config.require("is_causal", (True,), True)
-    config.require("attention_chunk_size", (None,))
+    if config.known is None or "attention_chunk_size" not in config.known.fields:
+        config.require("attention_chunk_size", (None,))
     declared = config.known and "layer_types" in config.known.fields
     if not declared and any(layer_types(config, sizes, [])):
         raise config.unlike("layer_types", f"'{FULL}'")

@@ -38,6 +38,21 @@ from qconvert.architectures.families.slots import (
 )
 from qconvert.architectures.rope import BY_PAIR
 
+MISTRAL = ConfigClass(
+    "MistralConfig",
+    "mistral",
+    ("MistralForCausalLM",),
+    decoder_fields(
+        (32_000, 4096, 14_336, 32, 32),
+        (INT, 8),
+        131_072,
+        head_dim=(INT_OR_NULL, None),
+        sliding_window=(INT_OR_NULL, 4096),
+    ),
+    TRAINING,
+    DECODER,
+    harmless=MappingProxyType({"attention_bias": (False,), "mlp_bias": (False,)}),
+)
 CONFIGS = (
     ConfigClass(
         "LlamaConfig",
@@ -63,21 +78,7 @@ CONFIGS = (
         ),
         divides=True,
     ),
-    ConfigClass(
-        "MistralConfig",
-        "mistral",
-        ("MistralForCausalLM",),
-        decoder_fields(
-            (32_000, 4096, 14_336, 32, 32),
-            (INT, 8),
-            131_072,
-            head_dim=(INT_OR_NULL, None),
-            sliding_window=(INT_OR_NULL, 4096),
-        ),
-        TRAINING,
-        DECODER,
-        harmless=MappingProxyType({"attention_bias": (False,), "mlp_bias": (False,)}),
-    ),
+    MISTRAL,
     ConfigClass(
         "MixtralConfig",
         "mixtral",

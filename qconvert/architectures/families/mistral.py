@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_classes import (
@@ -21,7 +23,9 @@ from qconvert.architectures.families.keys import (
     decoder_keys,
     plain_sizes,
     plain_window,
+    rotary,
 )
+from qconvert.architectures.families.llama import MISTRAL
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.families.slots import GATED, INSIDE, NORMS, VISION, WHOLE, attention
 from qconvert.architectures.rope import BY_PAIR, Rope, read_rope, settled
@@ -59,7 +63,9 @@ _WRAPPED = ConfigClass(
     MappingProxyType({"image_token_id": "image_token_index"}),
     inner=("text_config", _TEXT),
 )
-CONFIGS = (_TEXT, _WRAPPED)
+# Mistral Small 3.1 and 3.2: the model of text and images around the older one.
+_AROUND_MISTRAL = replace(_WRAPPED, inner=("text_config", MISTRAL))
+CONFIGS = (_TEXT, _WRAPPED, _AROUND_MISTRAL)
 
 
 def ministral3_keys(config: Config, sizes: Sizes) -> Keys:
@@ -76,19 +82,25 @@ def ministral3_rope(config: Config, sizes: Sizes) -> Rope:
     return read_rope(settled(config, _ROPE), sizes.head_dim, _ROPE)
 
 
-ROWS = (
-    Family(
-        "Ministral 3 (also Mistral 3)",
-        ("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration"),
-        "mistral3",
-        WHOLE,
-        (*NORMS, *attention(heads=True, bias=False), *GATED),
-        ministral3_keys,
-        plain_sizes,
-        ministral3_rope,
-        SILU,
-        plain_window,
-        renames=INSIDE,
-        dropped=VISION,
-    ),
+def _instead(fields: Mapping[str, Any]) -> Family | None:
+    return _SMALL if fields.get("model_type") == MISTRAL.model_type else None
+
+
+_MINISTRAL = Family(
+    "Ministral 3 (also Mistral 3)",
+    ("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration"),
+    "mistral3",
+    WHOLE,
+    (*NORMS, *attention(heads=True, bias=False), *GATED),
+    ministral3_keys,
+    plain_sizes,
+    ministral3_rope,
+    SILU,
+    plain_window,
+    renames=INSIDE,
+    dropped=VISION,
+    instead=_instead,
 )
+_SMALL = replace(_MINISTRAL, name="Mistral Small 3", keys=decoder_keys, rope=rotary(BY_PAIR))
+
+ROWS = (_MINISTRAL,)
