@@ -270,6 +270,15 @@ VALUES |= {
     "attn_temperature_tuning": [False],
     "floor_scale": [16],
     "attn_scale": [0.5],
+    "clip_qkv": [0.5],
+    "moe_k": [1, 5],
+    "moe_num_experts": [8],
+    "moe_num_shared_experts": [1, 0],
+    "moe_layer_start_index": [0, 3],
+    "moe_layer_end_index": [1, 2],
+    "moe_layer_interval": [2],
+    "moe_norm_min": [0.9],
+    "moe_topk": [[2, 2], [2, 1], 5],
     "layers_block_type": [
         ["linear_attention", "moe", FULL, "mlp", "linear_attention"],
         [FULL, "moe", FULL, "moe", FULL],
@@ -348,6 +357,7 @@ RELATED = {
     "num_hidden_layers": (
         "layer_types",
         "first_k_dense_replace",
+        "moe_layer_start_index",
         "num_dense_layers",
         "mlp_layer_types",
         "num_kv_shared_layers",
@@ -748,6 +758,21 @@ OWN: dict[str, dict[str, list[Any]]] = {
         "attention_chunk_size": [8192, 512, 16],
         "layer_types": [[FULL] * 4, ["chunked_attention"] * 4, [SLIDING] * 4],
         "max_position_embeddings": [512, 16384],
+    },
+    **{
+        name: {
+            "rope_parameters": [
+                {"rope_type": "dynamic", "alpha": 50.0, "rope_theta": 10_000.0},
+                {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "mscale": 1.0},
+            ],
+            "moe_topk": [[2, 2], [2, 1], 5],
+        }
+        for name in ("hunyuan_v1_dense", "hunyuan_v1_moe")
+    },
+    "dots1": {
+        "layer_types": [[FULL] * 2, [FULL, SLIDING]],
+        "sliding_window": [16],
+        "max_window_layers": [1],
     },
     "lfm2": {"layer_types": [[FULL] * 3, ["conv"] * 3, [FULL, "conv", FULL]]},
     "lfm2_moe": {"layer_types": [[FULL] * 3, ["conv"] * 3, [FULL, "conv", FULL]]},

@@ -212,6 +212,32 @@ NARROW: dict[str, Fields] = {
         intermediate_size=48, intermediate_size_mlp=96, num_local_experts=4,
         num_experts_per_tok=1, interleave_moe_layer_step=2,
     ),
+    "olmoe": _base(
+        "OlmoeForCausalLM", "olmoe", num_experts=4, num_experts_per_tok=2, num_key_value_heads=4
+    ),
+    "arcee": _base("ArceeForCausalLM", "arcee", hidden_act="relu2"),
+    "nemotron": _without(
+        _base(
+            "NemotronForCausalLM", "nemotron", hidden_act="relu2", norm_eps=1e-5,
+            rope_parameters={
+                "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5
+            },
+        ),
+        "rms_norm_eps",
+    ),
+    "ernie4_5": _base("Ernie4_5ForCausalLM", "ernie4_5", head_dim=32),
+    "ernie4_5_moe": _base(
+        "Ernie4_5_MoeForCausalLM", "ernie4_5_moe", moe_num_experts=4, moe_k=2,
+        moe_intermediate_size=48, num_hidden_layers=3,
+    ),
+    "dots1": _base(
+        "Dots1ForCausalLM", "dots1", **_EXPERTS, n_routed_experts=4, n_shared_experts=2,
+        first_k_dense_replace=1, norm_topk_prob=True, routed_scaling_factor=2.5,
+        sliding_window=None, num_key_value_heads=4,
+    ),
+    "hunyuan_v1_moe": _base(
+        "HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe", num_experts=4, moe_topk=2, head_dim=32,
+    ),
     "mamba2": _without(
         _base(
             "Mamba2ForCausalLM", "mamba2", layer_norm_epsilon=1e-5, num_heads=8, head_dim=16,

@@ -28,6 +28,7 @@ NUMBER_OR_NULL, TEXT_OR_NULL = "a number, or null", f"{TEXT}, or null"
 FLOATS = f"a list of {FLOAT.replace('a number', 'numbers')}"
 FLOATS_OR_NULL = f"{FLOATS}, or null"
 INT_OR_TEXT_OR_NULL = "an integer or text, or null"
+INT_OR_INTS = "an integer or a list of integers"
 OBJECT_OR_NULL = "an object, or null"
 LAYER_OBJECTS_OR_NULL = "an object with objects for full_attention and sliding_attention, or null"
 
@@ -91,7 +92,10 @@ class ConfigClass:
             return isinstance(value, dict) and all(
                 n in layers and isinstance(v, dict) for n, v in value.items()
             )
+        if kind == INT_OR_INTS and type(value) is int:
+            return True
         of_list = {
+            INT_OR_INTS: int,
             INTS_OR_NULL: int, TEXTS_OR_NULL: str, FLOATS: float, FLOATS_OR_NULL: float
         }.get(kind)  # fmt: skip
         if of_list:

@@ -30,6 +30,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "llama3": (
         "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
     ),
+    "dynamic": ("factor", "alpha"),
     "longrope": (
         "factor", "original_max_position_embeddings", "attention_factor", "short_factor",
         "long_factor",

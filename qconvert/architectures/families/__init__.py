@@ -15,9 +15,12 @@ from typing import Any
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_classes import ConfigClass
 from qconvert.architectures.families import (
+    arcee,
     bert,
     cohere,
     deepseek,
+    dots1,
+    ernie,
     exaone,
     falcon_h1,
     gemma,
@@ -34,6 +37,7 @@ from qconvert.architectures.families import (
     minimax,
     mistral,
     modern_bert,
+    nemotron,
     nemotron_h,
     olmo,
     phi,
@@ -78,6 +82,10 @@ _MODULES = (
     falcon_h1,
     nemotron_h,
     llama4,
+    arcee,
+    nemotron,
+    ernie,
+    dots1,
     bert,
     roberta,
     modern_bert,

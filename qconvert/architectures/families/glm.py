@@ -93,7 +93,7 @@ def glm4_moe_sizes(config: Config) -> Sizes:
     inner = config.count("moe_intermediate_size")
     blocks = config.count("num_hidden_layers")
     dense = config.get("first_k_dense_replace")
-    if not 0 <= dense < blocks:
+    if dense is None or not 0 <= dense < blocks:
         raise config.wrong("first_k_dense_replace", f"an integer from 0 to {blocks - 1}")
     return plain_sizes(
         config,

@@ -1,11 +1,15 @@
-"""OLMo 2 and 3."""
+"""OLMo 2 and 3, and OLMoE."""
 
 from __future__ import annotations
+
+from types import MappingProxyType
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_classes import (
     BOOL,
     DECODER,
+    FLOAT_OR_NULL,
+    INT,
     INT_OR_NULL,
     TEXTS_OR_NULL,
     TRAINING,
@@ -19,13 +23,22 @@ from qconvert.architectures.families.keys import (
     Sizes,
     decoder_keys,
     every_nth_full,
+    expert_keys,
+    expert_sizes,
     filled_sizes,
     layer_types,
     rotary,
     window_keys,
 )
 from qconvert.architectures.families.row import Family, Slot
-from qconvert.architectures.families.slots import GATED, POST_NORMS, WHOLE, attention
+from qconvert.architectures.families.slots import (
+    EXPERTS,
+    GATED,
+    NORMS,
+    POST_NORMS,
+    WHOLE,
+    attention,
+)
 from qconvert.architectures.rope import PLAIN, Rope, read_rope_by_layer
 
 
@@ -53,6 +66,25 @@ CONFIGS = (
         (*DECODER, "head_dim"),
         theta=500_000.0,
     ),
+    ConfigClass(
+        "OlmoeConfig",
+        "olmoe",
+        ("OlmoeForCausalLM",),
+        decoder_fields(
+            (50_304, 2048, 2048, 16, 16),
+            (INT_OR_NULL, None),
+            4096,
+            1e-5,
+            attention_bias=(BOOL, False),
+            clip_qkv=(FLOAT_OR_NULL, None),
+            num_experts_per_tok=(INT, 8),
+            num_experts=(INT, 64),
+            norm_topk_prob=(BOOL, False),
+        ),
+        (*TRAINING, "output_router_logits", "router_aux_loss_coef"),
+        (*DECODER, "head_dim"),
+        MappingProxyType({"num_local_experts": "num_experts"}),
+    ),
 )
 
 
@@ -75,14 +107,27 @@ def olmo3_rope(config: Config, sizes: Sizes) -> Rope:
     return rope
 
 
+def olmoe_sizes(config: Config) -> Sizes:
+    filled_sizes(config)
+    sizes = expert_sizes(config, "num_experts", "intermediate_size")
+    if sizes.named["key"] != sizes.named["width"]:  # llama.cpp norms keys by the whole width
+        raise config.unlike("num_key_value_heads", "as num_attention_heads")
+    return sizes
+
+
+def olmoe_keys(config: Config, sizes: Sizes) -> Keys:
+    config.require("clip_qkv", (None,))
+    config.require("norm_topk_prob", (False,))
+    return olmo2_keys(config, sizes) | expert_keys(config, sizes)
+
+
 # Norms come after a block's halves, and over all heads at once.
-_BLOCK = (
-    *POST_NORMS,
+_ATTENTION = (
     *attention(heads=False, bias=False),
     Slot("attn_q_norm.weight", "query"),
     Slot("attn_k_norm.weight", "key"),
-    *GATED,
 )
+_BLOCK = (*POST_NORMS, *_ATTENTION, *GATED)
 
 ROWS = (
     Family(
@@ -106,6 +151,18 @@ ROWS = (
         olmo3_keys,
         filled_sizes,
         olmo3_rope,
+        SILU,
+        own_head=True,
+    ),
+    Family(
+        "OLMoE",
+        ("OlmoeForCausalLM",),
+        "olmoe",
+        WHOLE,
+        (*NORMS, *_ATTENTION, *EXPERTS),
+        olmoe_keys,
+        olmoe_sizes,
+        rotary(PLAIN),
         SILU,
         own_head=True,
     ),
