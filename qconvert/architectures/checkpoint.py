@@ -129,7 +129,7 @@ class Checkpoint:
 
 def _rows_of_blocks(made: MappedTensor, parts: tuple[TensorInfo, ...]) -> bool:
     """Whether a tensor has whole rows of blocks of one type."""
-    changed = made.order or made.change or made.added or made.cut
+    changed = made.order or made.change or made.added or made.factors or made.cut
     kinds = {p.dtype for p in parts}
     return not changed and len(kinds) == 1 and all(p.coded for p in parts)
 
