@@ -39,6 +39,7 @@ CONFIGS = (
         ),
         TRAINING,
         DECODER,
+        divides=True,
     ),
 )
 
