@@ -85,6 +85,7 @@ _YARN = {
 }  # fmt: skip
 
 NARROW: dict[str, Fields] = {
+    "internlm3": _base("InternLM3ForCausalLM", "internlm3", head_dim=32),
     "smollm3": _base("SmolLM3ForCausalLM", "smollm3", num_hidden_layers=4),
     "qwen2_moe": _base(
         "Qwen2MoeForCausalLM", "qwen2_moe", **_EXPERTS, num_experts=4,

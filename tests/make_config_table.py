@@ -272,6 +272,7 @@ def warning_kinds(warnings: list[str]) -> list[str]:
         "without effect": "unread",
         "by which transformers goes": "class",
         "rounds the bounds": "rounded",
+        "by the length of a text": "dynamic",
     }
     return sorted({kind for w in warnings for words, kind in kinds.items() if words in w})
 

@@ -39,6 +39,7 @@ WARNINGS = {
     "without effect": "unread",
     "by which transformers goes": "class",
     "rounds the bounds": "rounded",
+    "by the length of a text": "dynamic",
 }
 
 

@@ -67,6 +67,12 @@ def config_warnings(
             f"{rope.longer} tokens, transformers when the text is: run it with a context of at "
             f"most {rope.longer} for texts that short"
         )
+    if rope.dynamic:
+        found.append(
+            f"transformers stretches rotary positions by the length of a text above "
+            f"{rope.dynamic} tokens ('dynamic'), llama.cpp does not: longer texts come out "
+            "otherwise"
+        )
     if rope.rounded > 0:
         found.append(
             "llama.cpp rounds the bounds between which YaRN stretches rotary positions, and "
