@@ -56,6 +56,7 @@ TOKENIZER = {
     "gemma2": "sp-gemma",
     "gemma3_text": "sp-gemma",
     "gemma3": "sp-gemma",
+    "gemma3_text-encoder": "sp-gemma",
     "bert": "wordpiece",
     "xlm-roberta": "unigram",
     "roberta": "gpt-2",

@@ -14,7 +14,7 @@ from typing import Any
 from config_cases import BASES, DECODERS, REMOVED, Fields
 from family_models import ENCODERS, NARROW
 
-from qconvert.architectures.families import CONFIG_CLASSES
+from qconvert.architectures.families import known_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -649,6 +649,18 @@ OWN: dict[str, dict[str, list[Any]]] = {
         ],
         "rope_scaling": [{"rope_type": "linear", "factor": 4.0}],
     },
+    "gemma3_text-encoder": {
+        "use_bidirectional_attention": [False],
+        "layer_types": [[FULL] * 6, [SLIDING] * 6, [FULL, SLIDING] * 3],
+        "sliding_window": [17, 4, 256],
+        "sliding_window_pattern": [2, 3],
+        "rope_parameters": [
+            {},
+            {FULL: {"rope_theta": 500.0}, SLIDING: {"rope_theta": 50.0}},
+            {FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}, SLIDING: {}},
+        ],
+        "rope_scaling": [{"rope_type": "linear", "factor": 4.0}],
+    },
     "gpt_oss": {"layer_types": [[FULL, SLIDING], [SLIDING] * 2]},
     **{
         name: {"layer_types": [[FULL] * 3, ["linear_attention", FULL, "linear_attention"]]}
@@ -669,7 +681,8 @@ def family_cases(name: str) -> Iterator[Case]:
 
     Fields that nothing depends on are changed together, and stand in one case.
     """
-    known = next(c for c in CONFIG_CLASSES if c.model_type == name)
+    known = known_class(BASES[name])
+    assert known is not None
     base, own = BASES[name], OWN.get(name, {})
     for f, (kind, _) in known.fields.items():
         for value in own.get(f) or VALUES[f][: 1 if f in VALUES_OF_ALL else 2]:

@@ -249,8 +249,14 @@ NARROW |= {
         },
     ),
 }  # fmt: skip
+_ENCODER3 = "gemma3_text-encoder"  # its model_type is that of a decoder
+NARROW[_ENCODER3] = _base(
+    "Gemma3TextModel", "gemma3_text", head_dim=32, query_pre_attn_scalar=32, sliding_window=16,
+    num_hidden_layers=6, use_bidirectional_attention=True, tie_word_embeddings=True,
+    vocab_size=rows(TOKENIZERS["sp-gemma"]),
+)  # fmt: skip
 # What is compared of these are hidden states.
-ENCODERS = ("bert", "xlm-roberta", "roberta", "modernbert")
+ENCODERS = ("bert", "xlm-roberta", "roberta", "modernbert", _ENCODER3)
 WRAPPED = ("qwen3_5", "qwen3_5_moe", "mistral3", "gemma4")
 
 # More models for `make_families.py`: of classes that are in `NARROW` otherwise.
@@ -291,6 +297,7 @@ _WIDER = {
     "shared_expert_intermediate_size": 256,
     "shared_intermediate_size": 256,
     "head_dim": 64,
+    "query_pre_attn_scalar": 64,
     "kv_lora_rank": 256,
     "q_lora_rank": 256,
     "v_head_dim": 64,

@@ -59,7 +59,7 @@ from config_changes import (
     cases,
 )
 from config_document import document
-from family_models import ENCODERS, WRAPPED
+from family_models import ENCODERS, NARROW, WRAPPED
 from gguf import GGUFReader
 from numpy.typing import NDArray
 
@@ -76,7 +76,11 @@ DOCUMENT = HERE.parent / "formats" / "gguf-configuration.md"
 
 def is_encoder(config: Fields) -> bool:
     """Whether hidden states are compared, not logits of tokens."""
-    return config.get("model_type") in ENCODERS
+    return config.get("model_type") in ENCODERS or any(
+        config.get("architectures") == NARROW[name]["architectures"]
+        for name in ENCODERS
+        if name in NARROW
+    )
 
 
 def has_classifier(config: Fields) -> bool:
@@ -100,7 +104,9 @@ class Transformers:
 
     def fields(self, name: str) -> list[str]:
         """Fields of the class, its base's among them."""
-        known = self.package.models.auto.configuration_auto.CONFIG_MAPPING[name]
+        known = self.package.models.auto.configuration_auto.CONFIG_MAPPING[
+            BASES[name]["model_type"]
+        ]
         return [f.name for f in dataclasses.fields(known)]
 
     def _class(self, config: Fields) -> Any:

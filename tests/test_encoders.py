@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from config_cases import BASES, Directories, text, unfolded
 from conftest import ROOT, Call
 from family_models import MORE, NARROW
 from gguf import GGUFReader
+from safetensors.numpy import save_file
 from tiny_models import charsmap
 
 from qconvert.architectures import open_gguf_source
@@ -318,3 +320,83 @@ def test_a_model_type_with_another_head_is_the_class_that_is_named(tmp_path: Pat
     labels = open_gguf_source(open_model(directory)).metadata["bert.classifier.output_labels"]
     assert isinstance(labels, GgufValue)
     assert labels.value == ["bad", "good", "neither"]
+
+
+def _dense_directory(
+    home: Path, *, widths: tuple[int, ...] = (64, 160, 64), **settings: Any
+) -> Path:
+    """EmbeddingGemma as it is published: a transformer, the mean, matrices, length 1."""
+    name = "gemma3_text-encoder"
+    directory = Directories(home).made(name, NARROW[name], shapes_of(name))
+    kinds = ["Transformer", "Pooling", *["Dense"] * (len(widths) - 1), "Normalize"]
+    modules = [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"x.models.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
+    (directory / "modules.json").write_text(json.dumps(modules))
+    (directory / "1_Pooling").mkdir()
+    (directory / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
+    for i, (before, after) in enumerate(pairwise(widths), 2):
+        place = directory / f"{i}_Dense"
+        place.mkdir()
+        fields = {
+            "in_features": before, "out_features": after, "bias": False,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        }  # fmt: skip
+        (place / "config.json").write_text(json.dumps(fields | settings))
+        values = np.random.RandomState(i).standard_normal((after, before)).astype(np.float32)
+        save_file({"linear.weight": values}, place / "model.safetensors")
+    return directory
+
+
+def test_dense_modules_are_matrices_after_the_pooling(
+    tmp_path: Path, call: Call, llama: Any
+) -> None:
+    directory = _dense_directory(tmp_path)
+    path = tmp_path / "m.gguf"
+    assert call("quantize", directory, "--scheme", "f32", "-o", path).code == 0
+    assert call("verify", path, "--against", directory).code == 0
+    reader = GGUFReader(path)
+    keys = {n: f.contents() for n, f in reader.fields.items() if "dense_" in n}
+    assert keys == {
+        "gemma-embedding.dense_2_feat_in": 64, "gemma-embedding.dense_2_feat_out": 160,
+        "gemma-embedding.dense_3_feat_in": 160, "gemma-embedding.dense_3_feat_out": 64,
+    }  # fmt: skip
+    tensors = {t.name: t.data for t in reader.tensors}
+    matrices = [
+        np.random.RandomState(i).standard_normal(shape).astype(np.float32)
+        for i, shape in ((2, (160, 64)), (3, (64, 160)))
+    ]
+    for name, values in zip(("dense_2.weight", "dense_3.weight"), matrices, strict=True):
+        np.testing.assert_array_equal(tensors[name], values)
+    if not llama:
+        return
+    torch = pytest.importorskip("torch", reason="pip install qconvert[hf]")
+    transformers = pytest.importorskip("transformers", reason="pip install qconvert[hf]")
+    model = transformers.AutoModel.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        hidden = model.eval()(torch.tensor([text()])).last_hidden_state[0].numpy()
+    wanted = matrices[1] @ (matrices[0] @ hidden.mean(axis=0))
+    found = llama.outputs(path, encoder=True, pooled=True)
+    np.testing.assert_allclose(found, wanted, atol=3e-3 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"bias": True}, "bias"),
+        ({"activation_function": "torch.nn.modules.activation.Tanh"}, "activation_function"),
+        ({"widths": (64, 160)}, "another width"),
+        ({"widths": (64, 32, 64, 64)}, "more dense modules"),
+        ({"in_features": 63}, "settings"),
+    ],
+)
+def test_dense_modules_that_llama_cpp_cannot_compute_are_refused(
+    changes: Mapping[str, Any], words: str, tmp_path: Path
+) -> None:
+    directory = _dense_directory(tmp_path, **changes)
+    with pytest.raises(QconvertError, match=words) as caught:
+        open_gguf_source(open_model(directory))
+    assert caught.value.code == "ARCH-MODULE"

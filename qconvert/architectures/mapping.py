@@ -74,7 +74,8 @@ def map_tensors(
 
     Args:
         model, family, config, sizes: what is mapped.
-        constants: tensors that follow from the configuration.
+        constants: tensors that no file of the transformer has: they follow from the configuration,
+            or are those of modules after it.
         head: whether the output matrix is one of its own.
 
     Raises:
@@ -98,7 +99,9 @@ def map_tensors(
                 code="ARCH-TENSOR-MISSING",
             )
     for name, values in constants.items():
-        mapped.append(MappedTensor(described(name, values.shape, "F32"), constant=values))
+        mapped.append(
+            MappedTensor(described(name, values.shape, "F32"), constant=values.reshape(-1))
+        )
     return mapped, dropped
 
 

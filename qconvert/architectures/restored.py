@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qconvert.architectures.dense_modules import DENSE
 from qconvert.architectures.families import hyper_parameters
 from qconvert.architectures.families.slots import OUTPUT
 from qconvert.architectures.mapped import MappedModel, described, inverted
@@ -81,6 +82,8 @@ def restored(
         if has is not None or tensor.sources:  # constants follow from the configuration
             shape = "no such tensor" if has is None else f"shape {list(has.shape)}"
             raise _another_model(gguf, wanted.name, shape, f"shape {list(wanted.shape)}")
+    if family.dense:  # of modules that follow the model
+        there = {n: t for n, t in there.items() if n.partition(".")[0] not in DENSE}
     if there:
         raise _another_model(gguf, next(iter(there)), f"{len(there)} tensors too many", None)
     return RestoredModel(

@@ -12,6 +12,7 @@ import gguf
 from qconvert.architectures.chat_templates import chat_template_keys, chat_templates
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_warnings import config_warnings
+from qconvert.architectures.dense_modules import dense_keys, dense_matrices
 from qconvert.architectures.families import family_of, hyper_parameters, known_family
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.general_name import harmless_name
@@ -104,11 +105,14 @@ def open_gguf_source(
     sizes = family.sizes(config)
     keys, rope = hyper_parameters(family, config, sizes)
     head = output_head(model, family, config)
-    tensors, dropped = map_tensors(model, family, config, sizes, rope.tensors, head)
+    modules = sentence_modules(files, dense=family.dense)
+    dense = dense_matrices(files, modules.dense, sizes.named["width"]) if modules.dense else {}
+    keys |= {f"{family.arch}.{n}": GgufValue("UINT32", v) for n, v in dense_keys(dense).items()}
+    constants = {**rope.tensors, **dense}
+    tensors, dropped = map_tensors(model, family, config, sizes, constants, head)
     mapped = MappedModel(model, tensors)
     check_gguf([GgufTensor(t.name, t.shape, "F32") for t in mapped.tensors])
     tokens = _tokenizer(files, config, sizes.named["vocabulary"], pre_tokenizer)
-    modules = sentence_modules(files)
     metadata: dict[str, MetadataValue] = {
         ARCHITECTURE: family.arch,
         "general.type": "model",

@@ -72,6 +72,7 @@ class Family:
         beyond: field of the configuration that counts layers for the prediction of several tokens
             after the others; they are left out.
         per_layer: whether its keys say what ``per_layer_config`` says.
+        dense: whether llama.cpp has places for sentence-transformers' dense modules.
         own_head: whether llama.cpp wants an output matrix even where it is the token embedding.
     """
 
@@ -92,4 +93,5 @@ class Family:
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     beyond: str | None = None
     own_head: bool = False
+    dense: bool = False
     per_layer: bool = False
