@@ -272,6 +272,14 @@ MORE: dict[str, Fields] = {
         "XLMRobertaForSequenceClassification", "xlm-roberta",
         id2label={"0": "bad", "1": "good", "2": "neither"},
     ),
+    "qwen3, classifier": _base(
+        "Qwen3ForSequenceClassification", "qwen3", head_dim=32, id2label={"0": "score"},
+        vocab_size=rows(TOKENIZERS["qwen2"]),
+    ),
+    "qwen3, three labels": _base(
+        "Qwen3ForSequenceClassification", "qwen3", head_dim=32,
+        vocab_size=rows(TOKENIZERS["qwen2"]), id2label={"0": "bad", "1": "good", "2": "neither"},
+    ),
     "modernbert, classifier": NARROW["modernbert"] | {
         "architectures": ["ModernBertForSequenceClassification"], "classifier_pooling": "mean",
         "id2label": {"0": "score"},

@@ -88,6 +88,12 @@ def has_classifier(config: Fields) -> bool:
     return "ForSequenceClassification" in str(config.get("architectures"))
 
 
+def softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What llama.cpp gives of the scores of Qwen3; zero stands beside one alone."""
+    powers = np.exp(np.append(scores, 0) if len(scores) == 1 else scores)
+    return (powers / powers.sum()).astype(np.float32)
+
+
 class Transformers:
     """What transformers makes of directories."""
 
@@ -146,6 +152,8 @@ class Transformers:
             found = model.eval()(self.torch.tensor([text()]))
         hidden = is_encoder(config) and not has_classifier(config)
         made = (found.last_hidden_state if hidden else found.logits)[0].numpy()
+        if has_classifier(config) and config["model_type"] == "qwen3":
+            made = softmax(made)
         if not np.isfinite(made).all():
             raise ValueError("outputs are not finite")
         return made

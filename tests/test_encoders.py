@@ -400,3 +400,94 @@ def test_dense_modules_that_llama_cpp_cannot_compute_are_refused(
     with pytest.raises(QconvertError, match=words) as caught:
         open_gguf_source(open_model(directory))
     assert caught.value.code == "ARCH-MODULE"
+
+
+def _reranker(home: Path, settings: Mapping[str, Any] | None, tied: bool) -> Path:
+    """A language model that is a reranker, by modules or by the title of its card."""
+    shapes = shapes_of("qwen3")
+    if tied:
+        del shapes["lm_head.weight"]
+    config = {**BASES["qwen3"], "tie_word_embeddings": tied}
+    directory = Directories(home).made("qwen3", config, shapes)
+    if settings is None:
+        (directory / "README.md").write_text("---\nlicense: mit\n---\n\n# Qwen3-Reranker-0.6B\n")
+        fields = json.loads((directory / "tokenizer.json").read_text())
+        vocabulary = fields["model"]["vocab"]
+        for token in ("yes", "no"):  # instead of two that no merge makes
+            merged = {"".join(m) if isinstance(m, list) else m for m in fields["model"]["merges"]}
+            old = next(t for t in reversed(vocabulary) if len(t) == 1 and t not in merged)
+            vocabulary[token] = vocabulary.pop(old)
+        (directory / "tokenizer.json").write_text(json.dumps(fields))
+        return directory
+    listed = [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"x.{kind}"}
+        for i, kind in enumerate(("Transformer", "LogitScore"))
+    ]
+    (directory / "modules.json").write_text(json.dumps(listed))
+    (directory / "1_LogitScore").mkdir()
+    (directory / "1_LogitScore" / "config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("false", [9, None])
+def test_a_reranker_has_the_rows_of_two_tokens(
+    false: int | None, tied: bool, tmp_path: Path, call: Call, llama: Any
+) -> None:
+    directory = _reranker(tmp_path, {"true_token_id": 7, "false_token_id": false}, tied)
+    path = tmp_path / "m.gguf"
+    ran = call("quantize", directory, "--scheme", "f32", "-o", path, "--json")
+    assert ran.code == 0
+    assert "scores texts by the tokens" in ran.out
+    assert call("verify", path, "--against", directory).code == 0
+    reader = GGUFReader(path)
+    tensors = {t.name: t.data for t in reader.tensors}
+    source = open_model(directory)
+    ending = "embed_tokens.weight" if tied else "lm_head.weight"
+    head = next(t for t in source.tensors if t.name.endswith(ending))
+    matrix = source.values(head, 0, head.size).reshape(head.shape)
+    wanted = np.stack([matrix[7], matrix[9] if false else np.zeros(64)]).astype(np.float32)
+    np.testing.assert_array_equal(tensors["cls.output.weight"], wanted)
+    assert "output.weight" not in tensors
+    assert reader.fields["qwen3.pooling_type"].contents() == 4  # LLAMA_POOLING_TYPE_RANK
+    source.close()
+    if not llama:
+        return
+    torch = pytest.importorskip("torch", reason="pip install qconvert[hf]")
+    transformers = pytest.importorskip("transformers", reason="pip install qconvert[hf]")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([text()])).logits[0, -1].numpy()
+    good, bad = np.exp(logits[7]), np.exp(logits[9]) if false else 1.0
+    found = llama.outputs(path, encoder=False, pooled=True)
+    np.testing.assert_allclose(found, np.array([good, bad]) / (good + bad), atol=1e-4)
+
+
+def test_a_reranker_of_qwen_is_known_by_the_title_of_its_card(tmp_path: Path, call: Call) -> None:
+    directory = _reranker(tmp_path, None, True)
+    path = tmp_path / "m.gguf"
+    ran = call("quantize", directory, "--scheme", "f32", "-o", path, "--json")
+    assert ran.code == 0
+    assert "title of README.md" in ran.out
+    fields = GGUFReader(path).fields
+    assert fields["qwen3.classifier.output_labels"].contents() == ["yes", "no"]
+    # with the two words that llama-server replaces
+    prompt = fields["tokenizer.chat_template.rerank"].contents()
+    assert "<Query>: {query}\n<Document>: {document}<|im_end|>" in prompt
+    (directory / "README.md").write_text("# Another model\n")
+    assert call("quantize", directory, "--scheme", "f32", "-o", path, "--force").code == 0
+    reader = GGUFReader(path)
+    assert "qwen3.pooling_type" not in reader.fields
+    assert "cls.output.weight" not in {t.name for t in reader.tensors}
+
+
+@pytest.mark.parametrize("settings", [{}, {"true_token_id": 1 << 20}, {"true_token_id": "yes"}])
+def test_a_reranker_without_its_tokens_is_refused(
+    settings: Mapping[str, Any], tmp_path: Path
+) -> None:
+    directory = _reranker(tmp_path, settings, True)
+    with pytest.raises(QconvertError, match="true_token_id") as caught:
+        open_gguf_source(open_model(directory))
+    assert caught.value.code == "ARCH-MODULE"

@@ -56,6 +56,11 @@ def config_warnings(
             "llama.cpp has no second token type: values of a text by itself are the model's, but "
             "scores of pairs of texts differ from those of transformers"
         )
+    if family.arch == "qwen3" and "labels" in sizes.named:
+        found.append(
+            "llama.cpp takes softmax of the labels' values, or of one label's the logistic "
+            "function; transformers gives the values themselves"
+        )
     if window := family.window(config, sizes):
         found.append(
             f"llama.cpp attends to all tokens, not to a window of {window} as the configuration "

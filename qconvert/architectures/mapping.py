@@ -238,10 +238,11 @@ def gguf_names(
 
 
 def _named(name: str, family: Family) -> list[str]:
-    """The names that a family itself has for a tensor of a block."""
+    """The names that a family itself has for a tensor."""
     within = _IN_BLOCK.match(name)
-    slots = family.parts.get(name[within.end() :], ()) if within else ()
-    return [f"blk.{within[1]}.{slot}" for slot in slots] if within else []
+    if within is None:
+        return list(family.parts.get(name, ()))
+    return [f"blk.{within[1]}.{slot}" for slot in family.parts.get(name[within.end() :], ())]
 
 
 def source_names(name: str) -> Iterator[tuple[str, int | None, tuple[int, int] | None]]:

@@ -20,6 +20,7 @@ from qconvert.architectures.mapped import MappedModel
 from qconvert.architectures.mapping import Dropped, map_tensors
 from qconvert.architectures.model_card import card_keys
 from qconvert.architectures.rebuilt_tokenizers import CLASSES
+from qconvert.architectures.rerankers import read_scores, score_keys, with_scores
 from qconvert.architectures.sentence_modules import sentence_modules
 from qconvert.architectures.small_files import SmallFiles
 from qconvert.architectures.special_tokens import pair_keys, special_token_keys
@@ -105,11 +106,17 @@ def open_gguf_source(
     sizes = family.sizes(config)
     keys, rope = hyper_parameters(family, config, sizes)
     head = output_head(model, family, config)
-    modules = sentence_modules(files, dense=family.dense)
+    modules = sentence_modules(files, dense=family.dense, scores=family.scores)
     dense = dense_matrices(files, modules.dense, sizes.named["width"]) if modules.dense else {}
     keys |= {f"{family.arch}.{n}": GgufValue("UINT32", v) for n, v in dense_keys(dense).items()}
     constants = {**rope.tensors, **dense}
     tensors, dropped = map_tensors(model, family, config, sizes, constants, head)
+    scores = None
+    if family.scores:
+        scores = read_scores(files, modules.scores, sizes.named["vocabulary"])
+    if scores:
+        tensors, more = with_scores(tensors, scores)
+        dropped += more
     mapped = MappedModel(model, tensors)
     check_gguf([GgufTensor(t.name, t.shape, "F32") for t in mapped.tensors])
     tokens = _tokenizer(files, config, sizes.named["vocabulary"], pre_tokenizer)
@@ -130,6 +137,8 @@ def open_gguf_source(
     if family.arch == "bert":
         metadata["tokenizer.ggml.token_type_count"] = GgufValue("UINT32", sizes.named["types"])
     metadata |= tokens.keys
+    if scores:
+        metadata |= score_keys(scores, family.arch, "tokenizer.chat_templates" in metadata)
     if "labels" in sizes.named:
         metadata |= pair_keys(tokens.file, tokens.keys)
     if compare:
@@ -146,7 +155,13 @@ def open_gguf_source(
             *modules.warnings,
             *card_warnings,
         ),
-        (*head.notes, *tokens.file.notes, *modules.notes, *renamed),
+        (
+            *head.notes,
+            *tokens.file.notes,
+            *modules.notes,
+            *renamed,
+            *([scores.note] if scores else []),
+        ),
     )
 
 

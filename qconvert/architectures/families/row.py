@@ -66,13 +66,15 @@ class Family:
             tensors are.
         renames: beginnings of source names, and what stands for them in gguf-py's table.
         dropped: beginnings of source names that llama.cpp has no use for, and why.
-        parts: ends of source names within a block for which gguf-py's table has no name, or another
-            one, and the slots that are made of each: several are equal parts of its rows, in their
-            order, or say themselves where their rows are.
+        parts: ends of source names within a block, or whole names outside, for which gguf-py's
+            table has no name, or another one, and the slots that are made of each: several are
+            equal parts of its rows, in their order, or say themselves where their rows are.
         beyond: field of the configuration that counts layers for the prediction of several tokens
             after the others; they are left out.
         per_layer: whether its keys say what ``per_layer_config`` says.
         dense: whether llama.cpp has places for sentence-transformers' dense modules.
+        scores: whether llama.cpp has a head of two rows with softmax, for rerankers that are
+            language models.
         own_head: whether llama.cpp wants an output matrix even where it is the token embedding.
     """
 
@@ -94,4 +96,5 @@ class Family:
     beyond: str | None = None
     own_head: bool = False
     dense: bool = False
+    scores: bool = False
     per_layer: bool = False
