@@ -61,6 +61,8 @@ TOKENIZER = {
     "xlm-roberta": "unigram",
     "roberta": "gpt-2",
     "modernbert": "gpt-2",
+    "nomic_bert": "wordpiece",
+    "jina_embeddings_v3": "unigram",
 }
 
 
@@ -189,7 +191,9 @@ class Directories:
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
         tokenizer = TOKENIZERS[TOKENIZER.get(base, "sp-llama")]
         (place / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
-        around = {"cls_token": "[CLS]", "sep_token": "[SEP]"} if base == "bert" else {}
+        around = (
+            {"cls_token": "[CLS]", "sep_token": "[SEP]"} if base in ("bert", "nomic_bert") else {}
+        )
         (place / "tokenizer_config.json").write_text(json.dumps(around))
         return place
 

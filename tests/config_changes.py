@@ -715,7 +715,7 @@ def family_cases(name: str) -> Iterator[Case]:
             "rope_type": "default", "partial_rotary_factor": 0.5,
         },
     }  # fmt: skip
-    if "rope_parameters" in known.fields and name not in ENCODERS:
+    if "rope_parameters" in known.fields and "rope_parameters" not in own:
         for label, fields in brief.items():
             whole = base.get("rope_parameters", {}) | {"rope_theta": 10_000.0} | fields
             yield Case("rope_parameters", label, {"rope_parameters": whole})

@@ -249,6 +249,14 @@ NARROW |= {
         },
     ),
 }  # fmt: skip
+NARROW |= {
+    "nomic_bert": _encoder("NomicBertModel", "nomic_bert") | {
+        "hidden_act": "silu", "max_position_embeddings": 256,
+    },
+    "jina_embeddings_v3": _encoder("JinaEmbeddingsV3Model", "jina_embeddings_v3") | {
+        "max_position_embeddings": 256,
+    },
+}  # fmt: skip
 _ENCODER3 = "gemma3_text-encoder"  # its model_type is that of a decoder
 NARROW[_ENCODER3] = _base(
     "Gemma3TextModel", "gemma3_text", head_dim=32, query_pre_attn_scalar=32, sliding_window=16,
@@ -256,7 +264,10 @@ NARROW[_ENCODER3] = _base(
     vocab_size=rows(TOKENIZERS["sp-gemma"]),
 )  # fmt: skip
 # What is compared of these are hidden states.
-ENCODERS = ("bert", "xlm-roberta", "roberta", "modernbert", _ENCODER3)
+ENCODERS = (
+    *("bert", "xlm-roberta", "roberta", "modernbert", _ENCODER3),
+    *("nomic_bert", "jina_embeddings_v3"),
+)
 WRAPPED = ("qwen3_5", "qwen3_5_moe", "mistral3", "gemma4")
 
 # More models for `make_families.py`: of classes that are in `NARROW` otherwise.

@@ -288,7 +288,8 @@ def _made(
     elif slot.source:
         wanted = sizes.shape(slot.source, block)
     elif found.part[1] > 1:
-        wanted = (*shape[:-2], shape[-2] * found.part[1], shape[-1])
+        axis = max(len(shape) - 2, 0)  # of rows; of a bias every value is one
+        wanted = (*shape[:axis], shape[axis] * found.part[1], *shape[axis + 1 :])
     sources = tuple(found.sources[e] for e in range(count))
     for source in sources:
         _check_source(model, source, wanted, config)
@@ -306,7 +307,7 @@ def _made(
     elif slot.rows:
         locate = slot.rows(sizes)
     elif found.part[1] > 1 and not slot.order:
-        part, rows = found.part[0], shape[-2]
+        part, rows = found.part[0], shape[max(len(shape) - 2, 0)]
         locate = window(rows * found.part[1], part * rows, (part + 1) * rows)
     added = 1.0 if family.norm_offset and name.endswith("norm.weight") and not slot.plain else 0.0
     dtype = "F32" if added or slot.change else sources[0].dtype

@@ -132,9 +132,9 @@ def open_gguf_source(
     metadata |= _sampling(files)
     metadata |= keys
     pooled = f"{family.arch}.pooling_type"
-    if modules.pooling is not None or (family.arch == "bert" and pooled not in keys):
+    if modules.pooling is not None or ("types" in sizes.named and pooled not in keys):
         metadata[pooled] = GgufValue("UINT32", modules.pooling or 0)
-    if family.arch == "bert":
+    if "types" in sizes.named:
         metadata["tokenizer.ggml.token_type_count"] = GgufValue("UINT32", sizes.named["types"])
     metadata |= tokens.keys
     if scores:

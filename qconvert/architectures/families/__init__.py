@@ -35,6 +35,7 @@ from qconvert.architectures.families import (
     qwen,
     qwen_linear,
     roberta,
+    rotary_bert,
     seed_oss,
     smollm,
     stablelm,
@@ -71,6 +72,7 @@ _MODULES = (
     bert,
     roberta,
     modern_bert,
+    rotary_bert,
 )
 FAMILIES: tuple[Family, ...] = tuple(row for module in _MODULES for row in module.ROWS)
 CONFIG_CLASSES: tuple[ConfigClass, ...] = tuple(c for m in _MODULES for c in m.CONFIGS)
