@@ -63,6 +63,8 @@ TOKENIZER = {
     "modernbert": "gpt-2",
     "nomic_bert": "wordpiece",
     "jina_embeddings_v3": "unigram",
+    "t5": "unigram",
+    "t5-encoder": "unigram",
 }
 
 
@@ -165,6 +167,8 @@ def weights(
             values = 0.3 * values
         elif "embed" not in name:
             values = values * 1.5 / np.sqrt(shape[-1])
+        if name.endswith("Attention.q.weight"):  # T5 has the scale of scores in its weights
+            values = values / 8
         found[name] = values.astype(np.float32)
     return found
 

@@ -223,6 +223,21 @@ VALUES |= {
     "hidden_dropout": [0.5],
 }
 VALUES |= {
+    "d_model": [96],
+    "d_kv": [16],
+    "d_ff": [64],
+    "num_layers": [1],
+    "num_decoder_layers": [1, 4],
+    "num_heads": [2],
+    "relative_attention_num_buckets": [16, 30],
+    "relative_attention_max_distance": [64],
+    "layer_norm_epsilon": [1e-2],
+    "feed_forward_proj": ["gated-gelu", "gelu", "gated-silu"],
+    "dropout_rate": [0.5],
+    "initializer_factor": [0.5],
+    "n_positions": [64],
+}
+VALUES |= {
     "initializer_cutoff_factor": [1.0],
     "norm_bias": [True],
     "local_attention": [32, 7, 0],
@@ -660,6 +675,16 @@ OWN: dict[str, dict[str, list[Any]]] = {
             {FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}, SLIDING: {}},
         ],
         "rope_scaling": [{"rope_type": "linear", "factor": 4.0}],
+    },
+    # Gated ones are the encoder's, and "t5, gated" of `MORE`: ggml's GELU is less exact.
+    "t5": {
+        "feed_forward_proj": ["gelu", "gated-silu"],
+        "tie_word_embeddings": [True, False],
+    },
+    "t5-encoder": {
+        "feed_forward_proj": ["relu", "gelu", "gated-silu"],
+        "tie_word_embeddings": [True],
+        "num_decoder_layers": [1],
     },
     "gpt_oss": {"layer_types": [[FULL, SLIDING], [SLIDING] * 2]},
     **{

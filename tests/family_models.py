@@ -263,10 +263,31 @@ NARROW[_ENCODER3] = _base(
     num_hidden_layers=6, use_bidirectional_attention=True, tie_word_embeddings=True,
     vocab_size=rows(TOKENIZERS["sp-gemma"]),
 )  # fmt: skip
+_T5 = {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    "vocab_size": VOCABULARY,
+    "d_model": 64,
+    "d_kv": 32,
+    "d_ff": 96,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
+NARROW |= {
+    "t5": _T5,  # the first form: outputs are scaled
+    "t5-encoder": _T5 | {
+        "architectures": ["T5EncoderModel"], "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 # What is compared of these are hidden states.
 ENCODERS = (
     *("bert", "xlm-roberta", "roberta", "modernbert", _ENCODER3),
-    *("nomic_bert", "jina_embeddings_v3"),
+    *("nomic_bert", "jina_embeddings_v3", "t5-encoder"),
 )
 WRAPPED = ("qwen3_5", "qwen3_5_moe", "mistral3", "gemma4")
 
@@ -276,6 +297,7 @@ MORE: dict[str, Fields] = {
         "Gemma4ForCausalLM", "gemma4_text", **_GEMMA4, enable_moe_block=True, num_experts=4,
         top_k_experts=2, moe_intermediate_size=48, hidden_size_per_layer_input=0,
     ),
+    "t5, gated": _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "bert, classifier": _encoder(
         "BertForSequenceClassification", "bert", id2label={"0": "score"}
     ),
@@ -311,6 +333,9 @@ MORE: dict[str, Fields] = {
 # Fields of `NARROW`, and what makes a multiple of 256 of rows that depend on them.
 _WIDER = {
     "hidden_size": 256,
+    "d_model": 256,
+    "d_ff": 512,
+    "d_kv": 64,
     "intermediate_size": 512,
     "moe_intermediate_size": 256,
     "shared_expert_intermediate_size": 256,

@@ -76,6 +76,8 @@ DOCUMENT = HERE.parent / "formats" / "gguf-configuration.md"
 
 def is_encoder(config: Fields) -> bool:
     """Whether hidden states are compared, not logits of tokens."""
+    if config.get("architectures") == ["T5EncoderModel"]:
+        return True
     return config.get("model_type") in ENCODERS or any(
         config.get("architectures") == NARROW[name]["architectures"]
         for name in ENCODERS
@@ -117,6 +119,8 @@ class Transformers:
 
     def _class(self, config: Fields) -> Any:
         p = self.package
+        if config.get("model_type") == "t5":
+            return p.AutoModelForTextEncoding if is_encoder(config) else p.AutoModelForSeq2SeqLM
         if config.get("model_type") in WRAPPED:
             return p.AutoModelForImageTextToText
         if has_classifier(config):
@@ -149,7 +153,9 @@ class Transformers:
             home, dtype=self.torch.float32, attn_implementation="eager"
         )
         with self.torch.no_grad():
-            found = model.eval()(self.torch.tensor([text()]))
+            ids = self.torch.tensor([text()])
+            both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+            found = model.eval()(ids, **both)
         hidden = is_encoder(config) and not has_classifier(config)
         made = (found.last_hidden_state if hidden else found.logits)[0].numpy()
         if has_classifier(config) and config["model_type"] == "qwen3":
@@ -199,6 +205,9 @@ def _run(llama_cpp: Any, path: str, encoder: bool, pooled: bool) -> NDArray[np.f
     batch.n_tokens = len(ids)
     run = llama_cpp.llama_encode if encoder else llama_cpp.llama_decode
     found: NDArray[np.float32] | str = "llama.cpp does not run it"
+    both = llama_cpp.llama_model_has_encoder(model) and llama_cpp.llama_model_has_decoder(model)
+    if both and llama_cpp.llama_encode(context, batch):  # the same text for encoder and decoder
+        return found
     if run(context, batch) == 0:
         if pooled:
             ranks = llama_cpp.llama_pooling_type(context) == 4

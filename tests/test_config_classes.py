@@ -93,6 +93,8 @@ def test_a_model_type_alone_means_the_first_class(known: ConfigClass) -> None:
     mapping = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if known.model_type in ENCODERS:
         mapping = modeling_auto.MODEL_MAPPING_NAMES
+    elif known.model_type == "t5":
+        mapping = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     elif known.inner:
         mapping = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     if known.model_type in AS_ANOTHER:  # checkpoints name a class of their own
@@ -131,7 +133,8 @@ def test_annotations_are_of_the_kinds_compared_here() -> None:
 
 @pytest.mark.parametrize("known", CONFIG_CLASSES, ids=named)
 def test_whether_the_width_has_to_be_a_multiple_of_the_heads(known: ConfigClass) -> None:
-    if known.inner or known.model_type in ENCODERS:  # whose modules, not its class, refuse it
+    # whose modules, not its class, refuse it
+    if known.inner or known.model_type in (*ENCODERS, "t5"):
         return
     try:
         theirs(known)(hidden_size=66, num_attention_heads=4, num_key_value_heads=2, head_dim=16)

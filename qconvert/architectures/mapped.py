@@ -83,6 +83,12 @@ def strided(shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -
 NEGATED_EXP = Change(lambda x: -np.exp(x), lambda x: np.log(-x))
 
 
+def multiplied(factor: float) -> Change:
+    """Values times a factor."""
+    by = np.float32(factor)
+    return Change(lambda x: x * by, lambda x: x / by)
+
+
 @dataclass(frozen=True, slots=True)
 class MappedTensor:
     """How a tensor is made.

@@ -21,6 +21,7 @@ from qconvert.architectures.mapped import (
     MappedTensor,
     described,
     interleaved,
+    multiplied,
     window,
 )
 from qconvert.architectures.tying import HEAD, Head
@@ -117,12 +118,13 @@ def slots_of(
     for i in range(sizes.blocks):
         for slot in block:
             if slot.only is None or slot.only(config, sizes, i):
-                yield f"blk.{i}.{slot.name}", slot
+                whole = "{}" in slot.name
+                yield slot.name.format(i) if whole else f"blk.{i}.{slot.name}", slot
 
 
 def _block(name: str) -> int | None:
     """The block that a tensor of GGUF belongs to."""
-    found = re.match(r"blk\.(\d+)\.", name)
+    found = re.match(r"(?:enc\.|dec\.)?blk\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
@@ -310,7 +312,10 @@ def _made(
         part, rows = found.part[0], shape[max(len(shape) - 2, 0)]
         locate = window(rows * found.part[1], part * rows, (part + 1) * rows)
     added = 1.0 if family.norm_offset and name.endswith("norm.weight") and not slot.plain else 0.0
-    dtype = "F32" if added or slot.change else sources[0].dtype
+    change = slot.change
+    if slot.scale and (factor := slot.scale(config, sizes)) != 1:
+        change = multiplied(factor)
+    dtype = "F32" if added or change else sources[0].dtype
     return MappedTensor(
         described(name, shape, dtype),
         sources,
@@ -318,7 +323,7 @@ def _made(
         slot.order(sizes) if slot.order else None,
         slot.turned,
         added,
-        slot.change,
+        change,
         slot.cut,
     )
 

@@ -40,6 +40,7 @@ from qconvert.architectures.families import (
     smollm,
     stablelm,
     starcoder,
+    t5,
 )
 from qconvert.architectures.families.keys import Keys, Sizes
 from qconvert.architectures.families.row import Family
@@ -73,6 +74,7 @@ _MODULES = (
     roberta,
     modern_bert,
     rotary_bert,
+    t5,
 )
 FAMILIES: tuple[Family, ...] = tuple(row for module in _MODULES for row in module.ROWS)
 CONFIG_CLASSES: tuple[ConfigClass, ...] = tuple(c for m in _MODULES for c in m.CONFIGS)

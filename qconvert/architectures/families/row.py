@@ -17,7 +17,7 @@ class Slot:
     """A tensor that llama.cpp's loader asks for.
 
     Attributes:
-        name: in GGUF; within a block without ``blk.N.``.
+        name: in GGUF; within a block without ``blk.N.``, or whole with ``{}`` for the number.
         shape: names of `Sizes`, outermost dimension first.
         heads: whether its rows are those of heads with rotated halves, to be interleaved.
         flag: field of the configuration that says whether there is such a tensor; none: always.
@@ -28,6 +28,7 @@ class Slot:
         order: where its values are in the source, if they are not whole rows of it.
         turned: where its rows are in the source with its last two dimensions exchanged.
         change: what is done to each value.
+        scale: what each value is multiplied by.
         cut: whether rows of the source that nothing is computed with are left out.
         plain: a norm to which nothing is added, in a family that adds to norms.
     """
@@ -42,6 +43,7 @@ class Slot:
     order: Callable[[Sizes], Order] | None = None
     turned: Locate | None = None
     change: Change | None = None
+    scale: Callable[[Config, Sizes], float] | None = None
     cut: bool = False
     plain: bool = False
 
