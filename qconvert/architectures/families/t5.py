@@ -6,7 +6,15 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from qconvert.architectures.config import Config
-from qconvert.architectures.config_classes import ANY, FLOAT, INT, INT_OR_NULL, TEXT, ConfigClass
+from qconvert.architectures.config_classes import (
+    ANY,
+    BOOL,
+    FLOAT,
+    INT,
+    INT_OR_NULL,
+    TEXT,
+    ConfigClass,
+)
 from qconvert.architectures.families.keys import MAX_BLOCKS, MAX_HEAD, Keys, Sizes
 from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.families.slots import OUTPUT
@@ -59,7 +67,15 @@ _CONFIG = ConfigClass(
         }
     ),
 )  # fmt: skip
-CONFIGS = (_CONFIG, replace(_CONFIG, architectures=("T5EncoderModel",)))
+# The model of both sets the flag for either stack itself, the encoder alone goes by it.
+_FLAG = "is_decoder"
+_ENCODER_CONFIG = replace(
+    _CONFIG,
+    architectures=("T5EncoderModel",),
+    fields=MappingProxyType({**_CONFIG.fields, _FLAG: (BOOL, False)}),
+    unused=tuple(name for name in _CONFIG.unused if name != _FLAG),
+)
+CONFIGS = (_CONFIG, _ENCODER_CONFIG)
 
 
 def t5_sizes(config: Config) -> Sizes:
@@ -90,6 +106,12 @@ def t5_encoder_sizes(config: Config) -> Sizes:
 
 
 def t5_encoder_keys(config: Config, sizes: Sizes) -> Keys:
+    if config.flag(_FLAG):
+        raise config.unlike(_FLAG, "false")
+    return _stack_keys(config, sizes)
+
+
+def _stack_keys(config: Config, sizes: Sizes) -> Keys:
     config.require(_FORM, ("relu", "gated-gelu"))
     config.require("relative_attention_max_distance", (_DISTANCE,))
     buckets = sizes.named["buckets"]
@@ -119,7 +141,7 @@ def t5_keys(config: Config, sizes: Sizes) -> Keys:
         raise config.wrong("decoder_start_token_id", "the id of a token")
     if sizes.named["decoder"] > sizes.named["encoder"]:  # its loader stumbles
         raise config.unlike(_DECODER, f"at most {_LAYERS}, {sizes.named['encoder']}")
-    return t5_encoder_keys(config, sizes) | {
+    return _stack_keys(config, sizes) | {
         "decoder_block_count": sizes.named["decoder"],
         "decoder_start_token_id": start,
     }
