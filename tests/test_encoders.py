@@ -46,6 +46,8 @@ SETTINGS = {
     "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>",
 }  # fmt: skip
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+T5_SPECIAL = ["<pad>", "</s>", "<unk>", "<s>"]  # transformers has 2 for what is unknown
+UNIGRAM = ("xlm-roberta", "jina_embeddings_v3", "t5-encoder")
 CORPUS = [
     *ORDINARY,
     "the theatre is there",
@@ -74,7 +76,8 @@ def trained(kind: str) -> Any:
     tokenizers = pytest.importorskip("tokenizers", reason="pip install qconvert[hf]")
     from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-    if kind == "xlm-roberta":
+    special = T5_SPECIAL if kind == "t5-encoder" else SPECIAL
+    if kind in UNIGRAM:
         found = tokenizers.Tokenizer(models.Unigram())
         spaces = dict.fromkeys(("\t", "\n", "\r", "\u00a0", "\u3000"), " ")
         blob = charsmap(spaces | {"ﬁ": "fi", "①": "1", "Ⅷ": "VIII", "\u200b": " "})
@@ -88,8 +91,13 @@ def trained(kind: str) -> Any:
             ]
         )
         found.pre_tokenizer = pre_tokenizers.Metaspace()
+        if kind == "t5-encoder":
+            found.normalizer = normalizers.Precompiled(base64.b64decode(blob))
+            found.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+            )
         trainer: Any = trainers.UnigramTrainer(
-            vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+            vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False
         )
     else:
         found = tokenizers.Tokenizer(models.BPE())
@@ -104,24 +112,34 @@ def trained(kind: str) -> Any:
         found.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
         )
+    if kind == "t5-encoder":
+        found.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", 1)]
+        )
+        return found
     found.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])
     return found
 
 
-@pytest.mark.parametrize("kind", ["xlm-roberta", "roberta", "modernbert"])
+@pytest.mark.parametrize("kind", [*UNIGRAM, "roberta", "modernbert"])
 def test_tokens_are_those_of_transformers(kind: str, tmp_path: Path, call: Call) -> None:
     transformers = pytest.importorskip("transformers", reason="pip install qconvert[hf]")
     directory = Directories(tmp_path).made(kind, NARROW[kind], shapes_of(kind))
     fields = json.loads(trained(kind).to_str())
-    if kind == "xlm-roberta":  # pieces of so small a corpus have equal scores, and cuts then tie
+    if kind in UNIGRAM:  # pieces of so small a corpus have equal scores, and cuts then tie
         pieces = fields["model"]["vocab"]
         fields["model"]["vocab"] = [[p, s - 1e-3 * i] for i, (p, s) in enumerate(pieces)]
     (directory / "tokenizer.json").write_text(json.dumps(fields))
-    (directory / "tokenizer_config.json").write_text(json.dumps(SETTINGS))
+    settings = SETTINGS
+    if kind == "t5-encoder":
+        settings = {n: SETTINGS[n] for n in ("eos_token", "unk_token", "pad_token")}
+        settings |= {"extra_ids": 0}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
     assert type(theirs).__name__ == {
         "xlm-roberta": "XLMRobertaTokenizer", "roberta": "RobertaTokenizer",
-        "modernbert": "TokenizersBackend",
+        "modernbert": "TokenizersBackend", "jina_embeddings_v3": "XLMRobertaTokenizer",
+        "t5-encoder": "T5Tokenizer",
     }[kind]  # fmt: skip
     source = open_gguf_source(open_model(directory))
     ours = LlamaTokenizer(source.metadata)
