@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qconvert.architectures.families.keys import Keys
 from qconvert.architectures.small_files import SmallFiles
 from qconvert.errors import FormatError, InputError, UnsupportedError
+from qconvert.files.gguf_writer import GgufValue
 from qconvert.files.safetensors import open_safetensors
 from qconvert.files.shards import CONFIG, WEIGHTS, inside_directory
 
@@ -26,12 +27,13 @@ _MOST_VALUES = 1 << 26  # 256 MiB in binary32; published ones have 2.4 million
 _NAMED = 80  # characters
 
 
-def dense_keys(matrices: Mapping[str, NDArray[np.float32]]) -> Keys:
-    """Keys below the architecture's name: the widths that each matrix has."""
+def dense_keys(matrices: Mapping[str, NDArray[np.float32]], arch: str) -> Keys:
+    """The widths of each matrix, by their keys."""
     keys: Keys = {}
     for name, values in matrices.items():
-        part = name.removesuffix(".weight")
-        keys |= {f"{part}_feat_in": values.shape[1], f"{part}_feat_out": values.shape[0]}
+        for end, width in (("in", values.shape[1]), ("out", values.shape[0])):
+            key = f"{arch}.{name.removesuffix('.weight')}_feat_{end}"
+            keys[key] = GgufValue("UINT32", width)
     return keys
 
 

@@ -82,11 +82,10 @@ def read_scores(files: SmallFiles, place: str | None, rows: int) -> Scores | Non
             "'no' and gives no next tokens; without that title it is a language model",
         )
     settings = files.json(f"{place}/{CONFIG}") or {}
-    found = []
-    for name in ("true_token_id", "false_token_id"):
+
+    def token(name: str) -> int:
         value = settings.get(name)
-        absent = value is None and name == "false_token_id"
-        if not absent and (type(value) is not int or not 0 <= value < rows):
+        if type(value) is not int or not 0 <= value < rows:
             raise FormatError(
                 f"'{name}' of a reranker is no token",
                 path=files.home / place / CONFIG,
@@ -94,12 +93,15 @@ def read_scores(files: SmallFiles, place: str | None, rows: int) -> Scores | Non
                 wanted=f"an id below {rows}",
                 code="ARCH-MODULE",
             )
-        found.append(value)
+        return value
+
+    good = token("true_token_id")
+    bad = None if settings.get("false_token_id") is None else token("false_token_id")
     texts = {i: text for text, i in ids.items()}
-    first = texts.get(found[0], str(found[0]))
-    second = f"not {first}" if found[1] is None else texts.get(found[1], str(found[1]))
+    first = texts.get(good, str(good))
+    second = f"not {first}" if bad is None else texts.get(bad, str(bad))
     return Scores(
-        (found[0], found[1]),
+        (good, bad),
         (first, second),
         qwen,
         f"a reranker, as {place} says: the file scores texts by the tokens {first!r} and "

@@ -108,7 +108,7 @@ def open_gguf_source(
     head = output_head(model, family, config)
     modules = sentence_modules(files, dense=family.dense, scores=family.scores)
     dense = dense_matrices(files, modules.dense, sizes.named["width"]) if modules.dense else {}
-    keys |= {f"{family.arch}.{n}": GgufValue("UINT32", v) for n, v in dense_keys(dense).items()}
+    keys |= dense_keys(dense, family.arch)
     constants = {**rope.tensors, **dense}
     tensors, dropped = map_tensors(model, family, config, sizes, constants, head)
     scores = None
