@@ -21,7 +21,7 @@ from gguf import GGUFReader
 from safetensors.numpy import save_file
 from tiny_models import charsmap
 
-from qconvert.architectures import open_gguf_source
+from qconvert.architectures import open_gguf_source, restored
 from qconvert.architectures.llama_tokenizer import LlamaTokenizer
 from qconvert.architectures.token_check import AWKWARD, ORDINARY
 from qconvert.errors import QconvertError
@@ -469,6 +469,17 @@ def test_a_reranker_has_the_rows_of_two_tokens(
     assert "output.weight" not in tensors
     assert reader.fields["qwen3.pooling_type"].contents() == 4  # LLAMA_POOLING_TYPE_RANK
     source.close()
+    # a tied model comes back whole, another one is without its output matrix
+    place = directory / "config.json"
+    shapes = {t.name: t.shape for t in source.tensors}
+    asked = (open_model(path), json.loads(place.read_text()), place, shapes)
+    if tied:
+        back = restored(*asked)
+        assert {t.name for t in back.model.tensors} == shapes.keys()
+        back.model.close()
+    else:
+        with pytest.raises(QconvertError, match="not of the model"):
+            restored(*asked)
     if not llama:
         return
     torch = pytest.importorskip("torch", reason="pip install qconvert[hf]")
