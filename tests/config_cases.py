@@ -56,10 +56,15 @@ TOKENIZER = {
     "gemma2": "sp-gemma",
     "gemma3_text": "sp-gemma",
     "gemma3": "sp-gemma",
+    "gemma3_text-encoder": "sp-gemma",
     "bert": "wordpiece",
     "xlm-roberta": "unigram",
     "roberta": "gpt-2",
     "modernbert": "gpt-2",
+    "nomic_bert": "wordpiece",
+    "jina_embeddings_v3": "unigram",
+    "t5": "unigram",
+    "t5-encoder": "unigram",
 }
 
 
@@ -162,6 +167,8 @@ def weights(
             values = 0.3 * values
         elif "embed" not in name:
             values = values * 1.5 / np.sqrt(shape[-1])
+        if name.endswith("Attention.q.weight"):  # T5 has the scale of scores in its weights
+            values = values / 8
         found[name] = values.astype(np.float32)
     return found
 
@@ -188,7 +195,9 @@ class Directories:
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
         tokenizer = TOKENIZERS[TOKENIZER.get(base, "sp-llama")]
         (place / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
-        around = {"cls_token": "[CLS]", "sep_token": "[SEP]"} if base == "bert" else {}
+        around = (
+            {"cls_token": "[CLS]", "sep_token": "[SEP]"} if base in ("bert", "nomic_bert") else {}
+        )
         (place / "tokenizer_config.json").write_text(json.dumps(around))
         return place
 

@@ -14,7 +14,7 @@ from typing import Any
 from config_cases import BASES, DECODERS, REMOVED, Fields
 from family_models import ENCODERS, NARROW
 
-from qconvert.architectures.families import CONFIG_CLASSES
+from qconvert.architectures.families import known_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +222,21 @@ VALUES |= {
     "residual_dropout": [0.5],
     "embedding_dropout": [0.5],
     "hidden_dropout": [0.5],
+}
+VALUES |= {
+    "d_model": [96],
+    "d_kv": [16],
+    "d_ff": [64],
+    "num_layers": [1],
+    "num_decoder_layers": [1, 4],
+    "num_heads": [2],
+    "relative_attention_num_buckets": [16, 30],
+    "relative_attention_max_distance": [64],
+    "layer_norm_epsilon": [1e-2],
+    "feed_forward_proj": ["gated-gelu", "gelu", "gated-silu"],
+    "dropout_rate": [0.5],
+    "initializer_factor": [0.5],
+    "n_positions": [64],
 }
 VALUES |= {
     "initializer_cutoff_factor": [1.0],
@@ -727,6 +742,28 @@ OWN: dict[str, dict[str, list[Any]]] = {
         ],
         "rope_scaling": [{"rope_type": "linear", "factor": 4.0}],
     },
+    "gemma3_text-encoder": {
+        "use_bidirectional_attention": [False],
+        "layer_types": [[FULL] * 6, [SLIDING] * 6, [FULL, SLIDING] * 3],
+        "sliding_window": [17, 4, 256],
+        "sliding_window_pattern": [2, 3],
+        "rope_parameters": [
+            {},
+            {FULL: {"rope_theta": 500.0}, SLIDING: {"rope_theta": 50.0}},
+            {FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}, SLIDING: {}},
+        ],
+        "rope_scaling": [{"rope_type": "linear", "factor": 4.0}],
+    },
+    # Gated ones are the encoder's, and "t5, gated" of `MORE`: ggml's GELU is less exact.
+    "t5": {
+        "feed_forward_proj": ["gelu", "gated-silu"],
+        "tie_word_embeddings": [True, False],
+    },
+    "t5-encoder": {
+        "feed_forward_proj": ["relu", "gelu", "gated-silu"],
+        "tie_word_embeddings": [True],
+        "num_decoder_layers": [1],
+    },
     "gpt_oss": {"layer_types": [[FULL, SLIDING], [SLIDING] * 2]},
     **{
         name: {"layer_types": [[FULL] * 3, ["linear_attention", FULL, "linear_attention"]]}
@@ -784,7 +821,8 @@ def family_cases(name: str) -> Iterator[Case]:
 
     Fields that nothing depends on are changed together, and stand in one case.
     """
-    known = next(c for c in CONFIG_CLASSES if c.model_type == name)
+    known = known_class(BASES[name])
+    assert known is not None
     base, own = BASES[name], OWN.get(name, {})
     for f, (kind, _) in known.fields.items():
         for value in own.get(f) or VALUES[f][: 1 if f in VALUES_OF_ALL else 2]:
@@ -820,7 +858,7 @@ def family_cases(name: str) -> Iterator[Case]:
             "rope_type": "default", "partial_rotary_factor": 0.5,
         },
     }  # fmt: skip
-    if "rope_parameters" in known.fields and name not in ENCODERS:
+    if "rope_parameters" in known.fields and "rope_parameters" not in own:
         for label, fields in brief.items():
             whole = base.get("rope_parameters", {}) | {"rope_theta": 10_000.0} | fields
             yield Case("rope_parameters", label, {"rope_parameters": whole})

@@ -25,7 +25,8 @@ def table(figures: dict[str, Any]) -> str:
     lines = []
     for name, found in figures.items():
         config = models[name]
-        layers = config.get("text_config", config)["num_hidden_layers"]
+        inner = config.get("text_config", config)
+        layers = inner.get("num_hidden_layers") or inner["num_layers"]
         differing = len(found["otherwise"])
         types = f"all {found['types']}" if not differing else f"all but {differing}"
         cells = (name, config["architectures"][0], layers, f"{found['difference']:.1e}")

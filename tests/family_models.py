@@ -102,6 +102,7 @@ _NEMOTRON = _base(
 )  # fmt: skip
 
 NARROW: dict[str, Fields] = {
+    "internlm3": _base("InternLM3ForCausalLM", "internlm3", head_dim=32),
     "smollm3": _base("SmolLM3ForCausalLM", "smollm3", num_hidden_layers=4),
     "qwen2_moe": _base(
         "Qwen2MoeForCausalLM", "qwen2_moe", **_EXPERTS, num_experts=4,
@@ -323,8 +324,46 @@ NARROW |= {
         },
     ),
 }  # fmt: skip
+NARROW |= {
+    "nomic_bert": _encoder("NomicBertModel", "nomic_bert") | {
+        "hidden_act": "silu", "max_position_embeddings": 256,
+    },
+    "jina_embeddings_v3": _encoder("JinaEmbeddingsV3Model", "jina_embeddings_v3") | {
+        "max_position_embeddings": 256,
+    },
+}  # fmt: skip
+_ENCODER3 = "gemma3_text-encoder"  # its model_type is that of a decoder
+NARROW[_ENCODER3] = _base(
+    "Gemma3TextModel", "gemma3_text", head_dim=32, query_pre_attn_scalar=32, sliding_window=16,
+    num_hidden_layers=6, use_bidirectional_attention=True, tie_word_embeddings=True,
+    vocab_size=rows(TOKENIZERS["sp-gemma"]),
+)  # fmt: skip
+_T5 = {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    "vocab_size": VOCABULARY,
+    "d_model": 64,
+    "d_kv": 32,
+    "d_ff": 96,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
+NARROW |= {
+    "t5": _T5,  # the first form: outputs are scaled
+    "t5-encoder": _T5 | {
+        "architectures": ["T5EncoderModel"], "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 # What is compared of these are hidden states.
-ENCODERS = ("bert", "xlm-roberta", "roberta", "modernbert")
+ENCODERS = (
+    *("bert", "xlm-roberta", "roberta", "modernbert", _ENCODER3),
+    *("nomic_bert", "jina_embeddings_v3", "t5-encoder"),
+)
 WRAPPED = ("qwen3_5", "qwen3_5_moe", "mistral3", "llama4", "gemma4")
 
 # More models for `make_families.py`: of classes that are in `NARROW` otherwise.
@@ -361,12 +400,21 @@ MORE: dict[str, Fields] = {
         "Gemma4ForCausalLM", "gemma4_text", **_GEMMA4, enable_moe_block=True, num_experts=4,
         top_k_experts=2, moe_intermediate_size=48, hidden_size_per_layer_input=0,
     ),
+    "t5, gated": _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "bert, classifier": _encoder(
         "BertForSequenceClassification", "bert", id2label={"0": "score"}
     ),
     "xlm-roberta, classifier": _encoder(
         "XLMRobertaForSequenceClassification", "xlm-roberta",
         id2label={"0": "bad", "1": "good", "2": "neither"},
+    ),
+    "qwen3, classifier": _base(
+        "Qwen3ForSequenceClassification", "qwen3", head_dim=32, id2label={"0": "score"},
+        vocab_size=rows(TOKENIZERS["qwen2"]),
+    ),
+    "qwen3, three labels": _base(
+        "Qwen3ForSequenceClassification", "qwen3", head_dim=32,
+        vocab_size=rows(TOKENIZERS["qwen2"]), id2label={"0": "bad", "1": "good", "2": "neither"},
     ),
     "modernbert, classifier": NARROW["modernbert"] | {
         "architectures": ["ModernBertForSequenceClassification"], "classifier_pooling": "mean",
@@ -389,6 +437,9 @@ MORE: dict[str, Fields] = {
 _WIDER = {
     "hidden_size": 256,
     "mamba_d_ssm": 512,
+    "d_model": 256,
+    "d_ff": 512,
+    "d_kv": 64,
     "intermediate_size": 512,
     "intermediate_size_mlp": 512,
     "moe_intermediate_size": 256,
@@ -398,6 +449,7 @@ _WIDER = {
     "shared_expert_intermediate_size": 256,
     "shared_intermediate_size": 256,
     "head_dim": 64,
+    "query_pre_attn_scalar": 64,
     "kv_lora_rank": 256,
     "q_lora_rank": 256,
     "v_head_dim": 64,

@@ -60,7 +60,7 @@ from config_changes import (
     cases,
 )
 from config_document import document
-from family_models import ENCODERS, WRAPPED
+from family_models import ENCODERS, NARROW, WRAPPED
 from gguf import GGUFReader
 from numpy.typing import NDArray
 
@@ -77,12 +77,24 @@ DOCUMENT = HERE.parent / "formats" / "gguf-configuration.md"
 
 def is_encoder(config: Fields) -> bool:
     """Whether hidden states are compared, not logits of tokens."""
-    return config.get("model_type") in ENCODERS
+    if config.get("architectures") == ["T5EncoderModel"]:
+        return True
+    return config.get("model_type") in ENCODERS or any(
+        config.get("architectures") == NARROW[name]["architectures"]
+        for name in ENCODERS
+        if name in NARROW
+    )
 
 
 def has_classifier(config: Fields) -> bool:
     """Whether values of labels are compared."""
     return "ForSequenceClassification" in str(config.get("architectures"))
+
+
+def softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What llama.cpp gives of the scores of Qwen3; zero stands beside one alone."""
+    powers = np.exp(np.append(scores, 0) if len(scores) == 1 else scores)
+    return (powers / powers.sum()).astype(np.float32)
 
 
 class Transformers:
@@ -101,11 +113,15 @@ class Transformers:
 
     def fields(self, name: str) -> list[str]:
         """Fields of the class, its base's among them."""
-        known = self.package.models.auto.configuration_auto.CONFIG_MAPPING[name]
+        known = self.package.models.auto.configuration_auto.CONFIG_MAPPING[
+            BASES[name]["model_type"]
+        ]
         return [f.name for f in dataclasses.fields(known)]
 
     def _class(self, config: Fields) -> Any:
         p = self.package
+        if config.get("model_type") == "t5":
+            return p.AutoModelForTextEncoding if is_encoder(config) else p.AutoModelForSeq2SeqLM
         if config.get("model_type") in WRAPPED:
             return p.AutoModelForImageTextToText
         if has_classifier(config):
@@ -141,9 +157,13 @@ class Transformers:
             # transformers 5.24 stumbles over outputs of images that its language model has not
             model = model.language_model
         with self.torch.no_grad():
-            found = model.eval()(self.torch.tensor([text()]))
+            ids = self.torch.tensor([text()])
+            both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+            found = model.eval()(ids, **both)
         hidden = is_encoder(config) and not has_classifier(config)
         made = (found.last_hidden_state if hidden else found.logits)[0].numpy()
+        if has_classifier(config) and config["model_type"] == "qwen3":
+            made = softmax(made)
         if not np.isfinite(made).all():
             raise ValueError("outputs are not finite")
         return made
@@ -189,6 +209,9 @@ def _run(llama_cpp: Any, path: str, encoder: bool, pooled: bool) -> NDArray[np.f
     batch.n_tokens = len(ids)
     run = llama_cpp.llama_encode if encoder else llama_cpp.llama_decode
     found: NDArray[np.float32] | str = "llama.cpp does not run it"
+    both = llama_cpp.llama_model_has_encoder(model) and llama_cpp.llama_model_has_decoder(model)
+    if both and llama_cpp.llama_encode(context, batch):  # the same text for encoder and decoder
+        return found
     if run(context, batch) == 0:
         if pooled:
             ranks = llama_cpp.llama_pooling_type(context) == 4
@@ -276,6 +299,7 @@ def warning_kinds(warnings: list[str]) -> list[str]:
         "without effect": "unread",
         "by which transformers goes": "class",
         "rounds the bounds": "rounded",
+        "by the length of a text": "dynamic",
     }
     return sorted({kind for w in warnings for words, kind in kinds.items() if words in w})
 

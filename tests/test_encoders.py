@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from config_cases import BASES, Directories, text, unfolded
 from conftest import ROOT, Call
 from family_models import MORE, NARROW
 from gguf import GGUFReader
+from safetensors.numpy import save_file
 from tiny_models import charsmap
 
-from qconvert.architectures import open_gguf_source
+from qconvert.architectures import open_gguf_source, restored
 from qconvert.architectures.llama_tokenizer import LlamaTokenizer
 from qconvert.architectures.token_check import AWKWARD, ORDINARY
 from qconvert.errors import QconvertError
@@ -44,6 +46,8 @@ SETTINGS = {
     "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>",
 }  # fmt: skip
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+T5_SPECIAL = ["<pad>", "</s>", "<unk>", "<s>"]  # transformers has 2 for what is unknown
+UNIGRAM = ("xlm-roberta", "jina_embeddings_v3", "t5-encoder")
 CORPUS = [
     *ORDINARY,
     "the theatre is there",
@@ -72,7 +76,8 @@ def trained(kind: str) -> Any:
     tokenizers = pytest.importorskip("tokenizers", reason="pip install qconvert[hf]")
     from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-    if kind == "xlm-roberta":
+    special = T5_SPECIAL if kind == "t5-encoder" else SPECIAL
+    if kind in UNIGRAM:
         found = tokenizers.Tokenizer(models.Unigram())
         spaces = dict.fromkeys(("\t", "\n", "\r", "\u00a0", "\u3000"), " ")
         blob = charsmap(spaces | {"ﬁ": "fi", "①": "1", "Ⅷ": "VIII", "\u200b": " "})
@@ -86,8 +91,13 @@ def trained(kind: str) -> Any:
             ]
         )
         found.pre_tokenizer = pre_tokenizers.Metaspace()
+        if kind == "t5-encoder":
+            found.normalizer = normalizers.Precompiled(base64.b64decode(blob))
+            found.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+            )
         trainer: Any = trainers.UnigramTrainer(
-            vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+            vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False
         )
     else:
         found = tokenizers.Tokenizer(models.BPE())
@@ -102,24 +112,34 @@ def trained(kind: str) -> Any:
         found.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
         )
+    if kind == "t5-encoder":
+        found.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", 1)]
+        )
+        return found
     found.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])
     return found
 
 
-@pytest.mark.parametrize("kind", ["xlm-roberta", "roberta", "modernbert"])
+@pytest.mark.parametrize("kind", [*UNIGRAM, "roberta", "modernbert"])
 def test_tokens_are_those_of_transformers(kind: str, tmp_path: Path, call: Call) -> None:
     transformers = pytest.importorskip("transformers", reason="pip install qconvert[hf]")
     directory = Directories(tmp_path).made(kind, NARROW[kind], shapes_of(kind))
     fields = json.loads(trained(kind).to_str())
-    if kind == "xlm-roberta":  # pieces of so small a corpus have equal scores, and cuts then tie
+    if kind in UNIGRAM:  # pieces of so small a corpus have equal scores, and cuts then tie
         pieces = fields["model"]["vocab"]
         fields["model"]["vocab"] = [[p, s - 1e-3 * i] for i, (p, s) in enumerate(pieces)]
     (directory / "tokenizer.json").write_text(json.dumps(fields))
-    (directory / "tokenizer_config.json").write_text(json.dumps(SETTINGS))
+    settings = SETTINGS
+    if kind == "t5-encoder":
+        settings = {n: SETTINGS[n] for n in ("eos_token", "unk_token", "pad_token")}
+        settings |= {"extra_ids": 0}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
     assert type(theirs).__name__ == {
         "xlm-roberta": "XLMRobertaTokenizer", "roberta": "RobertaTokenizer",
-        "modernbert": "TokenizersBackend",
+        "modernbert": "TokenizersBackend", "jina_embeddings_v3": "XLMRobertaTokenizer",
+        "t5-encoder": "T5Tokenizer",
     }[kind]  # fmt: skip
     source = open_gguf_source(open_model(directory))
     ours = LlamaTokenizer(source.metadata)
@@ -318,3 +338,185 @@ def test_a_model_type_with_another_head_is_the_class_that_is_named(tmp_path: Pat
     labels = open_gguf_source(open_model(directory)).metadata["bert.classifier.output_labels"]
     assert isinstance(labels, GgufValue)
     assert labels.value == ["bad", "good", "neither"]
+
+
+def _dense_directory(
+    home: Path, *, widths: tuple[int, ...] = (64, 160, 64), **settings: Any
+) -> Path:
+    """EmbeddingGemma as it is published: a transformer, the mean, matrices, length 1."""
+    name = "gemma3_text-encoder"
+    directory = Directories(home).made(name, NARROW[name], shapes_of(name))
+    kinds = ["Transformer", "Pooling", *["Dense"] * (len(widths) - 1), "Normalize"]
+    modules = [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"x.models.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
+    (directory / "modules.json").write_text(json.dumps(modules))
+    (directory / "1_Pooling").mkdir()
+    (directory / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
+    for i, (before, after) in enumerate(pairwise(widths), 2):
+        place = directory / f"{i}_Dense"
+        place.mkdir()
+        fields = {
+            "in_features": before, "out_features": after, "bias": False,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        }  # fmt: skip
+        (place / "config.json").write_text(json.dumps(fields | settings))
+        values = np.random.RandomState(i).standard_normal((after, before)).astype(np.float32)
+        save_file({"linear.weight": values}, place / "model.safetensors")
+    return directory
+
+
+def test_dense_modules_are_matrices_after_the_pooling(
+    tmp_path: Path, call: Call, llama: Any
+) -> None:
+    directory = _dense_directory(tmp_path)
+    path = tmp_path / "m.gguf"
+    assert call("quantize", directory, "--scheme", "f32", "-o", path).code == 0
+    assert call("verify", path, "--against", directory).code == 0
+    reader = GGUFReader(path)
+    keys = {n: f.contents() for n, f in reader.fields.items() if "dense_" in n}
+    assert keys == {
+        "gemma-embedding.dense_2_feat_in": 64, "gemma-embedding.dense_2_feat_out": 160,
+        "gemma-embedding.dense_3_feat_in": 160, "gemma-embedding.dense_3_feat_out": 64,
+    }  # fmt: skip
+    tensors = {t.name: t.data for t in reader.tensors}
+    matrices = [
+        np.random.RandomState(i).standard_normal(shape).astype(np.float32)
+        for i, shape in ((2, (160, 64)), (3, (64, 160)))
+    ]
+    for name, values in zip(("dense_2.weight", "dense_3.weight"), matrices, strict=True):
+        np.testing.assert_array_equal(tensors[name], values)
+    if not llama:
+        return
+    torch = pytest.importorskip("torch", reason="pip install qconvert[hf]")
+    transformers = pytest.importorskip("transformers", reason="pip install qconvert[hf]")
+    model = transformers.AutoModel.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        hidden = model.eval()(torch.tensor([text()])).last_hidden_state[0].numpy()
+    wanted = matrices[1] @ (matrices[0] @ hidden.mean(axis=0))
+    found = llama.outputs(path, encoder=True, pooled=True)
+    np.testing.assert_allclose(found, wanted, atol=3e-3 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"bias": True}, "bias"),
+        ({"activation_function": "torch.nn.modules.activation.Tanh"}, "activation_function"),
+        ({"widths": (64, 160)}, "another width"),
+        ({"widths": (64, 32, 64, 64)}, "more dense modules"),
+        ({"in_features": 63}, "settings"),
+    ],
+)
+def test_dense_modules_that_llama_cpp_cannot_compute_are_refused(
+    changes: Mapping[str, Any], words: str, tmp_path: Path
+) -> None:
+    directory = _dense_directory(tmp_path, **changes)
+    with pytest.raises(QconvertError, match=words) as caught:
+        open_gguf_source(open_model(directory))
+    assert caught.value.code == "ARCH-MODULE"
+
+
+def _reranker(home: Path, settings: Mapping[str, Any] | None, tied: bool) -> Path:
+    """A language model that is a reranker, by modules or by the title of its card."""
+    shapes = shapes_of("qwen3")
+    if tied:
+        del shapes["lm_head.weight"]
+    config = {**BASES["qwen3"], "tie_word_embeddings": tied}
+    directory = Directories(home).made("qwen3", config, shapes)
+    if settings is None:
+        (directory / "README.md").write_text("---\nlicense: mit\n---\n\n# Qwen3-Reranker-0.6B\n")
+        fields = json.loads((directory / "tokenizer.json").read_text())
+        vocabulary = fields["model"]["vocab"]
+        for token in ("yes", "no"):  # instead of two that no merge makes
+            merged = {"".join(m) if isinstance(m, list) else m for m in fields["model"]["merges"]}
+            old = next(t for t in reversed(vocabulary) if len(t) == 1 and t not in merged)
+            vocabulary[token] = vocabulary.pop(old)
+        (directory / "tokenizer.json").write_text(json.dumps(fields))
+        return directory
+    listed = [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"x.{kind}"}
+        for i, kind in enumerate(("Transformer", "LogitScore"))
+    ]
+    (directory / "modules.json").write_text(json.dumps(listed))
+    (directory / "1_LogitScore").mkdir()
+    (directory / "1_LogitScore" / "config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("false", [9, None])
+def test_a_reranker_has_the_rows_of_two_tokens(
+    false: int | None, tied: bool, tmp_path: Path, call: Call, llama: Any
+) -> None:
+    directory = _reranker(tmp_path, {"true_token_id": 7, "false_token_id": false}, tied)
+    path = tmp_path / "m.gguf"
+    ran = call("quantize", directory, "--scheme", "f32", "-o", path, "--json")
+    assert ran.code == 0
+    assert "scores texts by the tokens" in ran.out
+    assert call("verify", path, "--against", directory).code == 0
+    reader = GGUFReader(path)
+    tensors = {t.name: t.data for t in reader.tensors}
+    source = open_model(directory)
+    ending = "embed_tokens.weight" if tied else "lm_head.weight"
+    head = next(t for t in source.tensors if t.name.endswith(ending))
+    matrix = source.values(head, 0, head.size).reshape(head.shape)
+    wanted = np.stack([matrix[7], matrix[9] if false else np.zeros(64)]).astype(np.float32)
+    np.testing.assert_array_equal(tensors["cls.output.weight"], wanted)
+    assert "output.weight" not in tensors
+    assert reader.fields["qwen3.pooling_type"].contents() == 4  # LLAMA_POOLING_TYPE_RANK
+    source.close()
+    # a tied model comes back whole, another one is without its output matrix
+    place = directory / "config.json"
+    shapes = {t.name: t.shape for t in source.tensors}
+    asked = (open_model(path), json.loads(place.read_text()), place, shapes)
+    if tied:
+        back = restored(*asked)
+        assert {t.name for t in back.model.tensors} == shapes.keys()
+        back.model.close()
+    else:
+        with pytest.raises(QconvertError, match="not of the model"):
+            restored(*asked)
+    if not llama:
+        return
+    torch = pytest.importorskip("torch", reason="pip install qconvert[hf]")
+    transformers = pytest.importorskip("transformers", reason="pip install qconvert[hf]")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([text()])).logits[0, -1].numpy()
+    good, bad = np.exp(logits[7]), np.exp(logits[9]) if false else 1.0
+    found = llama.outputs(path, encoder=False, pooled=True)
+    np.testing.assert_allclose(found, np.array([good, bad]) / (good + bad), atol=1e-4)
+
+
+def test_a_reranker_of_qwen_is_known_by_the_title_of_its_card(tmp_path: Path, call: Call) -> None:
+    directory = _reranker(tmp_path, None, True)
+    path = tmp_path / "m.gguf"
+    ran = call("quantize", directory, "--scheme", "f32", "-o", path, "--json")
+    assert ran.code == 0
+    assert "title of README.md" in ran.out
+    fields = GGUFReader(path).fields
+    assert fields["qwen3.classifier.output_labels"].contents() == ["yes", "no"]
+    # with the two words that llama-server replaces
+    prompt = fields["tokenizer.chat_template.rerank"].contents()
+    assert "<Query>: {query}\n<Document>: {document}<|im_end|>" in prompt
+    (directory / "README.md").write_text("# Another model\n")
+    assert call("quantize", directory, "--scheme", "f32", "-o", path, "--force").code == 0
+    reader = GGUFReader(path)
+    assert "qwen3.pooling_type" not in reader.fields
+    assert "cls.output.weight" not in {t.name for t in reader.tensors}
+
+
+@pytest.mark.parametrize("settings", [{}, {"true_token_id": 1 << 20}, {"true_token_id": "yes"}])
+def test_a_reranker_without_its_tokens_is_refused(
+    settings: Mapping[str, Any], tmp_path: Path
+) -> None:
+    directory = _reranker(tmp_path, settings, True)
+    with pytest.raises(QconvertError, match="true_token_id") as caught:
+        open_gguf_source(open_model(directory))
+    assert caught.value.code == "ARCH-MODULE"

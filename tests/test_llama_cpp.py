@@ -117,6 +117,8 @@ def outputs(model: Any, ids: list[int], *, encoder: bool = False) -> NDArray[np.
         batch.token[i], batch.pos[i], batch.logits[i] = token, i, 1
         batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
     batch.n_tokens = len(ids)
+    if llama_cpp.llama_model_has_encoder(model) and llama_cpp.llama_model_has_decoder(model):
+        assert llama_cpp.llama_encode(context, batch) == 0  # the same text for both
     run = llama_cpp.llama_encode if encoder else llama_cpp.llama_decode
     assert run(context, batch) == 0
     if encoder:

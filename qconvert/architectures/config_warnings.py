@@ -58,6 +58,11 @@ def config_warnings(
         )
     if said := family.said(config):
         found.append(said)
+    if family.arch == "qwen3" and "labels" in sizes.named:
+        found.append(
+            "llama.cpp takes softmax of the labels' values, or of one label's the logistic "
+            "function; transformers gives the values themselves"
+        )
     if window := family.window(config, sizes):
         found.append(
             f"llama.cpp attends to all tokens, not to a window of {window} as the configuration "
@@ -68,6 +73,12 @@ def config_warnings(
             f"llama.cpp takes the rotary factors for long texts when its context is longer than "
             f"{rope.longer} tokens, transformers when the text is: run it with a context of at "
             f"most {rope.longer} for texts that short"
+        )
+    if rope.dynamic:
+        found.append(
+            f"transformers stretches rotary positions by the length of a text above "
+            f"{rope.dynamic} tokens ('dynamic'), llama.cpp does not: longer texts come out "
+            "otherwise"
         )
     if rope.rounded > 0:
         found.append(

@@ -75,7 +75,8 @@ def map_tensors(
 
     Args:
         model, family, config, sizes: what is mapped.
-        constants: tensors that follow from the configuration.
+        constants: tensors that no file of the transformer has: they follow from the configuration,
+            or are those of modules after it.
         head: whether the output matrix is one of its own.
 
     Raises:
@@ -99,7 +100,9 @@ def map_tensors(
                 code="ARCH-TENSOR-MISSING",
             )
     for name, values in constants.items():
-        mapped.append(MappedTensor(described(name, values.shape, "F32"), constant=values))
+        mapped.append(
+            MappedTensor(described(name, values.shape, "F32"), constant=values.reshape(-1))
+        )
     return mapped, dropped
 
 
@@ -115,12 +118,13 @@ def slots_of(
     for i in range(sizes.blocks):
         for slot in block:
             if slot.only is None or slot.only(config, sizes, i):
-                yield f"blk.{i}.{slot.name}", slot
+                whole = "{}" in slot.name
+                yield slot.name.format(i) if whole else f"blk.{i}.{slot.name}", slot
 
 
 def _block(name: str) -> int | None:
     """The block that a tensor of GGUF belongs to."""
-    found = re.match(r"blk\.(\d+)\.", name)
+    found = re.match(r"(?:enc\.|dec\.)?blk\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
@@ -236,10 +240,11 @@ def gguf_names(
 
 
 def _named(name: str, family: Family) -> list[str]:
-    """The names that a family itself has for a tensor of a block."""
+    """The names that a family itself has for a tensor."""
     within = _IN_BLOCK.match(name)
-    slots = family.parts.get(name[within.end() :], ()) if within else ()
-    return [f"blk.{within[1]}.{slot}" for slot in slots] if within else []
+    if within is None:
+        return list(family.parts.get(name, ()))
+    return [f"blk.{within[1]}.{slot}" for slot in family.parts.get(name[within.end() :], ())]
 
 
 def source_names(name: str) -> Iterator[tuple[str, int | None, tuple[int, int] | None]]:
@@ -285,7 +290,8 @@ def _made(
     elif slot.source:
         wanted = sizes.shape(slot.source, block)
     elif found.part[1] > 1:
-        wanted = (*shape[:-2], shape[-2] * found.part[1], shape[-1])
+        axis = max(len(shape) - 2, 0)  # of rows; of a bias every value is one
+        wanted = (*shape[:axis], shape[axis] * found.part[1], *shape[axis + 1 :])
     sources = tuple(found.sources[e] for e in range(count))
     for source in sources:
         _check_source(model, source, wanted, config)
@@ -303,7 +309,7 @@ def _made(
     elif slot.rows:
         locate = slot.rows(sizes)
     elif found.part[1] > 1 and not slot.order:
-        part, rows = found.part[0], shape[-2]
+        part, rows = found.part[0], shape[max(len(shape) - 2, 0)]
         locate = window(rows * found.part[1], part * rows, (part + 1) * rows)
     added = 1.0 if family.norm_offset and name.endswith("norm.weight") and not slot.plain else 0.0
     factors = _factors(slot, config, sizes)

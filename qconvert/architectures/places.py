@@ -67,7 +67,12 @@ def layer_places(fields: dict[str, Any], path: Path) -> Callable[[str], Place | 
         family, config = read_config(fields, path)
     arch = family.arch if family else _arch_of_type(config)
     reordered = {slot.name for slot in family.block if slot.order} if family else set()
-    names = name_table(arch, config.count("num_hidden_layers", most=MAX_BLOCKS))
+    blocks = (
+        family.sizes(config).blocks
+        if family
+        else config.count("num_hidden_layers", most=MAX_BLOCKS)
+    )
+    names = name_table(arch, blocks)
 
     def place(layer: str) -> Place | None:
         weight = f"{layer}.weight"

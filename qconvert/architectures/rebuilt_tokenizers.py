@@ -19,7 +19,11 @@ _BERT = re.compile(
 _XLM_ROBERTA = re.compile(r"XLMRobertaTokenizer(Fast)?")
 _ROBERTA = re.compile(r"RobertaTokenizer(Fast)?")
 # What it takes where tokenizer_config.json names no class.
-CLASSES = {"xlm-roberta": "XLMRobertaTokenizer", "roberta": "RobertaTokenizer"}
+CLASSES = {
+    "xlm-roberta": "XLMRobertaTokenizer",
+    "roberta": "RobertaTokenizer",
+    "jina_embeddings_v3": "XLMRobertaTokenizer",
+}
 
 
 def as_rebuilt(tokenizer: TokenizerJson, kind: str, settings: Mapping[str, Any]) -> None:

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qconvert.architectures.dense_modules import DENSE
 from qconvert.architectures.families import hyper_parameters
 from qconvert.architectures.families.slots import OUTPUT
 from qconvert.architectures.mapped import MappedModel, described, inverted
 from qconvert.architectures.mapping import Dropped, map_tensors
+from qconvert.architectures.rerankers import SCORES
 from qconvert.architectures.source import read_config
 from qconvert.architectures.tying import HEAD, Head
 from qconvert.errors import UnsupportedError
@@ -81,6 +83,10 @@ def restored(
         if has is not None or tensor.sources:  # constants follow from the configuration
             shape = "no such tensor" if has is None else f"shape {list(has.shape)}"
             raise _another_model(gguf, wanted.name, shape, f"shape {list(wanted.shape)}")
+    if family.dense:  # of modules that follow the model
+        there = {n: t for n, t in there.items() if n.partition(".")[0] not in DENSE}
+    if family.scores and checked.flag("tie_word_embeddings"):
+        there.pop(SCORES, None)  # rows of the token embedding, which is there
     if there:
         raise _another_model(gguf, next(iter(there)), f"{len(there)} tensors too many", None)
     return RestoredModel(

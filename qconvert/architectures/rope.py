@@ -9,7 +9,7 @@ the rest of YaRN. Factors by pair of dimensions are a tensor that some loaders a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,7 @@ class Scalings:
 
 PLAIN = Scalings(("default", "linear", "yarn"))
 BY_PAIR = Scalings(("default", "linear", "yarn", "llama3", "longrope"), by_pair=True)
+DYNAMIC = replace(BY_PAIR, kinds=(*BY_PAIR.kinds, "dynamic"))
 PARTIAL = Scalings(("default", "linear", "yarn"), partial=True)
 LONG = Scalings(("default", "longrope"), partial=True)
 _FULL_LAYERS, _SLIDING_LAYERS = Scalings(("default", "linear")), Scalings(("default",))
@@ -86,6 +87,8 @@ class Rope:
         unread: fields of the configuration that transformers reads for no scaling of this kind.
         longer: the number of tokens from which llama.cpp goes by the length of its context and
             transformers by that of the text; None when they agree.
+        dynamic: the number of tokens above which transformers changes the base by the length of the
+            text, which llama.cpp never does; None when it does not either.
         rounded: by which part at most frequencies differ from transformers', as llama.cpp rounds
             the bounds of YaRN.
     """
@@ -94,6 +97,7 @@ class Rope:
     tensors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     longer: int | None = None
+    dynamic: int | None = None
     rounded: float = 0.0
 
 
@@ -179,6 +183,9 @@ def read_rope(p: Parameters, dimensions: int, scalings: Scalings) -> Rope:
     rope.keys |= {"dimension_count": dimensions, "freq_base": p.theta}
     if p.kind == "linear":
         rope.keys |= {"scaling.type": "linear", "scaling.factor": p.fields.number("factor")}
+    elif p.kind == "dynamic":
+        p.fields.number("factor")
+        rope.dynamic = p.context
     elif p.kind == "yarn":
         _yarn(rope, p, dimensions // 2, scalings)
     elif p.kind == "llama3":

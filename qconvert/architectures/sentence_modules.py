@@ -1,8 +1,8 @@
 """What sentence-transformers does with the transformer's output: the modules of modules.json.
 
 llama.cpp pools with one of three ways, for every architecture, and its programs scale embeddings to
-length 1 unless told otherwise. That is all that a file can hold: a module that computes anything
-else is refused by name.
+length 1 unless told otherwise; some architectures have places for dense modules. That is all that a
+file can hold: a module that computes anything else is refused by name.
 """
 
 from __future__ import annotations
@@ -37,16 +37,28 @@ class SentenceModules:
 
     Attributes:
         pooling: llama.cpp's type; None where no module pools.
+        dense: where the dense modules after it are, in their order.
+        scores: where the settings are of one that scores by the logits of tokens; None: there is
+            none.
         notes, warnings: what a file does not hold.
     """
 
     pooling: int | None = None
+    dense: tuple[str, ...] = ()
+    scores: str | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
-def sentence_modules(files: SmallFiles) -> SentenceModules:
+def sentence_modules(
+    files: SmallFiles, *, dense: bool = False, scores: bool = False
+) -> SentenceModules:
     """Read the modules, wherever modules.json says that they are.
+
+    Args:
+        files: of the model.
+        dense: whether the architecture has places for dense modules after the pooling.
+        scores: whether it has a head for scores by the logits of tokens.
 
     Raises:
         UnsupportedError: a module that no GGUF file can hold.
@@ -63,7 +75,7 @@ def sentence_modules(files: SmallFiles) -> SentenceModules:
                 "the file says that llama.cpp is not to pool"
             )
     for i, module in enumerate(modules or ()):
-        _take(files, i, module, found)
+        _take(files, i, module, found, {"Dense": dense, "LogitScore": scores})
     _prompts(files, found)
     return found
 
@@ -76,7 +88,9 @@ def modules_beyond(files: SmallFiles) -> list[str]:
     return [n[:_NAMED] for n in names if n not in _HARMLESS][:_MODULES]
 
 
-def _take(files: SmallFiles, i: int, module: Any, found: SentenceModules) -> None:
+def _take(
+    files: SmallFiles, i: int, module: Any, found: SentenceModules, taken: dict[str, bool]
+) -> None:
     kind, place = (module.get(k) if isinstance(module, dict) else None for k in ("type", "path"))
     if not isinstance(kind, str) or not isinstance(place, str):
         raise FormatError(
@@ -108,12 +122,17 @@ def _take(files: SmallFiles, i: int, module: Any, found: SentenceModules) -> Non
         found.notes.append(
             "embeddings are to be scaled to length 1, which llama.cpp's programs do by default"
         )
+    elif name == "Dense" and taken[name] and place and found.pooling is not None:
+        found.dense += (place,)
+    elif name == "LogitScore" and taken[name] and place and i == 1:
+        found.scores = place
     elif name != "Dropout":  # which does nothing when a model is used
+        more = [kind for kind, has in taken.items() if has]
         raise UnsupportedError(
             "a module of sentence-transformers that no GGUF file can hold",
             path=files.home / MODULES,
             found=f"{kind[:80]} in '{place[:80]}'",
-            wanted="Transformer, Pooling, Normalize",
+            wanted=", ".join(("Transformer", "Pooling", "Normalize", *more)),
             hint="embeddings would be other ones; --raw writes the transformer's tensors alone",
             code="ARCH-MODULE",
         )

@@ -12,6 +12,7 @@ import gguf
 from qconvert.architectures.chat_templates import chat_template_keys, chat_templates
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_warnings import config_warnings
+from qconvert.architectures.dense_modules import dense_keys, dense_matrices
 from qconvert.architectures.families import family_of, hyper_parameters, known_family
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.general_name import harmless_name
@@ -19,6 +20,7 @@ from qconvert.architectures.mapped import MappedModel
 from qconvert.architectures.mapping import Dropped, map_tensors
 from qconvert.architectures.model_card import card_keys
 from qconvert.architectures.rebuilt_tokenizers import CLASSES
+from qconvert.architectures.rerankers import read_scores, score_keys, with_scores
 from qconvert.architectures.sentence_modules import sentence_modules
 from qconvert.architectures.small_files import SmallFiles
 from qconvert.architectures.special_tokens import pair_keys, special_token_keys
@@ -104,11 +106,20 @@ def open_gguf_source(
     sizes = family.sizes(config)
     keys, rope = hyper_parameters(family, config, sizes)
     head = output_head(model, family, config)
-    tensors, dropped = map_tensors(model, family, config, sizes, rope.tensors, head)
+    modules = sentence_modules(files, dense=family.dense, scores=family.scores)
+    dense = dense_matrices(files, modules.dense, sizes.named["width"]) if modules.dense else {}
+    keys |= dense_keys(dense, family.arch)
+    constants = {**rope.tensors, **dense}
+    tensors, dropped = map_tensors(model, family, config, sizes, constants, head)
+    scores = None
+    if family.scores:
+        scores = read_scores(files, modules.scores, sizes.named["vocabulary"])
+    if scores:
+        tensors, more = with_scores(tensors, scores)
+        dropped += more
     mapped = MappedModel(model, tensors)
     check_gguf([GgufTensor(t.name, t.shape, "F32") for t in mapped.tensors])
     tokens = _tokenizer(files, config, sizes.named["vocabulary"], pre_tokenizer)
-    modules = sentence_modules(files)
     metadata: dict[str, MetadataValue] = {
         ARCHITECTURE: family.arch,
         "general.type": "model",
@@ -121,11 +132,13 @@ def open_gguf_source(
     metadata |= _sampling(files)
     metadata |= keys
     pooled = f"{family.arch}.pooling_type"
-    if modules.pooling is not None or (family.arch == "bert" and pooled not in keys):
+    if modules.pooling is not None or ("types" in sizes.named and pooled not in keys):
         metadata[pooled] = GgufValue("UINT32", modules.pooling or 0)
-    if family.arch == "bert":
+    if "types" in sizes.named:
         metadata["tokenizer.ggml.token_type_count"] = GgufValue("UINT32", sizes.named["types"])
     metadata |= tokens.keys
+    if scores:
+        metadata |= score_keys(scores, family.arch, "tokenizer.chat_templates" in metadata)
     if "labels" in sizes.named:
         metadata |= pair_keys(tokens.file, tokens.keys)
     if compare:
@@ -142,7 +155,13 @@ def open_gguf_source(
             *modules.warnings,
             *card_warnings,
         ),
-        (*head.notes, *tokens.file.notes, *modules.notes, *renamed),
+        (
+            *head.notes,
+            *tokens.file.notes,
+            *modules.notes,
+            *renamed,
+            *([scores.note] if scores else []),
+        ),
     )
 
 

@@ -21,7 +21,7 @@ from qconvert.model import Model, TensorInfo
 HEAD = "lm_head.weight"
 _EMBEDDINGS = (
     "embed_tokens.weight", "word_embeddings.weight", "backbone.embeddings.weight",
-    "backbone.embedding.weight", "model.embeddings.weight",
+    "backbone.embedding.weight", "model.embeddings.weight", "shared.weight",
 )  # fmt: skip
 
 
@@ -52,7 +52,9 @@ def output_head(model: Model, family: Family, config: Config) -> Head:
     """
     head = next((t for t in model.tensors if t.name.endswith(HEAD)), None)
     embedding = next((t for t in model.tensors if t.name.endswith(_EMBEDDINGS)), None)
-    if config.get("tie_word_embeddings") is not None:
+    # A class without the field has one of that name for something else.
+    of_class = config.known is None or "tie_word_embeddings" in config.known.fields
+    if of_class and config.get("tie_word_embeddings") is not None:
         asked = config.flag("tie_word_embeddings", False)
     else:
         asked = head is None if family.tied is None else family.tied

@@ -134,6 +134,16 @@ def directory_companions(path: Path) -> tuple[Companion, ...]:
     return _companions(_Inside(path))[0]
 
 
+def inside_directory(directory: Path, name: str) -> Path:
+    """A file below a model's directory, by a name that something in it gives.
+
+    Raises:
+        InputError: it is a link, or a name, that leads elsewhere.
+    """
+    _Inside(directory).check(name)
+    return directory / name
+
+
 def holds_weights(path: Path) -> bool:
     """Whether a directory has safetensors files, or an index of them."""
     return any(name.endswith((".safetensors", INDEX)) for name in os.listdir(path))

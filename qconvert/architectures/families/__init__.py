@@ -44,10 +44,12 @@ from qconvert.architectures.families import (
     qwen,
     qwen_linear,
     roberta,
+    rotary_bert,
     seed_oss,
     smollm,
     stablelm,
     starcoder,
+    t5,
 )
 from qconvert.architectures.families.keys import Keys, Sizes
 from qconvert.architectures.families.row import Family
@@ -89,6 +91,8 @@ _MODULES = (
     bert,
     roberta,
     modern_bert,
+    rotary_bert,
+    t5,
 )
 FAMILIES: tuple[Family, ...] = tuple(row for module in _MODULES for row in module.ROWS)
 CONFIG_CLASSES: tuple[ConfigClass, ...] = tuple(c for m in _MODULES for c in m.CONFIGS)

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3."""
+"""Gemma 2 and 3, and the encoder made of the latter."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from qconvert.architectures.config_classes import (
     decoder_fields,
 )
 from qconvert.architectures.families.keys import (
+    FULL,
     GELU,
     MAX_BLOCKS,
     NO_CAP,
@@ -81,6 +82,9 @@ _GEMMA3_INSIDE = replace(
     unused=(*TRAINING, _CAP),
 )
 
+# No logits are computed of an encoder.
+_ENCODER = replace(_GEMMA3_INSIDE, architectures=("Gemma3TextModel",))
+
 CONFIGS = (
     ConfigClass(
         "Gemma2Config",
@@ -107,6 +111,7 @@ CONFIGS = (
         divides=True,
     ),
     _GEMMA3_TEXT,
+    _ENCODER,
     ConfigClass(
         "Gemma3Config",
         "gemma3",
@@ -142,8 +147,6 @@ def _gemma_keys(
     scale = sizes.named["width"] // heads if sizes.blocks == largest else sizes.head_dim
     if config.count("query_pre_attn_scalar") != scale:
         raise config.unlike("query_pre_attn_scalar", str(scale))
-    if config.flag("use_bidirectional_attention"):
-        raise config.unlike("use_bidirectional_attention", "false")
     found = decoder_keys(config, sizes)
     window = config.count("sliding_window")  # transformers wants one, be it for no layer
     if any(sliding):
@@ -153,7 +156,13 @@ def _gemma_keys(
     return found
 
 
+def _causal(config: Config) -> None:
+    if config.flag("use_bidirectional_attention"):
+        raise config.unlike("use_bidirectional_attention", "false")
+
+
 def gemma2_keys(config: Config, sizes: Sizes) -> Keys:
+    _causal(config)
     if config.get("attn_logit_softcapping") is None:  # llama.cpp always has one for these scores
         raise config.unlike("attn_logit_softcapping", "a number")
     capped = config.get("final_logit_softcapping") is not None
@@ -169,19 +178,41 @@ def gemma2_keys(config: Config, sizes: Sizes) -> Keys:
 
 
 def gemma3_keys(config: Config, sizes: Sizes) -> Keys:
-    pattern = config.get("sliding_window_pattern", 6)
-    if type(pattern) is not int or not 0 < abs(pattern) <= MAX_BLOCKS:
-        raise config.wrong("sliding_window_pattern", f"an integer from 1 to {MAX_BLOCKS}")
-    sliding = layer_types(config, sizes, every_nth_full(sizes, pattern))
-    found = _gemma_keys(config, sizes, 62, sliding, every_nth_full(sizes, 6))
+    _causal(config)
+    found = _gemma3_keys(config, sizes, 62)
     if config.get("final_logit_softcapping") is not None:
         found["final_logit_softcapping"] = config.number("final_logit_softcapping")
     return found
 
 
+def gemma3_encoder_keys(config: Config, sizes: Sizes) -> Keys:
+    if not config.flag("use_bidirectional_attention"):
+        raise config.unlike("use_bidirectional_attention", "true")
+    sliding = _gemma3_layers(config, sizes)
+    if all(sliding) or not any(sliding):  # llama.cpp ends its process, or wants a window
+        raise config.unlike("layer_types", f"'{FULL}' and '{SLIDING}' for one layer at least each")
+    # Half of the window to either side, in both programs.
+    return _gemma3_keys(config, sizes, 0) | {"attention.causal": False}
+
+
+def _gemma3_layers(config: Config, sizes: Sizes) -> list[bool]:
+    """Which layers look at a window only."""
+    pattern = config.get("sliding_window_pattern", 6)
+    if type(pattern) is not int or not 0 < abs(pattern) <= MAX_BLOCKS:
+        raise config.wrong("sliding_window_pattern", f"an integer from 1 to {MAX_BLOCKS}")
+    return layer_types(config, sizes, every_nth_full(sizes, pattern))
+
+
+def _gemma3_keys(config: Config, sizes: Sizes, largest: int) -> Keys:
+    sliding = _gemma3_layers(config, sizes)
+    return _gemma_keys(config, sizes, largest, sliding, every_nth_full(sizes, 6))
+
+
 def gemma3_rope(config: Config, sizes: Sizes) -> Rope:
     return read_rope_by_layer(config, sizes.head_dim)
 
+
+_BLOCK3 = (*NORMS, *POST_NORMS, *HEAD_NORMS, *attention(heads=False, bias=False), *GATED)
 
 ROWS = (
     Family(
@@ -202,7 +233,7 @@ ROWS = (
         ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
         "gemma3",
         WHOLE,
-        (*NORMS, *POST_NORMS, *HEAD_NORMS, *attention(heads=False, bias=False), *GATED),
+        _BLOCK3,
         gemma3_keys,
         plain_sizes,
         gemma3_rope,
@@ -211,5 +242,19 @@ ROWS = (
         tied=True,
         renames=INSIDE,
         dropped=VISION,
+    ),
+    Family(
+        "EmbeddingGemma (encoder)",
+        ("Gemma3TextModel",),
+        "gemma-embedding",
+        WHOLE[:-1],
+        _BLOCK3,
+        gemma3_encoder_keys,
+        plain_sizes,
+        gemma3_rope,
+        GELU,
+        norm_offset=True,
+        tied=True,
+        dense=True,
     ),
 )

@@ -11,7 +11,7 @@ from qconvert.architectures.families.row import Slot
 from qconvert.files.gguf_writer import GgufValue
 
 _MAX_LABELS = 100_000
-_RANK = 4  # llama.h's llama_pooling_type
+RANK = 4  # llama.h's llama_pooling_type
 
 # What llama.cpp computes of the first token: a matrix, tanh, and a value for each label.
 CLASSIFIER = (
@@ -51,4 +51,4 @@ def labels(config: Config) -> list[str]:
 
 def label_keys(config: Config) -> Keys:
     """Keys of the head: llama.cpp counts its outputs by the labels."""
-    return {"pooling_type": _RANK, "classifier.output_labels": GgufValue("STRING", labels(config))}
+    return {"pooling_type": RANK, "classifier.output_labels": GgufValue("STRING", labels(config))}

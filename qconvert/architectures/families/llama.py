@@ -1,4 +1,4 @@
-"""Llama, Mistral and Mixtral."""
+"""Llama, Mistral, Mixtral and InternLM 3."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from qconvert.architectures.families.slots import (
     WHOLE,
     attention,
 )
-from qconvert.architectures.rope import BY_PAIR
+from qconvert.architectures.rope import BY_PAIR, DYNAMIC
 
 MISTRAL = ConfigClass(
     "MistralConfig",
@@ -99,6 +99,24 @@ CONFIGS = (
         harmless=MappingProxyType({"attention_bias": (False,)}),
         theta=1_000_000.0,
     ),
+    ConfigClass(
+        "InternLM3Config",
+        "internlm3",
+        ("InternLM3ForCausalLM",),  # which transformers runs as LlamaForCausalLM
+        decoder_fields(
+            (128_512, 4096, 10_240, 48, 32),
+            (INT_OR_NULL, 2),
+            32_768,
+            1e-5,
+            attention_bias=(BOOL, False),
+            mlp_bias=(BOOL, False),
+            head_dim=(INT_OR_NULL, 128),
+        ),
+        TRAINING,
+        DECODER,
+        MappingProxyType({"qkv_bias": "attention_bias", "bias": "mlp_bias"}),
+        divides=True,
+    ),
 )  # fmt: skip
 
 
@@ -108,6 +126,12 @@ def mixtral_sizes(config: Config) -> Sizes:
 
 def mixtral_keys(config: Config, sizes: Sizes) -> Keys:
     return decoder_keys(config, sizes) | expert_keys(config, sizes)
+
+
+def internlm3_keys(config: Config, sizes: Sizes) -> Keys:
+    if config.flag("attention_bias") != config.flag("mlp_bias"):  # transformers takes both or none
+        raise config.wrong("mlp_bias", f"the same as {config.described('attention_bias')}")
+    return decoder_keys(config, sizes)
 
 
 _LLAMA = (
@@ -126,6 +150,18 @@ ROWS = (
         decoder_keys,
         plain_sizes,
         rotary(BY_PAIR),
+        SILU,
+        plain_window,
+    ),
+    Family(
+        "InternLM 3",
+        ("InternLM3ForCausalLM",),
+        "llama",
+        WHOLE,
+        (*_LLAMA, *GATED, *GATED_BIASES),
+        internlm3_keys,
+        plain_sizes,
+        rotary(DYNAMIC),
         SILU,
         plain_window,
     ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+import numpy as np
+
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_classes import (
     ANY,
@@ -18,6 +20,7 @@ from qconvert.architectures.config_classes import (
     Fields,
     decoder_fields,
 )
+from qconvert.architectures.families.heads import label_keys, labels, with_labels
 from qconvert.architectures.families.keys import (
     SILU,
     Keys,
@@ -31,7 +34,7 @@ from qconvert.architectures.families.keys import (
     plain_sizes,
     rotary,
 )
-from qconvert.architectures.families.row import Family
+from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.families.slots import (
     EXPERTS,
     GATED,
@@ -42,7 +45,9 @@ from qconvert.architectures.families.slots import (
     WHOLE,
     attention,
 )
+from qconvert.architectures.mapped import Locate, Rows
 from qconvert.architectures.rope import PLAIN
+from qconvert.files.gguf_writer import GgufValue
 
 
 def _with_windows(fields: Fields) -> Fields:
@@ -58,7 +63,7 @@ def _with_windows(fields: Fields) -> Fields:
     )
 
 
-CONFIGS = (
+_CLASSES = (
     ConfigClass(
         "Qwen2Config",
         "qwen2",
@@ -137,6 +142,7 @@ CONFIGS = (
         ),
     ),
 )  # fmt: skip
+CONFIGS = (*_CLASSES, with_labels(_CLASSES[1], "Qwen3ForSequenceClassification"))
 
 
 def switched_window(config: Config, sizes: Sizes) -> int | None:
@@ -195,6 +201,35 @@ def qwen2_moe_keys(config: Config, sizes: Sizes) -> Keys:
     )
 
 
+# --- a head that classifies ---
+
+
+def qwen3_classifier_sizes(config: Config) -> Sizes:
+    count = len(labels(config))
+    return plain_sizes(config, labels=count, scores=max(count, 2))
+
+
+def qwen3_classifier_keys(config: Config, sizes: Sizes) -> Keys:
+    """Keys; of one label's value llama.cpp's softmax would be 1, so zero stands beside it."""
+    found = decoder_keys(config, sizes) | label_keys(config)
+    named = labels(config)
+    if len(named) == 1:
+        both = [*named, f"not {named[0]}"]
+        found["classifier.output_labels"] = GgufValue("STRING", both)
+    return found
+
+
+def _scores(sizes: Sizes) -> Locate:
+    count = sizes.named["labels"]
+
+    def locate(rows: Rows) -> Rows:
+        return np.where(rows < count, rows, -1)  # a row of zeros
+
+    return locate
+
+
+_QWEN3 = (*NORMS, *attention(heads=False, bias=False), *HEAD_NORMS, *GATED)
+
 ROWS = (
     Family(
         "Qwen2",
@@ -213,12 +248,29 @@ ROWS = (
         ("Qwen3ForCausalLM",),
         "qwen3",
         WHOLE,
-        (*NORMS, *attention(heads=False, bias=False), *HEAD_NORMS, *GATED),
+        _QWEN3,
         decoder_keys,
         plain_sizes,
         rotary(PLAIN),
         SILU,
         switched_window,
+        scores=True,
+    ),
+    Family(
+        "Qwen3 with a classification head (rerankers)",
+        ("Qwen3ForSequenceClassification",),
+        "qwen3",
+        (
+            *WHOLE[:-1],
+            Slot("cls.output.weight", "scores width", source="labels width", rows=_scores),
+        ),
+        _QWEN3,
+        qwen3_classifier_keys,
+        qwen3_classifier_sizes,
+        rotary(PLAIN),
+        SILU,
+        switched_window,
+        parts=MappingProxyType({"score.weight": ("cls.output.weight",)}),
     ),
     Family(
         "Qwen2 mixture of experts",

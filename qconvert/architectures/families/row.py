@@ -18,7 +18,7 @@ class Slot:
     """A tensor that llama.cpp's loader asks for.
 
     Attributes:
-        name: in GGUF; within a block without ``blk.N.``.
+        name: in GGUF; within a block without ``blk.N.``, or whole with ``{}`` for the number.
         shape: names of `Sizes`, outermost dimension first.
         heads: whether its rows are those of heads with rotated halves, to be interleaved.
         flag: field of the configuration that says whether there is such a tensor; none: always.
@@ -69,12 +69,15 @@ class Family:
             tensors are.
         renames: beginnings of source names, and what stands for them in gguf-py's table.
         dropped: beginnings of source names that llama.cpp has no use for, and why.
-        parts: ends of source names within a block for which gguf-py's table has no name, or another
-            one, and the slots that are made of each: several are equal parts of its rows, in their
-            order, or say themselves where their rows are.
+        parts: ends of source names within a block, or whole names outside, for which gguf-py's
+            table has no name, or another one, and the slots that are made of each: several are
+            equal parts of its rows, in their order, or say themselves where their rows are.
         beyond: field of the configuration that counts layers for the prediction of several tokens
             after the others; they are left out.
         per_layer: whether its keys say what ``per_layer_config`` says.
+        dense: whether llama.cpp has places for sentence-transformers' dense modules.
+        scores: whether llama.cpp has a head of two rows with softmax, for rerankers that are
+            language models.
         own_head: whether llama.cpp wants an output matrix even where it is the token embedding.
         said: what is to be said of a configuration that is taken, of what llama.cpp does otherwise.
         instead: rows for some configurations of the same classes, by what the language model's
@@ -98,6 +101,8 @@ class Family:
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     beyond: str | None = None
     own_head: bool = False
+    dense: bool = False
+    scores: bool = False
     per_layer: bool = False
     said: Callable[[Config], str | None] = lambda config: None
     instead: Callable[[Mapping[str, Any]], Family | None] = lambda fields: None
