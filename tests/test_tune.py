@@ -178,12 +178,12 @@ def test_the_untrained_result_is_written_where_it_is_better(
     flattering = iter([2.0, 1.0, 0.5])
     inner = stage.train
 
-    def flattered(student: Any, reference: Any, plan: Any, progress: Any) -> Any:
+    def flattered(student: Any, course: Any, adam: Any, teacher: Any, plan: Any, *rest: Any) -> Any:
         plan = loop.Plan(
             *(plan.windows, plan.loss, plan.steps, plan.batch, plan.rates),
             lambda: next(flattering),
         )
-        return inner(student, reference, plan, progress)
+        return inner(student, course, adam, teacher, plan, *rest)
 
     monkeypatch.setattr(stage, "train", flattered)
     harm: dict[str, Any] = {"scheme": "q8_channel", "lr": 0.05, "steps": 2}

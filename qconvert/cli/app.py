@@ -955,6 +955,9 @@ def tune(
             autocompletion=completion.tensor_schemes,
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on where an interrupted run has stopped")
+    ] = False,
     threads: Threads = None,
     anyway: Annotated[
         bool,
@@ -975,6 +978,9 @@ def tune(
     tokens as it did as floats. It pays at 2 or 3 bits and takes a text and time; try quantize with
     a calibration first. A part of the text judges; where quantization without training is better,
     that is said and written. Needs torch and transformers: pip install '.[hf]'.
+
+    What is done is kept beside the output every few seconds and on Ctrl-C (after the step; a second
+    one stops at once); the same command with --resume goes on from there.
 
     \b
     Examples:
@@ -1012,6 +1018,7 @@ def tune(
             calibration=calibration,
             keep=keep,
             tensor_scheme=tensor_scheme,
+            resume=resume,
             threads=threads,
             anyway=anyway,
             force=force,

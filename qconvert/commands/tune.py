@@ -50,6 +50,7 @@ def tune(
     calibration: Path | str | None = None,
     keep: str | Iterable[str] | None = None,
     tensor_scheme: Mapping[str, str] | str | Iterable[str] | None = None,
+    resume: bool = False,
     threads: int | None = None,
     anyway: bool = False,
     force: bool = False,
@@ -104,6 +105,7 @@ def tune(
         keep: keep tensors that match this glob, or one of these, as they are, untrained.
         tensor_scheme: another scheme for tensors that match a glob: ``{glob: scheme}``, or texts
             ``"GLOB=SCHEME"``; the first match wins.
+        resume: go on where an interrupted run has stopped.
         threads: all available processors by default. Another number may give other bytes.
         anyway: write the tuned model even where it is not better.
         force: replace an existing output.
@@ -115,6 +117,7 @@ def tune(
         UsageError: options contradict each other or the model.
         MachineError: torch or transformers is not installed, memory does not suffice, or the output
             cannot be written; OutputExistsError: it exists.
+        Stopped: an interrupt arrived; what was done is kept, and ``resume`` goes on from there.
     """
     for name, number, least in (
         ("--steps", steps, 1),
@@ -154,6 +157,7 @@ def tune(
         calibration=as_path(calibration),
         keep=as_texts(keep),
         tensor_schemes=tuple((glob, check_trainable(other)) for glob, other in others),
+        resume=resume,
         threads=threads,
         anyway=anyway,
         force=force,

@@ -60,6 +60,8 @@ class TuneReport(Report):
         training_windows, validation_windows, judging_windows: of ``seqlen`` tokens, that steps were
             made by, that chose the state, and that judged it.
         memory_bytes: what was reckoned with, from the shapes of the model.
+        state_bytes: size of what a run leaves beside the output until it is finished.
+        resumed_at: steps that an interrupted run had done; None without ``--resume``.
         course: the validations.
         models: how good each is on the judging windows.
         gain, gain_error: by how much the loss of the tuned model is below that of the better
@@ -90,6 +92,8 @@ class TuneReport(Report):
     validation_windows: int
     judging_windows: int
     memory_bytes: int
+    state_bytes: int = 0
+    resumed_at: int | None = None
     trained_tensors: int = 0
     began_compensated: int = 0
     steps_run: int = 0

@@ -49,11 +49,11 @@ class Student:
 
     def state(self) -> State:
         """A copy of all that a step changes."""
-        return {name: tensor.detach().clone() for name, tensor in self._changing().items()}
+        return {name: tensor.detach().clone() for name, tensor in self.changing().items()}
 
     def restore(self, state: State) -> None:
         with torch.no_grad():
-            for name, tensor in self._changing().items():
+            for name, tensor in self.changing().items():
                 tensor.copy_(state[name])
 
     def begin_at(self, bases: Mapping[str, Stored]) -> None:
@@ -94,7 +94,7 @@ class Student:
             if module.kind == "static":
                 module.frozen.fill_(True)
 
-    def _changing(self) -> dict[str, Any]:
+    def changing(self) -> dict[str, Any]:
         """Parameters, and what the observers of static activations know."""
         found = dict(self.parameters)
         for name, module in self.training.inputs.items():
@@ -144,21 +144,40 @@ class Diverged(Exception):
     """A loss or a gradient that is no number any more; says where it was first so."""
 
 
-def train(student: Student, reference: Checkpoint, plan: Plan, progress: Progress) -> Course:
+def adam(student: Student) -> torch.optim.Optimizer:
+    """The optimiser of a student, whose rates `train` sets."""
+    return torch.optim.Adam([{"params": [p], "lr": 0.0} for p in student.parameters.values()])
+
+
+def train(
+    student: Student,
+    course: Course,
+    optimiser: torch.optim.Optimizer,
+    reference: Checkpoint,
+    plan: Plan,
+    progress: Progress,
+    between: Callable[[], None],
+) -> None:
     """Train the student in place; its state afterwards is that of the last step.
 
     Args:
+        course: so far; goes on from there, and is filled.
+        optimiser: of `adam`.
         reference: whose next-token distributions are learned.
+        between: is called where the training can be left and gone on with.
     """
-    course = Course()
-    groups = [{"params": [p], "lr": 0.0} for p in student.parameters.values()]
-    optimiser = torch.optim.Adam(groups)
+    if course.stopped:
+        return
     rates = [plan.rates[name] for name in student.parameters]
     every = max(1, round(plan.steps / VALIDATIONS))
     clock = _Clock(plan, progress, every)
     with deterministic():
-        best = clock.validated(course, 0, None)
-        for step in range(1, plan.steps + 1):
+        if course.validations:
+            clock.goes_on(course)
+        else:
+            clock.validated(course, 0, None)
+        best = next(v.validation for v in course.validations if v.step == course.step)
+        for step in range(course.steps_run + 1, plan.steps + 1):
             if step == plan.steps // 2 + 1:
                 student.freeze()  # so that weights settle on ranges that stay
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
@@ -170,9 +189,9 @@ def train(student: Student, reference: Checkpoint, plan: Plan, progress: Progres
                 optimiser.step()
                 course.steps_run = step
                 clock.stepped(step, loss, time.perf_counter() - begun)
-                if step % every and step < plan.steps:
-                    continue
-                found = clock.validated(course, step, loss)
+                found = None
+                if step % every == 0 or step == plan.steps:
+                    found = clock.validated(course, step, loss)
             except (Diverged, WeightError) as e:
                 where = e if isinstance(e, Diverged) else f"{e.message}, in '{e.tensor}'"
                 course.stopped = f"numbers that are not finite at step {step}"
@@ -181,14 +200,14 @@ def train(student: Student, reference: Checkpoint, plan: Plan, progress: Progres
                     f"{course.step} was kept; take a smaller --lr"
                 )
                 break
-            if found < best:
+            if found is not None and found < best:
                 best, course.step, course.best = found, step, student.state()
-            elif step - course.step >= PATIENCE * every:
+            elif found is not None and step - course.step >= PATIENCE * every:
                 course.stopped = f"no better for {counted(step - course.step, 'step')}"
                 break
+            between()
     progress.end()
     course.stopped = course.stopped or "all steps were run"
-    return course
 
 
 def rates_of(student: Student, given: float | None) -> dict[str, float]:
@@ -316,6 +335,12 @@ class _Clock:
             raise Diverged(f"the loss of the validation windows is {self.held_out}")
         self._begin(step, loss)
         return self.held_out
+
+    def goes_on(self, course: Course) -> None:
+        """An interrupted run is gone on with."""
+        self.held_out = course.validations[-1].validation
+        self.progress.end()
+        self._begin(course.steps_run, None)
 
     def stepped(self, step: int, loss: float, seconds: float) -> None:
         """A step is done; the first says how long all will take."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from qconvert.files.saved_state import SAVE_SECONDS, state_path
 from qconvert.running.text import DEFAULT_SEQLEN
 from qconvert.schemes import TensorScheme
 
@@ -25,6 +26,8 @@ class TuneOptions:
         teacher: whose predictions are learned; None for those of the model itself, as floats.
         trained: of `PARTS`.
         anyway: whether the tuned model is written even where it is not better.
+        resume: whether to go on from what an interrupted run has left.
+        save_seconds: at least so long between two saves of the state.
     """
 
     scheme: TensorScheme
@@ -47,3 +50,10 @@ class TuneOptions:
     anyway: bool = False
     force: bool = False
     strict: bool = False
+    resume: bool = False
+    save_seconds: float = SAVE_SECONDS
+
+    @property
+    def state(self) -> Path:
+        """Where an interrupted run leaves its state."""
+        return state_path(self.output)

@@ -16,14 +16,16 @@ import numpy as np
 import torch
 
 from qconvert import kernels
+from qconvert.calibration.digest import model_digest
 from qconvert.codecs.codec import Stored
 from qconvert.codecs.rescaled import TRAINED
 from qconvert.containers import Container
 from qconvert.errors import InputError, UnsupportedError, UsageError, about
 from qconvert.files import open_model
-from qconvert.files.atomic import check_target, draft_directory
+from qconvert.files.atomic import check_space, check_target, draft_directory, machine_errors
 from qconvert.files.regular import file_sha256
 from qconvert.files.safetensors import open_safetensors
+from qconvert.files.saved_state import SavedState
 from qconvert.progress import Progress, Silent
 from qconvert.quantities import counted, size
 from qconvert.report import JudgedModel, QuantizeReport, TuneReport
@@ -46,16 +48,18 @@ from qconvert.stages.plan import PlanOptions, check_schemes, make_plan
 from qconvert.stages.quantize import quantize
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
 from qconvert.training.fixed import can_stay, held
-from qconvert.training.loop import Plan, Student, passes, rates_of, train
-from qconvert.training.memory import check_memory, needed_bytes
+from qconvert.training.loop import Course, Plan, Student, adam, passes, rates_of, train
+from qconvert.training.memory import VALUE, check_memory, needed_bytes, trained_values
 from qconvert.training.options import FEWEST_WINDOWS, TuneOptions
 from qconvert.training.preparation import Training, prepare_model
 from qconvert.training.saving import container_of, save_model
+from qconvert.training.state import COPIES, TuningState, check_state
 
 SET_ASIDE = 10  # one window of so many chooses the state, and another one judges
 MOST_SET_ASIDE = 16  # windows of each
 OBSERVED = 8  # batches that static ranges of the untrained model are taken from
 COMPARED = 1 << 16  # characters of the text that both tokenizers have to agree on
+WRITTEN = 2  # states at most beside the output: the last one, while the next is written
 SURE = 2  # standard errors that a gain should have
 FLOAT, NEAREST, COMPENSATED, TUNED = "float", "nearest", "compensated", "tuned"
 
@@ -67,6 +71,7 @@ def tune(source: Path, options: TuneOptions, progress: Progress | None = None) -
         UsageError: options contradict the model or each other.
         InputError: the model, the teacher, the text or the calibration cannot be used.
         MachineError: the output cannot be written, or memory does not suffice.
+        Stopped: a signal arrived; what was done so far is kept.
     """
     started = time.perf_counter()
     progress = progress or Silent()
@@ -77,19 +82,38 @@ def tune(source: Path, options: TuneOptions, progress: Progress | None = None) -
             "a GGUF file has no place for static ranges", wanted="-o with a name that ends in .qblk"
         )
     given = (source, options.text, options.teacher, options.calibration)
-    check_target(options.output, options.force, [path for path in given if path])
-    needed = _needed(source, options)
+    inputs = [path for path in given if path]
+    check_target(options.output, options.force, inputs)
+    state = SavedState(options.output, inputs, "steps", options.save_seconds, "TUNE")
+    state.check(resume=options.resume, force=options.force)
+    needed, kept = _needed(source, options)
     check_memory(needed)
-    progress.begin(f"load the model; tuning takes about {size(needed)} of memory", 1, "model")
-    run = _Run(source, options, progress)
-    progress.end()
-    report = _report(source, container, run, needed)
     # Beside the output from now on, so that a place that cannot be written to costs no time.
     with about(source), draft_directory(options.output) as directory:
-        student = _tuned(run, report, directory)
-        _write(run, report, student)
+        _check_space(state, kept)
+        progress.begin(
+            f"load the model; tuning takes about {size(needed)} of memory, and up to "
+            f"{size(WRITTEN * kept)} beside the output for what is done so far",
+            *(1, "model"),
+        )
+        run = _Run(source, options, progress)
+        progress.end()
+        report = _report(source, container, run, needed)
+        report.state_bytes = kept
+        begun = _begin(run, report, directory, state)
+        with state.kept():
+            _train(run, report, begun, state)
+            _write(run, report, begun.student)
+            state.remove()
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _check_space(state: SavedState, size_of_state: int) -> None:
+    """Refuse early where the disk has no room for the state; one of two may be there already."""
+    with machine_errors(state.path):
+        there = state.path.stat().st_size if state.path.exists() else 0
+    check_space(state.path, WRITTEN * size_of_state - there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +213,9 @@ def _trained(model: Any, training: Training, o: TuneOptions) -> dict[str, Any]:
     return found
 
 
-def _needed(source: Path, options: TuneOptions) -> int:
-    """Memory that all of it takes, about, from what the headers of the files say.
+def _needed(source: Path, options: TuneOptions) -> tuple[int, int]:
+    """Memory that all of it takes, and bytes of its state, about, from what the headers of the
+    files say.
 
     Raises:
         InputError: the model cannot be run, or predicts no next tokens.
@@ -211,7 +236,8 @@ def _needed(source: Path, options: TuneOptions) -> int:
         with open_safetensors(options.teacher) as model:
             of_teacher = sum(t.size for t in model.tensors)
     tokens = options.seqlen * max(1, min(options.batch, BATCH_TOKENS // options.seqlen))
-    return needed_bytes(plan, options.trained, config, tokens, of_teacher)
+    kept = VALUE * COPIES * trained_values(plan, options.trained)
+    return needed_bytes(plan, options.trained, config, tokens, of_teacher), kept
 
 
 def _check_teacher(loaded: Checkpoint, teacher: Checkpoint, text: Path) -> None:
@@ -296,19 +322,74 @@ def _report(source: Path, container: Container, run: _Run, needed: int) -> TuneR
     )
 
 
-def _tuned(run: _Run, report: TuneReport, directory: Path) -> Student:
-    """Judge all models there are, train, and decide; the student has the best state then.
+def _asked(run: _Run) -> dict[str, Any]:
+    """All that decides what comes of a run."""
+    o = run.options
+
+    def digest(path: Path | None) -> str | None:
+        if path is None:
+            return None
+        with open_safetensors(path) as model:
+            return model_digest(model)
+
+    return {
+        "the model": digest(run.source),
+        "--teacher": digest(o.teacher),
+        "--text": file_sha256(o.text),
+        "--calibration": file_sha256(o.calibration) if o.calibration else None,
+        "--scheme": o.scheme.name,
+        "--tensor-scheme": [[glob, scheme.name] for glob, scheme in o.tensor_schemes],
+        "--keep": o.keep,
+        "--train": o.trained,
+        "--activations": o.activations,
+        "--loss": o.loss,
+        "--steps": o.steps,
+        "--lr": o.rate,
+        "--seqlen": o.seqlen,
+        "--batch": o.batch,
+        "--nsamples": o.nsamples,
+        "--seed": o.seed,
+        "--threads": o.threads or available_threads(),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A training that can begin, or go on.
+
+    Attributes:
+        found: models that were not trained, on the judging windows.
+        rates: see `Plan`.
+        halfway: what is done so far.
+    """
+
+    found: dict[str, Scores]
+    rates: Mapping[str, float]
+    halfway: TuningState
+
+    @property
+    def student(self) -> Student:
+        return self.halfway.student
+
+
+def _begin(run: _Run, report: TuneReport, directory: Path, state: SavedState) -> _Begun:
+    """Judge all models that are not trained, and prepare the one that will be.
 
     Args:
         directory: for a file that is made on the way.
+        state: of a run that was interrupted.
 
     Raises:
         UnsupportedError: the quantized model predicts no numbers.
+        InputError: the state is of another run.
     """
-    judging = run.split.judging
+    o, judging = run.options, run.split.judging
+    asked = _asked(run)
+    if resumed := o.resume and state.path.exists():
+        check_state(state, asked)  # before the long work
     found = {FLOAT: run.scores(run.loaded, judging, "judge the float model")}
     bases: dict[str, Stored] = {}
-    if run.options.calibration:
+    if o.calibration:
         found[COMPENSATED] = _compensated(run, report, directory, bases)
     student = run.prepare()
     found[NEAREST] = run.scores(student.checkpoint, judging, "judge nearest rounding")
@@ -318,31 +399,43 @@ def _tuned(run: _Run, report: TuneReport, directory: Path) -> Student:
             path=run.source,
             hint="take a scheme of more bits, and look at the model with verify --text",
         )
+    rates = rates_of(student, o.rate)
+    student.begin_at(bases)
+    halfway = TuningState(student, Course(), adam(student), asked, o.steps)
+    if resumed:
+        halfway.take_over(state)
+    if o.resume:
+        report.resumed_at = halfway.course.steps_run
+    report.trained_tensors = len(student.parameters)
+    return _Begun(found, rates, halfway)
+
+
+def _train(run: _Run, report: TuneReport, begun: _Begun, state: SavedState) -> None:
+    """Train, judge and decide; the student has the best state then."""
+    o, found, student, course = run.options, begun.found, begun.student, begun.halfway.course
 
     def validate() -> float:
         scores = run.scores(student.checkpoint, run.split.validation)
         return float(run.losses(scores).mean())
 
-    rates = rates_of(student, run.options.rate)
-    student.begin_at(bases)
-    plan = Plan(
-        *(run.split.training, run.options.loss, run.options.steps, run.options.batch),
-        *(rates, validate),
-    )
-    course = train(student, run.reference, plan, run.progress)
-    report.trained_tensors = len(student.parameters)
+    def between() -> None:
+        state.between(begun.halfway)
+
+    plan = Plan(run.split.training, o.loss, o.steps, o.batch, begun.rates, validate)
+    train(student, course, begun.halfway.optimiser, run.reference, plan, run.progress, between)
+    between()
     report.steps_run, report.step = course.steps_run, course.step
     report.stopped, report.course = course.stopped, course.validations
     if course.warning:
         report.warnings.append(course.warning)
     if course.best:
         student.restore(course.best)
-        found[TUNED] = run.scores(student.checkpoint, judging, "judge the tuned model")
+        found[TUNED] = run.scores(student.checkpoint, run.split.judging, "judge the tuned model")
     report.models = [
         _judged(name, found[name]) for name in (FLOAT, NEAREST, COMPENSATED, TUNED) if name in found
     ]
     _decide(run, found, report)
-    return student
+    between()
 
 
 def _judged(name: str, scores: Scores) -> JudgedModel:

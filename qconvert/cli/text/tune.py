@@ -28,8 +28,9 @@ def tune_text(r: TuneReport) -> str:
         f"{r.training_windows:,} to train on, {r.validation_windows} to choose the state by, "
         f"{r.judging_windows} to judge it\n"
     )
+    went_on = f", resumed after {r.resumed_at:,}" if r.resumed_at else ""
     lines.append(
-        f"steps      {r.steps_run} of {r.steps}, {r.batch} windows each; {r.stopped}; "
+        f"steps      {r.steps_run} of {r.steps}{went_on}, {r.batch} windows each; {r.stopped}; "
         f"the state of step {r.step} was kept\n"
     )
     shown = r.course[:: max(1, -(-len(r.course) // COURSE_SHOWN))]
