@@ -840,15 +840,9 @@ def _list_schemes(json: bool, report: Path | None, force: bool, quiet: bool) -> 
 @app.command(cls=OnceCommand)
 def tune(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="directory of a causal language model")
-    ],
-    scheme: Annotated[
-        str,
-        typer.Option(
-            "--scheme",
-            metavar="NAME",
-            help="one grid for each tensor: q..., c..., nf4..., fp4... or a ggml type such as q4_0",
-            autocompletion=completion.schemes,
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="directory of a causal language model, or a .qblk file of one"
         ),
     ],
     text: Annotated[
@@ -863,6 +857,16 @@ def tune(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="FILE", help=".qblk or .gguf file")
     ],
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            "--scheme",
+            metavar="NAME",
+            help="of a directory: one grid for each tensor, q..., c..., nf4..., fp4... or a ggml "
+            "type such as q4_0",
+            autocompletion=completion.schemes,
+        ),
+    ] = None,
     steps: Annotated[
         int,
         typer.Option(
@@ -916,9 +920,10 @@ def tune(
         str,
         typer.Option(
             "--train",
-            metavar="all|weights|norms",
-            help="what is trained: weights that are quantized, norms, or both",
-            autocompletion=completion.among("all", "weights", "norms"),
+            metavar="PART",
+            help="what is trained: weights that are quantized, of a file scales (and zero points), "
+            "norms, or all",
+            autocompletion=completion.among("all", "weights", "scales", "norms"),
         ),
     ] = "all",
     activations: Annotated[
@@ -979,6 +984,9 @@ def tune(
     a calibration first. A part of the text judges; where quantization without training is better,
     that is said and written. Needs torch and transformers: pip install '.[hf]'.
 
+    Of a .qblk file the codes stay, and with them its size: its scales, zero points and gains of
+    norms are trained, to predict as --teacher does, the float model, or the text (--loss lm).
+
     What is done is kept beside the output every few seconds and on Ctrl-C (after the step; a second
     one stops at once); the same command with --resume goes on from there.
 
@@ -992,6 +1000,7 @@ def tune(
           -o model.qblk
       qconvert tune small-model --teacher large-model --scheme c3_block16 --text train.txt \\
           -o model.qblk
+      qconvert tune model.qblk --teacher model-directory --text train.txt -o tuned.qblk
     """
     from qconvert.cli.earlier import Run
     from qconvert.cli.emit import Emitter

@@ -32,9 +32,9 @@ class JudgedModel:
     Attributes:
         model: ``float``, the model as it is; ``nearest``, the same scheme without training, codes
             rounded to the nearest; ``compensated``, what ``quantize --calibration`` makes;
-            ``tuned``.
-        kl_mean, kl_mean_error: mean divergence of next tokens from the teacher, which is the float
-            model where no other is given, in nats, and its standard error.
+            ``quantized``, a quantized file as it was; ``tuned``.
+        kl_mean, kl_mean_error: mean divergence of next tokens from the teacher, which is the model
+            as it was where no other is given, in nats, and its standard error.
         perplexity, perplexity_error: of the text, and its standard error.
     """
 
@@ -51,7 +51,7 @@ class TuneReport(Report):
 
     Attributes:
         loss: ``distill``, divergence from the teacher, or ``lm``, next tokens of the text.
-        trained: ``weights``, ``norms`` or ``all``.
+        trained: ``weights``, ``scales``, ``norms`` or ``all``.
         trained_tensors: how many tensors were.
         began_compensated: how many began with the codes of ``compensated``, whose scales they keep.
         steps: asked for; ``steps_run`` were, ``step`` is the one whose state was kept, 0 for none.

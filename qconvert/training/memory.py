@@ -44,6 +44,12 @@ def needed_bytes(
     of_codes = sum((VALUE + 1) * p.tensor.size + p.encoding.size(p.tensor.shape) for p in coded)
     of_weights = VALUE * (values + teacher_values + TRAINED_COPIES * moving)
 
+    return LIBRARIES + of_weights + of_codes + VALUE * tokens * token_values(config)
+
+
+def token_values(config: Mapping[str, Any]) -> int:
+    """Numbers that a token has in a model of this config until the backward pass, about."""
+
     def number(*names: str) -> int:
         found = (config.get(name) for name in names)
         return next((n for n in found if isinstance(n, int)), 0)
@@ -52,7 +58,7 @@ def needed_bytes(
     inner = number("intermediate_size") or 4 * width
     of_token = layers * (ACTIVATION_COPIES * width + INNER_COPIES * inner)
     of_token += LOGIT_COPIES * number("vocab_size")
-    return LIBRARIES + of_weights + of_codes + VALUE * tokens * of_token
+    return of_token
 
 
 def trained_values(plan: Sequence[PlannedTensor], trained: str) -> int:

@@ -11,6 +11,7 @@ from qconvert.schemes import TensorScheme
 
 LOSSES = ("distill", "lm")
 PARTS = ("all", "weights", "norms")
+PARTS_OF_FILES = ("all", "scales", "norms")
 ACTIVATIONS = ("none", "dynamic", "static")
 STEPS = 100
 BATCH = 4
@@ -22,6 +23,7 @@ class TuneOptions:
     """Options of ``qconvert tune``; the command line's help describes each.
 
     Attributes:
+        scheme: None for a file that is quantized already.
         rate: of the weights; None for one that follows from the rounding errors of each tensor.
         teacher: whose predictions are learned; None for those of the model itself, as floats.
         trained: of `PARTS`.
@@ -30,7 +32,7 @@ class TuneOptions:
         save_seconds: at least so long between two saves of the state.
     """
 
-    scheme: TensorScheme
+    scheme: TensorScheme | None
     text: Path
     output: Path
     steps: int = STEPS
@@ -52,6 +54,12 @@ class TuneOptions:
     strict: bool = False
     resume: bool = False
     save_seconds: float = SAVE_SECONDS
+
+    @property
+    def grid(self) -> TensorScheme:
+        """The scheme of a model that is not quantized yet."""
+        assert self.scheme
+        return self.scheme
 
     @property
     def state(self) -> Path:

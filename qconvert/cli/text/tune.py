@@ -13,6 +13,7 @@ COURSE_SHOWN = 12  # validations
 
 def tune_text(r: TuneReport) -> str:
     written = "" if r.written else " (nothing written)"
+    of_file = r.source.lower().endswith(".qblk")
     lines = [f"{printable(r.source)} -> {printable(r.output)}{written}\n"]
     lines.append(f"trained    {r.trained}: {counted(r.trained_tensors, 'tensor')}, {r.scheme}")
     lines.append(f", activations {r.activations}\n" if r.activations != "none" else "\n")
@@ -53,7 +54,7 @@ def tune_text(r: TuneReport) -> str:
     if any(m.model == "tuned" for m in r.models):
         lines.append(
             f"gain       {r.gain:.3g} nats a token, standard error {r.gain_error:.2g}, "
-            "over the best without training\n"
+            f"over {'the file as it was' if of_file else 'the best without training'}\n"
         )
     if r.written:
         lines.append(f"file       that of {r.chosen}: {size(r.output_bytes)}, ")
@@ -61,10 +62,11 @@ def tune_text(r: TuneReport) -> str:
     lines += [f"note       {printable(note)}\n" for note in r.notes]
     lines.append(f"memory     about {size(r.memory_bytes)} were reckoned with\n")
     lines.append(f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n")
-    if r.written:
+    against = r.teacher if of_file else r.source
+    if r.written and against:
         lines.append(
             next_step(
-                f"qconvert verify {printable(r.output)} --against {printable(r.source)} "
+                f"qconvert verify {printable(r.output)} --against {printable(against)} "
                 "--text OTHER-TEXT"
             )
         )
