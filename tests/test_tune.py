@@ -506,9 +506,6 @@ def test_inputs_that_cannot_be_used_are_refused(
         tuned(llama, output, text=short, nsamples=None, seqlen=32)
     with pytest.raises(InputError, match=r"found .* windows of 16 tokens, wanted 999,999"):
         tuned(llama, output, nsamples=999_999)
-    encoder = write_directory(tmp_path / "bert", "bert")
-    with pytest.raises(UnsupportedError, match="predict next tokens, found an encoder"):
-        tuned(encoder, output)
     other = write_directory(tmp_path / "qwen2", "qwen2")
     with pytest.raises(UnsupportedError, match="the teacher has another vocabulary"):
         tuned(llama, output, teacher=other)

@@ -842,7 +842,8 @@ def tune(
     model: Annotated[
         Path,
         typer.Argument(
-            metavar="MODEL", help="directory of a causal language model, or a .qblk file of one"
+            metavar="MODEL",
+            help="directory of a causal language model or an encoder; or a .qblk file",
         ),
     ],
     text: Annotated[
@@ -886,7 +887,7 @@ def tune(
         int | None, typer.Option("--seqlen", min=4, metavar="N", help="tokens of a window [256]")
     ] = None,
     batch: Annotated[
-        int, typer.Option("--batch", min=1, metavar="N", help="windows of a step")
+        int, typer.Option("--batch", min=1, metavar="N", help="windows, or lines, of a step")
     ] = 4,
     seed: Annotated[
         int,
@@ -986,6 +987,8 @@ def tune(
 
     Of a .qblk file the codes stay, and with them its size: its scales, zero points and gains of
     norms are trained, to predict as --teacher does, the float model, or the text (--loss lm).
+
+    An encoder learns the embeddings that it gives the lines of the text as floats; take --batch 16.
 
     What is done is kept beside the output every few seconds and on Ctrl-C (after the step; a second
     one stops at once); the same command with --resume goes on from there.

@@ -80,8 +80,9 @@ def tune(
     ['float', 'nearest', 'tuned']
 
     Args:
-        model: a directory that transformers runs, of a causal language model. It is twice in memory
-            as float32, and what is trained four times more. Or a .qblk file of such a model: its
+        model: a directory that transformers runs, of a causal language model, or of an encoder,
+            whose embeddings of the lines of the text are learned. It is twice in memory as float32,
+            and what is trained four times more. Or a .qblk file of a causal language model: its
             codes stay, and its scales, zero points and gains of norms are trained.
         scheme: one grid for each tensor, such as ``c2_block16``, ``q4_block64`` or ``q4_0``; of a
             directory only.
@@ -92,7 +93,7 @@ def tune(
         lr: learning rate of the weights, ten times which norms have. By default a share of each
             tensor's rounding error. Of a file: of the logarithms of scales and gains.
         seqlen: tokens of a window, 256 by default.
-        batch: windows of a step.
+        batch: windows, or lines, of a step.
         seed: of the windows that are drawn, of what they are for, and of their order.
         nsamples: windows that are drawn; all by default.
         loss: ``distill`` for the divergence from the teacher, ``lm`` for the next tokens of the

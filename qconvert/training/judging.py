@@ -17,6 +17,7 @@ from qconvert.running.hugging_face import Checkpoint
 from qconvert.running.quality import F64, Scores, Windows, mean, perplexity, windows
 from qconvert.running.text import check_positions, read_text
 from qconvert.training.options import FEWEST_WINDOWS, TuneOptions
+from qconvert.training.sentences import sentence_windows
 
 SET_ASIDE = 10  # one window of so many chooses the state, and another one judges
 MOST_SET_ASIDE = 16  # windows of each
@@ -56,13 +57,19 @@ def split(loaded: Checkpoint, o: TuneOptions) -> Split:
         InputError: the text cannot be read or is too short.
     """
     check_positions(loaded.config, o.seqlen)
-    found = windows(loaded.tokenizer, o.text, o.seqlen, "all", o.nsamples, o.seed)
+    encoder = loaded.kind == "encoder"
+    if encoder:
+        found = sentence_windows(loaded.tokenizer, o.text, o.seqlen, o.nsamples, o.seed)
+    else:
+        found = windows(loaded.tokenizer, o.text, o.seqlen, "all", o.nsamples, o.seed)
     count = len(found.inputs)
     if count < FEWEST_WINDOWS:
         raise InputError(
             "the text is too short to tune by",
             path=o.text,
-            found=f"{counted(count, 'window')} of {o.seqlen:,} tokens",
+            found=counted(count, "line")
+            if encoder
+            else f"{counted(count, 'window')} of {o.seqlen:,} tokens",
             wanted=f"at least {FEWEST_WINDOWS}: one to train on, one to choose by, one to judge by",
             hint="give more text, or a smaller --seqlen",
             code="TEXT-SHORT",
@@ -101,9 +108,22 @@ def check_teacher(loaded: Checkpoint, teacher: Checkpoint, text: Path) -> None:
         )
 
 
-def judged(name: str, scores: Scores) -> JudgedModel:
-    divergence, found = mean(scores.divergence), perplexity(scores.nll)
-    return JudgedModel(name, divergence.value, divergence.error, found.value, found.error)
+def judged(name: str, scores: Scores | F64) -> JudgedModel:
+    """Figures of a model: of next tokens, or of the distances of embeddings."""
+    if isinstance(scores, Scores):
+        divergence, found = mean(scores.divergence), perplexity(scores.nll)
+        return JudgedModel(name, divergence.value, divergence.error, found.value, found.error)
+    distance = mean(scores)
+    return JudgedModel(name, cosine_mean=1 - distance.value, cosine_mean_error=distance.error)
+
+
+def noted(models: Sequence[JudgedModel]) -> dict[str, dict[str, float]]:
+    """The same for the provenance of a file."""
+    found = {}
+    for j in models:
+        named = {"kl": j.kl_mean, "perplexity": j.perplexity, "cosine": j.cosine_mean}
+        found[j.model] = {k: float(f"{v:.6g}") for k, v in named.items() if v is not None}
+    return found
 
 
 def decide(
@@ -116,6 +136,7 @@ def decide(
         untrained: those of them that are written where training was no gain; the best is.
         anyway: whether the tuned one is written in any case.
     """
+    unit = report.unit
     fallback = min(untrained, key=lambda name: float(losses[name].mean()))
     report.chosen = fallback
     if TUNED not in losses:
@@ -133,7 +154,7 @@ def decide(
         written = "the tuned one is written all the same (--anyway)"
         if report.chosen != TUNED:
             written = f"the file is that of {WORDS[fallback]}, which was not trained"
-        much = f"{-gain.value:.2g} ± {gain.error:.1g} nats a token worse"
+        much = f"{-gain.value:.2g} ± {gain.error:.1g} {unit} worse"
         if not np.isfinite(gain.value):
             much = "what it predicts is no number"
         report.warnings.append(
@@ -142,6 +163,6 @@ def decide(
         )
     elif gain.value < SURE * gain.error:
         report.notes.append(
-            f"the gain of {gain.value:.2g} nats a token is less than {SURE} standard errors of it "
+            f"the gain of {gain.value:.2g} {unit} is less than {SURE} standard errors of it "
             f"({gain.error:.1g} each): more text would tell whether it is one"
         )

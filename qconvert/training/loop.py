@@ -23,12 +23,15 @@ from qconvert.running.tuning import deterministic, divergence, schedule
 from qconvert.training.activations import FakeInput
 from qconvert.training.modules import FakeWeight
 from qconvert.training.preparation import Training
+from qconvert.training.sentences import distances
 
 VALIDATIONS = 10  # of all steps, besides the one before the first
 PATIENCE = 3  # validations without a better one, after which training stops
 RATE = 0.015  # of a weight, as a share of the root mean square of its tensor's rounding errors
 NORM_RATE = 1e-3  # of the parameters of norms, whose gains are near 1
 NORM_FACTOR = 10  # theirs over that of weights, where that is given
+
+COSINE = "cosine"  # 1 - that of the embeddings of sentences
 
 State = dict[str, torch.Tensor]
 
@@ -127,7 +130,7 @@ class Plan:
 
     Attributes:
         windows: to train on, taken in turn, ``batch`` a step.
-        loss: ``distill`` or ``lm``.
+        loss: ``distill`` or ``lm``, or `COSINE` of sentences.
         rates: of the parameters, by name, reached after a few steps and lowered along a cosine.
         validate: mean loss of a token of the validation windows.
     """
@@ -273,6 +276,8 @@ def _step(student: Student, reference: Checkpoint, plan: Plan, clock: _Clock, st
 
 def _loss(student: Student, reference: Checkpoint, plan: Plan, inputs: I64, targets: I64) -> Any:
     """Summed over all tokens."""
+    if plan.loss == COSINE:  # of a sentence, whose share of all tokens is that of its window
+        return distances(reference, student.checkpoint, inputs, targets).sum() * inputs.shape[1]
     if plan.loss == "distill":
         return divergence(reference, student.checkpoint, inputs)
     ids = torch.from_numpy(np.ascontiguousarray(inputs))
@@ -300,7 +305,7 @@ def _first_bad(student: Student, inputs: I64) -> str:
     ]
     try:
         with torch.no_grad():
-            model(input_ids=torch.from_numpy(np.ascontiguousarray(inputs)), use_cache=False)
+            model(input_ids=torch.from_numpy(np.ascontiguousarray(inputs)))
     finally:
         for hook in hooks:
             hook.remove()

@@ -23,9 +23,12 @@ from qconvert.running.hugging_face import Checkpoint, open_checkpoint
 from qconvert.running.quality import F64, BlindGuess, Scores, Windows, compare_models
 from qconvert.stages.parallel import available_threads
 from qconvert.training.judging import FLOAT, TUNED, check_teacher, decide, judged, split
-from qconvert.training.loop import Course, Plan, Student, adam, train
+from qconvert.training.loop import COSINE, Course, Plan, Student, adam, train
 from qconvert.training.options import TuneOptions
+from qconvert.training.sentences import compare_embeddings
 from qconvert.training.state import TuningState, check_state
+
+Found = Scores | F64  # of tokens, or the distances of the embeddings of sentences
 
 
 class Run:
@@ -47,16 +50,28 @@ class Run:
             check_teacher(self.loaded, self.reference, options.text)
         self.split = split(self.loaded, options)
 
-    def scores(self, checkpoint: Checkpoint, chunks: Windows, title: str = "") -> Scores:
+    @property
+    def encoder(self) -> bool:
+        """Whether embeddings of sentences are learned, not next tokens."""
+        return self.loaded.kind == "encoder"
+
+    def scores(self, checkpoint: Checkpoint, chunks: Windows, title: str = "") -> Found:
         """A model against the reference; tells of it under a title, if it has one."""
         told = Silent() if not title else self.progress
         told.begin(title, chunks.inputs.size, "tokens")
-        found = compare_models(self.reference, checkpoint, chunks, BlindGuess(), told.advance)
+        found: Found
+        if self.encoder:
+            found = compare_embeddings(self.reference, checkpoint, chunks, told.advance)
+        else:
+            blind = BlindGuess()
+            found = compare_models(self.reference, checkpoint, chunks, blind, told.advance)
         told.end()
         return found
 
-    def losses(self, scores: Scores) -> F64:
-        """What training makes smaller, token by token."""
+    def losses(self, scores: Found) -> F64:
+        """What training makes smaller, token by token or sentence by sentence."""
+        if not isinstance(scores, Scores):
+            return scores
         return scores.divergence if self.options.loss == "distill" else scores.nll
 
 
@@ -70,7 +85,7 @@ def report_of(source: Path, container: Container, run: Run, needed: int) -> Tune
         container=container.name,
         scheme=o.scheme.name if o.scheme else "",
         text=str(o.text),
-        loss=o.loss,
+        loss=COSINE if run.encoder else o.loss,
         teacher=str(o.teacher) if o.teacher else None,
         calibration=str(o.calibration) if o.calibration else None,
         trained=o.trained,
@@ -128,7 +143,7 @@ class Begun:
         halfway: what is done so far.
     """
 
-    found: dict[str, Scores]
+    found: dict[str, Found]
     rates: Mapping[str, float]
     halfway: TuningState
 
@@ -147,7 +162,7 @@ def check_resumed(state: SavedState, o: TuneOptions, asked: Mapping[str, Any]) -
         check_state(state, asked)
 
 
-def check_numbers(run: Run, scores: Scores) -> None:
+def check_numbers(run: Run, scores: Found) -> None:
     """Refuse a quantized model that predicts none.
 
     Raises:
@@ -164,7 +179,7 @@ def check_numbers(run: Run, scores: Scores) -> None:
 def begun(
     run: Run,
     report: TuneReport,
-    found: dict[str, Scores],
+    found: dict[str, Found],
     rates: Mapping[str, float],
     student: Student,
     asked: Mapping[str, Any],
@@ -201,7 +216,8 @@ def train_and_judge(
     def between() -> None:
         state.between(at.halfway)
 
-    plan = Plan(run.split.training, o.loss, o.steps, o.batch, at.rates, validate)
+    loss = COSINE if run.encoder else o.loss
+    plan = Plan(run.split.training, loss, o.steps, o.batch, at.rates, validate)
     train(student, course, at.halfway.optimiser, run.reference, plan, run.progress, between)
     between()
     report.steps_run, report.step = course.steps_run, course.step

@@ -16,7 +16,7 @@ import torch
 
 from qconvert.codecs.codec import Stored
 from qconvert.codecs.rescaled import TRAINED
-from qconvert.errors import InputError, UnsupportedError, UsageError, about
+from qconvert.errors import InputError, UsageError, about
 from qconvert.files import open_model
 from qconvert.files.atomic import check_target, draft_directory
 from qconvert.files.regular import file_sha256
@@ -28,7 +28,6 @@ from qconvert.report import QuantizeReport, TuneReport
 from qconvert.running.hugging_face import checked_config, model_class, open_checkpoint
 from qconvert.running.quality import (
     BATCH_TOKENS,
-    Scores,
 )
 from qconvert.running.quantized_model import open_quantized
 from qconvert.stages.parallel import available_threads
@@ -44,12 +43,14 @@ from qconvert.training.judging import (
     WRITTEN,
     check_disk,
 )
+from qconvert.training.judging import noted as noted_figures
 from qconvert.training.loop import Student, passes, rates_of
 from qconvert.training.memory import VALUE, check_memory, needed_bytes, trained_values
 from qconvert.training.options import TuneOptions
 from qconvert.training.preparation import Training, prepare_model
 from qconvert.training.run import (
     Begun,
+    Found,
     Run,
     asked_of,
     begun,
@@ -174,6 +175,21 @@ def _trained(model: Any, training: Training, o: TuneOptions) -> dict[str, Any]:
     return found
 
 
+def _check_encoder(o: TuneOptions, source: Path) -> None:
+    """Refuse what has no meaning, or no place yet, where embeddings of sentences are learned.
+
+    Raises:
+        UsageError: there is such an option.
+    """
+    for given, what in (
+        (o.loss == "lm", "--loss lm is for models that predict next tokens"),
+        (o.activations == "static", "--activations static: an encoder's ranges are calibrated"),
+        (o.teacher is not None, "--teacher: an encoder learns from itself as floats"),
+    ):
+        if given:
+            raise UsageError(what, path=source, found="an encoder", hint="leave it out")
+
+
 def _needed(source: Path, options: TuneOptions) -> tuple[int, int]:
     """Memory that all of it takes, and bytes of its state, about, from what the headers of the
     files say.
@@ -183,10 +199,8 @@ def _needed(source: Path, options: TuneOptions) -> tuple[int, int]:
     """
     config = checked_config(source)
     _, kind = model_class(config, source)
-    if kind != "causal":
-        raise UnsupportedError(
-            "tune is for models that predict next tokens", path=source, found="an encoder"
-        )
+    if kind == "encoder":
+        _check_encoder(options, source)
     with open_safetensors(source) as model:
         plan = make_plan(
             model.tensors, options.grid, PlanOptions(options.keep, options.tensor_schemes)
@@ -228,9 +242,7 @@ def _begin(run: _Run, report: TuneReport, directory: Path, state: SavedState) ->
     return begun(run, report, found, rates, student, asked, state)
 
 
-def _compensated(
-    run: _Run, report: TuneReport, directory: Path, bases: dict[str, Stored]
-) -> Scores:
+def _compensated(run: _Run, report: TuneReport, directory: Path, bases: dict[str, Stored]) -> Found:
     """What quantization with the calibration gives; ``bases`` takes the tensors that training can
     begin with.
 
@@ -338,12 +350,16 @@ def _saved(run: _Run, student: Student, report: TuneReport, trained: str) -> Qua
         ),
         "text_sha256": file_sha256(o.text),
         "calibration_sha256": file_sha256(o.calibration) if o.calibration else None,
-        "judged": {
-            j.model: {"kl": float(f"{j.kl_mean:.6g}"), "perplexity": float(f"{j.perplexity:.6g}")}
-            for j in report.models
-        },
+        "judged": noted_figures(report.models),
     }
     with open_safetensors(run.source) as files:
+        running = {p.tensor.name for p in student.training.plan}
+        # What transformers computes by itself and older checkpoints store, such as positions.
+        beside = {
+            t.name: torch.from_numpy(np.array(files.values(t, 0, t.size)).reshape(t.shape))
+            for t in files.tensors
+            if t.name not in running and t.dtype == "I64"
+        }
         others = {p.tensor.name for p in student.training.plan} - {t.name for t in files.tensors}
         if others:
             report.notes.append(
@@ -358,4 +374,5 @@ def _saved(run: _Run, student: Student, report: TuneReport, trained: str) -> Qua
             force=o.force,
             strict=o.strict,
             noted={k: v for k, v in noted.items() if v is not None},
+            beside=beside,
         )

@@ -40,6 +40,7 @@ from qconvert.stages.parallel import available_threads
 from qconvert.stages.plan import PlanOptions
 from qconvert.stages.row_places import find_places, rate_of
 from qconvert.training.judging import FLOAT, QUANTIZED, TUNED, WRITTEN, check_disk
+from qconvert.training.judging import noted as noted_figures
 from qconvert.training.loop import Student
 from qconvert.training.memory import LIBRARIES, VALUE, check_memory, token_values
 from qconvert.training.modules import WeightHook
@@ -294,10 +295,7 @@ def _noted(model: QblkModel, run: Run, report: TuneReport, names: list[str]) -> 
         "batch": o.batch,
         "text_sha256": file_sha256(o.text),
         "tensors": sorted({*names, *tuned_tensors(model.header.provenance)}),
-        "judged": {
-            j.model: {"kl": float(f"{j.kl_mean:.6g}"), "perplexity": float(f"{j.perplexity:.6g}")}
-            for j in report.models
-        },
+        "judged": noted_figures(report.models),
     }
     earlier = dict(before) if isinstance(before, dict) else {}
     return earlier | {k: v for k, v in noted.items() if v is not None}
