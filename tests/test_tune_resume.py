@@ -24,8 +24,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # those of other packages ar
 pytest.importorskip("torch", reason="install qconvert[hf]")
 pytest.importorskip("transformers", reason="install qconvert[hf]")
 
-from qconvert.training import loop, options  # noqa: E402
-from qconvert.training import tune as stage  # noqa: E402
+from qconvert.training import loop, options, run  # noqa: E402
 
 STEPS = 8
 SCHEME = "q2_block32"
@@ -182,11 +181,11 @@ def test_a_run_killed_after_training_is_judged_and_written(
 ) -> None:
     output = tmp_path / "m.qblk"
 
-    def failed(*_: Any) -> Any:
+    def failed(*_: Any, **__: Any) -> Any:
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_decide", failed)
+        patch.setattr(run, "decide", failed)
         with pytest.raises(MemoryError):
             tuned(llama, output)
     assert list(listing(tmp_path)) == ["m.qblk.partial"]
