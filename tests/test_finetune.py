@@ -32,7 +32,7 @@ from qconvert.running import tuning
 from qconvert.running.hugging_face import Checkpoint, open_checkpoint
 from qconvert.running.quantized_model import open_quantized
 from qconvert.running.text import token_chunks
-from qconvert.stages import finetune, norm_gains
+from qconvert.stages import finetune, norm_gains, row_places
 
 pytestmark = pytest.mark.filterwarnings("default")  # of torch and transformers, not ours
 TEXT = ROOT / "samples" / "calibration.txt"
@@ -126,7 +126,7 @@ def test_scales_stay_finite_and_above_0() -> None:
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """So large a rate that a few steps tell."""
-    monkeypatch.setattr(finetune, "_rate", lambda tensors: 0.02)
+    monkeypatch.setattr(finetune, "rate_of", lambda tensors: 0.02)
 
 
 def made(
@@ -295,7 +295,7 @@ def test_no_steps_are_the_bytes_without(directory: Callable[[str], Path], tmp_pa
 def test_steps_that_are_no_better_change_nothing(
     directory: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune, "_rate", lambda tensors: 50.0)  # which ruins every row
+    monkeypatch.setattr(finetune, "rate_of", lambda tensors: 50.0)  # which ruins every row
     model, plain, output = directory("llama"), tmp_path / "p.qblk", tmp_path / "m.qblk"
     before = qconvert.quantize(model, "q4_block32", output=plain)
     report, tuned = made(model, "q4_block32", output)
@@ -341,7 +341,7 @@ def test_norms_that_do_something_else_are_left_and_named(
 def test_shards_and_a_calibration(
     directory: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune, "_rate", lambda tensors: 0.005)
+    monkeypatch.setattr(finetune, "rate_of", lambda tensors: 0.005)
     model, calibration = directory("llama"), tmp_path / "c.safetensors"
     small = {"seqlen": 16, "nsamples": 8, "threads": 1}
     qconvert.calibrate(model, text=TEXT, gram=True, output=calibration, **small)
@@ -383,13 +383,13 @@ def test_a_text_aims_tensors_first_and_then_tunes_them(
 def test_equal_rows_in_another_order_are_not_told_apart() -> None:
     rows = gaussian(3, 4, 8)
     shuffled = rows[[2, 0, 3, 1]]
-    order = finetune._order(shuffled, rows)
+    order = row_places._order(shuffled, rows)
     assert order is not None
     assert order.tolist() == [2, 0, 3, 1]
     rows[1] = rows[2]
-    assert finetune._order(rows[[2, 0, 3, 1]], rows) is None
-    assert finetune._order(rows, rows) is not None
-    assert finetune._order(rows[:2], rows) is None
+    assert row_places._order(rows[[2, 0, 3, 1]], rows) is None
+    assert row_places._order(rows, rows) is not None
+    assert row_places._order(rows[:2], rows) is None
 
 
 def test_steps_and_rates() -> None:

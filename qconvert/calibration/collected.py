@@ -140,7 +140,7 @@ class Collected:
 
     def write(self, out: AtomicOutput) -> None:
         """Write the calibration file, of the finished layers."""
-        _write(out, calibration_parts(self.document(), self._arrays()))
+        out.write(calibration_parts(self.document(), self._arrays()))
 
     def write_state(self, out: AtomicOutput) -> None:
         """Write a file from which the run can go on; nothing is let go of."""
@@ -151,7 +151,14 @@ class Collected:
         halfway.informed = {**self.informed, **begun}
         halfway.partial = True
         arrays = halfway._arrays() | {f"{n}/recorded": a for n, a in self.recorded.items()}
-        _write(out, calibration_parts(halfway.document(), arrays))
+        out.write(calibration_parts(halfway.document(), arrays))
+
+    def how_far(self, unit: str) -> str:
+        """See `qconvert.files.saved_state.Resumable`."""
+        run = self.run
+        assert run
+        passes = f", of pass {run.groups + 1} over them" if run.groups else ""
+        return f"{run.done:,} of {run.chunks:,} {unit}{passes}"
 
     def _arrays(self) -> Arrays:
         found = {
@@ -245,13 +252,6 @@ def gram_limits(name: str, path: Path) -> Iterator[None]:
             found=str(e),
             hint="calibrate without --gram",
         ) from e
-
-
-def _write(out: AtomicOutput, parts: Iterable[bytes]) -> None:
-    at = 0
-    for part in parts:
-        out.write_at(at, part)
-        at += len(part)
 
 
 def replace_finished(c: Collected, more: Mapping[str, FinishedLayer]) -> Collected:

@@ -36,6 +36,7 @@ from qconvert.calibration.fisher import (
 )
 from qconvert.errors import FormatError, UnsupportedError
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
+from qconvert.files.safetensors_writer import CODES, array_parts
 from qconvert.files.scratch import Scratch
 from qconvert.files.strict_json import strict_json
 from qconvert.geometry import row_length
@@ -44,9 +45,7 @@ from qconvert.model import Model, TensorInfo, layer_name
 ENTRY = "qconvert.calibration"
 SCHEMA = "qconvert.calibration/3"
 CHANNELS = ("minimum", "maximum", "mean_square")
-NUMPY = {"F32": "<f4", "F64": "<f8", "U16": "<u2", "U32": "<u4", "I64": "<i8"}
-DTYPES = {np.dtype(code): name for name, code in NUMPY.items()}
-PART_BYTES = 1 << 24  # of a file that is written
+NUMPY = {name: CODES[name] for name in ("F32", "F64", "U16", "U32", "I64")}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -370,24 +369,7 @@ def calibration_parts(
     """A calibration file, piece by piece; ``arrays`` are the tensors, named ``L/...``."""
     fields = {"schema": SCHEMA, **document.to_json()}
     text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
-    header: dict[str, Any] = {"__metadata__": {ENTRY: text}}
-    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # aligned
-    at = 0
-    for name in names:
-        a = arrays[name]
-        place = [at, at + a.nbytes]
-        header[name] = {"dtype": DTYPES[a.dtype], "shape": list(a.shape), "data_offsets": place}
-        at = place[1]
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
-    start = text.encode()
-    start += b" " * (-len(start) % 8)
-    yield len(start).to_bytes(8, "little") + start
-    for name in names:
-        flat = arrays[name].reshape(-1)
-        step = PART_BYTES // flat.itemsize
-        for first in range(0, len(flat), step):
-            part = flat[first : first + step]
-            yield part.astype(part.dtype.newbyteorder("<"), copy=False).tobytes()
+    return array_parts({ENTRY: text}, arrays)
 
 
 def read_state(

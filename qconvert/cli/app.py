@@ -840,15 +840,10 @@ def _list_schemes(json: bool, report: Path | None, force: bool, quiet: bool) -> 
 @app.command(cls=OnceCommand)
 def tune(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="directory of a causal language model")
-    ],
-    scheme: Annotated[
-        str,
-        typer.Option(
-            "--scheme",
-            metavar="NAME",
-            help="one grid for each tensor: q..., c..., nf4..., fp4... or a ggml type such as q4_0",
-            autocompletion=completion.schemes,
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="directory of a causal language model or an encoder; or a .qblk file",
         ),
     ],
     text: Annotated[
@@ -863,6 +858,16 @@ def tune(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="FILE", help=".qblk or .gguf file")
     ],
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            "--scheme",
+            metavar="NAME",
+            help="of a directory: one grid for each tensor, q..., c..., nf4..., fp4... or a ggml "
+            "type such as q4_0",
+            autocompletion=completion.schemes,
+        ),
+    ] = None,
     steps: Annotated[
         int,
         typer.Option(
@@ -882,7 +887,7 @@ def tune(
         int | None, typer.Option("--seqlen", min=4, metavar="N", help="tokens of a window [256]")
     ] = None,
     batch: Annotated[
-        int, typer.Option("--batch", min=1, metavar="N", help="windows of a step")
+        int, typer.Option("--batch", min=1, metavar="N", help="windows, or lines, of a step")
     ] = 4,
     seed: Annotated[
         int,
@@ -916,9 +921,10 @@ def tune(
         str,
         typer.Option(
             "--train",
-            metavar="all|weights|norms",
-            help="what is trained: weights that are quantized, norms, or both",
-            autocompletion=completion.among("all", "weights", "norms"),
+            metavar="PART",
+            help="what is trained: weights that are quantized, of a file scales (and zero points), "
+            "norms, or all",
+            autocompletion=completion.among("all", "weights", "scales", "norms"),
         ),
     ] = "all",
     activations: Annotated[
@@ -955,6 +961,9 @@ def tune(
             autocompletion=completion.tensor_schemes,
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on where an interrupted run has stopped")
+    ] = False,
     threads: Threads = None,
     anyway: Annotated[
         bool,
@@ -976,6 +985,14 @@ def tune(
     a calibration first. A part of the text judges; where quantization without training is better,
     that is said and written. Needs torch and transformers: pip install '.[hf]'.
 
+    Of a .qblk file the codes stay, and with them its size: its scales, zero points and gains of
+    norms are trained, to predict as --teacher does, the float model, or the text (--loss lm).
+
+    An encoder learns the embeddings that it gives the lines of the text as floats; take --batch 16.
+
+    What is done is kept beside the output every few seconds and on Ctrl-C (after the step; a second
+    one stops at once); the same command with --resume goes on from there.
+
     \b
     Examples:
       qconvert tune model-directory --scheme c2_block16 --text train.txt -o model.qblk
@@ -986,6 +1003,7 @@ def tune(
           -o model.qblk
       qconvert tune small-model --teacher large-model --scheme c3_block16 --text train.txt \\
           -o model.qblk
+      qconvert tune model.qblk --teacher model-directory --text train.txt -o tuned.qblk
     """
     from qconvert.cli.earlier import Run
     from qconvert.cli.emit import Emitter
@@ -1012,6 +1030,7 @@ def tune(
             calibration=calibration,
             keep=keep,
             tensor_scheme=tensor_scheme,
+            resume=resume,
             threads=threads,
             anyway=anyway,
             force=force,

@@ -25,6 +25,7 @@ from qconvert.training.options import (
     FEWEST_WINDOWS,
     LOSSES,
     PARTS,
+    PARTS_OF_FILES,
     STEPS,
     TuneOptions,
 )
@@ -34,7 +35,7 @@ from qconvert.training.weights import check_trainable
 def tune(
     model: Path | str,
     *,
-    scheme: str,
+    scheme: str | None = None,
     text: Path | str,
     output: Path | str,
     steps: int = STEPS,
@@ -50,6 +51,7 @@ def tune(
     calibration: Path | str | None = None,
     keep: str | Iterable[str] | None = None,
     tensor_scheme: Mapping[str, str] | str | Iterable[str] | None = None,
+    resume: bool = False,
     threads: int | None = None,
     anyway: bool = False,
     force: bool = False,
@@ -78,24 +80,28 @@ def tune(
     ['float', 'nearest', 'tuned']
 
     Args:
-        model: a directory that transformers runs, of a causal language model. It is twice in memory
-            as float32, and what is trained four times more.
-        scheme: one grid for each tensor, such as ``c2_block16``, ``q4_block64`` or ``q4_0``.
+        model: a directory that transformers runs, of a causal language model, or of an encoder,
+            whose embeddings of the lines of the text are learned. It is twice in memory as float32,
+            and what is trained four times more. Or a .qblk file of a causal language model: its
+            codes stay, and its scales, zero points and gains of norms are trained.
+        scheme: one grid for each tensor, such as ``c2_block16``, ``q4_block64`` or ``q4_0``; of a
+            directory only.
         text: a UTF-8 file: a tenth of its windows, at most 16, chooses the state that is kept, as
             many judge it, and the others are trained on.
         output: a name that ends in .qblk, or in .gguf for a scheme of ggml's.
         steps: at most so many; fewer where the model gets no better.
         lr: learning rate of the weights, ten times which norms have. By default a share of each
-            tensor's rounding error.
+            tensor's rounding error. Of a file: of the logarithms of scales and gains.
         seqlen: tokens of a window, 256 by default.
-        batch: windows of a step.
+        batch: windows, or lines, of a step.
         seed: of the windows that are drawn, of what they are for, and of their order.
         nsamples: windows that are drawn; all by default.
         loss: ``distill`` for the divergence from the teacher, ``lm`` for the next tokens of the
             text.
         teacher: another model of the same vocabulary whose predictions are learned; by default the
             model's own as floats.
-        train: ``weights`` that are quantized, ``norms``, or ``all`` of both.
+        train: ``weights`` that are quantized, of a file ``scales`` and zero points, ``norms``, or
+            ``all`` of both.
         activations: how linear layers take their inputs: ``none`` as floats, ``dynamic`` as bytes
             with a scale for each row, ``static`` as bytes with one scale and zero point, which are
             found on the way and go into the file.
@@ -104,6 +110,7 @@ def tune(
         keep: keep tensors that match this glob, or one of these, as they are, untrained.
         tensor_scheme: another scheme for tensors that match a glob: ``{glob: scheme}``, or texts
             ``"GLOB=SCHEME"``; the first match wins.
+        resume: go on where an interrupted run has stopped.
         threads: all available processors by default. Another number may give other bytes.
         anyway: write the tuned model even where it is not better.
         force: replace an existing output.
@@ -115,6 +122,7 @@ def tune(
         UsageError: options contradict each other or the model.
         MachineError: torch or transformers is not installed, memory does not suffice, or the output
             cannot be written; OutputExistsError: it exists.
+        Stopped: an interrupt arrived; what was done is kept, and ``resume`` goes on from there.
     """
     for name, number, least in (
         ("--steps", steps, 1),
@@ -125,20 +133,25 @@ def tune(
         ("--threads", threads, 1),
     ):
         check_bounds(name, number, least)
+    is_file = Path(model).is_file()
     if lr is not None and not 0 < lr <= 1:
         raise UsageError("--lr", found=lr, wanted="a number above 0, at most 1")
     for name, word, known in (
         ("--loss", loss, LOSSES),
-        ("--train", train, PARTS),
+        ("--train", train, PARTS_OF_FILES if is_file else PARTS),
         ("--activations", activations, ACTIVATIONS),
     ):
         if word not in known:
             raise UsageError(name, found=word, wanted=", ".join(known))
     if teacher is not None and loss != LOSSES[0]:
         raise UsageError("--teacher goes with --loss distill")
+    if is_file:
+        _check_file(scheme, tensor_scheme, calibration, activations, loss, teacher)
+    elif scheme is None:
+        raise UsageError("--scheme is missing", hint="such as --scheme c3_block16")
     others = map(parse_tensor_scheme, as_assignments(tensor_scheme))
     options = TuneOptions(
-        scheme=check_trainable(parse_scheme(scheme)),
+        scheme=check_trainable(parse_scheme(scheme)) if scheme else None,
         text=Path(text),
         output=Path(output),
         steps=steps,
@@ -154,12 +167,44 @@ def tune(
         calibration=as_path(calibration),
         keep=as_texts(keep),
         tensor_schemes=tuple((glob, check_trainable(other)) for glob, other in others),
+        resume=resume,
         threads=threads,
         anyway=anyway,
         force=force,
         strict=strict,
     )
     require("torch", "transformers", progress=progress)
-    from qconvert.training.tune import tune as stage  # which imports them
-
+    if is_file:
+        from qconvert.training.tune_file import tune_file as stage  # which imports them
+    else:
+        from qconvert.training.tune import tune as stage
     return stage(Path(model), options, progress).judged(strict)
+
+
+def _check_file(
+    scheme: object,
+    tensor_scheme: object,
+    calibration: object,
+    activations: str,
+    loss: str,
+    teacher: object,
+) -> None:
+    """Refuse what has no meaning for a file that is quantized already."""
+    given = {
+        "--scheme": scheme,
+        "--tensor-scheme": tensor_scheme,
+        "--calibration": calibration,
+        "--activations": activations if activations != ACTIVATIONS[0] else None,
+    }
+    for name, value in given.items():
+        if value:
+            raise UsageError(
+                f"{name} does not go with a file that is quantized already",
+                hint="its codes stay as they are; give the directory of the float model for others",
+            )
+    if loss == LOSSES[0] and teacher is None:
+        raise UsageError(
+            "a quantized file has no float model to learn from",
+            wanted="--teacher MODEL, the directory that it was made of",
+            hint="or --loss lm, to learn the next tokens of the text",
+        )

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -103,6 +103,13 @@ class AtomicOutput:
                 done = os.pwrite(self.fd, view, offset)
                 view = view[done:]
                 offset += done
+
+    def write(self, parts: Iterable[bytes]) -> None:
+        """Write a whole file, piece by piece."""
+        at = 0
+        for part in parts:
+            self.write_at(at, part)
+            at += len(part)
 
     def truncate(self, size: int) -> None:
         with machine_errors(self.target):

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qconvert.files.atomic import machine_errors
 from qconvert.files.shards import INDEX, WEIGHTS
@@ -20,6 +23,10 @@ from qconvert.model import DTYPES
 
 ALIGNMENT = 8  # of a header's end: the library pads it with spaces
 METADATA = "__metadata__"
+# Of arrays, as NumPy calls them.
+CODES = {"F32": "<f4", "F64": "<f8", "U16": "<u2", "U32": "<u4", "I64": "<i8", "BOOL": "|b1"}
+_NAMES = {np.dtype(code): name for name, code in CODES.items()}
+PART_BYTES = 1 << 24  # of a file that is written at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,27 @@ def planned_shards(groups: Sequence[Sequence[Entry]], most: int) -> list[list[En
         found[-1] += group
         filled += size
     return found
+
+
+def array_parts(metadata: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -> Iterator[bytes]:
+    """One file of arrays, piece by piece, of dtypes of `CODES`."""
+    header: dict[str, object] = {METADATA: dict(metadata)}
+    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # aligned
+    at = 0
+    for name in names:
+        a = arrays[name]
+        place = [at, at + a.nbytes]
+        header[name] = {"dtype": _NAMES[a.dtype], "shape": list(a.shape), "data_offsets": place}
+        at = place[1]
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        flat = arrays[name].reshape(-1)
+        step = PART_BYTES // flat.itemsize
+        for first in range(0, len(flat), step):
+            part = flat[first : first + step]
+            yield part.astype(part.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 class SafetensorsWriter:

@@ -15,9 +15,14 @@ MODELS = [
     Column("perplexity", "number", "of the text that judges"),
     Column("its standard error", "number"),
 ]
+EMBEDDED = [
+    Column("model"),
+    Column("cosine", "number", "mean, of its embedding of a sentence and the float model's"),
+    Column("its standard error", "number"),
+]
 COURSE = [
     Column("step", "number"),
-    Column("loss", "number", "of the step's own windows, in nats a token"),
+    Column("loss", "number", "of the step's own windows"),
     Column("validation", "number", "the same of windows that were not trained on"),
 ]
 
@@ -28,16 +33,19 @@ def tune_page(r: TuneReport) -> Page:
         Fact("file", size(r.output_bytes) if r.written else "none", f"that of {r.chosen}"),
         Fact("scheme", r.scheme, f"activations {r.activations}"),
         Fact("steps", f"{r.steps_run} of {r.steps}", r.stopped),
-        Fact("gain", f"{r.gain:.3g} nats", f"standard error {r.gain_error:.2g}"),
+        Fact("gain", f"{r.gain:.3g} {r.unit}", f"standard error {r.gain_error:.2g}"),
     ]
 
     def model(m: JudgedModel) -> Sequence[Cell]:
+        if r.loss == "cosine":
+            return [Cell(m.model), number(m.cosine_mean, 7), number(m.cosine_mean_error)]
         figures = m.kl_mean, m.kl_mean_error, m.perplexity, m.perplexity_error
         return [Cell(m.model), *(number(n) for n in figures)]
 
     def step(s: TuningStep) -> Sequence[Cell]:
         return [number(s.step, 9), number(s.loss), number(s.validation)]
 
+    columns = EMBEDDED if r.loss == "cosine" else MODELS
     return Page(
         command="tune",
         title=r.output,
@@ -46,7 +54,7 @@ def tune_page(r: TuneReport) -> Page:
         findings=[*warned(r.warnings), *(Finding("note", note) for note in r.notes)],
         facts=facts,
         tables=[
-            table_of("Models", MODELS, r.models, model, "the first"),
+            table_of("Models", columns, r.models, model, "the first"),
             table_of("Validations", COURSE, r.course, step, "the first"),
         ],
         closing=[Fact("source", r.source), Fact("loss", r.loss), Fact("seed", str(r.seed))],

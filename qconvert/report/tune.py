@@ -32,17 +32,21 @@ class JudgedModel:
     Attributes:
         model: ``float``, the model as it is; ``nearest``, the same scheme without training, codes
             rounded to the nearest; ``compensated``, what ``quantize --calibration`` makes;
-            ``tuned``.
-        kl_mean, kl_mean_error: mean divergence of next tokens from the teacher, which is the float
-            model where no other is given, in nats, and its standard error.
+            ``quantized``, a quantized file as it was; ``tuned``.
+        kl_mean, kl_mean_error: mean divergence of next tokens from the teacher, which is the model
+            as it was where no other is given, in nats, and its standard error.
         perplexity, perplexity_error: of the text, and its standard error.
+        cosine_mean, cosine_mean_error: of an encoder, in place of these: mean cosine of its
+            embedding of a sentence and that of the float model, and its standard error.
     """
 
     model: str
-    kl_mean: float
-    kl_mean_error: float
-    perplexity: float
-    perplexity_error: float
+    kl_mean: float | None = None
+    kl_mean_error: float | None = None
+    perplexity: float | None = None
+    perplexity_error: float | None = None
+    cosine_mean: float | None = None
+    cosine_mean_error: float | None = None
 
 
 @dataclass(repr=False)
@@ -50,8 +54,10 @@ class TuneReport(Report):
     """Result of ``tune``.
 
     Attributes:
-        loss: ``distill``, divergence from the teacher, or ``lm``, next tokens of the text.
-        trained: ``weights``, ``norms`` or ``all``.
+        loss: ``distill``, divergence from the teacher, or ``lm``, next tokens of the text,
+            ``cosine``, 1 less that of the embeddings of an encoder, which are means of its last
+            hidden states over a sentence.
+        trained: ``weights``, ``scales``, ``norms`` or ``all``.
         trained_tensors: how many tensors were.
         began_compensated: how many began with the codes of ``compensated``, whose scales they keep.
         steps: asked for; ``steps_run`` were, ``step`` is the one whose state was kept, 0 for none.
@@ -60,11 +66,13 @@ class TuneReport(Report):
         training_windows, validation_windows, judging_windows: of ``seqlen`` tokens, that steps were
             made by, that chose the state, and that judged it.
         memory_bytes: what was reckoned with, from the shapes of the model.
+        state_bytes: size of what a run leaves beside the output until it is finished.
+        resumed_at: steps that an interrupted run had done; None without ``--resume``.
         course: the validations.
         models: how good each is on the judging windows.
         gain, gain_error: by how much the loss of the tuned model is below that of the better
-            post-training one on the judging windows, in nats a token, token by token, and its
-            standard error.
+            post-training one on the judging windows, in nats a token, token by token, or in
+            cosine, sentence by sentence, and its standard error.
         chosen: whose the written file is, of ``models``.
         written: whether the output is there; not where a warning under ``--strict`` took it back.
     """
@@ -90,6 +98,8 @@ class TuneReport(Report):
     validation_windows: int
     judging_windows: int
     memory_bytes: int
+    state_bytes: int = 0
+    resumed_at: int | None = None
     trained_tensors: int = 0
     began_compensated: int = 0
     steps_run: int = 0
@@ -104,6 +114,11 @@ class TuneReport(Report):
     model_bits_per_weight: float | None = None
     written: bool = False
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def unit(self) -> str:
+        """Of the loss and the gain."""
+        return "of cosine" if self.loss == "cosine" else "nats a token"
 
     def _said(self) -> Iterator[str]:
         yield repr(self.output) if self.written else f"{self.output!r} not written"

@@ -34,11 +34,12 @@ from qconvert.calibration.importance import importance_bytes
 from qconvert.calibration.layer import LayerStatistics
 from qconvert.calibration.observers import ObserverSettings
 from qconvert.calibration.recorded import batches, read_batches, widths
-from qconvert.calibration.saved_state import SAVE_SECONDS, SavedState, check_same_run
+from qconvert.calibration.same_run import check_same_run
 from qconvert.files.atomic import AtomicOutput
 from qconvert.files.dequantized import dequantized
 from qconvert.files.exchange import open_weights
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
+from qconvert.files.saved_state import SAVE_SECONDS, SavedState
 from qconvert.files.scratch import Scratch
 from qconvert.files.transposed import input_first
 from qconvert.model import WEIGHT, Model, layer_name
@@ -213,7 +214,7 @@ class _Run:
     def _resume(self, state: Collected) -> None:
         """Take over a state that this very run has left."""
         gram = any(f.has_gram for f in state.finished.values()), self.options.gram
-        theirs = check_same_run(self.state.path, state, self.found, {"--gram": gram})
+        theirs = check_same_run(self.state, state, self.found, {"--gram": gram})
         done = {name for group in self.groups[: theirs.groups] for name in group}
         for name, layer in state.finished.items():
             if name in done:

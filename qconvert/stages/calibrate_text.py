@@ -1,6 +1,6 @@
 """calibrate --text: a model run over text, its linear layers observed as it runs.
 
-What was done so far lies beside the output, see `qconvert.calibration.saved_state`.
+What was done so far lies beside the output, see `qconvert.files.saved_state`.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ from qconvert.calibration.fisher import (
 from qconvert.calibration.importance import importance_bytes
 from qconvert.calibration.layer import LayerStatistics
 from qconvert.calibration.observers import ObserverSettings
-from qconvert.calibration.saved_state import SAVE_SECONDS, SavedState, check_same_run, state_path
+from qconvert.calibration.same_run import check_same_run
 from qconvert.errors import UnsupportedError, WeightError
 from qconvert.files.atomic import AtomicOutput, machine_errors
 from qconvert.files.dequantized import dequantized
 from qconvert.files.exchange import open_weights
+from qconvert.files.saved_state import SAVE_SECONDS, SavedState, state_path
 from qconvert.files.scratch import Scratch
 from qconvert.model import Model, layer_name
 from qconvert.progress import Progress, Silent
@@ -418,7 +419,7 @@ class _Run:
         outputs = any(layer.calibration.output for layer in state.finished.values())
         gram = any(layer.has_gram for layer in state.finished.values())
         theirs = check_same_run(
-            self.state.path,
+            self.state,
             state,
             self.found,
             {

@@ -18,15 +18,14 @@ from numpy.typing import NDArray
 
 from qconvert.calibration.file import Calibration
 from qconvert.codecs.codec import Encoder, Outcome, Stored
-from qconvert.codecs.raw import GainsEncoder, RawEncoding
+from qconvert.codecs.raw import GainsEncoder
 from qconvert.codecs.rescaled import PROVENANCE_KEY, TUNED, RescaledEncoder
-from qconvert.codecs.source import RUN_VALUES
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.files import OpenModel, open_model
 from qconvert.files.atomic import check_target, draft_directory
 from qconvert.files.regular import file_sha256
 from qconvert.kernels.records import F32, ErrorSums
-from qconvert.model import Model, TensorInfo, layer_name
+from qconvert.model import Model
 from qconvert.progress import Progress
 from qconvert.report import Finetuning, QuantizedTensor, QuantizeReport
 from qconvert.running.hugging_face import (
@@ -45,12 +44,12 @@ from qconvert.stages.parallel import Workers, available_threads
 from qconvert.stages.plan import PlannedTensor
 from qconvert.stages.quantize_options import FinetuneOptions, QuantizeOptions
 from qconvert.stages.rounding import Roundings
+from qconvert.stages.row_places import find_places, rate_of
 from qconvert.stages.target import Prepared
 
 I64 = NDArray[np.int64]
 HELD_OUT = 8  # one window of so many judges
 MOST_HELD_OUT = 16
-MOST_RATE = 8e-3
 
 
 def check_source(source: Path, progress: Progress) -> None:
@@ -174,9 +173,12 @@ def _tuned(
     quantized = open_quantized(
         made.path, directory=source.path, threads=None, check=False, decoded=True
     ).checkpoint
-    found, left = _places(made, prepared, quantized)
-    norms, others = find_norms(made, prepared, quantized.model)
-    rate = _rate([prepared.plan[i] for i in found])
+    origins = {p.tensor.name: prepared.origin(p.tensor.name) for p in prepared.plan}
+    coded = {p.tensor.name: origins[p.tensor.name] for p in prepared.plan if p.scheme}
+    kept = {name: origin for name, origin in origins.items() if name not in coded}
+    found, left = find_places(made, coded, quantized.model)
+    norms, others = find_norms(made, kept, quantized.model)
+    rate = rate_of([t for t in made.tensors if t.name in found])
     report = Finetuning(
         text=str(options.finetune.text),
         steps=steps,
@@ -206,89 +208,10 @@ def _tuned(
     factors, gains = {}, {}
     if done.factors:
         gains = {name: norm.tuned(done.factors[norm.place]) for name, norm in norms.items()}
-        for i, (place, order) in found.items():
-            factors[prepared.plan[i].tensor.name] = done.factors[place][order]
+        factors = {name: done.factors[place][order] for name, (place, order) in found.items()}
     report.step, report.kl_before, report.kl = done.step, done.before, done.after
     report.tensors, report.norms = len(factors), len(gains)
     return _Tuned(factors, gains, report)
-
-
-def _rate(tensors: list[PlannedTensor]) -> float:
-    """Of the logarithms of factors: twice as far to go for each bit less. At 2.4 bits a rate of
-    4e-3 to 8e-3 was best of those tried, at 3.4 bits 2e-3 to 4e-3, at 4.4 bits 1e-3.
-    """
-    weights = sum(p.tensor.size for p in tensors)
-    nbytes = sum(p.encoding.size(p.tensor.shape) for p in tensors)
-    bits = 8 * nbytes / weights if weights else 0.0
-    return min(1.25e-3 * math.exp2(4.4 - bits), MOST_RATE)
-
-
-Place = tuple[str, I64]
-
-
-def _places(
-    made: OpenModel, prepared: Prepared, quantized: Checkpoint
-) -> tuple[dict[int, Place], dict[str, str]]:
-    """Quantized tensors of the plan that are the weight of one linear layer.
-
-    Returns:
-        Index in the plan -> the layer's name in the running model and, row by row, which of its
-        rows each is; and why other tensors are left as they are, by their names.
-    """
-    from torch import nn
-
-    modules = dict(quantized.model.named_modules())
-    uses = Counter(
-        m.weight.data_ptr() for m in modules.values() if isinstance(m, nn.Linear | nn.Embedding)
-    )
-    infos = {t.name: t for t in made.tensors}
-    found: dict[int, Place] = {}
-    left: dict[str, str] = {}
-    for i, p in enumerate(prepared.plan):
-        name = p.tensor.name
-        stored = made.stored(infos[name])
-        if p.scheme is None or isinstance(stored.encoding, RawEncoding):
-            continue
-        origin = prepared.origin(name)
-        place = layer_name(origin) if origin else ""
-        module = modules.get(place)
-        why = stored.encoding.unscalable(stored.shape)
-        if why is None and isinstance(module, nn.Embedding):
-            why = "its rows are looked up"
-        elif why is None and type(module) is not nn.Linear:
-            why = "no linear layer of its own has it"
-        elif why is None and stored.encoding.columns(stored.shape) > RUN_VALUES:
-            why = "its rows are too long to be measured whole"
-        elif why is None and module is not None and uses[module.weight.data_ptr()] > 1:
-            why = "several layers share it"
-        if why is None and module is not None:
-            order = _order(_values(made, infos[name]), module.weight.numpy())
-            if order is not None:
-                found[i] = place, order
-                continue
-            why = "its rows cannot be told in the running model"
-        left[name] = str(why)
-    return found, left
-
-
-def _values(made: OpenModel, tensor: TensorInfo) -> F32:
-    values: F32 = made.values(tensor, 0, tensor.size).reshape(tensor.shape)
-    return values
-
-
-def _order(stored: F32, running: F32) -> I64 | None:
-    """Which row of the running model's matrix each stored row is: where rows of heads have another
-    order in a file. None where that is not clear.
-    """
-    if stored.shape != running.shape:
-        return None
-    if np.array_equal(stored, running):
-        return np.arange(len(stored))
-    rows = {row.tobytes(): i for i, row in enumerate(np.ascontiguousarray(running))}
-    found = [rows.get(row.tobytes(), -1) for row in stored]
-    if len(rows) < len(stored) or len(set(found)) < len(stored) or -1 in found:
-        return None
-    return np.array(found)
 
 
 def _notes(tuned: Finetuning) -> list[str]:

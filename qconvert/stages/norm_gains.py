@@ -13,7 +13,6 @@ from qconvert.files import OpenModel
 from qconvert.kernels.arithmetic import SCALE_NUMPY
 from qconvert.kernels.records import F32, SourceRows
 from qconvert.model import layer_name
-from qconvert.stages.target import Prepared
 
 PLACES = 1e-5  # relative, that a norm may be off its own multiple in binary32
 
@@ -46,31 +45,31 @@ class Norm:
 
 
 def find_norms(
-    made: OpenModel, prepared: Prepared, model: Any
+    made: OpenModel, origins: Mapping[str, str | None], model: Any
 ) -> tuple[dict[str, Norm], dict[str, str]]:
-    """Kept tensors of the plan that are the gains of one norm, by their names in the output; and
-    why those of other norms are left as they are.
+    """Kept tensors that are the gains of one norm, by their names in the file; and why those of
+    other norms are left as they are.
 
     Args:
         made: the file with these tensors, which ``model`` runs.
+        origins: the names of the kept tensors, and of those that they were made of.
     """
     modules: Mapping[str, Any] = dict(model.named_modules())
     infos = {t.name: t for t in made.tensors}
     found: dict[str, Norm] = {}
     left: dict[str, str] = {}
-    for p in prepared.plan:
-        origin = prepared.origin(p.tensor.name)
+    for name, origin in origins.items():
         place = layer_name(origin) if origin else ""
-        module, info = modules.get(place), infos[p.tensor.name]
-        known = p.scheme is None and len(info.shape) == 1 and info.dtype in SCALE_NUMPY
+        module, info = modules.get(place), infos[name]
+        known = len(info.shape) == 1 and info.dtype in SCALE_NUMPY
         if not known or module is None or "Norm" not in type(module).__name__:
             continue
         values = made.values(info, 0, info.size).astype(np.float32)
         added = _added(module, values)
         if added is None:
-            left[p.tensor.name] = "its norm does not multiply what it gives by it alone"
+            left[name] = "its norm does not multiply what it gives by it alone"
         else:
-            found[p.tensor.name] = Norm(place, info.dtype, values, added)
+            found[name] = Norm(place, info.dtype, values, added)
     return found, left
 
 

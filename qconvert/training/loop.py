@@ -23,12 +23,15 @@ from qconvert.running.tuning import deterministic, divergence, schedule
 from qconvert.training.activations import FakeInput
 from qconvert.training.modules import FakeWeight
 from qconvert.training.preparation import Training
+from qconvert.training.sentences import distances
 
 VALIDATIONS = 10  # of all steps, besides the one before the first
 PATIENCE = 3  # validations without a better one, after which training stops
 RATE = 0.015  # of a weight, as a share of the root mean square of its tensor's rounding errors
 NORM_RATE = 1e-3  # of the parameters of norms, whose gains are near 1
 NORM_FACTOR = 10  # theirs over that of weights, where that is given
+
+COSINE = "cosine"  # 1 - that of the embeddings of sentences
 
 State = dict[str, torch.Tensor]
 
@@ -49,11 +52,11 @@ class Student:
 
     def state(self) -> State:
         """A copy of all that a step changes."""
-        return {name: tensor.detach().clone() for name, tensor in self._changing().items()}
+        return {name: tensor.detach().clone() for name, tensor in self.changing().items()}
 
     def restore(self, state: State) -> None:
         with torch.no_grad():
-            for name, tensor in self._changing().items():
+            for name, tensor in self.changing().items():
                 tensor.copy_(state[name])
 
     def begin_at(self, bases: Mapping[str, Stored]) -> None:
@@ -94,7 +97,7 @@ class Student:
             if module.kind == "static":
                 module.frozen.fill_(True)
 
-    def _changing(self) -> dict[str, Any]:
+    def changing(self) -> dict[str, Any]:
         """Parameters, and what the observers of static activations know."""
         found = dict(self.parameters)
         for name, module in self.training.inputs.items():
@@ -127,7 +130,7 @@ class Plan:
 
     Attributes:
         windows: to train on, taken in turn, ``batch`` a step.
-        loss: ``distill`` or ``lm``.
+        loss: ``distill`` or ``lm``, or `COSINE` of sentences.
         rates: of the parameters, by name, reached after a few steps and lowered along a cosine.
         validate: mean loss of a token of the validation windows.
     """
@@ -144,21 +147,40 @@ class Diverged(Exception):
     """A loss or a gradient that is no number any more; says where it was first so."""
 
 
-def train(student: Student, reference: Checkpoint, plan: Plan, progress: Progress) -> Course:
+def adam(student: Student) -> torch.optim.Optimizer:
+    """The optimiser of a student, whose rates `train` sets."""
+    return torch.optim.Adam([{"params": [p], "lr": 0.0} for p in student.parameters.values()])
+
+
+def train(
+    student: Student,
+    course: Course,
+    optimiser: torch.optim.Optimizer,
+    reference: Checkpoint,
+    plan: Plan,
+    progress: Progress,
+    between: Callable[[], None],
+) -> None:
     """Train the student in place; its state afterwards is that of the last step.
 
     Args:
+        course: so far; goes on from there, and is filled.
+        optimiser: of `adam`.
         reference: whose next-token distributions are learned.
+        between: is called where the training can be left and gone on with.
     """
-    course = Course()
-    groups = [{"params": [p], "lr": 0.0} for p in student.parameters.values()]
-    optimiser = torch.optim.Adam(groups)
+    if course.stopped:
+        return
     rates = [plan.rates[name] for name in student.parameters]
     every = max(1, round(plan.steps / VALIDATIONS))
     clock = _Clock(plan, progress, every)
     with deterministic():
-        best = clock.validated(course, 0, None)
-        for step in range(1, plan.steps + 1):
+        if course.validations:
+            clock.goes_on(course)
+        else:
+            clock.validated(course, 0, None)
+        best = next(v.validation for v in course.validations if v.step == course.step)
+        for step in range(course.steps_run + 1, plan.steps + 1):
             if step == plan.steps // 2 + 1:
                 student.freeze()  # so that weights settle on ranges that stay
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
@@ -170,9 +192,9 @@ def train(student: Student, reference: Checkpoint, plan: Plan, progress: Progres
                 optimiser.step()
                 course.steps_run = step
                 clock.stepped(step, loss, time.perf_counter() - begun)
-                if step % every and step < plan.steps:
-                    continue
-                found = clock.validated(course, step, loss)
+                found = None
+                if step % every == 0 or step == plan.steps:
+                    found = clock.validated(course, step, loss)
             except (Diverged, WeightError) as e:
                 where = e if isinstance(e, Diverged) else f"{e.message}, in '{e.tensor}'"
                 course.stopped = f"numbers that are not finite at step {step}"
@@ -181,14 +203,14 @@ def train(student: Student, reference: Checkpoint, plan: Plan, progress: Progres
                     f"{course.step} was kept; take a smaller --lr"
                 )
                 break
-            if found < best:
+            if found is not None and found < best:
                 best, course.step, course.best = found, step, student.state()
-            elif step - course.step >= PATIENCE * every:
+            elif found is not None and step - course.step >= PATIENCE * every:
                 course.stopped = f"no better for {counted(step - course.step, 'step')}"
                 break
+            between()
     progress.end()
     course.stopped = course.stopped or "all steps were run"
-    return course
 
 
 def rates_of(student: Student, given: float | None) -> dict[str, float]:
@@ -254,6 +276,8 @@ def _step(student: Student, reference: Checkpoint, plan: Plan, clock: _Clock, st
 
 def _loss(student: Student, reference: Checkpoint, plan: Plan, inputs: I64, targets: I64) -> Any:
     """Summed over all tokens."""
+    if plan.loss == COSINE:  # of a sentence, whose share of all tokens is that of its window
+        return distances(reference, student.checkpoint, inputs, targets).sum() * inputs.shape[1]
     if plan.loss == "distill":
         return divergence(reference, student.checkpoint, inputs)
     ids = torch.from_numpy(np.ascontiguousarray(inputs))
@@ -281,7 +305,7 @@ def _first_bad(student: Student, inputs: I64) -> str:
     ]
     try:
         with torch.no_grad():
-            model(input_ids=torch.from_numpy(np.ascontiguousarray(inputs)), use_cache=False)
+            model(input_ids=torch.from_numpy(np.ascontiguousarray(inputs)))
     finally:
         for hook in hooks:
             hook.remove()
@@ -316,6 +340,12 @@ class _Clock:
             raise Diverged(f"the loss of the validation windows is {self.held_out}")
         self._begin(step, loss)
         return self.held_out
+
+    def goes_on(self, course: Course) -> None:
+        """An interrupted run is gone on with."""
+        self.held_out = course.validations[-1].validation
+        self.progress.end()
+        self._begin(course.steps_run, None)
 
     def stepped(self, step: int, loss: float, seconds: float) -> None:
         """A step is done; the first says how long all will take."""

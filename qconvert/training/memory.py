@@ -39,11 +39,16 @@ def needed_bytes(
     """
     coded = [p for p in plan if p.scheme is not None]
     values = sum(p.tensor.size for p in plan)
-    moving = sum(p.tensor.size for p in coded) if trained != "norms" else 0
-    moving += sum(p.tensor.size for p in plan if p.scheme is None and len(p.tensor.shape) == 1)
+    moving = trained_values(plan, trained)
     # Of a quantized weight its decoded value, a byte for where it is clipped, and its codes.
     of_codes = sum((VALUE + 1) * p.tensor.size + p.encoding.size(p.tensor.shape) for p in coded)
     of_weights = VALUE * (values + teacher_values + TRAINED_COPIES * moving)
+
+    return LIBRARIES + of_weights + of_codes + VALUE * tokens * token_values(config)
+
+
+def token_values(config: Mapping[str, Any]) -> int:
+    """Numbers that a token has in a model of this config until the backward pass, about."""
 
     def number(*names: str) -> int:
         found = (config.get(name) for name in names)
@@ -53,7 +58,14 @@ def needed_bytes(
     inner = number("intermediate_size") or 4 * width
     of_token = layers * (ACTIVATION_COPIES * width + INNER_COPIES * inner)
     of_token += LOGIT_COPIES * number("vocab_size")
-    return LIBRARIES + of_weights + of_codes + VALUE * tokens * of_token
+    return of_token
+
+
+def trained_values(plan: Sequence[PlannedTensor], trained: str) -> int:
+    """How many parameters are trained, at most."""
+    weights = sum(p.tensor.size for p in plan if p.scheme is not None) if trained != "norms" else 0
+    flat = sum(p.tensor.size for p in plan if p.scheme is None and len(p.tensor.shape) == 1)
+    return weights + flat
 
 
 def available_bytes() -> int | None:

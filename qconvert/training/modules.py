@@ -8,6 +8,7 @@ of the parameter while its ``forward`` runs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ class _Learned(torch.autograd.Function):  # type: ignore[misc]
         wide = gradient.to(torch.float32)
         if inside is None:
             inside = torch.ones_like(gradient, dtype=torch.bool)
-        grouped = _Groups(encoding, weight.shape)
+        grouped = Groups(encoding, weight.shape)
         share = grouped.gradient_scale
         moved = torch.where(inside, values - weight.to(torch.float32), values)
         by_scale = grouped.sums(wide * moved) / step * share
@@ -175,7 +176,7 @@ class _Learned(torch.autograd.Function):  # type: ignore[misc]
         return gradient * inside, by_scale, by_zero, None, None, None, None
 
 
-class _Groups:
+class Groups:
     """The groups of a tensor that share a scale."""
 
     def __init__(self, encoding: Affine, shape: torch.Size) -> None:
@@ -201,11 +202,11 @@ class WeightHook:
     """Has a module compute with the decoded weight in the place of one of its parameters.
 
     Args:
-        weight: shared by all modules that share the parameter.
+        weight: gives it for the parameter; shared by all modules that share the parameter.
         name: of the parameter in the module.
     """
 
-    def __init__(self, weight: FakeWeight, name: str) -> None:
+    def __init__(self, weight: Callable[[torch.Tensor], torch.Tensor], name: str) -> None:
         self.weight, self.name = weight, name
         self.latent: Any = None  # the parameter, while the module runs
 

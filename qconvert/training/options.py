@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from qconvert.files.saved_state import SAVE_SECONDS, state_path
 from qconvert.running.text import DEFAULT_SEQLEN
 from qconvert.schemes import TensorScheme
 
 LOSSES = ("distill", "lm")
 PARTS = ("all", "weights", "norms")
+PARTS_OF_FILES = ("all", "scales", "norms")
 ACTIVATIONS = ("none", "dynamic", "static")
 STEPS = 100
 BATCH = 4
@@ -21,13 +23,16 @@ class TuneOptions:
     """Options of ``qconvert tune``; the command line's help describes each.
 
     Attributes:
+        scheme: None for a file that is quantized already.
         rate: of the weights; None for one that follows from the rounding errors of each tensor.
         teacher: whose predictions are learned; None for those of the model itself, as floats.
         trained: of `PARTS`.
         anyway: whether the tuned model is written even where it is not better.
+        resume: whether to go on from what an interrupted run has left.
+        save_seconds: at least so long between two saves of the state.
     """
 
-    scheme: TensorScheme
+    scheme: TensorScheme | None
     text: Path
     output: Path
     steps: int = STEPS
@@ -47,3 +52,16 @@ class TuneOptions:
     anyway: bool = False
     force: bool = False
     strict: bool = False
+    resume: bool = False
+    save_seconds: float = SAVE_SECONDS
+
+    @property
+    def grid(self) -> TensorScheme:
+        """The scheme of a model that is not quantized yet."""
+        assert self.scheme
+        return self.scheme
+
+    @property
+    def state(self) -> Path:
+        """Where an interrupted run leaves its state."""
+        return state_path(self.output)

@@ -42,6 +42,7 @@ def save_model(
     force: bool = False,
     strict: bool = False,
     noted: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Any] | None = None,
 ) -> QuantizeReport:
     """Write a prepared model; other args and errors as of `qconvert.torch.save_quantized`.
 
@@ -49,6 +50,7 @@ def save_model(
         companions: the files that go with it; None for those of the model's config and tokenizer.
         strict: a warning is a failure, and nothing is written.
         noted: what else the provenance says of the training.
+        beside: tensors that the file has and the model does not, such as tables of positions.
     """
     started = time.perf_counter()
     training = training_of(model)
@@ -63,7 +65,7 @@ def save_model(
         )
     if companions is None:
         companions = _companions(model, tokenizer)
-    live = LiveModel(tensors, companions)
+    live = LiveModel(tensors | dict(beside or {}), companions)
     options = QuantizeOptions(
         training.scheme,
         output,

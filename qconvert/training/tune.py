@@ -6,58 +6,63 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from qconvert import kernels
 from qconvert.codecs.codec import Stored
 from qconvert.codecs.rescaled import TRAINED
-from qconvert.containers import Container
-from qconvert.errors import InputError, UnsupportedError, UsageError, about
+from qconvert.errors import InputError, UsageError, about
 from qconvert.files import open_model
 from qconvert.files.atomic import check_target, draft_directory
 from qconvert.files.regular import file_sha256
 from qconvert.files.safetensors import open_safetensors
+from qconvert.files.saved_state import SavedState
 from qconvert.progress import Progress, Silent
 from qconvert.quantities import counted, size
-from qconvert.report import JudgedModel, QuantizeReport, TuneReport
-from qconvert.running.hugging_face import Checkpoint, checked_config, model_class, open_checkpoint
+from qconvert.report import QuantizeReport, TuneReport
+from qconvert.running.hugging_face import checked_config, model_class, open_checkpoint
 from qconvert.running.quality import (
     BATCH_TOKENS,
-    F64,
-    BlindGuess,
-    Scores,
-    Windows,
-    compare_models,
-    mean,
-    perplexity,
-    windows,
 )
 from qconvert.running.quantized_model import open_quantized
-from qconvert.running.text import check_positions, read_text
 from qconvert.stages.parallel import available_threads
 from qconvert.stages.plan import PlanOptions, check_schemes, make_plan
 from qconvert.stages.quantize import quantize
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
 from qconvert.training.fixed import can_stay, held
-from qconvert.training.loop import Plan, Student, passes, rates_of, train
-from qconvert.training.memory import check_memory, needed_bytes
-from qconvert.training.options import FEWEST_WINDOWS, TuneOptions
+from qconvert.training.judging import (
+    COMPENSATED,
+    FLOAT,
+    NEAREST,
+    TUNED,
+    WRITTEN,
+    check_disk,
+)
+from qconvert.training.judging import noted as noted_figures
+from qconvert.training.loop import Student, passes, rates_of
+from qconvert.training.memory import VALUE, check_memory, needed_bytes, trained_values
+from qconvert.training.options import TuneOptions
 from qconvert.training.preparation import Training, prepare_model
+from qconvert.training.run import (
+    Begun,
+    Found,
+    Run,
+    asked_of,
+    begun,
+    check_numbers,
+    check_resumed,
+    report_of,
+    train_and_judge,
+)
 from qconvert.training.saving import container_of, save_model
+from qconvert.training.state import COPIES
 
-SET_ASIDE = 10  # one window of so many chooses the state, and another one judges
-MOST_SET_ASIDE = 16  # windows of each
 OBSERVED = 8  # batches that static ranges of the untrained model are taken from
-COMPARED = 1 << 16  # characters of the text that both tokenizers have to agree on
-SURE = 2  # standard errors that a gain should have
-FLOAT, NEAREST, COMPENSATED, TUNED = "float", "nearest", "compensated", "tuned"
 
 
 def tune(source: Path, options: TuneOptions, progress: Progress | None = None) -> TuneReport:
@@ -67,57 +72,50 @@ def tune(source: Path, options: TuneOptions, progress: Progress | None = None) -
         UsageError: options contradict the model or each other.
         InputError: the model, the teacher, the text or the calibration cannot be used.
         MachineError: the output cannot be written, or memory does not suffice.
+        Stopped: a signal arrived; what was done so far is kept.
     """
     started = time.perf_counter()
     progress = progress or Silent()
     container = container_of(options.output)
-    check_schemes((options.scheme, *(s for _, s in options.tensor_schemes)), container)
+    check_schemes((options.grid, *(s for _, s in options.tensor_schemes)), container)
     if container.name == "gguf" and options.activations == "static":
         raise UsageError(
             "a GGUF file has no place for static ranges", wanted="-o with a name that ends in .qblk"
         )
     given = (source, options.text, options.teacher, options.calibration)
-    check_target(options.output, options.force, [path for path in given if path])
-    needed = _needed(source, options)
+    inputs = [path for path in given if path]
+    check_target(options.output, options.force, inputs)
+    state = SavedState(options.output, inputs, "steps", options.save_seconds, "TUNE")
+    state.check(resume=options.resume, force=options.force)
+    needed, kept = _needed(source, options)
     check_memory(needed)
-    progress.begin(f"load the model; tuning takes about {size(needed)} of memory", 1, "model")
-    run = _Run(source, options, progress)
-    progress.end()
-    report = _report(source, container, run, needed)
     # Beside the output from now on, so that a place that cannot be written to costs no time.
     with about(source), draft_directory(options.output) as directory:
-        student = _tuned(run, report, directory)
-        _write(run, report, student)
+        check_disk(state, kept)
+        progress.begin(
+            f"load the model; tuning takes about {size(needed)} of memory, and up to "
+            f"{size(WRITTEN * kept)} beside the output for what is done so far",
+            *(1, "model"),
+        )
+        run = _Run(source, options, progress)
+        progress.end()
+        report = report_of(source, container, run, needed)
+        report.state_bytes = kept
+        at = _begin(run, report, directory, state)
+        with state.kept():
+            train_and_judge(run, report, at, state, (NEAREST, COMPENSATED))
+            _write(run, report, at.student)
+            state.remove()
     report.seconds = time.perf_counter() - started
     return report
 
 
-@dataclass(frozen=True, slots=True)
-class _Split:
-    """Windows of the text: to train on, to choose a state by, and to judge it."""
-
-    training: Windows
-    validation: Windows
-    judging: Windows
-
-
-class _Run:
-    """The models, and the windows of the text.
-
-    Attributes:
-        reference: whose predictions are learned and all others are held against.
-        loaded: the model as floats.
-    """
+class _Run(Run):
+    """See `Run`; the model is loaded as floats."""
 
     def __init__(self, source: Path, options: TuneOptions, progress: Progress) -> None:
-        self.source, self.options, self.progress = source, options, progress
-        threads = options.threads or available_threads()
-        self.loaded = open_checkpoint(source, threads=threads)
-        self.reference = self.loaded
-        if options.teacher:
-            self.reference = open_checkpoint(options.teacher, threads=threads)
-            _check_teacher(self.loaded, self.reference, options.text)
-        self.split = _split(self.loaded, options)
+        loaded = open_checkpoint(source, threads=options.threads or available_threads())
+        super().__init__(source, options, progress, loaded)
 
     def prepare(self) -> Student:
         """A student from the model as it is."""
@@ -126,7 +124,7 @@ class _Run:
         model = copy.deepcopy(model) if self.reference is self.loaded else model
         training = prepare_model(
             model,
-            o.scheme,
+            o.grid,
             activations=None if o.activations == "none" else o.activations,
             keep=o.keep,
             tensor_scheme={glob: scheme.name for glob, scheme in o.tensor_schemes},
@@ -147,18 +145,6 @@ class _Run:
             for part in passes(*inputs.shape):
                 ids = torch.from_numpy(np.ascontiguousarray(inputs[part]))
                 student.checkpoint.model(input_ids=ids, use_cache=False)
-
-    def scores(self, checkpoint: Checkpoint, chunks: Windows, title: str = "") -> Scores:
-        """A model against the reference; tells of it under a title, if it has one."""
-        told = Silent() if not title else self.progress
-        told.begin(title, chunks.inputs.size, "tokens")
-        found = compare_models(self.reference, checkpoint, chunks, BlindGuess(), told.advance)
-        told.end()
-        return found
-
-    def losses(self, scores: Scores) -> F64:
-        """What training makes smaller, token by token."""
-        return scores.divergence if self.options.loss == "distill" else scores.nll
 
 
 def _trained(model: Any, training: Training, o: TuneOptions) -> dict[str, Any]:
@@ -189,21 +175,35 @@ def _trained(model: Any, training: Training, o: TuneOptions) -> dict[str, Any]:
     return found
 
 
-def _needed(source: Path, options: TuneOptions) -> int:
-    """Memory that all of it takes, about, from what the headers of the files say.
+def _check_encoder(o: TuneOptions, source: Path) -> None:
+    """Refuse what has no meaning, or no place yet, where embeddings of sentences are learned.
+
+    Raises:
+        UsageError: there is such an option.
+    """
+    for given, what in (
+        (o.loss == "lm", "--loss lm is for models that predict next tokens"),
+        (o.activations == "static", "--activations static: an encoder's ranges are calibrated"),
+        (o.teacher is not None, "--teacher: an encoder learns from itself as floats"),
+    ):
+        if given:
+            raise UsageError(what, path=source, found="an encoder", hint="leave it out")
+
+
+def _needed(source: Path, options: TuneOptions) -> tuple[int, int]:
+    """Memory that all of it takes, and bytes of its state, about, from what the headers of the
+    files say.
 
     Raises:
         InputError: the model cannot be run, or predicts no next tokens.
     """
     config = checked_config(source)
     _, kind = model_class(config, source)
-    if kind != "causal":
-        raise UnsupportedError(
-            "tune is for models that predict next tokens", path=source, found="an encoder"
-        )
+    if kind == "encoder":
+        _check_encoder(options, source)
     with open_safetensors(source) as model:
         plan = make_plan(
-            model.tensors, options.scheme, PlanOptions(options.keep, options.tensor_schemes)
+            model.tensors, options.grid, PlanOptions(options.keep, options.tensor_schemes)
         )
     of_teacher = sum(p.tensor.size for p in plan)
     if options.teacher:
@@ -211,180 +211,38 @@ def _needed(source: Path, options: TuneOptions) -> int:
         with open_safetensors(options.teacher) as model:
             of_teacher = sum(t.size for t in model.tensors)
     tokens = options.seqlen * max(1, min(options.batch, BATCH_TOKENS // options.seqlen))
-    return needed_bytes(plan, options.trained, config, tokens, of_teacher)
+    kept = VALUE * COPIES * trained_values(plan, options.trained)
+    return needed_bytes(plan, options.trained, config, tokens, of_teacher), kept
 
 
-def _check_teacher(loaded: Checkpoint, teacher: Checkpoint, text: Path) -> None:
-    """Refuse a teacher whose predictions are of other tokens.
-
-    Raises:
-        UnsupportedError: they are.
-    """
-    sizes = [int(c.model.config.get_text_config().vocab_size) for c in (teacher, loaded)]
-    if sizes[0] != sizes[1]:
-        raise UnsupportedError(
-            "the teacher has another vocabulary than the model",
-            path=teacher.path,
-            found=f"{sizes[0]:,} tokens",
-            wanted=f"{sizes[1]:,}",
-        )
-    sample = read_text(text)[:COMPARED]
-    one, other = (c.tokenizer(sample)["input_ids"] for c in (teacher, loaded))
-    if one != other:
-        raise UnsupportedError(
-            "the teacher has another vocabulary than the model: it makes other tokens of the text",
-            path=teacher.path,
-            found=f"{len(one):,} tokens",
-            wanted=f"the {len(other):,} of the model",
-        )
-
-
-def _split(loaded: Checkpoint, o: TuneOptions) -> _Split:
-    """The windows of the text, in an order that the seed decides.
-
-    Raises:
-        UsageError: windows are longer than the model's positions.
-        InputError: the text cannot be read or is too short.
-    """
-    check_positions(loaded.config, o.seqlen)
-    found = windows(loaded.tokenizer, o.text, o.seqlen, "all", o.nsamples, o.seed)
-    count = len(found.inputs)
-    if count < FEWEST_WINDOWS:
-        raise InputError(
-            "the text is too short to tune by",
-            path=o.text,
-            found=f"{counted(count, 'window')} of {o.seqlen:,} tokens",
-            wanted=f"at least {FEWEST_WINDOWS}: one to train on, one to choose by, one to judge by",
-            hint="give more text, or a smaller --seqlen",
-            code="TEXT-SHORT",
-        )
-    order = np.random.default_rng(o.seed).permutation(count)
-    aside = max(1, min(count // SET_ASIDE, MOST_SET_ASIDE))
-
-    def taken(part: slice) -> Windows:
-        return Windows(found.inputs[order[part]], found.targets[order[part]], found.first)
-
-    return _Split(
-        taken(slice(2 * aside, None)), taken(slice(aside)), taken(slice(aside, 2 * aside))
-    )
-
-
-def _report(source: Path, container: Container, run: _Run, needed: int) -> TuneReport:
-    """What is known before the first step."""
-    o = run.options
-    return TuneReport(
-        kernels=kernels.describe(),
-        source=str(source),
-        output=str(o.output),
-        container=container.name,
-        scheme=o.scheme.name,
-        text=str(o.text),
-        loss=o.loss,
-        teacher=str(o.teacher) if o.teacher else None,
-        calibration=str(o.calibration) if o.calibration else None,
-        trained=o.trained,
-        activations=o.activations,
-        steps=o.steps,
-        rate=o.rate,
-        seqlen=o.seqlen,
-        batch=o.batch,
-        seed=o.seed,
-        training_windows=len(run.split.training.inputs),
-        validation_windows=len(run.split.validation.inputs),
-        judging_windows=len(run.split.judging.inputs),
-        memory_bytes=needed,
-    )
-
-
-def _tuned(run: _Run, report: TuneReport, directory: Path) -> Student:
-    """Judge all models there are, train, and decide; the student has the best state then.
+def _begin(run: _Run, report: TuneReport, directory: Path, state: SavedState) -> Begun:
+    """Judge all models that are not trained, and prepare the one that will be.
 
     Args:
         directory: for a file that is made on the way.
+        state: of a run that was interrupted.
 
     Raises:
         UnsupportedError: the quantized model predicts no numbers.
+        InputError: the state is of another run.
     """
-    judging = run.split.judging
+    o, judging = run.options, run.split.judging
+    asked = asked_of(run)
+    check_resumed(state, o, asked)  # before the long work
     found = {FLOAT: run.scores(run.loaded, judging, "judge the float model")}
     bases: dict[str, Stored] = {}
-    if run.options.calibration:
+    if o.calibration:
         found[COMPENSATED] = _compensated(run, report, directory, bases)
     student = run.prepare()
     found[NEAREST] = run.scores(student.checkpoint, judging, "judge nearest rounding")
-    if not np.isfinite(run.losses(found[NEAREST])).all():
-        raise UnsupportedError(
-            "the quantized model predicts no numbers that could be tuned",
-            path=run.source,
-            hint="take a scheme of more bits, and look at the model with verify --text",
-        )
-
-    def validate() -> float:
-        scores = run.scores(student.checkpoint, run.split.validation)
-        return float(run.losses(scores).mean())
-
-    rates = rates_of(student, run.options.rate)
+    check_numbers(run, found[NEAREST])
+    rates = rates_of(student, o.rate)
     student.begin_at(bases)
-    plan = Plan(
-        *(run.split.training, run.options.loss, run.options.steps, run.options.batch),
-        *(rates, validate),
-    )
-    course = train(student, run.reference, plan, run.progress)
     report.trained_tensors = len(student.parameters)
-    report.steps_run, report.step = course.steps_run, course.step
-    report.stopped, report.course = course.stopped, course.validations
-    if course.warning:
-        report.warnings.append(course.warning)
-    if course.best:
-        student.restore(course.best)
-        found[TUNED] = run.scores(student.checkpoint, judging, "judge the tuned model")
-    report.models = [
-        _judged(name, found[name]) for name in (FLOAT, NEAREST, COMPENSATED, TUNED) if name in found
-    ]
-    _decide(run, found, report)
-    return student
+    return begun(run, report, found, rates, student, asked, state)
 
 
-def _judged(name: str, scores: Scores) -> JudgedModel:
-    divergence, found = mean(scores.divergence), perplexity(scores.nll)
-    return JudgedModel(name, divergence.value, divergence.error, found.value, found.error)
-
-
-def _decide(run: _Run, found: Mapping[str, Scores], report: TuneReport) -> None:
-    """Which model is written, and what is said of it."""
-    losses = {name: run.losses(scores) for name, scores in found.items()}
-    untrained = [name for name in (NEAREST, COMPENSATED) if name in losses]
-    fallback = min(untrained, key=lambda name: float(losses[name].mean()))
-    report.chosen = fallback
-    if TUNED not in losses:
-        report.warnings.append(
-            "no step was better than none on the validation windows: "
-            f"the file is that of {fallback} rounding, which was not trained"
-        )
-        return
-    gain = mean(losses[fallback] - losses[TUNED])
-    report.gain, report.gain_error = gain.value, gain.error
-    better = gain.value > 0
-    if better or run.options.anyway:
-        report.chosen = TUNED
-    if not better:
-        written = "the tuned one is written all the same (--anyway)"
-        if report.chosen != TUNED:
-            written = f"the file is that of {fallback} rounding, which was not trained"
-        report.warnings.append(
-            f"the tuned model is not better than {fallback} rounding on the judging windows "
-            f"({-gain.value:.2g} ± {gain.error:.1g} nats a token worse): {written}"
-        )
-    elif gain.value < SURE * gain.error:
-        report.notes.append(
-            f"the gain of {gain.value:.2g} nats a token is less than {SURE} standard errors of it "
-            f"({gain.error:.1g} each): more text would tell whether it is one"
-        )
-
-
-def _compensated(
-    run: _Run, report: TuneReport, directory: Path, bases: dict[str, Stored]
-) -> Scores:
+def _compensated(run: _Run, report: TuneReport, directory: Path, bases: dict[str, Stored]) -> Found:
     """What quantization with the calibration gives; ``bases`` takes the tensors that training can
     begin with.
 
@@ -435,7 +293,7 @@ def _untrained(o: TuneOptions, rounding: str, output: Path) -> QuantizeOptions:
     """What `quantize` is asked for to give the model without training."""
     compensated = rounding == COMPENSATED
     return QuantizeOptions(
-        o.scheme,
+        o.grid,
         output,
         calibration=o.calibration if compensated else None,
         rounding=None if compensated else NEAREST,
@@ -492,12 +350,16 @@ def _saved(run: _Run, student: Student, report: TuneReport, trained: str) -> Qua
         ),
         "text_sha256": file_sha256(o.text),
         "calibration_sha256": file_sha256(o.calibration) if o.calibration else None,
-        "judged": {
-            j.model: {"kl": float(f"{j.kl_mean:.6g}"), "perplexity": float(f"{j.perplexity:.6g}")}
-            for j in report.models
-        },
+        "judged": noted_figures(report.models),
     }
     with open_safetensors(run.source) as files:
+        running = {p.tensor.name for p in student.training.plan}
+        # What transformers computes by itself and older checkpoints store, such as positions.
+        beside = {
+            t.name: torch.from_numpy(np.array(files.values(t, 0, t.size)).reshape(t.shape))
+            for t in files.tensors
+            if t.name not in running and t.dtype == "I64"
+        }
         others = {p.tensor.name for p in student.training.plan} - {t.name for t in files.tensors}
         if others:
             report.notes.append(
@@ -512,4 +374,5 @@ def _saved(run: _Run, student: Student, report: TuneReport, trained: str) -> Qua
             force=o.force,
             strict=o.strict,
             noted={k: v for k, v in noted.items() if v is not None},
+            beside=beside,
         )

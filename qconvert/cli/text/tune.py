@@ -13,6 +13,7 @@ COURSE_SHOWN = 12  # validations
 
 def tune_text(r: TuneReport) -> str:
     written = "" if r.written else " (nothing written)"
+    of_file = r.source.lower().endswith(".qblk")
     lines = [f"{printable(r.source)} -> {printable(r.output)}{written}\n"]
     lines.append(f"trained    {r.trained}: {counted(r.trained_tensors, 'tensor')}, {r.scheme}")
     lines.append(f", activations {r.activations}\n" if r.activations != "none" else "\n")
@@ -22,28 +23,33 @@ def tune_text(r: TuneReport) -> str:
     learned = "next tokens of the text"
     if r.loss == "distill":
         learned = f"divergence from {printable(r.teacher) if r.teacher else 'the float model'}"
-    lines.append(f"loss       {learned}, in nats a token\n")
+    encoder = r.loss == "cosine"
+    if encoder:
+        lines.append("loss       1 - cosine of a sentence's embedding and the float model's\n")
+    else:
+        lines.append(f"loss       {learned}, in nats a token\n")
+    what = "lines" if encoder else f"windows of {r.seqlen} tokens"
     lines.append(
-        f"text       windows of {r.seqlen} tokens of {printable(r.text)}: "
+        f"text       {what} of {printable(r.text)}: "
         f"{r.training_windows:,} to train on, {r.validation_windows} to choose the state by, "
         f"{r.judging_windows} to judge it\n"
     )
+    went_on = f", resumed after {r.resumed_at:,}" if r.resumed_at else ""
+    each = f"{r.batch} {'lines' if encoder else 'windows'} each"
     lines.append(
-        f"steps      {r.steps_run} of {r.steps}, {r.batch} windows each; {r.stopped}; "
+        f"steps      {r.steps_run} of {r.steps}{went_on}, {each}; {r.stopped}; "
         f"the state of step {r.step} was kept\n"
     )
     shown = r.course[:: max(1, -(-len(r.course) // COURSE_SHOWN))]
     told = ", ".join(f"{v.validation:.4g} (step {v.step})" for v in shown)
     lines.append(f"validation {told}\n\n")
-    columns = [
-        Column("model", "left"),
-        Column("divergence", "right"),
-        Column("std error", "right"),
-        Column("perplexity", "right"),
-        Column("std error", "right"),
-    ]
+    names = ["cosine"] if encoder else ["divergence", "perplexity"]
+    columns = [Column("model", "left")]
+    columns += [Column(n, "right") for name in names for n in (name, "std error")]
 
     def row(m: JudgedModel) -> list[str]:
+        if encoder:
+            return [m.model, f"{m.cosine_mean:.6f}", number(m.cosine_mean_error)]
         figures = m.kl_mean, m.kl_mean_error, m.perplexity, m.perplexity_error
         return [m.model, *(number(n) for n in figures)]
 
@@ -51,8 +57,8 @@ def tune_text(r: TuneReport) -> str:
     lines.append("\n")
     if any(m.model == "tuned" for m in r.models):
         lines.append(
-            f"gain       {r.gain:.3g} nats a token, standard error {r.gain_error:.2g}, "
-            "over the best without training\n"
+            f"gain       {r.gain:.3g} {r.unit}, standard error {r.gain_error:.2g}, "
+            f"over {'the file as it was' if of_file else 'the best without training'}\n"
         )
     if r.written:
         lines.append(f"file       that of {r.chosen}: {size(r.output_bytes)}, ")
@@ -60,10 +66,11 @@ def tune_text(r: TuneReport) -> str:
     lines += [f"note       {printable(note)}\n" for note in r.notes]
     lines.append(f"memory     about {size(r.memory_bytes)} were reckoned with\n")
     lines.append(f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n")
-    if r.written:
+    against = r.teacher if of_file else r.source
+    if r.written and against:
         lines.append(
             next_step(
-                f"qconvert verify {printable(r.output)} --against {printable(r.source)} "
+                f"qconvert verify {printable(r.output)} --against {printable(against)} "
                 "--text OTHER-TEXT"
             )
         )

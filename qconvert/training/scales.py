@@ -1,0 +1,167 @@
+"""Weights whose codes stay while their scales are trained, and gains of norms beside them.
+
+Of every tensor that takes part a module computes with what its file would hold: scales, zero points
+and gains rounded to where the file has them. What is trained begins at 0: logarithms of factors of
+the scales and gains, and how far zero points have moved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from qconvert.codecs.affine.encoding import Affine
+from qconvert.codecs.codec import Stored
+from qconvert.files.qblk_writer import packed
+from qconvert.kernels.arithmetic import SCALE_NUMPY, stored_zero_points, zero_steps
+from qconvert.kernels.records import F32, Bytes
+from qconvert.model import TensorInfo
+from qconvert.stages.norm_gains import Norm
+from qconvert.training.fixed import held
+from qconvert.training.modules import Groups
+from qconvert.training.weights import first_parameters, stored_parameters
+
+
+class TunedScales:
+    """A weight as its codes and its scales of now decode it.
+
+    Codes with a scale for each group have a factor for each, and where there are zero points that
+    have steps between codes, one of them too; all others have a factor for each row.
+
+    Attributes:
+        log: of the factors, (groups,) or (rows,).
+        zero: how far zero points have moved, in codes, (groups,); None where they stay.
+    """
+
+    def __init__(self, stored: Stored) -> None:
+        self.base = held(stored)
+        encoding = stored.encoding
+        self.affine = encoding if isinstance(encoding, Affine) else None
+        scales, zeros = self.sizes(stored)
+        self.log: Any = torch.zeros(scales, requires_grad=True)
+        self.zero: Any = torch.zeros(zeros, requires_grad=True) if zeros else None
+
+    @staticmethod
+    def sizes(stored: Stored) -> tuple[int, int]:
+        """How many factors and zero points are trained."""
+        encoding = stored.encoding
+        if not isinstance(encoding, Affine):
+            return math.prod(stored.shape) // encoding.columns(stored.shape), 0
+        count = encoding.groups(stored.shape)
+        moves = not encoding.symmetric and zero_steps(encoding.bits) > 1
+        return count, count if moves else 0
+
+    def parameters(self) -> dict[str, Any]:
+        """What is trained, by the names of their kinds."""
+        found = {"scale": self.log, "zero_point": self.zero}
+        return {kind: p for kind, p in found.items() if p is not None}
+
+    def segments(self) -> dict[str, Bytes]:
+        """The segments that are not the file's any more, whole.
+
+        Raises:
+            WeightError: a factor is not finite.
+        """
+        factors = self.log.detach().exp().numpy(force=True)
+        if not self.affine:
+            return self.base.encoding.rescaled(self.base, 0, factors)
+        scale, zero = first_parameters(self.base)
+        moved = None if self.affine.symmetric else zero
+        if self.zero is not None:
+            moved = zero + self.zero.detach().numpy(force=True)
+        info = TensorInfo(self.base.name, self.base.shape, self.affine.name, 0)
+        found = stored_parameters(scale * factors, moved, self.affine, info)
+        scale = np.where(scale == 0, scale, found.scale)
+        segments: dict[str, Bytes] = {
+            "scales": scale.astype(SCALE_NUMPY[self.affine.scale_dtype]).tobytes()
+        }
+        if self.zero is not None:
+            steps = stored_zero_points(found.zero, self.affine)
+            segments["zero_points"] = packed(steps, self.affine.zero_point_bits)
+        return segments
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """What the file decodes to, in the shape of the weight that it stands for."""
+        stored = replace(self.base, read=partial(_read, self.base, self.segments()))
+        values = stored.values(0, weight.numel()).reshape(tuple(weight.shape))
+        step = torch.from_numpy(first_parameters(stored)[0]) if self.affine else None
+        found: torch.Tensor = _Scaled.apply(
+            *(self.log, self.zero, torch.from_numpy(values), step, self.affine)
+        )
+        return found
+
+
+def _read(stored: Stored, changed: Mapping[str, Bytes], kind: str, start: int, size: int) -> bytes:
+    if kind not in changed:
+        return stored.read(kind, start, size)
+    return bytes(changed[kind][start : start + size])
+
+
+class _Scaled(torch.autograd.Function):  # type: ignore[misc]
+    """Decoded weights w = s·(u - z), with dw/d(log s) = w and dw/dz = -s; rounding of s and z is
+    passed straight through.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, log: torch.Tensor, zero: Any, values: torch.Tensor, step: Any, affine: Any
+    ) -> torch.Tensor:
+        ctx.save_for_backward(values, step)
+        ctx.affine, ctx.moves = affine, zero is not None
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        values, step = ctx.saved_tensors
+        if ctx.affine is None:
+            return (gradient * values).flatten(1).sum(1), None, None, None, None
+        groups = Groups(ctx.affine, gradient.shape)
+        by_zero = -groups.sums(gradient) * step if ctx.moves else None
+        return groups.sums(gradient * values), by_zero, None, None, None
+
+
+class TunedGains:
+    """The gains of a norm, times a factor each, in the dtype of the file.
+
+    Attributes:
+        log: of the factors, (n,).
+    """
+
+    def __init__(self, norm: Norm) -> None:
+        self.norm = norm
+        self.log = torch.zeros(len(norm.stored), requires_grad=True)
+
+    def parameters(self) -> dict[str, Any]:
+        """See `TunedScales.parameters`."""
+        return {"gain": self.log}
+
+    def segments(self) -> dict[str, Bytes]:
+        """See `TunedScales.segments`."""
+        return {"data": self.norm.tuned(self.log.detach().exp().numpy(force=True))}
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        data = self.segments()["data"]
+        values: F32 = np.frombuffer(data, SCALE_NUMPY[self.norm.dtype]).astype(np.float32)
+        found: torch.Tensor = _Gained.apply(self.log, torch.from_numpy(values), self.norm.added)
+        return found
+
+
+class _Gained(torch.autograd.Function):  # type: ignore[misc]
+    """A stored vector v, whose gains are v + added: dv/d(log of their factor) = v + added."""
+
+    @staticmethod
+    def forward(ctx: Any, log: torch.Tensor, values: torch.Tensor, added: float) -> torch.Tensor:
+        ctx.save_for_backward(values)
+        ctx.added = added
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        (values,) = ctx.saved_tensors
+        return gradient * (values + ctx.added), None, None
