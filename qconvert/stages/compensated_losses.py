@@ -157,6 +157,7 @@ class CompensatedLosses:
             self.options.range,
             partial(weighting.mean_squares, layer) if weighting and layer else lambda _: None,
             self.prepared.importance(p.tensor),
+            tables=True,
         )
 
     def _errors(self, p: PlannedTensor, sample: SampledModel, facts: Facts) -> F64:
