@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -101,6 +102,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before workers start, which have a processor each: threads there would wait by spinning, on
     processors that other workers could use.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what is behind it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.pop("COLUMNS", None)  # a worker is given a width: tables are of a pipe here
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of torch
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of NumPy, as the command does
