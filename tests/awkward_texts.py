@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import random
 import unicodedata
+from pathlib import Path
 from typing import Any
 
-from tiny_models import added
+from tiny_models import CONFIGS, added, weights, write_directory
 
 from qconvert.architectures.pretokenizers import DIGIT, GPT2
 from qconvert.architectures.token_check import AWKWARD, ORDINARY
@@ -75,3 +76,10 @@ def awkward(seed: int, count: int = 2000) -> list[str]:
 def marked(text: str) -> bool:
     """Whether a text has combining marks."""
     return any(unicodedata.category(c).startswith("M") for c in text)
+
+
+def directory_with(tokenizer: dict[str, Any], place: Path) -> Path:
+    """A tiny Llama with a tokenizer of its own, and rows for all of its tokens."""
+    size = {"vocab_size": len(tokenizer["model"]["vocab"]) + 8}
+    tensors = weights({**CONFIGS["llama"], **size})
+    return write_directory(place, "llama", config=size, tensors=tensors, tokenizer=tokenizer)

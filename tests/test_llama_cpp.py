@@ -14,7 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from awkward_texts import LETTERS_ALONE, OTHERWISE_CUT, awkward, marked, trained
+from awkward_texts import (
+    LETTERS_ALONE,
+    OTHERWISE_CUT,
+    awkward,
+    directory_with,
+    marked,
+    trained,
+)
 from conftest import ROOT
 from numpy.typing import NDArray
 from tiny_models import CONFIGS, TOKENIZERS, added, charsmap, weights, write_directory
@@ -291,14 +298,7 @@ def test_awkward_texts_of_every_pre_tokenizer(
     import tokenizers
 
     fields = trained(expressions, ignore_merges)
-    size = {"vocab_size": len(fields["model"]["vocab"]) + 8}
-    directory = write_directory(
-        tmp_path / "tiny",
-        "llama",
-        config=size,
-        tensors=weights({**CONFIGS["llama"], **size}),
-        tokenizer=fields,
-    )
+    directory = directory_with(fields, tmp_path / "tiny")
     source = open_gguf_source(open_model(directory), compare=False)
     name = NAMES[expressions, ignore_merges]
     assert source.metadata["tokenizer.ggml.pre"] == name

@@ -9,8 +9,14 @@ import json
 from pathlib import Path
 
 import pytest
-from awkward_texts import LETTERS_ALONE, OTHERWISE_CUT, awkward, marked, trained
-from tiny_models import CONFIGS, weights, write_directory
+from awkward_texts import (
+    LETTERS_ALONE,
+    OTHERWISE_CUT,
+    awkward,
+    directory_with,
+    marked,
+    trained,
+)
 
 from qconvert.architectures import open_gguf_source
 from qconvert.architectures.llama_tokenizer import LlamaTokenizer
@@ -25,14 +31,7 @@ def test_awkward_texts_of_every_pre_tokenizer(
     expressions: tuple[str, ...], ignore_merges: bool, tmp_path: Path
 ) -> None:
     fields = trained(expressions, ignore_merges)
-    size = {"vocab_size": len(fields["model"]["vocab"]) + 8}
-    directory = write_directory(
-        tmp_path / "tiny",
-        "llama",
-        config=size,
-        tensors=weights({**CONFIGS["llama"], **size}),
-        tokenizer=fields,
-    )
+    directory = directory_with(fields, tmp_path / "tiny")
     source = open_gguf_source(open_model(directory), compare=False)
     name = NAMES[expressions, ignore_merges]
     assert source.metadata["tokenizer.ggml.pre"] == name

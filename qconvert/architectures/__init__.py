@@ -7,7 +7,7 @@ way, and `as_checkpoint` with codes as they are; `layer_places` gives the names 
 
 from __future__ import annotations
 
-from qconvert.architectures.adapters import ADAPTER, open_adapter_source
+from qconvert.architectures.adapters import open_adapter_source
 from qconvert.architectures.checkpoint import Checkpoint, as_checkpoint
 from qconvert.architectures.families import FAMILIES
 from qconvert.architectures.made_config import made_config
@@ -26,7 +26,6 @@ def supported() -> tuple[str, ...]:
 
 
 __all__ = [
-    "ADAPTER",
     "Checkpoint",
     "Dropped",
     "GgufSource",

@@ -21,11 +21,9 @@ from qconvert.architectures.source import CONFIG, GgufSource, read_config
 from qconvert.architectures.tying import output_head
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.files.adapters import Adapter, Correction
-from qconvert.files.gguf import ARCHITECTURE
+from qconvert.files.gguf import ADAPTER, ARCHITECTURE, KIND
 from qconvert.files.gguf_writer import GgufTensor, GgufValue, MetadataValue, check_gguf
 from qconvert.model import Model
-
-ADAPTER = "adapter"  # the value of general.type
 
 
 def open_adapter_source(model: Model, adapter: Adapter) -> GgufSource:
@@ -85,7 +83,7 @@ def open_adapter_source(model: Model, adapter: Adapter) -> GgufSource:
     check_gguf([GgufTensor(t.name, t.shape, "F32") for t in made.tensors])
     metadata: dict[str, MetadataValue] = {
         ARCHITECTURE: family.arch,
-        "general.type": ADAPTER,
+        KIND: ADAPTER,
         "general.name": adapter.path.resolve().name,
         "adapter.type": "lora",
         "adapter.lora.alpha": GgufValue("FLOAT32", adapter.alpha or 0.0),

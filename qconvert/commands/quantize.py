@@ -127,7 +127,7 @@ def quantize(
         adapter: a LoRA adapter, a directory that peft's ``save_pretrained`` made, which is merged
             into the model before anything else.
         adapter_only: GGUF: write the adapter by itself, for llama.cpp to load beside any file of
-            the model (``--lora``); the scheme is f32, f16, bf16 or q8_0.
+            the model (``--lora``); the scheme is f32, f16 or bf16.
         config: of a GGUF file that becomes a directory: that of the model that it was made from,
             whose configuration, tokenizer and names are taken; made of the file by default.
         tensor_type: GGUF: another ggml type where a regular expression is found in the name:

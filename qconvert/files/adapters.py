@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.errors import FormatError, InputError, UnsupportedError
+from qconvert.files.dequantized import bytes_of
 from qconvert.files.regular import file_sha256
 from qconvert.files.safetensors import SafetensorsModel, open_safetensors
 from qconvert.files.strict_json import read_object
 from qconvert.geometry import TILE_VALUES
-from qconvert.kernels.arithmetic import cast_values
 from qconvert.model import DTYPES, WEIGHT, Companion, Model, SourceFile, TensorInfo
 from qconvert.quantities import counted
 
@@ -452,13 +453,7 @@ class AdaptedModel:
         """Bytes ``offset..offset+size`` of the tensor as it would be stored."""
         if tensor.name not in self.adapter.corrections:
             return self._source.raw(tensor, offset, size)
-        width = DTYPES[tensor.dtype].size
-        start = offset // width
-        values = self.values(tensor, start, -(-(offset + size) // width))
-        wide = tensor.dtype == "F64"
-        data = values.astype("<f8").tobytes() if wide else cast_values(values, tensor.dtype)[0]
-        skipped = offset - start * width
-        return data[skipped : skipped + size]
+        return bytes_of(partial(self.values, tensor), tensor.dtype, offset, size)
 
     def check_unchanged(self) -> None:
         """Refuse files that were written to since they were opened."""

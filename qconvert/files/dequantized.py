@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert.kernels.arithmetic import cast_values
+from qconvert.kernels.records import Bytes
 from qconvert.model import DTYPES, Companion, Model, SourceFile, TensorInfo
 
 DECODED = "F32"
+_PLAIN = {"F64": "<f8", "F32": "<f4"}
 
 
 class DequantizedModel:
@@ -38,11 +42,7 @@ class DequantizedModel:
         """
         if tensor.dtype == self._stored.get(tensor.name, tensor).dtype:
             return self._source.raw(tensor, offset, size)
-        width = DTYPES[DECODED].size
-        start = offset // width
-        values = self.values(tensor, start, -(-(offset + size) // width))
-        skipped = offset - start * width
-        return values.astype("<f4", copy=False).tobytes()[skipped : skipped + size]
+        return bytes_of(partial(self.values, tensor), DECODED, offset, size)
 
     def check_unchanged(self) -> None:
         """Refuse files that were written to since they were opened."""
@@ -51,6 +51,25 @@ class DequantizedModel:
     def close(self) -> None:
         """Close the source."""
         self._source.close()
+
+
+def bytes_of(
+    values: Callable[[int, int], NDArray[np.floating]], dtype: str, offset: int, size: int
+) -> bytes:
+    """Bytes ``offset..offset+size`` of a tensor as it would be stored in a dtype.
+
+    Args:
+        values: gives those from one place of the flattened tensor to another.
+    """
+    width = DTYPES[dtype].size
+    start = offset // width
+    found = values(start, -(-(offset + size) // width))
+    skipped = offset - start * width
+    if dtype in _PLAIN:
+        data: Bytes = found.astype(_PLAIN[dtype], copy=False).tobytes()
+    else:
+        data = cast_values(found, dtype)[0]
+    return bytes(data[skipped : skipped + size])
 
 
 def dequantized(model: Model) -> Model:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.errors import FormatError, UnsupportedError
-from qconvert.kernels.arithmetic import cast_values
+from qconvert.files.dequantized import bytes_of
 from qconvert.model import DTYPES, Companion, Model, SourceFile, TensorInfo
 
 I8 = NDArray[np.int8]
@@ -107,13 +108,7 @@ class EqualisedModel:
         if tensor.name not in self.exponents:
             return self.source.raw(tensor, offset, size)
         dtype = self.rescaled(self._stored[tensor.name]).dtype
-        width = DTYPES[dtype].size
-        start = offset // width
-        values = self.values(tensor, start, -(-(offset + size) // width))
-        wide = dtype == "F64"
-        data = values.astype("<f8").tobytes() if wide else cast_values(values, dtype)[0]
-        skipped = offset - start * width
-        return data[skipped : skipped + size]
+        return bytes_of(partial(self.values, tensor), dtype, offset, size)
 
     def check_unchanged(self) -> None:
         """Refuse files that were written to since they were opened."""

@@ -26,6 +26,7 @@ from qconvert.ggml_types import GGML_TYPES, GgmlType
 from qconvert.model import Companion, SourceFile, TensorInfo
 
 ARCHITECTURE = "general.architecture"
+KIND, ADAPTER = "general.type", "adapter"  # of a file that is no model by itself
 RAW = "raw"  # the architecture of a file of ours that nobody is to run
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

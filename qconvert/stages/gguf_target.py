@@ -20,7 +20,7 @@ from qconvert.files import OpenModel
 from qconvert.files.adapters import AdaptedModel
 from qconvert.files.atomic import AtomicDirectory, AtomicOutput, machine_errors
 from qconvert.files.equalised import EqualisedModel, noted
-from qconvert.files.gguf import ARCHITECTURE, RAW
+from qconvert.files.gguf import ADAPTER, ARCHITECTURE, KIND, RAW
 from qconvert.files.gguf_split import SplitGgufWriter, plan_shards, shard_path
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import (
@@ -131,7 +131,7 @@ class GgufTarget:
     def source_of(self, made: OpenModel, opened: OpenModel, model: Model) -> Model:
         if made.metadata.get(ARCHITECTURE) == RAW or isinstance(opened, AnyGgufModel):
             return model
-        if made.metadata.get("general.type") == "adapter" and isinstance(model, AdaptedModel):
+        if made.metadata.get(KIND) == ADAPTER and isinstance(model, AdaptedModel):
             return adapter_as_gguf(model).model
         if _is_another(made, opened):
             return model  # under its own names: that no tensor is the same will be said
