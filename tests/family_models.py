@@ -7,6 +7,7 @@ test_families.py, which needs neither.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tiny_models import TOKENIZERS, rows
@@ -432,6 +433,56 @@ MORE: dict[str, Fields] = {
         sliding_window=16, rope_parameters=_YARN | {"truncate": True},
     ),
 }  # fmt: skip
+
+# Models with a layer that predicts a further token: the layers that its tensors are like, and what
+# they are named in its checkpoints.
+_LAST = {"model.layers.{last}.": "model.layers.{next}."}
+_QWEN = {"model.layers.{last}.": "mtp.layers.0."}
+_OWN = {name: f"model.layers.{{next}}.{name}" for name in ("eh_proj", "enorm", "hnorm")}
+_QWEN_OWN = {
+    "eh_proj": "mtp.fc", "enorm": "mtp.pre_fc_norm_embedding", "hnorm": "mtp.pre_fc_norm_hidden",
+    "norm": "mtp.norm",
+}  # fmt: skip
+_GLM_OWN = _OWN | {
+    "norm": "model.layers.{next}.shared_head.norm",
+    "head": "model.layers.{next}.shared_head.head",
+    "embedding": "model.layers.{next}.embed_tokens",
+}
+FURTHER: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    **dict.fromkeys(("glm4_moe", "glm4_moe_lite", "deepseek_v3"), (_LAST, _GLM_OWN)),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), (_QWEN, _QWEN_OWN)),
+    "nemotron_h": (
+        {"backbone.layers.2.": "mtp.layers.0.", "backbone.layers.1.": "mtp.layers.1."},
+        {name: f"mtp.layers.0.{name}" for name in ("eh_proj", "enorm", "hnorm")}
+        | {"norm": "mtp.layers.1.final_layernorm"},
+    ),
+}
+_FURTHER = ", further"
+MORE |= {f"{name}{_FURTHER}": NARROW[name] for name in FURTHER}
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def with_further(name: str, config: Fields, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Tensors of a checkpoint, with those of a layer that predicts a further token if the name of
+    the model says so: transformers leaves them out.
+    """
+    found = dict(shapes)
+    if not name.endswith(_FURTHER):
+        return found
+    like, own = FURTHER[name.removesuffix(_FURTHER)]
+    layers = config["num_hidden_layers"]
+    for old, new in like.items():
+        start, other = (s.format(last=layers - 1, next=layers) for s in (old, new))
+        found |= {
+            other + n.removeprefix(start): s for n, s in shapes.items() if n.startswith(start)
+        }
+    width, vocabulary = config["hidden_size"], config["vocab_size"]
+    of = {"eh_proj": (width, 2 * width)}
+    of |= dict.fromkeys(("head", "embedding"), (vocabulary, width))
+    return found | {
+        f"{place}.weight".format(next=layers): of.get(part, (width,)) for part, place in own.items()
+    }
+
 
 # Fields of `NARROW`, and what makes a multiple of 256 of rows that depend on them.
 _WIDER = {

@@ -16,7 +16,7 @@ import pytest
 from config_cases import TOLERANCE, Directories, unfolded
 from conftest import ROOT, Call
 from family_document import PAGE, with_table
-from family_models import ENCODERS, MORE, NARROW, WRAPPED
+from family_models import ENCODERS, FURTHER, MORE, NARROW, WRAPPED, with_further
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.numpy import load_file, save_file
@@ -171,17 +171,86 @@ def test_the_page_has_these_figures() -> None:
     assert with_table(page, FIGURES) == page
 
 
-def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, call: Call) -> None:
-    shapes = unfolded(TABLE["tensors"][TABLE["bases"]["glm4_moe"]["tensors"]])
-    more = shapes | {"model.layers.2.eh_proj.weight": (64, 128)}
-    config = NARROW["glm4_moe"] | {"num_nextn_predict_layers": 1}
-    directory = Directories(tmp_path).made("glm4_moe", config, more)
+def predicting(name: str, home: Path) -> Path:
+    """A checkpoint with a layer that predicts a further token."""
+    shapes = unfolded(TABLE["tensors"][TABLE["bases"][name]["tensors"]])
+    more = with_further(f"{name}, further", NARROW[name], shapes)
+    return Directories(home).made(name, NARROW[name], more)
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_a_layer_that_predicts_a_further_token_is_kept(
+    name: str, tmp_path: Path, call: Call
+) -> None:
+    """Under the names that llama.cpp's own converter gives it."""
+    directory, path = predicting(name, tmp_path), tmp_path / "m.gguf"
+    ran = call("quantize", directory, "--scheme", "f32", "-o", path)
+    assert ran.code == 0
+    assert "left out" not in ran.out
+    assert call("verify", path, "--against", directory).code == 0
+    blocks = NARROW[name]["num_hidden_layers"]
+    reader = GGUFReader(path)
+    arch = reader.fields["general.architecture"].contents()
+    assert reader.fields[f"{arch}.block_count"].contents() == blocks + 1
+    assert reader.fields[f"{arch}.nextn_predict_layers"].contents() == 1
+    found = {t.name: t.data for t in reader.tensors}
+    source = load_file(directory / "model.safetensors")
+    own = FURTHER[name][1]
+    places = {"norm": "shared_head_norm", "head": "shared_head_head", "embedding": "embed_tokens"}
+    for part, place in own.items():
+        wanted = source[f"{place}.weight".format(next=blocks)].astype(np.float32)
+        # transformers' Qwen adds one to the weights of norms
+        added = name.startswith("qwen") and part in ("enorm", "hnorm", "norm")
+        stored = found[f"blk.{blocks}.nextn.{places.get(part, part)}.weight"]
+        np.testing.assert_array_equal(stored.reshape(wanted.shape), wanted + added)
+    assert f"blk.{blocks}.attn_output.weight" in found
+    assert f"blk.{blocks + 1}." not in " ".join(found)
+
+
+def test_a_layer_that_predicts_a_further_token_is_left_out_on_request(
+    tmp_path: Path, call: Call
+) -> None:
+    directory, path = predicting("glm4_moe", tmp_path), tmp_path / "m.gguf"
+    ran = call("quantize", directory, "--scheme", "f32", "--no-mtp", "-o", path, "--json")
+    assert ran.code == 0
+    said = " ".join(json.loads(ran.out)["notes"])
+    assert "'model.layers.2.eh_proj.weight' is left out" in said
+    assert "--no-mtp leaves it out" in said
+    assert call("verify", path, "--against", directory).code == 0
+    reader = GGUFReader(path)
+    assert reader.fields["glm4moe.block_count"].contents() == 2
+    assert "glm4moe.nextn_predict_layers" not in reader.fields
+    assert not [t.name for t in reader.tensors if t.name.startswith("blk.2.")]
+    again = call("quantize", path, "--scheme", "f32", "--no-mtp", "-o", tmp_path / "n.gguf")
+    assert again.code == 2
+    assert "--no-mtp goes with a model directory" in again.err
+
+
+def test_llama_cpp_has_a_place_for_one_such_layer(tmp_path: Path, call: Call) -> None:
+    directory = predicting("glm4_moe", tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    tensors |= {n.replace(".2.", ".3."): v.copy() for n, v in tensors.items() if ".layers.2." in n}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     ran = call("quantize", directory, "--scheme", "f32", "-o", tmp_path / "m.gguf", "--json")
     assert ran.code == 0
-    assert "model.layers.2.eh_proj.weight" in ran.out
-    config["num_nextn_predict_layers"] = 0
+    assert "llama.cpp has a place for one such layer" in ran.out
+
+
+def test_a_layer_that_the_configuration_denies_is_refused(tmp_path: Path, call: Call) -> None:
+    directory = predicting("glm4_moe", tmp_path)
+    config = NARROW["glm4_moe"] | {"num_nextn_predict_layers": 0}
     (directory / "config.json").write_text(json.dumps(config))
     assert call("quantize", directory, "--scheme", "f32", "-o", tmp_path / "n.gguf").code == 3
+
+
+def test_a_further_layer_that_is_not_whole_is_refused(tmp_path: Path, call: Call) -> None:
+    directory = predicting("qwen3_next", tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["mtp.fc.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    ran = call("quantize", directory, "--scheme", "f32", "-o", tmp_path / "m.gguf")
+    assert ran.code == 3
+    assert "blk.3.nextn.eh_proj.weight" in ran.err
 
 
 @pytest.mark.parametrize("name", NARROW)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from qconvert.architectures.config import Config
 from qconvert.architectures.families.keys import Sizes
 from qconvert.architectures.families.row import Family, Slot
-from qconvert.architectures.families.slots import OUTPUT
+from qconvert.architectures.families.slots import NEXTN_PARTS, OUTPUT
 from qconvert.architectures.mapped import (
     Factors,
     Locate,
@@ -34,6 +34,8 @@ _STACKED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(?:\.weig
 # What transformers computes instead of storing, as some older checkpoints have it.
 _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 TOKEN_EMBEDDING = "token_embd.weight"
+# Fields that count layers for the prediction of further tokens.
+_COUNTS = ("num_mtp_layers", "num_nextn_predict_layers", "mtp_num_hidden_layers")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -90,7 +92,7 @@ def map_tensors(
         shape = sizes.shape(slot.shape, _block(name))
         if name in found:
             mapped.append(_made(model, name, slot, found[name], family, config, sizes))
-        else:
+        elif not slot.optional:
             raise InputError(
                 "tensor is missing that the architecture needs",
                 path=model.path,
@@ -114,9 +116,11 @@ def slots_of(
         there = slot.only is None or slot.only(config, sizes, 0)
         if there and (with_output or slot.name != OUTPUT):
             yield slot.name, slot
-    block = [s for s in family.block if s.flag is None or config.flag(s.flag)]
-    for i in range(sizes.blocks):
-        for slot in block:
+    more = family.further.block if family.further else ()
+    for i in range(sizes.blocks + sizes.further):
+        for slot in family.block if i < sizes.blocks else more:
+            if slot.flag is not None and not config.flag(slot.flag):
+                continue
             if slot.only is None or slot.only(config, sizes, i):
                 whole = "{}" in slot.name
                 yield slot.name.format(i) if whole else f"blk.{i}.{slot.name}", slot
@@ -137,13 +141,16 @@ def _collect(
     head: Head,
 ) -> tuple[dict[str, _Found], list[Dropped]]:
     """Which source tensors make up each GGUF tensor."""
-    names = name_table(family.arch, sizes.blocks)
+    names = name_table(family.arch, sizes.blocks + sizes.further)
+    further = further_layers(model, family, config, sizes.blocks)
     found: dict[str, _Found] = {}
     dropped: list[Dropped] = []
     for tensor in model.tensors:
         plain = renamed(tensor.name, family)
         reason = drop_reason(tensor.name, family, head.tied and not head.stands_in)
-        reason = reason or _beyond(plain, family, config, sizes)
+        if further and is_further(plain, family, sizes.blocks):
+            plain = _of_layer(plain, family, sizes.blocks)
+            reason = reason or (None if sizes.further else _left_out(further))
         if reason:
             dropped.append(Dropped(tensor.name, reason))
             continue
@@ -192,14 +199,41 @@ def name_table(arch: str, blocks: int) -> Any:
     return gguf.get_tensor_name_map(found, blocks)
 
 
-def _beyond(name: str, family: Family, config: Config, sizes: Sizes) -> str | None:
-    """Why a layer after the last is left out; None where there is none such."""
+def further_layers(model: Tensors, family: Family, config: Config, blocks: int) -> int:
+    """How many layers after the last of so many blocks predict further tokens; of more than one,
+    2, since llama.cpp has a place for one. The tensors say it, unless the configuration has none.
+    """
+    if any(config.get(field) == 0 for field in _COUNTS):
+        return 0
+    names = [renamed(t.name, family) for t in model.tensors]
+    further = [n for n in names if is_further(n, family, blocks)]
+    only = f".{blocks}."
+    one = all(only in _of_layer(n, family, blocks) for n in further)
+    return (1 if one else 2) if further else 0
+
+
+def is_further(name: str, family: Family, blocks: int) -> bool:
+    """Whether a tensor belongs to such a layer, by its name as `renamed` gives it."""
+    if family.further is None:
+        return False
     found = _IN_BLOCK.match(name)
-    if family.beyond is None or found is None:
-        return None
-    more = config.get(family.beyond, 0)
-    there = type(more) is int and sizes.blocks <= int(found[1]) < sizes.blocks + more
-    return "predicts further tokens at once, which is left to a file of its own" if there else None
+    starts = {start.partition(".")[0] for start, _ in family.further.renames}
+    return name.partition(".")[0] in starts or (found is not None and int(found[1]) >= blocks)
+
+
+def _of_layer(name: str, family: Family, blocks: int) -> str:
+    """The name of a tensor of such a layer, as one of a layer after the last."""
+    assert family.further
+    for start, instead in family.further.renames:
+        if name.startswith(start):
+            return instead.format(blocks) + name.removeprefix(start)
+    return name
+
+
+def _left_out(layers: int) -> str:
+    """Why layers that predict further tokens are."""
+    why = "--no-mtp leaves it out" if layers == 1 else "llama.cpp has a place for one such layer"
+    return f"predicts further tokens at once, and {why}"
 
 
 def drop_reason(name: str, family: Family, tied: bool) -> str | None:
@@ -244,7 +278,9 @@ def _named(name: str, family: Family) -> list[str]:
     within = _IN_BLOCK.match(name)
     if within is None:
         return list(family.parts.get(name, ()))
-    return [f"blk.{within[1]}.{slot}" for slot in family.parts.get(name[within.end() :], ())]
+    end = name[within.end() :]
+    found = family.parts.get(end) or (NEXTN_PARTS.get(end) if family.further else None) or ()
+    return [f"blk.{within[1]}.{slot}" for slot in found]
 
 
 def source_names(name: str) -> Iterator[tuple[str, int | None, tuple[int, int] | None]]:

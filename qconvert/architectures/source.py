@@ -17,7 +17,7 @@ from qconvert.architectures.families import family_of, hyper_parameters, known_f
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.general_name import harmless_name
 from qconvert.architectures.mapped import MappedModel
-from qconvert.architectures.mapping import Dropped, map_tensors
+from qconvert.architectures.mapping import Dropped, further_layers, map_tensors
 from qconvert.architectures.model_card import card_keys
 from qconvert.architectures.rebuilt_tokenizers import CLASSES
 from qconvert.architectures.rerankers import read_scores, score_keys, with_scores
@@ -72,7 +72,7 @@ def architecture_of(model: Model) -> str | None:
 
 
 def open_gguf_source(
-    model: Model, *, pre_tokenizer: str | None = None, compare: bool = True
+    model: Model, *, pre_tokenizer: str | None = None, compare: bool = True, mtp: bool = True
 ) -> GgufSource:
     """Map a Hugging Face model directory to GGUF.
 
@@ -82,6 +82,7 @@ def open_gguf_source(
         pre_tokenizer: llama.cpp's name for the pre-tokenizer, instead of the one found by its
             regular expressions.
         compare: whether to hold llama.cpp's tokens against those of the model's tokenizer.
+        mtp: whether to keep a layer that predicts a further token.
 
     Raises:
         UnsupportedError: an architecture, tokenizer or option that llama.cpp does not have; a
@@ -104,6 +105,8 @@ def open_gguf_source(
         )
     family, config = read_config(fields, directory / CONFIG)
     sizes = family.sizes(config)
+    if mtp and further_layers(model, family, config, sizes.blocks) == 1:
+        sizes = sizes.with_further()
     keys, rope = hyper_parameters(family, config, sizes)
     head = output_head(model, family, config)
     modules = sentence_modules(files, dense=family.dense, scores=family.scores)

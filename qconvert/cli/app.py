@@ -649,6 +649,12 @@ def quantize(
             help="GGUF: llama.cpp's name for it, where it is not recognised",
         ),
     ] = None,
+    no_mtp: Annotated[
+        bool,
+        typer.Option(
+            "--no-mtp", help="GGUF: leave out a layer that predicts a further token for drafts"
+        ),
+    ] = False,
     shard_size: Annotated[
         str | None,
         typer.Option(
@@ -808,6 +814,7 @@ def quantize(
             no_fallback=no_fallback,
             raw=raw,
             pre_tokenizer=pre_tokenizer,
+            no_mtp=no_mtp,
             override_kv=override_kv,
             shard_size=shard_size,
             target_bpw=target_bpw,

@@ -68,6 +68,7 @@ def quantize(
     no_fallback: bool = False,
     raw: bool = False,
     pre_tokenizer: str | None = None,
+    no_mtp: bool = False,
     shard_size: str | int | None = None,
     override_kv: Mapping[str, str] | str | Iterable[str] | None = None,
     target_bpw: float | None = None,
@@ -138,6 +139,8 @@ def quantize(
         no_fallback: GGUF: refuse matrices whose rows do not divide into blocks.
         raw: GGUF: only tensors, under their own names, of any architecture.
         pre_tokenizer: GGUF: llama.cpp's name for it, where it is not recognised.
+        no_mtp: GGUF: leave out a layer that predicts a further token (multi-token prediction),
+            which llama.cpp uses for drafts.
         override_kv: GGUF: other values of metadata: ``{key: "TYPE:VALUE"}``, or texts
             ``"KEY=TYPE:VALUE"``, of type ``int``, ``float``, ``bool`` or ``str``.
         shard_size: GGUF, directories: files of at most so many bytes, or ``"2G"``.
@@ -248,6 +251,7 @@ def _options(
     no_fallback: bool,
     raw: bool,
     pre_tokenizer: str | None,
+    no_mtp: bool,
     shard_size: str | int | None,
     override_kv: Mapping[str, str] | str | Iterable[str] | None,
     target_bpw: float | None,
@@ -314,6 +318,7 @@ def _options(
         gguf=GgufOptions(
             raw=raw,
             pre_tokenizer=pre_tokenizer,
+            mtp=not no_mtp,
             pure=pure,
             fallback=not no_fallback,
             output_type=output_tensor_type and parse_ggml_type(output_tensor_type),

@@ -17,6 +17,7 @@ from qconvert.model import DTYPES, Model
 
 TOKENIZER = "tokenizer.ggml.model"
 PRE_TOKENIZER = "tokenizer.ggml.pre"
+FURTHER_LAYERS = "nextn_predict_layers"  # below the architecture's name
 # Of the file they are read from: its layout, and what was done to its tensors.
 _NOT_CARRIED = (
     "general.alignment",
@@ -56,6 +57,7 @@ def as_gguf(
     name: str,
     pre_tokenizer: str | None,
     compare: bool = True,
+    mtp: bool = True,
 ) -> GgufModelSource:
     """The model as GGUF has it.
 
@@ -64,7 +66,7 @@ def as_gguf(
         model: the same, perhaps with its quantized tensors decoded.
         raw: keep the source's names and say nothing about an architecture.
         name: ``general.name`` of a raw file.
-        pre_tokenizer, compare: see `open_gguf_source`.
+        pre_tokenizer, compare, mtp: see `open_gguf_source`.
 
     Raises:
         UsageError: a pre-tokenizer for a file that gets no tokenizer from us.
@@ -77,6 +79,10 @@ def as_gguf(
             "--pre-tokenizer goes with a model directory, whose tokenizer is converted",
             hint="leave it out",
         )
+    if not mtp and (raw or isinstance(opened, AnyGgufModel)):
+        raise UsageError(
+            "--no-mtp goes with a model directory, whose layers are counted", hint="leave it out"
+        )
     if isinstance(opened, AnyGgufModel) and not raw and opened.metadata.get(ARCHITECTURE) != RAW:
         metadata, empty = _carried(opened)
         notes = tuple(f"the empty array '{key}' is left out" for key in empty)
@@ -87,7 +93,7 @@ def as_gguf(
         return GgufModelSource(model, keys, None)
     from qconvert.architectures import open_gguf_source  # its tables take 0.1 s to build
 
-    found = open_gguf_source(model, pre_tokenizer=pre_tokenizer, compare=compare)
+    found = open_gguf_source(model, pre_tokenizer=pre_tokenizer, compare=compare, mtp=mtp)
     notes = found.notes + tuple(f"tensor '{d.name}' is left out: {d.reason}" for d in found.dropped)
     return GgufModelSource(
         *(found.model, found.metadata, facts_of(found.metadata)),

@@ -38,6 +38,7 @@ from qconvert.mixes import MIXES, Mix, MixOptions, ModelFacts, parse_mix
 from qconvert.model import Model, TensorInfo
 from qconvert.schemes import TENSOR_SCHEMES, KeepScheme, MixScheme
 from qconvert.stages.gguf_sources import (
+    FURTHER_LAYERS,
     PRE_TOKENIZER,
     TOKENIZER,
     GgufModelSource,
@@ -69,8 +70,9 @@ class GgufTarget:
             assert isinstance(model, AdaptedModel)
             source = adapter_as_gguf(model)
         else:
+            name = model_name(model.path)
             source = as_gguf(
-                opened, model, raw=o.raw, name=model_name(model.path), pre_tokenizer=o.pre_tokenizer
+                opened, model, raw=o.raw, name=name, pre_tokenizer=o.pre_tokenizer, mtp=o.mtp
             )
         imatrix = read_imatrix(o.imatrix) if o.imatrix else None
         keys: dict[str, MetadataValue] = {"general.quantization_version": 2}
@@ -138,8 +140,9 @@ class GgufTarget:
         # Other kinds of tokenizers have a pre-tokenizer in the file, but none that can be named.
         named = made.metadata.get(TOKENIZER) == "gpt2"
         pre_tokenizer = made.metadata.get(PRE_TOKENIZER) if named else None
+        mtp = f"{made.metadata.get(ARCHITECTURE)}.{FURTHER_LAYERS}" in made.metadata
         return as_gguf(
-            opened, model, raw=False, name="", pre_tokenizer=pre_tokenizer, compare=False
+            opened, model, raw=False, name="", pre_tokenizer=pre_tokenizer, compare=False, mtp=mtp
         ).model
 
     def examined(self, made: OpenModel) -> Sequence[Finding]:
@@ -358,6 +361,7 @@ def _noted(o: GgufOptions) -> dict[str, Any]:
         "raw": o.raw,
         "pure": o.pure,
         "pre_tokenizer": o.pre_tokenizer,
+        "no_mtp": not o.mtp,
         "output_tensor_type": o.output_type,
         "token_embedding_type": o.token_embedding_type,
         "tensor_type": [str(rule) for rule in o.tensor_types],

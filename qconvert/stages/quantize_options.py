@@ -19,6 +19,7 @@ class GgufOptions:
 
     raw: bool = False
     pre_tokenizer: str | None = None
+    mtp: bool = True
     pure: bool = False
     fallback: bool = True
     output_type: str | None = None

@@ -30,9 +30,10 @@ from qconvert.architectures.families.keys import (
     group_keys,
     routed_keys,
 )
-from qconvert.architectures.families.row import Family, Slot
+from qconvert.architectures.families.row import Family, Further, Slot
 from qconvert.architectures.families.slots import (
     LEADING_DENSE,
+    NEXTN,
     NORMS,
     ROUTER_BIAS,
     ROUTER_BIAS_PART,
@@ -347,6 +348,6 @@ ROWS = (
         latent_rope,
         SILU,
         parts=MappingProxyType(_PARTS | ROUTER_BIAS_PART),
-        beyond="num_mtp_layers",
+        further=Further((*_BLOCK, *NEXTN)),
     ),
 )

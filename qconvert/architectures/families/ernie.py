@@ -157,7 +157,7 @@ ROWS = (
         tied=True,
         renames=(("ernie.", "model."),),
         dropped=tuple(
-            (f"model.mtp_{part}.", FURTHER[0][1])
+            (f"model.mtp_{part}.", FURTHER)
             for part in ("block", "emb_norm", "hidden_norm", "linear_proj")
         ),
         parts=MappingProxyType(

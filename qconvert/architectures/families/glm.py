@@ -26,10 +26,11 @@ from qconvert.architectures.families.keys import (
     plain_sizes,
     routed_keys,
 )
-from qconvert.architectures.families.row import Family, Slot
+from qconvert.architectures.families.row import Family, Further, Slot
 from qconvert.architectures.families.slots import (
     HEAD_NORMS,
     LEADING_DENSE,
+    NEXTN,
     NORMS,
     POST_NORMS,
     ROUTER_BIAS_PART,
@@ -118,6 +119,14 @@ def glm4_moe_keys(config: Config, sizes: Sizes) -> Keys:
     )
 
 
+_SPARSE = (
+    NORMS[0],
+    POST_NORMS[0],
+    *attention(heads=False, bias=None),
+    *(replace(norm, flag="use_qk_norm") for norm in HEAD_NORMS),
+    *LEADING_DENSE,
+)
+
 ROWS = (
     Family(
         "GLM 4",
@@ -141,18 +150,12 @@ ROWS = (
         ("Glm4MoeForCausalLM",),
         "glm4moe",
         WHOLE,
-        (
-            NORMS[0],
-            POST_NORMS[0],
-            *attention(heads=False, bias=None),
-            *(replace(norm, flag="use_qk_norm") for norm in HEAD_NORMS),
-            *LEADING_DENSE,
-        ),
+        _SPARSE,
         glm4_moe_keys,
         glm4_moe_sizes,
         _HALF,
         SILU,
         parts=MappingProxyType(ROUTER_BIAS_PART),
-        beyond="num_mtp_layers",
+        further=Further((*_SPARSE, *NEXTN)),
     ),
 )

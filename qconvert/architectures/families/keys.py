@@ -32,12 +32,18 @@ class Sizes:
         head_dim: width of a head.
         named: dimensions.
         by_block: those that differ from block to block.
+        further: layers after the blocks that predict further tokens.
     """
 
     blocks: int
     head_dim: int
     named: dict[str, int]
     by_block: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    further: int = 0
+
+    def with_further(self) -> Sizes:
+        """The same model with a layer that predicts a further token."""
+        return replace(self, further=1, named=self.named | {"both_widths": 2 * self.named["width"]})
 
     def shape(self, names: str, block: int | None = None) -> tuple[int, ...]:
         """The dimensions of these names; numbers stand for themselves."""
@@ -126,10 +132,11 @@ def filled_sizes(config: Config) -> Sizes:
 
 def common_keys(config: Config, sizes: Sizes) -> Keys:
     heads = config.count("num_attention_heads")
-    return {
+    more: Keys = {"nextn_predict_layers": sizes.further} if sizes.further else {}
+    return more | {
         "context_length": config.count("max_position_embeddings"),
         "embedding_length": sizes.named["width"],
-        "block_count": sizes.blocks,
+        "block_count": sizes.blocks + sizes.further,
         "feed_forward_length": sizes.named["inner"],
         "attention.head_count": heads,
         "attention.head_count_kv": sizes.named["key"] // sizes.head_dim,

@@ -32,12 +32,14 @@ from qconvert.architectures.families.keys import (
     plain_sizes,
     routed_keys,
 )
-from qconvert.architectures.families.row import Family, Slot
+from qconvert.architectures.families.row import Family, Further, Slot
 from qconvert.architectures.families.slots import (
     EXPERTS,
     FURTHER,
     GATED,
+    NEXTN,
     NORMS,
+    POST_NORMS,
     ROUTER_BIAS,
     SHARED,
     WHOLE,
@@ -193,10 +195,13 @@ def nemotron_keys(config: Config, sizes: Sizes) -> Keys:
     sparse = _EXPERTS in kinds
     widths = {_DENSE: named["inner"], _EXPERTS: named.get("expert_inner", 0)}
     groups = named["key"] // sizes.head_dim
+    # One that predicts a further token attends, and has experts.
+    attending = [groups * (k == FULL) for k in kinds] + [groups] * sizes.further
+    inner = [widths.get(k, 0) for k in kinds] + [widths[_EXPERTS]] * sizes.further
     found = decoder_keys(config, sizes, "layer_norm_epsilon") | {
         "attention.layer_norm_epsilon": config.number("layer_norm_epsilon", zero=True),
-        "attention.head_count_kv": GgufValue("UINT32", [groups * (k == FULL) for k in kinds]),
-        "feed_forward_length": GgufValue("UINT32", [widths.get(k, 0) for k in kinds]),
+        "attention.head_count_kv": GgufValue("UINT32", attending),
+        "feed_forward_length": GgufValue("UINT32", inner),
         **ssm_keys(sizes),
     }
     if sparse:
@@ -226,11 +231,10 @@ def _latent(config: Config, sizes: Sizes, block: int) -> bool:
     return config.get("moe_latent_size") is not None
 
 
-_MIXED = (
-    NORMS[0],
-    *limited(SSM, _of(LINEAR)),
-    *limited(attention(heads=False, bias=False), _of(FULL)),
-)
+_ATTENTION = attention(heads=False, bias=False)
+_MIXED = (NORMS[0], *limited(SSM, _of(LINEAR)), *limited(_ATTENTION, _of(FULL)))
+# Of the last layer's own there is a norm.
+_NEXTN = (*NEXTN[:3], replace(NEXTN[5], optional=False))
 _SPARSE = (
     EXPERTS[0],
     ROUTER_BIAS,
@@ -261,6 +265,7 @@ _PARTS = {
         f"mixer.shared_experts.{way}_proj.weight": f"ffn_{way}_shexp.weight"
         for way in ("up", "down")
     },
+    "post_norm.weight": POST_NORMS[0].name,
     "mixer.gate.weight": EXPERTS[0].name,
     "mixer.gate.e_score_correction_bias": ROUTER_BIAS.name,
     "mixer.fc1_latent_proj.weight": "ffn_latent_down.weight",
@@ -287,11 +292,24 @@ _MOE = Family(
     None,
     ("relu2",),
     renames=(("backbone.", "model."),),
-    dropped=FURTHER,
     parts=MappingProxyType({name: (slot,) for name, slot in _PARTS.items()} | ssm_parts("mixer")),
     instead=_instead,
     said=_said,
+    further=Further(
+        (NORMS[0], POST_NORMS[0], *_ATTENTION, *_SPARSE, *_NEXTN),
+        (
+            ("mtp.layers.1.norm.", "model.layers.{}.post_norm."),
+            ("mtp.layers.1.final_layernorm.", "model.layers.{}.shared_head.norm."),
+            *((f"mtp.layers.{half}.", "model.layers.{}.") for half in (0, 1)),
+        ),
+    ),
 )
-_ROW = replace(_MOE, arch="nemotron_h", block=(*_MIXED, *limited(GATED[1:], _of(_DENSE))))
+_ROW = replace(
+    _MOE,
+    further=None,
+    dropped=(("mtp.", FURTHER),),
+    arch="nemotron_h",
+    block=(*_MIXED, *limited(GATED[1:], _of(_DENSE))),
+)
 
 ROWS = (_MOE,)

@@ -34,13 +34,13 @@ from qconvert.architectures.families.keys import (
     rotated,
     two_kinds,
 )
-from qconvert.architectures.families.row import Family, Slot
+from qconvert.architectures.families.row import Family, Further, Slot
 from qconvert.architectures.families.slots import (
     EXPERTS,
-    FURTHER,
     GATED,
     HEAD_NORMS,
     INSIDE,
+    NEXTN,
     NORMS,
     POST_NORMS,
     SHARED,
@@ -201,7 +201,7 @@ def linear_keys(config: Config, sizes: Sizes) -> Keys:
         raise config.unlike("rms_norm_eps", f"at most {_LARGEST_EPSILON}")
     named = sizes.named
     found = decoder_keys(config, sizes) | {
-        "attention.recurrent_layers": GgufValue("BOOL", recurrent),
+        "attention.recurrent_layers": GgufValue("BOOL", recurrent + [False] * sizes.further),
         "full_attention_interval": 4 if config.given("layer_types") else _interval(config),
         "ssm.conv_kernel": named["kernel"],
         "ssm.state_size": named["state"],
@@ -309,13 +309,10 @@ def _gates(sizes: Sizes) -> Locate:
     return locate
 
 
-_ATTENTION = limited(
-    (
-        replace(attention(heads=False, bias=False)[0], shape="gated_query width"),
-        *attention(heads=False, bias=False)[1:],
-        *HEAD_NORMS,
-    ),
-    attends,
+_ATTENTION = (
+    replace(attention(heads=False, bias=False)[0], shape="gated_query width"),
+    *attention(heads=False, bias=False)[1:],
+    *HEAD_NORMS,
 )
 _A = Slot("ssm_a", "value_heads", change=NEGATED_EXP)
 _DT = Slot("ssm_dt.bias", "value_heads")
@@ -345,7 +342,7 @@ _TILED = limited(
     ),
     _recurs,
 )
-_COMMON = (NORMS[0], POST_NORMS[0], *_ATTENTION)
+_COMMON = (NORMS[0], POST_NORMS[0], *limited(_ATTENTION, attends))
 _SHARING = (*EXPERTS, *SHARED, SHARED_GATE)
 _PARTS: dict[str, tuple[str, ...]] = {
     "post_attention_layernorm.weight": (POST_NORMS[0].name,),
@@ -361,7 +358,23 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "linear_attn.norm.weight": ("ssm_norm.weight",),
     "linear_attn.out_proj.weight": ("ssm_out.weight",),
 }
-_DROPPED = (*FURTHER, *VISION)
+_RENAMES = (("model.mtp.", "mtp."),)
+
+
+def _further(*network: Slot) -> Further:
+    """A layer of attention that is not linear."""
+    return Further(
+        (NORMS[0], POST_NORMS[0], *_ATTENTION, *network, *NEXTN),
+        (
+            ("mtp.layers.0.", "model.layers.{}."),
+            ("mtp.fc.", "model.layers.{}.eh_proj."),
+            ("mtp.pre_fc_norm_embedding.", "model.layers.{}.enorm."),
+            ("mtp.pre_fc_norm_hidden.", "model.layers.{}.hnorm."),
+            ("mtp.norm.", "model.layers.{}.shared_head.norm."),
+            ("mtp.embed_tokens.", "model.layers.{}.embed_tokens."),
+        ),
+    )
+
 
 ROWS = (
     Family(
@@ -375,8 +388,9 @@ ROWS = (
         next_rope,
         SILU,
         norm_offset=True,
-        dropped=_DROPPED,
+        renames=_RENAMES,
         parts=MappingProxyType(_PARTS),
+        further=_further(*_SHARING),
     ),
     Family(
         "Qwen 3.5",
@@ -389,9 +403,10 @@ ROWS = (
         sectioned_rope,
         SILU,
         norm_offset=True,
-        renames=INSIDE,
-        dropped=_DROPPED,
+        renames=(*INSIDE, *_RENAMES),
+        dropped=VISION,
         parts=MappingProxyType(_PARTS),
+        further=_further(*GATED),
     ),
     Family(
         "Qwen 3.5 mixture of experts",
@@ -404,8 +419,9 @@ ROWS = (
         sectioned_rope,
         SILU,
         norm_offset=True,
-        renames=INSIDE,
-        dropped=_DROPPED,
+        renames=(*INSIDE, *_RENAMES),
+        dropped=VISION,
         parts=MappingProxyType(_PARTS),
+        further=_further(*_SHARING),
     ),
 )

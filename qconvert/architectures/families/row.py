@@ -32,6 +32,7 @@ class Slot:
         factors: what its rows are multiplied by, all by one number or each by its own.
         cut: whether rows of the source that nothing is computed with are left out.
         plain: a norm to which nothing is added, in a family that adds to norms.
+        optional: whether llama.cpp does without it.
     """
 
     name: str
@@ -47,6 +48,21 @@ class Slot:
     factors: Callable[[Config, Sizes], Sequence[float]] | None = None
     cut: bool = False
     plain: bool = False
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Further:
+    """A layer after the last that predicts a further token (multi-token prediction, MTP), for
+    drafts that the model then checks.
+
+    Attributes:
+        block: its tensors.
+        renames: beginnings of source names, and what stands for them as layer ``{}``.
+    """
+
+    block: tuple[Slot, ...]
+    renames: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +88,8 @@ class Family:
         parts: ends of source names within a block, or whole names outside, for which gguf-py's
             table has no name, or another one, and the slots that are made of each: several are
             equal parts of its rows, in their order, or say themselves where their rows are.
-        beyond: field of the configuration that counts layers for the prediction of several tokens
-            after the others; they are left out.
+        further: the layer for the prediction of one more token; None where llama.cpp has no place
+            for it.
         per_layer: whether its keys say what ``per_layer_config`` says.
         dense: whether llama.cpp has places for sentence-transformers' dense modules.
         scores: whether llama.cpp has a head of two rows with softmax, for rerankers that are
@@ -99,7 +115,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
-    beyond: str | None = None
+    further: Further | None = None
     own_head: bool = False
     dense: bool = False
     scores: bool = False

@@ -128,4 +128,20 @@ AUDIO = tuple(
     for inside in ("", "model.")
     for part in ("audio_tower", "embed_audio")
 )
-FURTHER = (("mtp.", "predicts further tokens at once, which is left to a file of its own"),)
+FURTHER = "predicts further tokens at once, which llama.cpp does not do with this architecture"
+
+# What joins the embedding of a token with the hidden state before it, and what there is of an
+# embedding, a last norm and an output matrix of the layer's own.
+NEXTN = (
+    Slot("nextn.eh_proj.weight", "width both_widths"),
+    Slot("nextn.enorm.weight", "width"),
+    Slot("nextn.hnorm.weight", "width"),
+    Slot("nextn.embed_tokens.weight", "vocabulary width", optional=True),
+    Slot("nextn.shared_head_head.weight", "vocabulary width", optional=True),
+    Slot("nextn.shared_head_norm.weight", "width", optional=True),
+)
+NEXTN_PARTS = {
+    **{f"{name}.weight": (f"nextn.{name}.weight",) for name in ("eh_proj", "enorm", "hnorm")},
+    "embed_tokens.weight": ("nextn.embed_tokens.weight",),
+    **{f"shared_head.{n}.weight": (f"nextn.shared_head_{n}.weight",) for n in ("head", "norm")},
+}
