@@ -29,6 +29,7 @@ POSITIONS, EVERY = (5, 79, 159), 61
 # Largest difference, of the largest output. ggml takes GELU from a table of binary16.
 TOLERANCE = {
     **dict.fromkeys(("gemma2", "gemma3_text", "gemma3", "starcoder2", *ENCODERS), 3e-3),
+    **dict.fromkeys(("gemma3n_text", "gemma3n"), 3e-3),
     **dict.fromkeys(("gemma4_text", "gemma4"), 6e-3),
 }
 EXACT = 3e-4
@@ -57,6 +58,8 @@ TOKENIZER = {
     "gemma3_text": "sp-gemma",
     "gemma3": "sp-gemma",
     "gemma3_text-encoder": "sp-gemma",
+    "gemma3n_text": "sp-gemma",
+    "gemma3n": "sp-gemma",
     "bert": "wordpiece",
     "xlm-roberta": "unigram",
     "roberta": "gpt-2",

@@ -188,6 +188,7 @@ VALUES |= {
             "eoi_token_id",
             "boa_token_id",
             "eoa_token_index",
+            "eoa_token_id",
             "audio_token_id",
         )
     },
@@ -196,6 +197,14 @@ VALUES |= {
     "multimodal_projector_bias": [False],
     "spatial_merge_size": [2],
     "hidden_size_per_layer_input": [64, 0],
+    "altup_active_idx": [1],
+    "audio_soft_tokens_per_image": [188],
+    "vision_soft_tokens_per_image": [256],
+    "altup_correct_scale": [False],
+    "altup_num_inputs": [3],
+    "altup_coef_clip": [1.0],
+    "laurel_rank": [32],
+    "activation_sparsity_pattern": [[0.0] * 6, [0.5] * 6],
     "attention_k_eq_v": [False],
     "num_kv_shared_layers": [0, 3],
     "enable_moe_block": [True],
@@ -773,6 +782,22 @@ OWN: dict[str, dict[str, list[Any]]] = {
         "final_logit_softcapping": [100.0],
         "hidden_size_per_layer_input": [64],
         "layer_types": [[FULL] * 4, [FULL, FULL, SLIDING, FULL]],
+    },
+    "gemma3n_text": {
+        "num_kv_shared_layers": [2],
+        "intermediate_size": [512, [2048] * 6, [2048] * 5 + [512]],
+        "vocab_size_per_layer_input": [313, 400],
+        "layer_types": [[FULL] * 6, [SLIDING] * 6, [FULL, FULL, SLIDING] * 2],
+        "rope_parameters": [
+            {
+                FULL: {"rope_type": "default", "rope_theta": 500.0},
+                SLIDING: {"rope_type": "default", "rope_theta": 700.0},
+            },
+            {
+                FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0},
+                SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+        ],
     },
     "granitemoehybrid": {
         "layer_types": [

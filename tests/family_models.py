@@ -78,6 +78,17 @@ _GEMMA4 = {
     "layer_types": [_SLIDING, _FULL] * 2,
     "vocab_size_per_layer_input": VOCABULARY,
 }
+_GEMMA3N = {
+    "vocab_size": rows(TOKENIZERS["sp-gemma"]),
+    "vocab_size_per_layer_input": rows(TOKENIZERS["sp-gemma"]) - 40,
+    "head_dim": 32,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 0,
+    "sliding_window": 16,
+    "activation_sparsity_pattern": [0.95] * 6,
+    "tie_word_embeddings": True,
+}
 _GRANITE_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, **_MULTIPLIERS}
 _YARN = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
@@ -198,6 +209,7 @@ NARROW: dict[str, Fields] = {
         attention_k_eq_v=True, num_kv_shared_layers=2, use_double_wide_mlp=True,
         hidden_size_per_layer_input=32,
     ),
+    "gemma3n_text": _base("Gemma3nForCausalLM", "gemma3n_text", **_GEMMA3N),
     "granitemoehybrid": _base(
         "GraniteMoeHybridForCausalLM", "granitemoehybrid", **_GRANITE4
     ),
@@ -316,6 +328,18 @@ NARROW |= {
             "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
         },
     ),
+    "gemma3n": _wrapped(
+        "Gemma3nForConditionalGeneration", "gemma3n", "gemma3n_text",
+        {
+            "model_type": "gemma3n_vision", "architecture": "test_vit", "hidden_size": 64,
+            "vocab_size": 8, "vocab_offset": rows(TOKENIZERS["sp-gemma"]),
+        },
+        audio_config={
+            "model_type": "gemma3n_audio", "hidden_size": 32, "conf_num_attention_heads": 2,
+            "conf_num_hidden_layers": 1, "vocab_size": 8, "input_feat_size": 16,
+            "vocab_offset": rows(TOKENIZERS["sp-gemma"]) + 8, "sscp_conv_channel_size": [8, 8],
+        },
+    ),
     "gemma4": _wrapped(
         "Gemma4ForConditionalGeneration", "gemma4", "gemma4_text",
         {
@@ -365,7 +389,7 @@ ENCODERS = (
     *("bert", "xlm-roberta", "roberta", "modernbert", _ENCODER3),
     *("nomic_bert", "jina_embeddings_v3", "t5-encoder"),
 )
-WRAPPED = ("qwen3_5", "qwen3_5_moe", "mistral3", "llama4", "gemma4")
+WRAPPED = ("qwen3_5", "qwen3_5_moe", "mistral3", "llama4", "gemma3n", "gemma4")
 
 # More models for `make_families.py`: of classes that are in `NARROW` otherwise.
 MORE: dict[str, Fields] = {
@@ -400,6 +424,12 @@ MORE: dict[str, Fields] = {
     "gemma4_text, experts": _base(
         "Gemma4ForCausalLM", "gemma4_text", **_GEMMA4, enable_moe_block=True, num_experts=4,
         top_k_experts=2, moe_intermediate_size=48, hidden_size_per_layer_input=0,
+    ),
+    "gemma3n_text, shared": _base(
+        "Gemma3nForCausalLM", "gemma3n_text", **_GEMMA3N | {
+            "num_hidden_layers": 22, "num_kv_shared_layers": 2,
+            "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 12,
+        },
     ),
     "t5, gated": _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "bert, classifier": _encoder(
@@ -515,7 +545,7 @@ _WIDER = {
 
 def wide(fields: Fields) -> Fields:
     """The same model with rows of multiples of 256 values."""
-    wider = {n: _WIDER.get(n, v) if v else v for n, v in fields.items()}
+    wider = {n: max(_WIDER[n], v) if v and n in _WIDER else v for n, v in fields.items()}
     if "text_config" in fields:
         wider["text_config"] = wide(fields["text_config"])
         if "out_hidden_size" in fields["vision_config"]:

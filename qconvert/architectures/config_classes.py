@@ -27,6 +27,7 @@ NUMBER = "a number"
 NUMBER_OR_NULL, TEXT_OR_NULL = "a number, or null", f"{TEXT}, or null"
 FLOATS = f"a list of {FLOAT.replace('a number', 'numbers')}"
 FLOATS_OR_NULL = f"{FLOATS}, or null"
+FLOAT_OR_FLOATS_OR_NULL = f"{FLOAT} or {FLOATS}, or null"
 INT_OR_TEXT_OR_NULL = "an integer or text, or null"
 INT_OR_INTS = "an integer or a list of integers"
 OBJECT_OR_NULL = "an object, or null"
@@ -94,9 +95,12 @@ class ConfigClass:
             )
         if kind == INT_OR_INTS and type(value) is int:
             return True
+        if kind == FLOAT_OR_FLOATS_OR_NULL and type(value) is float:
+            return True
         of_list = {
             INT_OR_INTS: int,
-            INTS_OR_NULL: int, TEXTS_OR_NULL: str, FLOATS: float, FLOATS_OR_NULL: float
+            INTS_OR_NULL: int, TEXTS_OR_NULL: str, FLOATS: float, FLOATS_OR_NULL: float,
+            FLOAT_OR_FLOATS_OR_NULL: float,
         }.get(kind)  # fmt: skip
         if of_list:
             return isinstance(value, list) and all(type(v) is of_list for v in value)

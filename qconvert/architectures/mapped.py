@@ -359,7 +359,7 @@ class MappedModel:
             low, high = int(rows[begin]), int(rows[end - 1]) + 1
             offset, nbytes = (low - first) * row.itemsize, (high - low) * row.itemsize
             data = np.frombuffer(self._source.raw(made.sources[index], offset, nbytes), row)
-            if high - low > end - begin:  # else all of them are asked for, and need no copy
+            if (np.diff(rows[begin:end]) != 1).any():  # else they need no copy
                 data = data[rows[begin:end] - low]
             found[order[begin:end]] = data
         return found

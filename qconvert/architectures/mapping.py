@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,10 @@ from qconvert.architectures.tying import HEAD, Head
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.model import TensorInfo
 
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)(\.\w+\.weight)")
+# Matrices of one shape that become one tensor: of experts, and of the inputs of Gemma 3n.
+_STACKED = re.compile(
+    r"(.*\.experts|.*\.altup_(?:unembed_)?projections)\.(\d+)((?:\.\w+)?\.weight)"
+)
 _IN_BLOCK = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
 _STACKED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?")
 # What transformers computes instead of storing, as some older checkpoints have it.
@@ -92,6 +96,9 @@ def map_tensors(
         shape = sizes.shape(slot.shape, _block(name))
         if name in found:
             mapped.append(_made(model, name, slot, found[name], family, config, sizes))
+        elif slot.zeros:
+            values = np.zeros(math.prod(shape), np.float32)
+            mapped.append(MappedTensor(described(name, shape, "F32"), constant=values))
         elif not slot.optional:
             raise InputError(
                 "tensor is missing that the architecture needs",
@@ -285,7 +292,7 @@ def _named(name: str, family: Family) -> list[str]:
 
 def source_names(name: str) -> Iterator[tuple[str, int | None, tuple[int, int] | None]]:
     """Names as gguf-py's table has them, with the expert, or the part of a fused tensor."""
-    if one := _EXPERT.fullmatch(name):
+    if one := _STACKED.fullmatch(name):
         yield one[1] + one[3], int(one[2]), None
     elif (all_of := _STACKED_EXPERTS.fullmatch(name)) and all_of[2] == "gate_up_proj":
         yield f"{all_of[1]}.gate_proj.weight", None, (0, 2)

@@ -33,6 +33,8 @@ class Slot:
         cut: whether rows of the source that nothing is computed with are left out.
         plain: a norm to which nothing is added, in a family that adds to norms.
         optional: whether llama.cpp does without it.
+        zeros: whether zeros stand for one that the checkpoint does without: llama.cpp wants it, and
+            computes nothing with it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Slot:
     cut: bool = False
     plain: bool = False
     optional: bool = False
+    zeros: bool = False
 
 
 @dataclass(frozen=True, slots=True)
