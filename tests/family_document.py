@@ -1,4 +1,4 @@
-"""The table of families in formats/gguf.md, from the figures that `make_families.py` found."""
+"""Tables in formats/gguf.md, from what `make_families.py` and `make_tokenizers.py` found."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from conftest import ROOT
 from family_models import MORE, NARROW
 
 PAGE = ROOT / "formats" / "gguf.md"
-BEGIN, END = "<!-- families -->\n", "<!-- end of families -->\n"
 _HEAD = """
 | model | class | layers | logits differ by | tensors | types equal |
+|---|---|---|---|---|---|
+"""
+_TOKENIZERS = """
+| package | model | tokens | pre-tokenizer | other tokens for | of plain texts |
 |---|---|---|---|---|---|
 """
 
@@ -35,6 +38,23 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def with_table(page: str, figures: dict[str, Any]) -> str:
-    """The page with another table."""
-    before, rest = page.split(BEGIN)
-    return before + BEGIN + table(figures) + END + rest.split(END)[1]
+    """The page with another table of families."""
+    return _between(page, "families", table(figures))
+
+
+def with_tokenizers(page: str, figures: dict[str, Any]) -> str:
+    """The page with another table of tokenizers."""
+    lines = []
+    for name, found in figures.items():
+        told = found.get("refused")
+        counts = "refused" if told else f"{found['different']} of {found['texts']}"
+        plain = "" if told else f"{len(found['plain different'])} of {found['plain']}"
+        cells = (name, found["kind"], f"{found['rows']:,}", found.get("pre", ""), counts, plain)
+        lines.append(f"| {' | '.join(cells)} |")
+    return _between(page, "tokenizers", _TOKENIZERS + "\n".join(lines) + "\n\n")
+
+
+def _between(page: str, name: str, text: str) -> str:
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    before, rest = page.split(begin)
+    return before + begin + text + end + rest.split(end)[1]

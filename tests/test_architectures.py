@@ -41,9 +41,12 @@ from qconvert.architectures import (
     supported,
 )
 from qconvert.architectures.families import FAMILIES, hyper_parameters
+from qconvert.architectures.llama_tokenizer import LlamaTokenizer
 from qconvert.architectures.mapping import map_tensors
 from qconvert.architectures.model_card import card_keys
+from qconvert.architectures.pretokenizers import NAMES, pre_tokenizer_name
 from qconvert.architectures.source import read_config
+from qconvert.architectures.tokenizer_json import TokenizerJson
 from qconvert.architectures.tying import output_head
 from qconvert.errors import FormatError, InputError, QconvertError, UnsupportedError
 from qconvert.files import open_model
@@ -901,6 +904,37 @@ def test_sentencepiece_scores_follow_the_merges(tmp_path: Path) -> None:
     assert by_token["[PAD699]"] == (-10000.0, 5)
 
 
+def test_a_tab_may_be_a_token_in_the_place_of_its_byte(tmp_path: Path) -> None:
+    """As in the tokenizers of Gemma 1 and 2."""
+    text = json.dumps(TOKENIZERS["sp-gemma"]).replace('"<0x09>"', '"\\t"')
+    found = tokenizer_keys(tmp_path, json.loads(text))
+    tokens = found["tokenizer.ggml.tokens"]
+    assert "<0x09>" not in tokens
+    ours = LlamaTokenizer(found)
+    assert ours.encode("\t") == [tokens.index("\t")]
+    other = json.dumps(TOKENIZERS["sp-gemma"]).replace('"<0xFF>"', '"none"')
+    with pytest.raises(UnsupportedError):
+        tokenizer_keys(tmp_path / "o", json.loads(other))
+
+
+def test_deepseek_s_expressions_are_known_however_they_are_written() -> None:
+    """The published file has line ends as such, and no escape before a quote."""
+    expressions = next(e for (e, _), name in NAMES.items() if name == "deepseek-v3")
+    published = [e.replace(r"\r", "\r").replace(r"\n", "\n") for e in expressions]
+    assert '[!"#' in published[2]
+    for written in (published, [e.replace('"', r"\"") for e in published], expressions):
+        steps = [
+            {"type": "Split", "pattern": {"Regex": e}, "behavior": "Isolated", "invert": False}
+            for e in written
+        ]
+        level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+        fields = {
+            "model": {},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, level]},
+        }
+        assert pre_tokenizer_name(TokenizerJson(fields, Path("tokenizer.json"))) == "deepseek-v3"
+
+
 def test_a_merge_left_out_is_a_warning_and_keeps_the_place_of_its_token(tmp_path: Path) -> None:
     fields = json.loads(json.dumps(TOKENIZERS["sp-llama"]))
     fields["model"]["merges"].remove(["▁", "t"])
@@ -1411,13 +1445,13 @@ def test_a_configuration_that_llama_cpp_would_not_run_is_refused(
 
 
 def test_an_unknown_architecture_is_told_which_there_are(tmp_path: Path) -> None:
-    config = {"architectures": ["Gemma3nForCausalLM"]}
+    config = {"architectures": ["Gemma2xForCausalLM"]}
     error = refused(write_directory(tmp_path / "m", "llama", config=config))
     assert isinstance(error, UnsupportedError)
-    assert "near by name: Gemma3ForCausalLM" in str(error)
+    assert "near by name: Gemma2ForCausalLM" in str(error)
     assert "formats/gguf.md" in (error.hint or "")
     assert len(error.wanted or "") < 150
-    assert "Gemma3nForCausalLM" in str(error)
+    assert "Gemma2xForCausalLM" in str(error)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
@@ -1436,11 +1470,11 @@ def test_a_file_by_itself_is_sent_to_its_directory(tmp_path: Path) -> None:
     assert "directory" in str(error.hint)
 
 
-def test_sentencepiece_s_own_file_alone_is_told_how_to_become_json(tmp_path: Path) -> None:
+def test_what_is_no_sentencepiece_model_is_told_how_to_become_json(tmp_path: Path) -> None:
     directory = write_directory(tmp_path / "m", "llama")
     (directory / "tokenizer.json").rename(directory / "tokenizer.model")
     error = refused(directory)
-    assert error.code == "ARCH-NO-TOKENIZER"
+    assert error.code == "ARCH-TOKENIZER-FILE"
     assert "save_pretrained" in str(error.hint)
 
 

@@ -139,11 +139,11 @@ def outputs(model: Any, ids: list[int], *, encoder: bool = False) -> NDArray[np.
     return np.stack(found)
 
 
-def tokenized(model: Any, text: str) -> list[int]:
+def tokenized(model: Any, text: str, around: bool = True) -> list[int]:
     """Tokens with those that surround a text; special ones in the text are taken as such."""
     data, space = text.encode(), (llama_cpp.llama_token * 500)()
     vocabulary = llama_cpp.llama_model_get_vocab(model)
-    count = llama_cpp.llama_tokenize(vocabulary, data, len(data), space, 500, True, True)
+    count = llama_cpp.llama_tokenize(vocabulary, data, len(data), space, 500, around, True)
     assert count >= 0
     return list(space[:count])
 

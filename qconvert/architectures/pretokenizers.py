@@ -53,7 +53,7 @@ JAIS2 = (
 NUMBERS = r"\p{N}{1,3}"
 EAST_ASIAN = "[一-龥\u3040-ゟ゠-ヿ]+"
 DEEPSEEK = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 )
 LATIN = (  # and the other scripts with two cases
@@ -103,7 +103,8 @@ NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     ((GROUPS, O200K), False): "tiny_aya",
     ((LINES, QWEN2), False): "laguna",
 }
-# Other ways to write the same expression.
+# Other ways to write the same character, as some files have it, and the same expression.
+_WRITTEN = (("\r", r"\r"), ("\n", r"\n"), (r"\"", '"'))
 _SAME = {r"\p{N}": DIGIT, r"\p{N}{1}": DIGIT}
 
 # Every name that llama.cpp at 0c1e57098 loads (src/llama-vocab.cpp); it refuses any other.
@@ -159,7 +160,8 @@ def _expressions(step: dict[str, Any]) -> list[str] | None:
         # Two ways to say that every match is a piece of its own.
         way = (step.get("behavior"), step.get("invert"))
         if isinstance(regex, str) and way in (("Isolated", False), ("Removed", True)):
-            regex = regex.replace("\r", r"\r").replace("\n", r"\n")  # as most files have them
+            for written, usual in _WRITTEN:
+                regex = regex.replace(written, usual)
             return [_SAME.get(regex, regex)]
     if kind == "Digits" and step.get("individual_digits") is True:
         return [DIGIT]

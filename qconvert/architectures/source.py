@@ -19,6 +19,11 @@ from qconvert.architectures.general_name import harmless_name
 from qconvert.architectures.mapped import MappedModel
 from qconvert.architectures.mapping import Dropped, further_layers, map_tensors
 from qconvert.architectures.model_card import card_keys
+from qconvert.architectures.native_tokenizers import (
+    SENTENCEPIECE,
+    TEKKEN,
+    native_tokenizer,
+)
 from qconvert.architectures.rebuilt_tokenizers import CLASSES
 from qconvert.architectures.rerankers import read_scores, score_keys, with_scores
 from qconvert.architectures.sentence_modules import sentence_modules
@@ -229,9 +234,6 @@ class _Tokens:
 
 
 def _tokenizer(files: SmallFiles, config: Config, size: int, pre_tokenizer: str | None) -> _Tokens:
-    fields = files.json(TOKENIZER)
-    if fields is None:
-        raise _no_tokenizer(files)
     settings = {
         **(files.json("special_tokens_map.json") or {}),
         **{
@@ -242,7 +244,14 @@ def _tokenizer(files: SmallFiles, config: Config, size: int, pre_tokenizer: str 
     }
     if config.known and (named := CLASSES.get(config.known.model_type)):
         settings.setdefault("tokenizer_class", named)
-    file = TokenizerJson(fields, files.home / TOKENIZER)
+    fields, name = files.json(TOKENIZER), TOKENIZER
+    if fields is None:
+        native = native_tokenizer(files, settings)
+        if native is None:
+            raise _no_tokenizer(files)
+        fields, name = native.fields, native.name
+        settings = native.settings | settings
+    file = TokenizerJson(fields, files.home / name)
     vocabulary = read_vocabulary(file, size, pre_tokenizer, settings)
     keys = vocabulary.keys | special_token_keys(file, vocabulary, settings, config)
     templates = chat_templates(files, settings)
@@ -253,15 +262,11 @@ def _tokenizer(files: SmallFiles, config: Config, size: int, pre_tokenizer: str 
 
 
 def _no_tokenizer(files: SmallFiles) -> InputError:
-    found, hint = None, "download it as well, or write the tensors as they are with --raw"
-    if files.read("tokenizer.model") is not None:
-        found = "tokenizer.model alone"
-        hint = "let transformers write it: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
     return InputError(
         "tokenizer is missing",
         path=files.home / TOKENIZER,
-        found=found,
-        hint=hint,
+        wanted=f"{TOKENIZER}, {TEKKEN} or {SENTENCEPIECE[0]}",
+        hint="download one of them as well, or write the tensors as they are with --raw",
         code="ARCH-NO-TOKENIZER",
     )
 

@@ -187,7 +187,7 @@ def _sentencepiece(tokenizer: TokenizerJson, size: int) -> Keys:
             return UNKNOWN
         return BYTE if fallback and _BYTE_TOKEN.fullmatch(token) else NORMAL
 
-    missing = next((b for b in range(256) if f"<0x{b:02X}>" not in tokenizer.vocabulary()), None)
+    missing = next((b for b in range(256) if not _has_byte(tokenizer.vocabulary(), b)), None)
     if missing is not None or not fallback:
         raise tokenizer.unlike(
             "SentencePiece BPE without a token for every byte, which llama.cpp falls back on",
@@ -198,6 +198,13 @@ def _sentencepiece(tokenizer: TokenizerJson, size: int) -> Keys:
     return table.keys(_merge_scores(tokenizer, table)) | {
         "tokenizer.ggml.add_space_prefix": _adds_space(tokenizer)
     }
+
+
+def _has_byte(vocabulary: Mapping[str, int], byte: int) -> bool:
+    """Whether llama.cpp finds a token for a byte: the character itself will do, as the tab does in
+    Gemma's first tokenizers.
+    """
+    return f"<0x{byte:02X}>" in vocabulary or (byte < 0x80 and chr(byte) in vocabulary)
 
 
 def _merge_scores(tokenizer: TokenizerJson, table: _Table) -> list[float]:

@@ -40,6 +40,8 @@ COMPANIONS = frozenset(
         "processor_config.json",
         "sentence_bert_config.json",
         "special_tokens_map.json",
+        "spiece.model",
+        "tekken.json",
         "tokenizer.json",
         "tokenizer.model",
         "tokenizer_config.json",
