@@ -205,6 +205,20 @@ static void run_groups(const Kernels *k, size_t groups, size_t length, Scheme sc
             take(packed, stored_codes);
             take(stored, even * (type == SCALE_F32 ? 4 : 2));
             take(points8, scheme.symmetric ? 0 : even);
+            for (int biased = 0; biased <= !scheme.symmetric; biased++) {
+                const size_t size = type == SCALE_F32 ? 4 : 2;
+                Errors *errors = calloc(1, sizeof *errors);
+                task.codes = make(stored_codes);
+                task.scales = make(even * size);
+                task.zeros = make(even * size);
+                memset(task.zeros, 0, even * size);
+                const Streams streams = {task, biased};
+                check(k->quantize_stream(&streams, errors));
+                take(task.codes, stored_codes);
+                take(task.scales, even * size);
+                take(task.zeros, even * size);
+                take(errors, sizeof *errors);
+            }
         }
     }
     const size_t row_bytes = packed_bytes(stored_row(scheme, length), scheme.bits);
@@ -293,6 +307,17 @@ static void run_packing(const Kernels *k, size_t groups) {
         take(packed, groups * 4 * (size_t)width);
     }
     const size_t columns = 77, parts = (columns + 31) / 32;
+    for (int bits = 2; bits <= 8; bits++) {
+        const size_t stride = (columns * (size_t)bits + 7) / 8, n = groups * columns;
+        uint8_t *codes = bytes(n), *packed = make(groups * stride);
+        for (size_t i = 0; i < n; i++) {
+            codes[i] &= (uint8_t)((1 << bits) - 1);
+        }
+        k->pack_stream(codes, groups, columns, bits, stride, packed);
+        k->unpack_stream(packed, groups, columns, bits, stride, codes);
+        take(codes, n);
+        take(packed, groups * stride);
+    }
     float *weights = numbers(groups * columns), *near = numbers(groups * columns);
     float *scale = numbers(groups * parts), *offset = numbers(groups * parts);
     int32_t *zero = integers(groups * parts, 64);

@@ -282,3 +282,28 @@ def test_small_files_go_along_from_directory_to_directory(
     assert config["quantization_config"] == config.pop("quantization")
     del config["quantization_config"]
     assert config == json.loads((model / "config.json").read_text())
+
+
+def test_parts_of_a_layer_that_do_not_move_alike_have_ways_out(
+    model: Path, tmp_path: Path, call: Call
+) -> None:
+    """Every way that the hint names, tried."""
+    source = tmp_path / "m.qblk"
+    parts = ("--tensor-scheme", "*v_proj*=nf4_block64", "--equalise", "off")
+    assert call("quantize", model, "--scheme", "q4_block32_sym", *parts, "-o", source).code == 0
+    refused = call(
+        *("quantize", source, "--scheme", "keep"),
+        *("--format", "compressed-tensors", "-o", tmp_path / "kept"),
+    )
+    assert (refused.code, (tmp_path / "kept").exists()) == (2, False)
+    hint = " ".join(refused.err.partition("hint:")[2].split())
+    assert "--tensor-scheme" not in hint
+    ways = {
+        "a scheme and --allow-requantize": ("--scheme", "w4a16_g32", "--allow-requantize"),
+        "--format hf --scheme bf16": ("--format", "hf", "--scheme", "bf16"),
+        "--format qblk": ("--scheme", "keep", "--format", "qblk"),
+    }
+    for i, (named, options) in enumerate(ways.items()):
+        assert named in hint
+        done = call("quantize", source, *options, "-o", tmp_path / f"way{i}")
+        assert done.code == 0, done.err

@@ -472,6 +472,55 @@ def test_quantize_rows(
     twins("quantize_rows", stored, encoding, RangeMethod(method, 99), (-0.5, 0.75), weights)
 
 
+@often
+@given(
+    *(kinds, seeds, st.integers(1, 40), st.integers(1, 9), st.sampled_from(BITS)),
+    *(st.sampled_from(("symmetric", "whole", "biased")), st.sampled_from(BLOCKS)),
+    *(st.sampled_from(["F16", "BF16", "F32"]), st.sampled_from(RANGE_METHODS)),
+    *(st.sampled_from(["F32", "BF16", "F16", "F64"]), st.booleans()),
+)
+def test_quantize_stream(
+    kind: str,
+    seed: int,
+    rows: int,
+    units: int,
+    bits: int,
+    zeros: str,
+    block: int,
+    scale_dtype: str,
+    method: str,
+    dtype: str,
+    weighted: bool,
+) -> None:
+    """Whole blocks, in rows of whole words and others; they decode to what was measured."""
+    rows, columns = -(-rows // units), block * units
+    encoding = replace(scheme(bits, block, zeros == "symmetric", columns), scale_dtype=scale_dtype)
+    x = stored_as(dtype, values(kind, seed, rows, columns))
+    weights = None
+    if weighted and method == "mse":
+        weights = weighting(mean_squares(seed, 1, columns), encoding)
+    how = RangeMethod(method, 99), zeros == "biased", weights
+    done = twins("quantize_stream", x, encoding, *how)
+    stored = np.frombuffer(done.segments["codes"], np.uint8).reshape(rows, -1)
+    codes = twins("unpack_stream", stored, bits, columns).astype(np.float64).reshape(-1, block)
+    number = arithmetic.SCALE_NUMPY[scale_dtype]
+    scale = np.frombuffer(done.segments["scales"], number).astype(np.float64)[:, None]
+    bias, zero = np.zeros((1, 1)), np.zeros((1, 1))
+    if zeros == "biased":
+        bias = np.frombuffer(done.segments["biases"], number).astype(np.float64)[:, None]
+    elif zeros == "whole":
+        zero = np.frombuffer(done.segments["zero_points"], np.uint8)[:, None]
+    else:
+        zero[:] = 1 << (bits - 1)
+    with np.errstate(invalid="ignore"):
+        wanted = (codes - zero) * scale + bias
+    given = reference.values(x).astype(np.float64).reshape(wanted.shape)
+    with np.errstate(over="ignore", invalid="ignore"):
+        noise = float(np.square(given - wanted).sum())
+    if np.isfinite(noise) and np.abs(given).max(initial=0) < 1e18:
+        assert done.error.noise == pytest.approx(noise, rel=1e-4, abs=1e-9 * done.error.signal)
+
+
 def stored_as(dtype: str, x: F32) -> SourceRows:
     """As close to ``x`` as the dtype allows and finite, at an odd address."""
     narrow = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "BF16": ml_dtypes.bfloat16}[dtype]
@@ -495,6 +544,8 @@ def test_quantize_rows_takes_finite_values_only(bad: float, dtype: str) -> None:
             how = (broken, scheme(4, block, True, 640), RangeMethod("minmax"), (-1.0, 1.0))
             with pytest.raises(FloatingPointError):
                 kernel.quantize_rows(*how)
+            with pytest.raises(FloatingPointError):
+                kernel.quantize_stream(*how[:3], False) if block else kernel.quantize_rows(*how)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -517,6 +568,22 @@ def test_pack_and_unpack(width: int) -> None:
         packed = twins("pack", whole, width)
         same(twins("unpack", packed, width), whole)
         twins("unpack", rng.integers(0, 256, 4 * width * groups).astype(np.uint8), width)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_streams_of_bits(bits: int) -> None:
+    """Rows of any length, against one long number; what lies behind them is not looked at."""
+    rng = np.random.default_rng(bits)
+    for rows, columns in ((0, 5), (3, 1), (2, 7), (5, 32), (4, 255), (2, 256), (3, 300), (1, 1024)):
+        codes = rng.integers(0, 1 << bits, (rows, columns)).astype(np.uint8)
+        packed = twins("pack_stream", codes, bits)
+        assert packed.shape == (rows, -(-columns * bits // 32) * 4)
+        for row, stored in zip(codes.tolist(), packed, strict=True):
+            number = sum(code << (bits * i) for i, code in enumerate(row))
+            assert int.from_bytes(stored.tobytes(), "little") == number
+        wide = np.pad(packed, ((0, 0), (0, 3)), constant_values=255)
+        for data in (packed, wide, wide[:, : -(-columns * bits // 8)]):
+            same(twins("unpack_stream", data, bits, columns), codes)
 
 
 # --- levels with signed steps ---------------------------------------------------------------------
@@ -994,6 +1061,20 @@ def test_sizes_are_checked_before_memory_is_touched() -> None:
             _native.sweep_columns(**sweep | place)
     with pytest.raises(ValueError, match="bytes"):
         _native.sweep_columns(**sweep | {"rows": 2})
+    stream = {"rows": 2, "columns": 9, "bits": 4, "stride": 5}
+    room = {"codes": np.zeros(18, np.uint8), "packed": np.zeros(10, np.uint8)}
+    for name in ("pack_stream", "unpack_stream"):
+        with pytest.raises(ValueError, match="too short"):
+            getattr(_native, name)(**stream | {"stride": 4}, **room)
+        with pytest.raises(ValueError, match="range"):
+            getattr(_native, name)(**stream | {"bits": 9}, **room)
+        for wrong in ("codes", "packed"):
+            with pytest.raises(ValueError, match="bytes"):
+                getattr(_native, name)(**stream, **room | {wrong: np.zeros(4, np.uint8)})
+    rows = SourceRows.of(np.zeros((1, 32), np.float32))
+    for kernel in (reference, compiled):
+        with pytest.raises(ValueError, match="biases"):
+            kernel.quantize_stream(rows, scheme(4, 32, True, 32), RangeMethod("mse"), True)
     product = _ordered_product()
     with pytest.raises(ValueError, match="columns that are none"):
         _native.multiply_ordered(**product | {"end": 4})

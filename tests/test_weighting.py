@@ -24,9 +24,9 @@ from qconvert.codecs.affine.weighting import weighting
 from qconvert.encoding import BITS, AffineEncoding
 from qconvert.errors import FormatError, InputError, UsageError
 from qconvert.files import open_model
-from qconvert.kernels import reference
+from qconvert.kernels import arithmetic, reference
 from qconvert.kernels.records import Parameters, SourceRows
-from qconvert.kernels.reference import statistics, sums
+from qconvert.kernels.reference import sums
 from qconvert.model import Model
 from qconvert.ranges import RangeMethod
 from qconvert.report import QuantizeReport
@@ -203,7 +203,7 @@ def test_weighted_errors_are_those_of_fractions() -> None:
         for c in range(37):
             wanted[0] += int(w[r % 3, c]) * int(x[r, c]) ** 2
             wanted[1] += int(w[r % 3, c]) * int(x[r, c] - back[r, c]) ** 2
-    assert statistics.weighted_error_sums(x, back, w) == tuple(wanted)
+    assert arithmetic.weighted_error_sums(x, back, w) == tuple(wanted)
 
 
 # --- the whole way --------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert import kernels
+from qconvert.kernels.arithmetic import weighted_error_sums
 from qconvert.kernels.records import F32, F64, U8, CodeGrid, Factors
-from qconvert.kernels.reference.statistics import weighted_error_sums
 from qconvert.mapper import Mapper
 from qconvert.model import TensorInfo
 

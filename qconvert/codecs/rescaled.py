@@ -13,8 +13,8 @@ from qconvert import kernels
 from qconvert.codecs.codec import Encoder, Encoding, Outcome, Stored
 from qconvert.codecs.source import RUN_VALUES, rows_of
 from qconvert.geometry import Tile, tiles
+from qconvert.kernels.arithmetic import weighted_error_sums
 from qconvert.kernels.records import F32, Bytes, Encoded, ErrorSums
-from qconvert.kernels.reference.statistics import weighted_error_sums
 from qconvert.model import Model, TensorInfo
 
 TUNED = "tuned"  # how codes that were the nearest stand to scales that were not theirs

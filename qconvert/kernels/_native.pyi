@@ -128,9 +128,6 @@ def quantize_blocks(
     scale_dtype: str,
     factors: Buffer,
     moves: Buffer,
-    low: float,
-    high: float,
-    pivot: float,
     weight: Buffer | None,
     reach: Buffer | None,
     mean_square: Buffer | None,
@@ -138,7 +135,30 @@ def quantize_blocks(
     codes: Buffer,
     scales: Buffer,
     zeros: Buffer,
+    low: float,
+    high: float,
+    pivot: float,
 ) -> Figures | None: ...
+def quantize_stream(
+    *,
+    data: Buffer,
+    dtype: str,
+    groups: int,
+    block: int,
+    bits: int,
+    symmetric: bool,
+    scale_dtype: str,
+    factors: Buffer,
+    moves: Buffer,
+    weight: Buffer | None,
+    reach: Buffer | None,
+    mean_square: Buffer | None,
+    period: int,
+    codes: Buffer,
+    scales: Buffer,
+    zeros: Buffer,
+    biased: bool,
+) -> Errors | None: ...
 def quantize_channels(
     *,
     data: Buffer,
@@ -161,6 +181,12 @@ def quantize_channels(
 ) -> Figures | None: ...
 def pack(*, values: Buffer, groups: int, width: int, packed: Buffer) -> None: ...
 def unpack(*, values: Buffer, groups: int, width: int, packed: Buffer) -> None: ...
+def pack_stream(
+    *, codes: Buffer, rows: int, columns: int, bits: int, stride: int, packed: Buffer
+) -> None: ...
+def unpack_stream(
+    *, codes: Buffer, rows: int, columns: int, bits: int, stride: int, packed: Buffer
+) -> None: ...
 def cast(
     *, data: Buffer, dtype: str, count: int, to: str, out: Buffer
 ) -> tuple[float, float, float] | None: ...

@@ -32,6 +32,7 @@ LANES = 16  # partial sums, section 6
 PIECE = 256  # values whose binary32 sums are added before binary64 takes over, section 6
 HISTOGRAM_BINS = 1 << 16
 SWEPT_ROWS = 128  # that make up for each other's errors at once, section 12
+WORD = 32  # bits of the words of other tools' formats
 SIGN = np.uint8(0x80)  # flips a byte between offset 128 and two's complement
 
 SCALE_NUMPY: dict[str, np.dtype[np.generic]] = {
@@ -61,6 +62,16 @@ def lane_sum(values: F64) -> float:
     lanes = np.add.reduce(values[:whole].reshape(-1, LANES), axis=0)
     lanes[: len(values) - whole] += values[whole:]
     return float(fold(lanes))
+
+
+def weighted_error_sums(x: F32, decoded: F32, weights: F32) -> tuple[float, float]:
+    """Σwx² and Σw(x - x')² of rows (R, c), in the order of `lane_sum`; row r has the weights
+    r mod P of (P, c).
+    """
+    wide = x.astype(np.float64)
+    error = (x - decoded).astype(np.float64)
+    w = weights[np.arange(len(x)) % len(weights)].astype(np.float64)
+    return lane_sum((w * (wide * wide)).ravel()), lane_sum((w * (error * error)).ravel())
 
 
 # --- groups ---------------------------------------------------------------------------------------
@@ -139,6 +150,24 @@ def minmax(e: Extent, encoding: AffineEncoding) -> Parameters:
     stored = round_scale(e.high / n - e.low / n, encoding.scale_dtype, e.magnitude)
     divisor = np.where(stored == 0, np.float32(1), stored)
     return Parameters(stored, nearest_zero_point(-e.low / divisor, e.has_zero, encoding))
+
+
+# --- streams of bits ------------------------------------------------------------------------------
+
+
+def stream_bytes(columns: int, bits: int) -> int:
+    """Bytes of a row of so many codes as a stream of bits, padded to whole words."""
+    return -(-columns * bits // WORD) * (WORD // 8)
+
+
+def stored_biases(scale: F32, zero: I32, encoding: AffineEncoding) -> NDArray[np.generic]:
+    """What is added to the multiples of scales (G,) instead of zero steps, as it is stored; 0 where
+    a scale is beyond its dtype.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        bias = -real_zero(zero, encoding.bits) * scale
+        bias = np.where(np.isinf(scale), np.float32(0), bias)
+        return bias.astype(SCALE_NUMPY[encoding.scale_dtype])
 
 
 # --- bounds of outliers ---------------------------------------------------------------------------

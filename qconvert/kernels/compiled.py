@@ -26,6 +26,7 @@ from qconvert.kernels.arithmetic import (
     nearest_entries,
     row_units,
     stored_zero_points,
+    stream_bytes,
 )
 from qconvert.kernels.records import (
     F32,
@@ -421,6 +422,18 @@ def _quantize_blocks(
     weights: Weighting | None,
 ) -> Encoded:
     """Rows of full blocks, a whole number of times 32 values below 8 bits, by mse or minmax."""
+    low, high, pivot = narrow_bounds(bounds)
+    task = _blocks(rows, encoding, method, weights)
+    zeros = np.empty(0 if encoding.symmetric else rows.size // encoding.block, np.uint8)
+    found = _native.quantize_blocks(**task, zeros=zeros, low=low, high=high, pivot=pivot)
+    segments = _segments(task["codes"].data, task["scales"].data, zeros.data)
+    return _seen(found, rows.size, pivot, segments)
+
+
+def _blocks(
+    rows: SourceRows, encoding: AffineEncoding, method: RangeMethod, weights: Weighting | None
+) -> dict[str, Any]:
+    """Arguments of a pass over full blocks, by mse or minmax, but for zero points."""
     bits, symmetric, block = encoding.bits, encoding.symmetric, encoding.block
     data, dtype = _readable(rows)
     groups = rows.size // block
@@ -429,32 +442,44 @@ def _quantize_blocks(
         weight, reach = weights.weight, weights.reach
         mean_square = weights.mean_square.reshape(-1, block)
     factors, moves = _grid(search_grid(bits, symmetric) if method.name == "mse" else None)
-    low, high, pivot = narrow_bounds(bounds)
-    codes = np.empty(rows.size // 8 * bits, np.uint8)
-    scales = np.empty(groups * SCALE_SIZES[encoding.scale_dtype], np.uint8)
-    zeros = np.empty(0 if symmetric else groups, np.uint8)
-    found = _native.quantize_blocks(
-        data=data,
-        dtype=dtype,
-        groups=groups,
-        block=block,
-        bits=bits,
-        symmetric=symmetric,
-        scale_dtype=encoding.scale_dtype,
-        factors=factors,
-        moves=moves,
-        low=low,
-        high=high,
-        pivot=pivot,
-        weight=_f32_or_none(weight),
-        reach=_f32_or_none(reach),
-        mean_square=_f32_or_none(mean_square),
-        period=_period(groups, weight, reach, mean_square),
-        codes=codes,
-        scales=scales,
-        zeros=zeros,
-    )
-    return _seen(found, rows.size, pivot, _segments(codes.data, scales.data, zeros.data))
+    return {
+        "data": data,
+        "dtype": dtype,
+        "groups": groups,
+        "block": block,
+        "bits": bits,
+        "symmetric": symmetric,
+        "scale_dtype": encoding.scale_dtype,
+        "factors": factors,
+        "moves": moves,
+        "weight": _f32_or_none(weight),
+        "reach": _f32_or_none(reach),
+        "mean_square": _f32_or_none(mean_square),
+        "period": _period(groups, weight, reach, mean_square),
+        "codes": np.empty(rows.size // 8 * bits, np.uint8),
+        "scales": np.empty(groups * SCALE_SIZES[encoding.scale_dtype], np.uint8),
+    }
+
+
+def quantize_stream(
+    rows: SourceRows,
+    encoding: AffineEncoding,
+    method: RangeMethod,
+    biased: bool,
+    weights: Weighting | None = None,
+) -> Encoded:
+    """`reference.quantize_stream`, in one pass over rows that are a multiple of 32 values."""
+    if rows.shape[1] % max(encoding.block, PACK_GROUP) or method.name == "percentile":
+        return composed.quantize_stream(_compiled, rows, encoding, method, biased, weights)
+    task = _blocks(rows, encoding, method, weights)
+    each = SCALE_SIZES[encoding.scale_dtype] if biased else 1
+    groups = rows.size // encoding.block
+    zeros = np.empty(0 if encoding.symmetric else groups * each, np.uint8)
+    found = _native.quantize_stream(**task, zeros=zeros, biased=biased)
+    if found is None:
+        raise FloatingPointError("values that are not finite")
+    segments = composed.stream_segments(task["codes"].data, task["scales"].data, zeros.data, biased)
+    return Encoded(segments, ErrorSums(rows.size, *found))
 
 
 def _quantize_channels(
@@ -527,6 +552,24 @@ def unpack(packed: U8, width: int) -> U8:
     values = np.empty(groups * PACK_GROUP, np.uint8)
     _native.unpack(values=values, groups=groups, width=width, packed=_u8(packed))
     return values
+
+
+def pack_stream(codes: U8, bits: int) -> U8:
+    """`reference.pack_stream`."""
+    rows, columns = codes.shape
+    packed = np.empty((rows, stream_bytes(columns, bits)), np.uint8)
+    how = {"rows": rows, "columns": columns, "bits": bits, "stride": packed.shape[1]}
+    _native.pack_stream(codes=_u8(codes), **how, packed=packed)
+    return packed
+
+
+def unpack_stream(data: U8, bits: int, columns: int) -> U8:
+    """`reference.unpack_stream`."""
+    rows, stride = data.shape
+    codes = np.empty((rows, columns), np.uint8)
+    how = {"rows": rows, "columns": columns, "bits": bits, "stride": stride}
+    _native.unpack_stream(codes=codes, **how, packed=_u8(data))
+    return codes
 
 
 def load_codes(packed: bytes, encoding: AffineEncoding) -> U8:

@@ -20,7 +20,10 @@ from qconvert.kernels.arithmetic import (
     level_rows,
     minmax,
     narrow_bounds,
+    stored_biases,
     to_groups,
+    weighted_error_sums,
+    zero_steps,
 )
 from qconvert.kernels.records import (
     F32,
@@ -68,7 +71,9 @@ class Pieces(Protocol):
         parameters: Parameters,
         mean_square: F32 | None = None,
     ) -> Encoded: ...
+    def error_sums(self, x: F32, decoded: F32) -> tuple[float, float, float]: ...
     def unpack(self, packed: U8, width: int) -> U8: ...
+    def pack_stream(self, codes: U8, bits: int) -> U8: ...
     def integer_dots(self, codes: NDArray[np.int16], activations: NDArray[np.int8]) -> I32: ...
 
 
@@ -212,6 +217,61 @@ def seen(done: Encoded, moments: Moments, groups: GroupStatistics, outside: int)
     """Encoded rows with what was seen of their values; Σx² is that of the moments."""
     error = replace(done.error, signal=moments.square_sum)
     return Encoded(done.segments, error, moments, groups, outside)
+
+
+def quantize_stream(
+    k: Pieces,
+    rows: SourceRows,
+    encoding: AffineEncoding,
+    method: RangeMethod,
+    biased: bool,
+    weights: Weighting | None = None,
+) -> Encoded:
+    """Quantize rows (R, c) of whole blocks for formats of other tools: `pack_stream` of codes,
+    scales, and zero points that are whole codes, a byte each.
+
+    Args:
+        biased: whether there are biases instead, of the dtype of the scales, which codes are chosen
+            with as they are stored: value = code · scale + bias. Not of symmetric codes.
+        weights: of the values, for the search and for a weighted error.
+
+    Returns:
+        Segments ``codes``, ``scales`` and, unless symmetric, ``zero_points`` or ``biases``.
+
+    Raises:
+        FloatingPointError: NaN or Inf, or a float64 beyond float32.
+        ValueError: biases of symmetric codes.
+    """
+    if biased and encoding.symmetric:
+        raise ValueError("biases of symmetric codes")
+    x = k.values(rows)
+    squares = None if weights is None else weights.mean_square
+    groups = x.reshape(-1, encoding.block)
+    p = fit(k, groups, encoding, method, None, weights, whole=not biased)
+    if not biased:
+        done = k.encode_rows(x, encoding, p, squares)
+        whole = p.zero // zero_steps(encoding.bits)
+        zeros = b"" if encoding.symmetric else whole.astype(np.uint8).tobytes()
+        error = done.error
+    else:
+        biases = stored_biases(p.scale, p.zero, encoding)
+        zeros = biases.tobytes()
+        above = (groups - biases.astype(np.float32)[:, None]).reshape(x.shape)
+        done = k.encode_rows(above, encoding, Parameters(p.scale, np.zeros_like(p.zero)), squares)
+        # What is lost above the biases is what is lost; what there was is more.
+        error = replace(done.error, signal=k.error_sums(x, x)[0])
+        if squares is not None:
+            error = replace(error, weighted_signal=weighted_error_sums(x, x, squares)[0])
+    codes = load_codes(k, done.segments["codes"], encoding).reshape(len(x), -1)
+    stream = k.pack_stream(codes[:, : x.shape[1]], encoding.bits)
+    scales = done.segments["scales"]
+    return Encoded(stream_segments(stream.data, scales, zeros, biased), error)
+
+
+def stream_segments(codes: Bytes, scales: Bytes, zeros: Bytes, biased: bool) -> dict[str, Bytes]:
+    """Segments of `quantize_stream`; no zeros are those of symmetric codes."""
+    found = {"codes": codes, "scales": scales}
+    return {**found, "biases" if biased else "zero_points": zeros} if len(zeros) else found
 
 
 # --- integer matrix product -----------------------------------------------------------------------

@@ -17,8 +17,8 @@ from qconvert.codecs.codec import REPAIRED, Encoder, Encoding, Outcome
 from qconvert.codecs.source import rows_of
 from qconvert.files.scratch import Scratch
 from qconvert.geometry import Tile, row_length, tiles
+from qconvert.kernels.arithmetic import weighted_error_sums
 from qconvert.kernels.records import F32, Bytes, Encoded, ErrorSums
-from qconvert.kernels.reference.statistics import weighted_error_sums
 from qconvert.mapper import Mapper
 from qconvert.model import Model, TensorInfo
 from qconvert.stages.sensitivities import as_stored

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qconvert import kernels
 from qconvert.codecs.codec import Codec, Encoder, Facts, Stored
-from qconvert.codecs.exchange.bits import unpacked_rows
 from qconvert.codecs.exchange.columns import CODES, U32, WORDS, ColumnGroups, columns_of
 from qconvert.codecs.exchange.integers import integer_encoder
 from qconvert.exchange_schemes import AwqScheme
@@ -24,12 +24,12 @@ AT_ONCE = 16 * IN_WORD  # rows that are packed at once
 
 
 def _in_words(codes: U8) -> U32:
-    """Codes (R, n), R a multiple of 8, in words (n, R / 8)."""
+    """Codes (R, n), R a multiple of 8, in words (R / 8, n)."""
     rows = codes.reshape(-1, IN_WORD, codes.shape[1])
     words = np.zeros((len(rows), codes.shape[1]), np.uint32)
     for place, k in enumerate(ORDER):
         words |= rows[:, k].astype(np.uint32) << np.uint32(4 * place)
-    return words.T
+    return words
 
 
 def _of_words(words: U32) -> U8:
@@ -64,12 +64,12 @@ class Awq(ColumnGroups):
     def code_words(self, packed: U8, columns: int) -> U32:
         words = np.empty((len(packed) // IN_WORD, columns), np.uint32)
         for first in range(0, len(packed), AT_ONCE):
-            some = unpacked_rows(packed[first : first + AT_ONCE], self.width, columns)
-            words[first // IN_WORD : (first + AT_ONCE) // IN_WORD] = _in_words(some).T
-        return words.T
+            some = kernels.unpack_stream(packed[first : first + AT_ONCE], self.width, columns)
+            words[first // IN_WORD : (first + AT_ONCE) // IN_WORD] = _in_words(some)
+        return words
 
     def zero_words(self, zero: U8) -> U32:
-        return _in_words(zero.T)
+        return _in_words(zero.T).T
 
 
 def _planned(scheme: AwqScheme, tensor: TensorInfo) -> Awq:

@@ -28,10 +28,11 @@ from qconvert.codecs.codec import (
     Stored,
     smaller,
 )
-from qconvert.codecs.exchange.integers import IntegerLayout, integer_encoder
+from qconvert.codecs.exchange.integers import IntegerLayout, StreamRows, integer_encoder
 from qconvert.codecs.exchange.layout import Layout, Part, refuse_values
 from qconvert.exchange_schemes import BnbScheme
 from qconvert.geometry import Tile
+from qconvert.kernels.arithmetic import SIGN
 from qconvert.kernels.records import Bytes, Encoded, IntegerRows
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.schemes import CodebookScheme
@@ -242,9 +243,9 @@ class Int8Rows(IntegerLayout):
         values *= STEP
         return replace(super().coded(stored, tile), values=values)
 
-    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
-        codes = (rows.codes - np.int16(128)).astype(np.int8)
-        return {CODES: codes.tobytes(), ROW_SCALES: (rows.scale / STEP).astype("<f4").tobytes()}
+    def laid_stream(self, rows: StreamRows) -> dict[str, Bytes]:
+        codes, largest = rows.codes[:, : rows.columns] ^ SIGN, rows.scale / STEP
+        return {CODES: codes.data, ROW_SCALES: largest.astype("<f4").tobytes()}
 
     def laid_together(
         self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]

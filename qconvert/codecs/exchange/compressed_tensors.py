@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.codecs.codec import Codec, Encoder, Facts, Stored
-from qconvert.codecs.exchange.bits import WORD, packed_rows, row_bytes, unpacked_rows
 from qconvert.codecs.exchange.floats import WEIGHT, Float8, float8_encoder
-from qconvert.codecs.exchange.integers import IntegerLayout, as_codes, integer_encoder
+from qconvert.codecs.exchange.integers import IntegerLayout, StreamRows, integer_encoder
 from qconvert.codecs.exchange.layout import Layout, Part, check_finite
 from qconvert.codecs.exchange.micro import FP4, FP6, FP8, MX_GROUP, NV_GROUP, Micro, Overall
 from qconvert.codecs.exchange.micro_encoder import micro_encoder
 from qconvert.exchange_schemes import NOT_ROUNDED, CompressedTensorsScheme
-from qconvert.kernels.arithmetic import SCALE_NUMPY
+from qconvert.kernels.arithmetic import SCALE_NUMPY, SIGN, WORD, stream_bytes
 from qconvert.kernels.records import I32, U8, Bytes, IntegerRows
 from qconvert.model import Model, TensorInfo
 
@@ -59,29 +59,29 @@ class PackedIntegers(IntegerLayout):
         rows, columns = shape
         groups = self.groups(columns)
         found = [
-            Part(PACKED, "I32", (rows, row_bytes(columns, self.width) * 8 // WORD)),
+            Part(PACKED, "I32", (rows, stream_bytes(columns, self.width) * 8 // WORD)),
             Part(SCALE, self.scale_dtype, (1,) if self.shared else (rows, groups)),
             Part(SHAPE, "I64", (2,)),
         ]
         if not self.symmetric:
-            words = row_bytes(rows, self.width) * 8 // WORD
+            words = stream_bytes(rows, self.width) * 8 // WORD
             found.append(Part(ZERO_POINT, "I32", (words, groups)))
         return tuple(found)
 
     def integers(self, stored: Stored, rows: slice, columns: slice) -> IntegerRows:
         count, width = rows.stop - rows.start, columns.stop - columns.start
-        whole = row_bytes(stored.shape[1], self.width)
+        whole = stream_bytes(stored.shape[1], self.width)
         if width == stored.shape[1]:
             data = stored.read(PACKED, rows.start * whole, count * whole)
         else:
             begin = columns.start * self.width // 8
-            size = min(row_bytes(width, self.width), whole - begin)
+            size = min(stream_bytes(width, self.width), whole - begin)
             data = stored.read(PACKED, rows.start * whole + begin, size)
         packed = np.frombuffer(data, np.uint8).reshape(count, -1)
         group = self.group or stored.shape[1]
         part = slice(columns.start // group, -(-columns.stop // group))
         return IntegerRows(
-            codes=unpacked_rows(packed, self.width, width).astype(np.int16),
+            codes=kernels.unpack_stream(packed, self.width, width).astype(np.int16),
             zero=self._zeros(stored, rows, self.groups(stored.shape[1]))[:, part],
             scale=self.scales(stored, SCALE, rows)[:, part],
             offset=None,
@@ -102,12 +102,11 @@ class PackedIntegers(IntegerLayout):
         size = 4 * (-(-rows.stop * self.width // WORD) - first) * groups
         words = np.frombuffer(stored.read(ZERO_POINT, 4 * first * groups, size), "<u4")
         data = np.ascontiguousarray(words.reshape(-1, groups).T).view(np.uint8)
-        zero = unpacked_rows(data, self.width, rows.stop - begin)[:, rows.start - begin :]
+        zero = kernels.unpack_stream(data, self.width, rows.stop - begin)[:, rows.start - begin :]
         return np.ascontiguousarray(zero.T).astype(np.int32)
 
-    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
-        scales = rows.scale.astype(SCALE_NUMPY[self.scale_dtype])
-        return {PACKED: packed_rows(as_codes(rows), self.width).data, SCALE: scales.tobytes()}
+    def laid_stream(self, rows: StreamRows) -> dict[str, Bytes]:
+        return {PACKED: rows.codes.data, SCALE: rows.scale.tobytes()}
 
     def laid_together(
         self, shape: tuple[int, ...], rows: Mapping[str, NDArray[Any]]
@@ -115,7 +114,7 @@ class PackedIntegers(IntegerLayout):
         found: dict[str, Bytes] = {SHAPE: np.array(shape, "<i8").tobytes()}
         if not self.symmetric:
             zero: U8 = np.ascontiguousarray(rows["zero"].T)
-            words = packed_rows(zero, self.width).view("<u4")
+            words = kernels.pack_stream(zero, self.width).view("<u4")
             found[ZERO_POINT] = np.ascontiguousarray(words.T).tobytes()
         return found
 
@@ -171,12 +170,11 @@ class PlainIntegers(IntegerLayout):
         zero = np.frombuffer(stored.read(ZERO_POINT, begin, size), np.int8).astype(np.int32)
         return np.broadcast_to(zero.reshape(-1, groups) + MIDDLE, (count, groups))
 
-    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
-        scales = rows.scale.astype(SCALE_NUMPY[self.scale_dtype])
-        codes = (rows.codes - np.int16(MIDDLE)).astype(np.int8)
-        found: dict[str, Bytes] = {WEIGHT: codes.tobytes(), SCALE: scales.tobytes()}
+    def laid_stream(self, rows: StreamRows) -> dict[str, Bytes]:
+        codes = rows.codes[:, : rows.columns] ^ SIGN
+        found: dict[str, Bytes] = {WEIGHT: codes.data, SCALE: rows.scale.tobytes()}
         if not self.symmetric:
-            found[ZERO_POINT] = (rows.zero - MIDDLE).astype(np.int8).tobytes()
+            found[ZERO_POINT] = (rows.zero ^ SIGN).data
         return found
 
     def check(self, stored: Stored) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert import kernels
 from qconvert.codecs.codec import Codec, Coded, Encoder, Facts, Grain, Stored
-from qconvert.codecs.exchange.bits import WORD, packed_rows, row_bytes, unpacked_rows
 from qconvert.codecs.exchange.columns import (
     CODES,
     U32,
@@ -27,6 +27,7 @@ from qconvert.codecs.exchange.integers import integer_encoder
 from qconvert.codecs.exchange.layout import Part, refuse_values
 from qconvert.exchange_schemes import GptqScheme
 from qconvert.geometry import Tile
+from qconvert.kernels.arithmetic import WORD, stream_bytes
 from qconvert.kernels.records import U8, Bytes
 from qconvert.model import Model, TensorInfo
 
@@ -62,19 +63,19 @@ class Gptq(ColumnGroups):
         return (*found, Part(ORDER, "I32", shape[1:])) if self.indexed else found
 
     def words_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        return row_bytes(columns, self.width) * 8 // WORD, rows
+        return stream_bytes(columns, self.width) * 8 // WORD, rows
 
     def read_codes(self, stored: Stored, rows: slice) -> U8:
         shape = self.words_shape(*stored.shape)
         words = columns_of(stored, CODES, shape, rows, WORDS)
         data = np.ascontiguousarray(words.T).view(np.uint8)
-        return unpacked_rows(data, self.width, stored.shape[1])
+        return kernels.unpack_stream(data, self.width, stored.shape[1])
 
     def zero_points(self, words: U32, count: int) -> U8:
         crossing = WORD % self.width != 0
         if self.less_one and not crossing:
             words = words + self._ones
-        found = unpacked_rows(np.ascontiguousarray(words).view(np.uint8), self.width, count)
+        found = kernels.unpack_stream(np.ascontiguousarray(words).view(np.uint8), self.width, count)
         if self.less_one and crossing:
             found = (found + np.uint8(1)) & np.uint8((1 << self.width) - 1)
         return found
@@ -82,15 +83,15 @@ class Gptq(ColumnGroups):
     @property
     def _ones(self) -> np.uint32:
         """1 for each zero point of a word: added to it, it carries within it, as in GPTQModel."""
-        ones = packed_rows(np.ones((1, WORD // self.width), np.uint8), self.width)
+        ones = kernels.pack_stream(np.ones((1, WORD // self.width), np.uint8), self.width)
         return np.uint32(ones.view("<u4")[0, 0])
 
     def code_words(self, packed: U8, columns: int) -> U32:
-        words: U32 = packed.view(WORDS).T
+        words: U32 = packed.view(WORDS)
         return words
 
     def zero_words(self, zero: U8) -> U32:
-        words: U32 = packed_rows(zero, self.width).view("<u4")
+        words: U32 = kernels.pack_stream(zero, self.width).view("<u4")
         return words - self._ones if self.less_one else words
 
     def laid_together(

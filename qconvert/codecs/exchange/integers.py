@@ -22,7 +22,7 @@ from qconvert.codecs.codec import Coded, Encoder, Facts, Grain, Grid, Outcome, S
 from qconvert.codecs.compensation import Rounder, values_at_once
 from qconvert.codecs.exchange.layout import Layout, refuse_values, ungrouped
 from qconvert.codecs.gathered import Gathered
-from qconvert.codecs.source import finite_weights, source_rows, tiles_of
+from qconvert.codecs.source import RUN_VALUES, finite_weights, source_rows, tiles_of
 from qconvert.codecs.units import centred, exact_scales, regrouped, values_of
 from qconvert.geometry import Tile
 from qconvert.kernels.arithmetic import SCALE_NUMPY, round_scale, to_groups, zero_steps
@@ -39,9 +39,22 @@ from qconvert.kernels.records import (
 from qconvert.model import Model, TensorInfo
 from qconvert.ranges import RangeMethod, default_method
 
-# Values that are worked on together, of which several arrays stay in a core's cache.
-AT_ONCE = 1 << 18
-EVERYWHERE = (-np.inf, np.inf)  # no value is an outlier: nothing is decided by them here
+
+@dataclass(frozen=True, slots=True)
+class StreamRows:
+    """Rows of codes on their way into a file.
+
+    Attributes:
+        codes: `kernels.pack_stream` of them, (R, n).
+        scale: as stored, (R, G).
+        zero: whole zero points, a byte each, or biases as stored, (R, G).
+        columns: codes of a row.
+    """
+
+    codes: U8
+    scale: NDArray[Any]
+    zero: NDArray[Any]
+    columns: int
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ class IntegerLayout(Layout):
         symmetric: whether all zero points are the middle code, 2^(bits - 1).
         scale_dtype: of scales, a name of `qconvert.model.DTYPES`.
         shared: whether all rows have one scale, and one zero point.
-        gathers: of ``codes``, ``scale`` and ``zero``, what `laid_together` needs of all rows.
+        gathers: of a `StreamRows` what `laid_together` needs of all rows.
     """
 
     gathers: ClassVar[tuple[str, ...]] = ()
@@ -82,17 +95,24 @@ class IntegerLayout(Layout):
         """
 
     def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
+        return self.laid_stream(self._stream(rows))
+
+    def gathered(self, rows: IntegerRows) -> dict[str, NDArray[Any]]:
+        return self.gathered_stream(self._stream(rows))
+
+    def _stream(self, rows: IntegerRows) -> StreamRows:
+        dtype = SCALE_NUMPY[self.scale_dtype]
+        zero = rows.zero.astype(np.uint8) if rows.offset is None else rows.offset.astype(dtype)
+        codes = kernels.pack_stream(rows.codes.astype(np.uint8), self.width)
+        return StreamRows(codes, rows.scale.astype(dtype), zero, rows.codes.shape[1])
+
+    def laid_stream(self, rows: StreamRows) -> dict[str, Bytes]:
         """Parts of whole rows that follow each other in their tensors, by kind."""
         return {}
 
-    def gathered(self, rows: IntegerRows) -> dict[str, NDArray[Any]]:
+    def gathered_stream(self, rows: StreamRows) -> dict[str, NDArray[Any]]:
         """What `laid_together` needs of some rows, (R, n) each, by kind."""
-        kept: dict[str, NDArray[Any]] = {
-            "codes": as_codes(rows),
-            "scale": rows.scale,
-            "zero": rows.zero.astype(np.uint8),
-        }
-        return {kind: kept[kind] for kind in self.gathers}
+        return {kind: getattr(rows, kind) for kind in self.gathers}
 
     @property
     def grain(self) -> Grain | None:
@@ -180,51 +200,47 @@ class IntegerEncoder(Encoder):
         return self.layout
 
     def tiles(self) -> Iterator[Tile]:
-        return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, AT_ONCE))
+        return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, RUN_VALUES))
 
     def encode(self, tile: Tile) -> Encoded:
-        rows, code = source_rows(self.model, self.tensor, tile), self.code
-        squares = None if self.weights is None else self.weights.mean_square
+        rows = source_rows(self.model, self.tensor, tile)
         with finite_weights(self.model, self.tensor):
-            done, p = self._nearest(rows)
-        if self.rounder:
-            done = compensated(kernels.values(rows), done, p, code, self.rounder, squares)
-            if code.block:
-                p = Parameters(stored_parameters(done.segments, code).scale, p.zero)
-        integers = self._integers(done, p, tile)
-        self.gathered.add(tile.start // tile.columns, self.layout.gathered(integers))
-        return replace(done, segments=self.layout.laid(integers))
+            if self.code.block and not self.rounder:
+                done = kernels.quantize_stream(rows, self.code, self.method, False, self.weights)
+                found = stream_rows(done, self.layout, tile)
+            else:
+                done, found = self._step_by_step(rows, tile)
+        self.gathered.add(tile.start // tile.columns, self.layout.gathered_stream(found))
+        return replace(done, segments=self.layout.laid_stream(found))
 
-    def _nearest(self, rows: SourceRows) -> tuple[Encoded, Parameters]:
-        """Whole rows in codes of our grid, and the parameters that these were made with.
+    def _step_by_step(self, rows: SourceRows, tile: Tile) -> tuple[Encoded, StreamRows]:
+        """Whole rows with a scale each, or whose codes make up for each other's errors.
 
         Raises:
             FloatingPointError: NaN or Inf, or a float64 beyond float32.
         """
-        code = self.code
-        if code.block and code.symmetric:  # nothing is to be changed in what is found
-            done = kernels.quantize_rows(rows, code, self.method, EVERYWHERE, self.weights)
-            return done, stored_parameters(done.segments, code)
+        code, dtype = self.code, self.layout.scale_dtype
+        squares = None if self.weights is None else self.weights.mean_square
         x = kernels.values(rows)
         groups, counts = to_groups(x, code.block)
         p = kernels.fit(groups, code, self.method, counts, self.weights, whole=True)
         if not code.block:
-            p = Parameters(round_scale(p.scale, self.layout.scale_dtype, np.abs(p.scale)), p.zero)
-        squares = None if self.weights is None else self.weights.mean_square
-        return kernels.encode_rows(x, code, p, squares), p
-
-    def _integers(self, done: Encoded, p: Parameters, tile: Tile) -> IntegerRows:
-        code = self.code
+            p = Parameters(round_scale(p.scale, dtype, np.abs(p.scale)), p.zero)
+        done = kernels.encode_rows(x, code, p, squares)
+        if self.rounder:
+            done = compensated(x, done, p, code, self.rounder, squares)
+            if code.block:
+                p = Parameters(stored_parameters(done.segments, code).scale, p.zero)
         codes = kernels.load_codes(bytes(done.segments["codes"]), code).reshape(tile.rows, -1)
+        zero = p.zero // zero_steps(code.bits)
+        if code.symmetric:
+            zero = np.full_like(p.zero, 1 << (code.bits - 1))
         shape = (tile.rows, code.row_groups)
-        middle = 1 << (code.bits - 1)
-        zero = np.full(shape, middle) if code.symmetric else p.zero // zero_steps(code.bits)
-        return IntegerRows(
-            codes=codes[:, : tile.columns].astype(np.int16),
-            zero=zero.reshape(shape).astype(np.int32),
-            scale=p.scale.reshape(shape),
-            offset=None,
-            group=code.block or tile.columns,
+        return done, StreamRows(
+            kernels.pack_stream(codes[:, : tile.columns], code.bits),
+            p.scale.reshape(shape).astype(SCALE_NUMPY[dtype]),
+            zero.reshape(shape).astype(np.uint8),
+            tile.columns,
         )
 
     def shared(self) -> dict[str, Bytes]:
@@ -257,6 +273,15 @@ def integer_encoder(
     )
 
 
-def as_codes(rows: IntegerRows) -> U8:
-    """Codes of rows as bytes, (R, C)."""
-    return rows.codes.astype(np.uint8)
+def stream_rows(done: Encoded, layout: IntegerLayout, tile: Tile) -> StreamRows:
+    """What `kernels.quantize_stream` has made of a tile."""
+    rows, dtype, kinds = tile.rows, SCALE_NUMPY[layout.scale_dtype], done.segments
+    codes = np.frombuffer(kinds["codes"], np.uint8).reshape(rows, -1)
+    scale = np.frombuffer(kinds["scales"], dtype).reshape(rows, -1)
+    if "biases" in kinds:
+        zero: NDArray[Any] = np.frombuffer(kinds["biases"], dtype).reshape(scale.shape)
+    elif "zero_points" in kinds:
+        zero = np.frombuffer(kinds["zero_points"], np.uint8).reshape(scale.shape)
+    else:
+        zero = np.full(scale.shape, 1 << (layout.width - 1), np.uint8)
+    return StreamRows(codes, scale, zero, tile.columns)

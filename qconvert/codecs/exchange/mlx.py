@@ -12,21 +12,24 @@ from typing import Any, ClassVar
 import numpy as np
 
 from qconvert import kernels
-from qconvert.codecs.affine.compensated import stored_parameters
 from qconvert.codecs.affine.encoding import Affine
 from qconvert.codecs.affine.weighting import weighting
 from qconvert.codecs.codec import Codec, Encoder, Facts, Outcome, Stored
 from qconvert.codecs.compensation import Rounder, values_at_once
-from qconvert.codecs.exchange.bits import WORD, packed_rows, row_bytes, unpacked_rows
-from qconvert.codecs.exchange.integers import EVERYWHERE, IntegerLayout, as_codes
+from qconvert.codecs.exchange.integers import IntegerLayout, StreamRows, stream_rows
 from qconvert.codecs.exchange.layout import Part
 from qconvert.codecs.exchange.micro import FP4, FP8, MX_GROUP, NV_GROUP, Micro
 from qconvert.codecs.exchange.micro_encoder import micro_encoder
-from qconvert.codecs.source import finite_weights, source_rows, tiles_of
+from qconvert.codecs.source import RUN_VALUES, finite_weights, source_rows, tiles_of
 from qconvert.codecs.units import exact_scales, regrouped, with_offset, without_offset
 from qconvert.exchange_schemes import MLX_AFFINE, NOT_ROUNDED, MlxScheme
 from qconvert.geometry import Tile
-from qconvert.kernels.arithmetic import SCALE_NUMPY, real_zero
+from qconvert.kernels.arithmetic import (
+    SCALE_NUMPY,
+    WORD,
+    stream_bytes,
+    weighted_error_sums,
+)
 from qconvert.kernels.records import (
     F32,
     U8,
@@ -35,32 +38,27 @@ from qconvert.kernels.records import (
     Encoded,
     ErrorSums,
     IntegerRows,
-    Parameters,
     Weighting,
 )
-from qconvert.kernels.reference.statistics import weighted_error_sums
 from qconvert.model import DTYPES, Model, TensorInfo
 from qconvert.ranges import RangeMethod, default_method
 
 WORDS, SCALES, BIASES = ".weight", ".scales", ".biases"
-# Values that are worked on together: several arrays of them fit into a core's own cache, where they
-# pass through one step after another.
-AT_ONCE = 1 << 16
 
 
 def packed_shape(shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
     """Of the words of a weight, whose rows are dense streams of bits."""
-    return (*shape[:-1], row_bytes(shape[-1], bits) * 8 // WORD)
+    return (*shape[:-1], stream_bytes(shape[-1], bits) * 8 // WORD)
 
 
 def read_codes(stored: Stored, rows: slice, columns: slice, bits: int) -> U8:
     """Codes of some rows and columns, which begin at a byte, (R, C)."""
-    whole = row_bytes(stored.shape[-1], bits)
+    whole = stream_bytes(stored.shape[-1], bits)
     count, width = rows.stop - rows.start, columns.stop - columns.start
     begin = columns.start * bits // 8
-    size = min(row_bytes(width, bits), whole - begin) if count == 1 else whole
+    size = min(stream_bytes(width, bits), whole - begin) if count == 1 else whole
     data = stored.read(WORDS, rows.start * whole + begin, (count - 1) * whole + size)
-    return unpacked_rows(np.frombuffer(data, np.uint8).reshape(count, -1), bits, width)
+    return kernels.unpack_stream(np.frombuffer(data, np.uint8).reshape(count, -1), bits, width)
 
 
 # --- a scale and a bias a group -------------------------------------------------------------------
@@ -106,17 +104,11 @@ class AffineGroups(IntegerLayout):
         part = slice(columns.start // self.group, -(-columns.stop // self.group))
         return self.scales_from(stored, kind, data).reshape(-1, groups)[:, part]
 
-    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
-        assert rows.offset is not None
-        return self.packed(as_codes(rows), rows.scale, rows.offset)
-
-    def packed(self, codes: U8, scale: F32, bias: F32) -> dict[str, Bytes]:
-        """The parts of some rows: codes (R, C), scales and biases (R, G)."""
-        dtype = SCALE_NUMPY[self.scale_dtype]
+    def laid_stream(self, rows: StreamRows) -> dict[str, Bytes]:
         return {
-            WORDS: packed_rows(codes, self.width).data,
-            SCALES: scale.astype(dtype).tobytes(),
-            BIASES: bias.astype(dtype).tobytes(),
+            WORDS: rows.codes.data,
+            SCALES: rows.scale.tobytes(),
+            BIASES: rows.zero.tobytes(),
         }
 
 
@@ -144,34 +136,23 @@ class MlxEncoder(Encoder):
         return self.layout
 
     def tiles(self) -> Iterator[Tile]:
-        return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, AT_ONCE))
+        return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, RUN_VALUES))
 
     def encode(self, tile: Tile) -> Encoded:
-        code, rows = self.code, source_rows(self.model, self.tensor, tile)
+        rows = source_rows(self.model, self.tensor, tile)
         with finite_weights(self.model, self.tensor):
-            done = kernels.quantize_rows(rows, code, self.method, EVERYWHERE, self.weights)
-        found = stored_parameters(done.segments, code)
-        dtype = SCALE_NUMPY[code.scale_dtype]
-        bias = (-real_zero(found.zero, code.bits) * found.scale).astype(dtype).astype(np.float32)
-        x, shape = kernels.values(rows), (tile.rows, -1)
-        above = (x.reshape(len(bias), -1) - bias[:, None]).reshape(x.shape)
-        squares = None if self.weights is None else self.weights.mean_square
-        grid = Parameters(found.scale, np.zeros(len(bias), np.int32))
-        nearest = kernels.encode_rows(above, code, grid, squares)
-        codes = kernels.load_codes(bytes(nearest.segments["codes"]), code).reshape(shape)
-        scale, bias = found.scale.reshape(shape), bias.reshape(shape)
+            done = kernels.quantize_stream(rows, self.code, self.method, True, self.weights)
+        found = stream_rows(done, self.layout, tile)
         if self.rounder:
-            return self._compensated(x, codes, scale, bias)
-        # What is lost above the bias is what is lost; what there was is known from the first pass.
-        error = replace(
-            nearest.error, signal=done.error.signal, weighted_signal=done.error.weighted_signal
-        )
-        return Encoded(self.layout.packed(codes, scale, bias), error)
+            return self._compensated(kernels.values(rows), found)
+        return replace(done, segments=self.layout.laid_stream(found))
 
-    def _compensated(self, x: F32, codes: U8, scale: F32, bias: F32) -> Encoded:
-        """Rows x (R, C) in codes that make up for each other's errors, from the nearest ones."""
+    def _compensated(self, x: F32, nearest: StreamRows) -> Encoded:
+        """Rows x (R, C) in codes that make up for each other's errors."""
         assert self.rounder
-        code = self.code
+        code, dtype = self.code, SCALE_NUMPY[self.code.scale_dtype]
+        scale, bias = (n.astype(np.float32) for n in (nearest.scale, nearest.zero))
+        codes = kernels.unpack_stream(nearest.codes, code.bits, nearest.columns)
         levels = np.arange(1 << code.bits, dtype=np.float32)
         grid = CodeGrid(levels, scale, np.zeros_like(scale), bias, code.block)
         codes, grid = self.rounder.codes(x, codes, grid, code.scale_dtype)
@@ -184,7 +165,9 @@ class MlxEncoder(Encoder):
         if self.weights is not None:
             weighted = weighted_error_sums(x, values, self.weights.mean_square)
         error = ErrorSums(x.size, *sums, 0, *weighted)
-        return Encoded(self.layout.packed(codes, grid.scale, bias), error)
+        stream = kernels.pack_stream(codes, code.bits)
+        found = replace(nearest, codes=stream, scale=grid.scale.astype(dtype))
+        return Encoded(self.layout.laid_stream(found), error)
 
     def outcome(self, seen: Encoded) -> Outcome:
         note: dict[str, Any] = {"range": self.method.describe()}

@@ -79,6 +79,12 @@ typedef struct {
     const float *mean_square;  /* (period, block), what weighs the errors, or NULL */
 } Blocks;
 
+/* Whole blocks in rows that are a multiple of 32 values, for formats of other tools. */
+typedef struct {
+    Blocks blocks; /* `zeros` are whole codes or biases; bounds and pivot are not looked at */
+    int biased;    /* value = code * scale + bias, of the type of scales */
+} Streams;
+
 /* Whole rows with a scale each, of binary32. */
 typedef struct {
     Scheme scheme;          /* without a block */
@@ -302,9 +308,15 @@ typedef struct {
                         const float *mean_square, size_t period, uint8_t *packed, Errors *found);
     int (*quantize_blocks)(const Blocks *task, BlockFigures *figures);
     int (*quantize_channels)(const Channels *task, BlockFigures *figures);
+    int (*quantize_stream)(const Streams *task, Errors *found);
     int (*all_finite)(const float *x, size_t n);
     void (*pack)(const uint8_t *values, size_t groups, int width, uint8_t *packed);
     void (*unpack)(const uint8_t *packed, size_t groups, int width, uint8_t *values);
+    /* Rows of codes as streams of bits; `stride` bytes of a row. */
+    void (*pack_stream)(const uint8_t *codes, size_t rows, size_t columns, int bits, size_t stride,
+                        uint8_t *packed);
+    void (*unpack_stream)(const uint8_t *packed, size_t rows, size_t columns, int bits,
+                          size_t stride, uint8_t *codes);
 
     /* From one type to another, and the error of that. */
     int (*cast)(Source source, size_t n, enum source_type type, uint8_t *out, Errors *found);

@@ -185,10 +185,14 @@ static const float *floats_at(Call *call, int index, size_t *count) {
 #define FLAG(name) flag_at(&call, ARG_##name)
 
 /* Rows of floats that are used in turn, (period, length), or NULL for None. */
-#define IN_TURN(name, period, length)                                                           \
-    (is_none(&call, ARG_##name) || !require(&call, (period) > 0, "weights of nothing")          \
-         ? NULL                                                                                 \
-         : INPUT(name, times(period, length), float))
+static const float *in_turn_at(Call *call, int index, Py_ssize_t period, Py_ssize_t length) {
+    if (is_none(call, index) || !require(call, period > 0, "weights of nothing")) {
+        return NULL;
+    }
+    return memory_at(call, index, times(period, length), sizeof(float), PyBUF_SIMPLE);
+}
+
+#define IN_TURN(name, period, length) in_turn_at(&call, ARG_##name, period, length)
 
 static Scheme scheme_at(Call *call, int bits, int symmetric, int block) {
     const Scheme found = {integer_at(call, bits, 2, 8), flag_at(call, symmetric),
@@ -556,39 +560,64 @@ static enum scale_type scale_dtype_at(Call *call, int index) {
     return SCALE_F32;
 }
 
-#define QUANTIZE_BLOCKS(X)                                                                      \
+#define BLOCKS(X)                                                                               \
     X(data) X(dtype) X(groups) X(block) X(bits) X(symmetric) X(scale_dtype) X(factors) X(moves) \
-    X(low) X(high) X(pivot) X(weight) X(reach) X(mean_square) X(period) X(codes) X(scales)      \
-    X(zeros)
+    X(weight) X(reach) X(mean_square) X(period) X(codes) X(scales) X(zeros)
+
+/* The arguments of BLOCKS, which come first; a zero point has the size of a scale, or is a byte. */
+static Blocks task_at(Call *call, int biased) {
+    enum { BLOCKS(AS_INDEX) arguments };
+    const Py_ssize_t groups = size_at(call, ARG_groups), block = size_at(call, ARG_block);
+    const Py_ssize_t period = size_at(call, ARG_period), count = times(groups, block);
+    Blocks task = {.groups = (size_t)groups};
+    task.scheme = scheme_at(call, ARG_bits, ARG_symmetric, ARG_block);
+    task.scale_type = scale_dtype_at(call, ARG_scale_dtype);
+    require(call, block > 0, "blocks must have a length");
+    task.source = source_at(call, ARG_data, ARG_dtype, count);
+    task.grid.factors = floats_at(call, ARG_factors, &task.grid.factor_count);
+    task.grid.moves = floats_at(call, ARG_moves, &task.grid.move_count);
+    task.weights.period = (size_t)period;
+    task.weights.weight = in_turn_at(call, ARG_weight, period, block);
+    task.weights.reach = in_turn_at(call, ARG_reach, period, block);
+    task.mean_square = in_turn_at(call, ARG_mean_square, period, block);
+    require(call, !task.weights.weight == !task.weights.reach, "weights without reach");
+    const Py_ssize_t scale = (Py_ssize_t)scale_types[task.scale_type].bytes;
+    const Py_ssize_t zero = task.scheme.symmetric ? 0 : biased ? scale : 1;
+    task.codes = memory_at(call, ARG_codes, count / 8 * task.scheme.bits, 1, PyBUF_WRITABLE);
+    task.scales = memory_at(call, ARG_scales, times(groups, scale), 1, PyBUF_WRITABLE);
+    task.zeros = memory_at(call, ARG_zeros, times(groups, zero), 1, PyBUF_WRITABLE);
+    return task;
+}
+
+#define QUANTIZE_BLOCKS(X) BLOCKS(X) X(low) X(high) X(pivot)
 FUNCTION(quantize_blocks, QUANTIZE_BLOCKS) {
     BEGIN(quantize_blocks, QUANTIZE_BLOCKS)
-    const Py_ssize_t groups = SIZE(groups), block = SIZE(block), period = SIZE(period);
-    Blocks task = {0};
+    Blocks task = task_at(&call, 0);
     BlockFigures found = {0};
-    task.scheme = scheme_at(&call, ARG_bits, ARG_symmetric, ARG_block);
-    task.scale_type = scale_dtype_at(&call, ARG_scale_dtype);
-    require(&call, block > 0, "blocks must have a length");
-    require(&call, task.scheme.bits == 8 || times(groups, block) % PACK_GROUP == 0,
+    require(&call, task.scheme.bits == 8 || task.groups * task.scheme.block % PACK_GROUP == 0,
             "values must fill groups of 32");
-    task.source = source_at(&call, ARG_data, ARG_dtype, times(groups, block));
-    task.groups = (size_t)groups;
-    task.grid.factors = floats_at(&call, ARG_factors, &task.grid.factor_count);
-    task.grid.moves = floats_at(&call, ARG_moves, &task.grid.move_count);
     task.low = (float)NUMBER(low);
     task.high = (float)NUMBER(high);
     task.pivot = NUMBER(pivot);
-    task.weights.period = (size_t)period;
-    task.weights.weight = IN_TURN(weight, period, block);
-    task.weights.reach = IN_TURN(reach, period, block);
-    task.mean_square = IN_TURN(mean_square, period, block);
-    require(&call, !task.weights.weight == !task.weights.reach, "weights without reach");
-    task.codes = OUTPUT(codes, times(groups, block) / 8 * task.scheme.bits, uint8_t);
-    task.scales = OUTPUT(scales, times(groups, (Py_ssize_t)scale_types[task.scale_type].bytes),
-                         uint8_t);
-    task.zeros = OUTPUT(zeros, task.scheme.symmetric ? 0 : groups, uint8_t);
     int status = DONE;
     RUN(status = call.kernels->quantize_blocks(&task, &found))
     RETURN(figures_of(status, &found));
+}
+
+#define QUANTIZE_STREAM(X) BLOCKS(X) X(biased)
+FUNCTION(quantize_stream, QUANTIZE_STREAM) {
+    BEGIN(quantize_stream, QUANTIZE_STREAM)
+    const int biased = FLAG(biased);
+    const Streams task = {.blocks = task_at(&call, biased), .biased = biased};
+    Errors found = {0};
+    require(&call, task.blocks.groups * task.blocks.scheme.block % PACK_GROUP == 0,
+            "values must fill groups of 32");
+    require(&call, !biased || !task.blocks.scheme.symmetric, "biases of symmetric codes");
+    int status = DONE;
+    RUN(status = call.kernels->quantize_stream(&task, &found))
+    RETURN(status == NO_MEMORY    ? PyErr_NoMemory()
+           : status == NOT_FINITE ? Py_NewRef(Py_None)
+                                  : errors_of(found));
 }
 
 #define QUANTIZE_CHANNELS(X)                                                                   \
@@ -638,6 +667,29 @@ FUNCTION(unpack, PACK) {
     const uint8_t *packed = INPUT(packed, times(groups, 4 * width), uint8_t);
     uint8_t *values = OUTPUT(values, times(groups, PACK_GROUP), uint8_t);
     RUN(call.kernels->unpack(packed, (size_t)groups, width, values))
+    RETURN(Py_NewRef(Py_None));
+}
+
+#define STREAM(X) X(codes) X(rows) X(columns) X(bits) X(stride) X(packed)
+FUNCTION(pack_stream, STREAM) {
+    BEGIN(pack_stream, STREAM)
+    const Py_ssize_t rows = SIZE(rows), columns = SIZE(columns), stride = SIZE(stride);
+    const int bits = integer_at(&call, ARG_bits, 2, 8);
+    require(&call, times(columns, bits) <= times(stride, 8), "rows that are too short");
+    const uint8_t *codes = INPUT(codes, times(rows, columns), uint8_t);
+    uint8_t *packed = OUTPUT(packed, times(rows, stride), uint8_t);
+    RUN(call.kernels->pack_stream(codes, (size_t)rows, (size_t)columns, bits, (size_t)stride, packed))
+    RETURN(Py_NewRef(Py_None));
+}
+
+FUNCTION(unpack_stream, STREAM) {
+    BEGIN(unpack_stream, STREAM)
+    const Py_ssize_t rows = SIZE(rows), columns = SIZE(columns), stride = SIZE(stride);
+    const int bits = integer_at(&call, ARG_bits, 2, 8);
+    require(&call, times(columns, bits) <= times(stride, 8), "rows that are too short");
+    const uint8_t *packed = INPUT(packed, times(rows, stride), uint8_t);
+    uint8_t *codes = OUTPUT(codes, times(rows, columns), uint8_t);
+    RUN(call.kernels->unpack_stream(packed, (size_t)rows, (size_t)columns, bits, (size_t)stride, codes))
     RETURN(Py_NewRef(Py_None));
 }
 
@@ -1083,7 +1135,8 @@ FUNCTION(multiply_ordered, MULTIPLY_ORDERED) {
 #define EACH_FUNCTION(X)                                                                        \
     X(widen_bf16) X(widen_f16) X(widen_table) X(observe) X(histogram) X(extrema) X(all_finite)  \
     X(error_sums) X(worst_step) X(power_sums) X(long_sums) X(search) X(encode) X(decode)        \
-    X(encode_rows) X(quantize_blocks) X(quantize_channels) X(pack) X(unpack) X(cast)            \
+    X(encode_rows) X(quantize_blocks) X(quantize_channels) X(quantize_stream) X(pack) X(unpack)  \
+    X(pack_stream) X(unpack_stream) X(cast)                                                     \
     X(integer_dots) X(product) X(ggml_encode) X(ggml_quantize) X(ggml_decode)                   \
     X(codebook_encode) X(codebook_decode) X(levels_encode) X(levels_decode) X(levels_product)   \
     X(compensate) X(multiply_ordered) X(sweep_columns)

@@ -6,6 +6,7 @@
 #include "levels.h"
 #include "row_sweep.h"
 #include "statistics.h"
+#include "streams.h"
 #include "widen.h"
 
 const Kernels OF_VARIANT(kernels) = {
@@ -27,10 +28,13 @@ const Kernels OF_VARIANT(kernels) = {
     .encode_rows = encode_rows,
     .quantize_blocks = quantize_blocks,
     .quantize_channels = quantize_channels,
+    .quantize_stream = quantize_stream,
     .cast = cast,
     .all_finite = all_finite,
     .pack = pack,
     .unpack = unpack,
+    .pack_stream = pack_stream,
+    .unpack_stream = unpack_stream,
     .codebook_encode = codebook_encode,
     .codebook_decode = codebook_decode,
     .levels_encode = levels_encode,

@@ -49,6 +49,7 @@ from qconvert.kernels.reference.statistics import (
     power_sums,
     worst_step,
 )
+from qconvert.kernels.reference.streams import pack_stream, unpack_stream
 from qconvert.kernels.reference.sums import long_sums, search
 from qconvert.kernels.reference.widening import widen
 from qconvert.ranges import RangeMethod
@@ -75,6 +76,17 @@ def quantize_rows(
 ) -> Encoded:
     """`composed.quantize_rows`."""
     return composed.quantize_rows(_reference, rows, encoding, method, bounds, weights)
+
+
+def quantize_stream(
+    rows: SourceRows,
+    encoding: AffineEncoding,
+    method: RangeMethod,
+    biased: bool,
+    weights: Weighting | None = None,
+) -> Encoded:
+    """`composed.quantize_stream`."""
+    return composed.quantize_stream(_reference, rows, encoding, method, biased, weights)
 
 
 def load_codes(packed: bytes, encoding: AffineEncoding) -> U8:
@@ -127,12 +139,15 @@ __all__ = [
     "observe",
     "observe_groups",
     "pack",
+    "pack_stream",
     "power_sums",
     "product",
     "quantize_rows",
+    "quantize_stream",
     "search",
     "sweep_rows",
     "unpack",
+    "unpack_stream",
     "values",
     "widen",
     "worst_step",

@@ -15,6 +15,7 @@ from qconvert.kernels.arithmetic import (
     row_units,
     shifted_levels,
     to_groups,
+    weighted_error_sums,
 )
 from qconvert.kernels.records import (
     F32,
@@ -27,7 +28,7 @@ from qconvert.kernels.records import (
     LevelSteps,
 )
 from qconvert.kernels.reference.codes import pack, unpack
-from qconvert.kernels.reference.statistics import error_sums, weighted_error_sums
+from qconvert.kernels.reference.statistics import error_sums
 
 BATCH = 1 << 16  # values searched at once: the temporaries stay in the second-level cache
 

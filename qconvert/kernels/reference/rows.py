@@ -10,10 +10,11 @@ from qconvert.kernels.arithmetic import (
     padded_codes,
     stored_zero_points,
     to_groups,
+    weighted_error_sums,
 )
 from qconvert.kernels.records import F32, U8, Bytes, Encoded, ErrorSums, Parameters
 from qconvert.kernels.reference.codes import decode, encode, pack
-from qconvert.kernels.reference.statistics import error_sums, weighted_error_sums
+from qconvert.kernels.reference.statistics import error_sums
 
 
 def encode_rows(

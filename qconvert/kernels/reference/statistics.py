@@ -115,16 +115,6 @@ def error_sums(x: F32, decoded: F32) -> tuple[float, float, float]:
 
 
 @np.errstate(over="ignore", invalid="ignore")  # where a value was decoded to infinity
-def weighted_error_sums(x: F32, decoded: F32, weights: F32) -> tuple[float, float]:
-    """Σwx² and Σw(x - x')² of rows (R, c), as in `error_sums`; row r has the weights r mod P of
-    (P, c).
-    """
-    wide = x.astype(np.float64)
-    error = (x - decoded).astype(np.float64)
-    w = weights[np.arange(len(x)) % len(weights)].astype(np.float64)
-    return lane_sum((w * (wide * wide)).ravel()), lane_sum((w * (error * error)).ravel())
-
-
 @np.errstate(over="ignore", invalid="ignore")  # where a scale or a decoded value is not finite
 def worst_step(
     weights: F32,

@@ -124,7 +124,7 @@ class DirectoryTarget:
                 "that moved would be rounded: a model whose activations go beyond 65,504 needs "
                 "--scheme bf16 --format hf instead"
             )
-        self._check_fused(planned, model.path)
+        self._check_fused(planned, model.path, keep=isinstance(options.scheme, KeepScheme))
         planned = self._tied(planned)
         _check_static(planned, options.calibration)
         plan = [replace(p, scheme=_like(p.scheme)) for p in planned]
@@ -211,8 +211,11 @@ class DirectoryTarget:
         found = (r.reason for r in self.dense if any(fnmatchcase(name, g) for g in r.globs))
         return next(found, None)
 
-    def _check_fused(self, plan: Sequence[PlannedTensor], path: Path) -> None:
+    def _check_fused(self, plan: Sequence[PlannedTensor], path: Path, keep: bool) -> None:
         """Refuse parts of one layer that take several schemes.
+
+        Args:
+            keep: whether they were moved, or decoded where they could not be.
 
         Raises:
             UsageError: names two of them.
@@ -228,7 +231,11 @@ class DirectoryTarget:
                         path=path,
                         tensor=q.tensor.name,
                         found=" and ".join(found),
-                        hint="give them the same with --tensor-scheme, or keep them all",
+                        hint="quantize them again alike with a scheme and --allow-requantize, "
+                        "decode them with --format hf --scheme bf16, or move them with --format "
+                        "qblk, where each may have its own"
+                        if keep
+                        else "give them the same with --tensor-scheme, or keep them all",
                     )
 
     def _tied(self, plan: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
