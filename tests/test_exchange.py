@@ -478,6 +478,13 @@ def test_parts_of_a_layer_in_several_layouts_fail(model: Path) -> None:
     assert "w8a16_g32 and w4a16_g32 in one layer" in check.detail
 
 
+@pytest.mark.parametrize(("scheme", "count"), [("w4a16_g32", 0), ("w4a16_asym_g32", 1)])
+def test_packed_zero_points_are_warned_of(scheme: str, count: int, model: Path) -> None:
+    done = qconvert.verify(quantized(model, scheme, "out"))
+    assert done.status == "pass"
+    assert sum("wants them unpacked" in w for w in done.warnings) == count
+
+
 # --- codes that move ---
 
 

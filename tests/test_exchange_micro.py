@@ -567,6 +567,12 @@ def test_moved_parts_of_one_layer_with_different_scales_are_warned_of(
     options = ("--format", "compressed-tensors")
     assert "vLLM takes the largest" in notes(tmp_path / "m", tmp_path / "a", call, *options)
     assert "vLLM takes the largest" not in notes(place, tmp_path / "b", call, *options)
+    for checked, warned in ((tmp_path / "m", True), (place, False)):
+        done = call("verify", checked, "--json")
+        assert done.code == 0, done.err
+        said = [w for w in done.json["warnings"] if "different scales of the tensor" in w]
+        assert len(said) == warned
+        assert not said or f"such as that of '{LAYER}.self_attn.q_proj'" in said[0]
 
 
 # --- refused ---

@@ -595,3 +595,18 @@ def test_a_mistaken_dtype_of_codes_is_refused(tmp_path: Path, call: Call) -> Non
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": block}))
     done = call("inspect", tmp_path)
     assert (done.code, "EXCHANGE-MISSING" in done.err) == (3, True)
+
+
+def test_groups_of_columns_apart_are_decoded_and_said_to_be(tmp_path: Path, call: Call) -> None:
+    source = FOREIGN / "gptq_4_act_order"
+    keep = ("quantize", source, "--scheme", "keep", "-o", tmp_path / "o.qblk")
+    refused = call(*keep, "--exact")
+    assert (refused.code, "g_idx" in refused.err) == (3, True)
+    done = call(*keep, "--json")
+    assert done.code == 0, done.err
+    counts, why, *_ = done.json["notes"]
+    assert counts == "0 quantized tensors moved exactly, 2 decoded, 2 plain"
+    assert why == (
+        "'model.layers.0.mlp.down_proj.weight' and 1 more: decoded from gptq_4bit_g32_act_order: "
+        "its g_idx has groups of columns that are no neighbours"
+    )

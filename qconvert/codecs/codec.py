@@ -279,6 +279,11 @@ class Encoding(ABC):
         """What its codes are, where they can move; None where they cannot."""
         return None
 
+    @property
+    def immovable(self) -> str:
+        """Why codes can move nowhere, where that is not for their kind; empty elsewhere."""
+        return ""
+
     def movable(self, rows: IntegerRows) -> IntegerRows | None:
         """Rows of `coded` with unsigned codes below 2^bits of the `grain` and whole zero points, as
         all encodings of a number agree on; None where they are not such.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -174,7 +175,10 @@ class Moving:
             return "its parts are of several types"
         grain = stored[0].encoding.grain
         if added or grain is None:
-            return f"{self.container.article} has no such codes and scales"
+            return (
+                stored[0].encoding.immovable
+                or f"{self.container.article} has no such codes and scales"
+            )
         if (why := self.dense(tensor.name)) is not None:
             return why
         divisors = {s.encoding.divisor(s) for s in stored}
@@ -327,15 +331,20 @@ def check_moved(plan: Sequence[PlannedTensor], opened: OpenModel, exact: bool) -
         )
 
 
-def moved_note(plan: Sequence[PlannedTensor]) -> str:
-    """How many tensors moved, and what became of the others."""
+def moved_notes(plan: Sequence[PlannedTensor]) -> list[str]:
+    """How many tensors moved, what became of the others, and why, of most and with one by name."""
     moved, decoded = _moved_and_decoded(plan)
     plain = len(plan) - len(moved) - len(decoded)
     near = sum(p.reason.startswith(_NEARLY) for p in moved)
     found = f"{len(moved) - near} quantized tensors moved exactly, "
     if near:
         found += f"{near} but for the scale of the tensor, a divisor that was rounded, "
-    return f"{found}{len(decoded)} decoded, {plain} plain"
+    notes = [f"{found}{len(decoded)} decoded, {plain} plain"]
+    if decoded:
+        (reason, count), *_ = Counter(p.reason for p in decoded).most_common(1)
+        first = next(p.tensor.name for p in decoded if p.reason == reason)
+        notes.append(f"'{first}'{f' and {count - 1} more' if count > 1 else ''}: {reason}")
+    return notes
 
 
 def _moved_and_decoded(

@@ -28,7 +28,7 @@ from qconvert.stages.checkpoints import as_directory
 from qconvert.stages.compensated_losses import CompensatedLosses
 from qconvert.stages.conversion import Job, fill_totals, planned_row, write_together
 from qconvert.stages.equalisation import rescaled
-from qconvert.stages.moving import moved_note
+from qconvert.stages.moving import moved_notes
 from qconvert.stages.parallel import available_threads
 from qconvert.stages.plan import PlannedTensor, check_schemes
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions, RepairText
@@ -176,7 +176,7 @@ def _begun(source: Path, options: QuantizeOptions, files: ExitStack, progress: P
         report.prediction = prediction
         report.equalisation = equalisation
         report.warnings = said.warnings + report.warnings
-        moved = [moved_note(prepared.plan)] if isinstance(options.scheme, KeepScheme) else []
+        moved = moved_notes(prepared.plan) if isinstance(options.scheme, KeepScheme) else []
         # Few are shown of many.
         report.notes = [*moved, *prepared.readers, *said.notes, *report.notes]
         layers: dict[str, str] = {}

@@ -110,12 +110,14 @@ class Finding:
         broken: what breaks it, for people; None where nothing does.
         detail: what was looked at.
         tensor: that breaks it.
+        cautions: what breaks nothing, and some readers take otherwise.
     """
 
     id: str
     detail: str
     broken: str | None = None
     tensor: str | None = None
+    cautions: tuple[str, ...] = ()
 
 
 class Target(Protocol):

@@ -380,6 +380,7 @@ class _Job:
         for found in target_of(CONTAINERS[self.model.kind]).examined(self.model):
             broken = f": {found.broken}" if found.broken else ""
             self.check(found.id, not broken, found.detail + broken, tensor=found.tensor)
+            self.report.warnings += found.cautions
         return True
 
     def _pairs(self) -> dict[str, TensorInfo]:

@@ -39,6 +39,11 @@ MICRO = {
     "mxfp6-pack-quantized": Micro(FP6, (PACKED, "U8"), (SCALE, "U8"), MX_GROUP),
     "mxfp8-quantized": Micro(FP8, (WEIGHT, FP8), (SCALE, "U8"), MX_GROUP),
 }
+PACKED_ZEROS = (
+    "zero points of asymmetric schemes load in vLLM, but by default not in transformers 5.24 with "
+    "compressed-tensors 0.20, which wants them unpacked: load with "
+    "CompressedTensorsConfig(dequantize=True), or choose a symmetric scheme"
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,10 @@ class PackedIntegers(IntegerLayout):
     """
 
     gathers: ClassVar[tuple[str, ...]] = ("zero",)
+
+    @property
+    def caution(self) -> str:
+        return "" if self.symmetric else PACKED_ZEROS
 
     @property
     def name(self) -> str:

@@ -54,6 +54,10 @@ class Gptq(ColumnGroups):
         return None if self.order else super().grain  # others have groups of neighbours
 
     @property
+    def immovable(self) -> str:
+        return "its g_idx has groups of columns that are no neighbours" if self.order else ""
+
+    @property
     def name(self) -> str:
         asym = "" if self.symmetric else "_asym"
         return f"gptq_{self.width}bit{asym}_{self.unit}{'_act_order' if self.order else ''}"

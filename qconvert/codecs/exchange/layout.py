@@ -56,6 +56,11 @@ class Layout(Encoding):
     def static(self) -> bool:
         return False
 
+    @property
+    def caution(self) -> str:
+        """What some readers take otherwise, for people; empty where there is no such thing."""
+        return ""
+
     def static_input(self, scale: float, zero_point: int) -> dict[str, Bytes]:
         """The parts that say how an input x becomes eight bits.
 

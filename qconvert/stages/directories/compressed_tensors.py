@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qconvert.codecs.exchange.compressed_tensors import PACKED_ZEROS
 from qconvert.codecs.exchange.micro import FP8
 from qconvert.exchange_schemes import COMPRESSED_TENSORS, CompressedTensorsScheme, ExchangeScheme
 from qconvert.stages.directories.modules import dense_modules, quantized_modules
@@ -127,11 +128,7 @@ def readers(plan: Sequence[PlannedTensor]) -> Readers:
             "them; an older reader takes them for others: load with 0.20 or newer"
         )
     if any(not s.symmetric for s in schemes):
-        warnings.append(
-            "zero points of asymmetric schemes load in vLLM, but by default not in transformers "
-            "5.24 with compressed-tensors 0.20, which wants them unpacked: load with "
-            "CompressedTensorsConfig(dequantize=True), or choose a symmetric scheme"
-        )
+        warnings.append(PACKED_ZEROS)
     return Readers(notes, tuple(warnings))
 
 

@@ -188,16 +188,23 @@ class DirectoryTarget:
         """Parts of fused layers have one layout: vLLM refuses others, or takes one for all."""
         if not self.fused:
             return ()
-        stored = {layer_name(t.name): made.stored(t).encoding for t in made.tensors}
+        stored = {layer_name(t.name): made.stored(t) for t in made.tensors}
         layers = [parts for _, parts in self._layers(stored)]
         for first, *others in layers:
-            name = stored[first].name
-            other = next((m for m in others if stored[m].name != name), None)
+            name = stored[first].encoding.name
+            other = next((m for m in others if stored[m].encoding.name != name), None)
             if other is not None:
-                broken = f"{name} and {stored[other].name} in one layer"
+                broken = f"{name} and {stored[other].encoding.name} in one layer"
                 return (Finding("fused-layers", _FUSED, broken, other),)
         count = sum(len(parts) > 1 for parts in layers)
-        return (Finding("fused-layers", f"{_FUSED}: {count} layers"),)
+        several = [
+            (names, parts[0])
+            for names, parts in self._layers(stored)
+            if len({stored[part].encoding.divisor(stored[part]) for part in parts}) > 1
+        ]
+        kinds = (s.encoding.caution for s in stored.values() if isinstance(s.encoding, Layout))
+        cautions = (*_several_scales(several), *sorted({kind for kind in kinds if kind}))
+        return (Finding("fused-layers", f"{_FUSED}: {count} layers", cautions=cautions),)
 
     def _checked(self, p: PlannedTensor) -> PlannedTensor:
         """A planned tensor by the rules of the format."""
@@ -259,15 +266,7 @@ class DirectoryTarget:
             moved = [p.scheme for p in parts if isinstance(p.scheme, MovedScheme)]
             if len({_divisor(scheme) for scheme in moved}) > 1:
                 found.append((names, parts[0].tensor.name))
-        if not found:
-            return []
-        names, first = found[0]
-        return [
-            f"{len(found)} layers, such as that of '{first}', have parts ({' '.join(names)}) with "
-            "different scales of the tensor, of which vLLM takes the largest for all: weights are "
-            "off there, and right in transformers; convert them with --scheme nvfp4a16 and "
-            "--allow-requantize"
-        ]
+        return _several_scales(found)
 
     def _planned_layers(
         self, plan: Sequence[PlannedTensor]
@@ -285,6 +284,23 @@ class DirectoryTarget:
                 if last == names[0]:
                     parts = (f"{place}.{name}" for name in names)
                     yield names, [part for part in parts if part in modules]
+
+
+def _several_scales(layers: Sequence[tuple[tuple[str, ...], str]]) -> list[str]:
+    """A warning of layers whose parts have different scales of the tensor.
+
+    Args:
+        layers: what readers call the parts, and one of them.
+    """
+    if not layers:
+        return []
+    names, first = layers[0]
+    return [
+        f"{len(layers)} layers, such as that of '{first}', have parts ({' '.join(names)}) with "
+        "different scales of the tensor, of which vLLM takes the largest for all: weights are "
+        "off there, and right in transformers; convert them with --scheme nvfp4a16 and "
+        "--allow-requantize"
+    ]
 
 
 def _divisor(scheme: MovedScheme) -> float:
