@@ -83,9 +83,17 @@ WITHOUT_KERNELS = {
 REFERENCE_FORCED = os.environ.get("QCONVERT_KERNELS") == "reference"
 
 
-def pytest_report_header() -> list[str]:
+def _consumers_asked(config: pytest.Config) -> bool:
+    """Whether tests are wanted that install tools first: that takes minutes and gigabytes."""
+    return "consumers" in config.option.markexpr
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
     left = ", ".join(sorted(WITHOUT_KERNELS))
-    return [f"left to the run with native kernels: {left}"] if REFERENCE_FORCED else []
+    said = [f"left to the run with native kernels: {left}"] if REFERENCE_FORCED else []
+    if not _consumers_asked(config):
+        said.append("left out: test_consumers.py, which installs tools: pytest -m consumers")
+    return said
 
 
 # The files that take minutes come first: a processor that gets one last keeps the others waiting.
@@ -119,6 +127,8 @@ def _turn(item: pytest.Item) -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=_turn)
     left = [item for item in items if REFERENCE_FORCED and item.path.stem in WITHOUT_KERNELS]
+    if not _consumers_asked(config):
+        left += [item for item in items if item.get_closest_marker("consumers")]
     if left:
         config.hook.pytest_deselected(items=left)
         kept = set(items) - set(left)

@@ -2,12 +2,15 @@
 
     python tests/make_consumers.py install vllm /tmp/vllm       # or onnxruntime-genai, gptqmodel
     python tests/make_consumers.py run vllm /tmp/vllm --work DIR
+    python tests/make_consumers.py run gptqmodel /tmp/gptqmodel
 
 Each tool gets a virtual environment of its own, with the torch for CPUs that is installed here; no
 GPU is used. ``run`` quantizes samples/tiny-llama, has the tool predict the tokens of
 samples/eval.txt, and holds its distributions against those of the float model: the divergence, in
 nats, beside that of the weights that we read (what `qconvert verify --text` promises), and how far
-the two quantized models are from each other. It is no test: run it by hand.
+the two quantized models are from each other. GPTQModel decodes weights, which the tests of
+test_prove_packed.py hold against ours, in its environment. tests/test_consumers.py has bars for all
+of it.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -94,6 +98,9 @@ def install(tool: str, place: Path) -> None:
     elif tool == "gptqmodel":
         get(*_BESIDE[tool])
         get("--no-deps", _PACKAGES[tool])
+        # Behind its own packages those of this environment, and ours: for tests to run there.
+        (packages,) = place.glob("lib/python3*/site-packages")
+        (packages / "beside.pth").write_text(f"{ROOT}\n{sysconfig.get_path('purelib')}\n")
     else:
         get(*_BESIDE[tool], _PACKAGES[tool])
 
@@ -204,6 +211,30 @@ def rows(tool: str, place: Path, work: Path, only: str | None) -> Iterator[dict[
         yield found
 
 
+def by_gptqmodel(place: Path) -> dict[str, Any]:
+    """How many of the tests that need GPTQModel pass in its environment."""
+    line = [
+        place / "bin" / "python",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
+    done = subprocess.run(
+        [*line, ROOT / "tests" / "test_prove_packed.py", "-k", "gptqmodel"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    last = (done.stdout.strip().splitlines() or [done.stderr[-300:]])[-1]
+    kinds = ("passed", "failed", "skipped")
+    counts = {kind: re.search(rf"(\d+) {kind}", last) for kind in kinds}
+    if not any(counts.values()):
+        raise SystemExit(f"no test ran: {last}")
+    return {"tool": "gptqmodel"} | {k: int(m[1]) if m else 0 for k, m in counts.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -211,9 +242,9 @@ def main() -> None:
     installing.add_argument("tool", choices=_PACKAGES)
     installing.add_argument("place", type=Path)
     running = commands.add_parser("run")
-    running.add_argument("tool", choices=SHOWN)
+    running.add_argument("tool", choices=_PACKAGES)
     running.add_argument("place", type=Path)
-    running.add_argument("--work", type=Path, required=True)
+    running.add_argument("--work", type=Path, help="where directories go; not of gptqmodel")
     running.add_argument("--only", metavar="SCHEME or DTYPE")
     inside = commands.add_parser("inside")
     inside.add_argument("tool", choices=INSIDE)
@@ -226,6 +257,10 @@ def main() -> None:
         install(given.tool, given.place)
     elif given.command == "inside":
         np.save(given.out, INSIDE[given.tool](given.directory, given.dtype, np.load(given.ids)))
+    elif given.tool not in SHOWN:
+        print(json.dumps(by_gptqmodel(given.place.resolve())))
+    elif given.work is None:
+        parser.error("give a folder for the directories with --work")
     else:
         for row in rows(given.tool, given.place.resolve(), given.work.resolve(), given.only):
             print(json.dumps(row), flush=True)
