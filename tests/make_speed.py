@@ -129,7 +129,7 @@ def pairs(source: Path, work: Path) -> Iterator[tuple[str, list[str], list[str]]
 
     for container, scheme, ours in LINES:
         yield f"{container} {scheme}", plain(source, scheme), plain(source, ours)
-    fp8 = work / "fp8"
+    fp8 = work / source.name.replace("bf16", "fp8")
     if not fp8.exists():
         taken_line = ["quantize", str(source), "--scheme", "fp8_block128", "-o", str(fp8), "-q"]
         os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-m", "qconvert", *taken_line])
