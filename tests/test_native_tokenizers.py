@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 from awkward_texts import marked
+from config_cases import Directories, unfolded
 from conftest import ROOT, Call
+from family_models import NARROW
 from gguf import GGUFReader
 from tiny_models import CONFIGS, weights, write_directory
 
@@ -25,6 +27,7 @@ from qconvert.files import open_model
 
 DATA = ROOT / "tests" / "data" / "tokenizers"
 IDS: list[list[Any]] = json.loads((DATA / "ids.json").read_text())
+TABLE: dict[str, Any] = json.loads((ROOT / "tests" / "config_table.json").read_text())
 FILES = {"bpe.model": 1, "unigram.model": 2, "tekken.json": 3}
 # Where llama.cpp, whatever a file says, gives others: at marks; and after a user-defined piece,
 # where it puts a space, as the tokenizers library does.
@@ -112,6 +115,40 @@ def test_tokenizer_config_adds_tokens_and_says_what_surrounds_a_text(
     fields = GGUFReader(path).fields
     assert fields["tokenizer.ggml.tokens"].contents()[420:422] == ["<more>", "<|im_end|>"]
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+
+
+def test_tiktoken_s_file_is_one_of_kimi_k2(tmp_path: Path, call: Call) -> None:
+    """Whose type transformers has under another name, and whose code says how text is cut."""
+    shapes = unfolded(TABLE["tensors"][TABLE["bases"]["deepseek_v3"]["tensors"]])
+    rows = len(TEKKEN["vocab"]) + 4
+    shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (rows, 64))
+    config = NARROW["deepseek_v3"] | {"model_type": "kimi_k2", "vocab_size": rows}
+    place, path = Directories(tmp_path).made("deepseek_v3", config, shapes), tmp_path / "m.gguf"
+    (place / "tokenizer.json").unlink()
+    lines = [f"{t['token_bytes']} {t['rank']}" for t in TEKKEN["vocab"]]
+    (place / "tiktoken.model").write_text("\n".join(lines) + "\n")
+    token = {"content": "[BOS]", "special": True}
+    settings = {"bos_token": "[BOS]", "added_tokens_decoder": {str(rows - 4): token}}
+    (place / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert call("quantize", place, "--scheme", "f32", "-o", path).code == 0
+    fields = GGUFReader(path).fields
+    assert fields["general.architecture"].contents() == "deepseek2"
+    assert fields["tokenizer.ggml.pre"].contents() == "kimi-k2"
+    assert fields["tokenizer.ggml.bos_token_id"].contents() == rows - 4
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    assert tokens[97:100] == ["a", "b", "c"]
+    assert tokens[32] == "Ġ"  # GPT-2's letter for a space
+    assert fields["tokenizer.ggml.merges"].contents()
+    lines[300] = "!" + lines[300]
+    (place / "tiktoken.model").write_text("\n".join(lines))
+    assert call("quantize", place, "--scheme", "f32", "-o", tmp_path / "n.gguf").code == 3
+    other = NARROW["deepseek_v3"] | {"vocab_size": rows}
+    (place / "config.json").write_text(json.dumps(other))
+    lines[300] = lines[300][1:]
+    (place / "tiktoken.model").write_text("\n".join(lines))
+    ran = call("quantize", place, "--scheme", "f32", "-o", tmp_path / "n.gguf")
+    assert ran.code == 3
+    assert "--pre-tokenizer" in ran.err
 
 
 def varint(number: int) -> bytes:

@@ -1,8 +1,9 @@
 """Tokenizers in the files of the programs that they were made with, as tokenizer.json has them.
 
-Mistral's ``tekken.json`` lists the tokens of a byte-level BPE in the order of their merges; a
-``tokenizer.model`` is a SentencePiece model (google/sentencepiece, sentencepiece_model.proto). What
-reads tokenizer.json then reads these, and what it refuses or warns of there, it does here.
+Mistral's ``tekken.json`` lists the tokens of a byte-level BPE in the order of their merges, and so
+does tiktoken's ``tiktoken.model``, which says nothing of how text is cut; ``tokenizer.model`` is a
+SentencePiece model (google/sentencepiece, sentencepiece_model.proto). What reads tokenizer.json
+then reads these, and what it refuses or warns of there, it does here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from qconvert.architectures.tokenizer_json import SPACE
 from qconvert.errors import FormatError, UnsupportedError
 
 TEKKEN = "tekken.json"
+TIKTOKEN = "tiktoken.model"
 SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 MAX_TOKENS = 1 << 20
 _SHOWN = 60
@@ -43,11 +45,13 @@ class NativeTokenizer:
         name: of the file.
         fields: what tokenizer.json would have.
         settings: what tokenizer_config.json would have, and need not.
+        pre_tokenizer: llama.cpp's name for how text is cut, where the model's type says it.
     """
 
     name: str
     fields: Fields
     settings: Fields
+    pre_tokenizer: str | None = None
 
 
 def native_tokenizer(files: SmallFiles, settings: Mapping[str, Any]) -> NativeTokenizer | None:
@@ -63,6 +67,8 @@ def native_tokenizer(files: SmallFiles, settings: Mapping[str, Any]) -> NativeTo
     """
     if TEKKEN in files.names():
         return _tekken(files.json(TEKKEN) or {}, files.home / TEKKEN)
+    if (ranks := files.read(TIKTOKEN)) is not None:
+        return _tiktoken(ranks, files.home / TIKTOKEN, settings, files)
     for name in SENTENCEPIECE:
         data = files.read(name)
         if data is not None:
@@ -127,6 +133,40 @@ def _bytes(entry: object, path: Path) -> bytes:
     except (binascii.Error, ValueError):
         found = b""
     return found or _broken(path, "a token without bytes", entry)
+
+
+# Whose own code cuts text in a way that llama.cpp has a name for.
+_CUT_AS = {"kimi_k2": "kimi-k2"}
+
+
+def _tiktoken(
+    data: bytes, path: Path, settings: Mapping[str, Any], files: SmallFiles
+) -> NativeTokenizer:
+    """Lines of a token in base64 and its rank."""
+    tokens: list[bytes] = []
+    for line in data.split(b"\n"):
+        text, _, rank = line.rstrip(b"\r").partition(b" ")
+        if line and rank != str(len(tokens)).encode():
+            _broken(path, f"no rank {len(tokens)} where it comes", line)
+        if line:
+            tokens.append(_bytes({"token_bytes": text.decode("latin-1")}, path))
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    if not 256 <= len(ranks) == len(tokens) <= MAX_TOKENS:
+        _broken(path, "a token twice, or none for some bytes", len(tokens))
+    kind = (files.json("config.json") or {}).get("model_type")
+    fields: Fields = {
+        "added_tokens": _further(settings, files, len(tokens)),
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        "post_processor": None,
+        "model": {
+            "type": "BPE",
+            "vocab": {_letters(t): rank for t, rank in ranks.items()},
+            "merges": list(_merges(ranks)),
+            "ignore_merges": True,
+        },
+    }
+    return NativeTokenizer(TIKTOKEN, fields, {}, _CUT_AS.get(str(kind)))
 
 
 def _special(listed: object, count: int, path: Path) -> list[str]:

@@ -42,6 +42,7 @@ COMPANIONS = frozenset(
         "special_tokens_map.json",
         "spiece.model",
         "tekken.json",
+        "tiktoken.model",
         "tokenizer.json",
         "tokenizer.model",
         "tokenizer_config.json",

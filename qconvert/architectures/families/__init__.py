@@ -100,6 +100,10 @@ FAMILIES: tuple[Family, ...] = tuple(row for module in _MODULES for row in modul
 CONFIG_CLASSES: tuple[ConfigClass, ...] = tuple(c for m in _MODULES for c in m.CONFIGS)
 
 
+# What files of models with code of their own call a class that transformers has by now.
+_OTHER_TYPES = {"kimi_k2": "deepseek_v3"}
+
+
 def known_class(fields: Mapping[str, Any]) -> ConfigClass | None:
     """The class of a configuration; None when no row of the tables has it.
 
@@ -107,9 +111,9 @@ def known_class(fields: Mapping[str, Any]) -> ConfigClass | None:
     that we take, unless there is none.
     """
     named = _class_names(fields)
-    of_type = [
-        c for c in CONFIG_CLASSES if c.model_type == fields.get("model_type") and _holds(c, fields)
-    ]
+    kind = fields.get("model_type")
+    kind = _OTHER_TYPES.get(kind, kind) if isinstance(kind, str) else kind
+    of_type = [c for c in CONFIG_CLASSES if c.model_type == kind and _holds(c, fields)]
     ours = (c for c in of_type if any(n in c.architectures for n in named))
     by_type = next(ours, of_type[0] if of_type else None)
     if by_type and by_type.model_type == "mistral" and "layer_types" in fields:
