@@ -69,8 +69,9 @@ WITHOUT_KERNELS = {
         *("encoders", "families", "style", "training", "tune"),
         # What runs models with what a few kernels give, which other files hold to the reference.
         *("device", "finetune", "quality", "repair", "running", "verify_run"),
+        *("tune_adapters", "tune_encoder", "tune_float", "tune_resume"),
         # Where tensors lie and what they are called, whatever is made of them.
-        *("adapters", "gguf_directories", "restored", "tokens"),
+        *("adapters", "gguf_directories", "native_tokenizers", "restored", "tokens"),
         # What is predicted and timed.
         *("bench", "compensated_losses"),
         # What is done with figures once they are there: judged, compared, written, shown.
@@ -100,7 +101,16 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 LONGEST = [
     f"test_{name}"
     for name in (
-        *("native", "calibrate_text", "documents", "cli", "equalisation", "minilm", "config_table"),
+        *(
+            "tune_encoder",
+            "native",
+            "calibrate_text",
+            "documents",
+            "cli",
+            "equalisation",
+            "minilm",
+            "config_table",
+        ),
         *("style", "gguf_convert", "budget", "torch"),
     )
 ]
