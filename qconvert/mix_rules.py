@@ -142,6 +142,27 @@ _FLOAT32_NAMES = re.compile(
 )
 
 
+# What the graphs of single projectors want. Gemma 3's turns its last matrix round, which ggml does
+# with no quantized type; llama-quantize does not know that, the converter does.
+_OF_PROJECTORS = {
+    "gemma3": {"v.patch_embd.weight": "F32", "mm.input_projection.weight": "F16"},
+    "idefics3": {"v.patch_embd.weight": "F32"},
+}
+_OF_PIXELS = (".patch_embd.weight", ".patch_merger.weight")
+
+
+def _of_projector(tensor: TensorInfo, facts: ModelFacts, base: str) -> str | None:
+    """The type that llama.cpp's converter gives a tensor of a projector's file whatever it gives
+    others; None where it is one of these.
+    """
+    if not facts.projector:
+        return None
+    own = _OF_PROJECTORS.get(facts.projector, {}).get(tensor.name)
+    if own is None and any(part in tensor.name for part in _OF_PIXELS):
+        return "F16" if base == "F16" else "F32"
+    return own
+
+
 def _kept(tensor: TensorInfo) -> str | None:
     """Why a tensor is not quantized; None if it can be."""
     name = tensor.name
@@ -218,6 +239,9 @@ class _Chooser:
         self._unused = dict.fromkeys(options.tensor_types)
 
     def assign(self, tensor: TensorInfo) -> Assigned:
+        own = _of_projector(tensor, self._facts, self._mix.base)
+        if own is not None:
+            return Assigned(own, "what llama.cpp computes with it takes this", quantizable=False)
         why_kept = _kept(tensor)
         if why_kept is not None:
             return self._keep(tensor, why_kept)

@@ -119,6 +119,7 @@ class ModelFacts:
         n_head: ``attention.head_count``, of the first layer where they differ.
         n_head_kv: ``attention.head_count_kv``, likewise; ``n_head`` where the key is absent.
         n_expert: ``expert_count``, else 0.
+        projector: ``clip.projector_type`` of a file that turns images into tokens, else nothing.
     """
 
     architecture: str
@@ -126,6 +127,7 @@ class ModelFacts:
     n_head: int
     n_head_kv: int
     n_expert: int = 0
+    projector: str = ""
 
     @property
     def n_gqa(self) -> int:

@@ -18,6 +18,7 @@ from qconvert.architectures.restored import RestoredModel, restored
 from qconvert.architectures.sentence_modules import modules_beyond
 from qconvert.architectures.small_files import SmallFiles
 from qconvert.architectures.source import GgufSource, architecture_of, open_gguf_source
+from qconvert.architectures.vision.source import open_projector_source
 
 
 def supported() -> tuple[str, ...]:
@@ -40,6 +41,7 @@ __all__ = [
     "modules_beyond",
     "open_adapter_source",
     "open_gguf_source",
+    "open_projector_source",
     "restored",
     "supported",
 ]

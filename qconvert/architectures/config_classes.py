@@ -30,6 +30,7 @@ FLOATS_OR_NULL = f"{FLOATS}, or null"
 FLOAT_OR_FLOATS_OR_NULL = f"{FLOAT} or {FLOATS}, or null"
 INT_OR_TEXT_OR_NULL = "an integer or text, or null"
 INT_OR_INTS = "an integer or a list of integers"
+INT_OR_INTS_OR_NULL, INTS = f"{INT_OR_INTS}, or null", "a list of integers"
 OBJECT_OR_NULL = "an object, or null"
 LAYER_OBJECTS_OR_NULL = "an object with objects for full_attention and sliding_attention, or null"
 
@@ -93,12 +94,12 @@ class ConfigClass:
             return isinstance(value, dict) and all(
                 n in layers and isinstance(v, dict) for n, v in value.items()
             )
-        if kind == INT_OR_INTS and type(value) is int:
+        if kind in (INT_OR_INTS, INT_OR_INTS_OR_NULL) and type(value) is int:
             return True
         if kind == FLOAT_OR_FLOATS_OR_NULL and type(value) is float:
             return True
         of_list = {
-            INT_OR_INTS: int,
+            INT_OR_INTS: int, INT_OR_INTS_OR_NULL: int, INTS: int,
             INTS_OR_NULL: int, TEXTS_OR_NULL: str, FLOATS: float, FLOATS_OR_NULL: float,
             FLOAT_OR_FLOATS_OR_NULL: float,
         }.get(kind)  # fmt: skip

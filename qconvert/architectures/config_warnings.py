@@ -46,11 +46,7 @@ def config_warnings(
         where, inner = known.inner
         unknown += [(f"{where}.{name}", inner) for name in _unknown(inside, inner)]
     unknown += [(name, None) for name in rope.unread]
-    if unknown:
-        found.append(
-            "config.json has fields without effect, in transformers' "
-            f"{known.name} as here: {_listed(unknown)}"
-        )
+    found += _without_effect(unknown, known)
     if known.model_type == "bert" and "labels" in sizes.named and sizes.named["types"] > 1:
         found.append(
             "llama.cpp has no second token type: values of a text by itself are the model's, but "
@@ -86,6 +82,22 @@ def config_warnings(
             f"config.json says 'truncate': false: frequencies differ by up to {rope.rounded:.1%}"
         )
     return tuple(found)
+
+
+def unread_fields(fields: Mapping[str, Any], known: ConfigClass, where: str) -> tuple[str, ...]:
+    """A warning about fields of an object of config.json that its class does not know."""
+    unknown: list[tuple[str, ConfigClass | None]]
+    unknown = [(f"{where}{name}", known) for name in _unknown(fields, known)]
+    return tuple(_without_effect(unknown, known))
+
+
+def _without_effect(unknown: list[tuple[str, ConfigClass | None]], known: ConfigClass) -> list[str]:
+    if not unknown:
+        return []
+    return [
+        "config.json has fields without effect, in transformers' "
+        f"{known.name} as here: {_listed(unknown)}"
+    ]
 
 
 def _unknown(fields: Mapping[str, Any], known: ConfigClass) -> list[str]:

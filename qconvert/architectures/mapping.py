@@ -287,7 +287,7 @@ def _named(name: str, family: Family) -> list[str]:
         return list(family.parts.get(name, ()))
     end = name[within.end() :]
     found = family.parts.get(end) or (NEXTN_PARTS.get(end) if family.further else None) or ()
-    return [f"blk.{within[1]}.{slot}" for slot in found]
+    return [s.format(within[1]) if "{}" in s else f"blk.{within[1]}.{s}" for s in found]
 
 
 def source_names(name: str) -> Iterator[tuple[str, int | None, tuple[int, int] | None]]:
@@ -330,7 +330,7 @@ def _made(
                 wanted=f"{count} experts",
                 code="ARCH-EXPERTS",
             )
-    elif slot.source:
+    elif slot.source is not None:
         wanted = sizes.shape(slot.source, block)
     elif found.part[1] > 1:
         axis = max(len(shape) - 2, 0)  # of rows; of a bias every value is one

@@ -131,8 +131,8 @@ def open_gguf_source(
     metadata: dict[str, MetadataValue] = {
         ARCHITECTURE: family.arch,
         "general.type": "model",
-        "general.name": _name(directory),
-        "general.size_label": _size_label(mapped, sizes.named.get("experts", 0)),
+        "general.name": model_name(directory),
+        "general.size_label": size_label(mapped, sizes.named.get("experts", 0)),
     }
     card, card_warnings = card_keys(files.read("README.md"), directory / "README.md")
     metadata |= card
@@ -173,7 +173,7 @@ def open_gguf_source(
     )
 
 
-def _name(path: Path) -> str:
+def model_name(path: Path) -> str:
     """Of the model: its directory's, or that of a file with companions, without suffix."""
     path = path.resolve()
     return path.name if path.is_dir() else path.stem
@@ -200,17 +200,7 @@ def read_config(fields: dict[str, Any], path: Path) -> tuple[Family, Config]:
             sends transformers to other files.
         FormatError: a field is of another type than its class takes.
     """
-    if quantized := stated_method(fields):
-        raise refusal(quantized, path)
-    for name, wanted in _OTHER_FILES.items():
-        if fields.get(name) and fields[name] not in wanted:
-            raise UnsupportedError(
-                f"'{name}' says that other files are the model's",
-                path=path,
-                found=reprlib.repr(fields[name]),
-                hint="give these files the usual names, and leave the field out of config.json",
-                code="ARCH-CONFIG-VALUE",
-            )
+    check_configuration(fields, path)
     family, known = family_of(fields, path)
     if known.inner is None:
         return family, Config(fields, path, known)
@@ -222,6 +212,26 @@ def read_config(fields: dict[str, Any], path: Path) -> tuple[Family, Config]:
     section = outer.section(name) or outer.inner({}, name)
     ids = {n: v for n, v in fields.items() if n.endswith("_token_id")}
     return family, Config(ids | section.fields(), path, inner, f"{name}.")
+
+
+def check_configuration(fields: dict[str, Any], path: Path) -> None:
+    """Refuse what holds for no architecture.
+
+    Raises:
+        UnsupportedError: weights that are quantized already, or a field that sends transformers to
+            other files.
+    """
+    if quantized := stated_method(fields):
+        raise refusal(quantized, path)
+    for name, wanted in _OTHER_FILES.items():
+        if fields.get(name) and fields[name] not in wanted:
+            raise UnsupportedError(
+                f"'{name}' says that other files are the model's",
+                path=path,
+                found=reprlib.repr(fields[name]),
+                hint="give these files the usual names, and leave the field out of config.json",
+                code="ARCH-CONFIG-VALUE",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +282,7 @@ def _no_tokenizer(files: SmallFiles) -> InputError:
     )
 
 
-def _size_label(model: MappedModel, experts: int) -> str:
+def size_label(model: MappedModel, experts: int) -> str:
     """Number of parameters as names of models give it, such as 135M or 8x7B."""
     total = sum(t.size for t in model.tensors)
     stacked = sum(t.size for t in model.tensors if t.name.endswith("_exps.weight"))

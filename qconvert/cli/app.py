@@ -618,6 +618,14 @@ def quantize(
             "--raw", help="GGUF: only tensors, under their own names, of any architecture"
         ),
     ] = False,
+    mmproj: Annotated[
+        bool,
+        typer.Option(
+            "--mmproj",
+            help="GGUF: write what turns images into tokens, for llama.cpp's --mmproj, and not the "
+            "language model; --scheme f16 by default",
+        ),
+    ] = False,
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -755,6 +763,7 @@ def quantize(
       qconvert quantize model-directory --scheme w4a16 -o model-w4a16
       qconvert quantize model-w4a16 --scheme keep -o model.gguf
       qconvert quantize model-directory --adapter lora --preset balanced -o model.gguf
+      qconvert quantize model-directory --mmproj -o mmproj-model.gguf
       qconvert quantize model-q4_0.gguf --scheme keep --format mlx -o model-mlx
       qconvert quantize --list-schemes
     """
@@ -813,6 +822,7 @@ def quantize(
             pure=pure,
             no_fallback=no_fallback,
             raw=raw,
+            mmproj=mmproj,
             pre_tokenizer=pre_tokenizer,
             no_mtp=no_mtp,
             override_kv=override_kv,

@@ -67,6 +67,7 @@ def quantize(
     pure: bool = False,
     no_fallback: bool = False,
     raw: bool = False,
+    mmproj: bool = False,
     pre_tokenizer: str | None = None,
     no_mtp: bool = False,
     shard_size: str | int | None = None,
@@ -138,6 +139,9 @@ def quantize(
         pure: GGUF: one type for all matrices.
         no_fallback: GGUF: refuse matrices whose rows do not divide into blocks.
         raw: GGUF: only tensors, under their own names, of any architecture.
+        mmproj: GGUF: of a model that sees write the part that turns images into tokens, for
+            llama.cpp to load beside a file of its language model (``--mmproj``); the scheme is f16
+            by default.
         pre_tokenizer: GGUF: llama.cpp's name for it, where it is not recognised.
         no_mtp: GGUF: leave out a layer that predicts a further token (multi-token prediction),
             which llama.cpp uses for drafts.
@@ -250,6 +254,7 @@ def _options(
     pure: bool,
     no_fallback: bool,
     raw: bool,
+    mmproj: bool,
     pre_tokenizer: str | None,
     no_mtp: bool,
     shard_size: str | int | None,
@@ -280,6 +285,8 @@ def _options(
     gguf = container == "gguf" or (container is None and str(output).lower().endswith(".gguf"))
     written = "gguf" if gguf else "qblk"
     budget = budget_of(target_bpw, target_size, max_kl, sensitivities, preset, written)
+    if mmproj and scheme is None and budget is None:
+        scheme = "f16"  # as such files are published
     if (scheme is None) == (budget is None):
         raise UsageError(
             "what the weights become",
@@ -317,6 +324,7 @@ def _options(
         finetune=finetune_of(finetune, text, seqlen, nsamples, seed),
         gguf=GgufOptions(
             raw=raw,
+            mmproj=mmproj,
             pre_tokenizer=pre_tokenizer,
             mtp=not no_mtp,
             pure=pure,

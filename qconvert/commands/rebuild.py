@@ -50,7 +50,8 @@ _SAME: Mapping[str, _Check] = {
     **dict.fromkeys(("scheme", "rounding", "equalise", "pre_tokenizer", "format"), _TEXT),
     **dict.fromkeys(("output_tensor_type", "token_embedding_type"), _TEXT),
     **dict.fromkeys(
-        ("no_weighting", "allow_requantize", "exact", "raw", "pure", "adapter_only"), _TRUE
+        ("no_weighting", "allow_requantize", "exact", "raw", "mmproj", "pure", "adapter_only"),
+        _TRUE,
     ),
     **dict.fromkeys(("keep", "tensor_scheme"), _TEXTS),
     **dict.fromkeys(("min_values", "shard_size"), _COUNT),

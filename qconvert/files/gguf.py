@@ -27,6 +27,7 @@ from qconvert.model import Companion, SourceFile, TensorInfo
 
 ARCHITECTURE = "general.architecture"
 KIND, ADAPTER = "general.type", "adapter"  # of a file that is no model by itself
+PROJECTOR_FILE = "mmproj"  # another one: what makes tokens of images
 RAW = "raw"  # the architecture of a file of ours that nobody is to run
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -18,6 +18,8 @@ from qconvert.model import DTYPES, Model
 TOKENIZER = "tokenizer.ggml.model"
 PRE_TOKENIZER = "tokenizer.ggml.pre"
 FURTHER_LAYERS = "nextn_predict_layers"  # below the architecture's name
+CLIP = "clip"  # the architecture of a file that turns images into tokens, whatever it is
+_PROJECTORS = ("clip.projector_type", "clip.vision.projector_type")
 # Of the file they are read from: its layout, and what was done to its tensors.
 _NOT_CARRIED = (
     "general.alignment",
@@ -113,6 +115,23 @@ def adapter_as_gguf(model: AdaptedModel) -> GgufModelSource:
     return GgufModelSource(found.model, found.metadata, None, notes=found.notes)
 
 
+def projector_as_gguf(model: Model) -> GgufModelSource:
+    """What turns images into tokens, of a model directory, by itself.
+
+    Raises:
+        InputError, UnsupportedError: see `open_projector_source`.
+    """
+    _check_dtypes(model)
+    from qconvert.architectures import open_projector_source
+
+    found = open_projector_source(model)
+    notes = found.notes + tuple(f"tensor '{d.name}' is left out: {d.reason}" for d in found.dropped)
+    return GgufModelSource(
+        *(found.model, found.metadata, facts_of(found.metadata)),
+        *(found.model.origin, found.warnings, notes),
+    )
+
+
 def _check_dtypes(model: Model) -> None:
     """Refuse dtypes that GGUF has nothing for, before their tensors are mapped.
 
@@ -171,6 +190,9 @@ def facts_of(metadata: dict[str, MetadataValue]) -> ModelFacts:
             )
         return default
 
+    if architecture == CLIP:  # llama-quantize reads no numbers of it
+        kinds = (str(plain(key)) for key in _PROJECTORS if key in metadata)
+        return ModelFacts(CLIP, 0, 0, 0, projector=next(kinds, ""))
     heads = count("attention.head_count", 0)
     return ModelFacts(
         architecture=architecture,

@@ -20,7 +20,7 @@ from qconvert.files import OpenModel
 from qconvert.files.adapters import AdaptedModel
 from qconvert.files.atomic import AtomicDirectory, AtomicOutput, machine_errors
 from qconvert.files.equalised import EqualisedModel, noted
-from qconvert.files.gguf import ADAPTER, ARCHITECTURE, KIND, RAW
+from qconvert.files.gguf import ADAPTER, ARCHITECTURE, KIND, PROJECTOR_FILE, RAW
 from qconvert.files.gguf_split import SplitGgufWriter, plan_shards, shard_path
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import (
@@ -44,6 +44,7 @@ from qconvert.stages.gguf_sources import (
     GgufModelSource,
     adapter_as_gguf,
     as_gguf,
+    projector_as_gguf,
 )
 from qconvert.stages.made_from import made_from
 from qconvert.stages.moving import Moving, check_moved, config_of, model_dtype
@@ -69,6 +70,8 @@ class GgufTarget:
         if options.adapter_only:
             assert isinstance(model, AdaptedModel)
             source = adapter_as_gguf(model)
+        elif o.mmproj:
+            source = projector_as_gguf(model)
         else:
             name = model_name(model.path)
             source = as_gguf(
@@ -135,6 +138,8 @@ class GgufTarget:
             return model
         if made.metadata.get(KIND) == ADAPTER and isinstance(model, AdaptedModel):
             return adapter_as_gguf(model).model
+        if made.metadata.get(KIND) == PROJECTOR_FILE:
+            return projector_as_gguf(model).model
         if _is_another(made, opened):
             return model  # under its own names: that no tensor is the same will be said
         # Other kinds of tokenizers have a pre-tokenizer in the file, but none that can be named.
@@ -359,6 +364,7 @@ def _noted(o: GgufOptions) -> dict[str, Any]:
     """The options that decide about the bytes of a file, where they were given."""
     noted: dict[str, Any] = {
         "raw": o.raw,
+        "mmproj": o.mmproj,
         "pure": o.pure,
         "pre_tokenizer": o.pre_tokenizer,
         "no_mtp": not o.mtp,

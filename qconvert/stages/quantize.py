@@ -139,7 +139,8 @@ def _begun(source: Path, options: QuantizeOptions, files: ExitStack, progress: P
         from qconvert.stages.finetune import check_source  # what runs models
 
         check_source(source, progress)
-    options = _adapted(_with_adapter(_kept(options), container), container)
+    options = _with_projector(_with_adapter(_kept(options), container), container)
+    options = _adapted(options, container)
     check_schemes((options.scheme, *(s for _, s in options.tensor_schemes)), container)
     with about(source), _hints(options):
         opened = open_model(source)
@@ -253,6 +254,7 @@ def _report(
 ) -> QuantizeReport:
     """What is known before anything is converted."""
     default = options.scheme.default_range
+    alone = options.adapter_only or options.gguf.mmproj  # some tensors of the source
     return QuantizeReport(
         kernels=names,
         source=str(source),
@@ -262,9 +264,7 @@ def _report(
         range=(options.range or default).describe() if default else "none",
         dry_run=options.dry_run,
         tensors=[],
-        source_bytes=sum(
-            t.nbytes for t in (prepared.model if options.adapter_only else opened).tensors
-        ),
+        source_bytes=sum(t.nbytes for t in (prepared.model if alone else opened).tensors),
         output_bytes=0,
         quantized_bits_per_weight=None,
         model_bits_per_weight=None,
@@ -351,6 +351,41 @@ def _with_adapter(options: QuantizeOptions, container: Container) -> QuantizeOpt
     return replace(options, equalise=False)
 
 
+def _with_projector(options: QuantizeOptions, container: Container) -> QuantizeOptions:
+    """Options of a conversion that may write what sees images alone: nothing is rescaled then.
+
+    Raises:
+        UsageError: it is asked for in a form that it has not, or with what is the language model's.
+    """
+    if not options.gguf.mmproj:
+        return options
+    if container.name != "gguf":
+        raise UsageError(
+            "--mmproj writes a GGUF file, which llama.cpp loads beside one of the language model",
+            found=f"--format {container.name}",
+            hint="leave --format out, and let the output's name end in .gguf",
+        )
+    g = options.gguf
+    of_text = {
+        "--scheme keep": isinstance(options.scheme, KeepScheme),
+        "a budget": options.budget,
+        "--adapter": options.adapter,
+        "--calibration": options.calibration,
+        "--text": options.repair,
+        "--finetune": options.finetune,
+        "--imatrix": g.imatrix,
+        "--raw": g.raw,
+        "--pre-tokenizer": g.pre_tokenizer,
+        "--output-tensor-type": g.output_type,
+        "--token-embedding-type": g.token_embedding_type,
+        "--shard-size": g.shard_size,
+    }
+    if names := [name for name, given in of_text.items() if given]:
+        why = "llama.cpp reads it whole" if names[0] == "--shard-size" else "for a language model"
+        raise UsageError(f"{names[0]} does not go with --mmproj: {why}", hint="leave it out")
+    return replace(options, equalise=False)
+
+
 def _adapted(options: QuantizeOptions, container: Container) -> QuantizeOptions:
     """Options with the schemes that the container has in place of those on the same grid.
 
@@ -379,6 +414,8 @@ def _output(source: Path, options: QuantizeOptions) -> tuple[Path, Container]:
     """Where the result goes and in which container: by the suffix, unless said otherwise."""
     output = options.output
     asked = CONTAINERS[options.container] if options.container else None
+    if asked is None and options.gguf.mmproj:
+        asked = CONTAINERS["gguf"]
     formats = " or ".join(f"--format {c.name}" for c in WRITTEN)
     if output is None and asked is None and isinstance(options.scheme, KeepScheme):
         raise UsageError("--scheme keep into what?", wanted=formats)
@@ -387,7 +424,9 @@ def _output(source: Path, options: QuantizeOptions) -> tuple[Path, Container]:
         parent = source.parent if source.name not in ("", "..") else source.resolve().parent
         parent = options.home or parent
         dot = "-" if container.directory else "."  # a name with a suffix looks like a file's
-        name = f"{model_name(source)}{dot}{options.name}{container.suffix}"
+        # llama.cpp knows such files by the beginning of their names
+        kind = "mmproj-" if options.gguf.mmproj else ""
+        name = f"{kind}{model_name(source)}{dot}{options.name}{container.suffix}"
         return parent / name, container
     found = asked or next((c for c in _FILES if c.suffix == output.suffix.lower()), None)
     if found is None and isinstance(options.scheme, KeepScheme):

@@ -18,6 +18,7 @@ class GgufOptions:
     """Options that only a GGUF file has; the command line's help describes each."""
 
     raw: bool = False
+    mmproj: bool = False
     pre_tokenizer: str | None = None
     mtp: bool = True
     pure: bool = False

@@ -29,6 +29,7 @@ from qconvert.files import OpenModel, open_model
 from qconvert.files.adapters import AdaptedModel, adapter_sha256, open_adapter
 from qconvert.files.dequantized import dequantized
 from qconvert.files.equalised import Exponents, equalised, read_exponents
+from qconvert.files.gguf import KIND, PROJECTOR_FILE
 from qconvert.files.limits_file import read_limits
 from qconvert.files.provenance import PROVENANCE, provenance_of, read_provenance
 from qconvert.files.transposed import input_first
@@ -200,6 +201,13 @@ def verify(path: Path, options: VerifyOptions, progress: Progress | None = None)
                 found=f"{path}: plain safetensors that qconvert did not write",
                 wanted="a quantized file or directory, or a directory of --format hf",
                 hint="give the source with --against, and before it what was made",
+            )
+        alone = model.metadata.get(KIND) == PROJECTOR_FILE
+        if alone and (options.run or options.quality is not None):
+            raise UsageError(
+                f"{'--run' if options.run else '--text'} runs a language model",
+                found=f"{path}: what turns images into tokens for one",
+                hint="--against alone compares its values; llama-mtmd-cli --mmproj runs it",
             )
         if limits:
             given = {"against": bool(options.against), "text": bool(options.quality)}

@@ -117,14 +117,18 @@ INSIDE = (
     ("model.language_model.", "model."),
     ("language_model.lm_head.", "lm_head."),
 )
-_ELSEWHERE = "belongs to the {} part, which is a file of its own in llama.cpp"
-VISION = tuple(
-    (f"{inside}{part}.", _ELSEWHERE.format("vision"))
-    for inside in ("", "model.")
-    for part in ("vision_tower", "multi_modal_projector", "embed_vision", "visual")
-)
+_HEARD = "belongs to the audio part, which is a file of its own in llama.cpp"
+_SEEN = "belongs to the vision part, a file of its own in llama.cpp, which --mmproj writes"
+
+
+def seen(*parts: str, end: str = ".") -> tuple[tuple[str, str], ...]:
+    """Modules that turn images into tokens, inside the model or beside it."""
+    return tuple((f"{inside}{part}{end}", _SEEN) for inside in ("", "model.") for part in parts)
+
+
+VISION = seen("vision_tower", "multi_modal_projector", "embed_vision", "visual")
 AUDIO = tuple(
-    (f"{inside}{part}.", _ELSEWHERE.format("audio"))
+    (f"{inside}{part}.", _HEARD)
     for inside in ("", "model.")
     for part in ("audio_tower", "embed_audio")
 )
