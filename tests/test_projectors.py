@@ -194,6 +194,7 @@ def test_files_that_are_missing_are_named(tmp_path: Path, call: Call) -> None:
         (("--format", "qblk"), "GGUF file"),
         (("--scheme", "keep"), "--scheme keep"),
         (("--raw",), "--raw"),
+        (("--no-mtp",), "--no-mtp"),
         (("--shard-size", "1M"), "reads it whole"),
         (("--pre-tokenizer", "qwen2"), "--pre-tokenizer"),
     ],

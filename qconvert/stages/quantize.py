@@ -378,6 +378,7 @@ def _with_projector(options: QuantizeOptions, container: Container) -> QuantizeO
         "--pre-tokenizer": g.pre_tokenizer,
         "--output-tensor-type": g.output_type,
         "--token-embedding-type": g.token_embedding_type,
+        "--no-mtp": not g.mtp,
         "--shard-size": g.shard_size,
     }
     if names := [name for name, given in of_text.items() if given]:
