@@ -349,6 +349,32 @@ NARROW |= {
         },
     ),
 }  # fmt: skip
+_PLAIN = _base("", "llama")
+_TOWER = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+
+
+def _seeing(name: str, tower: str, text: Fields) -> Fields:
+    kinds = {"llava": "Llava", "llava_next": "LlavaNext", "idefics3": "Idefics3"}
+    kinds |= {"smolvlm": "SmolVLM", "internvl": "InternVL"}
+    return {
+        "architectures": [f"{kinds[name]}ForConditionalGeneration"],
+        "model_type": name,
+        "text_config": _without(text, "architectures"),
+        "vision_config": _TOWER | {"model_type": tower},
+        "tie_word_embeddings": False,
+    }
+
+
+NARROW |= {
+    "llava": _seeing("llava", "clip_vision_model", _PLAIN),
+    "llava_next": _seeing("llava_next", "clip_vision_model", _PLAIN),
+    "idefics3": _seeing("idefics3", "idefics3_vision", _PLAIN),
+    "smolvlm": _seeing("smolvlm", "smolvlm_vision", _PLAIN),
+    "internvl": _seeing("internvl", "internvl_vision", _base("", "qwen2")),
+}
 NARROW |= {
     "nomic_bert": _encoder("NomicBertModel", "nomic_bert") | {
         "hidden_act": "silu", "max_position_embeddings": 256,
@@ -389,7 +415,8 @@ ENCODERS = (
     *("bert", "xlm-roberta", "roberta", "modernbert", _ENCODER3),
     *("nomic_bert", "jina_embeddings_v3", "t5-encoder"),
 )
-WRAPPED = ("qwen3_5", "qwen3_5_moe", "mistral3", "llama4", "gemma3n", "gemma4")
+SEEING = ("llava", "llava_next", "idefics3", "smolvlm", "internvl")
+WRAPPED = ("qwen3_5", "qwen3_5_moe", "mistral3", "llama4", "gemma3n", "gemma4", *SEEING)
 
 # More models for `make_families.py`: of classes that are in `NARROW` otherwise.
 MORE: dict[str, Fields] = {
@@ -398,6 +425,14 @@ MORE: dict[str, Fields] = {
             _base("", "mistral", head_dim=32, sliding_window=None), "architectures"
         )
     },
+    "llava, around mistral": _seeing(
+        "llava", "clip_vision_model", _base("", "mistral", head_dim=32, sliding_window=None)
+    ),
+    "llava, around qwen2": _seeing("llava", "clip_vision_model", _base("", "qwen2")),
+    "internvl, around qwen3": _seeing(
+        "internvl", "internvl_vision", _base("", "qwen3", head_dim=32)
+    ),
+    "internvl, around llama": _seeing("internvl", "internvl_vision", _PLAIN),
     "nemotron_h, dense": NARROW["nemotron_h"] | {
         "layers_block_type": ["mamba", "mlp", "attention", "mlp", "mamba"]
     },

@@ -47,6 +47,7 @@ from qconvert.architectures.families import (
     roberta,
     rotary_bert,
     seed_oss,
+    seeing,
     smollm,
     stablelm,
     starcoder,
@@ -95,6 +96,7 @@ _MODULES = (
     modern_bert,
     rotary_bert,
     t5,
+    seeing,
 )
 FAMILIES: tuple[Family, ...] = tuple(row for module in _MODULES for row in module.ROWS)
 CONFIG_CLASSES: tuple[ConfigClass, ...] = tuple(c for m in _MODULES for c in m.CONFIGS)
