@@ -7,9 +7,15 @@ errors (a calibration with --gram over TRAIN, made once in DIR), and files after
 training. A step takes 4 windows of 256 tokens of TRAIN in an order that the seed decides, and
 follows the gradient of KL(float || quantized) of the next tokens: Adam, the rate reached after 5
 steps and lowered to 0 along a cosine, ten times it for norms, a tenth of it for learned scales.
-EVAL, which has to be another text, judges files as `qconvert verify --text` does. With --tune a
-column more is what `qconvert tune` makes in as many steps at most, from the calibration; scales are
+EVAL, which has to be another text, judges files as `qconvert verify --text` does. Scales are
 learned here alone.
+
+    python tests/make_qat.py MODEL --train TRAIN --text EVAL --work DIR --reach
+
+What `qconvert tune` gains, as the table in samples/figures.md: nearest rounding, the best without
+training (a calibration over TRAIN with --gram --fisher, made once in DIR, codes aimed at the float
+outputs over TRAIN, channels equalised where that gains), and `tune` from that calibration in so
+many steps at most. With --more TEXT the rows are the first scheme's on more and more of that text.
 """
 
 from __future__ import annotations
@@ -31,6 +37,17 @@ import qconvert
 import qconvert.torch
 
 SEQLEN, BATCH, WARM_UP = 256, 4, 5
+CALIBRATED = 128  # windows
+# Schemes that `tune` is measured with, and how their layers take inputs.
+REACH = (
+    ("c2_block16", "none"),
+    ("c2z_block16", "none"),
+    ("c3_block16", "none"),
+    ("c4_block16", "none"),
+    ("q4_block64", "none"),
+    ("q4_block64", "static"),
+    ("c4_block16", "static"),
+)
 # Scheme, activations, whether scales are learned, and the rate.
 ROWS = (
     ("c2_block16", None, False, 2e-4),
@@ -84,15 +101,63 @@ def train(teacher: Any, model: Any, data: Any, steps: int, rate: float) -> float
     return (time.perf_counter() - started) / max(steps, 1)
 
 
-def judged(path: Path, source: Path, text: Path, activations: str | None, count: int) -> str:
+def quality(path: Path, source: Path, text: Path, activations: str | None, count: int) -> Any:
     proof = qconvert.verify(
         *(path,), against=source, text=text, scoring="second-half", nsamples=count,
         seqlen=SEQLEN, activations=activations or "none",
     )  # fmt: skip
-    quality = proof.token_quality
-    assert quality
-    lost = f"{quality.kl_mean:.5f} ± {quality.kl_mean_error:.5f}"
-    return f"{lost}, {100 * quality.perplexity_increase:+.2f} %"
+    assert proof.token_quality
+    return proof.token_quality
+
+
+def shown(found: Any) -> str:
+    lost = f"{found.kl_mean:.5f} ± {found.kl_mean_error:.5f}"
+    return f"{lost}, {100 * found.perplexity_increase:+.2f} %"
+
+
+def judged(*asked: Any) -> str:
+    return shown(quality(*asked))
+
+
+def calibrated(given: argparse.Namespace, *, fisher: bool) -> Path:
+    """A calibration over the text, made once."""
+    path: Path = given.work / ("fisher.safetensors" if fisher else "calibration.safetensors")
+    if not path.exists():
+        qconvert.calibrate(
+            *(given.model,), text=given.train, output=path, gram=True, fisher=fisher,
+            seqlen=SEQLEN, nsamples=CALIBRATED,
+        )  # fmt: skip
+    return path
+
+
+def reach_rows(given: argparse.Namespace) -> Iterator[str]:
+    """A row for each scheme and number of steps."""
+    source, text, windows = given.model, given.text, given.windows
+    calibration = calibrated(given, fisher=True)
+    yield "| scheme | bits | nearest | best without training | steps | tuned | less | seconds |\n"
+    yield "|---|---|---|---|---|---|---|---|\n"
+    for scheme, activations in given.rows:
+        how = None if activations == "none" else activations
+        said = ", ".join([scheme, *([activations] if how else [])])
+        path = given.work / f"{said}.qblk"
+        kls = []
+        for options in ({"rounding": "nearest"}, {"text": given.train}):
+            done = qconvert.quantize(
+                source, scheme, calibration=calibration, output=path, force=True, **options
+            )
+            kls.append(quality(path, source, text, how, windows))
+        cells = [said, f"{done.model_bits_per_weight:.2f}", *map(shown, kls)]
+        for steps in given.steps:
+            started = time.perf_counter()
+            qconvert.tune(
+                *(source,), scheme=scheme, text=given.more or given.train, output=path, force=True,
+                activations=activations, calibration=calibration, steps=steps, seed=given.seed,
+                threads=given.threads,
+            )  # fmt: skip
+            seconds = time.perf_counter() - started
+            tuned = quality(path, source, text, how, windows)
+            less = f"{100 * (1 - tuned.kl_mean / kls[-1].kl_mean):.0f} %"
+            yield f"| {' | '.join([*cells, str(steps), shown(tuned), less, f'{seconds:.0f}'])} |\n"
 
 
 def rows(given: argparse.Namespace) -> Iterator[str]:
@@ -100,15 +165,8 @@ def rows(given: argparse.Namespace) -> Iterator[str]:
     teacher = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     data = windows(tokenizer, given.train, given.seed)
-    calibration = work / "calibration.safetensors"
-    if not calibration.exists():
-        qconvert.calibrate(
-            *(source,), text=given.train, output=calibration, gram=True,
-            seqlen=SEQLEN, nsamples=128,
-        )  # fmt: skip
+    calibration = calibrated(given, fisher=False)
     heads = [f"{n} steps" for n in given.steps]
-    if given.tune:
-        heads.append(f"tune, {max(given.steps)} steps")
     yield f"| scheme | nearest | compensated | {' | '.join(heads)} | s a step |\n"
     yield f"|---|---|---|{'---|' * len(heads)}---|\n"
     for scheme, activations, learn, rate in given.rows:
@@ -131,15 +189,6 @@ def rows(given: argparse.Namespace) -> Iterator[str]:
             seconds = train(teacher, model, data, steps, rate)
             qconvert.torch.save_quantized(model, path, tokenizer=tokenizer, force=True)
             cells.append(judged(path, source, given.text, activations, given.windows))
-        if given.tune:
-            cells.append("")
-            if not learn:
-                qconvert.tune(
-                    *(source,), scheme=scheme, text=given.train, output=path, force=True,
-                    activations=activations or "none", calibration=calibration,
-                    steps=max(given.steps), seed=given.seed,
-                )  # fmt: skip
-                cells[-1] = judged(path, source, given.text, activations, given.windows)
         yield f"| {said} | {' | '.join(cells)} | {seconds:.1f} |\n"
 
 
@@ -153,13 +202,20 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--steps", type=int, nargs="+", default=[40])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tune", action="store_true", help="qconvert tune as well")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--reach", action="store_true", help="what qconvert tune gains")
+    parser.add_argument("--more", type=Path, help="of --reach: another text to train on")
     chosen = "numbers of the rows, from 0 on"
-    parser.add_argument("--rows", type=int, nargs="+", default=range(len(ROWS)), help=chosen)
+    parser.add_argument("--rows", type=int, nargs="+", help=chosen)
     given = parser.parse_args()
-    given.rows = [ROWS[i] for i in given.rows]
     given.work.mkdir(parents=True, exist_ok=True)
-    for line in rows(given):
+    if given.reach:
+        given.rows = [REACH[i] for i in given.rows or range(len(REACH))]
+        found = reach_rows(given)
+    else:
+        given.rows = [ROWS[i] for i in given.rows or range(len(ROWS))]
+        found = rows(given)
+    for line in found:
         print(line, end="", flush=True)
 
 

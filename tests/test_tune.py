@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,31 +212,51 @@ def calibration(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture
+def drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the last quantization without training was; not aimed at outputs on the text, which is
+    so short that all of it would be learned by heart.
+    """
+    inner = stage.quantize
+
+    def copied(source: Path, options: Any, *rest: Any) -> Any:
+        assert options.repair.windows.shape == (32, LENGTH)  # those that are trained on
+        done = inner(source, replace(options, repair=None), *rest)
+        shutil.copy(options.output, tmp_path / "draft.qblk")
+        return done
+
+    monkeypatch.setattr(stage, "quantize", copied)
+    return tmp_path / "draft.qblk"
+
+
 @pytest.mark.parametrize("scheme", ["q3_channel", "c3_block16"])
+@pytest.mark.parametrize("train", ["weights", "all"])
 def test_training_begins_with_compensated_codes(
-    scheme: str, llama: Path, calibration: Path, tmp_path: Path
+    train: str, scheme: str, llama: Path, calibration: Path, drafts: Path, tmp_path: Path
 ) -> None:
-    """And keeps their scales: only codes are others."""
-    report = tuned(llama, tmp_path / "m.qblk", scheme, calibration=calibration, lr=5e-4)
+    """On their grid: only codes are others, and factors of scales where these are trained."""
+    more: dict[str, Any] = {"calibration": calibration, "lr": 5e-4, "train": train}
+    report = tuned(llama, tmp_path / "m.qblk", scheme, generate=0, **more)
     assert list(models(report)) == ["float", "nearest", "compensated", "tuned"]
-    plain = tmp_path / "q.qblk"
-    done = qconvert.quantize(llama, scheme, output=plain, calibration=calibration)
-    names = [t.name for t in done.tensors if t.rounding == "compensated"]
-    assert report.began_compensated == len(names) == 8
-    kl, _ = figures(llama, qt.load_model(plain, "none"), 0)
+    assert report.began_compensated == 8
+    kl, _ = figures(llama, qt.load_model(drafts, "none"), 0)
     assert report.course[0].validation == pytest.approx(float(kl.mean()), rel=1e-6)
-    kl, _ = figures(llama, qt.load_model(plain, "none"), 1)
+    kl, _ = figures(llama, qt.load_model(drafts, "none"), 1)
     assert models(report)["compensated"].kl_mean == pytest.approx(float(kl.mean()), rel=1e-6)
     assert report.chosen == "tuned"
     assert report.gain > 0
     kl, _ = figures(llama, qt.load_model(tmp_path / "m.qblk", "none"), 1)
     assert models(report)["tuned"].kl_mean == pytest.approx(float(kl.mean()), rel=1e-6)
-    with qconvert.load(tmp_path / "m.qblk") as a, qconvert.load(plain) as b:
+    moved = []
+    with qconvert.load(tmp_path / "m.qblk") as a, qconvert.load(drafts) as b:
+        names = [n for n, t in b.items() if t.dtype == scheme]
         for name in names:
             mine, theirs = a[name].quantized(), b[name].quantized()
-            np.testing.assert_array_equal(mine.scales, theirs.scales)
-            np.testing.assert_array_equal(mine.zero_points, theirs.zero_points)
             assert 0 < (mine.codes != theirs.codes).mean() < 0.1
+            moved.append(not np.array_equal(mine.scales, theirs.scales))
+            np.testing.assert_allclose(mine.scales, theirs.scales, rtol=0.05)
+    assert len(names) == 8
+    assert moved == [train == "all"] * 8
     assert qconvert.verify(tmp_path / "m.qblk", against=llama).status == "pass"
 
 
@@ -267,13 +288,14 @@ def test_a_weight_stays_where_it_rounds_to_its_code(llama: Path, calibration: Pa
 def test_compensated_rounding_has_to_be_beaten(
     llama: Path, calibration: Path, tmp_path: Path
 ) -> None:
-    harm: dict[str, Any] = {"calibration": calibration, "lr": 0.05, "steps": 1}
+    harm: dict[str, Any] = {"calibration": calibration, "lr": 0.05, "steps": 1, "generate": 0}
     report = tuned(llama, tmp_path / "m.qblk", "q3_channel", **harm)
     assert report.chosen == "compensated"
     assert "the file is that of compensated rounding" in report.warnings[0]
-    qconvert.quantize(llama, "q3_channel", output=tmp_path / "q.qblk", calibration=calibration)
-    assert (tmp_path / "m.qblk").read_bytes() == (tmp_path / "q.qblk").read_bytes()
-    assert sorted(listing(tmp_path)) == ["m.qblk", "q.qblk"]
+    assert sorted(listing(tmp_path)) == ["m.qblk"]
+    kl, _ = figures(llama, qt.load_model(tmp_path / "m.qblk", "none"), 1)
+    assert models(report)["compensated"].kl_mean == pytest.approx(float(kl.mean()), rel=1e-6)
+    assert qconvert.verify(tmp_path / "m.qblk", against=llama).status == "pass"
     plain = tmp_path / "p.safetensors"
     few: dict[str, Any] = {"seqlen": LENGTH, "nsamples": 4, "threads": 1}
     qconvert.calibrate(llama, text=text_of(llama), output=plain, **few)
@@ -375,7 +397,9 @@ def test_tensors_under_other_names_are_told_of(tmp_path: Path) -> None:
 
 
 def test_rates_follow_from_rounding_errors(llama: Path) -> None:
-    """1.5 % of the root mean square of what rounding takes away, by a file of `quantize`."""
+    """3 % of the root mean square of what rounding takes away, by the file's own values; gains of
+    norms 1.5 % of the mean of its ratios to the weights.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     name = "model.layers.0.mlp.up_proj.weight"
     weight = model.get_parameter(name).detach().clone()
@@ -385,10 +409,19 @@ def test_rates_follow_from_rounding_errors(llama: Path) -> None:
     student = loop.Student(checkpoint, training, {n: model.get_parameter(n) for n in (name, norm)})
     values = training.weights[name].stored(weight).values(0, weight.numel())
     error = values.reshape(weight.shape).astype(np.float64) - weight.numpy()
-    rates = loop.rates_of(student, None)
-    assert rates[name] == pytest.approx(0.015 * float(np.sqrt((error**2).mean())), rel=1e-4)
-    assert rates[norm] == 1e-3
-    assert loop.rates_of(student, 2e-4) == {name: 2e-4, norm: 2e-3}
+    rms = float(np.sqrt((error**2).mean()))
+    errors = loop.rounding_errors(student)
+    assert errors[name] == pytest.approx((rms, float(weight.square().mean().sqrt())), rel=1e-4)
+    rates = loop.rates_of(student, None, errors)
+    assert rates[name] == pytest.approx(0.03 * rms, rel=1e-4)
+    shares = [error / size for error, size in errors.values()]
+    assert len(shares) == 9
+    assert rates[norm] == pytest.approx(0.015 * np.mean(shares))
+    student.begin_at({name: training.weights[name].stored(weight)}, gains=True)
+    given = loop.rates_of(student, 2e-4, errors)
+    share = errors[name][0] / errors[name][1]
+    assert given.pop(f"{name}/scale") == pytest.approx(0.015 * share)
+    assert given == {name: 2e-4, norm: 2e-3}
 
 
 # --- numbers that are none, and interrupts --------------------------------------------------------

@@ -916,6 +916,16 @@ def tune(
         int | None,
         typer.Option("--nsamples", min=3, metavar="N", help="windows of --text, drawn [all]"),
     ] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            "--generate",
+            min=0,
+            metavar="N",
+            help="windows to train on that the float model writes itself, each from a beginning in "
+            "the text on; 0 for none [as many as a short text lacks]",
+        ),
+    ] = None,
     loss: Annotated[
         str,
         typer.Option(
@@ -1040,6 +1050,7 @@ def tune(
             batch=batch,
             seed=seed,
             nsamples=nsamples,
+            generate=generate,
             loss=loss,
             teacher=teacher,
             train=train,

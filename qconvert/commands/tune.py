@@ -44,6 +44,7 @@ def tune(
     batch: int = BATCH,
     seed: int = 0,
     nsamples: int | None = None,
+    generate: int | None = None,
     loss: str = LOSSES[0],
     teacher: Path | str | None = None,
     train: str = PARTS[0],
@@ -96,6 +97,10 @@ def tune(
         batch: windows, or lines, of a step.
         seed: of the windows that are drawn, of what they are for, and of their order.
         nsamples: windows that are drawn; all by default.
+        generate: windows that the float model writes itself, each from a beginning in the text on,
+            and that are trained on among those of the text. By default as many as the text
+            is short of for no window to be seen twice, and half of all at most; 0 for none. With a
+            calibration, which may have seen the text, as many more choose the state and judge it.
         loss: ``distill`` for the divergence from the teacher, ``lm`` for the next tokens of the
             text.
         teacher: another model of the same vocabulary whose predictions are learned; by default the
@@ -105,8 +110,9 @@ def tune(
         activations: how linear layers take their inputs: ``none`` as floats, ``dynamic`` as bytes
             with a scale for each row, ``static`` as bytes with one scale and zero point, which are
             found on the way and go into the file.
-        calibration: with Gram matrices: what quantization without training makes of it is judged
-            too, and has to be beaten.
+        calibration: with Gram matrices: what quantization without training makes of it, with codes
+            that are aimed at the float model's outputs, is what training begins with and has to
+            beat.
         keep: keep tensors that match this glob, or one of these, as they are, untrained.
         tensor_scheme: another scheme for tensors that match a glob: ``{glob: scheme}``, or texts
             ``"GLOB=SCHEME"``; the first match wins.
@@ -130,6 +136,7 @@ def tune(
         ("--batch", batch, 1),
         ("--seed", seed, 0),
         ("--nsamples", nsamples, FEWEST_WINDOWS),
+        ("--generate", generate, 0),
         ("--threads", threads, 1),
     ):
         check_bounds(name, number, least)
@@ -145,6 +152,8 @@ def tune(
             raise UsageError(name, found=word, wanted=", ".join(known))
     if teacher is not None and loss != LOSSES[0]:
         raise UsageError("--teacher goes with --loss distill")
+    if generate and loss != LOSSES[0]:
+        raise UsageError("--generate goes with --loss distill")
     if is_file:
         _check_file(scheme, tensor_scheme, calibration, activations, loss, teacher)
     elif scheme is None:
@@ -160,6 +169,7 @@ def tune(
         batch=batch,
         seed=seed,
         nsamples=nsamples,
+        generated=generate,
         loss=loss,
         teacher=as_path(teacher),
         trained=train,

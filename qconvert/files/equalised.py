@@ -128,15 +128,20 @@ def noted(model: Model) -> dict[str, Any]:
     A vector is a text with a letter an exponent: ``0``, ``A`` to ``Z`` for 1 to 26, ``a`` to ``z``
     for -1 to -26. Tensors name theirs by number, for many have the same.
     """
-    if not isinstance(model, EqualisedModel):
+    return noted_exponents(model.exponents) if isinstance(model, EqualisedModel) else {}
+
+
+def noted_exponents(exponents: Mapping[str, Exponents]) -> dict[str, Any]:
+    """The same of a model whose tensors have been rescaled elsewhere."""
+    if not exponents:
         return {}
     vectors: dict[str, int] = {}
     tensors = {}
-    for name, found in model.exponents.items():
-        entry: dict[str, int] = {"offset": 1} if found.offset else {}
-        for kind, exponents in (("rows", found.rows), ("columns", found.columns)):
-            if exponents is not None:
-                text = "".join(_ALPHABET[e + MOST] for e in exponents.ravel().tolist())
+    for name, of_tensor in exponents.items():
+        entry: dict[str, int] = {"offset": 1} if of_tensor.offset else {}
+        for kind, numbers in (("rows", of_tensor.rows), ("columns", of_tensor.columns)):
+            if numbers is not None:
+                text = "".join(_ALPHABET[e + MOST] for e in numbers.ravel().tolist())
                 entry[kind] = vectors.setdefault(text, len(vectors))
         tensors[name] = entry
     return {EQUALISATION: {"tensors": tensors, "vectors": list(vectors)}}

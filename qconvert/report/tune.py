@@ -59,12 +59,14 @@ class TuneReport(Report):
             hidden states over a sentence.
         trained: ``weights``, ``scales``, ``norms`` or ``all``.
         trained_tensors: how many tensors were.
-        began_compensated: how many began with the codes of ``compensated``, whose scales they keep.
+        began_compensated: how many began with the codes of ``compensated``, on their grid.
         steps: asked for; ``steps_run`` were, ``step`` is the one whose state was kept, 0 for none.
         stopped: why no more steps were run.
         rate: of the weights, as asked for; None where it follows from each tensor's rounding error.
         training_windows, validation_windows, judging_windows: of ``seqlen`` tokens, that steps were
             made by, that chose the state, and that judged it.
+        generated_windows: those to train on that the model which is learned from wrote itself. With
+            a calibration such windows choose and judge, and all of the text's are trained on.
         memory_bytes: what was reckoned with, from the shapes of the model.
         state_bytes: size of what a run leaves beside the output until it is finished.
         resumed_at: steps that an interrupted run had done; None without ``--resume``.
@@ -98,6 +100,7 @@ class TuneReport(Report):
     validation_windows: int
     judging_windows: int
     memory_bytes: int
+    generated_windows: int = 0
     state_bytes: int = 0
     resumed_at: int | None = None
     trained_tensors: int = 0

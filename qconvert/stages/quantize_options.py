@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qconvert.mixes import TensorTypeRule
 from qconvert.ranges import RangeMethod
 from qconvert.running.text import DEFAULT_SEQLEN
@@ -79,11 +82,14 @@ class RepairText:
     Attributes:
         seqlen: tokens of a window.
         nsamples: windows; None for the usual number, or as many as there are.
+        windows: of tokens, (n, seqlen): what the model runs in the place of the text's own, such as
+            a part of them.
     """
 
     text: Path
     seqlen: int = DEFAULT_SEQLEN
     nsamples: int | None = None
+    windows: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,9 @@ def repaired(
 
 
 def _pieces(repair: RepairText, checkpoint: Checkpoint) -> list[I64]:
-    """Windows of the text; of a long one the usual number."""
+    """Windows of the text; of a long one the usual number. Or those that are given."""
+    if repair.windows is not None:
+        return list(repair.windows)
     every = text_pieces(checkpoint, (repair.text,), repair.seqlen, repair.nsamples)
     if repair.nsamples is not None or len(every) <= WINDOWS:
         return every

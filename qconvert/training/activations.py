@@ -6,6 +6,7 @@ pass and any device does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,13 @@ class FakeInput(torch.nn.Module):  # type: ignore[misc]
         extremes: what the observer has seen, (2,), NaN before the first batch.
         samples: rows that it has seen.
         frozen: whether it looks no more.
+        noted: what a file says of a range that was found before; None for what is seen.
     """
 
     def __init__(self, layer: str, kind: str, observer: str) -> None:
         super().__init__()
         self.layer, self.kind, self.observer = layer, kind, observer
+        self.noted: Mapping[str, Any] | None = None
         if kind == "static":
             self.register_buffer("extremes", torch.full((2,), torch.nan, dtype=torch.float64))
             self.register_buffer("samples", torch.zeros((), dtype=torch.int64))
@@ -54,12 +57,14 @@ class FakeInput(torch.nn.Module):  # type: ignore[misc]
             values, inside = dynamic_values(x.detach(), self.kind == "dynamic"), None
         return StraightThrough.apply(x, values, inside)
 
-    def static(self) -> StaticRange:
+    def static(self) -> StaticRange | StaticInput:
         """The parameters of what has been seen.
 
         Raises:
             UsageError: nothing has.
         """
+        if (given := StaticInput.noted(self.noted)) is not None:
+            return given
         low, high = self.extremes.tolist()
         if np.isnan(low):
             raise UsageError(
@@ -69,6 +74,11 @@ class FakeInput(torch.nn.Module):  # type: ignore[misc]
                 hint="run some batches in train mode first: model.train()",
             )
         return static_range(low, high)
+
+    def begin_at(self, noted: Mapping[str, Any]) -> None:
+        """Keep the range that a file has for the layer, and look no more."""
+        self.noted = dict(noted)
+        self.frozen.fill_(True)
 
     def how(self) -> StaticInput | DynamicInput:
         """How the integer path makes bytes of this input."""
@@ -81,6 +91,8 @@ class FakeInput(torch.nn.Module):  # type: ignore[misc]
         """What a file says of a static range; None of a dynamic one."""
         if self.kind != "static":
             return None
+        if self.noted is not None:
+            return dict(self.noted)
         found = self.static()
         return {
             "observer": self.observer,
@@ -139,7 +151,9 @@ def dynamic_values(x: torch.Tensor, symmetric: bool) -> torch.Tensor:
     return (torch.clamp(torch.round(wide / scale + zero), -128, 127) - zero) * scale
 
 
-def static_values(x: torch.Tensor, r: StaticRange) -> tuple[torch.Tensor, torch.Tensor]:
+def static_values(
+    x: torch.Tensor, r: StaticRange | StaticInput
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What bytes with parameters known beforehand stand for, and which values are not cut off."""
     scale = _number(r.scale, x)
     codes = torch.round(x.to(torch.float32) / scale + r.zero_point)

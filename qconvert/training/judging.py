@@ -83,6 +83,29 @@ def split(loaded: Checkpoint, o: TuneOptions) -> Split:
     return Split(taken(slice(2 * aside, None)), taken(slice(aside)), taken(slice(aside, 2 * aside)))
 
 
+def part(of: Windows, chosen: slice) -> Windows:
+    """Some of the windows."""
+    return Windows(of.inputs[chosen], of.targets[chosen], of.first)
+
+
+def joined(*several: Windows) -> Windows:
+    """All windows of several."""
+    inputs, targets = ([getattr(w, name) for w in several] for name in ("inputs", "targets"))
+    return Windows(np.concatenate(inputs), np.concatenate(targets), several[0].first)
+
+
+def mixed(text: Windows, other: Windows, count: int) -> Windows:
+    """So many windows: the others once each, and those of the text again and again, evenly spread
+    among each other.
+    """
+    of_text = max(0, count - len(other.inputs))
+    both = joined(text, other)
+    places = [np.arange(of_text) % len(text.inputs), len(text.inputs) + np.arange(count - of_text)]
+    shares = [(np.arange(len(p)) + 0.5) / max(1, len(p)) for p in places]
+    order = np.concatenate(places)[np.argsort(np.concatenate(shares), kind="stable")]
+    return Windows(both.inputs[order], both.targets[order], text.first)
+
+
 def check_teacher(loaded: Checkpoint, teacher: Checkpoint, text: Path) -> None:
     """Refuse a teacher whose predictions are of other tokens.
 

@@ -23,12 +23,13 @@ from qconvert.running.tuning import deterministic, divergence, schedule
 from qconvert.training.activations import FakeInput
 from qconvert.training.modules import FakeWeight
 from qconvert.training.preparation import Training
+from qconvert.training.scales import TunedScales
 from qconvert.training.sentences import distances
 
 VALIDATIONS = 10  # of all steps, besides the one before the first
 PATIENCE = 3  # validations without a better one, after which training stops
-RATE = 0.015  # of a weight, as a share of the root mean square of its tensor's rounding errors
-NORM_RATE = 1e-3  # of the parameters of norms, whose gains are near 1
+RATE = 0.03  # of a weight, as a share of the root mean square of its tensor's rounding errors
+GAIN_RATE = 0.015  # of factors of scales and gains, as a share of that error's ratio to the weights
 NORM_FACTOR = 10  # theirs over that of weights, where that is given
 
 COSINE = "cosine"  # 1 - that of the embeddings of sentences
@@ -48,7 +49,7 @@ class Student:
 
     checkpoint: Checkpoint
     training: Training
-    parameters: Mapping[str, Any]
+    parameters: dict[str, Any]
 
     def state(self) -> State:
         """A copy of all that a step changes."""
@@ -59,12 +60,21 @@ class Student:
             for name, tensor in self.changing().items():
                 tensor.copy_(state[name])
 
-    def begin_at(self, bases: Mapping[str, Stored]) -> None:
-        """Give weights the codes and scales of tensors that were quantized before, by name.
+    def begin_at(
+        self,
+        bases: Mapping[str, Stored],
+        ranges: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        gains: bool = False,
+    ) -> None:
+        """Give weights the codes and scales of tensors that were quantized before, by name, and
+        layers their static ranges.
 
         A weight stays where it is if it rounds to that code, and goes to the value of the code if
-        it does not. Scales stay.
+        it does not. Scales stay, or are trained by factors of theirs where ``gains`` is true.
         """
+        for name, noted in (ranges or {}).items():
+            self.training.inputs[name].begin_at(noted)
         with torch.no_grad():
             for name, fake in self.training.weights.items():
                 if name not in bases:
@@ -74,6 +84,10 @@ class Student:
                 fake.keep_scales(bases[name])
                 values = torch.from_numpy(wanted)
                 weight.copy_(torch.where(fake(weight) == values, weight, values))
+                if gains:
+                    fake.gains = TunedScales(bases[name])
+                    for kind, parameter in fake.gains.parameters().items():
+                        self.parameters[f"{name}/{kind}"] = parameter
         self.training.plan = tuple(
             replace(p, scheme=self.training.weights[p.tensor.name].scheme)
             if p.tensor.name in bases
@@ -213,32 +227,46 @@ def train(
     course.stopped = course.stopped or "all steps were run"
 
 
-def rates_of(student: Student, given: float | None) -> dict[str, float]:
+Errors = Mapping[str, tuple[float, float]]
+
+
+def rounding_errors(student: Student) -> Errors:
+    """Root mean squares of what rounding does to the weights of each tensor, and of themselves."""
+    found = {}
+    with torch.no_grad():
+        for name, fake in student.training.weights.items():
+            weight = student.checkpoint.model.get_parameter(name)
+            change = fake(weight) - weight
+            error, size = (float(x.square().mean().sqrt()) for x in (change, weight))
+            found[name] = error, size
+    return found
+
+
+def rates_of(student: Student, given: float | None, errors: Errors) -> dict[str, float]:
     """The rate of each trained parameter.
 
     Adam moves a parameter by about its rate in a step. Left to us, a weight moves by so small a
     share of its tensor's rounding error that its code is another one after some tens of steps:
-    whatever the size of the weights, and whatever the number of bits.
+    whatever the size of the weights, and whatever the number of bits. A factor of scales moves all
+    weights of its group by half as large a share, and gains of norms by the mean of these. With a
+    rate given for weights, factors of scales keep theirs.
+
+    Args:
+        errors: of `rounding_errors`, before anything is made up for.
     """
-    found = {}
-    errors = _rounding_errors(student) if given is None else {}
+    shares = {name: error / size if size else 0.0 for name, (error, size) in errors.items()}
+    norm = GAIN_RATE * sum(shares.values()) / len(shares) if shares else 0.0
+    found: dict[str, float] = {}
     for name in student.parameters:
-        weight = name in student.training.weights
-        if given is not None:
-            found[name] = given if weight else NORM_FACTOR * given
+        whole, _, kind = name.rpartition("/")
+        if name in errors:
+            found[name] = RATE * errors[name][0] if given is None else given
+        elif whole in shares:
+            gains = student.training.weights[whole].gains
+            assert gains is not None
+            found[name] = GAIN_RATE * shares[whole] * gains.unit(kind)
         else:
-            found[name] = RATE * errors[name] if weight else NORM_RATE
-    return found
-
-
-def _rounding_errors(student: Student) -> dict[str, float]:
-    """Root mean squares of what rounding does to the weights of each tensor."""
-    found = {}
-    with torch.no_grad():
-        for name, fake in student.training.weights.items():
-            if name in student.parameters:
-                weight = student.parameters[name]
-                found[name] = float((fake(weight) - weight).square().mean().sqrt())
+            found[name] = norm if given is None else NORM_FACTOR * given
     return found
 
 

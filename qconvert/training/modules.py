@@ -7,7 +7,6 @@ of the parameter while its ``forward`` runs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +18,13 @@ from qconvert.model import TensorInfo
 from qconvert.schemes import TensorScheme
 from qconvert.training.activations import FakeInput, StraightThrough
 from qconvert.training.fixed import on_grid_of
+from qconvert.training.groups import Groups
 from qconvert.training.live import LiveModel
+from qconvert.training.scales import TunedScales
 from qconvert.training.weights import (
     as_in_file,
     decoded,
     first_parameters,
-    group_length,
     on_learned_grid,
     settled_scheme,
     stored_parameters,
@@ -54,6 +54,8 @@ class FakeWeight(torch.nn.Module):  # type: ignore[misc]
         scale, zero_point: (G,), of its groups; None where they are found anew for each weight, or
             there is no zero point.
         base: whose scales it keeps; None where they are found anew or learned.
+        gains: of the scales and zero points of ``base``, which multiply what weights become on its
+            grid and leave their codes alone: w' = g·s·(u(w) - z). None where they stay.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class FakeWeight(torch.nn.Module):  # type: ignore[misc]
         self.scale: Any = None
         self.zero_point: Any = None
         self.base: Stored | None = None
+        self.gains: TunedScales | None = None
         live = LiveModel({tensor.name: weight})
         stored = as_in_file(live, live.tensors[0], scheme)
         self.scheme = settled_scheme(scheme, stored)
@@ -91,6 +94,11 @@ class FakeWeight(torch.nn.Module):  # type: ignore[misc]
         Raises:
             WeightError: NaN or Inf, or beyond what the scheme holds.
         """
+        placed = self._placed(weight)
+        return placed if self.gains is None else self.gains.applied(placed)
+
+    def _placed(self, weight: torch.Tensor) -> Stored:
+        """The same without gains."""
         learned = [p for p in (self.scale, self.zero_point) if p is not None]
         state = tuple(n for t in (weight, *learned) for n in _state(t))
         if self._known is None or self._known[0] != state:
@@ -113,12 +121,14 @@ class FakeWeight(torch.nn.Module):  # type: ignore[misc]
         return on_learned_grid(live, tensor, self.encoding, parameters)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        stored = self.stored(weight)
+        stored = self._placed(weight)
         live = LiveModel({self.tensor.name: weight})
         clipping = torch.is_grad_enabled() and (weight.requires_grad or self.scale is not None)
         found = decoded(live, live.tensors[0], stored, clipping=clipping)
         values = torch.from_numpy(found.values).to(weight.device)
         inside = None if found.inside is None else torch.from_numpy(found.inside).to(weight.device)
+        if self.gains is not None:
+            return self.gains.multiplied(weight, stored, inside)
         if self.scale is None:
             return StraightThrough.apply(weight, values, inside)
         step = first_parameters(stored)[0]
@@ -174,28 +184,6 @@ class _Learned(torch.autograd.Function):  # type: ignore[misc]
             outside = torch.where(inside, torch.zeros_like(wide), wide)
             by_zero = -grouped.sums(outside) * step * share
         return gradient * inside, by_scale, by_zero, None, None, None, None
-
-
-class Groups:
-    """The groups of a tensor that share a scale."""
-
-    def __init__(self, encoding: Affine, shape: torch.Size) -> None:
-        self.encoding = encoding
-        self.length = group_length(encoding, tuple(shape))
-
-    @property
-    def gradient_scale(self) -> float:
-        bits, symmetric = self.encoding.bits, self.encoding.symmetric
-        top = (1 << (bits - 1)) - 1 if symmetric else (1 << bits) - 1
-        return 1 / math.sqrt(self.length * top)
-
-    def sums(self, values: torch.Tensor) -> torch.Tensor:
-        """Of the values of each group, (G,)."""
-        if self.encoding.granularity == "tensor":
-            return values.sum().reshape(1)
-        rows = values.reshape(-1, self.encoding.row_length)
-        missing = self.encoding.row_groups * self.length - rows.shape[1]
-        return torch.nn.functional.pad(rows, (0, missing)).reshape(-1, self.length).sum(1)
 
 
 class WeightHook:

@@ -13,7 +13,7 @@ LOSSES = ("distill", "lm")
 PARTS = ("all", "weights", "norms")
 PARTS_OF_FILES = ("all", "scales", "norms")
 ACTIVATIONS = ("none", "dynamic", "static")
-STEPS = 100
+STEPS = 240
 BATCH = 4
 FEWEST_WINDOWS = 3  # to train on, to choose a state by, and to judge
 
@@ -26,6 +26,8 @@ class TuneOptions:
         scheme: None for a file that is quantized already.
         rate: of the weights; None for one that follows from the rounding errors of each tensor.
         teacher: whose predictions are learned; None for those of the model itself, as floats.
+        generated: windows that the model which is learned from writes itself, to train on beside
+            those of the text; None for as many as `Run` thinks right.
         trained: of `PARTS`.
         anyway: whether the tuned model is written even where it is not better.
         resume: whether to go on from what an interrupted run has left.
@@ -41,6 +43,7 @@ class TuneOptions:
     batch: int = BATCH
     seed: int = 0
     nsamples: int | None = None
+    generated: int | None = None
     loss: str = LOSSES[0]
     teacher: Path | None = None
     trained: str = PARTS[0]

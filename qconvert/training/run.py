@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,19 @@ from qconvert.report import TuneReport
 from qconvert.running.hugging_face import Checkpoint, open_checkpoint
 from qconvert.running.quality import F64, BlindGuess, Scores, Windows, compare_models
 from qconvert.stages.parallel import available_threads
-from qconvert.training.judging import FLOAT, TUNED, check_teacher, decide, judged, split
+from qconvert.training.generated import written
+from qconvert.training.judging import (
+    FLOAT,
+    TUNED,
+    Split,
+    check_teacher,
+    decide,
+    joined,
+    judged,
+    mixed,
+    part,
+    split,
+)
 from qconvert.training.loop import COSINE, Course, Plan, Student, adam, train
 from qconvert.training.options import TuneOptions
 from qconvert.training.sentences import compare_embeddings
@@ -37,6 +49,8 @@ class Run:
     Attributes:
         reference: whose predictions are learned and all others are held against.
         loaded: the model that is to be trained.
+        text_windows, generated: how many windows to train on there are, of the text, and that the
+            reference wrote itself.
     """
 
     def __init__(
@@ -49,6 +63,48 @@ class Run:
             self.reference = open_checkpoint(options.teacher, threads=threads)
             check_teacher(self.loaded, self.reference, options.text)
         self.split = split(self.loaded, options)
+        self.text_windows = len(self.split.training.inputs)
+        self.generated = self._wanted()
+        if self.generated:
+            self._write_windows()
+
+    def _wanted(self) -> int:
+        """How many windows the reference writes to train on.
+
+        Left to us, as many as the text is short of for no window to be seen twice, and at most half
+        of all that steps take. Codes of a file stay, whose scales are learned from few windows.
+        """
+        o = self.options
+        if self.encoder or o.loss != "distill":
+            return 0
+        taken = o.steps * o.batch
+        if o.generated is not None:
+            return min(o.generated, taken)
+        lacking = max(0, taken - len(self.split.training.inputs))
+        return min(lacking, taken // 2) if o.scheme else 0
+
+    def _write_windows(self) -> None:
+        """Have the reference write windows. Where there is a calibration, which may have been made
+        with the same text, they choose the state and judge it, too.
+        """
+        text, apart = self.split, bool(self.options.calibration)
+        taken = self.options.steps * self.options.batch
+        aside = len(text.judging.inputs)
+        count = self.generated + (2 * aside if apart else 0)
+        told = self.progress
+        told.begin("write windows to train on", count * text.training.inputs.shape[1], "tokens")
+        found = written(self.reference, text.training, count, self.options.seed, told.advance)
+        told.end()
+        if not apart:
+            self.split = replace(text, training=mixed(text.training, found, taken))
+            return
+        every = joined(text.training, text.validation, text.judging)
+        self.text_windows = len(every.inputs)
+        self.split = Split(
+            mixed(every, part(found, slice(2 * aside, None)), taken),
+            part(found, slice(aside)),
+            part(found, slice(aside, 2 * aside)),
+        )
 
     @property
     def encoder(self) -> bool:
@@ -95,7 +151,8 @@ def report_of(source: Path, container: Container, run: Run, needed: int) -> Tune
         seqlen=o.seqlen,
         batch=o.batch,
         seed=o.seed,
-        training_windows=len(run.split.training.inputs),
+        training_windows=run.text_windows,
+        generated_windows=run.generated,
         validation_windows=len(run.split.validation.inputs),
         judging_windows=len(run.split.judging.inputs),
         memory_bytes=needed,
@@ -128,6 +185,7 @@ def asked_of(run: Run) -> dict[str, Any]:
         "--seqlen": o.seqlen,
         "--batch": o.batch,
         "--nsamples": o.nsamples,
+        "--generate": o.generated,
         "--seed": o.seed,
         "--threads": o.threads or available_threads(),
     }

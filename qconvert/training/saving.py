@@ -16,6 +16,7 @@ from qconvert.codecs.codec import Encoder, Outcome
 from qconvert.codecs.rescaled import PROVENANCE_KEY, TRAINED, TUNED, RescaledEncoder
 from qconvert.containers import CONTAINERS, Container
 from qconvert.errors import UnsupportedError, UsageError
+from qconvert.files.equalised import Exponents, noted_exponents
 from qconvert.files.shards import COMPANIONS
 from qconvert.kernels.records import ErrorSums
 from qconvert.mapper import Mapper
@@ -43,6 +44,7 @@ def save_model(
     strict: bool = False,
     noted: Mapping[str, Any] | None = None,
     beside: Mapping[str, Any] | None = None,
+    exponents: Mapping[str, Exponents] | None = None,
 ) -> QuantizeReport:
     """Write a prepared model; other args and errors as of `qconvert.torch.save_quantized`.
 
@@ -51,6 +53,7 @@ def save_model(
         strict: a warning is a failure, and nothing is written.
         noted: what else the provenance says of the training.
         beside: tensors that the file has and the model does not, such as tables of positions.
+        exponents: by which tensors were rescaled before they were trained.
     """
     started = time.perf_counter()
     training = training_of(model)
@@ -107,6 +110,7 @@ def save_model(
     roundings = plan_roundings(prepared.plan, None, {}, None, True, prepared.model)
     job = _TrainedJob(prepared, live, options, None, roundings, report, Silent())
     job.training, job.tensors, job.noted = training, tensors, noted or {}
+    job.rescaled = noted_exponents(exponents or {})
     job.write(output)
     report.seconds = time.perf_counter() - started
     return report
@@ -177,8 +181,10 @@ class _TrainedJob(Job):
     Attributes:
         tensors: of the model, by name.
         noted: what else the provenance says of the training.
+        rescaled: what it says of equalisation.
     """
 
+    rescaled: Mapping[str, Any]
     training: Training
     tensors: Mapping[str, Any]
     noted: Mapping[str, Any]
@@ -205,4 +211,4 @@ class _TrainedJob(Job):
             "tensors": [p.tensor.name for p in self.prepared.plan if p.scheme],
         }
         noted = {k: v for k, v in (trained | dict(self.noted)).items() if v is not None}
-        return super()._provenance(sources) | {PROVENANCE_KEY: noted}
+        return super()._provenance(sources) | dict(self.rescaled) | {PROVENANCE_KEY: noted}

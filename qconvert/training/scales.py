@@ -24,8 +24,11 @@ from qconvert.kernels.records import F32, Bytes
 from qconvert.model import TensorInfo
 from qconvert.stages.norm_gains import Norm
 from qconvert.training.fixed import held
-from qconvert.training.modules import Groups
+from qconvert.training.groups import Groups
 from qconvert.training.weights import first_parameters, stored_parameters
+
+ZERO_POINT = "zero_point"  # a kind of what is trained
+QUARTER = 4  # of the codes: how far a weight is from its zero point, about, in codes
 
 
 class TunedScales:
@@ -59,8 +62,15 @@ class TunedScales:
 
     def parameters(self) -> dict[str, Any]:
         """What is trained, by the names of their kinds."""
-        found = {"scale": self.log, "zero_point": self.zero}
+        found = {"scale": self.log, ZERO_POINT: self.zero}
         return {kind: p for kind, p in found.items() if p is not None}
+
+    def unit(self, kind: str) -> float:
+        """How far something of a kind has to move to change weights by about their own size."""
+        if kind != ZERO_POINT:
+            return 1.0
+        assert self.affine
+        return float(2**self.affine.bits) / QUARTER
 
     def segments(self) -> dict[str, Bytes]:
         """The segments that are not the file's any more, whole.
@@ -86,15 +96,28 @@ class TunedScales:
             segments["zero_points"] = packed(steps, self.affine.zero_point_bits)
         return segments
 
+    def applied(self, stored: Stored) -> Stored:
+        """A tensor on the grid of ``base``, whatever its codes, with the scales of now."""
+        return replace(stored, read=partial(_read, stored, self.segments()))
+
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         """What the file decodes to, in the shape of the weight that it stands for."""
-        stored = replace(self.base, read=partial(_read, self.base, self.segments()))
-        values = stored.values(0, weight.numel()).reshape(tuple(weight.shape))
-        step = torch.from_numpy(first_parameters(stored)[0]) if self.affine else None
-        found: torch.Tensor = _Scaled.apply(
-            *(self.log, self.zero, torch.from_numpy(values), step, self.affine)
+        return self.multiplied(weight, self.base, None)
+
+    def multiplied(self, weight: torch.Tensor, stored: Stored, inside: Any) -> torch.Tensor:
+        """What a tensor on the grid of ``base`` decodes to with the scales of now.
+
+        Args:
+            weight: that was rounded to it, and gets a gradient if it wants one.
+            inside: which weights are not clipped; None for all.
+        """
+        found = self.applied(stored)
+        values = torch.from_numpy(found.values(0, weight.numel()).reshape(tuple(weight.shape)))
+        step = torch.from_numpy(first_parameters(found)[0]) if self.affine else None
+        done: torch.Tensor = _Scaled.apply(
+            *(weight, self.log, self.zero, values, inside, step, self.affine)
         )
-        return found
+        return done
 
 
 def _read(stored: Stored, changed: Mapping[str, Bytes], kind: str, start: int, size: int) -> bytes:
@@ -104,26 +127,42 @@ def _read(stored: Stored, changed: Mapping[str, Bytes], kind: str, start: int, s
 
 
 class _Scaled(torch.autograd.Function):  # type: ignore[misc]
-    """Decoded weights w = s·(u - z), with dw/d(log s) = w and dw/dz = -s; rounding of s and z is
-    passed straight through.
+    """Decoded weights w' = g·s·(u - z), with dw'/d(log g) = w' and dw'/dz = -g·s; of what was
+    rounded, dw'/dw = g where it is not clipped. Rounding is passed straight through.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, log: torch.Tensor, zero: Any, values: torch.Tensor, step: Any, affine: Any
+        ctx: Any,
+        weight: torch.Tensor,
+        log: torch.Tensor,
+        zero: Any,
+        values: torch.Tensor,
+        inside: Any,
+        step: Any,
+        affine: Any,
     ) -> torch.Tensor:
-        ctx.save_for_backward(values, step)
+        ctx.save_for_backward(log, values, inside, step)
         ctx.affine, ctx.moves = affine, zero is not None
         return values
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        values, step = ctx.saved_tensors
+        log, values, inside, step = ctx.saved_tensors
+        by_weight, by_zero = None, None
         if ctx.affine is None:
-            return (gradient * values).flatten(1).sum(1), None, None, None, None
-        groups = Groups(ctx.affine, gradient.shape)
-        by_zero = -groups.sums(gradient) * step if ctx.moves else None
-        return groups.sums(gradient * values), by_zero, None, None, None
+            by_log = (gradient * values).reshape(len(log), -1).sum(1)
+            wide = log.exp()[:, None].expand(-1, gradient.numel() // len(log))
+            factor = wide.reshape(gradient.shape)
+        else:
+            groups = Groups(ctx.affine, gradient.shape)
+            by_log = groups.sums(gradient * values)
+            by_zero = -groups.sums(gradient) * step if ctx.moves else None
+            factor = groups.spread(log.exp(), gradient.shape) if ctx.needs_input_grad[0] else None
+        if ctx.needs_input_grad[0]:
+            by_weight = gradient * factor
+            by_weight = by_weight if inside is None else by_weight * inside
+        return by_weight, by_log, by_zero, None, None, None, None
 
 
 class TunedGains:
@@ -140,6 +179,10 @@ class TunedGains:
     def parameters(self) -> dict[str, Any]:
         """See `TunedScales.parameters`."""
         return {"gain": self.log}
+
+    def unit(self, kind: str) -> float:
+        """See `TunedScales.unit`."""
+        return 1.0
 
     def segments(self) -> dict[str, Bytes]:
         """See `TunedScales.segments`."""

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from qconvert.codecs.rescaled import TRAINED
 from qconvert.errors import InputError, UsageError, about
 from qconvert.files import open_model
 from qconvert.files.atomic import check_target, draft_directory
+from qconvert.files.dequantized import dequantized
+from qconvert.files.equalised import Exponents, equalised, read_exponents
+from qconvert.files.qblk import QblkModel
 from qconvert.files.regular import file_sha256
 from qconvert.files.safetensors import open_safetensors
 from qconvert.files.saved_state import SavedState
@@ -26,14 +30,12 @@ from qconvert.progress import Progress, Silent
 from qconvert.quantities import counted, size
 from qconvert.report import QuantizeReport, TuneReport
 from qconvert.running.hugging_face import checked_config, model_class, open_checkpoint
-from qconvert.running.quality import (
-    BATCH_TOKENS,
-)
+from qconvert.running.quality import BATCH_TOKENS
 from qconvert.running.quantized_model import open_quantized
 from qconvert.stages.parallel import available_threads
 from qconvert.stages.plan import PlanOptions, check_schemes, make_plan
 from qconvert.stages.quantize import quantize
-from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions
+from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions, RepairText
 from qconvert.training.fixed import can_stay, held
 from qconvert.training.judging import (
     COMPENSATED,
@@ -44,7 +46,7 @@ from qconvert.training.judging import (
     check_disk,
 )
 from qconvert.training.judging import noted as noted_figures
-from qconvert.training.loop import Student, passes, rates_of
+from qconvert.training.loop import Student, passes, rates_of, rounding_errors
 from qconvert.training.memory import VALUE, check_memory, needed_bytes, trained_values
 from qconvert.training.options import TuneOptions
 from qconvert.training.preparation import Training, prepare_model
@@ -62,6 +64,7 @@ from qconvert.training.run import (
 from qconvert.training.saving import container_of, save_model
 from qconvert.training.state import COPIES
 
+AIMED = 64  # windows that codes are aimed by
 OBSERVED = 8  # batches that static ranges of the untrained model are taken from
 
 
@@ -111,17 +114,29 @@ def tune(source: Path, options: TuneOptions, progress: Progress | None = None) -
 
 
 class _Run(Run):
-    """See `Run`; the model is loaded as floats."""
+    """See `Run`; the model is loaded as floats.
+
+    Attributes:
+        exponents: by which the tensors of the last student were rescaled.
+    """
+
+    exponents: Mapping[str, Exponents]
 
     def __init__(self, source: Path, options: TuneOptions, progress: Progress) -> None:
         loaded = open_checkpoint(source, threads=options.threads or available_threads())
         super().__init__(source, options, progress, loaded)
 
-    def prepare(self) -> Student:
-        """A student from the model as it is."""
+    def prepare(self, exponents: Mapping[str, Exponents] | None = None) -> Student:
+        """A student from the model as it is, or with channels rescaled."""
         o = self.options
-        model = self.loaded.model
-        model = copy.deepcopy(model) if self.reference is self.loaded else model
+        model = copy.deepcopy(self.loaded.model)
+        self.exponents = dict(exponents or {})
+        with torch.no_grad():
+            for name, found in self.exponents.items():
+                weight = model.get_parameter(name)
+                shape = tuple(weight.shape)
+                values = found.applied(weight.numpy().ravel(), shape, 0).reshape(shape)
+                weight.copy_(torch.from_numpy(values))
         training = prepare_model(
             model,
             o.grid,
@@ -209,7 +224,8 @@ def _needed(source: Path, options: TuneOptions) -> tuple[int, int]:
     if options.teacher:
         checked_config(options.teacher)
         with open_safetensors(options.teacher) as model:
-            of_teacher = sum(t.size for t in model.tensors)
+            # Besides the teacher there is the model as it was.
+            of_teacher += sum(t.size for t in model.tensors)
     tokens = options.seqlen * max(1, min(options.batch, BATCH_TOKENS // options.seqlen))
     kept = VALUE * COPIES * trained_values(plan, options.trained)
     return needed_bytes(plan, options.trained, config, tokens, of_teacher), kept
@@ -230,74 +246,117 @@ def _begin(run: _Run, report: TuneReport, directory: Path, state: SavedState) ->
     asked = asked_of(run)
     check_resumed(state, o, asked)  # before the long work
     found = {FLOAT: run.scores(run.loaded, judging, "judge the float model")}
-    bases: dict[str, Stored] = {}
+    base = _Base()
     if o.calibration:
-        found[COMPENSATED] = _compensated(run, report, directory, bases)
+        base, found[COMPENSATED] = _compensated(run, report, directory)
     student = run.prepare()
     found[NEAREST] = run.scores(student.checkpoint, judging, "judge nearest rounding")
     check_numbers(run, found[NEAREST])
-    rates = rates_of(student, o.rate)
-    student.begin_at(bases)
+    if base.exponents:
+        student = run.prepare(base.exponents)
+    errors = rounding_errors(student)
+    student.begin_at(base.tensors, base.ranges, gains=o.trained == "all")
+    rates = rates_of(student, o.rate, errors)
     report.trained_tensors = len(student.parameters)
     return begun(run, report, found, rates, student, asked, state)
 
 
-def _compensated(run: _Run, report: TuneReport, directory: Path, bases: dict[str, Stored]) -> Found:
-    """What quantization with the calibration gives; ``bases`` takes the tensors that training can
-    begin with.
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What training can begin with.
+
+    Attributes:
+        tensors: that have codes, in memory.
+        exponents: by which channels are rescaled.
+        ranges: what the file says of the static ranges of layers, by the names of their weights.
+    """
+
+    tensors: Mapping[str, Stored] = field(default_factory=dict)
+    exponents: Mapping[str, Exponents] = field(default_factory=dict)
+    ranges: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def _compensated(run: _Run, report: TuneReport, directory: Path) -> tuple[_Base, Found]:
+    """What quantization with the calibration gives, and how good it is.
 
     Raises:
         InputError: the calibration has no Gram matrices of the model.
     """
     o = run.options
     draft = directory / o.output.name
-    asked = replace(_untrained(o, COMPENSATED, draft), strict=False)
-    made = quantize(run.source, asked, run.progress)
+    asked = replace(_untrained(run, COMPENSATED, draft), strict=False)
+    try:
+        made = quantize(run.source, asked, run.progress)
+    except UsageError as e:  # of a text to aim by without Gram matrices
+        if "--text" not in e.message:
+            raise
+        raise _no_help(o, e.found) from e
     if not any(t.rounding == COMPENSATED for t in made.tensors):
-        raise InputError(
-            "the calibration does not help rounding: no codes could make up for others",
-            path=o.calibration,
-            found=next((t.rounding_reason for t in made.tensors if t.rounding_reason), None),
-            hint="make one with calibrate --text FILE --gram, or leave --calibration out",
+        raise _no_help(o, next((t.rounding_reason for t in made.tensors if t.rounding_reason), ""))
+    if not run.generated:
+        report.notes.append(
+            "a calibration with this very text has seen the windows that judge: compare files on "
+            "another one, with verify --text"
         )
-    report.notes.append(
-        "a calibration with this very text has seen the windows that judge: compare files on "
-        "another one, with verify --text"
-    )
-    bases.update(_bases(draft, made, report))
+    base = _base(run, draft, made, report)
     quantized = open_quantized(
         draft, o.activations, directory=run.source, threads=None, check=False
     )
-    return run.scores(quantized.checkpoint, run.split.judging, "judge compensated rounding")
+    return base, run.scores(quantized.checkpoint, run.split.judging, "judge compensated rounding")
 
 
-def _bases(draft: Path, made: QuantizeReport, report: TuneReport) -> dict[str, Stored]:
-    """The compensated tensors of a file, in memory, where they are those of the model itself."""
+def _no_help(o: TuneOptions, found: str | None) -> InputError:
+    return InputError(
+        "the calibration does not help rounding: no codes could make up for others",
+        path=o.calibration,
+        found=found or None,
+        hint="make one with calibrate --text FILE --gram, or leave --calibration out",
+    )
+
+
+def _base(run: _Run, draft: Path, made: QuantizeReport, report: TuneReport) -> _Base:
+    """The compensated tensors of a file, where they are those of the model itself."""
+    running = {name: tuple(p.shape) for name, p in run.loaded.model.named_parameters()}
     why = None
-    if made.container != "qblk":
-        why = "tensors of a GGUF file have other names and rows"
-    elif made.equalisation and made.equalisation.equalised:
-        why = "quantize has rescaled channels, which the float model has as they were"
-    if why:
-        report.notes.append(f"training began with nearest codes, not compensated ones: {why}")
-        return {}
-    compensated = {t.name for t in made.tensors if t.rounding == COMPENSATED}
     with closing(open_model(draft)) as model:
-        stored = {t.name: model.stored(t) for t in model.tensors if t.name in compensated}
+        provenance = model.header.provenance if isinstance(model, QblkModel) else {}
+        exponents = read_exponents(provenance, draft)
+        with closing(dequantized(open_model(run.source))) as source:
+            exponents = getattr(equalised(source, exponents), "exponents", {})
+        if made.container != "qblk":
+            why = "tensors of a GGUF file have other names and rows"
+        elif any(name not in running for name in exponents):
+            why = "quantize has rescaled tensors that the running model has under other names"
+        if why:
+            report.notes.append(f"training began with nearest codes, not compensated ones: {why}")
+            return _Base()
+        compensated = {t.name for t in made.tensors if t.rounding == COMPENSATED}
+        coded = {t.name for t in made.tensors if t.quantized} if exponents else compensated
+        stored = {t.name: model.stored(t) for t in model.tensors if t.name in coded}
         found = {name: held(s) for name, s in stored.items() if can_stay(s)}
-    report.began_compensated = len(found)
-    return found
+        ranges = {name: s.activation for name, s in stored.items() if s.activation}
+    report.began_compensated = len(compensated & found.keys())
+    return _Base(found, exponents, ranges if run.options.activations == "static" else {})
 
 
-def _untrained(o: TuneOptions, rounding: str, output: Path) -> QuantizeOptions:
-    """What `quantize` is asked for to give the model without training."""
-    compensated = rounding == COMPENSATED
+def _untrained(run: _Run, rounding: str, output: Path) -> QuantizeOptions:
+    """What `quantize` is asked for to give the model without training.
+
+    Codes that make up for each other are aimed at the float model's outputs on windows that are
+    trained on; others have to judge.
+    """
+    o, compensated = run.options, rounding == COMPENSATED
+    aim = None
+    if compensated and not run.encoder:
+        windows = run.split.training.inputs[:AIMED]
+        aim = RepairText(o.text, windows.shape[1], None, windows)
     return QuantizeOptions(
         o.grid,
         output,
         calibration=o.calibration if compensated else None,
         rounding=None if compensated else NEAREST,
         equalise=compensated,
+        repair=aim,
         keep=o.keep,
         tensor_schemes=o.tensor_schemes,
         threads=o.threads,
@@ -317,12 +376,10 @@ def _write(run: _Run, report: TuneReport, student: Student) -> None:
         made = _saved(run, student, report, o.trained)
     elif report.chosen == NEAREST and o.activations == "static":
         # What nobody has trained; its ranges are found as they were before.
-        if run.reference is not run.loaded:
-            run.loaded = open_checkpoint(run.source)
         student = run.prepare()
         made = _saved(run, student, report, "ranges")
     else:
-        made = quantize(run.source, _untrained(o, report.chosen, o.output), run.progress)
+        made = quantize(run.source, _untrained(run, report.chosen, o.output), run.progress)
     report.warnings += made.warnings
     report.notes += made.notes
     report.status, report.written = made.status, made.written
@@ -345,9 +402,8 @@ def _saved(run: _Run, student: Student, report: TuneReport, trained: str) -> Qua
         "seed": o.seed,
         "seqlen": o.seqlen,
         "batch": o.batch,
-        "nsamples": sum(
-            len(w.inputs) for w in (run.split.training, run.split.validation, run.split.judging)
-        ),
+        "windows": run.text_windows,
+        "generated": run.generated or None,
         "text_sha256": file_sha256(o.text),
         "calibration_sha256": file_sha256(o.calibration) if o.calibration else None,
         "judged": noted_figures(report.models),
@@ -375,4 +431,5 @@ def _saved(run: _Run, student: Student, report: TuneReport, trained: str) -> Qua
             strict=o.strict,
             noted={k: v for k, v in noted.items() if v is not None},
             beside=beside,
+            exponents=run.exponents,
         )

@@ -59,7 +59,6 @@ from qconvert.training.scales import TunedGains, TunedScales
 from qconvert.training.state import COPIES
 
 DECODED_COPIES = 3  # of a weight: the running model's, the decoded one, and its gradient
-QUARTER = 4  # of the codes: how far a weight is from its zero point, about, in codes
 
 Tuned = TunedScales | TunedGains
 
@@ -235,15 +234,8 @@ def _rates(
     found = {}
     for name, (_, part) in tuned.items():
         for kind in part.parameters():
-            found[f"{name}/{kind}"] = rate
-            if kind == "zero_point":
-                found[f"{name}/{kind}"] = rate * 2 ** model.stored(_info(model, name)).encoding.bits
-                found[f"{name}/{kind}"] /= QUARTER
+            found[f"{name}/{kind}"] = rate * part.unit(kind)
     return found
-
-
-def _info(model: QblkModel, name: str) -> TensorInfo:
-    return next(t for t in model.tensors if t.name == name)
 
 
 def _student(run: Run, tuned: Mapping[str, tuple[str, Tuned]]) -> Student:

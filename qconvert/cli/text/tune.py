@@ -19,7 +19,7 @@ def tune_text(r: TuneReport) -> str:
     lines.append(f", activations {r.activations}\n" if r.activations != "none" else "\n")
     if r.began_compensated:
         began = counted(r.began_compensated, "tensor")
-        lines.append(f"began      {began} with compensated codes, whose scales stay\n")
+        lines.append(f"began      {began} with compensated codes on their grid\n")
     learned = "next tokens of the text"
     if r.loss == "distill":
         learned = f"divergence from {printable(r.teacher) if r.teacher else 'the float model'}"
@@ -34,6 +34,12 @@ def tune_text(r: TuneReport) -> str:
         f"{r.training_windows:,} to train on, {r.validation_windows} to choose the state by, "
         f"{r.judging_windows} to judge it\n"
     )
+    if r.generated_windows:
+        apart = " and all that choose and judge" if r.calibration else ""
+        lines.append(
+            f"generated  {counted(r.generated_windows, 'window')} more to train on{apart}, written "
+            "by the model that is learned from\n"
+        )
     went_on = f", resumed after {r.resumed_at:,}" if r.resumed_at else ""
     each = f"{r.batch} {'lines' if encoder else 'windows'} each"
     lines.append(
