@@ -223,6 +223,8 @@ def drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         assert options.repair.windows.shape == (32, LENGTH)  # those that are trained on
         done = inner(source, replace(options, repair=None), *rest)
         shutil.copy(options.output, tmp_path / "draft.qblk")
+        names = [t.name for t in done.tensors if t.rounding == "compensated"]
+        (tmp_path / "names.json").write_text(json.dumps(names))
         return done
 
     monkeypatch.setattr(stage, "quantize", copied)
@@ -249,10 +251,12 @@ def test_training_begins_with_compensated_codes(
     assert models(report)["tuned"].kl_mean == pytest.approx(float(kl.mean()), rel=1e-6)
     moved = []
     with qconvert.load(tmp_path / "m.qblk") as a, qconvert.load(drafts) as b:
-        names = [n for n, t in b.items() if t.dtype == scheme]
+        names = json.loads(drafts.with_name("names.json").read_text())
         for name in names:
             mine, theirs = a[name].quantized(), b[name].quantized()
-            assert 0 < (mine.codes != theirs.codes).mean() < 0.1
+            changed = (mine.codes != theirs.codes).mean()
+            assert changed < 0.1
+            assert changed > 0 or train == "all"  # which may gain by scales before codes
             moved.append(not np.array_equal(mine.scales, theirs.scales))
             np.testing.assert_allclose(mine.scales, theirs.scales, rtol=0.05)
     assert len(names) == 8
@@ -397,8 +401,8 @@ def test_tensors_under_other_names_are_told_of(tmp_path: Path) -> None:
 
 
 def test_rates_follow_from_rounding_errors(llama: Path) -> None:
-    """3 % of the root mean square of what rounding takes away, by the file's own values; gains of
-    norms 1.5 % of the mean of its ratios to the weights.
+    """6 % of the root mean square of what rounding takes away, by the file's own values, times the
+    root of its ratio to the weights; gains of norms 1.5 % of the mean of these ratios.
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -413,7 +417,8 @@ def test_rates_follow_from_rounding_errors(llama: Path) -> None:
     errors = loop.rounding_errors(student)
     assert errors[name] == pytest.approx((rms, float(weight.square().mean().sqrt())), rel=1e-4)
     rates = loop.rates_of(student, None, errors)
-    assert rates[name] == pytest.approx(0.03 * rms, rel=1e-4)
+    size = errors[name][1]
+    assert rates[name] == pytest.approx(0.06 * rms * (rms / size) ** 0.5, rel=1e-4)
     shares = [error / size for error, size in errors.values()]
     assert len(shares) == 9
     assert rates[norm] == pytest.approx(0.015 * np.mean(shares))

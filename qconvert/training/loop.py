@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from qconvert.training.sentences import distances
 
 VALIDATIONS = 10  # of all steps, besides the one before the first
 PATIENCE = 3  # validations without a better one, after which training stops
-RATE = 0.03  # of a weight, as a share of the root mean square of its tensor's rounding errors
+RATE = 0.06  # of a weight: see `rates_of`
 GAIN_RATE = 0.015  # of factors of scales and gains, as a share of that error's ratio to the weights
 NORM_FACTOR = 10  # theirs over that of weights, where that is given
 
@@ -246,10 +247,11 @@ def rates_of(student: Student, given: float | None, errors: Errors) -> dict[str,
     """The rate of each trained parameter.
 
     Adam moves a parameter by about its rate in a step. Left to us, a weight moves by so small a
-    share of its tensor's rounding error that its code is another one after some tens of steps:
-    whatever the size of the weights, and whatever the number of bits. A factor of scales moves all
-    weights of its group by half as large a share, and gains of norms by the mean of these. With a
-    rate given for weights, factors of scales keep theirs.
+    share of its tensor's rounding error that its code is another one after some tens of steps,
+    whatever the size of the weights. The share grows with the root of the error's ratio to the
+    weights: 3 % at 2 bits, half of it at 4, where less is to be gained and steps that large do
+    harm. A factor of scales moves all weights of its group by 1.5 % of the error, and gains of
+    norms by the mean of these. With a rate given for weights, factors of scales keep theirs.
 
     Args:
         errors: of `rounding_errors`, before anything is made up for.
@@ -260,7 +262,8 @@ def rates_of(student: Student, given: float | None, errors: Errors) -> dict[str,
     for name in student.parameters:
         whole, _, kind = name.rpartition("/")
         if name in errors:
-            found[name] = RATE * errors[name][0] if given is None else given
+            share = RATE * math.sqrt(shares[name])
+            found[name] = share * errors[name][0] if given is None else given
         elif whole in shares:
             gains = student.training.weights[whole].gains
             assert gains is not None
