@@ -30,6 +30,7 @@ try:
     import transformers as _transformers  # noqa: F401
 
     from qconvert.running.integer_layers import QuantizedEmbedding, QuantizedLinear
+    from qconvert.running.low_rank import attach_adapter
     from qconvert.training.preparation import convert_model, freeze_ranges, prepare_model
     from qconvert.training.saving import save_model
 except ImportError as e:
@@ -51,7 +52,11 @@ __all__ = [
 
 
 def load_model(
-    path: Path | str, activations: str = "auto", *, directory: Path | str | None = None
+    path: Path | str,
+    activations: str = "auto",
+    *,
+    directory: Path | str | None = None,
+    adapter: Path | str | None = None,
 ) -> Any:
     """The transformers model of a .qblk or GGUF file, in eval mode.
 
@@ -63,15 +68,21 @@ def load_model(
             ``auto`` for static where there is a calibration and dynamic elsewhere, or ``none`` for
             floats and dequantized weights.
         directory: where config and tokenizer are, if the file carries none.
+        adapter: a low-rank adapter of its linear layers, as peft saves it, which is computed
+            beside them in floats: such as `qconvert.tune` trains (``train="adapters"``).
 
     Raises:
-        InputError: the file is damaged, carries no config, or is of another model than that says.
+        InputError: the file is damaged, carries no config, or is of another model than that says;
+            the adapter is of another model.
         UnsupportedError: a GGUF file of an architecture that we have no names for, or of another
             model than the directory says.
         UsageError: ``static``, and a layer has no calibration.
     """
     place = Path(directory) if directory is not None else None
-    return open_quantized(Path(path), activations, directory=place).checkpoint.model
+    model = open_quantized(Path(path), activations, directory=place).checkpoint.model
+    if adapter is not None:
+        attach_adapter(model, Path(adapter))
+    return model
 
 
 def load_tokenizer(path: Path | str, *, directory: Path | str | None = None) -> Any:

@@ -950,10 +950,13 @@ def tune(
             "--train",
             metavar="PART",
             help="what is trained: weights that are quantized, of a file scales (and zero points), "
-            "norms, or all",
-            autocompletion=completion.among("all", "weights", "scales", "norms"),
+            "norms, or all; of a file also adapters (LoRA), which become a directory of peft's",
+            autocompletion=completion.among("all", "weights", "scales", "norms", "adapters"),
         ),
     ] = "all",
+    rank: Annotated[
+        int, typer.Option("--rank", min=1, metavar="N", help="of --train adapters")
+    ] = 8,
     activations: Annotated[
         str,
         typer.Option(
@@ -1031,6 +1034,7 @@ def tune(
       qconvert tune small-model --teacher large-model --scheme c3_block16 --text train.txt \\
           -o model.qblk
       qconvert tune model.qblk --teacher model-directory --text train.txt -o tuned.qblk
+      qconvert tune model.qblk --teacher model-directory --train adapters --text train.txt -o lora
     """
     from qconvert.cli.earlier import Run
     from qconvert.cli.emit import Emitter
@@ -1054,6 +1058,7 @@ def tune(
             loss=loss,
             teacher=teacher,
             train=train,
+            rank=rank,
             activations=activations,
             calibration=calibration,
             keep=keep,

@@ -24,8 +24,10 @@ from qconvert.training.options import (
     BATCH,
     FEWEST_WINDOWS,
     LOSSES,
+    MOST_RANK,
     PARTS,
     PARTS_OF_FILES,
+    RANK,
     STEPS,
     TuneOptions,
 )
@@ -48,6 +50,7 @@ def tune(
     loss: str = LOSSES[0],
     teacher: Path | str | None = None,
     train: str = PARTS[0],
+    rank: int = RANK,
     activations: str = ACTIVATIONS[0],
     calibration: Path | str | None = None,
     keep: str | Iterable[str] | None = None,
@@ -89,7 +92,8 @@ def tune(
             directory only.
         text: a UTF-8 file: a tenth of its windows, at most 16, chooses the state that is kept, as
             many judge it, and the others are trained on.
-        output: a name that ends in .qblk, or in .gguf for a scheme of ggml's.
+        output: a name that ends in .qblk, or in .gguf for a scheme of ggml's; of adapters a
+            directory.
         steps: at most so many; fewer where the model gets no better.
         lr: learning rate of the weights, ten times which norms have. By default a share of each
             tensor's rounding error. Of a file: of the logarithms of scales and gains.
@@ -106,7 +110,9 @@ def tune(
         teacher: another model of the same vocabulary whose predictions are learned; by default the
             model's own as floats.
         train: ``weights`` that are quantized, of a file ``scales`` and zero points, ``norms``, or
-            ``all`` of both.
+            ``all`` of both. Of a file also ``adapters``: low-rank corrections of its linear layers
+            (LoRA), which become a directory as peft has it, for the float model.
+        rank: of adapters.
         activations: how linear layers take their inputs: ``none`` as floats, ``dynamic`` as bytes
             with a scale for each row, ``static`` as bytes with one scale and zero point, which are
             found on the way and go into the file.
@@ -140,6 +146,8 @@ def tune(
         ("--threads", threads, 1),
     ):
         check_bounds(name, number, least)
+    if not 1 <= rank <= MOST_RANK:
+        raise UsageError("--rank", found=rank, wanted=f"a number from 1 to {MOST_RANK:,}")
     is_file = Path(model).is_file()
     if lr is not None and not 0 < lr <= 1:
         raise UsageError("--lr", found=lr, wanted="a number above 0, at most 1")
@@ -173,6 +181,7 @@ def tune(
         loss=loss,
         teacher=as_path(teacher),
         trained=train,
+        rank=rank,
         activations=activations,
         calibration=as_path(calibration),
         keep=as_texts(keep),

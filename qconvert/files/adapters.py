@@ -38,7 +38,7 @@ MOST_CONFIG = 1 << 20  # bytes
 MERGED = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a correction can be added to
 _MERGE = "merge it with peft (merge_and_unload), save the model, and convert that"
 _COPY = ".base_layer.weight"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _PARTS = {  # what a name in the file ends in, and which part of an embedding's or layer's that is
     ".lora_A.weight": ("a", False),
     ".lora_B.weight": ("b", False),
@@ -232,9 +232,9 @@ def open_adapter(path: Path) -> Adapter:
         scales = _Scales(fields, path / CONFIG)
         found = {}
         copies = {
-            t.name[len(_PREFIX) : -len(_COPY)] + WEIGHT: t
+            t.name[len(PREFIX) : -len(_COPY)] + WEIGHT: t
             for t in weights.tensors
-            if t.name.startswith(_PREFIX) and t.name.endswith(_COPY)
+            if t.name.startswith(PREFIX) and t.name.endswith(_COPY)
         }
         for name, (embedding, parts) in _paired(weights).items():
             a, b = parts["a"], parts["b"]
@@ -301,18 +301,18 @@ def _paired(weights: SafetensorsModel) -> dict[str, tuple[bool, dict[str, Tensor
         if tensor.name.endswith(_COPY):
             continue
         end = next((e for e in _PARTS if tensor.name.endswith(e)), None)
-        if end is None or not tensor.name.startswith(_PREFIX) or not tensor.floating:
+        if end is None or not tensor.name.startswith(PREFIX) or not tensor.floating:
             raise UnsupportedError(
                 "a tensor of the adapter is no part of a low-rank correction",
                 path=weights.path,
                 tensor=tensor.name,
                 found=f"{tensor.dtype} {list(tensor.shape)}",
-                wanted=f"{_PREFIX}MODULE.lora_A.weight and .lora_B.weight",
+                wanted=f"{PREFIX}MODULE.lora_A.weight and .lora_B.weight",
                 hint=_MERGE,
                 code="ADAPTER-TENSOR",
             )
         part, embedding = _PARTS[end]
-        name = tensor.name[len(_PREFIX) : -len(end)]
+        name = tensor.name[len(PREFIX) : -len(end)]
         found.setdefault(name, (embedding, {}))[1][part] = tensor
     for _, parts in found.values():
         if len(parts) != 2:

@@ -150,7 +150,12 @@ def noted(models: Sequence[JudgedModel]) -> dict[str, dict[str, float]]:
 
 
 def decide(
-    losses: Mapping[str, F64], untrained: Sequence[str], report: TuneReport, *, anyway: bool
+    losses: Mapping[str, F64],
+    untrained: Sequence[str],
+    report: TuneReport,
+    *,
+    anyway: bool,
+    adapters: bool = False,
 ) -> None:
     """Which model is written, and what is said of it.
 
@@ -158,15 +163,16 @@ def decide(
         losses: of the models on the judging windows, token by token.
         untrained: those of them that are written where training was no gain; the best is.
         anyway: whether the tuned one is written in any case.
+        adapters: whether nothing is written but what was trained.
     """
     unit = report.unit
     fallback = min(untrained, key=lambda name: float(losses[name].mean()))
     report.chosen = fallback
+    instead = f"the file is that of {WORDS[fallback]}, which was not trained"
+    if adapters:
+        instead = "no adapters are written"
     if TUNED not in losses:
-        report.warnings.append(
-            "no step was better than none on the validation windows: "
-            f"the file is that of {WORDS[fallback]}, which was not trained"
-        )
+        report.warnings.append(f"no step was better than none on the validation windows: {instead}")
         return
     gain = mean(losses[fallback] - losses[TUNED])
     report.gain, report.gain_error = gain.value, gain.error
@@ -176,7 +182,7 @@ def decide(
     if not better:
         written = "the tuned one is written all the same (--anyway)"
         if report.chosen != TUNED:
-            written = f"the file is that of {WORDS[fallback]}, which was not trained"
+            written = instead
         much = f"{-gain.value:.2g} ± {gain.error:.1g} {unit} worse"
         if not np.isfinite(gain.value):
             much = "what it predicts is no number"

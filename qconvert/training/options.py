@@ -9,11 +9,14 @@ from qconvert.files.saved_state import SAVE_SECONDS, state_path
 from qconvert.running.text import DEFAULT_SEQLEN
 from qconvert.schemes import TensorScheme
 
+ADAPTERS = "adapters"
 LOSSES = ("distill", "lm")
 PARTS = ("all", "weights", "norms")
-PARTS_OF_FILES = ("all", "scales", "norms")
+PARTS_OF_FILES = ("all", "scales", "norms", ADAPTERS)
 ACTIVATIONS = ("none", "dynamic", "static")
 STEPS = 240
+RANK = 8
+MOST_RANK = 1024
 BATCH = 4
 FEWEST_WINDOWS = 3  # to train on, to choose a state by, and to judge
 
@@ -29,6 +32,7 @@ class TuneOptions:
         generated: windows that the model which is learned from writes itself, to train on beside
             those of the text; None for as many as `Run` thinks right.
         trained: of `PARTS`.
+        rank: of adapters.
         anyway: whether the tuned model is written even where it is not better.
         resume: whether to go on from what an interrupted run has left.
         save_seconds: at least so long between two saves of the state.
@@ -47,6 +51,7 @@ class TuneOptions:
     loss: str = LOSSES[0]
     teacher: Path | None = None
     trained: str = PARTS[0]
+    rank: int = RANK
     activations: str = ACTIVATIONS[0]
     calibration: Path | None = None
     keep: tuple[str, ...] = ()

@@ -36,7 +36,7 @@ from qconvert.training.judging import (
     split,
 )
 from qconvert.training.loop import COSINE, Course, Plan, Student, adam, train
-from qconvert.training.options import TuneOptions
+from qconvert.training.options import ADAPTERS, TuneOptions
 from qconvert.training.sentences import compare_embeddings
 from qconvert.training.state import TuningState, check_state
 
@@ -178,6 +178,7 @@ def asked_of(run: Run) -> dict[str, Any]:
         "--tensor-scheme": [[glob, scheme.name] for glob, scheme in o.tensor_schemes],
         "--keep": o.keep,
         "--train": o.trained,
+        "--rank": o.rank,
         "--activations": o.activations,
         "--loss": o.loss,
         "--steps": o.steps,
@@ -289,5 +290,6 @@ def train_and_judge(
         judged(name, found[name]) for name in (FLOAT, *untrained, TUNED) if name in found
     ]
     losses = {name: run.losses(scores) for name, scores in found.items()}
-    decide(losses, [n for n in untrained if n in losses], report, anyway=o.anyway)
+    judges = [n for n in untrained if n in losses]
+    decide(losses, judges, report, anyway=o.anyway, adapters=o.trained == ADAPTERS)
     between()

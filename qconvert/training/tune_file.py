@@ -1,4 +1,6 @@
-"""tune of a quantized file: codes stay, scales, zero points and gains of norms are trained."""
+"""tune of a quantized file: codes stay; scales, zero points and gains of norms are trained, or
+low-rank adapters beside it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from qconvert.codecs.rescaled import PROVENANCE_KEY, tuned_tensors
 from qconvert.containers import CONTAINERS
 from qconvert.errors import UnsupportedError, UsageError, about
 from qconvert.files import open_model
-from qconvert.files.atomic import AtomicOutput, check_target, draft_directory
+from qconvert.files.atomic import AtomicOutput, check_directory, check_target, draft_directory
 from qconvert.files.qblk import QblkModel
 from qconvert.files.qblk_rewrite import write_changed
 from qconvert.files.regular import file_sha256
@@ -39,12 +41,13 @@ from qconvert.stages.norm_gains import find_norms
 from qconvert.stages.parallel import available_threads
 from qconvert.stages.plan import PlanOptions
 from qconvert.stages.row_places import find_places, rate_of
+from qconvert.training.adapters import LowRank, write_adapter
 from qconvert.training.judging import FLOAT, QUANTIZED, TUNED, WRITTEN, check_disk
 from qconvert.training.judging import noted as noted_figures
 from qconvert.training.loop import Student
 from qconvert.training.memory import LIBRARIES, VALUE, check_memory, token_values
 from qconvert.training.modules import WeightHook
-from qconvert.training.options import TuneOptions
+from qconvert.training.options import ADAPTERS, TuneOptions
 from qconvert.training.preparation import Training
 from qconvert.training.run import (
     Run,
@@ -60,12 +63,12 @@ from qconvert.training.state import COPIES
 
 DECODED_COPIES = 3  # of a weight: the running model's, the decoded one, and its gradient
 
-Tuned = TunedScales | TunedGains
+Tuned = TunedScales | TunedGains | LowRank
 
 
 def tune_file(source: Path, options: TuneOptions, progress: Progress | None = None) -> TuneReport:
     """Train the scales of a .qblk file, and write it with the same codes, or as it was where that
-    is better.
+    is better; or train adapters for it, and write them where they are a gain.
 
     Raises:
         UsageError: options that do not go with a quantized file.
@@ -76,11 +79,19 @@ def tune_file(source: Path, options: TuneOptions, progress: Progress | None = No
     started = time.perf_counter()
     progress = progress or Silent()
     inputs = [path for path in (source, options.text, options.teacher) if path]
-    check_target(options.output, options.force, inputs)
+    adapters = options.trained == ADAPTERS
+    (check_directory if adapters else check_target)(options.output, options.force, inputs)
     state = SavedState(options.output, inputs, "steps", options.save_seconds, "TUNE")
     state.check(resume=options.resume, force=options.force)
     with about(source), closing(open_model(source)) as model:
-        if not isinstance(model, QblkModel) or options.output.suffix.lower() != ".qblk":
+        if adapters and options.output.suffix.lower() in (".qblk", ".gguf"):
+            raise UsageError(
+                "adapters become a directory, as peft has them",
+                found=f"-o {options.output}",
+                wanted="a name without .qblk or .gguf",
+            )
+        named = adapters or options.output.suffix.lower() == ".qblk"
+        if not isinstance(model, QblkModel) or not named:
             raise UnsupportedError(
                 "tune of a quantized file takes a .qblk file and writes one",
                 path=source if not isinstance(model, QblkModel) else options.output,
@@ -116,7 +127,7 @@ def tune_file(source: Path, options: TuneOptions, progress: Progress | None = No
             at = begun(run, report, found, rates, student, asked, state)
             with state.kept():
                 train_and_judge(run, report, at, state, (QUANTIZED,))
-                _write(model, run, report, tuned)
+                (_write_adapter if adapters else _write)(model, run, report, tuned)
                 state.remove()
     report.seconds = time.perf_counter() - started
     return report
@@ -161,7 +172,9 @@ def _needed(model: QblkModel, o: TuneOptions) -> tuple[int, int]:
     for t in model.tensors:
         encoding = model.stored(t).encoding
         raw = isinstance(encoding, RawEncoding)
-        if raw and len(t.shape) == 1 and o.trained != "scales":
+        if o.trained == ADAPTERS:
+            moving += 0 if raw or len(t.shape) != 2 else LowRank.size(t.shape, o.rank)
+        elif raw and len(t.shape) == 1 and o.trained != "scales":
             moving += t.size
         elif not raw and o.trained != "norms":
             moving += sum(TunedScales.sizes(model.stored(t)))
@@ -194,6 +207,7 @@ def _parts(model: QblkModel, run: Run, report: TuneReport) -> dict[str, tuple[st
             raise UsageError(f"--keep: no tensor matches '{glob}'")
     free = [t for t in model.tensors if not any(globs.matches(t, glob) for glob in o.keep)]
     kept = {t.name for t in free if isinstance(model.stored(t).encoding, RawEncoding)}
+    draw = torch.Generator().manual_seed(o.seed)
     found: dict[str, tuple[str, Tuned]] = {}
     left: dict[str, str] = {}
     if o.trained != "norms":
@@ -203,8 +217,10 @@ def _parts(model: QblkModel, run: Run, report: TuneReport) -> dict[str, tuple[st
             if not np.array_equal(order, np.arange(len(order))):
                 left[name] = "its rows have another order in the running model"
                 continue
-            found[name] = place, TunedScales(model.stored(names[name]))
-    if o.trained != "scales":
+            stored = model.stored(names[name])
+            low = o.trained == ADAPTERS
+            found[name] = place, LowRank(stored, o.rank, draw) if low else TunedScales(stored)
+    if o.trained not in ("scales", ADAPTERS):
         norms, others = find_norms(model, {name: name for name in kept}, run.loaded.model)
         left |= others
         for name, norm in norms.items():
@@ -231,8 +247,12 @@ def _rates(
         t for t in model.tensors if t.name in tuned and isinstance(tuned[t.name][1], TunedScales)
     ]
     rate = o.rate if o.rate is not None else rate_of(coded or model.tensors)
-    found = {}
+    found: dict[str, float] = {}
     for name, (_, part) in tuned.items():
+        if isinstance(part, LowRank):
+            each = part.rate if o.rate is None else o.rate
+            found |= {f"{name}/{kind}": each for kind in part.parameters()}
+            continue
         for kind in part.parameters():
             found[f"{name}/{kind}"] = rate * part.unit(kind)
     return found
@@ -243,7 +263,11 @@ def _student(run: Run, tuned: Mapping[str, tuple[str, Tuned]]) -> Student:
     model = run.loaded.model.eval()
     parameters: dict[str, torch.Tensor] = {}
     for name, (place, part) in tuned.items():
-        WeightHook(part, "weight").attach(model.get_submodule(place))
+        module = model.get_submodule(place)
+        if isinstance(part, LowRank):
+            part.attach(module)
+        else:
+            WeightHook(part, "weight").attach(module)
         parameters |= {f"{name}/{kind}": p for kind, p in part.parameters().items()}
     nothing = Training(parse_scheme("keep"), PlanOptions(), (), {}, {})  # type: ignore[arg-type]
     return Student(replace(run.loaded, model=model), nothing, parameters)
@@ -261,7 +285,8 @@ def _write(
     changed: dict[str, dict[str, Bytes]] = {}
     provenance = dict(model.header.provenance)
     if report.chosen == TUNED:
-        changed = {name: dict(part.segments()) for name, (_, part) in tuned.items()}
+        parts = {n: part for n, (_, part) in tuned.items() if not isinstance(part, LowRank)}
+        changed = {name: dict(part.segments()) for name, part in parts.items()}
         provenance[PROVENANCE_KEY] = _noted(model, run, report, sorted(changed))
     with AtomicOutput(o.output, overwrite=o.force, inputs=[run.source, o.text]) as out:
         report.output_bytes = write_changed(model, out, changed, provenance)
@@ -271,12 +296,41 @@ def _write(
     report.model_bits_per_weight = 8 * coded / sum(t.size for t in model.tensors)
 
 
+def _write_adapter(
+    model: QblkModel, run: Run, report: TuneReport, tuned: Mapping[str, tuple[str, Tuned]]
+) -> None:
+    """Write the adapters, if they are a gain."""
+    o = run.options
+    if o.strict and report.warnings:
+        report.status = "fail"
+        return
+    if report.chosen != TUNED:
+        return
+    model.check_unchanged()
+    parts = {place: part for place, part in tuned.values() if isinstance(part, LowRank)}
+    report.output_bytes = write_adapter(
+        o.output,
+        parts,
+        (o.teacher or run.source).name,
+        noted={"quantized": file_sha256(run.source), **_training(run, report)},
+        overwrite=o.force,
+        inputs=[run.source, o.text],
+    )
+    report.written = True
+
+
 def _noted(model: QblkModel, run: Run, report: TuneReport, names: list[str]) -> dict[str, Any]:
     """What the provenance says, beside what it said of an earlier training."""
-    o = run.options
     before = model.header.provenance.get(PROVENANCE_KEY)
+    earlier = dict(before) if isinstance(before, dict) else {}
+    tensors = sorted({*names, *tuned_tensors(model.header.provenance)})
+    return earlier | {"scales_of": run.source.name, **_training(run, report), "tensors": tensors}
+
+
+def _training(run: Run, report: TuneReport) -> dict[str, Any]:
+    """How it was trained, and what came of it."""
+    o = run.options
     noted: dict[str, Any] = {
-        "scales_of": run.source.name,
         "loss": o.loss,
         "teacher": o.teacher.name if o.teacher else None,
         "steps": o.steps,
@@ -286,8 +340,6 @@ def _noted(model: QblkModel, run: Run, report: TuneReport, names: list[str]) -> 
         "seqlen": o.seqlen,
         "batch": o.batch,
         "text_sha256": file_sha256(o.text),
-        "tensors": sorted({*names, *tuned_tensors(model.header.provenance)}),
         "judged": noted_figures(report.models),
     }
-    earlier = dict(before) if isinstance(before, dict) else {}
-    return earlier | {k: v for k, v in noted.items() if v is not None}
+    return {k: v for k, v in noted.items() if v is not None}

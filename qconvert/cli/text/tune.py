@@ -66,14 +66,24 @@ def tune_text(r: TuneReport) -> str:
             f"gain       {r.gain:.3g} {r.unit}, standard error {r.gain_error:.2g}, "
             f"over {'the file as it was' if of_file else 'the best without training'}\n"
         )
-    if r.written:
+    adapters = r.trained == "adapters"
+    if r.written and adapters:
+        lines.append(f"adapters   {size(r.output_bytes)}, as peft has them\n")
+    elif r.written:
         lines.append(f"file       that of {r.chosen}: {size(r.output_bytes)}, ")
         lines.append(f"{number(r.model_bits_per_weight)} bits over the whole model\n")
     lines += [f"note       {printable(note)}\n" for note in r.notes]
     lines.append(f"memory     about {size(r.memory_bytes)} were reckoned with\n")
     lines.append(f"kernels    {r.kernels}\ntime       {duration(r.seconds)}\n")
     against = r.teacher if of_file else r.source
-    if r.written and against:
+    if r.written and adapters and against:
+        lines.append(
+            next_step(
+                f"qconvert quantize {printable(against)} --adapter {printable(r.output)} "
+                "--adapter-only --scheme f16 -o lora.gguf"
+            )
+        )
+    elif r.written and against:
         lines.append(
             next_step(
                 f"qconvert verify {printable(r.output)} --against {printable(against)} "
