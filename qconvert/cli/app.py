@@ -991,6 +991,12 @@ def tune(
             autocompletion=completion.tensor_schemes,
         ),
     ] = None,
+    floats: Annotated[
+        bool,
+        typer.Option(
+            "--float", help="write a model directory of float32 weights that lie on the grid"
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on where an interrupted run has stopped")
     ] = False,
@@ -1063,6 +1069,7 @@ def tune(
             calibration=calibration,
             keep=keep,
             tensor_scheme=tensor_scheme,
+            floats=floats,
             resume=resume,
             threads=threads,
             anyway=anyway,

@@ -55,6 +55,7 @@ def tune(
     calibration: Path | str | None = None,
     keep: str | Iterable[str] | None = None,
     tensor_scheme: Mapping[str, str] | str | Iterable[str] | None = None,
+    floats: bool = False,
     resume: bool = False,
     threads: int | None = None,
     anyway: bool = False,
@@ -122,6 +123,8 @@ def tune(
         keep: keep tensors that match this glob, or one of these, as they are, untrained.
         tensor_scheme: another scheme for tensors that match a glob: ``{glob: scheme}``, or texts
             ``"GLOB=SCHEME"``; the first match wins.
+        floats: write a model directory of float32 weights that lie on the grid, for whatever runs
+            the model, or quantizes it to the same codes.
         resume: go on where an interrupted run has stopped.
         threads: all available processors by default. Another number may give other bytes.
         anyway: write the tuned model even where it is not better.
@@ -163,7 +166,7 @@ def tune(
     if generate and loss != LOSSES[0]:
         raise UsageError("--generate goes with --loss distill")
     if is_file:
-        _check_file(scheme, tensor_scheme, calibration, activations, loss, teacher)
+        _check_file(scheme, tensor_scheme, calibration, activations, floats, loss, teacher)
     elif scheme is None:
         raise UsageError("--scheme is missing", hint="such as --scheme c3_block16")
     others = map(parse_tensor_scheme, as_assignments(tensor_scheme))
@@ -186,6 +189,7 @@ def tune(
         calibration=as_path(calibration),
         keep=as_texts(keep),
         tensor_schemes=tuple((glob, check_trainable(other)) for glob, other in others),
+        floats=floats,
         resume=resume,
         threads=threads,
         anyway=anyway,
@@ -205,6 +209,7 @@ def _check_file(
     tensor_scheme: object,
     calibration: object,
     activations: str,
+    floats: bool,
     loss: str,
     teacher: object,
 ) -> None:
@@ -214,6 +219,7 @@ def _check_file(
         "--tensor-scheme": tensor_scheme,
         "--calibration": calibration,
         "--activations": activations if activations != ACTIVATIONS[0] else None,
+        "--float": floats,
     }
     for name, value in given.items():
         if value:

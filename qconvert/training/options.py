@@ -33,6 +33,7 @@ class TuneOptions:
             those of the text; None for as many as `Run` thinks right.
         trained: of `PARTS`.
         rank: of adapters.
+        floats: whether a directory of float32 weights, which lie on the grid, is written.
         anyway: whether the tuned model is written even where it is not better.
         resume: whether to go on from what an interrupted run has left.
         save_seconds: at least so long between two saves of the state.
@@ -57,6 +58,7 @@ class TuneOptions:
     keep: tuple[str, ...] = ()
     tensor_schemes: tuple[tuple[str, TensorScheme], ...] = ()
     threads: int | None = None
+    floats: bool = False
     anyway: bool = False
     force: bool = False
     strict: bool = False

@@ -17,9 +17,10 @@ import torch
 
 from qconvert.codecs.codec import Stored
 from qconvert.codecs.rescaled import TRAINED
+from qconvert.containers import CONTAINERS
 from qconvert.errors import InputError, UsageError, about
 from qconvert.files import open_model
-from qconvert.files.atomic import check_target, draft_directory
+from qconvert.files.atomic import check_directory, check_target, draft_directory
 from qconvert.files.dequantized import dequantized
 from qconvert.files.equalised import Exponents, equalised, read_exponents
 from qconvert.files.qblk import QblkModel
@@ -32,6 +33,7 @@ from qconvert.report import QuantizeReport, TuneReport
 from qconvert.running.hugging_face import checked_config, model_class, open_checkpoint
 from qconvert.running.quality import BATCH_TOKENS
 from qconvert.running.quantized_model import open_quantized
+from qconvert.schemes import TENSOR_SCHEMES
 from qconvert.stages.parallel import available_threads
 from qconvert.stages.plan import PlanOptions, check_schemes, make_plan
 from qconvert.stages.quantize import quantize
@@ -79,15 +81,24 @@ def tune(source: Path, options: TuneOptions, progress: Progress | None = None) -
     """
     started = time.perf_counter()
     progress = progress or Silent()
-    container = container_of(options.output)
+    container = CONTAINERS["qblk"] if options.floats else container_of(options.output)
     check_schemes((options.grid, *(s for _, s in options.tensor_schemes)), container)
     if container.name == "gguf" and options.activations == "static":
         raise UsageError(
             "a GGUF file has no place for static ranges", wanted="-o with a name that ends in .qblk"
         )
+    if options.floats and options.activations != "none":
+        raise UsageError("--float writes weights alone, without what --activations would need")
+    if options.floats and options.output.suffix.lower() in (".qblk", ".gguf"):
+        raise UsageError(
+            "--float writes a model directory",
+            found=f"-o {options.output}",
+            wanted="a name without .qblk or .gguf",
+        )
     given = (source, options.text, options.teacher, options.calibration)
     inputs = [path for path in given if path]
-    check_target(options.output, options.force, inputs)
+    check = check_directory if options.floats else check_target
+    check(options.output, options.force, inputs)
     state = SavedState(options.output, inputs, "steps", options.save_seconds, "TUNE")
     state.check(resume=options.resume, force=options.force)
     needed, kept = _needed(source, options)
@@ -107,7 +118,7 @@ def tune(source: Path, options: TuneOptions, progress: Progress | None = None) -
         at = _begin(run, report, directory, state)
         with state.kept():
             train_and_judge(run, report, at, state, (NEAREST, COMPENSATED))
-            _write(run, report, at.student)
+            _write(run, report, at.student, directory)
             state.remove()
     report.seconds = time.perf_counter() - started
     return report
@@ -366,28 +377,42 @@ def _untrained(run: _Run, rounding: str, output: Path) -> QuantizeOptions:
     )
 
 
-def _write(run: _Run, report: TuneReport, student: Student) -> None:
-    """Write the model that was chosen."""
+def _write(run: _Run, report: TuneReport, student: Student, directory: Path) -> None:
+    """Write the model that was chosen; as floats by way of a file in a directory for drafts."""
     o = run.options
+    output = directory / f"{o.output.name}.qblk" if o.floats else o.output
     if o.strict and report.warnings:
         report.status = "fail"
         return
     if report.chosen == TUNED:
-        made = _saved(run, student, report, o.trained)
+        made = _saved(run, student, report, o.trained, output)
     elif report.chosen == NEAREST and o.activations == "static":
         # What nobody has trained; its ranges are found as they were before.
         student = run.prepare()
-        made = _saved(run, student, report, "ranges")
+        made = _saved(run, student, report, "ranges", output)
     else:
-        made = quantize(run.source, _untrained(run, report.chosen, o.output), run.progress)
+        made = quantize(run.source, _untrained(run, report.chosen, output), run.progress)
     report.warnings += made.warnings
     report.notes += made.notes
+    if o.floats and made.written:
+        plain = QuantizeOptions(
+            TENSOR_SCHEMES["f32"],
+            o.output,
+            container="hf",
+            allow_requantize=True,
+            threads=o.threads,
+            force=o.force,
+        )
+        made = quantize(output, plain, run.progress)
+        report.warnings += made.warnings
     report.status, report.written = made.status, made.written
     report.output_bytes = made.output_bytes
     report.model_bits_per_weight = made.model_bits_per_weight
 
 
-def _saved(run: _Run, student: Student, report: TuneReport, trained: str) -> QuantizeReport:
+def _saved(
+    run: _Run, student: Student, report: TuneReport, trained: str, output: Path
+) -> QuantizeReport:
     """Write the student as it is."""
     o = run.options
     noted: dict[str, Any] = {
@@ -425,7 +450,7 @@ def _saved(run: _Run, student: Student, report: TuneReport, trained: str) -> Qua
             )
         return save_model(
             student.checkpoint.model,
-            o.output,
+            output,
             companions=files.companions,
             force=o.force,
             strict=o.strict,
