@@ -237,7 +237,7 @@ def test_training_begins_with_compensated_codes(
     train: str, scheme: str, llama: Path, calibration: Path, drafts: Path, tmp_path: Path
 ) -> None:
     """On their grid: only codes are others, and factors of scales where these are trained."""
-    more: dict[str, Any] = {"calibration": calibration, "lr": 5e-4, "train": train}
+    more: dict[str, Any] = {"calibration": calibration, "lr": 1e-3, "train": train}
     report = tuned(llama, tmp_path / "m.qblk", scheme, generate=0, **more)
     assert list(models(report)) == ["float", "nearest", "compensated", "tuned"]
     assert report.began_compensated == 8
