@@ -246,13 +246,19 @@ class LevelScheme:
 
 @dataclass(frozen=True, slots=True)
 class GgmlScheme:
-    """A ggml block type: a name of `qconvert.ggml_types.GGML_TYPES`."""
+    """A ggml block type: a name of `qconvert.ggml_types.GGML_TYPES`.
+
+    Attributes:
+        scaled: whether a tensor has a scale of its own besides, where a reader multiplies by it;
+            NVFP4 alone.
+    """
 
     family: ClassVar[str] = "ggml"
     for_vectors: ClassVar[bool] = False
     default_range: ClassVar[RangeMethod | None] = None
     name: str
     ggml_type: str
+    scaled: bool = False
 
     def at_least(self, bits: int) -> GgmlScheme:
         """This scheme: more bits where they count are the business of a mix."""

@@ -695,23 +695,6 @@ def test_a_hint_names_no_option_that_keep_refuses(tmp_path: Path, call: Call) ->
     assert (done.code, "--keep" in done.err) == (3, True)
 
 
-def test_nvfp4_of_llama_cpp_with_a_scale_beside_it_is_refused(tmp_path: Path, call: Call) -> None:
-    for name, scaled in (("plain", False), ("scaled", True)):
-        writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", "llama")
-        blocks = np.zeros((64, 36), np.uint8)
-        nvfp4 = gguf.GGMLQuantizationType.NVFP4
-        writer.add_tensor("blk.0.attn_q.weight", blocks, raw_shape=blocks.shape, raw_dtype=nvfp4)
-        if scaled:
-            writer.add_tensor("blk.0.attn_q.scale", np.ones(1, np.float32))
-        for step in ("header", "kv_data", "tensors"):
-            getattr(writer, f"write_{step}_to_file")()
-        writer.close()
-        output = tmp_path / f"{name}.qblk"
-        done = call("quantize", tmp_path / f"{name}.gguf", "--scheme", "bf16", "-o", output)
-        assert done.code == (3 if scaled else 0), done.err
-    assert "GGUF-SCALED" in done.err
-
-
 # --- experts whose codes lie the other way round ---
 
 

@@ -21,7 +21,7 @@ pytest.importorskip("transformers", reason="install qconvert[hf]")
 
 import qconvert
 from qconvert.codecs.codec import rescaled_numbers
-from qconvert.codecs.ggml import HALVES
+from qconvert.codecs.ggml_blocks import HALVES
 from qconvert.codecs.rescaled import TUNED, tuned_tensors
 from qconvert.errors import InputError, UnsupportedError, UsageError
 from qconvert.files import open_model

@@ -12,7 +12,7 @@ from conftest import ROOT, Call, gaussian, save
 from numpy.typing import NDArray
 
 from qconvert.codecs.affine.encoding import Affine
-from qconvert.codecs.ggml import encoding_of
+from qconvert.codecs.ggml_blocks import encoding_of
 from qconvert.floors import LOST_DB, Measured, expected_db, judge
 
 LLAMA = ROOT / "samples/tiny-llama"

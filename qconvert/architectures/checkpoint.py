@@ -21,10 +21,9 @@ from qconvert.architectures.small_files import SmallFiles
 from qconvert.architectures.source import CONFIG, read_config
 from qconvert.architectures.source_names import source_shapes
 from qconvert.codecs.codec import Stored
-from qconvert.codecs.ggml import encoding_of
+from qconvert.codecs.ggml_blocks import FACTOR_BYTES, SCALED, encoding_of, segment_start
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.files.gguf_split_reader import AnyGgufModel
-from qconvert.ggml_types import GGML_TYPES
 from qconvert.model import Companion, Model, SourceFile, TensorInfo
 
 _HINT = "give the original model's directory, with its weights, with --config"
@@ -66,8 +65,7 @@ class Checkpoint:
             parts = tuple(there[s.name] for s in made.sources)
             if _rows_of_blocks(made, parts):
                 self._parts[tensor.name] = parts
-                block = GGML_TYPES[parts[0].dtype]
-                size = tensor.size // block.block * block.nbytes
+                size = encoding_of(parts[0].dtype).size(tensor.shape)
                 tensor = replace(tensor, dtype=parts[0].dtype, nbytes=size)
             found.append(tensor)
         self.tensors = tuple(found)
@@ -84,10 +82,17 @@ class Checkpoint:
             return self._model.raw(tensor, offset, size)
         if not 0 <= offset <= offset + size <= tensor.nbytes:
             raise ValueError(f"bytes {offset}..{offset + size} of a tensor of {tensor.nbytes}")
-        row = tensor.nbytes // (tensor.size // tensor.shape[-1])
-        first, last = offset // row, -(-(offset + size) // row)
+        # The scale of a tensor, where it has one, lies behind its rows.
+        part, end = self._parts[tensor.name][0], offset + size
+        of_rows = tensor.nbytes - (FACTOR_BYTES if tensor.dtype == SCALED else 0)
+        row = of_rows // (tensor.size // tensor.shape[-1])
+        first, last = min(offset, of_rows) // row, -(-min(end, of_rows) // row)
         whole = b"".join(self._rows(tensor, first, last, row))
-        return whole[offset - first * row : offset - first * row + size]
+        found = whole[offset - first * row : end - first * row]
+        begin = max(offset, of_rows)
+        if end > begin:
+            found += self._gguf.raw(part, part.nbytes - tensor.nbytes + begin, end - begin)
+        return found
 
     def _rows(self, tensor: TensorInfo, first: int, last: int, row: int) -> list[bytes]:
         """Rows ``first..last`` of so many bytes, in runs that lie together in the file."""
@@ -107,7 +112,7 @@ class Checkpoint:
         """How a tensor lies in the file, its rows in the order of the checkpoint."""
 
         def read(kind: str, offset: int, size: int) -> bytes:
-            return self.raw(tensor, offset, size)
+            return self.raw(tensor, segment_start(kind, tensor.nbytes) + offset, size)
 
         parts = self._parts.get(tensor.name, ())
         roundings = {self._gguf.stored(p).rounding for p in parts}
@@ -128,10 +133,11 @@ class Checkpoint:
 
 
 def _rows_of_blocks(made: MappedTensor, parts: tuple[TensorInfo, ...]) -> bool:
-    """Whether a tensor has whole rows of blocks of one type."""
+    """Whether a tensor has whole rows of blocks of one type, and one scale if these have any."""
     changed = made.order or made.change or made.added or made.factors or made.cut
     kinds = {p.dtype for p in parts}
-    return not changed and len(kinds) == 1 and all(p.coded for p in parts)
+    one_scale = len(parts) == 1 or SCALED not in kinds
+    return not changed and len(kinds) == 1 and all(p.coded for p in parts) and one_scale
 
 
 def as_checkpoint(

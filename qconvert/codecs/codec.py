@@ -294,8 +294,16 @@ class Encoding(ABC):
         """What scales of groups were divided by, all of them; 1 where there is no such number."""
         return 1.0
 
-    def divided(self, divisor: float) -> Encoding | None:
-        """This encoding for scales that were divided by a number; None without a place for it."""
+    def multiplied(self, stored: Stored) -> float | None:
+        """The same as a factor, where that is what is stored; `divisor` may be off by a rounding
+        then. None elsewhere.
+        """
+        return None
+
+    def divided(self, divisor: float, factor: float | None = None) -> Encoding | None:
+        """This encoding for scales that were divided by a number, or `multiplied` by one; None
+        without a place for it.
+        """
         return None
 
     def held(self, rows: IntegerRows) -> IntegerRows | None:

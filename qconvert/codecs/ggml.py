@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qconvert import kernels
-from qconvert.codecs.codec import (
-    Codec,
-    Coded,
-    Encoder,
-    Encoding,
-    Facts,
-    Grain,
-    Grid,
-    Outcome,
-    Segment,
-    Stored,
-    rescaled_numbers,
-    smaller,
-)
+from qconvert.codecs.codec import Codec, Encoder, Encoding, Facts, Outcome, smaller
 from qconvert.codecs.compensation import Rounder, values_at_once
-from qconvert.codecs.raw import RawEncoding
+from qconvert.codecs.exchange.floats import largest_of
+from qconvert.codecs.exchange.micro import LARGEST
+from qconvert.codecs.ggml_blocks import FACTOR, GgmlEncoding, ScaledBlocks, scaled_values
 from qconvert.codecs.source import (
     RUN_VALUES,
     finite_weights,
@@ -34,8 +21,7 @@ from qconvert.codecs.source import (
     source_rows,
     tiles_of,
 )
-from qconvert.codecs.units import byte_scales, centred, exact_scales, regrouped, with_offset
-from qconvert.errors import UnsupportedError, WeightError
+from qconvert.errors import WeightError
 from qconvert.geometry import Tile
 from qconvert.ggml_types import GGML_TYPES, GgmlType
 from qconvert.kernels.records import (
@@ -45,177 +31,14 @@ from qconvert.kernels.records import (
     CodeGrid,
     Encoded,
     ErrorSums,
-    IntegerRows,
     Multiples,
+    SourceRows,
 )
 from qconvert.kernels.reference.ggml import GGML_BLOCKS
 from qconvert.kernels.reference.ggml.codes import CODE_LAYOUTS
 from qconvert.kernels.reference.ggml.scales import HALF_SCALES, STEPS, with_half
-from qconvert.model import DTYPES, Model, TensorInfo
+from qconvert.model import Model, TensorInfo
 from qconvert.schemes import GgmlScheme
-
-# Where a block has the float16 numbers that all of its values are multiples of, d and, of types
-# with minima, m: the first byte and how many (block structures in ggml-common.h at 0c1e57098).
-HALVES: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "Q1_0", "Q2_0"), (0, 1)),
-    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
-    **{"Q2_K": (80, 2), "Q3_K": (108, 1), "Q6_K": (208, 1), "TQ1_0": (52, 1), "TQ2_0": (64, 1)},
-}
-# Types whose codes can move to another encoding, and how many bits these have.
-MOVABLE = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}
-# The same of small floating numbers, and the type of the scales in a block's first bytes.
-FLOATING = {"MXFP4": "F8_E8M0", "NVFP4": "F8_E4M3"}
-
-
-@dataclass(frozen=True, slots=True)
-class GgmlEncoding(Encoding):
-    """Blocks of a ggml type, along the last dimension."""
-
-    type: GgmlType
-
-    @property
-    def name(self) -> str:
-        return self.type.name
-
-    @property
-    def bits(self) -> float:
-        return 8 * self.type.nbytes / self.type.block
-
-    def segments(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
-        return (Segment("data", math.prod(shape) // self.type.block * self.type.nbytes),)
-
-    def to_json(self) -> dict[str, object]:
-        raise AssertionError("no qblk file has ggml's types")
-
-    def values(self, stored: Stored, start: int, stop: int) -> NDArray[Any]:
-        t = self.type
-        if start == stop:
-            return np.empty(0, np.float32)
-        first, last = start // t.block, -(-stop // t.block)
-        values = self._decoded(self._blocks(stored, first, last), stored).ravel()
-        skipped = first * t.block
-        return values[start - skipped : stop - skipped]
-
-    def coded(self, stored: Stored, tile: Tile) -> Coded:
-        t, shape = self.type, (tile.rows, tile.columns)
-        kind = GGML_BLOCKS.get(t.name)
-        if kind is None or tile.start % t.block or tile.columns % t.block:
-            return Coded(self.values(stored, tile.start, tile.stop).reshape(shape))
-        data = self._blocks(stored, tile.start // t.block, tile.stop // t.block)
-        parts = kind.splitter(data)
-        scale = parts.scale.reshape(tile.rows, -1)
-
-        def by_group(of_blocks: F32 | None) -> F32 | None:
-            if of_blocks is None:
-                return None
-            return np.repeat(of_blocks, kind.block // kind.group).reshape(scale.shape)
-
-        of_scale, of_offset = kind.rounding(data)
-        integers = IntegerRows(
-            codes=parts.codes.reshape(shape),
-            zero=np.zeros(scale.shape, np.int32),
-            scale=scale,
-            offset=None if parts.offset is None else parts.offset.reshape(scale.shape),
-            group=kind.group,
-        )
-        grid = Grid(
-            scale=scale * np.float32(kind.gap),  # of a step, the widest gap between two codes
-            low=kind.codes[0],
-            high=kind.codes[1],
-            code_step=kind.gap,
-            always_scaled=False,
-            scale_rounding=by_group(of_scale),
-            offset_rounding=by_group(of_offset),
-        )
-        return Coded(self._decoded(data, stored).reshape(shape), integers, grid)
-
-    @property
-    def grain(self) -> Grain | None:
-        if self.type.name in FLOATING:
-            return Grain("e2m1", 4, GGML_BLOCKS[self.type.name].group)
-        bits = MOVABLE.get(self.type.name)
-        return Grain("int", bits, self.type.block) if bits else None
-
-    def movable(self, rows: IntegerRows) -> IntegerRows | None:
-        if rows.offset is not None or self.type.name in FLOATING:  # codes are as they should be
-            return rows
-        middle = 1 << (MOVABLE[self.type.name] - 1)
-        return replace(rows, codes=rows.codes + np.int16(middle), zero=rows.zero + middle)
-
-    def held(self, rows: IntegerRows) -> IntegerRows | None:
-        if self.type.name in FLOATING:
-            small = regrouped(rows, GGML_BLOCKS[self.type.name].group)
-            return None if small is None or self._byte_scales(small) is None else small
-        found = regrouped(rows, self.type.block)
-        if found is None or not exact_scales(found, "F16"):
-            return None
-        bits = MOVABLE[self.type.name]
-        return with_offset(found, bits, "F16") if self._has_offset else centred(found, bits)
-
-    def laid(self, rows: IntegerRows) -> dict[str, Bytes]:
-        layout, block = CODE_LAYOUTS[self.type.name], self.type.block
-        data = np.zeros((rows.codes.size // block, self.type.nbytes), np.uint8)
-        if self.type.name in FLOATING:
-            scales = self._byte_scales(rows)
-            assert scales is not None  # or they would not have been held
-            data[:, : block // rows.group] = scales.reshape(len(data), -1)
-            data = layout.written(data, layout.places(rows.codes.reshape(-1, block)))
-            return {"data": data.reshape(-1).data}
-        halves = [rows.scale] if rows.offset is None else [rows.scale, rows.offset]
-        numbers = np.stack([h.ravel() for h in halves], axis=1).astype("<f2")
-        data[:, : 2 * len(halves)] = numbers.view(np.uint8)
-        codes = rows.codes.reshape(-1, block)
-        if self.type.name == "Q8_0":  # -128 as well, which is read though ggml does not write it
-            data[:, 2:] = (codes - np.int16(128)).astype(np.int8).view(np.uint8)
-        else:
-            data = layout.written(data, codes.astype(np.uint8))
-        return {"data": data.reshape(-1).data}
-
-    def _byte_scales(self, rows: IntegerRows) -> U8 | None:
-        """Scales of doubled codes as blocks have them; None where they have no such."""
-        return byte_scales(rows.scale * np.float32(2), FLOATING[self.type.name])
-
-    @property
-    def _has_offset(self) -> bool:
-        return HALVES[self.type.name][1] > 1
-
-    def unscalable(self, shape: tuple[int, ...]) -> str | None:
-        return None if self.type.name in HALVES else "its scales are not numbers of 16 bits"
-
-    def rescaled(self, stored: Stored, first: int, factors: F32) -> dict[str, Bytes]:
-        count = stored.shape[-1] // self.type.block
-        place, halves = HALVES[self.type.name]
-        part = slice(place, place + 2 * halves)
-        blocks = self._blocks(stored, first * count, (first + len(factors)) * count).copy()
-        scales = np.ascontiguousarray(blocks[:, part]).view("<f2")
-        scaled = rescaled_numbers(scales, np.repeat(factors, count))
-        blocks[:, part] = scaled.view(np.uint8)
-        return {"data": blocks.reshape(-1).data}
-
-    def _blocks(self, stored: Stored, first: int, last: int) -> U8:
-        """Blocks ``first..last``, one a row."""
-        nbytes = self.type.nbytes
-        raw = stored.read("data", first * nbytes, (last - first) * nbytes)
-        return np.frombuffer(raw, np.uint8).reshape(-1, nbytes)
-
-    def _decoded(self, blocks: U8, stored: Stored) -> F32:
-        if self.type.name in GGML_BLOCKS:
-            return kernels.ggml_decode(self.type.name, blocks)
-        import gguf  # 0.1 s, for types that nothing here writes
-
-        kind = gguf.GGMLQuantizationType[self.type.name]
-        try:
-            # One row: gguf works through rows in small groups, which is slow when a row is a block.
-            with np.errstate(over="ignore", invalid="ignore"):  # Inf and NaN scales are the file's
-                found: F32 = gguf.quants.dequantize(blocks.reshape(1, -1), kind)
-        except NotImplementedError:
-            raise UnsupportedError(
-                f"type {self.type.name} cannot be decoded",
-                path=stored.path,
-                tensor=stored.name,
-                code="GGUF-DECODE",
-            ) from None
-        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +48,7 @@ class GgmlEncoder(Encoder):
     Attributes:
         importance: of the input channels, (columns,), or (matrices, columns) for experts.
         rounder: see `Facts`.
+        factor: the scale of the tensor, by which weights are divided before; None without one.
     """
 
     model: Model
@@ -232,10 +56,11 @@ class GgmlEncoder(Encoder):
     type: GgmlType
     importance: F32 | None = None
     rounder: Rounder | None = None
+    factor: np.float32 | None = None
 
     @property
     def encoding(self) -> Encoding:
-        return GgmlEncoding(self.type)
+        return GgmlEncoding(self.type) if self.factor is None else ScaledBlocks()
 
     def tiles(self) -> Iterator[Tile]:
         return tiles_of(self.tensor, values_at_once(self.rounder, self.tensor, RUN_VALUES))
@@ -245,6 +70,9 @@ class GgmlEncoder(Encoder):
         if weights is not None:
             weights = weights.reshape(-1, self.type.block)
         with finite_weights(self.model, self.tensor):
+            if self.factor is not None:
+                x = kernels.values(rows)
+                rows = SourceRows.of(x / self.factor)
             done = kernels.ggml_quantize(self.type.name, rows, weights)
         # A scale that is not finite decodes to no number: only then need scales be looked at.
         data = np.frombuffer(done.segments["data"], np.uint8).reshape(-1, self.type.nbytes)
@@ -257,9 +85,13 @@ class GgmlEncoder(Encoder):
                 found=f"weights up to {largest_weight(self.model, self.tensor, tile):g}",
                 hint=f"keep the tensor with --keep '{self.tensor.name}'",
             )
-        if self.rounder is None or not finite:
+        if self.rounder is not None and finite:
+            source = kernels.values(rows) if self.factor is None else x
+            return self._compensated(source, data, self.rounder)
+        if self.factor is None:
             return done
-        return self._compensated(kernels.values(rows), data, self.rounder)
+        values = scaled_values(data, self.factor).reshape(x.shape)
+        return Encoded(done.segments, ErrorSums(x.size, *kernels.error_sums(x, values)))
 
     def _compensated(self, x: F32, data: U8, rounder: Rounder) -> Encoded:
         """Blocks of whole rows (R, C) with other codes than those of ``data``, and with scales and
@@ -270,6 +102,8 @@ class GgmlEncoder(Encoder):
         parts = kind.splitter(data)
         shape = (len(x), x.shape[1] // kind.group)
         scale = np.ascontiguousarray(parts.scale).reshape(shape)
+        if self.factor is not None:
+            scale = scale * self.factor
         nothing = np.zeros_like(scale)
         offset = nothing if parts.offset is None else parts.offset.reshape(shape)
         levels = layout.levels.astype(np.float32)
@@ -292,9 +126,15 @@ class GgmlEncoder(Encoder):
             if grid.offsets:
                 offsets = _counts(grid.offset, grid.offsets).reshape(parts.scale.shape)
             data = steps.written(data, scales.reshape(parts.scale.shape), offsets)
-        values = kernels.ggml_decode(name, data).reshape(x.shape)
+        if self.factor is None:
+            values = kernels.ggml_decode(name, data).reshape(x.shape)
+        else:
+            values = scaled_values(data, self.factor).reshape(x.shape)
         sums = kernels.error_sums(x, values)
         return Encoded({"data": data.reshape(-1).data}, ErrorSums(x.size, *sums))
+
+    def shared(self) -> dict[str, Bytes]:
+        return {} if self.factor is None else {FACTOR: self.factor.astype("<f4").tobytes()}
 
     def outcome(self, seen: Encoded) -> Outcome:
         return Outcome(seen.error, self.rounder.note() if self.rounder else None)
@@ -325,7 +165,7 @@ def _counts(numbers: F32, of: Multiples) -> F32:
 
 
 def _planned(scheme: GgmlScheme, tensor: TensorInfo) -> Encoding:
-    return GgmlEncoding(GGML_TYPES[scheme.ggml_type])
+    return ScaledBlocks() if scheme.scaled else GgmlEncoding(GGML_TYPES[scheme.ggml_type])
 
 
 def _refuses(scheme: GgmlScheme, tensor: TensorInfo) -> str | None:
@@ -340,7 +180,33 @@ def _encoder(model: Model, tensor: TensorInfo, scheme: GgmlScheme, facts: Facts)
     kind, importance = GGML_TYPES[scheme.ggml_type], facts.importance
     if importance is None and len(tensor.shape) == 2:
         importance = facts.mean_square(tensor.shape[-1])
-    return GgmlEncoder(model, tensor, kind, importance, facts.rounder)
+    factor = _factor(model, tensor, kind, importance, facts) if scheme.scaled else None
+    return GgmlEncoder(model, tensor, kind, importance, facts.rounder, factor)
+
+
+def _factor(
+    model: Model, tensor: TensorInfo, kind: GgmlType, importance: F32 | None, facts: Facts
+) -> np.float32:
+    """The scale of a tensor with which the largest group has the largest scale of NVFP4; 1 where
+    that leaves no less error in the first rows.
+    """
+    one = np.float32(1)
+    factor = largest_of(model, tensor, (), facts.mapper) / LARGEST
+    if factor < np.finfo(np.float32).tiny:
+        return one
+    plain = GgmlEncoder(model, tensor, kind, importance, factor=one)
+    first = next(plain.tiles())
+    with np.errstate(over="ignore"):
+        scaled = GgmlEncoder(model, tensor, kind, importance, factor=factor)
+        return factor if _noise(scaled, first) < _noise(plain, first) else one
+
+
+def _noise(encoder: GgmlEncoder, tile: Tile) -> float:
+    """Of a tile; infinite where blocks do not hold its weights."""
+    try:
+        return encoder.encode(tile).error.noise
+    except WeightError:
+        return math.inf
 
 
 def _uncompensated(scheme: GgmlScheme, tensor: TensorInfo) -> str | None:
@@ -349,13 +215,10 @@ def _uncompensated(scheme: GgmlScheme, tensor: TensorInfo) -> str | None:
     return f"codes of {scheme.ggml_type} are not rounded that way"
 
 
-def encoding_of(ggml_type: str) -> Encoding:
-    """How a tensor of this type lies in a GGUF file: plain numbers are no blocks."""
-    if ggml_type in DTYPES:
-        return RawEncoding(ggml_type)
-    return GgmlEncoding(GGML_TYPES[ggml_type])
+def _passes(scheme: GgmlScheme, tensor: TensorInfo) -> bool:
+    return scheme.scaled
 
 
 CODEC: Codec[GgmlScheme] = Codec(
-    *("ggml", _planned, _refuses, _encoder), uncompensated=_uncompensated
+    *("ggml", _planned, _refuses, _encoder), uncompensated=_uncompensated, passes=_passes
 )

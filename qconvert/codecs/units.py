@@ -120,3 +120,19 @@ def without_offset(rows: IntegerRows, bits: int) -> IntegerRows:
         return rows
     found = replace(rows, zero=rows.zero + zero.astype(np.int32), offset=None)
     return found if (values_of(found) == values_of(rows)).all() else rows
+
+
+def reciprocal(factor: np.float32) -> np.float32:
+    """A divisor that does to every number of E4M3 what a factor does, where there is one near; or
+    else the nearest to its reciprocal.
+    """
+    with np.errstate(all="ignore"):
+        nearest = np.float32(1) / factor
+        if not 0 < nearest < np.inf:
+            return nearest
+        mantissas = np.arange(8, 16, dtype=np.float32)  # the others are these times powers of two
+        for step in (0, 1, -1, 2, -2):
+            near = (nearest.view(np.int32) + np.int32(step)).view(np.float32)
+            if (mantissas / near == mantissas * factor).all():
+                return np.float32(near)
+    return nearest

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconvert.codecs.codec import Stored
-from qconvert.codecs.ggml import encoding_of
 from qconvert.errors import FormatError, UnsupportedError
+from qconvert.files.gguf_scaled import ScaledTensors
 from qconvert.files.provenance import PROVENANCE, NotedRoundings
 from qconvert.files.regular import RegularFile
 from qconvert.ggml_types import GGML_TYPES, GgmlType
@@ -87,7 +87,8 @@ _BY_NUMBER = {t.number: t for t in GGML_TYPES.values()}
 class GgufModel:
     """A GGUF file, opened: implements `qconvert.model.Model`.
 
-    ``metadata`` holds numbers and strings as text, and of an array how many values it has.
+    ``metadata`` holds numbers and strings as text, and of an array how many values it has;
+    ``listed`` are the tensors as the header has them, of which some are seen together.
     """
 
     kind = "gguf"
@@ -97,7 +98,7 @@ class GgufModel:
         header = _Header(file)
         self.path = path
         self.metadata = header.metadata
-        self.tensors = tuple(tensor for tensor, _ in header.tensors)
+        self.listed = tuple(tensor for tensor, _ in header.tensors)
         self.sources: tuple[SourceFile, ...] = (
             SourceFile(path.name, file.size, file.sha256(header.data_start)),
         )
@@ -107,6 +108,8 @@ class GgufModel:
         self._starts = {
             tensor.name: header.data_start + offset for tensor, offset in header.tensors
         }
+        self._scaled = ScaledTensors(self.listed, self.listed_raw, path)
+        self.tensors = self._scaled.tensors
 
     def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[Any]:
         """Values ``start..stop`` of the flattened tensor, see `qconvert.model.Model.values`.
@@ -121,14 +124,7 @@ class GgufModel:
 
     def stored(self, tensor: TensorInfo) -> Stored:
         """How a tensor lies in the file."""
-
-        def read(kind: str, offset: int, size: int) -> bytes:
-            return self.raw(tensor, offset, size)
-
-        return Stored(
-            *(tensor.name, tensor.shape, encoding_of(tensor.dtype), read, self.path),
-            rounding=self.rounding(tensor),
-        )
+        return self._scaled.stored(tensor, self.rounding(tensor))
 
     def rounding(self, tensor: TensorInfo) -> str:
         """How the codes of a tensor were chosen, as far as the file's provenance says."""
@@ -163,7 +159,11 @@ class GgufModel:
         return tuple(value) if kind == "STRING" and isinstance(value, list) else None
 
     def raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
-        """Stored bytes ``offset..offset+size`` of the tensor.
+        """Stored bytes ``offset..offset+size`` of the tensor; see `listed_raw`."""
+        return self._scaled.raw(tensor, offset, size)
+
+    def listed_raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
+        """Bytes ``offset..offset+size`` of a tensor as it is listed.
 
         Raises:
             FormatError: the file has become shorter since it was opened.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from qconvert.codecs.codec import Stored
 from qconvert.errors import FormatError, InputError
 from qconvert.files.gguf import MAX_TENSORS, GgufModel, open_gguf
+from qconvert.files.gguf_scaled import ScaledTensors
 from qconvert.files.gguf_split import set_of
 from qconvert.files.provenance import PROVENANCE
 from qconvert.model import Companion, SourceFile, TensorInfo
@@ -44,19 +44,20 @@ class SplitGgufModel:
         self.metadata = {
             k: v for k, v in first.metadata.items() if k not in (NUMBER, COUNT, TENSORS)
         }
-        self.tensors = tuple(t for part in parts for t in part.tensors)
         self.sources: tuple[SourceFile, ...] = tuple(s for part in parts for s in part.sources)
         self._parts = tuple(parts)
-        self._part_of = {t.name: part for part in parts for t in part.tensors}
+        self._part_of = {t.name: part for part in parts for t in part.listed}
+        listed = [t for part in parts for t in part.listed]  # of a pair in two files as well
+        self._scaled = ScaledTensors(listed, self._listed_raw, first.path)
+        self.tensors = self._scaled.tensors
 
     def values(self, tensor: TensorInfo, start: int, stop: int) -> NDArray[Any]:
         """Values ``start..stop`` of the flattened tensor; see `GgufModel.values`."""
-        return self._part_of[tensor.name].values(tensor, start, stop)
+        return self.stored(tensor).values(start, stop)
 
     def stored(self, tensor: TensorInfo) -> Stored:
         """How a tensor lies in its file."""
-        stored = self._part_of[tensor.name].stored(tensor)
-        return replace(stored, rounding=self._parts[0].rounding(tensor))
+        return self._scaled.stored(tensor, self._parts[0].rounding(tensor))
 
     def check_payload(self, advance: Callable[[int], None]) -> str:
         """See `OpenModel.check_payload`."""
@@ -64,7 +65,10 @@ class SplitGgufModel:
 
     def raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
         """Stored bytes ``offset..offset+size`` of the tensor; see `GgufModel.raw`."""
-        return self._part_of[tensor.name].raw(tensor, offset, size)
+        return self._scaled.raw(tensor, offset, size)
+
+    def _listed_raw(self, tensor: TensorInfo, offset: int, size: int) -> bytes:
+        return self._part_of[tensor.name].listed_raw(tensor, offset, size)
 
     def value(self, key: str) -> tuple[str, Any]:
         """The type and value of a key in the metadata; see `GgufModel.value`."""
@@ -103,7 +107,7 @@ def open_gguf_model(path: Path) -> AnyGgufModel:
         for other in _others(first, count):
             parts.append(open_gguf(other))
             opened.callback(parts[-1].close)
-            tensors = sum(len(part.tensors) for part in parts)
+            tensors = sum(len(part.listed) for part in parts)
             if tensors > MAX_TENSORS:
                 raise FormatError(
                     "too many tensors in the files of the split model",
@@ -156,7 +160,7 @@ def _others(first: GgufModel, count: int) -> list[Path]:
 
 
 def _check_together(parts: Sequence[GgufModel]) -> None:
-    total = sum(len(part.tensors) for part in parts)
+    total = sum(len(part.listed) for part in parts)
     names: dict[str, Path] = {}
     facts = [(NUMBER, part, i) for i, part in enumerate(parts)]
     facts += [(COUNT, part, len(parts)) for part in parts]
@@ -185,7 +189,7 @@ def _check_together(parts: Sequence[GgufModel]) -> None:
                 code="GGUF-SPLIT-SET",
             )
     for part in parts:
-        for tensor in part.tensors:
+        for tensor in part.listed:
             if tensor.name in names:
                 raise FormatError(
                     f"the name appears in '{names[tensor.name].name}' too",

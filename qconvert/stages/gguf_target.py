@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from qconvert.codecs.codec import Encoding
+from qconvert.codecs.ggml_blocks import SCALED, type_of
 from qconvert.containers import CONTAINERS
 from qconvert.errors import UsageError
 from qconvert.files import OpenModel
@@ -21,6 +22,7 @@ from qconvert.files.adapters import AdaptedModel
 from qconvert.files.atomic import AtomicDirectory, AtomicOutput, machine_errors
 from qconvert.files.equalised import EqualisedModel, noted
 from qconvert.files.gguf import ADAPTER, ARCHITECTURE, KIND, PROJECTOR_FILE, RAW
+from qconvert.files.gguf_scaled import NVFP4, scale_name
 from qconvert.files.gguf_split import SplitGgufWriter, plan_shards, shard_path
 from qconvert.files.gguf_split_reader import AnyGgufModel
 from qconvert.files.gguf_writer import (
@@ -36,7 +38,8 @@ from qconvert.files.provenance import PROVENANCE
 from qconvert.kernels.records import F32, Bytes
 from qconvert.mixes import MIXES, Mix, MixOptions, ModelFacts, parse_mix
 from qconvert.model import Model, TensorInfo
-from qconvert.schemes import TENSOR_SCHEMES, KeepScheme, MixScheme
+from qconvert.product_scales import takes_scale
+from qconvert.schemes import TENSOR_SCHEMES, GgmlScheme, KeepScheme, MixScheme
 from qconvert.stages.gguf_sources import (
     FURTHER_LAYERS,
     PRE_TOKENIZER,
@@ -95,7 +98,7 @@ class GgufTarget:
             keys["general.file_type"] = file_type
             warnings += more
         if keep:
-            plan = _moved_plan(plan, opened, source.model, dtype, options.exact)
+            plan = _moved_plan(plan, opened, source, dtype, options.exact)
             keys |= _kept_file_type(plan, keys)
         if imatrix:
             imatrix, said, more = _fitting(imatrix, plan, source.model)
@@ -107,12 +110,12 @@ class GgufTarget:
         keys |= overridden
         notes += said
         rescaled = noted(model)
-        tensors = [_tensor(p) for p in plan]
+        tensors = [t for p in plan for t in _listed(p)]
         check_gguf(tensors)
         counts = plan_shards(tensors, o.shard_size) if o.shard_size is not None else []
         outputs = tuple(shard_path(output, i, len(counts)) for i, _ in enumerate(counts, 1))
         if len(counts) <= 1:
-            counts, outputs = [len(plan)], (output,)
+            counts, outputs = [len(tensors)], (output,)
         return Prepared(
             source.model,
             plan,
@@ -217,6 +220,8 @@ def _mixed_plan(
     plan = tuple(replace(p, tensor=decoded[p.tensor.name]) if p.scheme else p for p in plan)
     if options.assigned:
         mix = _nearest_mix(plan, mix)
+    else:  # of what is assigned, sizes were counted
+        plan = tuple(_with_scale(p, source) for p in plan)
     warnings = []
     if options.min_values != MIN_VALUES:
         warnings.append("--min-values has no effect: the mixes choose by name and shape")
@@ -266,7 +271,11 @@ def _overridden(
 
 
 def _moved_plan(
-    plan: tuple[PlannedTensor, ...], opened: OpenModel, named: Model, dtype: str, exact: bool
+    plan: tuple[PlannedTensor, ...],
+    opened: OpenModel,
+    source: GgufModelSource,
+    dtype: str,
+    exact: bool,
 ) -> tuple[PlannedTensor, ...]:
     """A plan of casts with codes in their place that the file takes as they are."""
     if isinstance(opened, AnyGgufModel):
@@ -275,10 +284,27 @@ def _moved_plan(
             PlannedTensor(stored[p.tensor.name], None, f"is {stored[p.tensor.name].dtype} already")
             for p in plan
         )
-    moving = Moving(opened, named, CONTAINERS["gguf"], dtype)
+    moving = Moving(
+        *(opened, source.model, CONTAINERS["gguf"], dtype), scaled=partial(_takes_scale, source)
+    )
     found = tuple(moving.of(p.tensor, p.scheme) or p for p in plan)
     check_moved(found, opened, exact)
     return found
+
+
+def _with_scale(p: PlannedTensor, source: GgufModelSource) -> PlannedTensor:
+    """A tensor with a scale of its own, where its type gains by one and llama.cpp applies it."""
+    if not isinstance(p.scheme, GgmlScheme) or p.scheme.ggml_type != NVFP4:
+        return p
+    if not _takes_scale(source, p.tensor.name):
+        return p
+    return replace(p, scheme=replace(p.scheme, scaled=True))
+
+
+def _takes_scale(source: GgufModelSource, name: str) -> bool:
+    """Whether llama.cpp will multiply by a scale beside a tensor."""
+    names = {t.name for t in source.model.tensors}
+    return source.facts is not None and takes_scale(source.facts.architecture, name, names)
 
 
 def _kept_file_type(
@@ -296,7 +322,7 @@ def _nearest_mix(plan: tuple[PlannedTensor, ...], mix: Mix) -> Mix:
     taken: Counter[str] = Counter()
     for p in plan:
         if p.scheme:
-            taken[p.encoding.name] += p.encoding.size(p.tensor.shape)
+            taken[type_of(p.encoding.name)] += p.encoding.size(p.tensor.shape)
     bases = {m.base: m for m in reversed(MIXES.values())}
     return next((bases[name] for name, _ in taken.most_common() if name in bases), mix)
 
@@ -400,6 +426,7 @@ class _GgufSink:
         self.target = target
         self.paths = paths
         self.index = {t.name: i for i, t in enumerate(tensors)}
+        self.sizes = [t.nbytes for t in tensors]
         with machine_errors(target):
             self.writer: GgufWriter | SplitGgufWriter
             if len(paths) == 1:
@@ -408,8 +435,7 @@ class _GgufSink:
                 self.writer = SplitGgufWriter(paths, keys, tensors, counts)
 
     def begin(self, tensor: TensorInfo, encoding: Encoding) -> _GgufTensorTarget:
-        self.writer.begin(self.index[tensor.name])
-        return _GgufTensorTarget(self)
+        return _GgufTensorTarget(self, self.index[tensor.name])
 
     def finish(self) -> int:
         with machine_errors(self.target):
@@ -422,13 +448,26 @@ class _GgufSink:
 
 
 class _GgufTensorTarget:
-    def __init__(self, sink: _GgufSink) -> None:
+    """Of a tensor, which may be two in the file: what the first has no room for is the second's."""
+
+    def __init__(self, sink: _GgufSink, index: int) -> None:
         self.sink = sink
+        self._begin(index)
+
+    def _begin(self, index: int) -> None:
+        self.sink.writer.begin(index)
+        self.index, self.room = index, self.sink.sizes[index]
 
     def append(self, segments: Mapping[str, Bytes]) -> None:
         with machine_errors(self.sink.target):
             for data in segments.values():
-                self.sink.writer.append(data)
+                left = memoryview(data)
+                while len(left) > self.room:
+                    self.sink.writer.append(left[: self.room])
+                    left = left[self.room :]
+                    self._begin(self.index + 1)
+                self.sink.writer.append(left)
+                self.room -= len(left)
 
     def finish(self, notes: dict[str, Any]) -> None:
         pass  # GGUF has no place for notes on a tensor; decision and error are in the report
@@ -477,6 +516,8 @@ def _overhead(
     return size + PADDING * len(tensors)
 
 
-def _tensor(p: PlannedTensor) -> GgufTensor:
-    """A planned tensor as a GGUF file lists it."""
-    return GgufTensor(p.tensor.name, p.tensor.shape, p.encoding.name)
+def _listed(p: PlannedTensor) -> list[GgufTensor]:
+    """A planned tensor as a GGUF file lists it, with its scale where it has one."""
+    kind = p.encoding.name
+    found = [GgufTensor(p.tensor.name, p.tensor.shape, type_of(kind))]
+    return [*found, GgufTensor(scale_name(p.tensor.name), (1,), "F32")] if kind == SCALED else found

@@ -15,7 +15,7 @@ from qconvert.codecs import codec_of
 from qconvert.codecs.affine.encoding import Affine
 from qconvert.codecs.codec import Encoding, Grain, Stored
 from qconvert.codecs.exchange.layout import Layout
-from qconvert.codecs.ggml import FLOATING, MOVABLE, GgmlEncoding
+from qconvert.codecs.ggml_blocks import FLOATING, MOVABLE, GgmlEncoding, ScaledBlocks
 from qconvert.codecs.moving import MOVED_VALUES, MovedScheme
 from qconvert.codecs.units import values_of
 from qconvert.containers import Container
@@ -51,6 +51,7 @@ class Moving:
         container: of the output.
         dtype: that tensors are decoded to which cannot move; of scales of directories, too.
         dense: why a tensor cannot have codes in the output, by its name; None where it can.
+        scaled: whether a reader of GGUF multiplies by a scale beside the tensor of this name.
     """
 
     opened: OpenModel
@@ -58,6 +59,7 @@ class Moving:
     container: Container
     dtype: str
     dense: Callable[[str], str | None] = lambda name: None
+    scaled: Callable[[str], bool] = lambda name: False
 
     def plan_in_best_dtype(self, exact: bool) -> tuple[tuple[PlannedTensor, ...], str]:
         """`plan`, and the dtype that holds the scales of most: binary16 has more digits than
@@ -116,8 +118,8 @@ class Moving:
         if isinstance(found, MovedScheme):
             how = f"moved exactly from {sources[0].dtype}"
             if not found.exact:
-                how = (
-                    f"{_NEARLY}{sources[0].dtype}: the scale of the tensor is rounded to a divisor"
+                how = f"{_NEARLY}{sources[0].dtype}: the scale of the tensor is rounded to a " + (
+                    "factor" if isinstance(found.encoding, ScaledBlocks) else "divisor"
                 )
             return PlannedTensor(tensor, found, how)
         scheme = decoded or TENSOR_SCHEMES[self.dtype.lower()]
@@ -188,7 +190,10 @@ class Moving:
         found = self._candidates(grain, tensor, stored[0].encoding)
         candidates = sorted(found, key=lambda c: c[0].size(tensor.shape))
         (divisor,) = divisors
-        divided = [(encoding.divided(divisor), encoding, like) for encoding, like in candidates]
+        factor = stored[0].encoding.multiplied(stored[0])
+        divided = [
+            (encoding.divided(divisor, factor), encoding, like) for encoding, like in candidates
+        ]
         for encoding, plain, like in divided:
             if _holds(encoding or plain, tensor, rows, exact=True):
                 return MovedScheme(encoding or plain, rows, like)
@@ -224,6 +229,8 @@ class Moving:
                 candidate = GgmlEncoding(GGML_TYPES[name])
                 if _finer(candidate.grain, grain) and columns % GGML_TYPES[name].block == 0:
                     yield candidate, None
+                    if name == "NVFP4" and self.scaled(tensor.name):
+                        yield ScaledBlocks(), None
         for planned, like in self._of_schemes(tensor, source):
             if _finer(planned.grain, grain):
                 yield planned, like
@@ -338,7 +345,7 @@ def moved_notes(plan: Sequence[PlannedTensor]) -> list[str]:
     near = sum(p.reason.startswith(_NEARLY) for p in moved)
     found = f"{len(moved) - near} quantized tensors moved exactly, "
     if near:
-        found += f"{near} but for the scale of the tensor, a divisor that was rounded, "
+        found += f"{near} but for the scale of the tensor, which was rounded, "
     notes = [f"{found}{len(decoded)} decoded, {plain} plain"]
     if decoded:
         (reason, count), *_ = Counter(p.reason for p in decoded).most_common(1)

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase, translate
 
 from qconvert.codecs import codec_of
 from qconvert.codecs.codec import Encoding
-from qconvert.codecs.ggml import encoding_of
+from qconvert.codecs.ggml_blocks import encoding_of, type_of
 from qconvert.containers import Container, container_for
 from qconvert.errors import UsageError
 from qconvert.geometry import CONVOLUTION_DIM
@@ -150,7 +150,7 @@ def plan_mix(
             planned.append(PlannedTensor(tensor, options.assigned[tensor.name], BUDGETED))
             continue
         scheme = TENSOR_SCHEMES.get(found.ggml_type.lower())
-        if scheme is None or found.ggml_type == tensor.dtype:
+        if scheme is None or found.ggml_type == type_of(tensor.dtype):
             plain = tensor.dtype in DTYPES
             reason = found.reason if plain else f"is {tensor.dtype} already"
             planned.append(PlannedTensor(tensor, None, reason))

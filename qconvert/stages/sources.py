@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qconvert.errors import UnsupportedError
 from qconvert.files.exchange import QuantizedModel
 from qconvert.files.prequantized import Prequantized, plain_f8, recognised, refusal
 from qconvert.files.safetensors import SafetensorsModel
-from qconvert.model import WEIGHT, Model
+from qconvert.model import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,33 +33,7 @@ def examined(model: Model) -> Remarks:
     found, quantized = described(model)
     if quantized:
         raise refusal(quantized, model.path)
-    _refuse_scaled_blocks(model)
     return found
-
-
-def _refuse_scaled_blocks(model: Model) -> None:
-    """Refuse NVFP4 of GGUF with a tensor ``.scale`` beside it, which llama.cpp multiplies products
-    by: without it, values are wrong.
-
-    Raises:
-        UnsupportedError: there is such a tensor.
-    """
-    names = {t.name for t in model.tensors}
-    scaled = [
-        t.name
-        for t in model.tensors
-        if t.dtype == "NVFP4" and t.name.removesuffix(WEIGHT) + ".scale" in names
-    ]
-    if scaled:
-        raise UnsupportedError(
-            f"{len(scaled)} NVFP4 tensors have a scale of their own, which is not read",
-            path=model.path,
-            tensor=scaled[0],
-            found=scaled[0].removesuffix(WEIGHT) + ".scale",
-            wanted="scales of blocks alone",
-            hint="convert the checkpoint that it was made from",
-            code="GGUF-SCALED",
-        )
 
 
 def described(model: Model) -> tuple[Remarks, Prequantized | None]:

@@ -24,7 +24,7 @@ from qconvert.codecs.exchange.layout import (
     refuse_values,
     ungrouped,
 )
-from qconvert.codecs.units import byte_scales, nearest_bytes, regrouped
+from qconvert.codecs.units import byte_scales, nearest_bytes, reciprocal, regrouped
 from qconvert.geometry import Tile
 from qconvert.kernels.records import F32, U8, Bytes, IntegerRows
 from qconvert.kernels.reference.ggml.codebooks import E2M1
@@ -230,7 +230,12 @@ class Micro(Layout):
         found = np.frombuffer(stored.read(self.overall.suffix, 0, 4), "<f4")[0]
         return float(found) if self.overall.divides else float(reciprocal(found))
 
-    def divided(self, divisor: float) -> Micro | None:
+    def multiplied(self, stored: Stored) -> float | None:
+        if self.overall is None or self.overall.divides:
+            return None
+        return float(np.frombuffer(stored.read(self.overall.suffix, 0, 4), "<f4")[0])
+
+    def divided(self, divisor: float, factor: float | None = None) -> Micro | None:
         return None if self.overall is None else replace(self, divides=divisor)
 
     def held(self, rows: IntegerRows) -> IntegerRows | None:
@@ -293,22 +298,6 @@ def divisor_of(largest: np.float32) -> np.float32:
         return np.float32(1)
     with np.errstate(over="ignore"):
         return np.float32(min(LARGEST / largest, np.finfo(np.float32).max))
-
-
-def reciprocal(factor: np.float32) -> np.float32:
-    """A divisor that does to every number of E4M3 what a factor does, where there is one near; or
-    else the nearest to its reciprocal.
-    """
-    with np.errstate(all="ignore"):
-        nearest = np.float32(1) / factor
-        if not 0 < nearest < np.inf:
-            return nearest
-        mantissas = np.arange(8, 16, dtype=np.float32)  # the others are these times powers of two
-        for step in (0, 1, -1, 2, -2):
-            near = (nearest.view(np.int32) + np.int32(step)).view(np.float32)
-            if (mantissas / near == mantissas * factor).all():
-                return np.float32(near)
-    return nearest
 
 
 def looked_up(pairs: NDArray[T], raw: U8) -> NDArray[T]:
