@@ -187,12 +187,16 @@ def _encoder(model: Model, tensor: TensorInfo, scheme: GgmlScheme, facts: Facts)
 def _factor(
     model: Model, tensor: TensorInfo, kind: GgmlType, importance: F32 | None, facts: Facts
 ) -> np.float32:
-    """The scale of a tensor with which the largest group has the largest scale of NVFP4; 1 where
-    that leaves no less error in the first rows.
+    """The least power of two, as a scale of a tensor, with which no group needs a larger scale than
+    NVFP4 has; 1 where that leaves no less error in the first rows.
+
+    Of the groups' scales the exponents alone are others than without it, and a power of two moves
+    into formats that have its reciprocal.
     """
     one = np.float32(1)
-    factor = largest_of(model, tensor, (), facts.mapper) / LARGEST
-    if factor < np.finfo(np.float32).tiny:
+    mantissa, exponent = np.frexp(largest_of(model, tensor, (), facts.mapper) / LARGEST)
+    factor = np.ldexp(one, exponent - (mantissa == 0.5))
+    if mantissa == 0 or factor < np.finfo(np.float32).tiny:
         return one
     plain = GgmlEncoder(model, tensor, kind, importance, factor=one)
     first = next(plain.tiles())
