@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_classes import (
+    ANY,
     BOOL,
     BOOL_OR_NULL,
     DECODER,
@@ -23,7 +25,9 @@ from qconvert.architectures.families.sections import INTERLEAVED, SECTIONS, sect
 from qconvert.architectures.families.slots import INSIDE, VISION
 from qconvert.architectures.rope import PLAIN
 
-_TIED = "tie_word_embeddings"  # no field of these classes, but of those around them
+# No field of these classes, but of those around them; published files have it in both places.
+_TIED = "tie_word_embeddings"
+_HARMLESS = MappingProxyType({_TIED: ANY})
 
 
 def _fields(found: dict[str, tuple[str, object]]) -> dict[str, tuple[str, object]]:
@@ -48,6 +52,7 @@ _QWEN2 = ConfigClass(
     ),
     TRAINING,
     (*DECODER, "head_dim"),
+    harmless=_HARMLESS,
     theta=1_000_000.0,
 )
 _QWEN25 = replace(_QWEN2, name="Qwen2_5_VLTextConfig", model_type="qwen2_5_vl_text")
@@ -67,6 +72,7 @@ _QWEN3 = ConfigClass(
     ),
     ("initializer_range", "use_cache", "attention_dropout", "pad_token_id"),
     DECODER,
+    harmless=_HARMLESS,
     theta=500_000.0,
     outside=(_TOWER,),
 )
