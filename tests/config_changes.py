@@ -14,6 +14,7 @@ from typing import Any
 from config_cases import BASES, DECODERS, REMOVED, Fields
 from family_models import ENCODERS, NARROW
 
+from qconvert.architectures.config_classes import ConfigClass
 from qconvert.architectures.families import known_class
 
 
@@ -376,7 +377,9 @@ RELATED = {
     "head_dim": ("query_pre_attn_scalar",),
     "num_experts": ("num_local_experts",),
     "num_local_experts": ("num_experts",),
-    "num_attention_heads": ("num_key_value_heads",),
+    "num_attention_heads": ("num_key_value_heads", "mrope_section"),
+    "hidden_size": ("mrope_section",),
+    "partial_rotary_factor": ("mrope_section",),
     "num_experts_per_tok": ("n_group",),
     "layer_types": ("num_kv_shared_layers", "position_embedding_type"),
     "enable_moe_block": ("num_experts",),
@@ -659,7 +662,7 @@ def class_cases(name: str) -> Iterator[Case]:
         own, other = ("num_local_experts", "num_experts")[:: 1 if name == "mixtral" else -1]
         yield Case("num_experts", f"{other} alone", {own: REMOVED, other: 4})
         yield Case("num_experts", f"{other} null", {other: None})
-    if name in ("qwen2", "qwen3"):
+    if name in ("qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text"):
         on = {"use_sliding_window": True, "sliding_window": 16}
         yield Case("sliding_window", "16, not used", {"sliding_window": 16})
         yield Case("sliding_window", "16, used, max_window_layers 0", on | {"max_window_layers": 0})
@@ -841,6 +844,7 @@ OWN: dict[str, dict[str, list[Any]]] = {
         "sliding_window": [16],
         "max_window_layers": [1],
     },
+    **{name: {"rms_norm_eps": [1e-2, 1e-5, 0.0]} for name in ("qwen2_vl_text", "qwen2_5_vl_text")},
     "lfm2": {"layer_types": [[FULL] * 3, ["conv"] * 3, [FULL, "conv", FULL]]},
     "lfm2_moe": {"layer_types": [[FULL] * 3, ["conv"] * 3, [FULL, "conv", FULL]]},
 }
@@ -853,7 +857,49 @@ def family_cases(name: str) -> Iterator[Case]:
     """
     known = known_class(BASES[name])
     assert known is not None
-    base, own = BASES[name], OWN.get(name, {})
+    yield from _field_cases(known, BASES[name], OWN.get(name, {}))
+    if known.inner is None:
+        return
+    inside, inner = known.inner
+    if any(base["model_type"] == inner.model_type for base in BASES.values()):
+        found = [
+            Case(f, json.dumps(value), {f: value})
+            for f, value in (
+                ("rms_norm_eps", 0.5),
+                ("num_hidden_layers", 1),
+                ("hidden_act", "relu"),
+            )
+        ]
+    else:  # a class that no other base is of
+        text = BASES[name][inside]
+        found = [*_field_cases(inner, text, OWN.get(inner.model_type, {}))]
+        found += [*class_cases(inner.model_type), *_section_cases(text)]
+    for case in found:
+        yield Case(f"{inside}.{case.field}", case.value, {inside: case.changes})
+
+
+def _section_cases(text: Fields) -> Iterator[Case]:
+    """Pairs of dimensions for time, height and width."""
+    rope = text.get("rope_parameters", {})
+    first, second, third = rope.get("mrope_section", (0, 0, 0))
+    if not first:
+        return
+    for label, sections in {
+        "in another order": [third, second, first],
+        "of which one is too short": [first + second, 0, third],
+        "longer": [s + 8 for s in (first, second, third)],
+        "two": [first, second],
+        "no numbers": [str(first), second, third],
+    }.items():
+        changes = {"rope_parameters": rope | {"mrope_section": sections}}
+        yield Case("rope_parameters.mrope_section", label, changes)
+    old = {n: v for n, v in rope.items() if n != "rope_type"} | {"type": "mrope"}
+    changes = {"rope_scaling": old, "rope_parameters": REMOVED}
+    yield Case("rope_scaling", "mrope, the older name", changes)
+
+
+def _field_cases(known: ConfigClass, base: Fields, own: dict[str, list[Any]]) -> Iterator[Case]:
+    """Each field of a class."""
     for f, (kind, _) in known.fields.items():
         for value in own.get(f) or VALUES[f][: 1 if f in VALUES_OF_ALL else 2]:
             yield Case(f, json.dumps(value), {f: value})
@@ -865,10 +911,6 @@ def family_cases(name: str) -> Iterator[Case]:
         if f in known.unused:
             yield Case(f, json.dumps(VALUES[f][0]), {f: VALUES[f][0]})
     yield Case(", ".join(unused), "others", unused)
-    if known.inner:
-        for f, value in (("rms_norm_eps", 0.5), ("num_hidden_layers", 1), ("hidden_act", "relu")):
-            changes = {"text_config": {f: value}}
-            yield Case(f"text_config.{f}", json.dumps(value), changes)
     for f in known.beside:
         for value in own.get(f) or VALUES[f][:1]:
             yield Case(f, json.dumps(value), {f: value})

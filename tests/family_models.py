@@ -375,6 +375,46 @@ NARROW |= {
     "smolvlm": _seeing("smolvlm", "smolvlm_vision", _PLAIN),
     "internvl": _seeing("internvl", "internvl_vision", _base("", "qwen2")),
 }
+
+
+def _seeing_qwen(name: str, kind: str, text: Fields, **vision: Any) -> Fields:
+    return {
+        "architectures": [f"{kind}ForConditionalGeneration"],
+        "model_type": name,
+        "text_config": _without(text, "architectures", "tie_word_embeddings"),
+        "vision_config": _QWEN_VISION | {"model_type": f"{name}_vision"} | vision,
+        "tie_word_embeddings": False,
+    }
+
+
+def _flat(model: Fields) -> Fields:
+    """As checkpoints have it: the language model's fields at the top."""
+    text = _without(model["text_config"], "model_type", "rope_parameters")
+    rope = model["text_config"]["rope_parameters"]
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    whole = _without(model, "text_config") | text
+    return whole | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+
+
+def _sections(*pairs: int, **more: Any) -> Fields:
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(pairs)} | more
+
+
+_SPLIT = {"rms_norm_eps": 1e-6, "rope_parameters": _sections(2, 3, 3)}
+_TURNS = {"head_dim": 32, "rope_parameters": _sections(6, 5, 5, mrope_interleaved=True)}
+_DEEP = {"depth": 2, "deepstack_visual_indexes": [0]}
+NARROW |= {
+    "qwen2_vl": _seeing_qwen(
+        "qwen2_vl", "Qwen2VL", _base("", "qwen2_vl_text", **_SPLIT), embed_dim=32, hidden_size=64
+    ),
+    "qwen2_5_vl": _seeing_qwen(
+        "qwen2_5_vl", "Qwen2_5_VL", _base("", "qwen2_5_vl_text", **_SPLIT),
+        fullatt_block_indexes=[0],
+    ),
+    "qwen3_vl": _seeing_qwen(
+        "qwen3_vl", "Qwen3VL", _base("", "qwen3_vl_text", **_TURNS), **_DEEP
+    ),
+}  # fmt: skip
 NARROW |= {
     "nomic_bert": _encoder("NomicBertModel", "nomic_bert") | {
         "hidden_act": "silu", "max_position_embeddings": 256,
@@ -416,7 +456,11 @@ ENCODERS = (
     *("nomic_bert", "jina_embeddings_v3", "t5-encoder"),
 )
 SEEING = ("llava", "llava_next", "idefics3", "smolvlm", "internvl")
-WRAPPED = ("qwen3_5", "qwen3_5_moe", "mistral3", "llama4", "gemma3n", "gemma4", *SEEING)
+SEEING_QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+WRAPPED = (
+    *("qwen3_5", "qwen3_5_moe", "mistral3", "llama4", "gemma3n", "gemma4"),
+    *(*SEEING, *SEEING_QWEN),
+)
 
 # More models for `make_families.py`: of classes that are in `NARROW` otherwise.
 MORE: dict[str, Fields] = {
@@ -433,6 +477,14 @@ MORE: dict[str, Fields] = {
         "internvl", "internvl_vision", _base("", "qwen3", head_dim=32)
     ),
     "internvl, around llama": _seeing("internvl", "internvl_vision", _PLAIN),
+    # as published, but for a base with which the slowest pairs turn visibly
+    "qwen3_vl, published sections": _seeing_qwen(
+        "qwen3_vl", "Qwen3VL", _base(
+            "", "qwen3_vl_text", head_dim=128,
+            rope_parameters=_sections(24, 20, 20, mrope_interleaved=True, rope_theta=50.0),
+        ), **_DEEP,
+    ),
+    "qwen2_5_vl, as published": _flat(NARROW["qwen2_5_vl"]),
     "nemotron_h, dense": NARROW["nemotron_h"] | {
         "layers_block_type": ["mamba", "mlp", "attention", "mlp", "mamba"]
     },
@@ -581,8 +633,16 @@ _WIDER = {
 def wide(fields: Fields) -> Fields:
     """The same model with rows of multiples of 256 values."""
     wider = {n: max(_WIDER[n], v) if v and n in _WIDER else v for n, v in fields.items()}
+    for name in ("rope_parameters", "rope_scaling"):
+        if sections := (fields.get(name) or {}).get("mrope_section"):
+            head = wider.get("head_dim") or wider["hidden_size"] // wider["num_attention_heads"]
+            more = head // 2 // sum(sections)
+            wider[name] = fields[name] | {"mrope_section": [s * more for s in sections]}
     if "text_config" in fields:
         wider["text_config"] = wide(fields["text_config"])
-        if "out_hidden_size" in fields["vision_config"]:
-            wider["vision_config"] = fields["vision_config"] | {"out_hidden_size": 256}
+    vision = fields.get("vision_config", {})
+    if "out_hidden_size" in vision:
+        wider["vision_config"] = vision | {"out_hidden_size": 256}
+        if "embed_dim" in vision:  # where the width is another field's
+            wider["vision_config"] |= {"hidden_size": 256}
     return wider

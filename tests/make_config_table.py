@@ -444,7 +444,8 @@ class Runner:
         beyond = np.flatnonzero(errors > self.tolerance)
         equal = int(beyond[0]) if len(beyond) else len(theirs)
         if "window" in outcome.warnings:
-            window = changed(self.config, case.changes).get("sliding_window", 4096)
+            fields = changed(self.config, case.changes)
+            window = fields.get("text_config", fields).get("sliding_window", 4096)
             if equal >= window:
                 outcome.verdict, outcome.tokens = "warned", window
                 return

@@ -66,6 +66,20 @@ def qwen(kind: str, sizes: tuple[int, int, int, int, int], context: int, **more:
     return decoder(f"{name}ForCausalLM", kind, sizes, context, **plain | more)
 
 
+def qwen_vl(kind: str, sizes: tuple[int, int, int, int, int], context: int, **more: Any) -> Fields:
+    """The language model's fields at the top, as Qwen2-VL and Qwen2.5-VL have them."""
+    name = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}[kind]
+    plain = qwen("qwen2", sizes, context, max_window_layers=sizes[2], rope_theta=1000000.0)
+    return plain | {
+        "architectures": [f"{name}ForConditionalGeneration"], "model_type": kind,
+        "image_token_id": 151655, "video_token_id": 151656, "vision_token_id": 151654,
+        "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+        "rope_scaling": {"mrope_section": [16, 24, 24], "type": "mrope"},
+        "vision_config": {"depth": 32, "hidden_size": sizes[0], "in_chans": 3},
+        **more,
+    }  # fmt: skip
+
+
 def gemma(kind: str, sizes: tuple[int, int, int, int, int], context: int, **more: Any) -> Fields:
     plain = {
         "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2,
@@ -267,6 +281,53 @@ PUBLISHED: dict[str, tuple[Fields, Fields, list[str]]] = {
         {"qwen3moe.expert_used_count": 8, "qwen3moe.expert_feed_forward_length": 768},
         [],
     ),
+    "Qwen2-VL-2B-Instruct": (
+        qwen_vl("qwen2_vl", (1536, 8960, 28, 12, 2), 32768, tie_word_embeddings=True,
+                sliding_window=32768),
+        {
+            "qwen2vl.rope.dimension_sections": [16, 24, 24, 0], "qwen2vl.rope.freq_base": 1e6,
+            "qwen2vl.attention.head_count_kv": 2,
+        },
+        ["without rms_norm_eps"],
+    ),
+    "Qwen2.5-VL-7B-Instruct": (
+        qwen_vl("qwen2_5_vl", (3584, 18944, 28, 28, 4), 128000, tie_word_embeddings=False,
+                sliding_window=32768, vocab_size=152064),
+        {"qwen2vl.context_length": 128000, "qwen2vl.vocab_size": 152064},
+        ["without rms_norm_eps"],
+    ),
+    "Qwen3-VL-4B-Instruct": (
+        {
+            "architectures": ["Qwen3VLForConditionalGeneration"], "image_token_id": 151655,
+            "model_type": "qwen3_vl", "tie_word_embeddings": True,
+            "transformers_version": "4.57.0.dev0", "video_token_id": 151656,
+            "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+            "text_config": {
+                "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+                "dtype": "bfloat16", "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+                "hidden_size": 2560, "initializer_range": 0.02, "intermediate_size": 9728,
+                "max_position_embeddings": 262144, "model_type": "qwen3_vl_text",
+                "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-06, "rope_theta": 5000000, "tie_word_embeddings": True,
+                "use_cache": True, "vocab_size": 151936, "rope_scaling": {
+                    "mrope_interleaved": True, "mrope_section": [24, 20, 20],
+                    "rope_type": "default",
+                },
+            },
+            "vision_config": {
+                "deepstack_visual_indexes": [5, 11, 17], "depth": 24, "hidden_act":
+                "gelu_pytorch_tanh", "hidden_size": 1024, "in_channels": 3,
+                "initializer_range": 0.02, "intermediate_size": 4096, "model_type": "qwen3_vl",
+                "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": 2560,
+                "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            },
+        },
+        {
+            "qwen3vl.n_deepstack_layers": 3, "qwen3vl.rope.dimension_sections": [24, 21, 21, 0],
+            "qwen3vl.rope.freq_base": 5e6, "qwen3vl.attention.key_length": 128,
+        },
+        [],
+    ),
     "gemma-2-2b-it": (
         gemma("gemma2", (2304, 9216, 26, 8, 4), 8192, vocab_size=256000, rope_theta=10000.0,
               attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window=4096,
@@ -368,7 +429,10 @@ def test_a_published_configuration_converts_with_these_keys_and_warnings(name: s
     sizes = family.sizes(config)
     keys, rope = hyper_parameters(family, config, sizes)
     plain = {k: v.value if isinstance(v, GgufValue) else v for k, v in keys.items()}
-    assert {k: plain.get(k) for k in wanted} == pytest.approx(wanted)
+    lists = {k: v for k, v in wanted.items() if isinstance(v, list)}
+    assert {k: plain.get(k) for k in lists} == lists
+    numbers = {k: v for k, v in wanted.items() if k not in lists}
+    assert {k: plain.get(k) for k in numbers} == pytest.approx(numbers)
     warnings = config_warnings(fields, family, config, sizes, rope)
     assert len(warnings) == len(words), warnings
     for warning, word in zip(warnings, words, strict=True):

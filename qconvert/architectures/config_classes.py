@@ -57,6 +57,8 @@ class ConfigClass:
         divides: whether ``hidden_size`` has to be a multiple of the number of heads, whatever their
             width.
         inner: the object inside that holds the language model's fields, and its class.
+        flat: whether these stand at the top where there is no such object.
+        outside: objects beside that of the language model which it depends on.
     """
 
     name: str
@@ -72,6 +74,8 @@ class ConfigClass:
     theta: float = 10_000.0
     divides: bool = False
     inner: tuple[str, ConfigClass] | None = None
+    flat: bool = False
+    outside: tuple[str, ...] = ()
 
     def default(self, name: str) -> object:
         """What the class has for a field that the file does not state; None for no field.
@@ -121,10 +125,16 @@ class ConfigClass:
         return (
             name in self.fields
             or name in self.beside
+            or name in self.outside
             or name in self.aliases
             or name.endswith("_token_id")
             or (self.inner is not None and name == self.inner[0])
         )
+
+    def stands_outside(self, name: str) -> bool:
+        """Whether a field is the language model's where it has no object of its own."""
+        own = name in self.fields or name in self.unused
+        return own or name in ("rope_scaling", "rope_theta") or name.endswith("_token_id")
 
     def knows(self, name: str) -> bool:
         """Whether the class, or its base, does something with a field of this name, or nothing."""

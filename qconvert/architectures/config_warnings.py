@@ -42,6 +42,9 @@ def config_warnings(
         )
     unknown: list[tuple[str, ConfigClass | None]]
     unknown = [(name, known) for name in _unknown(fields, known)]
+    if known.flat and known.inner and fields.get(known.inner[0]) is None:
+        inner = known.inner[1]
+        unknown = [(n, c) for n, c in unknown if not inner.stands_outside(n)]
     if known.inner and isinstance(inside := fields.get(known.inner[0]), dict):
         where, inner = known.inner
         unknown += [(f"{where}.{name}", inner) for name in _unknown(inside, inner)]

@@ -9,7 +9,9 @@ the rest of YaRN. Factors by pair of dimensions are a tensor that some loaders a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,7 @@ class Scalings:
         rounded: whether YaRN with bounds that are not whole is taken, with a warning, though
             llama.cpp rounds them.
         beside: names among the rotary fields that others than this module read.
+        older: what kinds were called before.
     """
 
     kinds: tuple[str, ...]
@@ -67,13 +70,18 @@ class Scalings:
     whole: float = 1.0
     rounded: bool = False
     beside: tuple[str, ...] = ()
+    older: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 PLAIN = Scalings(("default", "linear", "yarn"))
 BY_PAIR = Scalings(("default", "linear", "yarn", "llama3", "longrope"), by_pair=True)
 DYNAMIC = replace(BY_PAIR, kinds=(*BY_PAIR.kinds, "dynamic"))
 PARTIAL = Scalings(("default", "linear", "yarn"), partial=True)
-LONG = Scalings(("default", "longrope"), partial=True)
+LONG = Scalings(
+    ("default", "longrope"),
+    partial=True,
+    older=MappingProxyType({"su": "longrope", "yarn": "longrope"}),
+)
 _FULL_LAYERS, _SLIDING_LAYERS = Scalings(("default", "linear")), Scalings(("default",))
 
 
@@ -256,8 +264,7 @@ def _parameters(
 ) -> Parameters:
     # Null is stated, and is no kind.
     kind = fields.get("rope_type", fields.get("type", "default"))
-    if scalings is LONG and kind in ("su", "yarn"):  # what longrope was first called
-        kind = "longrope"
+    kind = scalings.older.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in scalings.kinds:
         name = "rope_type" if fields.given("rope_type") else "type"
         raise UnsupportedError(

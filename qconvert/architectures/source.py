@@ -209,9 +209,14 @@ def read_config(fields: dict[str, Any], path: Path) -> tuple[Family, Config]:
     if outer.given("per_layer_config") and outer.get("per_layer_config") is not None:
         raise outer.unlike("per_layer_config", "no such field outside the text model's")
     name, inner = known.inner
-    section = outer.section(name) or outer.inner({}, name)
+    outside = {n: fields.get(n) for n in inner.outside}
+    section = outer.section(name)
+    if section is None and known.flat:
+        flat = {n: v for n, v in fields.items() if inner.stands_outside(n)}
+        return family, Config(flat | outside, path, inner)
     ids = {n: v for n, v in fields.items() if n.endswith("_token_id")}
-    return family, Config(ids | section.fields(), path, inner, f"{name}.")
+    inside = section.fields() if section else {}
+    return family, Config(ids | inside | outside, path, inner, f"{name}.")
 
 
 def check_configuration(fields: dict[str, Any], path: Path) -> None:

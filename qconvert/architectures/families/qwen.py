@@ -151,6 +151,8 @@ def switched_window(config: Config, sizes: Sizes) -> int | None:
     stated = config.optional_count("sliding_window") if used else None
     if config.known and "layer_types" in config.known.fields:
         first = config.get("max_window_layers")
+        if stated is not None and first is None:
+            raise config.wrong("max_window_layers", "an integer")
         usual = [stated is not None and i >= first for i in range(sizes.blocks)]
         if not any(layer_types(config, sizes, usual)):
             return None

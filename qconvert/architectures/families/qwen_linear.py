@@ -31,10 +31,10 @@ from qconvert.architectures.families.keys import (
     experts_everywhere,
     partial_rotary,
     plain_sizes,
-    rotated,
     two_kinds,
 )
 from qconvert.architectures.families.row import Family, Further, Slot
+from qconvert.architectures.families.sections import INTERLEAVED, sectioned
 from qconvert.architectures.families.slots import (
     EXPERTS,
     GATED,
@@ -51,7 +51,7 @@ from qconvert.architectures.families.slots import (
     limited,
 )
 from qconvert.architectures.mapped import NEGATED_EXP, Locate, Order, Rows, strided
-from qconvert.architectures.rope import PARTIAL, Rope, settled
+from qconvert.architectures.rope import PARTIAL, Rope
 from qconvert.files.gguf_writer import GgufValue
 
 _LINEAR: dict[str, tuple[str, object]] = {
@@ -104,8 +104,8 @@ _SPARSE = replace(
 )
 
 
-def _wrapped(name: str, model_type: str, architecture: str, inner: ConfigClass) -> ConfigClass:
-    """A model of text and images around a language model."""
+def around(name: str, model_type: str, architecture: str, inner: ConfigClass) -> ConfigClass:
+    """Qwen's models of text and images around a language model."""
     ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return ConfigClass(
         name,
@@ -136,8 +136,8 @@ CONFIGS = (
     ),
     _DENSE,
     _SPARSE,
-    _wrapped("Qwen3_5Config", "qwen3_5", "Qwen3_5ForConditionalGeneration", _DENSE),
-    _wrapped("Qwen3_5MoeConfig", "qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", _SPARSE),
+    around("Qwen3_5Config", "qwen3_5", "Qwen3_5ForConditionalGeneration", _DENSE),
+    around("Qwen3_5MoeConfig", "qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", _SPARSE),
 )
 
 LINEAR = "linear_attention"
@@ -219,30 +219,12 @@ def linear_keys(config: Config, sizes: Sizes) -> Keys:
     return found
 
 
-_SECTIONS = "mrope_section"
-_MROPE = replace(PARTIAL, whole=0.25, beside=(_SECTIONS, "mrope_interleaved"))
+_MROPE = replace(PARTIAL, whole=0.25, beside=INTERLEAVED)
+sectioned_rope = sectioned(_MROPE, (11, 11, 10), interleaved=True)
 
 
 def next_rope(config: Config, sizes: Sizes) -> Rope:
     return partial_rotary(PARTIAL, 0.25)(config, sizes)
-
-
-def sectioned_rope(config: Config, sizes: Sizes) -> Rope:
-    """Rotary positions with pairs for time, height and width, which are all one in a text."""
-    rope = partial_rotary(_MROPE, 0.25)(config, sizes)
-    fields = settled(config, _MROPE).fields
-    sections = fields.get(_SECTIONS, [11, 11, 10])
-    if (
-        not isinstance(sections, list)
-        or len(sections) != 3
-        or not all(type(s) is int and 0 <= s <= 1024 for s in sections)
-    ):
-        raise fields.wrong(_SECTIONS, "three integers")
-    pairs = rotated(settled(config, _MROPE), sizes.head_dim) // 2
-    if min(sections) * 3 < pairs - 2:
-        raise fields.unlike(_SECTIONS, f"{pairs} pairs in three parts of nearly one length")
-    rope.keys["dimension_sections"] = GgufValue("INT32", [*sections, 0])
-    return rope
 
 
 # --- orders ---
