@@ -28,7 +28,9 @@ from qconvert.training.scales import TunedScales
 from qconvert.training.sentences import distances
 
 VALIDATIONS = 10  # of all steps, besides the one before the first
-PATIENCE = 3  # validations without a better one, after which training stops
+# Validations without a better one after which training stops. They are counted from the middle of
+# the schedule on: before, rates are so high that most of the gain is still to come.
+PATIENCE = 3
 RATE = 0.06  # of a weight: see `rates_of`
 GAIN_RATE = 0.015  # of factors of scales and gains, as a share of that error's ratio to the weights
 NORM_FACTOR = 10  # theirs over that of weights, where that is given
@@ -187,6 +189,7 @@ def train(
     if course.stopped:
         return
     rates = [plan.rates[name] for name in student.parameters]
+    half = plan.steps // 2
     every = max(1, round(plan.steps / VALIDATIONS))
     clock = _Clock(plan, progress, every)
     with deterministic():
@@ -196,7 +199,7 @@ def train(
             clock.validated(course, 0, None)
         best = next(v.validation for v in course.validations if v.step == course.step)
         for step in range(course.steps_run + 1, plan.steps + 1):
-            if step == plan.steps // 2 + 1:
+            if step == half + 1:
                 student.freeze()  # so that weights settle on ranges that stay
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule(step, plan.steps)
@@ -220,7 +223,7 @@ def train(
                 break
             if found is not None and found < best:
                 best, course.step, course.best = found, step, student.state()
-            elif found is not None and step - course.step >= PATIENCE * every:
+            elif found is not None and step - max(course.step, half) >= PATIENCE * every:
                 course.stopped = f"no better for {counted(step - course.step, 'step')}"
                 break
             between()
