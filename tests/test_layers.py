@@ -23,6 +23,7 @@ DATA = (
     "schemes",
     "mixes",
     "mix_rules",
+    "product_scales",
     "ranges",
     "report",
     "geometry",

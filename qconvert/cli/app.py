@@ -890,7 +890,7 @@ def tune(
         typer.Option(
             "--steps", min=1, metavar="N", help="at most so many; fewer where it gets no better"
         ),
-    ] = 100,
+    ] = 240,
     lr: Annotated[
         float | None,
         typer.Option(
