@@ -21,6 +21,10 @@ pytestmark = pytest.mark.consumers
 CLOSE = {"float32": (1e-8, 1.0), "float16": (2e-5, 0.99), "bfloat16": (1e-3, 0.95)}
 
 
+# What vLLM 0.32 has no kernel for on a CPU: it ends with an error of its own.
+CANNOT = (("w4a16_g64", "float32"), ("w4a16_channel", "bfloat16"))
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where environments are."""
@@ -40,6 +44,9 @@ def test_logits_are_those_of_the_weights_that_we_read(
     tool: str, place: Path, tmp_path: Path
 ) -> None:
     for row in rows(tool, installed(place, tool), tmp_path, None):
+        if (row["scheme"], row["dtype"]) in CANNOT:
+            assert "error" in row, row
+            continue
         assert "error" not in row, row
         apart, same_top = CLOSE[row["dtype"]]
         if row["scheme"] in ("w8a8", "fp8_dynamic", "fp8_block"):  # whose inputs it makes bytes
