@@ -159,7 +159,7 @@ class LlamaTokenizer:
 
     def _byte_level(self, text: str) -> Iterator[int]:
         for word in split_words(text, self._pre):
-            encoded = "".join(_BYTE_CHARACTERS[b] for b in word.encode())
+            encoded = "".join(BYTE_CHARACTERS[b] for b in word.encode())
             if self._whole_words and encoded in self.ids:
                 yield self.ids[encoded]
                 continue
@@ -387,4 +387,4 @@ def _byte_characters() -> list[str]:
     return [chr(b if b in printable else next(others)) for b in range(256)]
 
 
-_BYTE_CHARACTERS = _byte_characters()
+BYTE_CHARACTERS = _byte_characters()

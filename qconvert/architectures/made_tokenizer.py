@@ -16,7 +16,7 @@ from qconvert.architectures.llama_text import PRE_TOKENIZERS, plain_name
 from qconvert.architectures.pretokenizers import DIGIT, GPT2, NAMES
 from qconvert.architectures.special_tokens import KEYS
 from qconvert.architectures.token_check import compare_tokens
-from qconvert.architectures.tokenizer_json import SPACE, TokenizerJson
+from qconvert.architectures.tokenizer_json import SPACE, TokenizerJson, added_token, surrounding
 from qconvert.architectures.tokenizers import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from qconvert.errors import UnsupportedError
 from qconvert.files.gguf_split_reader import AnyGgufModel
@@ -118,29 +118,18 @@ class _Vocabulary:
 
     def added(self) -> list[dict[str, Any]]:
         """Tokens that are found in a text before it is cut."""
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         control = self.typed(CONTROL, UNKNOWN)
         every = sorted((control | self.typed(USER_DEFINED)).items(), key=lambda item: item[1])
-        return [{"id": i, "content": t, "special": t in control, **flags} for t, i in every]
+        return [added_token(i, t, special=t in control) for t, i in every]
 
     def around(self) -> dict[str, Any] | None:
         """What puts tokens before and after a text."""
         first = self.special("bos") if self.key("add_bos_token") else None
         last = self.special("eos") if self.key("add_eos_token") else None
-        text, other = ({"Sequence": {"id": x, "type_id": i}} for i, x in enumerate("AB"))
         before, after = (
-            [{"SpecialToken": {"id": t, "type_id": 0}}] if t is not None else []
-            for t in (first, last)
+            [(t, self.tokens.index(t))] if t is not None else [] for t in (first, last)
         )
-        used = [t for t in (first, last) if t is not None]
-        return {
-            "type": "TemplateProcessing",
-            "single": [*before, text, *after],
-            "pair": [*before, text, *after, *before, other, *after],
-            "special_tokens": {
-                t: {"id": t, "ids": [self.tokens.index(t)], "tokens": [t]} for t in used
-            },
-        }
+        return surrounding(before, after)
 
 
 def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:

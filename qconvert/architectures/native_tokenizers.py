@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qconvert.architectures.llama_tokenizer import BYTE_CHARACTERS
 from qconvert.architectures.small_files import SmallFiles
-from qconvert.architectures.tokenizer_json import SPACE
+from qconvert.architectures.tokenizer_json import SPACE, added_token, surrounding
 from qconvert.errors import FormatError, UnsupportedError
 
 TEKKEN = "tekken.json"
@@ -100,7 +101,7 @@ def _tekken(found: Fields, path: Path) -> NativeTokenizer:
     special = _special(found.get("special_tokens"), count, path)
     named = {token: i for i, token in enumerate(special)}
     fields: Fields = {
-        "added_tokens": [_added(i, token, special=True) for token, i in named.items()],
+        "added_tokens": [added_token(i, token, special=True) for token, i in named.items()],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
@@ -114,7 +115,7 @@ def _tekken(found: Fields, path: Path) -> NativeTokenizer:
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
         },
-        "post_processor": _around([("<s>", named["<s>"])], []),
+        "post_processor": surrounding([("<s>", named["<s>"])], []),
         "model": {
             "type": "BPE",
             "vocab": named | {_letters(t): count + rank for t, rank in ranks.items()},
@@ -189,17 +190,8 @@ def _special(listed: object, count: int, path: Path) -> list[str]:
 
 
 def _letters(token: bytes) -> str:
-    """Bytes as GPT-2's tokenizer writes them: one character for each, all of them printable."""
-    return "".join(map(_LETTER.__getitem__, token))
-
-
-def _letter_table() -> list[str]:
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = iter(range(0x100, 0x200))
-    return [chr(b if b in plain else next(rest)) for b in range(256)]
-
-
-_LETTER = _letter_table()
+    """Bytes as byte-level BPE writes them."""
+    return "".join(map(BYTE_CHARACTERS.__getitem__, token))
 
 
 def _merges(ranks: Mapping[bytes, int]) -> Iterator[list[str]]:
@@ -245,7 +237,7 @@ def _sentencepiece(
     if unknown is None:
         _broken(path, "no piece for what is unknown", len(pieces))
     added = [
-        _added(i, p.text, special=p.kind == _CONTROL)
+        added_token(i, p.text, special=p.kind == _CONTROL)
         for i, p in enumerate(pieces)
         if p.kind in (_CONTROL, _USER)
     ]
@@ -295,7 +287,7 @@ def _sentencepiece(
     ends = settings.get("add_eos_token", kind == _UNIGRAM) is True and "eos_token" in named
     before = [(pieces[ids["bos"]].text, ids["bos"])] if begins else []
     after = [(pieces[ids["eos"]].text, ids["eos"])] if ends else []
-    fields["post_processor"] = _around(before, after)
+    fields["post_processor"] = surrounding(before, after)
     return NativeTokenizer(path.name, fields, named)
 
 
@@ -323,35 +315,13 @@ def _further(settings: Mapping[str, Any], files: SmallFiles, size: int) -> list[
     found: dict[int, Fields] = {}
     for content, i in (files.json("added_tokens.json") or {}).items():
         if type(i) is int and i >= size:
-            found[i] = _added(i, content, special=False)
+            found[i] = added_token(i, content, special=False)
     listed = settings.get("added_tokens_decoder")
     for key, token in (listed if isinstance(listed, dict) else {}).items():
         text = token.get("content") if isinstance(token, dict) else None
         if key.isdecimal() and int(key) >= size and isinstance(text, str):
-            found[int(key)] = _added(int(key), text, special=token.get("special") is True)
+            found[int(key)] = added_token(int(key), text, special=token.get("special") is True)
     return [found[i] for i in sorted(found)]
-
-
-def _around(before: list[tuple[str, int]], after: list[tuple[str, int]]) -> Fields:
-    """A post-processor that puts tokens, texts and ids, before every text and after it."""
-    first, last = (
-        [{"SpecialToken": {"id": text, "type_id": 0}} for text, _ in tokens]
-        for tokens in (before, after)
-    )
-    text, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return {
-        "type": "TemplateProcessing",
-        "single": [*first, text, *last],
-        "pair": [*first, text, *last, *first, other, *last],
-        "special_tokens": {
-            text: {"id": text, "ids": [i], "tokens": [text]} for text, i in (*before, *after)
-        },
-    }
-
-
-def _added(number: int, text: str, *, special: bool) -> Fields:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": text, "special": special, **flags}
 
 
 class _Message:

@@ -138,6 +138,28 @@ class TokenizerJson:
             yield AddedToken(token["id"], token["content"], token.get("special") is True, flags)
 
 
+def added_token(number: int, text: str, *, special: bool) -> dict[str, Any]:
+    """What ``added_tokens`` has of a token without flags."""
+    return {"id": number, "content": text, "special": special, **dict.fromkeys(FLAGS, False)}
+
+
+def surrounding(before: list[tuple[str, int]], after: list[tuple[str, int]]) -> dict[str, Any]:
+    """A post-processor that puts tokens, texts and ids, before and after every text."""
+    first, last = (
+        [{"SpecialToken": {"id": text, "type_id": 0}} for text, _ in tokens]
+        for tokens in (before, after)
+    )
+    text, other = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [*first, text, *last],
+        "pair": [*first, text, *last, *first, other, *last],
+        "special_tokens": {
+            text: {"id": text, "ids": [i], "tokens": [text]} for text, i in (*before, *after)
+        },
+    }
+
+
 def _typed(part: Any) -> bool:
     """Whether a part is one that a reader can tell the kind of, or absent."""
     return part is None or (isinstance(part, dict) and isinstance(part.get("type"), str))

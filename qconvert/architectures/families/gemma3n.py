@@ -18,6 +18,7 @@ from qconvert.architectures.config_classes import (
     ConfigClass,
     decoder_fields,
 )
+from qconvert.architectures.families.gemma import gemma3_rope
 from qconvert.architectures.families.keys import (
     FULL,
     GELU,
@@ -37,14 +38,15 @@ from qconvert.architectures.families.slots import (
     HEAD_NORMS,
     INSIDE,
     NORMS,
+    OF_LAYER,
     POST_NORMS,
     VISION,
     WHOLE,
     attention,
     limited,
+    own_keys,
 )
 from qconvert.architectures.mapped import Locate, Rows
-from qconvert.architectures.rope import Rope, read_rope_by_layer
 from qconvert.files.gguf_writer import GgufValue
 
 _fields = dict(
@@ -138,9 +140,6 @@ def gemma3n_sizes(config: Config) -> Sizes:
         "table": table,
         "each": each,
         "every": each * plain.blocks,
-        "others": 3,
-        "inputs": 4,
-        "squared": 16,
         "rank": config.count("laurel_rank"),
     }
     return replace(plain, named=plain.named | more)
@@ -167,7 +166,7 @@ def gemma3n_keys(config: Config, sizes: Sizes) -> Keys:
         | window_keys(config, sliding)
         | {
             "altup.active_idx": 0,
-            "altup.num_inputs": sizes.named["inputs"],
+            "altup.num_inputs": config.count("altup_num_inputs"),
             "embedding_length_per_layer_input": sizes.named["each"],
             "attention.shared_kv_layers": blocks - own,
             "activation_sparsity_scale": GgufValue(
@@ -177,10 +176,6 @@ def gemma3n_keys(config: Config, sizes: Sizes) -> Keys:
     )
 
 
-def gemma3n_rope(config: Config, sizes: Sizes) -> Rope:
-    return read_rope_by_layer(config, sizes.head_dim)
-
-
 def _said(config: Config) -> str | None:
     return (
         "llama.cpp divides by one less in the deviation of activations that are cut off: outputs "
@@ -188,13 +183,9 @@ def _said(config: Config) -> str | None:
     )
 
 
-def _own_keys(config: Config, sizes: Sizes, block: int) -> bool:
-    return block < sizes.named["own"]
-
-
 def _shared_keys(config: Config, sizes: Sizes, block: int) -> bool:
     """Published checkpoints have keys and values in these blocks too, which nothing reads."""
-    return not _own_keys(config, sizes, block)
+    return not own_keys(config, sizes, block)
 
 
 def _table(sizes: Sizes) -> Locate:
@@ -214,26 +205,24 @@ _BLOCK = (
     *NORMS,
     *POST_NORMS,
     _QUERY,
-    *limited(_KEYS, _own_keys),
+    *limited(_KEYS, own_keys),
     *limited(tuple(replace(slot, zeros=True) for slot in _KEYS), _shared_keys),
     _OUTPUT,
     HEAD_NORMS[0],
     *GATED,
-    Slot("inp_gate.weight", "each width"),
-    Slot("proj.weight", "width each"),
-    Slot("post_norm.weight", "width"),
-    Slot("altup_correct_coef.weight", "inputs inputs"),
+    *OF_LAYER,
+    Slot("altup_correct_coef.weight", "4 4"),
     Slot("altup_correct_scale.weight", "width"),
-    Slot("altup_predict_coef.weight", "squared inputs"),
-    Slot("altup_router.weight", "inputs width"),
+    Slot("altup_predict_coef.weight", "16 4"),
+    Slot("altup_router.weight", "4 width"),
     Slot("altup_router_norm.weight", "width"),
     Slot("laurel_l.weight", "rank width"),
     Slot("laurel_r.weight", "width rank"),
     Slot("laurel_post_norm.weight", "width"),
 )
 _EVERY = (
-    Slot("altup_proj.weight", "others width width"),
-    Slot("altup_unembd_proj.weight", "others width width"),
+    Slot("altup_proj.weight", "3 width width"),
+    Slot("altup_unembd_proj.weight", "3 width width"),
     Slot("per_layer_token_embd.weight", "vocabulary every", source="table every", rows=_table),
     Slot("per_layer_model_proj.weight", "every width"),
     Slot("per_layer_proj_norm.weight", "each"),
@@ -253,7 +242,7 @@ ROWS = (
         _BLOCK,
         gemma3n_keys,
         gemma3n_sizes,
-        gemma3n_rope,
+        gemma3_rope,
         GELU,
         tied=True,
         renames=INSIDE,

@@ -41,11 +41,13 @@ from qconvert.architectures.families.slots import (
     HEAD_NORMS,
     INSIDE,
     NORMS,
+    OF_LAYER,
     POST_NORMS,
     VISION,
     WHOLE,
     attention,
     limited,
+    own_keys,
 )
 from qconvert.architectures.rope import Rope
 from qconvert.files.gguf_writer import GgufValue
@@ -257,13 +259,9 @@ def gemma4_rope(config: Config, sizes: Sizes) -> Rope:
     return rope
 
 
-def _own_keys(config: Config, sizes: Sizes, block: int) -> bool:
-    return block < sizes.named["own"]
-
-
 def _own_values(config: Config, sizes: Sizes, block: int) -> bool:
     shared = config.flag("attention_k_eq_v") and not _sliding(config, sizes)[block]
-    return _own_keys(config, sizes, block) and not shared
+    return own_keys(config, sizes, block) and not shared
 
 
 def _each(config: Config, sizes: Sizes, block: int) -> bool:
@@ -279,21 +277,14 @@ _BLOCK = (
     *NORMS,
     *POST_NORMS,
     _QUERY,
-    *limited((_KEY,), _own_keys),
+    *limited((_KEY,), own_keys),
     *limited((_VALUE,), _own_values),
     _OUTPUT,
     HEAD_NORMS[0],
-    *limited((HEAD_NORMS[1],), _own_keys),
+    *limited((HEAD_NORMS[1],), own_keys),
     *GATED,
     Slot("layer_output_scale.weight", "1"),
-    *limited(
-        (
-            Slot("inp_gate.weight", "each width"),
-            Slot("proj.weight", "width each"),
-            Slot("post_norm.weight", "width"),
-        ),
-        _each,
-    ),
+    *limited(OF_LAYER, _each),
     *limited(
         (
             EXPERTS[0],

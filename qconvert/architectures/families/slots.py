@@ -73,6 +73,11 @@ def _sparse(config: Config, sizes: Sizes, block: int) -> bool:
     return not leading_dense(config, sizes, block)
 
 
+def own_keys(config: Config, sizes: Sizes, block: int) -> bool:
+    """Whether a block is among the first, whose keys and values later ones look at."""
+    return block < sizes.named["own"]
+
+
 def limited(
     slots: tuple[Slot, ...], only: Callable[[Config, Sizes, int], bool]
 ) -> tuple[Slot, ...]:
@@ -108,6 +113,12 @@ LEADING_DENSE = (
 ROUTER_BIAS_PART: dict[str, tuple[str, ...]] = {
     "mlp.gate.e_score_correction_bias": (ROUTER_BIAS.name,)
 }
+# What joins a block's own embedding of a token.
+OF_LAYER = (
+    Slot("inp_gate.weight", "each width"),
+    Slot("proj.weight", "width each"),
+    Slot("post_norm.weight", "width"),
+)
 SHARED_GATE = Slot("ffn_gate_inp_shexp.weight", "width", source="1 width")
 
 

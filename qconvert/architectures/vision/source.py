@@ -13,7 +13,7 @@ from qconvert.architectures.families import CONFIG_CLASSES
 from qconvert.architectures.families.keys import Sizes
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.mapped import MappedModel
-from qconvert.architectures.mapping import map_tensors
+from qconvert.architectures.mapping import map_tensors, renamed
 from qconvert.architectures.small_files import SmallFiles
 from qconvert.architectures.source import (
     CONFIG,
@@ -81,7 +81,11 @@ def open_projector_source(model: Model) -> GgufSource:
     inputs = _inputs(row, files, fields, path)
     sizes = row.sizes(inputs)
     keys = row.keys(inputs, sizes)
-    part = _Part(model.path, tuple(t for t in model.tensors if _sees(t.name, row)))
+    family = _as_family(row, inputs, sizes)
+    part = _Part(
+        model.path,
+        tuple(t for t in model.tensors if renamed(t.name, family).startswith(row.prefixes)),
+    )
     if not part.tensors:
         raise InputError(
             "the directory has no tensors of the part that sees images",
@@ -91,7 +95,6 @@ def open_projector_source(model: Model) -> GgufSource:
             hint="download the files of the whole model",
             code="ARCH-NO-VISION",
         )
-    family = _as_family(row, inputs, sizes)
     tensors, dropped = map_tensors(part, family, inputs.tower, sizes, {}, Head(tied=False))
     mapped = MappedModel(model, tensors)
     check_gguf([GgufTensor(t.name, t.shape, "F32") for t in mapped.tensors])
@@ -147,14 +150,6 @@ def _token(files: SmallFiles, text: str) -> int | None:
             found = token.get("id")
             return found if type(found) is int else None
     return None
-
-
-def _sees(name: str, row: Projector) -> bool:
-    """Whether a tensor is of the part that sees."""
-    for start, instead in row.renames:
-        if name.startswith(start):
-            name = instead + name.removeprefix(start)
-    return name.startswith(row.prefixes)
 
 
 def _as_family(row: Projector, inputs: Inputs, sizes: Sizes) -> Family:
