@@ -131,6 +131,19 @@ def container_of(output: Path) -> Container:
     return found
 
 
+def check_directory_name(output: Path, what: str) -> None:
+    """Refuse a name of a file for what becomes a directory.
+
+    Args:
+        what: becomes one, in words.
+
+    Raises:
+        UsageError: it ends as a file's.
+    """
+    if output.suffix.lower() in (".qblk", ".gguf"):
+        raise UsageError(what, found=f"-o {output}", wanted="a name without .qblk or .gguf")
+
+
 def _as_trained(prepared: Prepared, training: Training) -> Prepared:
     """The conversion with the schemes of the training.
 

@@ -63,7 +63,7 @@ from qconvert.training.run import (
     report_of,
     train_and_judge,
 )
-from qconvert.training.saving import container_of, save_model
+from qconvert.training.saving import check_directory_name, container_of, save_model
 from qconvert.training.state import COPIES
 
 AIMED = 64  # windows that codes are aimed by
@@ -89,12 +89,8 @@ def tune(source: Path, options: TuneOptions, progress: Progress | None = None) -
         )
     if options.floats and options.activations != "none":
         raise UsageError("--float writes weights alone, without what --activations would need")
-    if options.floats and options.output.suffix.lower() in (".qblk", ".gguf"):
-        raise UsageError(
-            "--float writes a model directory",
-            found=f"-o {options.output}",
-            wanted="a name without .qblk or .gguf",
-        )
+    if options.floats:
+        check_directory_name(options.output, "--float writes a model directory")
     given = (source, options.text, options.teacher, options.calibration)
     inputs = [path for path in given if path]
     check = check_directory if options.floats else check_target

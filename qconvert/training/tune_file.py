@@ -58,6 +58,7 @@ from qconvert.training.run import (
     report_of,
     train_and_judge,
 )
+from qconvert.training.saving import check_directory_name
 from qconvert.training.scales import TunedGains, TunedScales
 from qconvert.training.state import COPIES
 
@@ -84,12 +85,8 @@ def tune_file(source: Path, options: TuneOptions, progress: Progress | None = No
     state = SavedState(options.output, inputs, "steps", options.save_seconds, "TUNE")
     state.check(resume=options.resume, force=options.force)
     with about(source), closing(open_model(source)) as model:
-        if adapters and options.output.suffix.lower() in (".qblk", ".gguf"):
-            raise UsageError(
-                "adapters become a directory, as peft has them",
-                found=f"-o {options.output}",
-                wanted="a name without .qblk or .gguf",
-            )
+        if adapters:
+            check_directory_name(options.output, "adapters become a directory, as peft has them")
         named = adapters or options.output.suffix.lower() == ".qblk"
         if not isinstance(model, QblkModel) or not named:
             raise UnsupportedError(
