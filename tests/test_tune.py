@@ -36,8 +36,8 @@ torch: Any = pytest.importorskip("torch", reason="install qconvert[hf]")
 transformers: Any = pytest.importorskip("transformers", reason="install qconvert[hf]")
 
 import qconvert.torch as qt  # noqa: E402
-from qconvert.training import fixed, loop, memory, run  # noqa: E402
-from qconvert.training import tune as stage  # noqa: E402
+from qconvert.training import beginning, fixed, loop, memory, run  # noqa: E402
+from qconvert.training.preparation import prepare_model  # noqa: E402
 
 LENGTH = 16
 STEPS = 6
@@ -217,7 +217,7 @@ def drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the last quantization without training was; not aimed at outputs on the text, which is
     so short that all of it would be learned by heart.
     """
-    inner = stage.quantize
+    inner = beginning.quantize
 
     def copied(source: Path, options: Any, *rest: Any) -> Any:
         assert options.repair.windows.shape == (32, LENGTH)  # those that are trained on
@@ -227,7 +227,7 @@ def drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "names.json").write_text(json.dumps(names))
         return done
 
-    monkeypatch.setattr(stage, "quantize", copied)
+    monkeypatch.setattr(beginning, "quantize", copied)
     return tmp_path / "draft.qblk"
 
 
@@ -271,7 +271,7 @@ def test_a_weight_stays_where_it_rounds_to_its_code(llama: Path, calibration: Pa
     name = "model.layers.0.mlp.up_proj.weight"
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     before = model.get_parameter(name).detach().numpy().copy()
-    training = stage.prepare_model(model, "c3_block16")
+    training = prepare_model(model, "c3_block16")
     checkpoint: Any = loop.Checkpoint(llama, model, None, {}, "causal")
     with closing(open_model(output)) as file:
         (info,) = [t for t in file.tensors if t.name == name]
@@ -407,7 +407,7 @@ def test_rates_follow_from_rounding_errors(llama: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     name = "model.layers.0.mlp.up_proj.weight"
     weight = model.get_parameter(name).detach().clone()
-    training = stage.prepare_model(model, "q4_channel_sym")
+    training = prepare_model(model, "q4_channel_sym")
     checkpoint: Any = loop.Checkpoint(llama, model, None, {}, "causal")
     norm = "model.norm.weight"
     student = loop.Student(checkpoint, training, {n: model.get_parameter(n) for n in (name, norm)})
@@ -507,7 +507,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"lr": float("nan")}, "--lr, found nan, wanted a number above 0, at most 1"),
     ({"lr": 2}, "--lr, found 2"),
     ({"loss": "mse"}, "--loss, found mse, wanted distill, lm"),
-    ({"train": "scales"}, "--train, found scales, wanted all, weights, norms"),
+    ({"train": "adapters"}, "--train, found adapters, wanted all, weights, scales, norms"),
     ({"activations": "int8"}, "--activations, found int8, wanted none, dynamic, static"),
     ({"scheme": "q4_k_m"}, "cannot be trained with, found q4_k_m"),
     ({"tensor_scheme": {"*": "bf16"}}, "cannot be trained with, found bf16"),

@@ -888,9 +888,19 @@ def tune(
     steps: Annotated[
         int,
         typer.Option(
-            "--steps", min=1, metavar="N", help="at most so many; fewer where it gets no better"
+            "--steps", min=0, metavar="N", help="at most so many; fewer where it gets no better"
         ),
     ] = 240,
+    blocks: Annotated[
+        int,
+        typer.Option(
+            "--blocks",
+            min=0,
+            metavar="N",
+            help="before that N steps for each block of the model by itself, which learns the "
+            "float model's hidden states; with --train scales the rest takes little memory",
+        ),
+    ] = 0,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -949,8 +959,9 @@ def tune(
         typer.Option(
             "--train",
             metavar="PART",
-            help="what is trained: weights that are quantized, of a file scales (and zero points), "
-            "norms, or all; of a file also adapters (LoRA), which become a directory of peft's",
+            help="what is trained: weights that are quantized, scales (and zero points) of codes "
+            "that stay, norms, or all; of a file also adapters (LoRA), which become a directory of "
+            "peft's",
             autocompletion=completion.among("all", "weights", "scales", "norms", "adapters"),
         ),
     ] = "all",
@@ -1037,6 +1048,8 @@ def tune(
           --calibration gram.safetensors -o model.qblk
       qconvert tune model-directory --scheme q4_block64 --activations static --text train.txt \\
           -o model.qblk
+      qconvert tune model-directory --scheme c2_block16 --blocks 200 --train scales \\
+          --text train.txt -o model.qblk
       qconvert tune small-model --teacher large-model --scheme c3_block16 --text train.txt \\
           -o model.qblk
       qconvert tune model.qblk --teacher model-directory --text train.txt -o tuned.qblk
@@ -1055,6 +1068,7 @@ def tune(
             text=text,
             output=output,
             steps=steps,
+            blocks=blocks,
             lr=lr,
             seqlen=seqlen,
             batch=batch,

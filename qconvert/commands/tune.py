@@ -41,6 +41,7 @@ def tune(
     text: Path | str,
     output: Path | str,
     steps: int = STEPS,
+    blocks: int = 0,
     lr: float | None = None,
     seqlen: int | None = None,
     batch: int = BATCH,
@@ -95,7 +96,11 @@ def tune(
             many judge it, and the others are trained on.
         output: a name that ends in .qblk, or in .gguf for a scheme of ggml's; of adapters a
             directory.
-        steps: at most so many; fewer where the model gets no better.
+        steps: at most so many; fewer where the model gets no better. With ``blocks`` also 0.
+        blocks: before that, so many steps for each block of the model by itself, one after the
+            other: it learns the hidden states that the float model has behind it, with gradients
+            for that block alone. With ``train="scales"`` memory for gradients is then that of one
+            block, as in EfficientQAT.
         lr: learning rate of the weights, ten times which norms have. By default a share of each
             tensor's rounding error. Of a file: of the logarithms of scales and gains.
         seqlen: tokens of a window, 256 by default.
@@ -110,9 +115,10 @@ def tune(
             text.
         teacher: another model of the same vocabulary whose predictions are learned; by default the
             model's own as floats.
-        train: ``weights`` that are quantized, of a file ``scales`` and zero points, ``norms``, or
-            ``all`` of both. Of a file also ``adapters``: low-rank corrections of its linear layers
-            (LoRA), which become a directory as peft has it, for the float model.
+        train: ``weights`` that are quantized, ``scales`` and zero points of codes that stay,
+            ``norms``, or ``all``: weights and norms, of a file, whose codes stay, scales and norms.
+            Of a file also ``adapters``: low-rank corrections of its linear layers (LoRA), which
+            become a directory as peft has it, for the float model.
         rank: of adapters.
         activations: how linear layers take their inputs: ``none`` as floats, ``dynamic`` as bytes
             with a scale for each row, ``static`` as bytes with one scale and zero point, which are
@@ -140,7 +146,8 @@ def tune(
         Stopped: an interrupt arrived; what was done is kept, and ``resume`` goes on from there.
     """
     for name, number, least in (
-        ("--steps", steps, 1),
+        ("--steps", steps, 0 if blocks else 1),
+        ("--blocks", blocks, 0),
         ("--seqlen", seqlen, 4),
         ("--batch", batch, 1),
         ("--seed", seed, 0),
@@ -166,7 +173,7 @@ def tune(
     if generate and loss != LOSSES[0]:
         raise UsageError("--generate goes with --loss distill")
     if is_file:
-        _check_file(scheme, tensor_scheme, calibration, activations, floats, loss, teacher)
+        _check_file(scheme, tensor_scheme, calibration, blocks, activations, floats, loss, teacher)
     elif scheme is None:
         raise UsageError("--scheme is missing", hint="such as --scheme c3_block16")
     others = map(parse_tensor_scheme, as_assignments(tensor_scheme))
@@ -175,6 +182,7 @@ def tune(
         text=Path(text),
         output=Path(output),
         steps=steps,
+        blocks=blocks,
         rate=as_float(lr),
         seqlen=DEFAULT_SEQLEN if seqlen is None else seqlen,
         batch=batch,
@@ -208,6 +216,7 @@ def _check_file(
     scheme: object,
     tensor_scheme: object,
     calibration: object,
+    blocks: int,
     activations: str,
     floats: bool,
     loss: str,
@@ -218,6 +227,7 @@ def _check_file(
         "--scheme": scheme,
         "--tensor-scheme": tensor_scheme,
         "--calibration": calibration,
+        "--blocks": blocks,
         "--activations": activations if activations != ACTIVATIONS[0] else None,
         "--float": floats,
     }

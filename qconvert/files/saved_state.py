@@ -83,6 +83,11 @@ class SavedState:
         with held(once=True) as self._held:
             yield
 
+    @property
+    def asked(self) -> bool:
+        """Whether somebody has asked to stop since the last `between`."""
+        return self._held.number is not None
+
     def between(self, found: Resumable) -> None:
         """A place where the run can be left: save if it is time, or if somebody has asked to stop.
 

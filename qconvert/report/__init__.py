@@ -46,7 +46,7 @@ from qconvert.report.quantize import (
     QuantizeSetReport,
 )
 from qconvert.report.schemes import ListedScheme, SchemesReport
-from qconvert.report.tune import JudgedModel, TuneReport, TuningStep
+from qconvert.report.tune import JudgedModel, TunedBlock, TuneReport, TuningStep
 from qconvert.report.verify import (
     Check,
     EmbeddingQuality,
@@ -104,6 +104,7 @@ __all__ = [
     "TensorSummary",
     "TokenQuality",
     "TuneReport",
+    "TunedBlock",
     "TuningStep",
     "TypeTally",
     "Verdict",

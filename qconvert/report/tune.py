@@ -26,6 +26,21 @@ class TuningStep:
 
 
 @dataclass(slots=True)
+class TunedBlock:
+    """A block that was trained by itself.
+
+    Attributes:
+        before_db, after_db: SQNR of the hidden states behind it, against those that the float model
+            has there, before it was trained and after; None where they are equal.
+        warning: what went wrong, if anything did; the block is as it was then.
+    """
+
+    before_db: float | None
+    after_db: float | None
+    warning: str | None = None
+
+
+@dataclass(slots=True)
 class JudgedModel:
     """A model on the windows that neither trained nor chose a state.
 
@@ -70,6 +85,11 @@ class TuneReport(Report):
         memory_bytes: what was reckoned with, from the shapes of the model.
         state_bytes: size of what a run leaves beside the output until it is finished.
         resumed_at: steps that an interrupted run had done; None without ``--resume``.
+        block_steps: of each block, before the steps end to end; 0 for none.
+        block_bytes: memory that a block takes while it is trained, besides the models.
+        blocks: that were trained.
+        began: whether the steps began with the ``blocks``, or, where that predicts better,
+            ``untrained``, with what quantization alone gives.
         course: the validations.
         models: how good each is on the judging windows.
         gain, gain_error: by how much the loss of the tuned model is below that of the better
@@ -101,6 +121,10 @@ class TuneReport(Report):
     judging_windows: int
     memory_bytes: int
     generated_windows: int = 0
+    block_steps: int = 0
+    block_bytes: int = 0
+    blocks: list[TunedBlock] = field(default_factory=list)
+    began: str = ""
     state_bytes: int = 0
     resumed_at: int | None = None
     trained_tensors: int = 0

@@ -67,15 +67,25 @@ class _Call:
         named = {k: v for k, v in self.kwargs.items() if k != HIDDEN}
         return (*self.args[1:], *named.keys(), *named.values())
 
+    def made_of(self, hidden: Any) -> Any:
+        """What the block makes of hidden states, called as it was."""
+        args = (hidden, *self.args[1:]) if self.args else ()
+        kwargs = self.kwargs if self.args else {**self.kwargs, HIDDEN: hidden}
+        found = self.block(*args, **kwargs)
+        return found[0] if isinstance(found, tuple) else found
+
     @property
     def result(self) -> Any:
         return self.output[0] if isinstance(self.output, tuple) else self.output
 
     def bare(self) -> _Call:
-        """Without the hidden states, which take memory."""
-        kwargs = {k: v for k, v in self.kwargs.items() if k != HIDDEN}
+        """Without the hidden states, which take memory, and without tensors of `inference_mode`,
+        which gradients could not pass.
+        """
+        kwargs = {k: _copied(v) for k, v in self.kwargs.items() if k != HIDDEN}
         output = (None,) if isinstance(self.output, tuple) else None
-        return _Call(self.block, (None, *self.args[1:]) if self.args else (), kwargs, output)
+        args = (None, *map(_copied, self.args[1:])) if self.args else ()
+        return _Call(self.block, args, kwargs, output)
 
 
 class BlockChain:
@@ -138,13 +148,32 @@ class BlockChain:
         """Hidden states (T, C) that a block makes of some."""
         import torch
 
-        call = self._calls[k]
         given = torch.from_numpy(hidden[None].copy())  # which a block may change
-        args = (given, *call.args[1:]) if call.args else ()
-        kwargs = call.kwargs if call.args else {**call.kwargs, HIDDEN: given}
         with torch.inference_mode():
-            found = call.block(*args, **kwargs)
-        return rows_of(found[0] if isinstance(found, tuple) else found)
+            return rows_of(self._calls[k].made_of(given))
+
+    def run_together(self, k: int, hidden: Any) -> Any:
+        """The same of several windows (n, T, C), tensors of torch, and with gradients where they
+        are wanted. See `check_together`.
+        """
+        return self._calls[k].made_of(hidden)
+
+    def check_together(self, k: int, one: F32, other: F32) -> None:
+        """Hold what a block makes of two windows at once against what it makes of each.
+
+        Raises:
+            NoBlocks: it is something else.
+        """
+        import torch
+
+        alone = [self.run(k, hidden) for hidden in (one, other)]
+        with torch.inference_mode():
+            try:
+                both = self.run_together(k, torch.from_numpy(np.stack([one, other]))).numpy()
+            except RuntimeError as e:  # of torch, where shapes do not go together
+                raise NoBlocks(f"a block does not take two windows at once: {e}") from e
+        if not _close(np.stack(alone), both):
+            raise NoBlocks("a block gives something else for two windows at once")
 
     def reach(self, k: int, hidden: F32) -> F32:
         """What enters the layer of `stopping`, (T, C), in a block that some hidden states enter."""
@@ -253,6 +282,17 @@ class BlockChain:
 
 def _stop(layer: Any, inputs: tuple[Any, ...]) -> None:
     raise _Reached(rows_of(inputs[0]))
+
+
+def _copied(value: Any) -> Any:
+    """An argument with tensors of its own."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {name: _copied(v) for name, v in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
 def _giving(result: Any) -> Callable[..., Any]:

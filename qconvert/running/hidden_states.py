@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from qconvert.files.scratch import Scratch
 
 F32 = NDArray[np.float32]
+HELD_BYTES = 1 << 30  # of hidden states in memory; more of them are in a file
 
 
 class HiddenStates:

@@ -30,7 +30,7 @@ from qconvert.mapper import Mapper
 from qconvert.model import Model
 from qconvert.progress import Progress
 from qconvert.running.blocks import BlockChain, NoBlocks, single_threads
-from qconvert.running.hidden_states import HiddenStates
+from qconvert.running.hidden_states import HELD_BYTES, HiddenStates
 from qconvert.running.hugging_face import Checkpoint
 from qconvert.running.layers import linear_layers
 from qconvert.running.quantized_model import open_source
@@ -47,7 +47,6 @@ from qconvert.stages.target import Prepared
 
 WINDOWS = 64  # of the text, where nothing else is asked for
 TOGETHER = 4096  # tokens whose inputs of a layer are in memory at once; sums depend on it
-HELD_BYTES = 1 << 30  # of hidden states in memory; more of them are in a file
 REASON = "its target makes up for what the tensors before it lost"
 
 I64 = NDArray[np.int64]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,11 +17,12 @@ from qconvert.codecs.codec import Stored
 from qconvert.errors import WeightError
 from qconvert.progress import Progress
 from qconvert.quantities import counted, duration
-from qconvert.report import TuningStep
+from qconvert.report import TunedBlock, TuningStep
 from qconvert.running.hugging_face import Checkpoint
 from qconvert.running.quality import BATCH_TOKENS, I64, Windows
 from qconvert.running.tuning import deterministic, divergence, schedule
 from qconvert.training.activations import FakeInput
+from qconvert.training.fixed import held
 from qconvert.training.modules import FakeWeight
 from qconvert.training.preparation import Training
 from qconvert.training.scales import TunedScales
@@ -35,6 +36,7 @@ RATE = 0.06  # of a weight: see `rates_of`
 GAIN_RATE = 0.015  # of factors of scales and gains, as a share of that error's ratio to the weights
 NORM_FACTOR = 10  # theirs over that of weights, where that is given
 
+BLOCKS, UNTRAINED = "blocks", "untrained"  # what steps end to end begin with
 COSINE = "cosine"  # 1 - that of the embeddings of sentences
 
 State = dict[str, torch.Tensor]
@@ -47,21 +49,33 @@ class Student:
     Attributes:
         checkpoint: the model with its tokenizer.
         training: what it was prepared for.
-        parameters: those that are trained, by name.
+        parameters: those that are trained end to end, by name.
+        earlier: those that are trained block by block before that, and stay then.
+        only_scales: whether all codes stay end to end.
     """
 
     checkpoint: Checkpoint
     training: Training
     parameters: dict[str, Any]
+    earlier: dict[str, Any] = field(default_factory=dict)
+    only_scales: bool = False
 
-    def state(self) -> State:
-        """A copy of all that a step changes."""
-        return {name: tensor.detach().clone() for name, tensor in self.changing().items()}
+    def of_blocks(self) -> dict[str, Any]:
+        """What is trained block by block, by name: weights and gains of norms."""
+        every = self.earlier | self.parameters
+        return {name: p for name, p in every.items() if isinstance(p, torch.nn.Parameter)}
+
+    def state(self, names: Collection[str] | None = None) -> State:
+        """A copy of all that a step changes, or of some of it and of what observers know."""
+        changing = self.changing() if names is None else self._changing(names)
+        return {name: tensor.detach().clone() for name, tensor in changing.items()}
 
     def restore(self, state: State) -> None:
+        """Take back a copy."""
+        every = self.changing() | self.earlier
         with torch.no_grad():
-            for name, tensor in self.changing().items():
-                tensor.copy_(state[name])
+            for name, tensor in state.items():
+                every[name].copy_(tensor)
 
     def begin_at(
         self,
@@ -88,15 +102,26 @@ class Student:
                 values = torch.from_numpy(wanted)
                 weight.copy_(torch.where(fake(weight) == values, weight, values))
                 if gains:
-                    fake.gains = TunedScales(bases[name])
-                    for kind, parameter in fake.gains.parameters().items():
-                        self.parameters[f"{name}/{kind}"] = parameter
+                    self._train_scales(name, fake, bases[name])
         self.training.plan = tuple(
             replace(p, scheme=self.training.weights[p.tensor.name].scheme)
             if p.tensor.name in bases
             else p
             for p in self.training.plan
         )
+
+    def settle(self) -> None:
+        """Let all codes stay as they are, and train factors of their scales and zero points."""
+        with torch.no_grad():
+            for name, fake in self.training.weights.items():
+                stored = held(fake.stored(self.checkpoint.model.get_parameter(name)))
+                fake.settle(stored)
+                self._train_scales(name, fake, stored)
+
+    def _train_scales(self, name: str, fake: FakeWeight, base: Stored) -> None:
+        fake.gains = TunedScales(base)
+        for kind, parameter in fake.gains.parameters().items():
+            self.parameters[f"{name}/{kind}"] = parameter
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -115,8 +140,12 @@ class Student:
                 module.frozen.fill_(True)
 
     def changing(self) -> dict[str, Any]:
-        """Parameters, and what the observers of static activations know."""
-        found = dict(self.parameters)
+        """What is trained end to end, and what the observers of static activations know."""
+        return self._changing(self.parameters)
+
+    def _changing(self, names: Collection[str]) -> dict[str, Any]:
+        every = self.earlier | self.parameters
+        found = {name: every[name] for name in names}
         for name, module in self.training.inputs.items():
             found |= {f"{name}: {part}": buffer for part, buffer in module.named_buffers()}
         return found
@@ -127,12 +156,16 @@ class Course:
     """What became of a training.
 
     Attributes:
+        blocks: those that were trained, in the order in which the model runs them.
+        began: what the steps end to end began with, of `BLOCKS` and `UNTRAINED`; "" before that.
         validations: in order, the one before the first step included.
         best: the state of ``step``; None where no step was better than none.
         stopped: why no more steps were run.
         warning: what went wrong, if anything did.
     """
 
+    blocks: list[TunedBlock] = field(default_factory=list)
+    began: str = ""
     validations: list[TuningStep] = field(default_factory=list)
     steps_run: int = 0
     step: int = 0
@@ -166,7 +199,8 @@ class Diverged(Exception):
 
 def adam(student: Student) -> torch.optim.Optimizer:
     """The optimiser of a student, whose rates `train` sets."""
-    return torch.optim.Adam([{"params": [p], "lr": 0.0} for p in student.parameters.values()])
+    groups = [{"params": [p], "lr": 0.0} for p in student.parameters.values()]
+    return torch.optim.Adam(groups or [{"params": []}])
 
 
 def train(
@@ -197,6 +231,8 @@ def train(
             clock.goes_on(course)
         else:
             clock.validated(course, 0, None)
+            if course.began == BLOCKS:
+                course.best = student.state()  # better than no training already
         best = next(v.validation for v in course.validations if v.step == course.step)
         for step in range(course.steps_run + 1, plan.steps + 1):
             if step == half + 1:
@@ -262,7 +298,7 @@ def rates_of(student: Student, given: float | None, errors: Errors) -> dict[str,
     shares = {name: error / size if size else 0.0 for name, (error, size) in errors.items()}
     norm = GAIN_RATE * sum(shares.values()) / len(shares) if shares else 0.0
     found: dict[str, float] = {}
-    for name in student.parameters:
+    for name in student.earlier | student.parameters:
         whole, _, kind = name.rpartition("/")
         if name in errors:
             share = RATE * math.sqrt(shares[name])

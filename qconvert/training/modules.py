@@ -54,6 +54,7 @@ class FakeWeight(torch.nn.Module):  # type: ignore[misc]
         scale, zero_point: (G,), of its groups; None where they are found anew for each weight, or
             there is no zero point.
         base: whose scales it keeps; None where they are found anew or learned.
+        settled: whose codes it keeps, too, whatever becomes of the weight; None where they follow.
         gains: of the scales and zero points of ``base``, which multiply what weights become on its
             grid and leave their codes alone: w' = g·s·(u(w) - z). None where they stay.
     """
@@ -67,6 +68,7 @@ class FakeWeight(torch.nn.Module):  # type: ignore[misc]
         self.scale: Any = None
         self.zero_point: Any = None
         self.base: Stored | None = None
+        self.settled: Stored | None = None
         self.gains: TunedScales | None = None
         live = LiveModel({tensor.name: weight})
         stored = as_in_file(live, live.tensors[0], scheme)
@@ -85,6 +87,11 @@ class FakeWeight(torch.nn.Module):  # type: ignore[misc]
         self.base, self.encoding, self._known = base, base.encoding, None
         self.scheme = settled_scheme(self.scheme, base)
 
+    def settle(self, stored: Stored) -> None:
+        """Have the weight stay what a tensor decodes to."""
+        self.settled, self.encoding, self._known = stored, stored.encoding, None
+        self.scheme = settled_scheme(self.scheme, stored)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_known": None}  # of a copy, whose weight lies elsewhere
 
@@ -99,6 +106,8 @@ class FakeWeight(torch.nn.Module):  # type: ignore[misc]
 
     def _placed(self, weight: torch.Tensor) -> Stored:
         """The same without gains."""
+        if self.settled is not None:
+            return self.settled
         learned = [p for p in (self.scale, self.zero_point) if p is not None]
         state = tuple(n for t in (weight, *learned) for n in _state(t))
         if self._known is None or self._known[0] != state:
@@ -121,6 +130,8 @@ class FakeWeight(torch.nn.Module):  # type: ignore[misc]
         return on_learned_grid(live, tensor, self.encoding, parameters)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        if self.settled is not None and self.gains is not None:
+            return self.gains(weight)
         stored = self._placed(weight)
         live = LiveModel({self.tensor.name: weight})
         clipping = torch.is_grad_enabled() and (weight.requires_grad or self.scale is not None)

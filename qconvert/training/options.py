@@ -11,7 +11,7 @@ from qconvert.schemes import TensorScheme
 
 ADAPTERS = "adapters"
 LOSSES = ("distill", "lm")
-PARTS = ("all", "weights", "norms")
+PARTS = ("all", "weights", "scales", "norms")
 PARTS_OF_FILES = ("all", "scales", "norms", ADAPTERS)
 ACTIVATIONS = ("none", "dynamic", "static")
 STEPS = 240
@@ -29,6 +29,7 @@ class TuneOptions:
         scheme: None for a file that is quantized already.
         rate: of the weights; None for one that follows from the rounding errors of each tensor.
         teacher: whose predictions are learned; None for those of the model itself, as floats.
+        blocks: steps of each block by itself, before those of the whole model; 0 for none.
         generated: windows that the model which is learned from writes itself, to train on beside
             those of the text; None for as many as `Run` thinks right.
         trained: of `PARTS`.
@@ -43,6 +44,7 @@ class TuneOptions:
     text: Path
     output: Path
     steps: int = STEPS
+    blocks: int = 0
     rate: float | None = None
     seqlen: int = DEFAULT_SEQLEN
     batch: int = BATCH
@@ -70,6 +72,11 @@ class TuneOptions:
         """The scheme of a model that is not quantized yet."""
         assert self.scheme
         return self.scheme
+
+    @property
+    def taken(self) -> int:
+        """Windows that steps take, one after the other."""
+        return max(self.steps, self.blocks) * self.batch
 
     @property
     def state(self) -> Path:

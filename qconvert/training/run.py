@@ -77,7 +77,7 @@ class Run:
         o = self.options
         if self.encoder or o.loss != "distill":
             return 0
-        taken = o.steps * o.batch
+        taken = o.taken
         if o.generated is not None:
             return min(o.generated, taken)
         lacking = max(0, taken - len(self.split.training.inputs))
@@ -88,7 +88,7 @@ class Run:
         with the same text, they choose the state and judge it, too.
         """
         text, apart = self.split, bool(self.options.calibration)
-        taken = self.options.steps * self.options.batch
+        taken = self.options.taken
         aside = len(text.judging.inputs)
         count = self.generated + (2 * aside if apart else 0)
         told = self.progress
@@ -147,6 +147,7 @@ def report_of(source: Path, container: Container, run: Run, needed: int) -> Tune
         trained=o.trained,
         activations=o.activations,
         steps=o.steps,
+        block_steps=o.blocks,
         rate=o.rate,
         seqlen=o.seqlen,
         batch=o.batch,
@@ -182,6 +183,7 @@ def asked_of(run: Run) -> dict[str, Any]:
         "--activations": o.activations,
         "--loss": o.loss,
         "--steps": o.steps,
+        "--blocks": o.blocks,
         "--lr": o.rate,
         "--seqlen": o.seqlen,
         "--batch": o.batch,
@@ -281,6 +283,7 @@ def train_and_judge(
     between()
     report.steps_run, report.step = course.steps_run, course.step
     report.stopped, report.course = course.stopped, course.validations
+    report.blocks, report.began = course.blocks, course.began
     if course.warning:
         report.warnings.append(course.warning)
     if course.best:

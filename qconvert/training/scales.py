@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from qconvert.codecs.affine.encoding import Affine
-from qconvert.codecs.codec import Stored
+from qconvert.codecs.codec import Encoding, Stored
 from qconvert.files.qblk_writer import packed
 from qconvert.kernels.arithmetic import SCALE_NUMPY, stored_zero_points, zero_steps
 from qconvert.kernels.records import F32, Bytes
@@ -46,17 +46,16 @@ class TunedScales:
         self.base = held(stored)
         encoding = stored.encoding
         self.affine = encoding if isinstance(encoding, Affine) else None
-        scales, zeros = self.sizes(stored)
+        scales, zeros = self.sizes(encoding, stored.shape)
         self.log: Any = torch.zeros(scales, requires_grad=True)
         self.zero: Any = torch.zeros(zeros, requires_grad=True) if zeros else None
 
     @staticmethod
-    def sizes(stored: Stored) -> tuple[int, int]:
+    def sizes(encoding: Encoding, shape: tuple[int, ...]) -> tuple[int, int]:
         """How many factors and zero points are trained."""
-        encoding = stored.encoding
         if not isinstance(encoding, Affine):
-            return math.prod(stored.shape) // encoding.columns(stored.shape), 0
-        count = encoding.groups(stored.shape)
+            return math.prod(shape) // encoding.columns(shape), 0
+        count = encoding.groups(shape)
         moves = not encoding.symmetric and zero_steps(encoding.bits) > 1
         return count, count if moves else 0
 

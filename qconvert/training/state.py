@@ -24,8 +24,8 @@ from qconvert.files.safetensors_writer import CODES, array_parts
 from qconvert.files.saved_state import SavedState
 from qconvert.files.strict_json import strict_json
 from qconvert.model import TensorInfo
-from qconvert.report import TuningStep
-from qconvert.training.loop import Course, Student
+from qconvert.report import TunedBlock, TuningStep
+from qconvert.training.loop import BLOCKS, Course, Student, adam
 
 ENTRY = "qconvert.tuning"
 SCHEMA = "qconvert.tuning/1"
@@ -42,6 +42,7 @@ class TuningState:
     Attributes:
         asked: all that decides what comes of the run, by the names of options.
         steps: asked for.
+        blocks: of the model, where they are trained first.
     """
 
     student: Student
@@ -49,8 +50,11 @@ class TuningState:
     optimiser: torch.optim.Optimizer
     asked: Mapping[str, Any]
     steps: int
+    blocks: int = 0
 
     def how_far(self, unit: str) -> str:
+        if self.blocks and not self.course.began:
+            return f"{len(self.course.blocks)} of {self.blocks} blocks"
         return f"{self.course.steps_run:,} of {self.steps:,} {unit}"
 
     def write_state(self, out: AtomicOutput) -> None:
@@ -59,18 +63,27 @@ class TuningState:
             for f in fields(self.course)
             if f.name not in ("best", "validations")
         }
-        course["validations"] = [asdict(v) for v in self.course.validations]
+        for several in ("blocks", "validations"):
+            course[several] = [asdict(one) for one in getattr(self.course, several)]
         document = {"schema": SCHEMA, "asked": dict(self.asked), "course": course}
         out.write(array_parts({ENTRY: json.dumps(document)}, dict(self._arrays())))
 
     def _arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
-        for kind, state in ((NOW, self.student.changing()), (BEST, self.course.best or {})):
+        now = self.student.earlier | self.student.changing()
+        for kind, state in ((NOW, now), (BEST, self.course.best or {})):
             for name, tensor in state.items():
                 yield f"{kind}/{name}", tensor.detach().numpy(force=True)
         known = self.optimiser.state_dict()["state"]
         for i, name in enumerate(self.student.parameters):
             for part, tensor in known.get(i, {}).items():
                 yield f"{ADAM}/{part}/{name}", tensor.numpy(force=True)
+
+    def begin_with_blocks(self) -> None:
+        """The blocks are trained: the steps end to end come next."""
+        self.course.began = BLOCKS
+        if self.student.only_scales:
+            self.student.settle()
+            self.optimiser = adam(self.student)
 
     def take_over(self, saved: SavedState) -> None:
         """Go on from what this very run has left; see `check_state`.
@@ -84,30 +97,48 @@ class TuningState:
 
     def _restore(self, file: SafetensorsModel, course: dict[str, Any]) -> None:
         infos = {t.name: t for t in file.tensors}
+        student = self.student
 
         def read(name: str) -> torch.Tensor:
             return _tensor(file, infos[name])
 
-        changing = self.student.changing()
-        with torch.no_grad():
-            for name, tensor in changing.items():
-                tensor.copy_(read(f"{NOW}/{name}"))
+        def take(names: Mapping[str, torch.Tensor]) -> None:
+            with torch.no_grad():
+                for name, tensor in names.items():
+                    tensor.copy_(read(f"{NOW}/{name}"))
+
+        take(student.earlier)
+        if course["began"] == BLOCKS:
+            self.begin_with_blocks()
+        changing = student.changing()
+        take(changing)
         best = None
         if any(name.startswith(f"{BEST}/") for name in infos):
             best = {name: read(f"{BEST}/{name}") for name in changing}
         state = self.optimiser.state_dict()
         state["state"] = {}
         parts = {n.split("/")[1] for n in infos if n.startswith(f"{ADAM}/")}
-        for i, name in enumerate(self.student.parameters):
+        for i, name in enumerate(student.parameters):
             names = {part: f"{ADAM}/{part}/{name}" for part in parts}
             found = {part: read(n) for part, n in names.items() if n in infos}
             if found:
                 state["state"][i] = found
         self.optimiser.load_state_dict(state)
         validations = [TuningStep(**v) for v in course.pop("validations")]
-        restored = Course(**course, validations=validations, best=best)
+        blocks = [TunedBlock(**b) for b in course.pop("blocks")]
+        restored = Course(**course, blocks=blocks, validations=validations, best=best)
         for f in fields(restored):
             setattr(self.course, f.name, getattr(restored, f.name))
+
+
+def began(saved: SavedState) -> str:
+    """What the steps end to end of an interrupted run have begun with: see `Course`.
+
+    Raises:
+        FormatError: the state is damaged.
+    """
+    with _opened(saved) as (_, document), _damaged(saved):
+        return str(document["course"]["began"])
 
 
 def check_state(saved: SavedState, asked: Mapping[str, Any]) -> None:

@@ -174,7 +174,7 @@ def _needed(model: QblkModel, o: TuneOptions) -> tuple[int, int]:
         elif raw and len(t.shape) == 1 and o.trained != "scales":
             moving += t.size
         elif not raw and o.trained != "norms":
-            moving += sum(TunedScales.sizes(model.stored(t)))
+            moving += sum(TunedScales.sizes(encoding, t.shape))
     tokens = o.seqlen * max(1, min(o.batch, BATCH_TOKENS // o.seqlen))
     memory = VALUE * (DECODED_COPIES * values + of_teacher + (COPIES + 1) * moving)
     memory += sum(t.nbytes for t in model.tensors) + VALUE * tokens * token_values(config)

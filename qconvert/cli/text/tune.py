@@ -40,6 +40,13 @@ def tune_text(r: TuneReport) -> str:
             f"generated  {counted(r.generated_windows, 'window')} more to train on{apart}, written "
             "by the model that is learned from\n"
         )
+    if r.block_steps:
+        ends = [number(getattr(r.blocks[-1], at)) for at in ("before_db", "after_db")]
+        lines.append(
+            f"blocks     {counted(r.block_steps, 'step')} for each of {len(r.blocks)}, "
+            f"{size(r.block_bytes)} of memory a block; hidden states behind the last: "
+            f"{' -> '.join(ends)} dB SQNR\n"
+        )
     went_on = f", resumed after {r.resumed_at:,}" if r.resumed_at else ""
     each = f"{r.batch} {'lines' if encoder else 'windows'} each"
     lines.append(
