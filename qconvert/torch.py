@@ -126,7 +126,8 @@ def prepare(
             ``minmax``.
         keep: globs of tensors that stay as they are.
         tensor_scheme: glob -> scheme for the tensors it matches, the first that does.
-        learn: whether scales and zero points are parameters too (LSQ); for schemes ``q...``.
+        learn: whether scales and zero points are parameters too (LSQ), and of static inputs a
+            factor of the scale; for schemes ``q...``.
 
     Returns:
         The model.

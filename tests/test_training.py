@@ -516,6 +516,74 @@ def test_static_inputs_follow_the_moving_average_until_they_are_frozen() -> None
     assert int(inputs.samples) == 4
 
 
+def seen_once(x: Any) -> Any:
+    """A layer that hands its input on, in a model that has seen some and learns its range."""
+    model = linear("q8_channel_sym", torch.eye(64), activations="static", learn=True).train()
+    with torch.no_grad():
+        model(x)
+    qt.freeze(model)
+    return model
+
+
+def test_gradients_of_a_learned_input_scale() -> None:
+    """Finite differences where values are cut off, which the factor scales exactly; the rounding
+    error by hand where they are not (formula of LSQ).
+    """
+    x = torch.linspace(-1, 3, 128).reshape(2, 64)
+    model = seen_once(x)
+    inputs = model[0].fake_input
+    how = inputs.how()
+    inside = x.clone().requires_grad_()
+    inputs(inside).sum().backward()
+    codes = as_bytes(x.numpy(), how).codes.astype(np.float64)
+    rounded = (codes - how.zero_point) * how.scale
+    assert float(inputs.clip.grad) == pytest.approx((rounded - x.numpy()).sum(), abs=1e-4)
+    assert torch.equal(inside.grad, torch.ones_like(x))
+    inputs.clip.grad = None
+    beyond = (10 * torch.where(x < 0, x - 1, x + 1)).requires_grad_()
+    inputs(beyond).sum().backward()
+    sums = []
+    for step in (1e-3, -1e-3):
+        inputs.clip.data.fill_(step)
+        sums.append(float(inputs(beyond.detach()).detach().double().sum()))
+    assert float(inputs.clip.grad) == pytest.approx((sums[0] - sums[1]) / 2e-3, rel=1e-3)
+    assert not beyond.grad.any()
+
+
+def test_a_learned_input_scale_comes_to_the_best_one() -> None:
+    """Of heavy tails, against all factors in steps of 1 %; the file's bytes are of that scale."""
+    x = torch.from_numpy(np.random.default_rng(5).laplace(size=(4000, 64)).astype(np.float32))
+    model = seen_once(x)
+    inputs = model[0].fake_input
+    first = inputs.how().scale
+
+    def lost() -> Any:
+        return (inputs(x) - x).square().mean()
+
+    def at(factor: float) -> float:
+        inputs.clip.data.fill_(float(np.log(factor)))
+        return float(lost().detach())
+
+    best = min(at(0.01 * n) for n in range(20, 121))
+    before = at(1.0)
+    optimiser = torch.optim.Adam([inputs.clip], lr=0.02)
+    for _ in range(100):
+        optimiser.zero_grad()
+        lost().backward()
+        optimiser.step()
+    assert best < 0.8 * before
+    assert float(lost().detach()) < 1.01 * best
+    how = inputs.how()
+    assert how.scale < 0.8 * first
+    wanted = as_bytes(x.numpy(), how)
+    values = (wanted.codes.astype(np.float32) - how.zero_point) * np.float32(how.scale)
+    assert inputs(x).detach().numpy().tobytes() == values.tobytes()
+    assert inputs.note()["scale"] == how.scale
+    inputs.clip.data.fill_(torch.nan)
+    with pytest.raises(WeightError, match="the learned scale of a layer's input is no number"):
+        inputs(x)
+
+
 def test_static_parameters_go_into_the_file_and_the_integer_path(
     llama: Any, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -25,25 +25,33 @@ class FakeInput(torch.nn.Module):  # type: ignore[misc]
     """Signed bytes of a layer's input, times their scale.
 
     Gradients pass straight through the rounding; where a static range cuts a value off, none does.
-    Scales of dynamic ranges are taken as constants.
+    Scales of dynamic ranges are taken as constants. That of a static one may be learned: values
+    x' = f·s·(u - z) have dx'/d(log f) = x' - x where they are not cut off, and x' where they are
+    (learned step size, LSQ: Esser et al., 2020, arXiv 1902.08153), so that the range gives up on
+    outliers where rounding all others more finely is worth it.
 
     Args:
         layer: for messages.
         kind: of `KINDS`.
         observer: of `OBSERVERS`, of static ranges.
+        learn: whether the scale of a static range is learned, too.
 
     Attributes:
+        clip: logarithm of the factor f of the scale, (); None where it is not learned.
         extremes: what the observer has seen, (2,), NaN before the first batch.
         samples: rows that it has seen.
         frozen: whether it looks no more.
         noted: what a file says of a range that was found before; None for what is seen.
     """
 
-    def __init__(self, layer: str, kind: str, observer: str) -> None:
+    def __init__(self, layer: str, kind: str, observer: str, *, learn: bool = False) -> None:
         super().__init__()
         self.layer, self.kind, self.observer = layer, kind, observer
         self.noted: Mapping[str, Any] | None = None
+        self.clip: Any = None
         if kind == "static":
+            if learn:
+                self.clip = torch.nn.Parameter(torch.zeros(()))
             self.register_buffer("extremes", torch.full((2,), torch.nan, dtype=torch.float64))
             self.register_buffer("samples", torch.zeros((), dtype=torch.int64))
             self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
@@ -53,16 +61,33 @@ class FakeInput(torch.nn.Module):  # type: ignore[misc]
             if self.training and not self.frozen:
                 self._observe(x.detach())
             values, inside = static_values(x.detach(), self.static())
+            if self.clip is not None:
+                return _Clipped.apply(x, self.clip, values, inside)
         else:
             values, inside = dynamic_values(x.detach(), self.kind == "dynamic"), None
         return StraightThrough.apply(x, values, inside)
 
     def static(self) -> StaticRange | StaticInput:
-        """The parameters of what has been seen.
+        """The parameters of what has been seen, with the factor that was learned.
 
         Raises:
             UsageError: nothing has.
+            WeightError: the factor is no number.
         """
+        found = self._seen()
+        factor = 1.0 if self.clip is None else float(self.clip.detach().double().exp())
+        if factor == 1:
+            return found
+        scale = np.float32(found.scale * factor)
+        if not 0 < scale < np.inf:
+            raise WeightError(
+                "the learned scale of a layer's input is no number above 0",
+                tensor=self.layer,
+                hint="train with a smaller learning rate, from the last good checkpoint",
+            )
+        return StaticInput(float(str(scale)), found.zero_point)
+
+    def _seen(self) -> StaticRange | StaticInput:
         if (given := StaticInput.noted(self.noted)) is not None:
             return given
         low, high = self.extremes.tolist()
@@ -91,15 +116,9 @@ class FakeInput(torch.nn.Module):  # type: ignore[misc]
         """What a file says of a static range; None of a dynamic one."""
         if self.kind != "static":
             return None
-        if self.noted is not None:
-            return dict(self.noted)
         found = self.static()
-        return {
-            "observer": self.observer,
-            "samples": int(self.samples),
-            "scale": found.scale,
-            "zero_point": found.zero_point,
-        }
+        seen = self.noted or {"observer": self.observer, "samples": int(self.samples)}
+        return {**seen, "scale": found.scale, "zero_point": found.zero_point}
 
     def _observe(self, x: torch.Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).to("cpu", torch.float32).numpy()
@@ -136,6 +155,24 @@ class StraightThrough(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (inside,) = ctx.saved_tensors
         return gradient if inside is None else gradient * inside, None, None
+
+
+class _Clipped(torch.autograd.Function):  # type: ignore[misc]
+    """See `FakeInput`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, clip: torch.Tensor, values: torch.Tensor, inside: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, values, inside)
+        return values.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        x, values, inside = ctx.saved_tensors
+        by_input = gradient * inside
+        by_clip = (gradient * values).sum() - (by_input * x).sum()
+        return by_input, by_clip.to(torch.float32), None, None
 
 
 def dynamic_values(x: torch.Tensor, symmetric: bool) -> torch.Tensor:

@@ -17,7 +17,7 @@ from qconvert.progress import Progress
 from qconvert.running.hugging_face import open_checkpoint
 from qconvert.stages.parallel import available_threads
 from qconvert.stages.plan import PlanOptions
-from qconvert.training.loop import Student, passes
+from qconvert.training.loop import CLIP, Student, passes
 from qconvert.training.options import TuneOptions
 from qconvert.training.preparation import Training, prepare_model
 from qconvert.training.run import Run
@@ -55,8 +55,12 @@ class FloatRun(Run):
             activations=None if o.activations == "none" else o.activations,
             keep=o.keep,
             tensor_scheme={glob: scheme.name for glob, scheme in o.tensor_schemes},
+            learn_inputs=o.trained in ("all", "scales"),
         )
         parameters, earlier = _trained(model, training, o)
+        for name, module in training.inputs.items():
+            if module.clip is not None:
+                parameters[f"{name}/{CLIP}"] = module.clip
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         student = Student(

@@ -33,9 +33,11 @@ VALIDATIONS = 10  # of all steps, besides the one before the first
 # the schedule on: before, rates are so high that most of the gain is still to come.
 PATIENCE = 3
 RATE = 0.06  # of a weight: see `rates_of`
+CLIP_RATE = 0.005  # of logarithms of factors of the scales of static inputs
 GAIN_RATE = 0.015  # of factors of scales and gains, as a share of that error's ratio to the weights
 NORM_FACTOR = 10  # theirs over that of weights, where that is given
 
+CLIP = "input"  # the kind of what is learned of a static input
 BLOCKS, UNTRAINED = "blocks", "untrained"  # what steps end to end begin with
 COSINE = "cosine"  # 1 - that of the embeddings of sentences
 
@@ -303,6 +305,8 @@ def rates_of(student: Student, given: float | None, errors: Errors) -> dict[str,
         if name in errors:
             share = RATE * math.sqrt(shares[name])
             found[name] = share * errors[name][0] if given is None else given
+        elif kind == CLIP and whole in student.training.inputs:
+            found[name] = CLIP_RATE
         elif whole in shares:
             gains = student.training.weights[whole].gains
             assert gains is not None

@@ -60,10 +60,14 @@ def prepare_model(
     keep: Sequence[str] = (),
     tensor_scheme: Mapping[str, str] | None = None,
     learn: bool = False,
+    learn_inputs: bool = False,
 ) -> Training:
     """Put fake quantization into a model, in place.
 
-    Args and errors as of `qconvert.torch.prepare`.
+    Other args and errors as of `qconvert.torch.prepare`.
+
+    Args:
+        learn_inputs: whether scales of static inputs are learned, where those of weights are not.
     """
     _check_model(model)
     if getattr(model, RECORD, None) is not None:
@@ -89,7 +93,7 @@ def prepare_model(
             found=f"{len(plan)} tensors, all kept: {plan[0].reason if plan else 'none there'}",
             wanted=f"matrices of at least {MIN_VALUES:,} values",
         )
-    inputs = _inputs(weights, tensors, owners, activations, observer)
+    inputs = _inputs(weights, tensors, owners, activations, observer, learn=learn or learn_inputs)
     for name, weight in weights.items():
         found = owners[id(tensors[name])]
         # A child of one module only: what it learns has one name, wherever it is used.
@@ -188,12 +192,14 @@ def _inputs(
     owners: Mapping[int, list[tuple[Any, str]]],
     activations: str | None,
     observer: str,
+    *,
+    learn: bool,
 ) -> dict[str, FakeInput]:
     """Of the linear layers that run in integers."""
     if activations is None:
         return {}
     found = {
-        name: FakeInput(name, activations, observer).to(tensors[name].device)
+        name: FakeInput(name, activations, observer, learn=learn).to(tensors[name].device)
         for name, weight in weights.items()
         if weight.encoding.multiplies
         and any(type(m) is torch.nn.Linear for m, _ in owners[id(tensors[name])])
