@@ -8,9 +8,8 @@ import copy
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,21 @@ from qconvert.training.state import COPIES
 
 DECODED_COPIES = 3  # of a weight: the running model's, the decoded one, and its gradient
 
-Tuned = TunedScales | TunedGains | LowRank
+
+@dataclass(slots=True)
+class _Parts:
+    """What is trained: by the names of the tensors, its place in the running model, and itself.
+
+    Attributes:
+        rescaled: what is written into the file; empty where there are adapters.
+        adapters: what is written beside it.
+    """
+
+    rescaled: dict[str, tuple[str, TunedScales | TunedGains]] = field(default_factory=dict)
+    adapters: dict[str, tuple[str, LowRank]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rescaled) + len(self.adapters)
 
 
 def tune_file(source: Path, options: TuneOptions, progress: Progress | None = None) -> TuneReport:
@@ -114,9 +127,9 @@ def tune_file(source: Path, options: TuneOptions, progress: Progress | None = No
             found = {}
             if run.teacher_given:
                 found[FLOAT] = run.scores(run.reference, run.split.judging, "judge the teacher")
-            tuned = _parts(model, run, report)
-            rates = _rates(model, tuned, options)
-            student = _student(run, tuned)
+            parts = _parts(model, run, report)
+            rates = _rates(model, parts, options)
+            student = _student(run, parts)
             found[QUANTIZED] = run.scores(
                 student.checkpoint, run.split.judging, "judge the file as it is"
             )
@@ -124,7 +137,10 @@ def tune_file(source: Path, options: TuneOptions, progress: Progress | None = No
             at = begun(run, report, found, rates, student, asked, state)
             with state.kept():
                 train_and_judge(run, report, at, state, (QUANTIZED,))
-                (_write_adapter if adapters else _write)(model, run, report, tuned)
+                if options.strict and report.warnings:
+                    report.status = "fail"
+                else:
+                    (_write_adapter if adapters else _write)(model, run, report, parts)
                 state.remove()
     report.seconds = time.perf_counter() - started
     return report
@@ -190,8 +206,8 @@ def _schemes(model: QblkModel) -> str:
     return ", ".join(name for name, _ in sizes.most_common())
 
 
-def _parts(model: QblkModel, run: Run, report: TuneReport) -> dict[str, tuple[str, Tuned]]:
-    """What is trained, by the names of the tensors: its place in the running model, and itself.
+def _parts(model: QblkModel, run: Run, report: TuneReport) -> _Parts:
+    """What is trained.
 
     Raises:
         UsageError: there is nothing.
@@ -205,7 +221,7 @@ def _parts(model: QblkModel, run: Run, report: TuneReport) -> dict[str, tuple[st
     free = [t for t in model.tensors if not any(globs.matches(t, glob) for glob in o.keep)]
     kept = {t.name for t in free if isinstance(model.stored(t).encoding, RawEncoding)}
     draw = torch.Generator().manual_seed(o.seed)
-    found: dict[str, tuple[str, Tuned]] = {}
+    found = _Parts()
     left: dict[str, str] = {}
     if o.trained != "norms":
         coded = {t.name: t.name for t in free if t.name not in kept}
@@ -215,13 +231,15 @@ def _parts(model: QblkModel, run: Run, report: TuneReport) -> dict[str, tuple[st
                 left[name] = "its rows have another order in the running model"
                 continue
             stored = model.stored(names[name])
-            low = o.trained == ADAPTERS
-            found[name] = place, LowRank(stored, o.rank, draw) if low else TunedScales(stored)
+            if o.trained == ADAPTERS:
+                found.adapters[name] = place, LowRank(stored, o.rank, draw)
+            else:
+                found.rescaled[name] = place, TunedScales(stored)
     if o.trained not in ("scales", ADAPTERS):
         norms, others = find_norms(model, {name: name for name in kept}, run.loaded.model)
         left |= others
         for name, norm in norms.items():
-            found[name] = norm.place, TunedGains(norm)
+            found.rescaled[name] = norm.place, TunedGains(norm)
     for why, count in Counter(left.values()).most_common():
         name = next(n for n, reason in left.items() if reason == why)
         which = f"'{name}' is" if count == 1 else f"{count} tensors, such as '{name}', are"
@@ -236,54 +254,47 @@ def _parts(model: QblkModel, run: Run, report: TuneReport) -> dict[str, tuple[st
     return found
 
 
-def _rates(
-    model: QblkModel, tuned: Mapping[str, tuple[str, Tuned]], o: TuneOptions
-) -> dict[str, float]:
-    """Of logarithms of factors; zero points move as far as scales move the weights."""
+def _rates(model: QblkModel, parts: _Parts, o: TuneOptions) -> dict[str, float]:
+    """Of logarithms of factors, zero points moving as far as scales move the weights; and of
+    adapters.
+    """
     coded: list[TensorInfo] = [
-        t for t in model.tensors if t.name in tuned and isinstance(tuned[t.name][1], TunedScales)
+        t
+        for t in model.tensors
+        if t.name in parts.rescaled and isinstance(parts.rescaled[t.name][1], TunedScales)
     ]
     rate = o.rate if o.rate is not None else rate_of(coded or model.tensors)
     found: dict[str, float] = {}
-    for name, (_, part) in tuned.items():
-        if isinstance(part, LowRank):
-            each = part.rate if o.rate is None else o.rate
-            found |= {f"{name}/{kind}": each for kind in part.parameters()}
-            continue
-        for kind in part.parameters():
-            found[f"{name}/{kind}"] = rate * part.unit(kind)
+    for name, (_, part) in parts.rescaled.items():
+        found |= {f"{name}/{kind}": rate * part.unit(kind) for kind in part.parameters()}
+    for name, (_, low) in parts.adapters.items():
+        each = low.rate if o.rate is None else o.rate
+        found |= {f"{name}/{kind}": each for kind in low.parameters()}
     return found
 
 
-def _student(run: Run, tuned: Mapping[str, tuple[str, Tuned]]) -> Student:
+def _student(run: Run, parts: _Parts) -> Student:
     """The file's model, which computes with what is trained."""
     model = run.loaded.model.eval()
     parameters: dict[str, torch.Tensor] = {}
-    for name, (place, part) in tuned.items():
-        module = model.get_submodule(place)
-        if isinstance(part, LowRank):
-            part.attach(module)
-        else:
-            WeightHook(part, "weight").attach(module)
+    for name, (place, part) in parts.rescaled.items():
+        WeightHook(part, "weight").attach(model.get_submodule(place))
         parameters |= {f"{name}/{kind}": p for kind, p in part.parameters().items()}
+    for name, (place, low) in parts.adapters.items():
+        low.attach(model.get_submodule(place))
+        parameters |= {f"{name}/{kind}": p for kind, p in low.parameters().items()}
     nothing = Training(parse_scheme("keep"), PlanOptions(), (), {}, {})  # type: ignore[arg-type]
     return Student(replace(run.loaded, model=model), nothing, parameters)
 
 
-def _write(
-    model: QblkModel, run: Run, report: TuneReport, tuned: Mapping[str, tuple[str, Tuned]]
-) -> None:
+def _write(model: QblkModel, run: Run, report: TuneReport, parts: _Parts) -> None:
     """Write the file that was chosen: with other scales, or a copy."""
     o = run.options
-    if o.strict and report.warnings:
-        report.status = "fail"
-        return
     model.check_unchanged()
     changed: dict[str, dict[str, Bytes]] = {}
     provenance = dict(model.header.provenance)
     if report.chosen == TUNED:
-        parts = {n: part for n, (_, part) in tuned.items() if not isinstance(part, LowRank)}
-        changed = {name: dict(part.segments()) for name, part in parts.items()}
+        changed = {name: dict(part.segments()) for name, (_, part) in parts.rescaled.items()}
         provenance[PROVENANCE_KEY] = _noted(model, run, report, sorted(changed))
     with AtomicOutput(o.output, overwrite=o.force, inputs=[run.source, o.text]) as out:
         report.output_bytes = write_changed(model, out, changed, provenance)
@@ -293,21 +304,15 @@ def _write(
     report.model_bits_per_weight = 8 * coded / sum(t.size for t in model.tensors)
 
 
-def _write_adapter(
-    model: QblkModel, run: Run, report: TuneReport, tuned: Mapping[str, tuple[str, Tuned]]
-) -> None:
+def _write_adapter(model: QblkModel, run: Run, report: TuneReport, parts: _Parts) -> None:
     """Write the adapters, if they are a gain."""
     o = run.options
-    if o.strict and report.warnings:
-        report.status = "fail"
-        return
     if report.chosen != TUNED:
         return
     model.check_unchanged()
-    parts = {place: part for place, part in tuned.values() if isinstance(part, LowRank)}
     report.output_bytes = write_adapter(
         o.output,
-        parts,
+        dict(parts.adapters.values()),
         (o.teacher or run.source).name,
         noted={"quantized": file_sha256(run.source), **_training(run, report)},
         overwrite=o.force,
