@@ -410,7 +410,8 @@ def test_rates_follow_from_rounding_errors(llama: Path) -> None:
     training = prepare_model(model, "q4_channel_sym")
     checkpoint: Any = loop.Checkpoint(llama, model, None, {}, "causal")
     norm = "model.norm.weight"
-    student = loop.Student(checkpoint, training, {n: model.get_parameter(n) for n in (name, norm)})
+    parameters = {n: model.get_parameter(n) for n in (name, norm)}
+    student = loop.Student(checkpoint, training, parameters, gains=True)
     values = training.weights[name].stored(weight).values(0, weight.numel())
     error = values.reshape(weight.shape).astype(np.float64) - weight.numpy()
     rms = float(np.sqrt((error**2).mean()))
@@ -422,7 +423,7 @@ def test_rates_follow_from_rounding_errors(llama: Path) -> None:
     shares = [error / size for error, size in errors.values()]
     assert len(shares) == 9
     assert rates[norm] == pytest.approx(0.015 * np.mean(shares))
-    student.begin_at({name: training.weights[name].stored(weight)}, gains=True)
+    student.begin_at({name: training.weights[name].stored(weight)})
     given = loop.rates_of(student, 2e-4, errors)
     share = errors[name][0] / errors[name][1]
     assert given.pop(f"{name}/scale") == pytest.approx(0.015 * share)
@@ -507,6 +508,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"lr": float("nan")}, "--lr, found nan, wanted a number above 0, at most 1"),
     ({"lr": 2}, "--lr, found 2"),
     ({"loss": "mse"}, "--loss, found mse, wanted distill, lm"),
+    ({"device": "tpu"}, "--device, found tpu, wanted cpu, cuda, cuda:N, mps or auto"),
     ({"train": "adapters"}, "--train, found adapters, wanted all, weights, scales, norms"),
     ({"activations": "int8"}, "--activations, found int8, wanted none, dynamic, static"),
     ({"scheme": "q4_k_m"}, "cannot be trained with, found q4_k_m"),
@@ -641,3 +643,9 @@ def test_the_file_says_how_it_was_made(done: tuple[TuneReport, Path]) -> None:
     )
     assert noted["step"] == report.step
     assert noted["judged"]["tuned"]["kl"] == pytest.approx(report.models[2].kl_mean, rel=1e-5)
+
+
+def test_a_device_that_is_not_there_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="torch has no device 'cuda:99' here"):
+        tuned(llama, tmp_path / "m.qblk", device="cuda:99")
+    assert not listing(tmp_path)

@@ -27,7 +27,7 @@ transformers: Any = pytest.importorskip("transformers", reason="install qconvert
 import qconvert.torch as qt  # noqa: E402
 from qconvert.running.blocks import BlockChain  # noqa: E402
 from qconvert.running.hugging_face import open_checkpoint  # noqa: E402
-from qconvert.training import block_stage, memory  # noqa: E402
+from qconvert.training import beginning, block_stage, loop, memory, tune  # noqa: E402
 
 LENGTH, BATCH = 16, 4
 BLOCKS = 12  # steps of each
@@ -156,6 +156,28 @@ def test_the_whole_goes_on_from_the_blocks(
     assert found["tuned"] < before["tuned"] < 0.9 * before["nearest"]
 
 
+def test_weights_begin_in_the_middle_of_their_codes(llama: Path, tmp_path: Path) -> None:
+    """With steps of next to nothing no code is another one, and scales stay where they are."""
+    given: dict[str, Any] = {"generate": 0, "steps": 0, "lr": None}
+    tuned(llama, tmp_path / "blocks.qblk", **given)
+    inner = loop.rates_of
+
+    def rates_of(student: Any, given: Any, errors: Any) -> dict[str, float]:
+        scale = 1e-3 if seen else 1.0  # asked for blocks first, and then for the steps
+        seen.append(1)
+        return {name: scale * rate for name, rate in inner(student, given, errors).items()}
+
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (beginning, tune):
+            patch.setattr(module, "rates_of", rates_of)
+        report = tuned(llama, tmp_path / "m.qblk", **given | {"steps": 10})
+    assert report.step > 0
+    mine, blocks = segments(tmp_path / "m.qblk"), segments(tmp_path / "blocks.qblk")
+    for name, found in mine.items():
+        assert found.get("codes") == blocks[name].get("codes")
+
+
 def segments(path: Path) -> dict[str, dict[str, bytes]]:
     found = {}
     with closing(open_model(path)) as model:
@@ -276,8 +298,6 @@ def test_an_interrupted_run_goes_on(
         if "layers." in block and block in source:
             same = np.array_equal(array, source[block].astype(np.float32))
             assert same == ("layers.1." in block), block
-    from qconvert.training import loop
-
     inner_loss, steps = loop.divergence, []
 
     def divergence(*some: Any) -> Any:

@@ -1012,6 +1012,7 @@ def tune(
         bool, typer.Option("--resume", help="go on where an interrupted run has stopped")
     ] = False,
     threads: Threads = None,
+    device: Device = None,
     anyway: Annotated[
         bool,
         typer.Option("--anyway", help="write the tuned model even where it is not better"),
@@ -1086,6 +1087,7 @@ def tune(
             floats=floats,
             resume=resume,
             threads=threads,
+            device=device,
             anyway=anyway,
             force=force,
             strict=strict,

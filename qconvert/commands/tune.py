@@ -16,6 +16,7 @@ from qconvert.commands.arguments import (
 from qconvert.errors import UsageError
 from qconvert.progress import Progress
 from qconvert.report import TuneReport
+from qconvert.running.device import CPU, check_device
 from qconvert.running.hugging_face import require
 from qconvert.running.text import DEFAULT_SEQLEN
 from qconvert.schemes import parse_scheme
@@ -59,6 +60,7 @@ def tune(
     floats: bool = False,
     resume: bool = False,
     threads: int | None = None,
+    device: str | None = None,
     anyway: bool = False,
     force: bool = False,
     strict: bool = False,
@@ -133,6 +135,9 @@ def tune(
             the model, or quantizes it to the same codes.
         resume: go on where an interrupted run has stopped.
         threads: all available processors by default. Another number may give other bytes.
+        device: that torch runs the models on: ``cpu``, the default, ``cuda``, ``cuda:N``, ``mps``
+            or ``auto``. Quantization itself runs on the CPU. The same seed gives the same bytes
+            again on the CPU alone.
         anyway: write the tuned model even where it is not better.
         force: replace an existing output.
         strict: a warning makes the report's status ``fail``, and nothing is written.
@@ -200,6 +205,7 @@ def tune(
         floats=floats,
         resume=resume,
         threads=threads,
+        device=check_device(device or CPU),
         anyway=anyway,
         force=force,
         strict=strict,

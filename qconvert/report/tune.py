@@ -75,6 +75,7 @@ class TuneReport(Report):
         trained: ``weights``, ``scales``, ``norms`` or ``all``.
         trained_tensors: how many tensors were.
         began_compensated: how many began with the codes of ``compensated``, on their grid.
+        device: of torch, where the models were.
         steps: asked for; ``steps_run`` were, ``step`` is the one whose state was kept, 0 for none.
         stopped: why no more steps were run.
         rate: of the weights, as asked for; None where it follows from each tensor's rounding error.
@@ -111,6 +112,7 @@ class TuneReport(Report):
     calibration: str | None
     trained: str
     activations: str
+    device: str
     steps: int
     rate: float | None
     seqlen: int

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert.running.device import on_device
 from qconvert.running.hugging_face import Checkpoint
 from qconvert.running.layers import rows_of, run_tokens
 
@@ -148,7 +149,7 @@ class BlockChain:
         """Hidden states (T, C) that a block makes of some."""
         import torch
 
-        given = torch.from_numpy(hidden[None].copy())  # which a block may change
+        given = on_device(hidden[None].copy(), self._checkpoint.model)  # a block may change it
         with torch.inference_mode():
             return rows_of(self._calls[k].made_of(given))
 
@@ -169,7 +170,8 @@ class BlockChain:
         alone = [self.run(k, hidden) for hidden in (one, other)]
         with torch.inference_mode():
             try:
-                both = self.run_together(k, torch.from_numpy(np.stack([one, other]))).numpy()
+                given = on_device(np.stack([one, other]), self._checkpoint.model)
+                both = self.run_together(k, given).numpy(force=True)
             except RuntimeError as e:  # of torch, where shapes do not go together
                 raise NoBlocks(f"a block does not take two windows at once: {e}") from e
         if not _close(np.stack(alone), both):
@@ -230,9 +232,7 @@ class BlockChain:
 
     def leaving(self, layer: Any, hidden: F32, tokens: I64) -> F32:
         """What enters a layer behind the blocks, (T, C), when the last gives hidden states."""
-        import torch
-
-        given = torch.from_numpy(hidden[None].copy())
+        given = on_device(hidden[None].copy(), self._checkpoint.model)
         for call in self._calls:
             result = (given,) if isinstance(call.output, tuple) else given
             call.block.forward = _giving(result)

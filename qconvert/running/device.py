@@ -7,6 +7,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qconvert.errors import MachineError, UsageError
 
 CPU = "cpu"
@@ -49,6 +52,13 @@ def chosen_device(name: str) -> str:
             code="TORCH-DEVICE",
         )
     return name
+
+
+def on_device(array: NDArray[Any], model: Any) -> Any:
+    """An array as a tensor where a model is."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device_of(model))
 
 
 def device_of(model: Any) -> Any:

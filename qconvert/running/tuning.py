@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconvert.running.device import CPU, device_of, on_device
 from qconvert.running.hugging_face import Checkpoint
 
 F32 = NDArray[np.float32]
@@ -71,7 +72,7 @@ def tune(
     }
     optimiser = torch.optim.Adam(list(logs.values()), lr=rate)
     judged = _judged(steps)
-    with deterministic(), _applied(quantized.model, logs), torch.enable_grad():
+    with deterministic(quantized.model), _applied(quantized.model, logs), torch.enable_grad():
         best = before = _mean_divergence(source, quantized, held_out, advance)
         best_step, kept = 0, {}
         for step in range(1, steps + 1):
@@ -153,7 +154,7 @@ def divergence(source: Checkpoint, quantized: Checkpoint, windows: I64) -> Any:
     import torch
     from torch.nn import functional
 
-    ids = torch.from_numpy(np.ascontiguousarray(windows))
+    ids = on_device(windows, source.model)
     with torch.no_grad():
         wanted = source.model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
         wanted = functional.log_softmax(wanted, -1)
@@ -163,13 +164,15 @@ def divergence(source: Checkpoint, quantized: Checkpoint, windows: I64) -> Any:
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
-    """Have torch give the same bits each time, and its setting back."""
+def deterministic(model: Any) -> Iterator[None]:
+    """Have torch give the same bits each time, and its setting back. Other devices than the CPU may
+    have no such way for an operation; torch warns then.
+    """
     import torch
 
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=device_of(model).type != CPU)
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ from qconvert.codecs.codec import Stored
 from qconvert.files.adapters import CONFIG, PREFIX, WEIGHTS
 from qconvert.files.atomic import AtomicDirectory, machine_errors
 from qconvert.files.safetensors_writer import array_parts
+from qconvert.running.device import CPU
 from qconvert.running.low_rank import attach
 
 SHARE = 0.015  # of a weight's rounding error: how far the first step moves it
@@ -35,12 +36,14 @@ class LowRank:
             taken from them, about.
     """
 
-    def __init__(self, stored: Stored, rank: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, stored: Stored, rank: int, generator: torch.Generator, device: Any = CPU
+    ) -> None:
         outputs, inputs = stored.shape
         bound = 1 / math.sqrt(inputs)
         first = torch.rand((rank, inputs), generator=generator) * (2 * bound) - bound
-        self.a = first.requires_grad_(True)
-        self.b = torch.zeros((outputs, rank), requires_grad=True)
+        self.a = first.to(device).requires_grad_(True)
+        self.b = torch.zeros((outputs, rank), requires_grad=True, device=device)
         # A step of Adam adds the rate times A's signs: its root mean square is that times A's, and
         # times the root of the rank.
         self.rate = SHARE * _rounding_error(stored) * math.sqrt(3 / rank) / bound

@@ -81,7 +81,7 @@ def placed(run: FloatRun, student: Student, base: Base, began: str) -> Student:
     if o.blocks and began != UNTRAINED:
         inside = names_in_blocks(student, run.split.training.inputs[0], run.source)
         tensors = {name: t for name, t in tensors.items() if name not in inside}
-    student.begin_at(tensors, base.ranges, gains=o.trained == "all")
+    student.begin_at(tensors, base.ranges)
     if student.only_scales and (not o.blocks or began == UNTRAINED):
         student.settle()
     return student

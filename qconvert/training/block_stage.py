@@ -23,6 +23,7 @@ from qconvert.kernels.records import ErrorSums
 from qconvert.progress import Progress
 from qconvert.report import TunedBlock
 from qconvert.running.blocks import BlockChain, NoBlocks
+from qconvert.running.device import on_device
 from qconvert.running.hidden_states import HELD_BYTES, HiddenStates
 from qconvert.running.hugging_face import Checkpoint
 from qconvert.running.quality import I64
@@ -104,7 +105,7 @@ class BlockStage:
             asked: whether somebody wants to stop. A block that is not finished begins anew then.
             between: is called where the training can be left and gone on with.
         """
-        with deterministic():
+        with deterministic(self.student.checkpoint.model):
             self._enter()
             for k, names in enumerate(self.inside):
                 told = f"tune, block {k + 1} of {len(self.inside)}"
@@ -218,7 +219,8 @@ class BlockStage:
         for part in passes(len(taken), self.plan.windows.shape[1]):
             states = (self.found, self.wanted)
             found, wanted = (
-                torch.from_numpy(np.stack([of.get(w) for w in taken[part]])) for of in states
+                on_device(np.stack([of.get(w) for w in taken[part]]), self.student.checkpoint.model)
+                for of in states
             )
             change = self.chain.run_together(k, found) - wanted
             loss = change.square().sum() / (unit * len(taken))

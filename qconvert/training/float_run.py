@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from qconvert.errors import UsageError
 from qconvert.files.equalised import Exponents
 from qconvert.progress import Progress
+from qconvert.running.device import chosen_device, on_device
 from qconvert.running.hugging_face import open_checkpoint
 from qconvert.stages.parallel import available_threads
 from qconvert.stages.plan import PlanOptions
@@ -35,7 +35,8 @@ class FloatRun(Run):
     exponents: Mapping[str, Exponents]
 
     def __init__(self, source: Path, options: TuneOptions, progress: Progress) -> None:
-        loaded = open_checkpoint(source, threads=options.threads or available_threads())
+        threads = options.threads or available_threads()
+        loaded = open_checkpoint(source, threads=threads, device=chosen_device(options.device))
         super().__init__(source, options, progress, loaded)
 
     def prepare(self, exponents: Mapping[str, Exponents] | None = None) -> Student:
@@ -47,7 +48,7 @@ class FloatRun(Run):
             for name, found in self.exponents.items():
                 weight = model.get_parameter(name)
                 shape = tuple(weight.shape)
-                values = found.applied(weight.numpy().ravel(), shape, 0).reshape(shape)
+                values = found.applied(weight.numpy(force=True).ravel(), shape, 0).reshape(shape)
                 weight.copy_(torch.from_numpy(values))
         training = prepare_model(
             model,
@@ -69,6 +70,7 @@ class FloatRun(Run):
             parameters,
             earlier,
             only_scales=o.trained == "scales",
+            gains=o.trained == "all",
         )
         self._observe(student)
         return student
@@ -80,7 +82,7 @@ class FloatRun(Run):
         inputs = self.split.training.inputs[: OBSERVED * self.options.batch]
         with torch.no_grad(), student.observing():
             for part in passes(*inputs.shape):
-                ids = torch.from_numpy(np.ascontiguousarray(inputs[part]))
+                ids = on_device(inputs[part], student.checkpoint.model)
                 student.checkpoint.model(input_ids=ids, use_cache=False)
 
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from qconvert.errors import UnsupportedError
+from qconvert.running.device import on_device
 from qconvert.running.hugging_face import Checkpoint
 from qconvert.running.quality import Windows
 
@@ -80,7 +81,7 @@ def _continued(model: Checkpoint, begun: I64, length: int) -> I64:
         eos_token_id=NEVER,
         pad_token_id=0,
     )
-    ids = torch.from_numpy(np.ascontiguousarray(begun))
+    ids = on_device(begun, model.model)
     try:
         found = model.model.generate(
             ids, attention_mask=torch.ones_like(ids), generation_config=how
@@ -92,5 +93,5 @@ def _continued(model: Checkpoint, begun: I64, length: int) -> I64:
             found=str(e),
             hint="--generate 0 leaves out the windows that it writes itself",
         ) from e
-    rows: I64 = found.numpy()
+    rows: I64 = found.numpy(force=True)
     return rows

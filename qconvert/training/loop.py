@@ -18,11 +18,12 @@ from qconvert.errors import WeightError
 from qconvert.progress import Progress
 from qconvert.quantities import counted, duration
 from qconvert.report import TunedBlock, TuningStep
+from qconvert.running.device import on_device
 from qconvert.running.hugging_face import Checkpoint
 from qconvert.running.quality import BATCH_TOKENS, I64, Windows
 from qconvert.running.tuning import deterministic, divergence, schedule
 from qconvert.training.activations import FakeInput
-from qconvert.training.fixed import held
+from qconvert.training.fixed import can_stay, held
 from qconvert.training.modules import FakeWeight
 from qconvert.training.preparation import Training
 from qconvert.training.scales import TunedScales
@@ -54,6 +55,7 @@ class Student:
         parameters: those that are trained end to end, by name.
         earlier: those that are trained block by block before that, and stay then.
         only_scales: whether all codes stay end to end.
+        gains: whether factors of scales are trained beside codes.
     """
 
     checkpoint: Checkpoint
@@ -61,6 +63,7 @@ class Student:
     parameters: dict[str, Any]
     earlier: dict[str, Any] = field(default_factory=dict)
     only_scales: bool = False
+    gains: bool = False
 
     def of_blocks(self) -> dict[str, Any]:
         """What is trained block by block, by name: weights and gains of norms."""
@@ -68,8 +71,8 @@ class Student:
         return {name: p for name, p in every.items() if isinstance(p, torch.nn.Parameter)}
 
     def state(self, names: Collection[str] | None = None) -> State:
-        """A copy of all that a step changes, or of some of it and of what observers know."""
-        changing = self.changing() if names is None else self._changing(names)
+        """A copy of `changing`."""
+        changing = self.changing(names)
         return {name: tensor.detach().clone() for name, tensor in changing.items()}
 
     def restore(self, state: State) -> None:
@@ -83,14 +86,12 @@ class Student:
         self,
         bases: Mapping[str, Stored],
         ranges: Mapping[str, Mapping[str, Any]] | None = None,
-        *,
-        gains: bool = False,
     ) -> None:
         """Give weights the codes and scales of tensors that were quantized before, by name, and
         layers their static ranges.
 
         A weight stays where it is if it rounds to that code, and goes to the value of the code if
-        it does not. Scales stay, or are trained by factors of theirs where ``gains`` is true.
+        it does not. Scales stay, or are trained by factors of theirs.
         """
         for name, noted in (ranges or {}).items():
             self.training.inputs[name].begin_at(noted)
@@ -101,9 +102,9 @@ class Student:
                 weight = self.checkpoint.model.get_parameter(name)
                 wanted = bases[name].values(0, weight.numel()).reshape(tuple(weight.shape))
                 fake.keep_scales(bases[name])
-                values = torch.from_numpy(wanted)
+                values = torch.from_numpy(wanted).to(weight.device)
                 weight.copy_(torch.where(fake(weight) == values, weight, values))
-                if gains:
+                if self.gains:
                     self._train_scales(name, fake, bases[name])
         self.training.plan = tuple(
             replace(p, scheme=self.training.weights[p.tensor.name].scheme)
@@ -120,8 +121,26 @@ class Student:
                 fake.settle(stored)
                 self._train_scales(name, fake, stored)
 
+    def keep_scales(self) -> None:
+        """Let scales that were found anew for each weight stay, where their encoding allows, and
+        put weights in the middle of what rounds to their codes: those that a training has left near
+        an edge would go over it at the first steps of another one.
+        """
+        with torch.no_grad():
+            for name, fake in self.training.weights.items():
+                weight = self.checkpoint.model.get_parameter(name)
+                stored = fake.stored(weight)
+                if fake.base is not None or not can_stay(stored):
+                    continue
+                stored = held(stored)
+                fake.keep_scales(stored)
+                weight.copy_(fake(weight))
+                if self.gains:
+                    self._train_scales(name, fake, stored)
+
     def _train_scales(self, name: str, fake: FakeWeight, base: Stored) -> None:
-        fake.gains = TunedScales(base)
+        device = self.checkpoint.model.get_parameter(name).device
+        fake.gains = TunedScales(base, device)
         for kind, parameter in fake.gains.parameters().items():
             self.parameters[f"{name}/{kind}"] = parameter
 
@@ -141,13 +160,12 @@ class Student:
             if module.kind == "static":
                 module.frozen.fill_(True)
 
-    def changing(self) -> dict[str, Any]:
-        """What is trained end to end, and what the observers of static activations know."""
-        return self._changing(self.parameters)
-
-    def _changing(self, names: Collection[str]) -> dict[str, Any]:
+    def changing(self, names: Collection[str] | None = None) -> dict[str, Any]:
+        """What is trained end to end, or some parameters, and what the observers of static
+        activations know.
+        """
         every = self.earlier | self.parameters
-        found = {name: every[name] for name in names}
+        found = {name: every[name] for name in (self.parameters if names is None else names)}
         for name, module in self.training.inputs.items():
             found |= {f"{name}: {part}": buffer for part, buffer in module.named_buffers()}
         return found
@@ -228,7 +246,7 @@ def train(
     half = plan.steps // 2
     every = max(1, round(plan.steps / VALIDATIONS))
     clock = _Clock(plan, progress, every)
-    with deterministic():
+    with deterministic(student.checkpoint.model):
         if course.validations:
             clock.goes_on(course)
         else:
@@ -354,9 +372,9 @@ def _loss(student: Student, reference: Checkpoint, plan: Plan, inputs: I64, targ
         return distances(reference, student.checkpoint, inputs, targets).sum() * inputs.shape[1]
     if plan.loss == "distill":
         return divergence(reference, student.checkpoint, inputs)
-    ids = torch.from_numpy(np.ascontiguousarray(inputs))
+    ids = on_device(inputs, student.checkpoint.model)
     logits = student.checkpoint.model(input_ids=ids, use_cache=False).logits
-    wanted = torch.from_numpy(np.ascontiguousarray(targets))
+    wanted = on_device(targets, student.checkpoint.model)
     return functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="sum")
 
 
@@ -379,7 +397,7 @@ def _first_bad(student: Student, inputs: I64) -> str:
     ]
     try:
         with torch.no_grad():
-            model(input_ids=torch.from_numpy(np.ascontiguousarray(inputs)))
+            model(input_ids=on_device(inputs, model))
     finally:
         for hook in hooks:
             hook.remove()

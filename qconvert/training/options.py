@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qconvert.files.saved_state import SAVE_SECONDS, state_path
+from qconvert.running.device import CPU
 from qconvert.running.text import DEFAULT_SEQLEN
 from qconvert.schemes import TensorScheme
 
@@ -34,6 +35,7 @@ class TuneOptions:
             those of the text; None for as many as `Run` thinks right.
         trained: of `PARTS`.
         rank: of adapters.
+        device: of torch, as `qconvert.running.device.check_device` takes it.
         floats: whether a directory of float32 weights, which lie on the grid, is written.
         anyway: whether the tuned model is written even where it is not better.
         resume: whether to go on from what an interrupted run has left.
@@ -60,6 +62,7 @@ class TuneOptions:
     keep: tuple[str, ...] = ()
     tensor_schemes: tuple[tuple[str, TensorScheme], ...] = ()
     threads: int | None = None
+    device: str = CPU
     floats: bool = False
     anyway: bool = False
     force: bool = False

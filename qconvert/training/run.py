@@ -19,6 +19,7 @@ from qconvert.files.regular import file_sha256
 from qconvert.files.saved_state import SavedState
 from qconvert.progress import Progress, Silent
 from qconvert.report import TuneReport
+from qconvert.running.device import chosen_device
 from qconvert.running.hugging_face import Checkpoint, open_checkpoint
 from qconvert.running.quality import F64, BlindGuess, Scores, Windows, compare_models
 from qconvert.stages.parallel import available_threads
@@ -60,7 +61,8 @@ class Run:
         self.reference = self.loaded = loaded
         if options.teacher:
             threads = options.threads or available_threads()
-            self.reference = open_checkpoint(options.teacher, threads=threads)
+            device = chosen_device(options.device)
+            self.reference = open_checkpoint(options.teacher, threads=threads, device=device)
             check_teacher(self.loaded, self.reference, options.text)
         self.split = split(self.loaded, options)
         self.text_windows = len(self.split.training.inputs)
@@ -146,6 +148,7 @@ def report_of(source: Path, container: Container, run: Run, needed: int) -> Tune
         calibration=str(o.calibration) if o.calibration else None,
         trained=o.trained,
         activations=o.activations,
+        device=chosen_device(o.device),
         steps=o.steps,
         block_steps=o.blocks,
         rate=o.rate,
@@ -191,6 +194,7 @@ def asked_of(run: Run) -> dict[str, Any]:
         "--generate": o.generated,
         "--seed": o.seed,
         "--threads": o.threads or available_threads(),
+        "--device": chosen_device(o.device),
     }
 
 

@@ -22,6 +22,7 @@ from qconvert.files.qblk_writer import packed
 from qconvert.kernels.arithmetic import SCALE_NUMPY, stored_zero_points, zero_steps
 from qconvert.kernels.records import F32, Bytes
 from qconvert.model import TensorInfo
+from qconvert.running.device import CPU
 from qconvert.stages.norm_gains import Norm
 from qconvert.training.fixed import held
 from qconvert.training.groups import Groups
@@ -42,13 +43,15 @@ class TunedScales:
         zero: how far zero points have moved, in codes, (groups,); None where they stay.
     """
 
-    def __init__(self, stored: Stored) -> None:
+    def __init__(self, stored: Stored, device: Any = CPU) -> None:
         self.base = held(stored)
         encoding = stored.encoding
         self.affine = encoding if isinstance(encoding, Affine) else None
         scales, zeros = self.sizes(encoding, stored.shape)
-        self.log: Any = torch.zeros(scales, requires_grad=True)
-        self.zero: Any = torch.zeros(zeros, requires_grad=True) if zeros else None
+        self.log: Any = torch.zeros(scales, requires_grad=True, device=device)
+        self.zero: Any = None
+        if zeros:
+            self.zero = torch.zeros(zeros, requires_grad=True, device=device)
 
     @staticmethod
     def sizes(encoding: Encoding, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -111,8 +114,11 @@ class TunedScales:
             inside: which weights are not clipped; None for all.
         """
         found = self.applied(stored)
-        values = torch.from_numpy(found.values(0, weight.numel()).reshape(tuple(weight.shape)))
-        step = torch.from_numpy(first_parameters(found)[0]) if self.affine else None
+        whole = found.values(0, weight.numel()).reshape(tuple(weight.shape))
+        values = torch.from_numpy(whole).to(weight.device)
+        step = None
+        if self.affine:
+            step = torch.from_numpy(first_parameters(found)[0]).to(weight.device)
         done: torch.Tensor = _Scaled.apply(
             *(weight, self.log, self.zero, values, inside, step, self.affine)
         )
@@ -171,9 +177,9 @@ class TunedGains:
         log: of the factors, (n,).
     """
 
-    def __init__(self, norm: Norm) -> None:
+    def __init__(self, norm: Norm, device: Any = CPU) -> None:
         self.norm = norm
-        self.log = torch.zeros(len(norm.stored), requires_grad=True)
+        self.log = torch.zeros(len(norm.stored), requires_grad=True, device=device)
 
     def parameters(self) -> dict[str, Any]:
         """See `TunedScales.parameters`."""
@@ -190,7 +196,8 @@ class TunedGains:
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         data = self.segments()["data"]
         values: F32 = np.frombuffer(data, SCALE_NUMPY[self.norm.dtype]).astype(np.float32)
-        found: torch.Tensor = _Gained.apply(self.log, torch.from_numpy(values), self.norm.added)
+        stored = torch.from_numpy(values).to(weight.device)
+        found: torch.Tensor = _Gained.apply(self.log, stored, self.norm.added)
         return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qconvert.running.device import on_device
 from qconvert.running.hugging_face import Checkpoint
 from qconvert.running.quality import BATCH_TOKENS, F64, I64, Windows
 from qconvert.running.text import sentences
@@ -41,7 +42,7 @@ def distances(reference: Checkpoint, student: Checkpoint, inputs: I64, mask: I64
     included (mean pooling of sentence-transformers).
     """
     length = int(mask.sum(1).max())  # no more columns than the longest of these has
-    ids, kept = (torch.from_numpy(np.ascontiguousarray(a[:, :length])) for a in (inputs, mask))
+    ids, kept = (on_device(a[:, :length], student.model) for a in (inputs, mask))
     with torch.no_grad():
         wanted = _embeddings(reference.model, ids, kept)
     found = _embeddings(student.model, ids, kept)
@@ -65,6 +66,6 @@ def compare_embeddings(
         for start in range(0, len(chunks.inputs), together):
             part = slice(start, start + together)
             inputs, mask = chunks.inputs[part], chunks.targets[part]
-            found.append(distances(reference, student, inputs, mask).double().numpy())
+            found.append(distances(reference, student, inputs, mask).double().numpy(force=True))
             advance(inputs.size)
     return np.concatenate(found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,11 @@ from qconvert.files.saved_state import SavedState
 from qconvert.files.strict_json import strict_json
 from qconvert.model import TensorInfo
 from qconvert.report import TunedBlock, TuningStep
-from qconvert.training.loop import BLOCKS, Course, Student, adam
+from qconvert.training.loop import BLOCKS, Course, State, Student, adam
 
 ENTRY = "qconvert.tuning"
 SCHEMA = "qconvert.tuning/1"
-NOW, BEST, ADAM = "now", "best", "adam"  # begin the names of arrays
+BLOCK, NOW, BEST, ADAM = "blocks", "now", "best", "adam"  # begin the names of arrays
 CODE = "TUNE-STATE"
 AGAIN = "start again with --force, without --resume"
 COPIES = 4  # of what is trained: itself, Adam's two moments, the best state
@@ -43,6 +43,7 @@ class TuningState:
         asked: all that decides what comes of the run, by the names of options.
         steps: asked for.
         blocks: of the model, where they are trained first.
+        of_blocks: what they were when all of them were trained, and the steps began with that.
     """
 
     student: Student
@@ -51,6 +52,7 @@ class TuningState:
     asked: Mapping[str, Any]
     steps: int
     blocks: int = 0
+    of_blocks: State = field(default_factory=dict)
 
     def how_far(self, unit: str) -> str:
         if self.blocks and not self.course.began:
@@ -69,8 +71,9 @@ class TuningState:
         out.write(array_parts({ENTRY: json.dumps(document)}, dict(self._arrays())))
 
     def _arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
-        now = self.student.earlier | self.student.changing()
-        for kind, state in ((NOW, now), (BEST, self.course.best or {})):
+        now = self.student.changing() if self.course.began else self._in_blocks()
+        best = self.course.best or {}
+        for kind, state in ((BLOCK, self.of_blocks), (NOW, now), (BEST, best)):
             for name, tensor in state.items():
                 yield f"{kind}/{name}", tensor.detach().numpy(force=True)
         known = self.optimiser.state_dict()["state"]
@@ -80,10 +83,17 @@ class TuningState:
 
     def begin_with_blocks(self) -> None:
         """The blocks are trained: the steps end to end come next."""
-        self.course.began = BLOCKS
-        if self.student.only_scales:
-            self.student.settle()
-            self.optimiser = adam(self.student)
+        student, self.course.began = self.student, BLOCKS
+        self.of_blocks = student.state(student.of_blocks())
+        if student.only_scales:
+            student.settle()
+        elif student.training.weights.keys() & student.parameters.keys():
+            student.keep_scales()
+        self.optimiser = adam(student)
+
+    def _in_blocks(self) -> Mapping[str, torch.Tensor]:
+        """What changes while blocks are trained."""
+        return self.student.earlier | self.student.changing()
 
     def take_over(self, saved: SavedState) -> None:
         """Go on from what this very run has left; see `check_state`.
@@ -102,16 +112,16 @@ class TuningState:
         def read(name: str) -> torch.Tensor:
             return _tensor(file, infos[name])
 
-        def take(names: Mapping[str, torch.Tensor]) -> None:
+        def take(kind: str, names: Mapping[str, torch.Tensor]) -> None:
             with torch.no_grad():
                 for name, tensor in names.items():
-                    tensor.copy_(read(f"{NOW}/{name}"))
+                    tensor.copy_(read(f"{kind}/{name}"))
 
-        take(student.earlier)
         if course["began"] == BLOCKS:
+            take(BLOCK, student.changing(student.of_blocks()))
             self.begin_with_blocks()
         changing = student.changing()
-        take(changing)
+        take(NOW, changing if course["began"] else self._in_blocks())
         best = None
         if any(name.startswith(f"{BEST}/") for name in infos):
             best = {name: read(f"{BEST}/{name}") for name in changing}

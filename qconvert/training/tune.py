@@ -165,8 +165,7 @@ def _needed(source: Path, options: TuneOptions) -> _Needed:
     if options.blocks:
         windows = options.blocks * options.batch
         of_block = block_bytes(plan, config, tokens, windows * options.seqlen)
-        if options.trained in ("scales", "norms"):
-            kept += VALUE * trained_values(plan, "all")
+        kept += VALUE * trained_values(plan, "all")  # what the steps end to end begin with
     total = needed_bytes(plan, options.trained, config, tokens, of_teacher, of_block)
     return _Needed(total, of_block, kept)
 

@@ -32,6 +32,7 @@ from qconvert.model import TensorInfo
 from qconvert.progress import Progress, Silent
 from qconvert.quantities import size
 from qconvert.report import TuneReport
+from qconvert.running.device import chosen_device, device_of
 from qconvert.running.hugging_face import CONFIG, checked_config
 from qconvert.running.quality import BATCH_TOKENS
 from qconvert.running.quantized_model import open_quantized
@@ -157,6 +158,7 @@ class _Run(Run):
         threads = options.threads or available_threads()
         opened = open_quantized(source, threads=threads, check=False, decoded=True)
         loaded = replace(opened.checkpoint, path=source)
+        loaded.model.to(chosen_device(options.device))
         if loaded.kind != "causal":
             raise UnsupportedError(
                 "tune of a file is for models that predict next tokens",
@@ -223,6 +225,7 @@ def _parts(model: QblkModel, run: Run, report: TuneReport) -> _Parts:
     draw = torch.Generator().manual_seed(o.seed)
     found = _Parts()
     left: dict[str, str] = {}
+    device = device_of(run.loaded.model)
     if o.trained != "norms":
         coded = {t.name: t.name for t in free if t.name not in kept}
         places, left = find_places(model, coded, run.loaded.model)
@@ -232,14 +235,14 @@ def _parts(model: QblkModel, run: Run, report: TuneReport) -> _Parts:
                 continue
             stored = model.stored(names[name])
             if o.trained == ADAPTERS:
-                found.adapters[name] = place, LowRank(stored, o.rank, draw)
+                found.adapters[name] = place, LowRank(stored, o.rank, draw, device)
             else:
-                found.rescaled[name] = place, TunedScales(stored)
+                found.rescaled[name] = place, TunedScales(stored, device)
     if o.trained not in ("scales", ADAPTERS):
         norms, others = find_norms(model, {name: name for name in kept}, run.loaded.model)
         left |= others
         for name, norm in norms.items():
-            found.rescaled[name] = norm.place, TunedGains(norm)
+            found.rescaled[name] = norm.place, TunedGains(norm, device)
     for why, count in Counter(left.values()).most_common():
         name = next(n for n, reason in left.items() if reason == why)
         which = f"'{name}' is" if count == 1 else f"{count} tensors, such as '{name}', are"
