@@ -414,6 +414,10 @@ NARROW |= {
     "qwen3_vl": _seeing_qwen(
         "qwen3_vl", "Qwen3VL", _base("", "qwen3_vl_text", **_TURNS), **_DEEP
     ),
+    "qwen3_vl_moe": _seeing_qwen(
+        "qwen3_vl_moe", "Qwen3VLMoe",
+        _base("", "qwen3_vl_moe_text", **_TURNS, **_EXPERTS, num_experts=4), **_DEEP,
+    ),
 }  # fmt: skip
 NARROW |= {
     "nomic_bert": _encoder("NomicBertModel", "nomic_bert") | {
@@ -456,7 +460,7 @@ ENCODERS = (
     *("nomic_bert", "jina_embeddings_v3", "t5-encoder"),
 )
 SEEING = ("llava", "llava_next", "idefics3", "smolvlm", "internvl")
-SEEING_QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+SEEING_QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 WRAPPED = (
     *("qwen3_5", "qwen3_5_moe", "mistral3", "llama4", "gemma3n", "gemma4"),
     *(*SEEING, *SEEING_QWEN),
@@ -576,6 +580,8 @@ FURTHER: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 }
 _FURTHER = ", further"
 MORE |= {f"{name}{_FURTHER}": NARROW[name] for name in FURTHER}
+_TURNED = ", turned round"
+MORE[f"qwen3_vl_moe{_TURNED}"] = NARROW["qwen3_vl_moe"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -599,6 +605,16 @@ def with_further(name: str, config: Fields, shapes: Shapes) -> dict[str, tuple[i
     return found | {
         f"{place}.weight".format(next=layers): of.get(part, (width,)) for part, place in own.items()
     }
+
+
+def as_stored(name: str, config: Fields, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Tensors of the checkpoint of a model, which its name may say to differ from what transformers
+    saves: in a layer for a further token, or in experts that are turned round.
+    """
+    found = with_further(name, config, shapes)
+    if not name.endswith(_TURNED):
+        return found
+    return {n: (s[0], s[2], s[1]) if ".experts." in n else s for n, s in found.items()}
 
 
 # Fields of `NARROW`, and what makes a multiple of 256 of rows that depend on them.

@@ -138,6 +138,25 @@ def test_codes_of_experts_move_into_gguf(tmp_path: Path, call: Call) -> None:
     assert call("verify", path, "--against", directory, "--exact").code == 0
 
 
+def test_experts_of_either_form_give_the_same_file(tmp_path: Path, call: Call) -> None:
+    """Qwen3-VL: published checkpoints have them turned round."""
+    name = "qwen3_vl_moe"
+    shapes = unfolded(TABLE["tensors"][TABLE["bases"][name]["tensors"]])
+    directory = Directories(tmp_path).made(name, NARROW[name], shapes)
+    files = [tmp_path / "a.gguf", tmp_path / "b.gguf"]
+    place = directory / "model.safetensors"
+    for path in files:
+        assert call("quantize", directory, "--scheme", "q4_0", "-o", path).code == 0
+        assert call("verify", path, "--against", directory).code == 0
+        tensors = {
+            n: np.ascontiguousarray(v.transpose(0, 2, 1)) if ".experts." in n else v
+            for n, v in load_file(place).items()
+        }
+        save_file(tensors, place, metadata={"format": "pt"})
+    both = [{t.name: t.data.tobytes() for t in GGUFReader(path).tensors} for path in files]
+    assert both[0] == both[1]
+
+
 def test_places_at_even_distances_are_found_there_and_back() -> None:
     """An array of numpy's says where values of a view lie."""
     array = np.arange(3 * 4 * 10).reshape(3, 4, 10)

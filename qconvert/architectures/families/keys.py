@@ -210,11 +210,13 @@ def expert_sizes(config: Config, experts: str, inner: str, **more: int) -> Sizes
         experts: the field that counts them.
         inner: that of their inner width.
     """
+    each = config.count(inner)
     return plain_sizes(
         config,
         grouped=True,
         experts=config.count(experts, most=MAX_EXPERTS),
-        expert_inner=config.count(inner),
+        expert_inner=each,
+        expert_gate_up=2 * each,
         **more,
     )
 

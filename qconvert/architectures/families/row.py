@@ -30,6 +30,8 @@ class Slot:
         turned: where its rows are in the source with its last two dimensions exchanged.
         change: what is done to each value.
         factors: what its rows are multiplied by, all by one number or each by its own.
+        stored: the same slot for checkpoints that have it in another form, which ``source`` of that
+            slot is the shape of; where both are of one shape, it is in this slot's.
         cut: whether rows of the source that nothing is computed with are left out.
         plain: a norm to which nothing is added, in a family that adds to norms.
         optional: whether llama.cpp does without it.
@@ -48,6 +50,7 @@ class Slot:
     turned: Locate | None = None
     change: Change | None = None
     factors: Callable[[Config, Sizes], Sequence[float]] | None = None
+    stored: Slot | None = None
     cut: bool = False
     plain: bool = False
     optional: bool = False

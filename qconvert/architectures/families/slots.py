@@ -8,6 +8,7 @@ from dataclasses import replace
 from qconvert.architectures.config import Config
 from qconvert.architectures.families.keys import Sizes
 from qconvert.architectures.families.row import Slot
+from qconvert.architectures.mapped import Order, strided
 
 OUTPUT = "output.weight"
 WHOLE = (
@@ -61,6 +62,36 @@ EXPERTS = (
     Slot("ffn_gate_exps.weight", "experts expert_inner width"),
     Slot("ffn_up_exps.weight", "experts expert_inner width"),
     Slot("ffn_down_exps.weight", "experts width expert_inner"),
+)
+
+
+def _half(first: int) -> Callable[[Sizes], Order]:
+    """Where values of a half of the columns are, turned round."""
+
+    def order(sizes: Sizes) -> Order:
+        experts, width, inner = sizes.shape("experts width expert_inner")
+        strides = (2 * width * inner, 1, 2 * inner)
+        return strided((experts, inner, width), strides, first * inner)
+
+    return order
+
+
+def _down(sizes: Sizes) -> Order:
+    experts, width, inner = sizes.shape("experts width expert_inner")
+    return strided((experts, width, inner), (width * inner, 1, width))
+
+
+# Experts whose matrices lie turned round, gates beside what they multiply.
+TURNED_EXPERTS = (
+    EXPERTS[0],
+    replace(EXPERTS[1], source="experts width expert_gate_up", order=_half(0)),
+    replace(EXPERTS[2], source="experts width expert_gate_up", order=_half(1)),
+    replace(EXPERTS[3], source="experts expert_inner width", order=_down),
+)
+# The same as one or the other form, as a checkpoint has it.
+EITHER_EXPERTS = tuple(
+    replace(slot, stored=turned if turned.order else None)
+    for slot, turned in zip(EXPERTS, TURNED_EXPERTS, strict=True)
 )
 
 
