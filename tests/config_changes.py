@@ -345,6 +345,15 @@ VALUES |= {
     "time_step_floor": [0.5],
     "rescale_prenorm_residual": [True],
 }
+VALUES |= {
+    "rotary_pct": [0.5],
+    "rotary_emb_base": [500],
+    "use_mambapy": [True],
+    "use_associative_scan": [False],
+    "time_step_scale": [0.5],
+    "time_step_init_scheme": ["constant"],
+    "mixer_rms_eps": [1e-2],
+}
 # Read by transformers though no field of the class, or of every class before transformers 5.
 BESIDE = (
     "torch_dtype", "_name_or_path", "tokenizer_class", "temperature", "output_attentions",

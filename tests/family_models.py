@@ -113,6 +113,14 @@ _NEMOTRON = _base(
     routed_scaling_factor=2.5,
 )  # fmt: skip
 
+
+def _recurring(kind: str, model_type: str, **more: Any) -> Fields:
+    """A model without attention."""
+    without = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+    found = _base(kind, model_type, tie_word_embeddings=True, layer_norm_epsilon=1e-5)
+    return _without(found, *without, "max_position_embeddings") | {"state_size": 16} | more
+
+
 NARROW: dict[str, Fields] = {
     "internlm3": _base("InternLM3ForCausalLM", "internlm3", head_dim=32),
     "smollm3": _base("SmolLM3ForCausalLM", "smollm3", num_hidden_layers=4),
@@ -153,6 +161,22 @@ NARROW: dict[str, Fields] = {
     "stablelm": _without(
         _base("StableLmForCausalLM", "stablelm", layer_norm_eps=1e-5, use_qkv_bias=True),
         "rms_norm_eps",
+    ),
+    "gemma": _base(
+        "GemmaForCausalLM", "gemma", head_dim=32, tie_word_embeddings=True,
+        vocab_size=rows(TOKENIZERS["sp-gemma"]),
+    ),
+    "phi": _without(
+        _base("PhiForCausalLM", "phi", layer_norm_eps=1e-5), "rms_norm_eps"
+    ),
+    "gpt_neox": _without(
+        _base("GPTNeoXForCausalLM", "gpt_neox", layer_norm_eps=1e-5),
+        "rms_norm_eps", "num_key_value_heads",
+    ),
+    "olmo": _without(_base("OlmoForCausalLM", "olmo"), "rms_norm_eps"),
+    "mamba": _recurring("MambaForCausalLM", "mamba"),
+    "falcon_mamba": _recurring(
+        "FalconMambaForCausalLM", "falcon_mamba", mixer_rms_eps=1e-5, tie_word_embeddings=False
     ),
     "glm4": _base("Glm4ForCausalLM", "glm4", head_dim=32),
     "glm4_moe": _base(

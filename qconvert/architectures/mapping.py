@@ -245,7 +245,7 @@ def _left_out(layers: int) -> str:
 
 def drop_reason(name: str, family: Family, tied: bool) -> str | None:
     """Why GGUF does without a tensor of the checkpoint; None when it has it."""
-    if name.endswith(_COMPUTED):
+    if name.endswith((*_COMPUTED, *family.buffers)):
         return "is computed, not stored"
     if tied and name.endswith(HEAD):
         return "equals the token embedding, which it is tied to"

@@ -27,6 +27,7 @@ from qconvert.architectures.families import (
     gemma3n,
     gemma4,
     glm,
+    gpt_neox,
     gpt_oss,
     granite,
     granite_hybrid,
@@ -77,6 +78,7 @@ _MODULES = (
     starcoder,
     stablelm,
     glm,
+    gpt_neox,
     gpt_oss,
     lfm,
     minimax,
@@ -197,7 +199,13 @@ def hyper_parameters(family: Family, config: Config, sizes: Sizes) -> tuple[Keys
         UnsupportedError: a field asks for something llama.cpp does not do for this architecture.
     """
     fields = config.known.fields if config.known else {}
-    named = ("hidden_activation", "mlp_hidden_act", "hidden_act")
+    named = (
+        "hidden_activation",
+        "mlp_hidden_act",
+        "hidden_act",
+        "activation_function",
+        "activation",
+    )
     activation = next((n for n in named if n in fields), None)
     if activation:
         config.require(activation, family.activations)

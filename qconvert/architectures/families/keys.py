@@ -131,26 +131,25 @@ def filled_sizes(config: Config) -> Sizes:
 
 
 def common_keys(config: Config, sizes: Sizes) -> Keys:
-    heads = config.count("num_attention_heads")
     more: Keys = {"nextn_predict_layers": sizes.further} if sizes.further else {}
     return more | {
-        "context_length": config.count("max_position_embeddings"),
+        "context_length": sizes.named["context"],
         "embedding_length": sizes.named["width"],
         "block_count": sizes.blocks + sizes.further,
         "feed_forward_length": sizes.named["inner"],
-        "attention.head_count": heads,
+        "attention.head_count": sizes.named["query"] // sizes.head_dim,
         "attention.head_count_kv": sizes.named["key"] // sizes.head_dim,
     }
 
 
 def decoder_keys(
-    config: Config, sizes: Sizes, epsilon: str = "rms_norm_eps", *, mean: bool = False
+    config: Config, sizes: Sizes, epsilon: str | float = "rms_norm_eps", *, mean: bool = False
 ) -> Keys:
     """Keys of every decoder.
 
     Args:
         config, sizes: of the model.
-        epsilon: field of the norms' smallest divisor.
+        epsilon: field of the norms' smallest divisor, or itself where no field says it.
         mean: whether norms take the mean away (LayerNorm).
     """
     # transformers makes masks of the first field whatever the class (null counts as false there),
@@ -161,8 +160,9 @@ def decoder_keys(
     declared = config.known and "layer_types" in config.known.fields
     if not declared and any(layer_types(config, sizes, [])):
         raise config.unlike("layer_types", f"'{FULL}'")
+    least = config.number(epsilon, zero=True) if isinstance(epsilon, str) else epsilon
     return common_keys(config, sizes) | {
-        f"attention.layer_norm_{'' if mean else 'rms_'}epsilon": config.number(epsilon, zero=True),
+        f"attention.layer_norm_{'' if mean else 'rms_'}epsilon": least,
         "attention.key_length": sizes.head_dim,
         "attention.value_length": sizes.head_dim,
         "vocab_size": sizes.named["vocabulary"],

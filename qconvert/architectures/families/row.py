@@ -91,6 +91,7 @@ class Family:
             tensors are.
         renames: beginnings of source names, and what stands for them in gguf-py's table.
         dropped: beginnings of source names that llama.cpp has no use for, and why.
+        buffers: ends of source names that older checkpoints have of what is computed.
         parts: ends of source names within a block, or whole names outside, for which gguf-py's
             table has no name, or another one, and the slots that are made of each: several are
             equal parts of its rows, in their order, or say themselves where their rows are.
@@ -120,6 +121,7 @@ class Family:
     tied: bool | None = None
     renames: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
+    buffers: tuple[str, ...] = ()
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     further: Further | None = None
     own_head: bool = False

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+
 from qconvert.architectures.config import Config
 from qconvert.architectures.families.keys import Sizes
 from qconvert.architectures.families.row import Slot
-from qconvert.architectures.mapped import Order, strided
+from qconvert.architectures.mapped import Locate, Order, Rows, strided
 
 OUTPUT = "output.weight"
 WHOLE = (
@@ -41,6 +43,40 @@ def attention(heads: bool, bias: bool | None, flag: str = ATTENTION_BIAS) -> tup
 
 
 NORMS = (Slot("attn_norm.weight", "width"), Slot("ffn_norm.weight", "width"))
+# Norms that take the mean away, each with a bias; layers of BERT's kind before gates came.
+OUTPUT_BIAS = Slot("output_norm.bias", "width")
+MEAN_NORMS = (
+    NORMS[0],
+    Slot("attn_norm.bias", "width"),
+    NORMS[1],
+    Slot("ffn_norm.bias", "width"),
+)
+PLAIN_INNER = (
+    Slot("ffn_up.weight", "inner width"),
+    Slot("ffn_up.bias", "inner"),
+    Slot("ffn_down.weight", "width inner"),
+    Slot("ffn_down.bias", "width"),
+)
+FUSED = (
+    Slot("attn_qkv.weight", "fused width"),
+    Slot("attn_qkv.bias", "fused"),
+    Slot("attn_output.weight", "width query"),
+    Slot("attn_output.bias", "width"),
+)
+
+
+def fused_by_head(sizes: Sizes) -> Locate:
+    """Rows of queries, then keys, then values, where a checkpoint has those of a head together."""
+    head, width = sizes.head_dim, sizes.named["query"]
+
+    def locate(rows: Rows) -> Rows:
+        part, row = np.divmod(rows, width)
+        return row // head * (3 * head) + part * head + row % head
+
+    return locate
+
+
+BY_HEAD = tuple(replace(s, rows=fused_by_head) if "qkv" in s.name else s for s in FUSED)
 HEAD_NORMS = (Slot("attn_q_norm.weight", "head"), Slot("attn_k_norm.weight", "head"))
 POST_NORMS = (
     Slot("post_attention_norm.weight", "width"),

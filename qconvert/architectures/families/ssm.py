@@ -1,4 +1,4 @@
-"""State-space layers of Mamba 2's kind, as several architectures have them.
+"""State-space layers of Mamba 2's kind, and of Mamba 1's, as several architectures have them.
 
 A checkpoint has the logarithm of each head's decay, a decay and a skip for each head as vectors,
 and one norm over the inner width; GGUF has the decay itself, both as columns, and the norm as one
@@ -17,7 +17,7 @@ from qconvert.errors import FormatError
 from qconvert.files.gguf_writer import GgufValue
 
 UNLIMITED = (0.0, math.inf)
-_MOST_INNER = 1 << 24
+_MOST_INNER = MAX_STATE = 1 << 24
 LINEAR = "linear_attention"
 # Names that transformers still takes for kinds of layers.
 OLDER = {"mamba": LINEAR, "attention": FULL}
@@ -155,3 +155,40 @@ def ssm_parts(inside: str) -> dict[str, tuple[str, ...]]:
             for kind in ("weight", "bias")
         },
     }  # fmt: skip
+
+
+# --- Mamba 1: every value of the inner width is a head with decays of its own ---
+
+FIRST_SSM = (
+    Slot("ssm_in.weight", "ssm_twice width"),
+    Slot("ssm_conv1d.weight", "ssm_inner ssm_kernel", source="ssm_inner 1 ssm_kernel"),
+    Slot("ssm_conv1d.bias", "ssm_inner"),
+    Slot("ssm_x.weight", "ssm_chosen ssm_inner"),
+    Slot("ssm_dt.weight", "ssm_inner ssm_rank"),
+    Slot("ssm_dt.bias", "ssm_inner"),
+    Slot("ssm_a", "ssm_inner ssm_state", change=NEGATED_EXP),
+    Slot("ssm_d", "ssm_inner"),
+    Slot("ssm_out.weight", "width ssm_inner"),
+)
+
+
+def first_sizes(inner: int, state: int, rank: int, kernel: int) -> dict[str, int]:
+    """Dimensions: of the inner layer, a state, what time steps are made of, and a convolution."""
+    return {
+        "ssm_inner": inner,
+        "ssm_twice": 2 * inner,
+        "ssm_state": state,
+        "ssm_rank": rank,
+        "ssm_chosen": rank + 2 * state,
+        "ssm_kernel": kernel,
+    }
+
+
+def first_keys(sizes: Sizes) -> Keys:
+    named = sizes.named
+    return {
+        "ssm.conv_kernel": named["ssm_kernel"],
+        "ssm.inner_size": named["ssm_inner"],
+        "ssm.state_size": named["ssm_state"],
+        "ssm.time_step_rank": named["ssm_rank"],
+    }
