@@ -121,6 +121,12 @@ def _recurring(kind: str, model_type: str, **more: Any) -> Fields:
     return _without(found, *without, "max_position_embeddings") | {"state_size": 16} | more
 
 
+def _learned(kind: str, model_type: str) -> Fields:
+    """A model with positions that are learned."""
+    found = _recurring(kind, model_type, n_embd=64, n_layer=2, n_head=4, n_positions=256)
+    return _without(found, "hidden_size", "num_hidden_layers", "state_size")
+
+
 NARROW: dict[str, Fields] = {
     "internlm3": _base("InternLM3ForCausalLM", "internlm3", head_dim=32),
     "smollm3": _base("SmolLM3ForCausalLM", "smollm3", num_hidden_layers=4),
@@ -177,6 +183,24 @@ NARROW: dict[str, Fields] = {
     "mamba": _recurring("MambaForCausalLM", "mamba"),
     "falcon_mamba": _recurring(
         "FalconMambaForCausalLM", "falcon_mamba", mixer_rms_eps=1e-5, tie_word_embeddings=False
+    ),
+    "gpt2": _learned("GPT2LMHeadModel", "gpt2"),
+    "gpt_bigcode": _learned("GPTBigCodeForCausalLM", "gpt_bigcode"),
+    "bloom": _without(
+        _recurring("BloomForCausalLM", "bloom", n_layer=2, n_head=4),
+        "num_hidden_layers", "state_size",
+    ),
+    "falcon": _recurring(
+        "FalconForCausalLM", "falcon", num_attention_heads=4, num_kv_heads=2,
+        new_decoder_architecture=True, max_position_embeddings=256, tie_word_embeddings=False,
+    ),
+    "jamba": _base(
+        "JambaForCausalLM", "jamba", num_hidden_layers=4, num_experts=4, num_experts_per_tok=2,
+        attn_layer_period=4, attn_layer_offset=2, mamba_d_state=16,
+    ),
+    "bamba": _base(
+        "BambaForCausalLM", "bamba", num_hidden_layers=3, attn_layer_indices=[1], **_MAMBA,
+        head_dim=32,
     ),
     "glm4": _base("Glm4ForCausalLM", "glm4", head_dim=32),
     "glm4_moe": _base(
@@ -302,6 +326,12 @@ def _encoder(kind: str, model_type: str, **more: Any) -> Fields:
 NARROW |= {
     "xlm-roberta": _encoder("XLMRobertaModel", "xlm-roberta"),
     "roberta": _encoder("RobertaModel", "roberta"),
+    "camembert": _encoder("CamembertModel", "camembert"),
+    "distilbert": {
+        "architectures": ["DistilBertModel"], "model_type": "distilbert",
+        "vocab_size": rows(TOKENIZERS["wordpiece"]), "dim": 64, "hidden_dim": 96,
+        "n_layers": 2, "n_heads": 4, "max_position_embeddings": 256,
+    },
     "modernbert": _without(
         _encoder(
             "ModernBertModel", "modernbert", num_hidden_layers=4, local_attention=16,
@@ -480,7 +510,7 @@ NARROW |= {
 }  # fmt: skip
 # What is compared of these are hidden states.
 ENCODERS = (
-    *("bert", "xlm-roberta", "roberta", "modernbert", _ENCODER3),
+    *("bert", "xlm-roberta", "roberta", "camembert", "distilbert", "modernbert", _ENCODER3),
     *("nomic_bert", "jina_embeddings_v3", "t5-encoder"),
 )
 SEEING = ("llava", "llava_next", "idefics3", "smolvlm", "internvl")
@@ -513,6 +543,12 @@ MORE: dict[str, Fields] = {
         ), **_DEEP,
     ),
     "qwen2_5_vl, as published": _flat(NARROW["qwen2_5_vl"]),
+    "falcon, one head of keys": _without(
+        NARROW["falcon"] | {"new_decoder_architecture": False, "tie_word_embeddings": True},
+        "num_kv_heads",
+    ),
+    "falcon, one norm": NARROW["falcon"] | {"num_ln_in_parallel_attn": 1},
+    "bloom, 6 heads": NARROW["bloom"] | {"n_head": 6, "hidden_size": 768},
     "nemotron_h, dense": NARROW["nemotron_h"] | {
         "layers_block_type": ["mamba", "mlp", "attention", "mlp", "mamba"]
     },
@@ -648,6 +684,9 @@ _WIDER = {
     "d_model": 256,
     "d_ff": 512,
     "d_kv": 64,
+    "n_embd": 256,
+    "dim": 256,
+    "hidden_dim": 512,
     "intermediate_size": 512,
     "intermediate_size_mlp": 512,
     "moe_intermediate_size": 256,

@@ -309,6 +309,9 @@ def sampled(outputs: NDArray[np.float32], tokens: int) -> list[list[float]]:
     return [[float(f"{v:.5g}") for v in outputs[p, ::EVERY]] for p in POSITIONS if p < tokens]
 
 
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation", "activation_function")
+
+
 class Runner:
     """Runs the cases of one class against its base."""
 
@@ -426,7 +429,7 @@ class Runner:
             outcome.verdict = "no effect"
         elif isinstance(effect, str) or effect > 10 * max(outcome.difference, self.difference):
             outcome.verdict = "equal"
-        elif case.field in ("hidden_act", "hidden_activation") and self.name in TOLERANCE:
+        elif case.field in _ACTIVATIONS and self.name in TOLERANCE:
             outcome.verdict = "equal"  # one GELU or another: less than ggml's table rounds away
         elif not outcome.keys:
             outcome.why = "equal, but an effect so small would not be seen"

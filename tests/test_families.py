@@ -35,6 +35,7 @@ FIGURES: dict[str, Any] = json.loads((ROOT / "tests" / "families.json").read_tex
 # Values that GGUF changes so that they come back rounded.
 CHANGED = ("A_log", "norm")
 MULTIPLIED = ("falcon_h1",)
+PADDED = ("xlm-roberta", "roberta", "camembert")  # positions are counted from the padding's on
 
 
 def whole(model: Model, tensor: TensorInfo) -> np.ndarray:
@@ -63,7 +64,7 @@ def test_a_family_converts_and_comes_back(name: str, tmp_path: Path, call: Call)
     for tensor in found.model.tensors:
         original = next(t for t in source.tensors if t.name == tensor.name)
         values, wanted = whole(found.model, tensor), whole(source, original)
-        if name in ENCODERS and "position_embeddings" in tensor.name:
+        if name in PADDED and "position_embeddings" in tensor.name:
             unused = 2 * 64  # up to the padding's, whose id is 1
             assert not values[:unused].any()
             values, wanted = values[unused:], wanted[unused:]

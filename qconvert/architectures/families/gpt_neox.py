@@ -19,7 +19,7 @@ from qconvert.architectures.families.keys import (
 )
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.families.slots import (
-    BY_HEAD,
+    BY_GROUP,
     MEAN_NORMS,
     OUTPUT_BIAS,
     PLAIN_INNER,
@@ -85,7 +85,7 @@ ROWS = (
         ("GPTNeoXForCausalLM",),
         "gptneox",
         (*WHOLE, OUTPUT_BIAS),
-        (*MEAN_NORMS, *BY_HEAD, *PLAIN_INNER),
+        (*MEAN_NORMS, *BY_GROUP, *PLAIN_INNER),
         neox_keys,
         neox_sizes,
         neox_rope,

@@ -6,8 +6,9 @@ be said is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.rope import Parameters, Rope, Scalings, read_rope, settled
@@ -67,17 +68,32 @@ GELU = ("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast")
 
 
 def plain_sizes(
-    config: Config, *, grouped: bool = True, blocks: int | None = None, **more: int
+    config: Config,
+    *,
+    grouped: bool = True,
+    blocks: int | None = None,
+    groups: int | None = None,
+    inner: int | None = None,
+    context: int | None = None,
+    called: Mapping[str, str] = MappingProxyType({}),
+    **more: int,
 ) -> Sizes:
     """Dimensions that every architecture has; ``grouped`` if queries may share keys.
 
-    ``blocks`` are counted by ``num_hidden_layers``, if not otherwise.
+    ``blocks``, ``groups`` of queries with the same keys, the ``inner`` width and the ``context``
+    are what fields of every class say, if not given; ``called`` has their names where a class has
+    others.
 
     Raises:
         FormatError: they contradict each other.
     """
-    width, heads = config.count("hidden_size"), config.count("num_attention_heads")
-    groups = (config.optional_count("num_key_value_heads") or heads) if grouped else heads
+
+    def own(name: str) -> str:
+        return called.get(name, name)
+
+    width, heads = config.count(own("hidden_size")), config.count(own("num_attention_heads"))
+    if groups is None:
+        groups = (config.optional_count("num_key_value_heads") or heads) if grouped else heads
     stated = _head_dim(config)
     head = stated or width // heads
     divides = config.known is None or config.known.divides
@@ -91,10 +107,11 @@ def plain_sizes(
             + (", and a width that is a multiple of the heads" if divides else ""),
             code="ARCH-HEADS",
         )
-    none = config.known is not None and "intermediate_size" not in config.known.fields
-    inner = more["expert_inner"] if none else config.count("intermediate_size")
+    if inner is None:
+        none = config.known is not None and "intermediate_size" not in config.known.fields
+        inner = more["expert_inner"] if none else config.count("intermediate_size")
     return Sizes(
-        blocks=blocks or config.count("num_hidden_layers", most=MAX_BLOCKS),
+        blocks=blocks or config.count(own("num_hidden_layers"), most=MAX_BLOCKS),
         head_dim=head,
         named={
             "vocabulary": config.count("vocab_size"),
@@ -105,7 +122,7 @@ def plain_sizes(
             "query": heads * head,
             "key": groups * head,
             "fused": (heads + 2 * groups) * head,
-            "context": config.count("max_position_embeddings"),
+            "context": context or config.count(own("max_position_embeddings")),
             **more,
         },
     )

@@ -32,6 +32,7 @@ from qconvert.architectures.families.ssm import (
     ssm_keys,
     ssm_parts,
     ssm_sizes,
+    time_step_rank,
 )
 
 _TIME_STEPS = ("time_step_min", "time_step_max", "time_step_floor")
@@ -138,14 +139,9 @@ def mamba2_keys(config: Config, sizes: Sizes) -> Keys:
     return _no_attention(config, sizes) | ssm_keys(sizes)
 
 
-_AUTO = "auto"
-
-
 def mamba_sizes(config: Config) -> Sizes:
     width, state = config.count("hidden_size"), config.count("state_size", most=MAX_STATE)
-    rank = -(-width // 16)
-    if config.get("time_step_rank") != _AUTO:
-        rank = config.count("time_step_rank")
+    rank = time_step_rank(config, "time_step_rank", width)
     inner = config.count("expand", most=1024) * width
     return Sizes(
         blocks=config.count("num_hidden_layers", most=MAX_BLOCKS),

@@ -65,18 +65,36 @@ FUSED = (
 )
 
 
-def fused_by_head(sizes: Sizes) -> Locate:
-    """Rows of queries, then keys, then values, where a checkpoint has those of a head together."""
-    head, width = sizes.head_dim, sizes.named["query"]
+def fused_by_group(sizes: Sizes) -> Locate:
+    """Rows of queries, then keys, then values, where a checkpoint has together the queries that
+    share keys, and these and their values after them.
+    """
+    head, query, key = sizes.head_dim, sizes.named["query"], sizes.named["key"]
+    each = query // key  # of queries in a group, which has two heads more
 
     def locate(rows: Rows) -> Rows:
-        part, row = np.divmod(rows, width)
-        return row // head * (3 * head) + part * head + row % head
+        number, row = np.divmod(rows, head)
+        others = number - query // head
+        group = np.where(others < 0, number // each, others % (key // head))
+        place = np.where(others < 0, number % each, each + others // (key // head))
+        return (group * (each + 2) + place) * head + row
 
     return locate
 
 
-BY_HEAD = tuple(replace(s, rows=fused_by_head) if "qkv" in s.name else s for s in FUSED)
+BY_GROUP = tuple(replace(s, rows=fused_by_group) if "qkv" in s.name else s for s in FUSED)
+
+
+def turned_round(slot: Slot) -> Slot:
+    """A matrix that a checkpoint has turned round."""
+
+    def order(sizes: Sizes) -> Order:
+        rows, columns = sizes.shape(slot.shape)
+        return strided((rows, columns), (1, rows))
+
+    return replace(slot, source=" ".join(reversed(slot.shape.split())), order=order)
+
+
 HEAD_NORMS = (Slot("attn_q_norm.weight", "head"), Slot("attn_k_norm.weight", "head"))
 POST_NORMS = (
     Slot("post_attention_norm.weight", "width"),

@@ -8,6 +8,7 @@ row for each group.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.families.keys import FULL, Keys, Sizes
@@ -16,6 +17,7 @@ from qconvert.architectures.mapped import NEGATED_EXP
 from qconvert.errors import FormatError
 from qconvert.files.gguf_writer import GgufValue
 
+In = Callable[[Config, Sizes, int], bool]
 UNLIMITED = (0.0, math.inf)
 _MOST_INNER = MAX_STATE = 1 << 24
 LINEAR = "linear_attention"
@@ -110,11 +112,16 @@ def attends(config: Config, sizes: Sizes, block: int) -> bool:
     return not recurs(config, sizes, block)
 
 
-def attending_keys(config: Config, sizes: Sizes) -> Keys:
+def attending_keys(config: Config, sizes: Sizes, attends: In = attends) -> Keys:
     """Heads of keys in each layer, none where it is a state-space layer."""
     groups = sizes.named["key"] // sizes.head_dim
-    attended = [kind == FULL for kind in kinds(config, sizes)]
+    attended = [attends(config, sizes, i) for i in range(sizes.blocks)]
     return {"attention.head_count_kv": GgufValue("UINT32", [groups if a else 0 for a in attended])}
+
+
+def others(attends: In) -> In:
+    """Whether a block has a state-space layer, where others attend."""
+    return lambda config, sizes, block: not attends(config, sizes, block)
 
 
 def require_unlimited(config: Config, field: str = "time_step_limit") -> None:
@@ -157,6 +164,21 @@ def ssm_parts(inside: str) -> dict[str, tuple[str, ...]]:
     }  # fmt: skip
 
 
+# Names of blocks that have a module ``mamba`` or attention, and ``feed_forward``.
+MIXED_PARTS: dict[str, tuple[str, ...]] = {
+    "pre_ff_layernorm.weight": ("ffn_norm.weight",),
+    **{
+        f"feed_forward.{n}_proj.{kind}": (f"ffn_{n}.{kind}",)
+        for n in ("gate", "up", "down")
+        for kind in ("weight", "bias")
+    },
+    **{
+        f"feed_forward.experts.{n}_proj.weight": (f"ffn_{n}_exps.weight",)
+        for n in ("gate", "up", "down")
+    },
+    "feed_forward.router.weight": ("ffn_gate_inp.weight",),
+}
+
 # --- Mamba 1: every value of the inner width is a head with decays of its own ---
 
 FIRST_SSM = (
@@ -182,6 +204,11 @@ def first_sizes(inner: int, state: int, rank: int, kernel: int) -> dict[str, int
         "ssm_chosen": rank + 2 * state,
         "ssm_kernel": kernel,
     }
+
+
+def time_step_rank(config: Config, field: str, width: int) -> int:
+    """Width of what time steps are made of: a sixteenth of the model's where it is 'auto'."""
+    return -(-width // 16) if config.get(field) == "auto" else config.count(field)
 
 
 def first_keys(sizes: Sizes) -> Keys:
