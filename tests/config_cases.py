@@ -71,6 +71,8 @@ TOKENIZER = {
     "nomic_bert": "wordpiece",
     "jina_embeddings_v3": "unigram",
     "t5": "unigram",
+    "mt5": "unigram",
+    "umt5": "unigram",
     "t5-encoder": "unigram",
 }
 

@@ -403,6 +403,10 @@ VALUES |= {
     "attn_layer_indices": [[0, 2], [], [0, 1, 2]],
     "z_loss_coefficient": [0.5],
 }
+VALUES |= {
+    "num_shared_experts": [2, 0],
+    "decoder_start_token_id": [7],
+}
 # Read by transformers though no field of the class, or of every class before transformers 5.
 BESIDE = (
     "torch_dtype", "_name_or_path", "tokenizer_class", "temperature", "output_attentions",
@@ -833,6 +837,18 @@ OWN: dict[str, dict[str, list[Any]]] = {
             {FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}, SLIDING: {}},
         ],
         "rope_scaling": [{"rope_type": "linear", "factor": 4.0}],
+    },
+    **{
+        name: {
+            "feed_forward_proj": ["gelu", "gated-silu"],
+            "tie_word_embeddings": [True, False],
+        }
+        for name in ("mt5", "umt5")
+    },
+    "exaone_moe": {
+        "layer_types": [[FULL] * 4, [SLIDING] * 4, [FULL, SLIDING] * 2],
+        "mlp_layer_types": [["dense"] * 4, ["dense", "dense", "sparse", "sparse"]],
+        "sliding_window": [17, 4, 256],
     },
     # Gated ones are the encoder's, and "t5, gated" of `MORE`: ggml's GELU is less exact.
     "t5": {

@@ -194,6 +194,18 @@ NARROW: dict[str, Fields] = {
         "FalconForCausalLM", "falcon", num_attention_heads=4, num_kv_heads=2,
         new_decoder_architecture=True, max_position_embeddings=256, tie_word_embeddings=False,
     ),
+    "glm": _base("GlmForCausalLM", "glm", head_dim=16),
+    "solar_open": _without(
+        _base(
+            "SolarOpenForCausalLM", "solar_open", **_EXPERTS, n_routed_experts=4, head_dim=32,
+            routed_scaling_factor=1.5,
+        ),
+        "intermediate_size",
+    ),
+    "exaone_moe": _base(
+        "ExaoneMoeForCausalLM", "exaone_moe", **_EXPERTS, num_experts=4, num_hidden_layers=4,
+        sliding_window=16,
+    ),
     "jamba": _base(
         "JambaForCausalLM", "jamba", num_hidden_layers=4, num_experts=4, num_experts_per_tok=2,
         attn_layer_period=4, attn_layer_offset=2, mamba_d_state=16,
@@ -403,6 +415,12 @@ NARROW |= {
         },
     ),
 }  # fmt: skip
+NARROW["mistral3-mistral4"] = NARROW["mistral3"] | {
+    "text_config": _without(
+        _base("", "mistral4", **_LATENT, q_lora_rank=32, rms_norm_eps=1e-6, rope_parameters=_YARN),
+        "architectures",
+    )
+}
 _PLAIN = _base("", "llama")
 _TOWER = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -508,6 +526,17 @@ NARROW |= {
         "tie_word_embeddings": False,
     },
 }  # fmt: skip
+NARROW |= {
+    "mt5": _T5 | {
+        "architectures": ["MT5ForConditionalGeneration"], "model_type": "mt5",
+        "feed_forward_proj": "relu",  # ggml's GELU is less exact
+    },
+    "umt5": _T5 | {
+        "architectures": ["UMT5ForConditionalGeneration"], "model_type": "umt5",
+        "feed_forward_proj": "relu",
+    },
+}  # fmt: skip
+STACKS = ("t5", "mt5", "umt5")  # of an encoder and a decoder
 # What is compared of these are hidden states.
 ENCODERS = (
     *("bert", "xlm-roberta", "roberta", "camembert", "distilbert", "modernbert", _ENCODER3),
@@ -516,6 +545,7 @@ ENCODERS = (
 SEEING = ("llava", "llava_next", "idefics3", "smolvlm", "internvl")
 SEEING_QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 WRAPPED = (
+    "mistral3-mistral4",
     *("qwen3_5", "qwen3_5_moe", "mistral3", "llama4", "gemma3n", "gemma4"),
     *(*SEEING, *SEEING_QWEN),
 )
@@ -583,6 +613,13 @@ MORE: dict[str, Fields] = {
         },
     ),
     "t5, gated": _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    **{
+        f"{kind.lower()}, encoder": _T5 | {
+            "architectures": [f"{kind}EncoderModel"], "model_type": kind.lower(),
+            "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+        }
+        for kind in ("MT5", "UMT5")
+    },
     "bert, classifier": _encoder(
         "BertForSequenceClassification", "bert", id2label={"0": "score"}
     ),

@@ -60,7 +60,7 @@ from config_changes import (
     cases,
 )
 from config_document import document
-from family_models import ENCODERS, NARROW, WRAPPED
+from family_models import ENCODERS, NARROW, STACKS, WRAPPED
 from gguf import GGUFReader
 from numpy.typing import NDArray
 
@@ -77,7 +77,7 @@ DOCUMENT = HERE.parent / "formats" / "gguf-configuration.md"
 
 def is_encoder(config: Fields) -> bool:
     """Whether hidden states are compared, not logits of tokens."""
-    if config.get("architectures") == ["T5EncoderModel"]:
+    if str(config.get("architectures")).endswith("T5EncoderModel']"):
         return True
     return config.get("model_type") in ENCODERS or any(
         config.get("architectures") == NARROW[name]["architectures"]
@@ -120,7 +120,7 @@ class Transformers:
 
     def _class(self, config: Fields) -> Any:
         p = self.package
-        if config.get("model_type") == "t5":
+        if config.get("model_type") in STACKS:
             return p.AutoModelForTextEncoding if is_encoder(config) else p.AutoModelForSeq2SeqLM
         if config.get("model_type") in WRAPPED:
             return p.AutoModelForImageTextToText

@@ -16,7 +16,7 @@ import pytest
 from config_cases import TOLERANCE, Directories, unfolded
 from conftest import ROOT, Call
 from family_document import PAGE, with_table
-from family_models import ENCODERS, FURTHER, MORE, NARROW, WRAPPED, with_further
+from family_models import ENCODERS, FURTHER, MORE, NARROW, STACKS, WRAPPED, with_further
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.numpy import load_file, save_file
@@ -285,7 +285,7 @@ def test_the_way_back_knows_the_names_of_transformers_modules(name: str, tmp_pat
     place.write_text(json.dumps(fields))
     loaded = transformers.AutoConfig.from_pretrained(tmp_path)
     kind = transformers.AutoModelForCausalLM
-    if name == "t5":
+    if name in STACKS:
         kind = transformers.AutoModelForSeq2SeqLM
     if name in WRAPPED:
         kind = transformers.AutoModelForImageTextToText

@@ -62,8 +62,8 @@ CONFIGS = (
             attention_bias=(BOOL, False),
             mlp_bias=(BOOL, False),
             attn_layer_indices=(INTS_OR_NULL, None),
-            **MAMBA_FIELDS,
-        ),
+        )
+        | MAMBA_FIELDS,
         (*TRAINING, "num_logits_to_keep", "mamba_chunk_size", "z_loss_coefficient"),
         (*(n for n in DECODER if n not in ("layer_types", _NOT_READ)), "head_dim"),
         MappingProxyType({"layer_types": "layers_block_type"}),

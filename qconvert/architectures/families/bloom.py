@@ -62,10 +62,10 @@ def bloom_sizes(config: Config) -> Sizes:
     width = width_field(config)
     return plain_sizes(
         config,
+        _NAMES | {"hidden_size": width},
         grouped=False,
         inner=4 * config.count(width),
         context=config.count("seq_length", _TRAINED),
-        called=_NAMES | {"hidden_size": width},
     )
 
 

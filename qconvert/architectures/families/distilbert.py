@@ -45,7 +45,7 @@ _EPSILON = 1e-12  # transformers' class has it, and no field
 def distilbert_sizes(config: Config) -> Sizes:
     inner = config.count("hidden_dim")
     # llama.cpp wants to know of one type, and needs no tensor of it
-    return plain_sizes(config, grouped=False, inner=inner, called=_NAMES, types=1)
+    return plain_sizes(config, _NAMES, grouped=False, inner=inner, types=1)
 
 
 def distilbert_keys(config: Config, sizes: Sizes) -> Keys:

@@ -79,9 +79,9 @@ def falcon_sizes(config: Config) -> Sizes:
     several = grouped or not config.flag("multi_query")
     return plain_sizes(
         config,
+        {"hidden_size": width},
         groups=config.optional_count("num_kv_heads") if several else 1,
         inner=config.optional_count("ffn_hidden_size") or 4 * config.count(width),
-        called={"hidden_size": width, "num_key_value_heads": "num_kv_heads"},
     )
 
 

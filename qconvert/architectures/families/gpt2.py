@@ -91,7 +91,7 @@ CONFIGS = (
 
 def gpt2_sizes(config: Config, groups: int | None = None) -> Sizes:
     inner = config.optional_count("n_inner") or 4 * config.count("n_embd")
-    return plain_sizes(config, grouped=False, groups=groups, inner=inner, called=_NAMES)
+    return plain_sizes(config, _NAMES, grouped=False, groups=groups, inner=inner)
 
 
 def starcoder_sizes(config: Config) -> Sizes:

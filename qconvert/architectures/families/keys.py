@@ -69,13 +69,14 @@ GELU = ("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast")
 
 def plain_sizes(
     config: Config,
+    called: Mapping[str, str] = MappingProxyType({}),
+    /,
     *,
     grouped: bool = True,
     blocks: int | None = None,
     groups: int | None = None,
     inner: int | None = None,
     context: int | None = None,
-    called: Mapping[str, str] = MappingProxyType({}),
     **more: int,
 ) -> Sizes:
     """Dimensions that every architecture has; ``grouped`` if queries may share keys.
@@ -297,6 +298,32 @@ def group_keys(config: Config, sizes: Sizes) -> Keys:
     if each < 2 or config.count("num_experts_per_tok") > each * used:
         raise config.unlike("n_group", "groups of at least two experts, enough of them")
     return {"expert_group_count": groups, "expert_group_used_count": used}
+
+
+def leading_blocks(config: Config, blocks: int) -> int:
+    """How many blocks have no experts: those before all others.
+
+    ``mlp_layer_types`` says it where it is there, else ``first_k_dense_replace``; the first one
+    alone has none in a class without that field.
+
+    Raises:
+        UnsupportedError: blocks without experts after others, or none with them.
+        FormatError: the number is none that there can be.
+    """
+    types = config.get("mlp_layer_types")
+    if types is not None:
+        dense = types.index("sparse") if "sparse" in types else len(types)
+        if len(types) != blocks or types != ["dense"] * dense + ["sparse"] * (blocks - dense):
+            raise config.unlike("mlp_layer_types", "'dense' layers, then 'sparse' ones")
+        if dense == blocks:
+            raise config.unlike("mlp_layer_types", "'sparse' for one layer at least")
+        return int(dense)
+    if config.known and "first_k_dense_replace" not in config.known.fields:
+        return 1
+    found = config.get("first_k_dense_replace")
+    if type(found) is not int or not 0 <= found < blocks:
+        raise config.wrong("first_k_dense_replace", f"an integer from 0 to {blocks - 1}")
+    return found
 
 
 # --- windows ---
