@@ -202,6 +202,7 @@ NARROW: dict[str, Fields] = {
         ),
         "intermediate_size",
     ),
+    "exaone": _base("ExaoneForCausalLM", "exaone", head_dim=16),
     "exaone_moe": _base(
         "ExaoneMoeForCausalLM", "exaone_moe", **_EXPERTS, num_experts=4, num_hidden_layers=4,
         sliding_window=16,

@@ -84,7 +84,7 @@ def test_second_names_and_the_base_of_rotary_positions(known: ConfigClass) -> No
 
 
 # Models that transformers runs with another family's class.
-AS_ANOTHER = {"internlm3": "LlamaForCausalLM"}
+AS_ANOTHER = dict.fromkeys(("internlm3", "exaone"), "LlamaForCausalLM")
 # A model type may stand for several classes of models, of which these are the first.
 FIRST = list({known.model_type: known for known in reversed(CONFIG_CLASSES)}.values())
 

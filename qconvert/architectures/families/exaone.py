@@ -30,6 +30,7 @@ from qconvert.architectures.families.keys import (
     group_keys,
     layer_types,
     leading_blocks,
+    plain_sizes,
     rotary,
     routed_keys,
     window_keys,
@@ -50,6 +51,32 @@ from qconvert.architectures.families.slots import (
 from qconvert.architectures.rope import BY_PAIR, PLAIN
 
 CONFIGS = (
+    ConfigClass(
+        "ExaoneConfig",
+        "exaone",
+        ("ExaoneForCausalLM",),  # which transformers runs as LlamaForCausalLM
+        decoder_fields(
+            (102_400, 4096, 14_336, 32, 32),
+            (INT_OR_NULL, 8),
+            4096,
+            1e-5,
+            attention_bias=(BOOL, False),
+            mlp_bias=(BOOL, False),
+            head_dim=(INT_OR_NULL, None),
+        ),
+        TRAINING,
+        DECODER,
+        MappingProxyType(
+            {
+                "num_layers": "num_hidden_layers",
+                "layer_norm_epsilon": "rms_norm_eps",
+                "activation_function": "hidden_act",
+            }
+        ),
+        harmless=MappingProxyType({"embed_dropout": ANY}),
+        theta=500_000.0,
+        divides=True,
+    ),
     ConfigClass(
         "ExaoneMoeConfig",
         "exaone_moe",
@@ -156,7 +183,24 @@ def exaone_moe_keys(config: Config, sizes: Sizes) -> Keys:
     )
 
 
+def exaone_keys(config: Config, sizes: Sizes) -> Keys:
+    for name in ("attention_bias", "mlp_bias"):
+        config.require(name, (False,))
+    return decoder_keys(config, sizes)
+
+
 ROWS = (
+    Family(
+        "EXAONE 3 and 3.5",
+        ("ExaoneForCausalLM",),
+        "exaone",
+        WHOLE,
+        (*NORMS, *attention(heads=False, bias=False), *GATED),
+        exaone_keys,
+        plain_sizes,
+        rotary(BY_PAIR),
+        SILU,
+    ),
     Family(
         "EXAONE mixture of experts",
         ("ExaoneMoeForCausalLM",),
