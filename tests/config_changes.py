@@ -406,6 +406,7 @@ VALUES |= {
 VALUES |= {
     "num_shared_experts": [2, 0],
     "decoder_start_token_id": [7],
+    "mask_token_id": [7],
 }
 # Read by transformers though no field of the class, or of every class before transformers 5.
 BESIDE = (

@@ -202,6 +202,9 @@ NARROW: dict[str, Fields] = {
         ),
         "intermediate_size",
     ),
+    "jais2": _without(
+        _base("Jais2ForCausalLM", "jais2", layer_norm_eps=1e-5, head_dim=16), "rms_norm_eps"
+    ),
     "exaone": _base("ExaoneForCausalLM", "exaone", head_dim=16),
     "exaone_moe": _base(
         "ExaoneMoeForCausalLM", "exaone_moe", **_EXPERTS, num_experts=4, num_hidden_layers=4,
@@ -339,6 +342,7 @@ def _encoder(kind: str, model_type: str, **more: Any) -> Fields:
 NARROW |= {
     "xlm-roberta": _encoder("XLMRobertaModel", "xlm-roberta"),
     "roberta": _encoder("RobertaModel", "roberta"),
+    "eurobert": _base("EuroBertModel", "eurobert", head_dim=16),
     "camembert": _encoder("CamembertModel", "camembert"),
     "distilbert": {
         "architectures": ["DistilBertModel"], "model_type": "distilbert",
@@ -540,7 +544,16 @@ NARROW |= {
 STACKS = ("t5", "mt5", "umt5")  # of an encoder and a decoder
 # What is compared of these are hidden states.
 ENCODERS = (
-    *("bert", "xlm-roberta", "roberta", "camembert", "distilbert", "modernbert", _ENCODER3),
+    *(
+        "bert",
+        "xlm-roberta",
+        "roberta",
+        "camembert",
+        "distilbert",
+        "eurobert",
+        "modernbert",
+        _ENCODER3,
+    ),
     *("nomic_bert", "jina_embeddings_v3", "t5-encoder"),
 )
 SEEING = ("llava", "llava_next", "idefics3", "smolvlm", "internvl")

@@ -45,6 +45,7 @@ CONFIGS = (
                 **dict.fromkeys(("attention_softmax_in_fp32", "bias_dropout_fusion"), ANY),
                 **dict.fromkeys(("masked_softmax_fusion", "offset_alibi", "skip_bias_add"), ANY),
                 "skip_bias_add_qkv": ANY,
+                "n_inner": (None,),
             }
         ),
     ),

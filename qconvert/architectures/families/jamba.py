@@ -74,7 +74,9 @@ CONFIGS = (
         MappingProxyType({"num_local_experts": "num_experts"}),
         harmless=MappingProxyType(
             {
-                **dict.fromkeys(("num_logits_to_keep", "calc_logits_for_entire_prompt"), ANY),
+                **dict.fromkeys(
+                    ("num_logits_to_keep", "calc_logits_for_entire_prompt", "n_ctx"), ANY
+                ),
                 "mamba_inner_layernorms": (True,),
             }
         ),

@@ -35,6 +35,7 @@ from qconvert.architectures.families.ssm import (
     time_step_rank,
 )
 
+_INNER = "intermediate_size"  # no field, but it counts before 'expand' where a file has it
 _TIME_STEPS = ("time_step_min", "time_step_max", "time_step_floor")
 _FIRST = ConfigClass(
     "MambaConfig",
@@ -59,10 +60,10 @@ _FIRST = ConfigClass(
         *("initializer_range", "use_cache", *TOKENS, "residual_in_fp32", *_TIME_STEPS),
         *("time_step_scale", "time_step_init_scheme", "use_mambapy", "use_associative_scan"),
     ),
-    ("per_layer_config",),
+    ("per_layer_config", _INNER),
     harmless=MappingProxyType(
         {
-            **dict.fromkeys(("d_inner", "d_model", "intermediate_size", "n_layer"), ANY),
+            **dict.fromkeys(("d_inner", "d_model", "n_layer"), ANY),
             **{"fused_add_norm": ANY, "rms_norm": (True,), "ssm_cfg": ({},)},
             "pad_vocab_size_multiple": ANY,
         }
@@ -143,6 +144,8 @@ def mamba_sizes(config: Config) -> Sizes:
     width, state = config.count("hidden_size"), config.count("state_size", most=MAX_STATE)
     rank = time_step_rank(config, "time_step_rank", width)
     inner = config.count("expand", most=1024) * width
+    if config.stated(_INNER) is not None:
+        inner = config.count(_INNER, most=MAX_STATE)
     return Sizes(
         blocks=config.count("num_hidden_layers", most=MAX_BLOCKS),
         head_dim=width,
@@ -175,7 +178,9 @@ def _plain(config: Config) -> None:
 
 def mamba_keys(config: Config, sizes: Sizes) -> Keys:
     _plain(config)
-    config.require("expand", (2,))
+    if sizes.named["ssm_inner"] != 2 * sizes.named["width"]:
+        field = "expand" if config.stated(_INNER) is None else _INNER
+        raise config.unlike(field, "a width twice that of the model")
     return _no_attention(config, sizes) | first_keys(sizes)
 
 
