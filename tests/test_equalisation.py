@@ -384,7 +384,7 @@ def _factors(path: Path) -> dict[str, Exponents]:
     ("change", "said"),
     [
         ({}, "no config.json says how layers follow each other"),
-        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "architecture has no row"),
+        ({"architectures": ["GPTJForCausalLM"], "model_type": "gptj"}, "architecture has no row"),
         ({"num_attention_heads": 8}, "shape contradicts config.json"),
         ({"num_hidden_layers": 3}, "tensor is missing"),
     ],

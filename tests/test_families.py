@@ -314,3 +314,9 @@ def test_a_layer_whose_columns_are_permuted_has_no_place_for_its_statistics() ->
     assert place("model.layers.0.linear_attn.out_proj") is None
     assert place("model.layers.0.linear_attn.in_proj_z") == Place("blk.0.attn_gate.weight", None)
     assert place("model.layers.2.self_attn.o_proj") == Place("blk.2.attn_output.weight", None)
+
+
+def test_a_layer_whose_matrix_is_turned_round_has_the_columns_of_its_inputs() -> None:
+    place = layer_places(dict(NARROW["gpt2"]), Path("config.json"))
+    assert place("transformer.h.0.attn.c_attn") == Place("blk.0.attn_qkv.weight", None)
+    assert place("transformer.h.1.mlp.c_proj") == Place("blk.1.ffn_down.weight", None)
