@@ -29,6 +29,7 @@ POSITIONS, EVERY = (5, 79, 159), 61
 # Largest difference, of the largest output. ggml takes GELU from a table of binary16.
 TOLERANCE = {
     **dict.fromkeys(("gemma2", "gemma3_text", "gemma3", "starcoder2", *ENCODERS), 3e-3),
+    **dict.fromkeys(("gemma", "phi", "gpt_neox", "gpt2", "gpt_bigcode", "bloom", "falcon"), 3e-3),
     **dict.fromkeys(("gemma3n_text", "gemma3n"), 3e-3),
     **dict.fromkeys(("gemma4_text", "gemma4"), 6e-3),
 }
@@ -60,13 +61,18 @@ TOKENIZER = {
     "gemma3_text-encoder": "sp-gemma",
     "gemma3n_text": "sp-gemma",
     "gemma3n": "sp-gemma",
+    "gemma": "sp-gemma",
     "bert": "wordpiece",
     "xlm-roberta": "unigram",
     "roberta": "gpt-2",
+    "camembert": "unigram",
+    "distilbert": "wordpiece",
     "modernbert": "gpt-2",
     "nomic_bert": "wordpiece",
     "jina_embeddings_v3": "unigram",
     "t5": "unigram",
+    "mt5": "unigram",
+    "umt5": "unigram",
     "t5-encoder": "unigram",
 }
 
@@ -194,12 +200,14 @@ class Directories:
     def _written(self, base: str, shapes: Mapping[str, tuple[int, ...]]) -> Path:
         place = self._home / f"{base}-{len(self._made)}"
         place.mkdir(parents=True)
-        tensors = weights(shapes, zero_based=base.startswith(ZERO_BASED))
+        tensors = weights(shapes, zero_based=base == "gemma" or base.startswith(ZERO_BASED))
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
         tokenizer = TOKENIZERS[TOKENIZER.get(base, "sp-llama")]
         (place / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
         around = (
-            {"cls_token": "[CLS]", "sep_token": "[SEP]"} if base in ("bert", "nomic_bert") else {}
+            {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+            if base in ("bert", "distilbert", "nomic_bert")
+            else {}
         )
         (place / "tokenizer_config.json").write_text(json.dumps(around))
         return place

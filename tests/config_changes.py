@@ -345,6 +345,69 @@ VALUES |= {
     "time_step_floor": [0.5],
     "rescale_prenorm_residual": [True],
 }
+VALUES |= {
+    "rotary_pct": [0.5],
+    "rotary_emb_base": [500],
+    "use_mambapy": [True],
+    "use_associative_scan": [False],
+    "time_step_scale": [0.5],
+    "time_step_init_scheme": ["constant"],
+    "mixer_rms_eps": [1e-2],
+}
+VALUES |= {
+    "n_embd": [96],
+    "n_layer": [1, 0],
+    "n_head": [2, 3],
+    "n_inner": [128],
+    "n_embed": [96],
+    "activation_function": ["relu", "gelu"],
+    "activation": ["relu", "gelu_new"],
+    "attn_pdrop": [0.5],
+    "scale_attn_weights": [False],
+    "scale_attn_by_inverse_layer_idx": [True],
+    "reorder_and_upcast_attn": [True],
+    "add_cross_attention": [True],
+    "multi_query": [False],
+    "attention_softmax_in_fp32": [False],
+    "scale_attention_softmax_in_fp32": [False],
+    "summary_type": ["last"],
+    "summary_use_proj": [False],
+    "summary_activation": ["tanh"],
+    "summary_proj_to_labels": [False],
+    "summary_first_dropout": [0.5],
+    "apply_residual_connection_post_layernorm": [True],
+    "slow_but_exact": [True],
+    "seq_length": [512],
+    "num_ln_in_parallel_attn": [1, 3],
+    "num_kv_heads": [1, 4, 3],
+    "alibi": [True],
+    "new_decoder_architecture": [False],
+    "parallel_attn": [False],
+    "bias": [True],
+    "ffn_hidden_size": [128],
+    "n_layers": [1, 0],
+    "n_heads": [2, 3],
+    "dim": [96],
+    "hidden_dim": [64],
+    "dropout": [0.5],
+    "qa_dropout": [0.5],
+    "seq_classif_dropout": [0.5],
+    "sinusoidal_pos_embds": [True],
+}
+VALUES |= {
+    "expert_layer_period": [1, 3, 0],
+    "expert_layer_offset": [0, 2],
+    "attn_layer_period": [3, 1, 0],
+    "attn_layer_offset": [1, 5],
+    "mamba_dt_rank": [6],
+    "attn_layer_indices": [[0, 2], [], [0, 1, 2]],
+    "z_loss_coefficient": [0.5],
+}
+VALUES |= {
+    "num_shared_experts": [2, 0],
+    "decoder_start_token_id": [7],
+    "mask_token_id": [7],
+}
 # Read by transformers though no field of the class, or of every class before transformers 5.
 BESIDE = (
     "torch_dtype", "_name_or_path", "tokenizer_class", "temperature", "output_attentions",
@@ -387,6 +450,8 @@ RELATED = {
     "max_position_embeddings": ("pad_token_id",),
     "layers_block_type": ("layer_types",),
     "num_hidden_layers": (
+        "attn_layer_period",
+        "attn_layer_indices",
         "layer_types",
         "first_k_dense_replace",
         "moe_layer_start_index",
@@ -714,6 +779,9 @@ def class_cases(name: str) -> Iterator[Case]:
         )
     if name == "gemma3_text":
         yield Case("_sliding_window_pattern", "2", {"_sliding_window_pattern": 2})
+    if name == "bloom":
+        both = {"slow_but_exact": True, "pretraining_tp": 2}
+        yield Case("slow_but_exact", "true, pretraining_tp 2", both)
     if name == "bert":
         yield Case("architectures", "absent", {"architectures": REMOVED})
         yield Case(
@@ -771,6 +839,18 @@ OWN: dict[str, dict[str, list[Any]]] = {
         ],
         "rope_scaling": [{"rope_type": "linear", "factor": 4.0}],
     },
+    **{
+        name: {
+            "feed_forward_proj": ["gelu", "gated-silu"],
+            "tie_word_embeddings": [True, False],
+        }
+        for name in ("mt5", "umt5")
+    },
+    "exaone_moe": {
+        "layer_types": [[FULL] * 4, [SLIDING] * 4, [FULL, SLIDING] * 2],
+        "mlp_layer_types": [["dense"] * 4, ["dense", "dense", "sparse", "sparse"]],
+        "sliding_window": [17, 4, 256],
+    },
     # Gated ones are the encoder's, and "t5, gated" of `MORE`: ggml's GELU is less exact.
     "t5": {
         "feed_forward_proj": ["gelu", "gated-silu"],
@@ -781,6 +861,8 @@ OWN: dict[str, dict[str, list[Any]]] = {
         "tie_word_embeddings": [True],
         "num_decoder_layers": [1],
     },
+    **{name: {"n_positions": [512]} for name in ("gpt2", "gpt_bigcode")},
+    "bloom": {"seq_length": [512]},
     "gpt_oss": {"layer_types": [[FULL, SLIDING], [SLIDING] * 2]},
     **{
         name: {"layer_types": [[FULL] * 3, ["linear_attention", FULL, "linear_attention"]]}
@@ -859,6 +941,7 @@ def family_cases(name: str) -> Iterator[Case]:
     assert known is not None
     yield from _field_cases(known, BASES[name], OWN.get(name, {}))
     if known.inner is None:
+        yield from class_cases(name) if name == "bloom" else ()
         return
     inside, inner = known.inner
     if any(base["model_type"] == inner.model_type for base in BASES.values()):

@@ -29,7 +29,8 @@ def table(figures: dict[str, Any]) -> str:
     for name, found in figures.items():
         config = models[name]
         inner = config.get("text_config", config)
-        layers = inner.get("num_hidden_layers") or inner["num_layers"]
+        counts = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+        layers = next(inner[name] for name in counts if name in inner)
         differing = len(found["otherwise"])
         types = f"all {found['types']}" if not differing else f"all but {differing}"
         cells = (name, config["architectures"][0], layers, f"{found['difference']:.1e}")

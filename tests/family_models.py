@@ -113,6 +113,20 @@ _NEMOTRON = _base(
     routed_scaling_factor=2.5,
 )  # fmt: skip
 
+
+def _recurring(kind: str, model_type: str, **more: Any) -> Fields:
+    """A model without attention."""
+    without = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+    found = _base(kind, model_type, tie_word_embeddings=True, layer_norm_epsilon=1e-5)
+    return _without(found, *without, "max_position_embeddings") | {"state_size": 16} | more
+
+
+def _learned(kind: str, model_type: str) -> Fields:
+    """A model with positions that are learned."""
+    found = _recurring(kind, model_type, n_embd=64, n_layer=2, n_head=4, n_positions=256)
+    return _without(found, "hidden_size", "num_hidden_layers", "state_size")
+
+
 NARROW: dict[str, Fields] = {
     "internlm3": _base("InternLM3ForCausalLM", "internlm3", head_dim=32),
     "smollm3": _base("SmolLM3ForCausalLM", "smollm3", num_hidden_layers=4),
@@ -153,6 +167,56 @@ NARROW: dict[str, Fields] = {
     "stablelm": _without(
         _base("StableLmForCausalLM", "stablelm", layer_norm_eps=1e-5, use_qkv_bias=True),
         "rms_norm_eps",
+    ),
+    "gemma": _base(
+        "GemmaForCausalLM", "gemma", head_dim=32, tie_word_embeddings=True,
+        vocab_size=rows(TOKENIZERS["sp-gemma"]),
+    ),
+    "phi": _without(
+        _base("PhiForCausalLM", "phi", layer_norm_eps=1e-5), "rms_norm_eps"
+    ),
+    "gpt_neox": _without(
+        _base("GPTNeoXForCausalLM", "gpt_neox", layer_norm_eps=1e-5),
+        "rms_norm_eps", "num_key_value_heads",
+    ),
+    "olmo": _without(_base("OlmoForCausalLM", "olmo"), "rms_norm_eps"),
+    "mamba": _recurring("MambaForCausalLM", "mamba"),
+    "falcon_mamba": _recurring(
+        "FalconMambaForCausalLM", "falcon_mamba", mixer_rms_eps=1e-5, tie_word_embeddings=False
+    ),
+    "gpt2": _learned("GPT2LMHeadModel", "gpt2"),
+    "gpt_bigcode": _learned("GPTBigCodeForCausalLM", "gpt_bigcode"),
+    "bloom": _without(
+        _recurring("BloomForCausalLM", "bloom", n_layer=2, n_head=4),
+        "num_hidden_layers", "state_size",
+    ),
+    "falcon": _recurring(
+        "FalconForCausalLM", "falcon", num_attention_heads=4, num_kv_heads=2,
+        new_decoder_architecture=True, max_position_embeddings=256, tie_word_embeddings=False,
+    ),
+    "glm": _base("GlmForCausalLM", "glm", head_dim=16),
+    "solar_open": _without(
+        _base(
+            "SolarOpenForCausalLM", "solar_open", **_EXPERTS, n_routed_experts=4, head_dim=32,
+            routed_scaling_factor=1.5,
+        ),
+        "intermediate_size",
+    ),
+    "jais2": _without(
+        _base("Jais2ForCausalLM", "jais2", layer_norm_eps=1e-5, head_dim=16), "rms_norm_eps"
+    ),
+    "exaone": _base("ExaoneForCausalLM", "exaone", head_dim=16),
+    "exaone_moe": _base(
+        "ExaoneMoeForCausalLM", "exaone_moe", **_EXPERTS, num_experts=4, num_hidden_layers=4,
+        sliding_window=16,
+    ),
+    "jamba": _base(
+        "JambaForCausalLM", "jamba", num_hidden_layers=4, num_experts=4, num_experts_per_tok=2,
+        attn_layer_period=4, attn_layer_offset=2, mamba_d_state=16,
+    ),
+    "bamba": _base(
+        "BambaForCausalLM", "bamba", num_hidden_layers=3, attn_layer_indices=[1], **_MAMBA,
+        head_dim=32,
     ),
     "glm4": _base("Glm4ForCausalLM", "glm4", head_dim=32),
     "glm4_moe": _base(
@@ -278,6 +342,13 @@ def _encoder(kind: str, model_type: str, **more: Any) -> Fields:
 NARROW |= {
     "xlm-roberta": _encoder("XLMRobertaModel", "xlm-roberta"),
     "roberta": _encoder("RobertaModel", "roberta"),
+    "eurobert": _base("EuroBertModel", "eurobert", head_dim=16),
+    "camembert": _encoder("CamembertModel", "camembert"),
+    "distilbert": {
+        "architectures": ["DistilBertModel"], "model_type": "distilbert",
+        "vocab_size": rows(TOKENIZERS["wordpiece"]), "dim": 64, "hidden_dim": 96,
+        "n_layers": 2, "n_heads": 4, "max_position_embeddings": 256,
+    },
     "modernbert": _without(
         _encoder(
             "ModernBertModel", "modernbert", num_hidden_layers=4, local_attention=16,
@@ -349,6 +420,12 @@ NARROW |= {
         },
     ),
 }  # fmt: skip
+NARROW["mistral3-mistral4"] = NARROW["mistral3"] | {
+    "text_config": _without(
+        _base("", "mistral4", **_LATENT, q_lora_rank=32, rms_norm_eps=1e-6, rope_parameters=_YARN),
+        "architectures",
+    )
+}
 _PLAIN = _base("", "llama")
 _TOWER = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -414,6 +491,10 @@ NARROW |= {
     "qwen3_vl": _seeing_qwen(
         "qwen3_vl", "Qwen3VL", _base("", "qwen3_vl_text", **_TURNS), **_DEEP
     ),
+    "qwen3_vl_moe": _seeing_qwen(
+        "qwen3_vl_moe", "Qwen3VLMoe",
+        _base("", "qwen3_vl_moe_text", **_TURNS, **_EXPERTS, num_experts=4), **_DEEP,
+    ),
 }  # fmt: skip
 NARROW |= {
     "nomic_bert": _encoder("NomicBertModel", "nomic_bert") | {
@@ -450,14 +531,35 @@ NARROW |= {
         "tie_word_embeddings": False,
     },
 }  # fmt: skip
+NARROW |= {
+    "mt5": _T5 | {
+        "architectures": ["MT5ForConditionalGeneration"], "model_type": "mt5",
+        "feed_forward_proj": "relu",  # ggml's GELU is less exact
+    },
+    "umt5": _T5 | {
+        "architectures": ["UMT5ForConditionalGeneration"], "model_type": "umt5",
+        "feed_forward_proj": "relu",
+    },
+}  # fmt: skip
+STACKS = ("t5", "mt5", "umt5")  # of an encoder and a decoder
 # What is compared of these are hidden states.
 ENCODERS = (
-    *("bert", "xlm-roberta", "roberta", "modernbert", _ENCODER3),
+    *(
+        "bert",
+        "xlm-roberta",
+        "roberta",
+        "camembert",
+        "distilbert",
+        "eurobert",
+        "modernbert",
+        _ENCODER3,
+    ),
     *("nomic_bert", "jina_embeddings_v3", "t5-encoder"),
 )
 SEEING = ("llava", "llava_next", "idefics3", "smolvlm", "internvl")
-SEEING_QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+SEEING_QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 WRAPPED = (
+    "mistral3-mistral4",
     *("qwen3_5", "qwen3_5_moe", "mistral3", "llama4", "gemma3n", "gemma4"),
     *(*SEEING, *SEEING_QWEN),
 )
@@ -485,6 +587,12 @@ MORE: dict[str, Fields] = {
         ), **_DEEP,
     ),
     "qwen2_5_vl, as published": _flat(NARROW["qwen2_5_vl"]),
+    "falcon, one head of keys": _without(
+        NARROW["falcon"] | {"new_decoder_architecture": False, "tie_word_embeddings": True},
+        "num_kv_heads",
+    ),
+    "falcon, one norm": NARROW["falcon"] | {"num_ln_in_parallel_attn": 1},
+    "bloom, 6 heads": NARROW["bloom"] | {"n_head": 6, "hidden_size": 768},
     "nemotron_h, dense": NARROW["nemotron_h"] | {
         "layers_block_type": ["mamba", "mlp", "attention", "mlp", "mamba"]
     },
@@ -519,6 +627,13 @@ MORE: dict[str, Fields] = {
         },
     ),
     "t5, gated": _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    **{
+        f"{kind.lower()}, encoder": _T5 | {
+            "architectures": [f"{kind}EncoderModel"], "model_type": kind.lower(),
+            "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+        }
+        for kind in ("MT5", "UMT5")
+    },
     "bert, classifier": _encoder(
         "BertForSequenceClassification", "bert", id2label={"0": "score"}
     ),
@@ -576,6 +691,8 @@ FURTHER: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 }
 _FURTHER = ", further"
 MORE |= {f"{name}{_FURTHER}": NARROW[name] for name in FURTHER}
+_TURNED = ", turned round"
+MORE[f"qwen3_vl_moe{_TURNED}"] = NARROW["qwen3_vl_moe"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -601,6 +718,16 @@ def with_further(name: str, config: Fields, shapes: Shapes) -> dict[str, tuple[i
     }
 
 
+def as_stored(name: str, config: Fields, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Tensors of the checkpoint of a model, which its name may say to differ from what transformers
+    saves: in a layer for a further token, or in experts that are turned round.
+    """
+    found = with_further(name, config, shapes)
+    if not name.endswith(_TURNED):
+        return found
+    return {n: (s[0], s[2], s[1]) if ".experts." in n else s for n, s in found.items()}
+
+
 # Fields of `NARROW`, and what makes a multiple of 256 of rows that depend on them.
 _WIDER = {
     "hidden_size": 256,
@@ -608,6 +735,9 @@ _WIDER = {
     "d_model": 256,
     "d_ff": 512,
     "d_kv": 64,
+    "n_embd": 256,
+    "dim": 256,
+    "hidden_dim": 512,
     "intermediate_size": 512,
     "intermediate_size_mlp": 512,
     "moe_intermediate_size": 256,

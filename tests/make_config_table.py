@@ -60,7 +60,7 @@ from config_changes import (
     cases,
 )
 from config_document import document
-from family_models import ENCODERS, NARROW, WRAPPED
+from family_models import ENCODERS, NARROW, STACKS, WRAPPED
 from gguf import GGUFReader
 from numpy.typing import NDArray
 
@@ -77,7 +77,7 @@ DOCUMENT = HERE.parent / "formats" / "gguf-configuration.md"
 
 def is_encoder(config: Fields) -> bool:
     """Whether hidden states are compared, not logits of tokens."""
-    if config.get("architectures") == ["T5EncoderModel"]:
+    if str(config.get("architectures")).endswith("T5EncoderModel']"):
         return True
     return config.get("model_type") in ENCODERS or any(
         config.get("architectures") == NARROW[name]["architectures"]
@@ -120,7 +120,7 @@ class Transformers:
 
     def _class(self, config: Fields) -> Any:
         p = self.package
-        if config.get("model_type") == "t5":
+        if config.get("model_type") in STACKS:
             return p.AutoModelForTextEncoding if is_encoder(config) else p.AutoModelForSeq2SeqLM
         if config.get("model_type") in WRAPPED:
             return p.AutoModelForImageTextToText
@@ -309,6 +309,9 @@ def sampled(outputs: NDArray[np.float32], tokens: int) -> list[list[float]]:
     return [[float(f"{v:.5g}") for v in outputs[p, ::EVERY]] for p in POSITIONS if p < tokens]
 
 
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation", "activation_function")
+
+
 class Runner:
     """Runs the cases of one class against its base."""
 
@@ -426,7 +429,7 @@ class Runner:
             outcome.verdict = "no effect"
         elif isinstance(effect, str) or effect > 10 * max(outcome.difference, self.difference):
             outcome.verdict = "equal"
-        elif case.field in ("hidden_act", "hidden_activation") and self.name in TOLERANCE:
+        elif case.field in _ACTIVATIONS and self.name in TOLERANCE:
             outcome.verdict = "equal"  # one GELU or another: less than ggml's table rounds away
         elif not outcome.keys:
             outcome.why = "equal, but an effect so small would not be seen"

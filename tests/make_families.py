@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from config_cases import TOLERANCE, Directories, text
 from family_document import PAGE, with_table
-from family_models import MORE, NARROW, wide, with_further
+from family_models import MORE, NARROW, as_stored, wide
 from gguf import GGUFReader
 from make_config_table import LlamaCpp, Transformers, has_classifier, is_encoder
 from make_mixes import chosen
@@ -54,7 +54,7 @@ def measured(name: str, ours: Transformers, llama: LlamaCpp, home: Path) -> dict
         ValueError: llama.cpp does not run the file.
     """
     config = wide(MODELS[name])
-    shapes = with_further(name, config, ours.shapes(config))
+    shapes = as_stored(name, config, ours.shapes(config))
     directory = Directories(home).made(config["model_type"], config, shapes)
     whole = converted(directory, "f32")
     wanted = ours.outputs(directory, config)[:TOKENS]

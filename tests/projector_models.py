@@ -125,6 +125,16 @@ MODELS: dict[str, Fields] = {
         },
         image_token_id=20, video_token_id=21, vision_start_token_id=22, vision_end_token_id=23,
     ),
+    "qwen3_vl_moe": _around(
+        "Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe",
+        _text(NARROW["qwen3_vl_moe"]["text_config"], rms_norm_eps=1e-6),
+        {
+            "model_type": "qwen3_vl_moe", "depth": 3, "hidden_size": 64, "intermediate_size": 96,
+            "num_heads": 2, "patch_size": 14, "out_hidden_size": 64, "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        image_token_id=20, video_token_id=21, vision_start_token_id=22, vision_end_token_id=23,
+    ),
     "llama4": _around(
         "Llama4ForConditionalGeneration", "llama4", _text(NARROW["llama4_text"]),
         _tower(
@@ -152,6 +162,7 @@ IMAGES = {
     "qwen2_5_vl": (168, 140),
     "qwen2_vl": (84, 56),
     "qwen3_vl": (84, 56),
+    "qwen3_vl_moe": (84, 56),
     "pixtral": (84, 56),
     "mistral3": (84, 56),
     "gemma4": (36, 24),
@@ -168,6 +179,7 @@ PREPROCESSORS: dict[str, Fields] = {
     "smolvlm": _HALF | {"size": {"longest_edge": 112}},
     "llama4": _HALF,
     "qwen3_vl": _HALF,
+    "qwen3_vl_moe": _HALF,
     "gemma4": {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]},
 }
 # The token after each row of an image, whose embedding goes into the projector's file.

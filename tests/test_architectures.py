@@ -1397,7 +1397,7 @@ def refused(directory: Path, **options: Any) -> QconvertError:
 @pytest.mark.parametrize(
     ("name", "code", "fields"),
     [
-        ("llama", "ARCH-UNKNOWN", {"architectures": ["GPT2LMHeadModel"]}),
+        ("llama", "ARCH-UNKNOWN", {"architectures": ["GPTJForCausalLM"]}),
         ("llama", "ARCH-UNKNOWN", {"architectures": [7]}),
         ("llama", "ARCH-QUANTIZED", {"quantization_config": {"quant_method": "gptq"}}),
         ("llama", "ARCH-CONFIG", {"hidden_size": None}),

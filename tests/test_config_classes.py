@@ -8,7 +8,7 @@ import typing
 from typing import Any
 
 import pytest
-from family_models import ENCODERS
+from family_models import ENCODERS, STACKS
 
 from qconvert.architectures.config_classes import BASE, BOOKKEEPING, ConfigClass
 from qconvert.architectures.families import CONFIG_CLASSES, FAMILIES
@@ -84,7 +84,7 @@ def test_second_names_and_the_base_of_rotary_positions(known: ConfigClass) -> No
 
 
 # Models that transformers runs with another family's class.
-AS_ANOTHER = {"internlm3": "LlamaForCausalLM"}
+AS_ANOTHER = dict.fromkeys(("internlm3", "exaone"), "LlamaForCausalLM")
 # A model type may stand for several classes of models, of which these are the first.
 FIRST = list({known.model_type: known for known in reversed(CONFIG_CLASSES)}.values())
 
@@ -94,7 +94,7 @@ def test_a_model_type_alone_means_the_first_class(known: ConfigClass) -> None:
     mapping = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if known.model_type in ENCODERS:
         mapping = modeling_auto.MODEL_MAPPING_NAMES
-    elif known.model_type == "t5":
+    elif known.model_type in STACKS:
         mapping = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     elif known.inner:
         mapping = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -136,16 +136,19 @@ def test_annotations_are_of_the_kinds_compared_here() -> None:
 BESIDE_66 = {
     "mamba2": {"num_heads": 33, "head_dim": 4},
     "granitemoehybrid": {"mamba_n_heads": 4},
+    "bamba": {"mamba_n_heads": 4},
 }
 
 
 @pytest.mark.parametrize("known", CONFIG_CLASSES, ids=named)
 def test_whether_the_width_has_to_be_a_multiple_of_the_heads(known: ConfigClass) -> None:
     # whose modules, not its class, refuse it
-    if known.inner or known.model_type in (*ENCODERS, "t5"):
+    if known.inner or known.model_type in (*ENCODERS, *STACKS):
         return
     try:
         fields = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        if isinstance(vars(theirs(known)).get("head_dim"), property):
+            del fields["head_dim"]  # it is computed
         theirs(known)(hidden_size=66, **fields | BESIDE_66.get(known.model_type, {}))
         divides = False
     except StrictDataclassClassValidationError:

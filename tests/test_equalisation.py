@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
+from config_cases import Directories, unfolded
 from conftest import ROOT, Call, gaussian, save
+from family_models import NARROW
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
@@ -141,6 +143,52 @@ def test_transformers_computes_the_same(
     assert np.abs(after - before).max() <= allowed * np.abs(before).max()
     if name not in PLUS_ONE:
         assert np.array_equal(before, after)
+
+
+# Models of `family_models`, with two blocks and an output matrix of their own but Gemma; nothing of
+# what sees is rescaled.
+FAMILIES = {
+    "qwen2_vl": 2 * 4 + 1, "qwen2_5_vl": 2 * 4 + 1, "qwen3_vl": 2 * 4 + 1, "gemma": 2 * 4,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_computes_the_same_of_language_models_inside_others(
+    name: str, tmp_path: Path, call: Call
+) -> None:
+    table = json.loads((ROOT / "tests" / "config_table.json").read_text())
+    shapes = unfolded(table["tensors"][table["bases"][name]["tensors"]])
+    directories = [
+        Directories(tmp_path / n).made(name, NARROW[name], shapes) for n in ("before", "after")
+    ]
+    model = rescaled(open_model(directories[0]), seed=1)
+    assert len(channel_groups(open_model(directories[0]))) == FAMILIES[name]
+    changed = [
+        n for n, v in arrays(model.source).items() if not np.array_equal(v, arrays(model)[n])
+    ]
+    assert changed
+    assert not [n for n in changed if "visual" in n]
+    save_file(arrays(model), directories[1] / "model.safetensors", metadata={"format": "pt"})
+    # what was rescaled is found again, and the file is what the factors in it say
+    out = tmp_path / "m.gguf"
+    done = call("quantize", str(directories[1]), "--scheme", "q4_0", "-o", str(out), "--json")
+    assert done.json["equalisation"]["groups"] == FAMILIES[name]
+    assert done.json["equalisation"]["equalised"]
+    assert call("verify", str(out), "--against", str(directories[1])).code == 0
+    torch = pytest.importorskip("torch", reason="install qconvert[hf]")
+    transformers = pytest.importorskip("transformers", reason="install qconvert[hf]")
+    kind = transformers.AutoModelForImageTextToText
+    if name == "gemma":
+        kind = transformers.AutoModelForCausalLM
+    ids = torch.from_numpy(np.random.default_rng(0).integers(3, 300, (2, 24)))
+    with torch.no_grad():
+        before, after = (
+            kind.from_pretrained(place, dtype=torch.float64).eval()(input_ids=ids).logits.numpy()
+            for place in directories
+        )
+    allowed = 1e-4 if name == "gemma" else 1e-6
+    assert np.abs(after - before).max() <= allowed * np.abs(before).max()
 
 
 def test_stacked_experts_are_rescaled_each_by_itself(
@@ -336,7 +384,7 @@ def _factors(path: Path) -> dict[str, Exponents]:
     ("change", "said"),
     [
         ({}, "no config.json says how layers follow each other"),
-        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "architecture has no row"),
+        ({"architectures": ["GPTJForCausalLM"], "model_type": "gptj"}, "architecture has no row"),
         ({"num_attention_heads": 8}, "shape contradicts config.json"),
         ({"num_hidden_layers": 3}, "tensor is missing"),
     ],

@@ -16,7 +16,7 @@ import pytest
 from config_cases import TOLERANCE, Directories, unfolded
 from conftest import ROOT, Call
 from family_document import PAGE, with_table
-from family_models import ENCODERS, FURTHER, MORE, NARROW, WRAPPED, with_further
+from family_models import ENCODERS, FURTHER, MORE, NARROW, STACKS, WRAPPED, with_further
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.numpy import load_file, save_file
@@ -35,6 +35,7 @@ FIGURES: dict[str, Any] = json.loads((ROOT / "tests" / "families.json").read_tex
 # Values that GGUF changes so that they come back rounded.
 CHANGED = ("A_log", "norm")
 MULTIPLIED = ("falcon_h1",)
+PADDED = ("xlm-roberta", "roberta", "camembert")  # positions are counted from the padding's on
 
 
 def whole(model: Model, tensor: TensorInfo) -> np.ndarray:
@@ -63,7 +64,7 @@ def test_a_family_converts_and_comes_back(name: str, tmp_path: Path, call: Call)
     for tensor in found.model.tensors:
         original = next(t for t in source.tensors if t.name == tensor.name)
         values, wanted = whole(found.model, tensor), whole(source, original)
-        if name in ENCODERS and "position_embeddings" in tensor.name:
+        if name in PADDED and "position_embeddings" in tensor.name:
             unused = 2 * 64  # up to the padding's, whose id is 1
             assert not values[:unused].any()
             values, wanted = values[unused:], wanted[unused:]
@@ -136,6 +137,25 @@ def test_codes_of_experts_move_into_gguf(tmp_path: Path, call: Call) -> None:
             assert tensor.tensor_type.name == "MXFP4"
             np.testing.assert_array_equal(dequantize(tensor.data, tensor.tensor_type), wanted)
     assert call("verify", path, "--against", directory, "--exact").code == 0
+
+
+def test_experts_of_either_form_give_the_same_file(tmp_path: Path, call: Call) -> None:
+    """Qwen3-VL: published checkpoints have them turned round."""
+    name = "qwen3_vl_moe"
+    shapes = unfolded(TABLE["tensors"][TABLE["bases"][name]["tensors"]])
+    directory = Directories(tmp_path).made(name, NARROW[name], shapes)
+    files = [tmp_path / "a.gguf", tmp_path / "b.gguf"]
+    place = directory / "model.safetensors"
+    for path in files:
+        assert call("quantize", directory, "--scheme", "q4_0", "-o", path).code == 0
+        assert call("verify", path, "--against", directory).code == 0
+        tensors = {
+            n: np.ascontiguousarray(v.transpose(0, 2, 1)) if ".experts." in n else v
+            for n, v in load_file(place).items()
+        }
+        save_file(tensors, place, metadata={"format": "pt"})
+    both = [{t.name: t.data.tobytes() for t in GGUFReader(path).tensors} for path in files]
+    assert both[0] == both[1]
 
 
 def test_places_at_even_distances_are_found_there_and_back() -> None:
@@ -265,7 +285,7 @@ def test_the_way_back_knows_the_names_of_transformers_modules(name: str, tmp_pat
     place.write_text(json.dumps(fields))
     loaded = transformers.AutoConfig.from_pretrained(tmp_path)
     kind = transformers.AutoModelForCausalLM
-    if name == "t5":
+    if name in STACKS:
         kind = transformers.AutoModelForSeq2SeqLM
     if name in WRAPPED:
         kind = transformers.AutoModelForImageTextToText
@@ -294,3 +314,9 @@ def test_a_layer_whose_columns_are_permuted_has_no_place_for_its_statistics() ->
     assert place("model.layers.0.linear_attn.out_proj") is None
     assert place("model.layers.0.linear_attn.in_proj_z") == Place("blk.0.attn_gate.weight", None)
     assert place("model.layers.2.self_attn.o_proj") == Place("blk.2.attn_output.weight", None)
+
+
+def test_a_layer_whose_matrix_is_turned_round_has_the_columns_of_its_inputs() -> None:
+    place = layer_places(dict(NARROW["gpt2"]), Path("config.json"))
+    assert place("transformer.h.0.attn.c_attn") == Place("blk.0.attn_qkv.weight", None)
+    assert place("transformer.h.1.mlp.c_proj") == Place("blk.1.ffn_down.weight", None)

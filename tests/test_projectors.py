@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,96 @@ def test_other_names_of_the_same_tensors_give_the_same_file(tmp_path: Path, call
     files = [GGUFReader(tmp_path / n) for n in ("a.gguf", "b.gguf")]
     first, second = ({t.name: t.data.tobytes() for t in f.tensors} for f in files)
     assert first == second
+
+
+# InternVL's first form: fields of the tower, beginnings of names, and ends within a block.
+FIRST_TOWER = {"attention_bias": "qkv_bias", "use_qk_norm": "qk_normalization"}
+FIRST_NAMES = {
+    "model.vision_tower.embeddings.cls_token": "vision_model.embeddings.class_embedding",
+    "model.vision_tower.embeddings.position_embeddings":
+        "vision_model.embeddings.position_embedding",
+    "model.vision_tower.embeddings.patch_embeddings.projection":
+        "vision_model.embeddings.patch_embedding",
+    "model.vision_tower.encoder.layer": "vision_model.encoder.layers",
+    "model.multi_modal_projector.layer_norm": "mlp1.0",
+    "model.multi_modal_projector.linear_1": "mlp1.1",
+    "model.multi_modal_projector.linear_2": "mlp1.3",
+}  # fmt: skip
+FIRST_ENDS = {
+    "attention.projection_layer": "attn.proj", "layernorm_before": "norm1",
+    "layernorm_after": "norm2", "lambda_1": "ls1", "lambda_2": "ls2",
+}  # fmt: skip
+
+
+def in_first_form(directory: Path, place: Path) -> Path:
+    """The same InternVL as ``InternVLChatModel``, with its queries, keys and values in one."""
+    shutil.copytree(directory, place)
+    fields = json.loads((directory / "config.json").read_text())
+    tower = {FIRST_TOWER.get(n, n): v for n, v in fields["vision_config"].items()}
+    side, patch = (tower[n][0] for n in ("image_size", "patch_size"))
+    (place / "config.json").write_text(json.dumps({
+        "architectures": ["InternVLChatModel"], "model_type": "internvl_chat",
+        "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
+        "downsample_ratio": fields["downsample_ratio"], "ps_version": "v2", "select_layer": -1,
+        "dynamic_image_size": True, "min_dynamic_patch": 1, "max_dynamic_patch": 12,
+        "template": "internvl2_5", "force_image_size": side, "use_thumbnail": True,
+        "llm_config": fields["text_config"] | {"architectures": ["Qwen2ForCausalLM"]},
+        "vision_config": tower | {
+            "model_type": "intern_vit_6b", "architectures": ["InternVisionModel"],
+            "image_size": side, "patch_size": patch, "use_flash_attn": True,
+            "drop_path_rate": 0.1, "norm_type": "layer_norm", "layer_norm_eps": 1e-6,
+            "hidden_act": "gelu",
+        },
+    }))  # fmt: skip
+    found = {}
+    for name, values in load_file(directory / "model.safetensors").items():
+        for new, old in (*FIRST_NAMES.items(), *FIRST_ENDS.items()):
+            name = name.replace(new, old) if "vision" in name or new in FIRST_NAMES else name
+        found[name] = values
+    for name in [n for n in found if ".attention.q_proj." in n]:
+        parts = [found.pop(name.replace("q_proj", f"{p}_proj")) for p in "qkv"]
+        found[name.replace("attention.q_proj", "attn.qkv")] = np.concatenate(parts)
+    save_file(found, place / "model.safetensors", metadata={"format": "pt"})
+    return place
+
+
+@pytest.mark.parametrize("option", ["--mmproj", None])
+def test_the_first_form_of_internvl_gives_the_same_file(
+    option: str | None, tmp_path: Path, call: Call
+) -> None:
+    """Both files: of what sees, and of the language model."""
+    whole, made_of = made("internvl", tmp_path), []
+    for directory in (whole, in_first_form(whole, tmp_path / "first")):
+        path = tmp_path / f"{directory.name}.gguf"
+        words = [directory, *([option] if option else []), "--scheme", "q8_0", "-o", path]
+        ran = call("quantize", *words)
+        assert ran.code == 0, ran
+        assert call("verify", path, "--against", directory).code == 0
+        tensors = {t.name: t.data.tobytes() for t in GGUFReader(path).tensors}
+        made_of.append((tensors, keys(path)))
+    assert made_of[0] == made_of[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "option", "code"),
+    [
+        ({"ps_version": "v1"}, "--mmproj", "ARCH-CONFIG-VALUE"),
+        ({"select_layer": -2}, "--mmproj", "ARCH-CONFIG-VALUE"),
+        ({"vision_config__norm_type": "rms_norm"}, "--mmproj", "ARCH-CONFIG-VALUE"),
+        ({"vision_config__qk_normalization": True}, "--mmproj", "ARCH-CONFIG-VALUE"),
+        ({"llm_config__model_type": "internlm2"}, None, "ARCH-UNKNOWN"),
+        ({"llm_config": 7}, None, "ARCH-UNKNOWN"),
+        ({"vision_config": []}, "--mmproj", "ARCH-NO-VISION"),
+    ],
+)
+def test_what_the_first_form_cannot_be_is_refused(
+    changes: dict[str, Any], option: str | None, code: str, tmp_path: Path, call: Call
+) -> None:
+    directory = in_first_form(made("internvl", tmp_path), tmp_path / "first")
+    changed(directory, **changes)
+    words = [directory, *([option] if option else []), "--scheme", "f16", "--json"]
+    ran = call("quantize", *words, "-o", tmp_path / "m.gguf")
+    assert json.loads(ran.out)["error"]["code"] == code, ran.out
 
 
 @pytest.mark.parametrize(

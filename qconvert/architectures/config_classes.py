@@ -28,7 +28,8 @@ NUMBER_OR_NULL, TEXT_OR_NULL = "a number, or null", f"{TEXT}, or null"
 FLOATS = f"a list of {FLOAT.replace('a number', 'numbers')}"
 FLOATS_OR_NULL = f"{FLOATS}, or null"
 FLOAT_OR_FLOATS_OR_NULL = f"{FLOAT} or {FLOATS}, or null"
-INT_OR_TEXT_OR_NULL = "an integer or text, or null"
+INT_OR_TEXT = "an integer or text"
+INT_OR_TEXT_OR_NULL = f"{INT_OR_TEXT}, or null"
 INT_OR_INTS = "an integer or a list of integers"
 INT_OR_INTS_OR_NULL, INTS = f"{INT_OR_INTS}, or null", "a list of integers"
 OBJECT_OR_NULL = "an object, or null"
@@ -115,7 +116,7 @@ class ConfigClass:
             NUMBER: (int, float),
             BOOL: (bool,),
             TEXT: (str,),
-            "an integer or text": (int, str),
+            INT_OR_TEXT: (int, str),
             "an object": (dict,),
         }
         return type(value) in plain[kind.removesuffix(", or null")]

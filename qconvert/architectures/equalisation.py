@@ -34,7 +34,10 @@ _NORMS = (
 # llama.cpp's architectures for which this was looked up. In all of them a block normalises before
 # attention and before its inner layer, but in BERT, whose norms are read by the sum too; and all
 # multiply the outputs of a gate and of ``ffn_up``, but BERT, which has a GELU there.
-_ARCHITECTURES = {"llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "bert"}
+_ARCHITECTURES = {
+    *("llama", "qwen2", "qwen2vl", "qwen3", "qwen3moe", "qwen3vl", "gemma", "gemma2", "gemma3"),
+    *("phi3", "bert"),
+}
 
 
 @dataclass(frozen=True, slots=True)

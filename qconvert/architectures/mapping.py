@@ -245,7 +245,7 @@ def _left_out(layers: int) -> str:
 
 def drop_reason(name: str, family: Family, tied: bool) -> str | None:
     """Why GGUF does without a tensor of the checkpoint; None when it has it."""
-    if name.endswith(_COMPUTED):
+    if name.endswith((*_COMPUTED, *family.buffers)):
         return "is computed, not stored"
     if tied and name.endswith(HEAD):
         return "equals the token embedding, which it is tied to"
@@ -336,6 +336,9 @@ def _made(
         axis = max(len(shape) - 2, 0)  # of rows; of a bias every value is one
         wanted = (*shape[:axis], shape[axis] * found.part[1], *shape[axis + 1 :])
     sources = tuple(found.sources[e] for e in range(count))
+    other = slot.stored
+    if other and other.source and sources[0].shape == sizes.shape(other.source, block) != wanted:
+        return _made(model, name, other, found, family, config, sizes)
     for source in sources:
         _check_source(model, source, wanted, config)
     if len({s.dtype for s in sources}) > 1:

@@ -12,6 +12,7 @@ import gguf
 from qconvert.architectures.config import Config
 from qconvert.architectures.families import known_family
 from qconvert.architectures.families.keys import MAX_BLOCKS
+from qconvert.architectures.families.row import Slot
 from qconvert.architectures.mapping import (
     drop_reason,
     gguf_names,
@@ -66,7 +67,7 @@ def layer_places(fields: dict[str, Any], path: Path) -> Callable[[str], Place | 
     if known_family(fields):
         family, config = read_config(fields, path)
     arch = family.arch if family else _arch_of_type(config)
-    reordered = {slot.name for slot in family.block if slot.order} if family else set()
+    reordered = {s.name for s in family.block if _reordered(s)} if family else set()
     blocks = (
         family.sizes(config).blocks
         if family
@@ -88,6 +89,12 @@ def layer_places(fields: dict[str, Any], path: Path) -> Callable[[str], Place | 
         return None if name is None else Place(name, expert)
 
     return place
+
+
+def _reordered(slot: Slot) -> bool:
+    """Whether columns are not those of the layer; they are where a matrix is only turned round."""
+    turned = " ".join(reversed(slot.shape.split()))
+    return slot.order is not None and slot.source != turned
 
 
 def _arch_of_type(config: Config) -> str:

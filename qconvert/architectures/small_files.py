@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qconvert.architectures.older_forms import in_todays_form
 from qconvert.errors import FormatError
 from qconvert.files.shards import CONFIG
 from qconvert.files.strict_json import strict_json
@@ -44,7 +45,7 @@ class SmallFiles:
         found = self._parsed(name)
         if found is not None and not isinstance(found, dict):
             raise FormatError("file holds no JSON object", path=self.home / name, code="ARCH-JSON")
-        return found
+        return found and in_todays_form(found) if name == CONFIG else found
 
     def list(self, name: str) -> list[Any] | None:
         """The JSON list in a file; None when there is none."""

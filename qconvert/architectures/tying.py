@@ -18,10 +18,11 @@ from qconvert.errors import UnsupportedError
 from qconvert.geometry import TILE_VALUES
 from qconvert.model import Model, TensorInfo
 
-HEAD = "lm_head.weight"
+HEAD = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = (
     "embed_tokens.weight", "word_embeddings.weight", "backbone.embeddings.weight",
-    "backbone.embedding.weight", "model.embeddings.weight", "shared.weight",
+    "backbone.embedding.weight", "model.embeddings.weight", "shared.weight", "embed_in.weight",
+    "wte.weight",
 )  # fmt: skip
 
 

@@ -16,21 +16,30 @@ from qconvert.architectures.config import Config
 from qconvert.architectures.config_classes import ConfigClass
 from qconvert.architectures.families import (
     arcee,
+    bamba,
     bert,
+    bloom,
     cohere,
     deepseek,
+    distilbert,
     dots1,
     ernie,
+    eurobert,
     exaone,
+    falcon,
     falcon_h1,
     gemma,
     gemma3n,
     gemma4,
     glm,
+    gpt2,
+    gpt_neox,
     gpt_oss,
     granite,
     granite_hybrid,
     hunyuan,
+    jais,
+    jamba,
     lfm,
     llama,
     llama4,
@@ -77,6 +86,10 @@ _MODULES = (
     starcoder,
     stablelm,
     glm,
+    gpt2,
+    gpt_neox,
+    bloom,
+    falcon,
     gpt_oss,
     lfm,
     minimax,
@@ -86,16 +99,21 @@ _MODULES = (
     gemma3n,
     gemma4,
     mamba,
+    jamba,
+    bamba,
     falcon_h1,
     nemotron_h,
     llama4,
     arcee,
     nemotron,
+    jais,
     ernie,
     dots1,
     bert,
+    distilbert,
     roberta,
     modern_bert,
+    eurobert,
     rotary_bert,
     t5,
     seeing,
@@ -197,7 +215,13 @@ def hyper_parameters(family: Family, config: Config, sizes: Sizes) -> tuple[Keys
         UnsupportedError: a field asks for something llama.cpp does not do for this architecture.
     """
     fields = config.known.fields if config.known else {}
-    named = ("hidden_activation", "mlp_hidden_act", "hidden_act")
+    named = (
+        "hidden_activation",
+        "mlp_hidden_act",
+        "hidden_act",
+        "activation_function",
+        "activation",
+    )
     activation = next((n for n in named if n in fields), None)
     if activation:
         config.require(activation, family.activations)

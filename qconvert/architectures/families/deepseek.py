@@ -28,6 +28,7 @@ from qconvert.architectures.families.keys import (
     Sizes,
     decoder_keys,
     group_keys,
+    leading_blocks,
     routed_keys,
 )
 from qconvert.architectures.families.row import Family, Further, Slot
@@ -196,30 +197,13 @@ def latent_sizes(config: Config) -> Sizes:
             "experts": config.count("n_routed_experts", most=MAX_EXPERTS),
             "expert_inner": inner,
             "shared": config.count("n_shared_experts") * inner,
-            "dense": _dense(config, blocks),
+            "dense": leading_blocks(config, blocks),
         },
     )
 
 
-def _dense(config: Config, blocks: int) -> int:
-    """How many blocks have no experts: those before all others."""
-    types = config.get("mlp_layer_types")
-    if config.known and "mlp_layer_types" in config.known.fields:
-        if types is None:
-            return 1
-        dense = types.index("sparse") if "sparse" in types else len(types)
-        if len(types) != blocks or types != ["dense"] * dense + ["sparse"] * (blocks - dense):
-            raise config.unlike("mlp_layer_types", "'dense' layers, then 'sparse' ones")
-        if dense == blocks:
-            raise config.unlike("mlp_layer_types", "'sparse' for one layer at least")
-        return int(dense)
-    found = config.get("first_k_dense_replace")
-    if type(found) is not int or not 0 <= found < blocks:
-        raise config.wrong("first_k_dense_replace", f"an integer from 0 to {blocks - 1}")
-    return found
-
-
-def _common(config: Config, sizes: Sizes) -> Keys:
+def latent_keys(config: Config, sizes: Sizes) -> Keys:
+    """What models with latent vectors have in common."""
     config.require("attention_bias", (False,))
     if config.number("rms_norm_eps", zero=True) > _LARGEST_EPSILON:
         # Norms of latent vectors have 1e-6 in transformers, and this in llama.cpp.
@@ -245,14 +229,16 @@ def deepseek2_keys(config: Config, sizes: Sizes) -> Keys:
     config.require("norm_topk_prob", (False, None))
     config.require("mlp_bias", (False,))
     scale = config.number("routed_scaling_factor")
-    return _common(config, sizes) | routed_keys(config, sizes, "softmax", scale=scale, norm=False)
+    return latent_keys(config, sizes) | routed_keys(
+        config, sizes, "softmax", scale=scale, norm=False
+    )
 
 
 def deepseek3_keys(config: Config, sizes: Sizes) -> Keys:
     config.require("rope_interleave", (True,))
     scale, norm = config.number("routed_scaling_factor"), config.flag("norm_topk_prob")
     return (
-        _common(config, sizes)
+        latent_keys(config, sizes)
         | routed_keys(config, sizes, "sigmoid", scale=scale, norm=norm)
         | group_keys(config, sizes)
     )
@@ -261,16 +247,19 @@ def deepseek3_keys(config: Config, sizes: Sizes) -> Keys:
 _KINDS = Scalings(("default", "yarn"))
 
 
-def latent_rope(config: Config, sizes: Sizes) -> Rope:
+def latent_rope(
+    config: Config, sizes: Sizes, kinds: Scalings = _KINDS, *, divided: bool = False
+) -> Rope:
     """Rotary positions, and with YaRN the scale of attention.
 
     With f = 1 + 0.1 ln(factor) llama.cpp multiplies what is rotated by A, and all scores by
     A^2 (1 + log_mul ln(factor))^2, where A is ``attn_factor`` if log_mul is not zero, else f times
     it. transformers multiplies what is rotated by a factor of its own and all scores by
-    (1 + 0.1 mscale_all_dim ln(factor))^2.
+    (1 + 0.1 mscale_all_dim ln(factor))^2. Where A is ``divided`` by 1 + log_mul ln(factor) and
+    multiplied by f in any case, scores are those of f times ``attn_factor``.
     """
-    p = settled(config, _KINDS)
-    rope = read_rope(p, sizes.named["rotated"], _KINDS)
+    p = settled(config, kinds)
+    rope = read_rope(p, sizes.named["rotated"], kinds)
     if p.kind == "yarn":
         stretch = p.fields.number("factor")
         usual = 1 + 0.1 * math.log(stretch) if stretch > 1 else 1.0
@@ -278,10 +267,9 @@ def latent_rope(config: Config, sizes: Sizes) -> Rope:
         whole = 0.0 if not p.fields.stated(_WHOLE) else p.fields.number(_WHOLE)
         scores = 1 + 0.1 * whole * math.log(stretch) if stretch > 1 else 1.0
         log_mul = (scores / rotated - 1) / math.log(stretch) if stretch > 1 else 0.0
-        if abs(log_mul) < 1e-9:
-            rope.keys["scaling.attn_factor"] = rotated / usual
-        else:
-            rope.keys["scaling.attn_factor"] = rotated
+        factor = rotated / usual if abs(log_mul) < 1e-9 else rotated
+        rope.keys["scaling.attn_factor"] = scores / usual if divided else factor
+        if abs(log_mul) >= 1e-9:
             rope.keys["scaling.yarn_log_multiplier"] = log_mul
     return rope
 
@@ -307,7 +295,7 @@ def _values_order(sizes: Sizes) -> Order:
     return strided((heads, values, rank), ((plain + values) * rank, rank, 1), plain * rank)
 
 
-_BLOCK = (
+LATENT_BLOCK = (
     *NORMS,
     Slot("attn_q.weight", "query width", only=_plain_queries),
     Slot("attn_q_a.weight", "queries width", only=_latent_queries),
@@ -320,7 +308,7 @@ _BLOCK = (
     Slot("attn_output.weight", "width output"),
     *LEADING_DENSE,
 )
-_PARTS: dict[str, tuple[str, ...]] = {
+LATENT_PARTS: dict[str, tuple[str, ...]] = {
     "self_attn.kv_b_proj.weight": ("attn_k_b.weight", "attn_v_b.weight"),
 }
 
@@ -330,24 +318,24 @@ ROWS = (
         ("DeepseekV2ForCausalLM",),
         "deepseek2",
         WHOLE,
-        tuple(slot for slot in _BLOCK if slot.name != ROUTER_BIAS.name),
+        tuple(slot for slot in LATENT_BLOCK if slot.name != ROUTER_BIAS.name),
         deepseek2_keys,
         latent_sizes,
         latent_rope,
         SILU,
-        parts=MappingProxyType(_PARTS),
+        parts=MappingProxyType(LATENT_PARTS),
     ),
     Family(
         "DeepSeek V3 (also GLM 4.7 Flash)",
         ("DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"),
         "deepseek2",
         WHOLE,
-        _BLOCK,
+        LATENT_BLOCK,
         deepseek3_keys,
         latent_sizes,
         latent_rope,
         SILU,
-        parts=MappingProxyType(_PARTS | ROUTER_BIAS_PART),
-        further=Further((*_BLOCK, *NEXTN)),
+        parts=MappingProxyType(LATENT_PARTS | ROUTER_BIAS_PART),
+        further=Further((*LATENT_BLOCK, *NEXTN)),
     ),
 )

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3, and the encoder made of the latter."""
+"""Gemma 1, 2 and 3, and the encoder made of the latter."""
 
 from __future__ import annotations
 
@@ -87,6 +87,25 @@ _ENCODER = replace(_GEMMA3_INSIDE, architectures=("Gemma3TextModel",))
 
 CONFIGS = (
     ConfigClass(
+        "GemmaConfig",
+        "gemma",
+        ("GemmaForCausalLM",),
+        decoder_fields(
+            (256_000, 3072, 24_576, 28, 16),
+            (INT, 16),
+            8192,
+            tied=True,
+            activation=("hidden_act", "gelu_pytorch_tanh"),
+            head_dim=(INT, 256),
+            attention_bias=(BOOL, False),
+            use_bidirectional_attention=(BOOL_OR_NULL, None),
+        ),
+        TRAINING,
+        DECODER,
+        harmless=MappingProxyType({"hidden_activation": ANY}),
+        divides=False,
+    ),
+    ConfigClass(
         "Gemma2Config",
         "gemma2",
         ("Gemma2ForCausalLM",),
@@ -161,6 +180,12 @@ def _causal(config: Config) -> None:
         raise config.unlike("use_bidirectional_attention", "false")
 
 
+def gemma_keys(config: Config, sizes: Sizes) -> Keys:
+    _causal(config)
+    config.require("attention_bias", (False,))
+    return decoder_keys(config, sizes)
+
+
 def gemma2_keys(config: Config, sizes: Sizes) -> Keys:
     _causal(config)
     if config.get("attn_logit_softcapping") is None:  # llama.cpp always has one for these scores
@@ -215,6 +240,19 @@ def gemma3_rope(config: Config, sizes: Sizes) -> Rope:
 _BLOCK3 = (*NORMS, *POST_NORMS, *HEAD_NORMS, *attention(heads=False, bias=False), *GATED)
 
 ROWS = (
+    Family(
+        "Gemma",
+        ("GemmaForCausalLM",),
+        "gemma",
+        WHOLE[:-1],
+        (*NORMS, *attention(heads=False, bias=False), *GATED),
+        gemma_keys,
+        plain_sizes,
+        rotary(PLAIN),
+        GELU,
+        norm_offset=True,
+        tied=True,
+    ),
     Family(
         "Gemma 2",
         ("Gemma2ForCausalLM",),

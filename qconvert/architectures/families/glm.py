@@ -1,4 +1,4 @@
-"""GLM 4, and GLM 4.5 with experts."""
+"""GLM 4 in its two forms, GLM 4.5 with experts, and Solar Open, which is like it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from types import MappingProxyType
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_classes import (
+    ANY,
     BOOL,
     DECODER,
     FLOAT,
     INT,
+    INT_OR_NULL,
     TRAINING,
     ConfigClass,
     decoder_fields,
@@ -21,9 +23,11 @@ from qconvert.architectures.families.keys import (
     Keys,
     Sizes,
     decoder_keys,
+    filled_sizes,
     group_keys,
     partial_rotary,
     plain_sizes,
+    rotary,
     routed_keys,
 )
 from qconvert.architectures.families.row import Family, Further, Slot
@@ -37,23 +41,68 @@ from qconvert.architectures.families.slots import (
     WHOLE,
     attention,
 )
-from qconvert.architectures.rope import PARTIAL
+from qconvert.architectures.rope import PARTIAL, PLAIN
 
+_GLM4 = ConfigClass(
+    "Glm4Config",
+    "glm4",
+    ("Glm4ForCausalLM",),
+    decoder_fields(
+        (151_552, 4096, 13_696, 40, 32),
+        (INT, 2),
+        131_072,
+        1.5625e-07,
+        head_dim=(INT, 128),
+        attention_bias=(BOOL, True),
+    ),
+    TRAINING,
+    DECODER,
+)
+_SOLAR = decoder_fields(
+    (196_608, 4096, 0, 48, 64),
+    (INT, 8),
+    131_072,
+    1e-5,
+    attention_bias=(BOOL, False),
+    moe_intermediate_size=(INT, 1280),
+    num_experts_per_tok=(INT, 8),
+    n_shared_experts=(INT, 1),
+    n_routed_experts=(INT, 128),
+    routed_scaling_factor=(FLOAT, 1.0),
+    n_group=(INT, 1),
+    topk_group=(INT, 1),
+    norm_topk_prob=(BOOL, True),
+    head_dim=(INT, 128),
+)
 CONFIGS = (
+    replace(
+        _GLM4,
+        name="GlmConfig",
+        model_type="glm",
+        architectures=("GlmForCausalLM",),
+        fields={
+            **_GLM4.fields,
+            "num_key_value_heads": (INT_OR_NULL, 2),
+            "head_dim": (INT_OR_NULL, 128),
+        },
+    ),
+    _GLM4,
     ConfigClass(
-        "Glm4Config",
-        "glm4",
-        ("Glm4ForCausalLM",),
-        decoder_fields(
-            (151_552, 4096, 13_696, 40, 32),
-            (INT, 2),
-            131_072,
-            1.5625e-07,
-            head_dim=(INT, 128),
-            attention_bias=(BOOL, True),
-        ),
-        TRAINING,
+        "SolarOpenConfig",
+        "solar_open",
+        ("SolarOpenForCausalLM",),
+        {n: f for n, f in _SOLAR.items() if n != "intermediate_size"},
+        (*TRAINING, "output_router_logits"),
         DECODER,
+        MappingProxyType({"num_local_experts": "n_routed_experts"}),
+        harmless=MappingProxyType(
+            {
+                "first_k_dense_replace": (0,),
+                "intermediate_size": ANY,
+                "use_qk_norm": (False,),
+            }
+        ),
+        theta=1_000_000.0,
     ),
     ConfigClass(
         "Glm4MoeConfig",
@@ -90,10 +139,16 @@ CONFIGS = (
 _HALF = partial_rotary(PARTIAL, 0.5)
 
 
+def glm_sizes(config: Config) -> Sizes:
+    if config.get("head_dim") is None:  # transformers does not fill it in
+        raise config.wrong("head_dim", "an integer")
+    return filled_sizes(config)
+
+
 def glm4_moe_sizes(config: Config) -> Sizes:
     inner = config.count("moe_intermediate_size")
     blocks = config.count("num_hidden_layers")
-    dense = config.get("first_k_dense_replace")
+    dense = config.get("first_k_dense_replace", 0)
     if dense is None or not 0 <= dense < blocks:
         raise config.wrong("first_k_dense_replace", f"an integer from 0 to {blocks - 1}")
     return plain_sizes(
@@ -127,35 +182,52 @@ _SPARSE = (
     *LEADING_DENSE,
 )
 
+_FUSED = (
+    *attention(heads=False, bias=None),
+    Slot("ffn_up.weight", "gate_up width"),
+    Slot("ffn_down.weight", "width inner"),
+)
+_DENSE = Family(
+    "GLM 4",
+    ("Glm4ForCausalLM",),
+    "glm4",
+    WHOLE,
+    (*NORMS, *POST_NORMS, *_FUSED),
+    decoder_keys,
+    plain_sizes,
+    _HALF,
+    SILU,
+)
+_MIXTURE = Family(
+    "GLM 4.5 mixture of experts",
+    ("Glm4MoeForCausalLM",),
+    "glm4moe",
+    WHOLE,
+    _SPARSE,
+    glm4_moe_keys,
+    glm4_moe_sizes,
+    _HALF,
+    SILU,
+    parts=MappingProxyType(ROUTER_BIAS_PART),
+    further=Further((*_SPARSE, *NEXTN)),
+)
+
 ROWS = (
-    Family(
-        "GLM 4",
-        ("Glm4ForCausalLM",),
-        "glm4",
-        WHOLE,
-        (
-            *NORMS,
-            *POST_NORMS,
-            *attention(heads=False, bias=None),
-            Slot("ffn_up.weight", "gate_up width"),
-            Slot("ffn_down.weight", "width inner"),
-        ),
-        decoder_keys,
-        plain_sizes,
-        _HALF,
-        SILU,
+    replace(
+        _DENSE,
+        name="GLM 4 (first form)",
+        classes=("GlmForCausalLM",),
+        arch="chatglm",
+        block=(*NORMS, *_FUSED),
+        sizes=glm_sizes,
     ),
-    Family(
-        "GLM 4.5 mixture of experts",
-        ("Glm4MoeForCausalLM",),
-        "glm4moe",
-        WHOLE,
-        _SPARSE,
-        glm4_moe_keys,
-        glm4_moe_sizes,
-        _HALF,
-        SILU,
-        parts=MappingProxyType(ROUTER_BIAS_PART),
-        further=Further((*_SPARSE, *NEXTN)),
+    _DENSE,
+    _MIXTURE,
+    replace(
+        _MIXTURE,
+        name="Solar Open",
+        classes=("SolarOpenForCausalLM",),
+        rope=rotary(PLAIN),
+        further=None,
     ),
 )

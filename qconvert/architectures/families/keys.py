@@ -6,8 +6,9 @@ be said is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.rope import Parameters, Rope, Scalings, read_rope, settled
@@ -67,17 +68,33 @@ GELU = ("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast")
 
 
 def plain_sizes(
-    config: Config, *, grouped: bool = True, blocks: int | None = None, **more: int
+    config: Config,
+    called: Mapping[str, str] = MappingProxyType({}),
+    /,
+    *,
+    grouped: bool = True,
+    blocks: int | None = None,
+    groups: int | None = None,
+    inner: int | None = None,
+    context: int | None = None,
+    **more: int,
 ) -> Sizes:
     """Dimensions that every architecture has; ``grouped`` if queries may share keys.
 
-    ``blocks`` are counted by ``num_hidden_layers``, if not otherwise.
+    ``blocks``, ``groups`` of queries with the same keys, the ``inner`` width and the ``context``
+    are what fields of every class say, if not given; ``called`` has their names where a class has
+    others.
 
     Raises:
         FormatError: they contradict each other.
     """
-    width, heads = config.count("hidden_size"), config.count("num_attention_heads")
-    groups = (config.optional_count("num_key_value_heads") or heads) if grouped else heads
+
+    def own(name: str) -> str:
+        return called.get(name, name)
+
+    width, heads = config.count(own("hidden_size")), config.count(own("num_attention_heads"))
+    if groups is None:
+        groups = (config.optional_count("num_key_value_heads") or heads) if grouped else heads
     stated = _head_dim(config)
     head = stated or width // heads
     divides = config.known is None or config.known.divides
@@ -91,10 +108,11 @@ def plain_sizes(
             + (", and a width that is a multiple of the heads" if divides else ""),
             code="ARCH-HEADS",
         )
-    none = config.known is not None and "intermediate_size" not in config.known.fields
-    inner = more["expert_inner"] if none else config.count("intermediate_size")
+    if inner is None:
+        none = config.known is not None and "intermediate_size" not in config.known.fields
+        inner = more["expert_inner"] if none else config.count("intermediate_size")
     return Sizes(
-        blocks=blocks or config.count("num_hidden_layers", most=MAX_BLOCKS),
+        blocks=blocks or config.count(own("num_hidden_layers"), most=MAX_BLOCKS),
         head_dim=head,
         named={
             "vocabulary": config.count("vocab_size"),
@@ -105,7 +123,7 @@ def plain_sizes(
             "query": heads * head,
             "key": groups * head,
             "fused": (heads + 2 * groups) * head,
-            "context": config.count("max_position_embeddings"),
+            "context": context or config.count(own("max_position_embeddings")),
             **more,
         },
     )
@@ -131,26 +149,25 @@ def filled_sizes(config: Config) -> Sizes:
 
 
 def common_keys(config: Config, sizes: Sizes) -> Keys:
-    heads = config.count("num_attention_heads")
     more: Keys = {"nextn_predict_layers": sizes.further} if sizes.further else {}
     return more | {
-        "context_length": config.count("max_position_embeddings"),
+        "context_length": sizes.named["context"],
         "embedding_length": sizes.named["width"],
         "block_count": sizes.blocks + sizes.further,
         "feed_forward_length": sizes.named["inner"],
-        "attention.head_count": heads,
+        "attention.head_count": sizes.named["query"] // sizes.head_dim,
         "attention.head_count_kv": sizes.named["key"] // sizes.head_dim,
     }
 
 
 def decoder_keys(
-    config: Config, sizes: Sizes, epsilon: str = "rms_norm_eps", *, mean: bool = False
+    config: Config, sizes: Sizes, epsilon: str | float = "rms_norm_eps", *, mean: bool = False
 ) -> Keys:
     """Keys of every decoder.
 
     Args:
         config, sizes: of the model.
-        epsilon: field of the norms' smallest divisor.
+        epsilon: field of the norms' smallest divisor, or itself where no field says it.
         mean: whether norms take the mean away (LayerNorm).
     """
     # transformers makes masks of the first field whatever the class (null counts as false there),
@@ -161,8 +178,9 @@ def decoder_keys(
     declared = config.known and "layer_types" in config.known.fields
     if not declared and any(layer_types(config, sizes, [])):
         raise config.unlike("layer_types", f"'{FULL}'")
+    least = config.number(epsilon, zero=True) if isinstance(epsilon, str) else epsilon
     return common_keys(config, sizes) | {
-        f"attention.layer_norm_{'' if mean else 'rms_'}epsilon": config.number(epsilon, zero=True),
+        f"attention.layer_norm_{'' if mean else 'rms_'}epsilon": least,
         "attention.key_length": sizes.head_dim,
         "attention.value_length": sizes.head_dim,
         "vocab_size": sizes.named["vocabulary"],
@@ -210,11 +228,13 @@ def expert_sizes(config: Config, experts: str, inner: str, **more: int) -> Sizes
         experts: the field that counts them.
         inner: that of their inner width.
     """
+    each = config.count(inner)
     return plain_sizes(
         config,
         grouped=True,
         experts=config.count(experts, most=MAX_EXPERTS),
-        expert_inner=config.count(inner),
+        expert_inner=each,
+        expert_gate_up=2 * each,
         **more,
     )
 
@@ -278,6 +298,32 @@ def group_keys(config: Config, sizes: Sizes) -> Keys:
     if each < 2 or config.count("num_experts_per_tok") > each * used:
         raise config.unlike("n_group", "groups of at least two experts, enough of them")
     return {"expert_group_count": groups, "expert_group_used_count": used}
+
+
+def leading_blocks(config: Config, blocks: int) -> int:
+    """How many blocks have no experts: those before all others.
+
+    ``mlp_layer_types`` says it where it is there, else ``first_k_dense_replace``; the first one
+    alone has none in a class without that field.
+
+    Raises:
+        UnsupportedError: blocks without experts after others, or none with them.
+        FormatError: the number is none that there can be.
+    """
+    types = config.get("mlp_layer_types")
+    if types is not None:
+        dense = types.index("sparse") if "sparse" in types else len(types)
+        if len(types) != blocks or types != ["dense"] * dense + ["sparse"] * (blocks - dense):
+            raise config.unlike("mlp_layer_types", "'dense' layers, then 'sparse' ones")
+        if dense == blocks:
+            raise config.unlike("mlp_layer_types", "'sparse' for one layer at least")
+        return int(dense)
+    if config.known and "first_k_dense_replace" not in config.known.fields:
+        return 1
+    found = config.get("first_k_dense_replace")
+    if type(found) is not int or not 0 <= found < blocks:
+        raise config.wrong("first_k_dense_replace", f"an integer from 0 to {blocks - 1}")
+    return found
 
 
 # --- windows ---

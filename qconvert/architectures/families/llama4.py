@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -36,12 +35,12 @@ from qconvert.architectures.families.slots import (
     INSIDE,
     NORMS,
     SHARED,
+    TURNED_EXPERTS,
     VISION,
     WHOLE,
     attention,
     limited,
 )
-from qconvert.architectures.mapped import Order, strided
 from qconvert.architectures.rope import BY_PAIR
 
 _ROUTER = ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
@@ -133,7 +132,6 @@ def llama4_sizes(config: Config) -> Sizes:
     )
     more = {
         "inner": config.count("intermediate_size_mlp"),
-        "gate_up": 2 * plain.named["expert_inner"],
         "step": _step(config, plain.blocks),
     }
     return replace(plain, named=plain.named | more)
@@ -182,29 +180,6 @@ def llama4_keys(config: Config, sizes: Sizes) -> Keys:
     )
 
 
-def _half(first: int) -> Callable[[Sizes], Order]:
-    """Where values of a half of the columns are, turned round."""
-
-    def order(sizes: Sizes) -> Order:
-        experts, width, inner = sizes.shape("experts width expert_inner")
-        strides = (2 * width * inner, 1, 2 * inner)
-        return strided((experts, inner, width), strides, first * inner)
-
-    return order
-
-
-def _down(sizes: Sizes) -> Order:
-    experts, width, inner = sizes.shape("experts width expert_inner")
-    return strided((experts, width, inner), (width * inner, 1, width))
-
-
-_EXPERTS = (
-    EXPERTS[0],
-    replace(EXPERTS[1], source="experts width gate_up", order=_half(0)),
-    replace(EXPERTS[2], source="experts width gate_up", order=_half(1)),
-    replace(EXPERTS[3], source="experts expert_inner width", order=_down),
-)
-
 ROWS = (
     Family(
         "Llama 4",
@@ -214,7 +189,7 @@ ROWS = (
         (
             *(*NORMS, *attention(heads=False, bias=False)),
             *limited(GATED, _dense),
-            *limited((*_EXPERTS, *SHARED), _sparse),
+            *limited((*TURNED_EXPERTS, *SHARED), _sparse),
         ),
         llama4_keys,
         llama4_sizes,

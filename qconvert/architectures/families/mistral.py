@@ -26,6 +26,7 @@ from qconvert.architectures.families.keys import (
     rotary,
 )
 from qconvert.architectures.families.llama import MISTRAL
+from qconvert.architectures.families.mistral4 import LATENT, MISTRAL4
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.families.slots import GATED, INSIDE, NORMS, VISION, WHOLE, attention
 from qconvert.architectures.rope import BY_PAIR, Rope, read_rope, settled
@@ -63,9 +64,10 @@ _WRAPPED = ConfigClass(
     MappingProxyType({"image_token_id": "image_token_index"}),
     inner=("text_config", _TEXT),
 )
+_AROUND_MISTRAL4 = replace(_WRAPPED, inner=("text_config", MISTRAL4))
 # Mistral Small 3.1 and 3.2: the model of text and images around the older one.
 _AROUND_MISTRAL = replace(_WRAPPED, inner=("text_config", MISTRAL))
-CONFIGS = (_TEXT, _WRAPPED, _AROUND_MISTRAL)
+CONFIGS = (_TEXT, _WRAPPED, _AROUND_MISTRAL, _AROUND_MISTRAL4)
 
 
 def ministral3_keys(config: Config, sizes: Sizes) -> Keys:
@@ -83,7 +85,9 @@ def ministral3_rope(config: Config, sizes: Sizes) -> Rope:
 
 
 def _instead(fields: Mapping[str, Any]) -> Family | None:
-    return _SMALL if fields.get("model_type") == MISTRAL.model_type else None
+    return {MISTRAL.model_type: _SMALL, MISTRAL4.model_type: LATENT}.get(
+        str(fields.get("model_type"))
+    )
 
 
 _MINISTRAL = Family(

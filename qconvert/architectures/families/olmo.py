@@ -1,4 +1,4 @@
-"""OLMo 2 and 3, and OLMoE."""
+"""OLMo 1, 2 and 3, and OLMoE."""
 
 from __future__ import annotations
 
@@ -49,6 +49,17 @@ def _fields(**more: tuple[str, object]) -> Fields:
 
 
 CONFIGS = (
+    ConfigClass(
+        "OlmoConfig",
+        "olmo",
+        ("OlmoForCausalLM",),
+        {
+            **{n: f for n, f in _fields().items() if n != "rms_norm_eps"},
+            "clip_qkv": (FLOAT_OR_NULL, None),
+        },
+        TRAINING,
+        (*DECODER, "head_dim"),
+    ),
     ConfigClass(
         "Olmo2Config",
         "olmo2",
@@ -129,7 +140,29 @@ _ATTENTION = (
 )
 _BLOCK = (*POST_NORMS, *_ATTENTION, *GATED)
 
+_EPSILON = 1e-5  # transformers' class has it, and no field
+
+
+def olmo_keys(config: Config, sizes: Sizes) -> Keys:
+    config.require("attention_bias", (False,))
+    found = decoder_keys(config, sizes, _EPSILON, mean=True)
+    if config.get("clip_qkv") is not None:
+        found["attention.clamp_kqv"] = config.number("clip_qkv")
+    return found
+
+
 ROWS = (
+    Family(
+        "OLMo",
+        ("OlmoForCausalLM",),
+        "olmo",
+        (WHOLE[0], WHOLE[-1]),  # its norms have no weights
+        (*attention(heads=True, bias=False), *GATED),
+        olmo_keys,
+        filled_sizes,
+        rotary(PLAIN),
+        SILU,
+    ),
     Family(
         "OLMo 2",
         ("Olmo2ForCausalLM",),

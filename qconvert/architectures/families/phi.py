@@ -1,4 +1,4 @@
-"""Phi-3."""
+"""Phi 1, 1.5 and 2, and Phi-3."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_classes import (
+    BOOL,
     DECODER,
     INT,
     INT_OR_NULL,
@@ -14,19 +15,45 @@ from qconvert.architectures.config_classes import (
     decoder_fields,
 )
 from qconvert.architectures.families.keys import (
+    GELU,
     SILU,
     Keys,
     Sizes,
     decoder_keys,
     filled_sizes,
+    partial_rotary,
     plain_window,
     rotated,
 )
 from qconvert.architectures.families.row import Family, Slot
-from qconvert.architectures.families.slots import NORMS, WHOLE
-from qconvert.architectures.rope import LONG, Rope, read_rope, settled
+from qconvert.architectures.families.slots import (
+    FUSED,
+    MEAN_NORMS,
+    NORMS,
+    OUTPUT_BIAS,
+    PLAIN_INNER,
+    WHOLE,
+    attention,
+)
+from qconvert.architectures.rope import LONG, PARTIAL, Rope, read_rope, settled
 
 CONFIGS = (
+    ConfigClass(
+        "PhiConfig",
+        "phi",
+        ("PhiForCausalLM",),
+        decoder_fields(
+            (51_200, 2048, 8192, 24, 32),
+            (INT_OR_NULL, None),
+            2048,
+            1e-5,
+            activation=("hidden_act", "gelu_new"),
+            epsilon="layer_norm_eps",
+            qk_layernorm=(BOOL, False),
+        ),
+        (*TRAINING, "resid_pdrop", "embd_pdrop"),
+        (*DECODER, "head_dim"),
+    ),
     ConfigClass(
         "Phi3Config",
         "phi3",
@@ -54,6 +81,11 @@ CONFIGS = (
 )  # fmt: skip
 
 
+def phi2_keys(config: Config, sizes: Sizes) -> Keys:
+    config.require("qk_layernorm", (False,))
+    return decoder_keys(config, sizes, "layer_norm_eps", mean=True)
+
+
 def phi3_keys(config: Config, sizes: Sizes) -> Keys:
     # A window of zero says that there is none.
     return decoder_keys(config, sizes) | {
@@ -75,6 +107,19 @@ _PHI3 = (
 )
 
 ROWS = (
+    Family(
+        "Phi 1, 1.5 and 2",
+        ("PhiForCausalLM",),
+        "phi2",
+        (*WHOLE, OUTPUT_BIAS, Slot("output.bias", "vocabulary")),
+        # One norm for attention and the inner layer, which are added up.
+        (*MEAN_NORMS[:2], *attention(heads=False, bias=True), FUSED[-1], *PLAIN_INNER),
+        phi2_keys,
+        filled_sizes,
+        partial_rotary(PARTIAL, 0.5),
+        GELU,
+        own_head=True,
+    ),
     Family(
         "Phi-3",
         ("Phi3ForCausalLM",),

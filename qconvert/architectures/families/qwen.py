@@ -172,7 +172,8 @@ def qwen3_moe_keys(config: Config, sizes: Sizes) -> Keys:
     # chosen.
     experts_everywhere(config, sizes)
     experts = expert_keys(config, sizes)
-    if not config.flag("norm_topk_prob") and experts["expert_used_count"] != sizes.named["experts"]:
+    normed = config.flag("norm_topk_prob", True)  # also where a class has no such field
+    if not normed and experts["expert_used_count"] != sizes.named["experts"]:
         raise config.unlike("norm_topk_prob", "true")
     return (
         decoder_keys(config, sizes)

@@ -1,4 +1,6 @@
-"""RoBERTa and XLM-RoBERTa: encoders of BERT's kind whose positions begin after the padding's."""
+"""RoBERTa, XLM-RoBERTa and CamemBERT: encoders of BERT's kind whose positions begin after the
+padding's.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,11 @@ def _class(kind: str, model_type: str, vocabulary: int) -> ConfigClass:
 _CLASSES = (
     _class("XLMRoberta", "xlm-roberta", 30_522),
     _class("Roberta", "roberta", 50_265),
+    _class("Camembert", "camembert", 30_522),
 )
-_HEADS = ("XLMRobertaForSequenceClassification", "RobertaForSequenceClassification")
+_HEADS = tuple(
+    f"{kind}ForSequenceClassification" for kind in ("XLMRoberta", "Roberta", "Camembert")
+)
 CONFIGS = (*_CLASSES, *(with_labels(c, head) for c, head in zip(_CLASSES, _HEADS, strict=True)))
 
 
@@ -82,7 +87,7 @@ _RENAMES = (("roberta.", ""),)
 
 ROWS = (
     Family(
-        "RoBERTa and XLM-RoBERTa (encoders such as bge-m3)",
+        "RoBERTa, XLM-RoBERTa and CamemBERT (encoders such as bge-m3)",
         tuple(name for known in _CLASSES for name in known.architectures),
         "bert",
         _WHOLE,
@@ -96,7 +101,7 @@ ROWS = (
         tied=True,
     ),
     Family(
-        "RoBERTa and XLM-RoBERTa with a classification head (rerankers such as bge-reranker)",
+        "RoBERTa, XLM-RoBERTa and CamemBERT with a classification head (such as bge-reranker)",
         _HEADS,
         "bert",
         (*_WHOLE, *CLASSIFIER),

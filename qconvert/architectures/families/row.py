@@ -30,6 +30,8 @@ class Slot:
         turned: where its rows are in the source with its last two dimensions exchanged.
         change: what is done to each value.
         factors: what its rows are multiplied by, all by one number or each by its own.
+        stored: the same slot for checkpoints that have it in another form, which ``source`` of that
+            slot is the shape of; where both are of one shape, it is in this slot's.
         cut: whether rows of the source that nothing is computed with are left out.
         plain: a norm to which nothing is added, in a family that adds to norms.
         optional: whether llama.cpp does without it.
@@ -48,6 +50,7 @@ class Slot:
     turned: Locate | None = None
     change: Change | None = None
     factors: Callable[[Config, Sizes], Sequence[float]] | None = None
+    stored: Slot | None = None
     cut: bool = False
     plain: bool = False
     optional: bool = False
@@ -88,6 +91,7 @@ class Family:
             tensors are.
         renames: beginnings of source names, and what stands for them in gguf-py's table.
         dropped: beginnings of source names that llama.cpp has no use for, and why.
+        buffers: ends of source names that older checkpoints have of what is computed.
         parts: ends of source names within a block, or whole names outside, for which gguf-py's
             table has no name, or another one, and the slots that are made of each: several are
             equal parts of its rows, in their order, or say themselves where their rows are.
@@ -117,6 +121,7 @@ class Family:
     tied: bool | None = None
     renames: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
+    buffers: tuple[str, ...] = ()
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     further: Further | None = None
     own_head: bool = False

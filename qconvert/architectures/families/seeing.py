@@ -9,7 +9,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from qconvert.architectures.config_classes import ConfigClass
+from qconvert.architectures.config_classes import ANY, ConfigClass
 from qconvert.architectures.families import llama, qwen
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.families.slots import INSIDE, VISION, seen
@@ -25,6 +25,7 @@ def _around(
     inner: tuple[str, ...],
     unused: tuple[str, ...],
     aliases: Mapping[str, str] = MappingProxyType({}),
+    harmless: tuple[str, ...] = (),
 ) -> tuple[ConfigClass, ...]:
     """Classes of a model around each of several language models; the first is its default."""
     return tuple(
@@ -36,6 +37,7 @@ def _around(
             ("text_config", "vision_config", "tie_word_embeddings", *unused),
             ("per_layer_config",),
             aliases,
+            harmless=MappingProxyType(dict.fromkeys(harmless, ANY)),
             inner=("text_config", _INNER[inside]),
         )
         for inside in inner
@@ -68,7 +70,7 @@ CONFIGS = (
     *_around("SmolVLMConfig", "smolvlm", "SmolVLMForConditionalGeneration", (_LLAMA,), _IDEFICS),
     *_around(
         "InternVLConfig", "internvl", "InternVLForConditionalGeneration", (_QWEN2, _QWEN3, _LLAMA),
-        _INTERNVL,
+        _INTERNVL, harmless=("ps_version", "min_dynamic_patch", "max_dynamic_patch"),
     ),
 )  # fmt: skip
 
@@ -86,7 +88,11 @@ def _row(base: str, name: str, classes: tuple[str, ...]) -> Family:
         name=name,
         classes=classes,
         renames=(*INSIDE, ("model.text_model.", "model.")),
-        dropped=(*VISION, *seen("vision_model", "connector"), *seen("image_newline", end="")),
+        dropped=(
+            *VISION,
+            *seen("vision_model", "connector", "mlp1"),
+            *seen("image_newline", end=""),
+        ),
         scores=False,
     )
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+
 from qconvert.architectures.config import Config
 from qconvert.architectures.families.keys import Sizes
 from qconvert.architectures.families.row import Slot
+from qconvert.architectures.mapped import Locate, Order, Rows, strided
 
 OUTPUT = "output.weight"
 WHOLE = (
@@ -40,6 +43,58 @@ def attention(heads: bool, bias: bool | None, flag: str = ATTENTION_BIAS) -> tup
 
 
 NORMS = (Slot("attn_norm.weight", "width"), Slot("ffn_norm.weight", "width"))
+# Norms that take the mean away, each with a bias; layers of BERT's kind before gates came.
+OUTPUT_BIAS = Slot("output_norm.bias", "width")
+MEAN_NORMS = (
+    NORMS[0],
+    Slot("attn_norm.bias", "width"),
+    NORMS[1],
+    Slot("ffn_norm.bias", "width"),
+)
+PLAIN_INNER = (
+    Slot("ffn_up.weight", "inner width"),
+    Slot("ffn_up.bias", "inner"),
+    Slot("ffn_down.weight", "width inner"),
+    Slot("ffn_down.bias", "width"),
+)
+FUSED = (
+    Slot("attn_qkv.weight", "fused width"),
+    Slot("attn_qkv.bias", "fused"),
+    Slot("attn_output.weight", "width query"),
+    Slot("attn_output.bias", "width"),
+)
+
+
+def fused_by_group(sizes: Sizes) -> Locate:
+    """Rows of queries, then keys, then values, where a checkpoint has together the queries that
+    share keys, and these and their values after them.
+    """
+    head, query, key = sizes.head_dim, sizes.named["query"], sizes.named["key"]
+    each = query // key  # of queries in a group, which has two heads more
+
+    def locate(rows: Rows) -> Rows:
+        number, row = np.divmod(rows, head)
+        others = number - query // head
+        group = np.where(others < 0, number // each, others % (key // head))
+        place = np.where(others < 0, number % each, each + others // (key // head))
+        return (group * (each + 2) + place) * head + row
+
+    return locate
+
+
+BY_GROUP = tuple(replace(s, rows=fused_by_group) if "qkv" in s.name else s for s in FUSED)
+
+
+def turned_round(slot: Slot) -> Slot:
+    """A matrix that a checkpoint has turned round."""
+
+    def order(sizes: Sizes) -> Order:
+        rows, columns = sizes.shape(slot.shape)
+        return strided((rows, columns), (1, rows))
+
+    return replace(slot, source=" ".join(reversed(slot.shape.split())), order=order)
+
+
 HEAD_NORMS = (Slot("attn_q_norm.weight", "head"), Slot("attn_k_norm.weight", "head"))
 POST_NORMS = (
     Slot("post_attention_norm.weight", "width"),
@@ -61,6 +116,36 @@ EXPERTS = (
     Slot("ffn_gate_exps.weight", "experts expert_inner width"),
     Slot("ffn_up_exps.weight", "experts expert_inner width"),
     Slot("ffn_down_exps.weight", "experts width expert_inner"),
+)
+
+
+def _half(first: int) -> Callable[[Sizes], Order]:
+    """Where values of a half of the columns are, turned round."""
+
+    def order(sizes: Sizes) -> Order:
+        experts, width, inner = sizes.shape("experts width expert_inner")
+        strides = (2 * width * inner, 1, 2 * inner)
+        return strided((experts, inner, width), strides, first * inner)
+
+    return order
+
+
+def _down(sizes: Sizes) -> Order:
+    experts, width, inner = sizes.shape("experts width expert_inner")
+    return strided((experts, width, inner), (width * inner, 1, width))
+
+
+# Experts whose matrices lie turned round, gates beside what they multiply.
+TURNED_EXPERTS = (
+    EXPERTS[0],
+    replace(EXPERTS[1], source="experts width expert_gate_up", order=_half(0)),
+    replace(EXPERTS[2], source="experts width expert_gate_up", order=_half(1)),
+    replace(EXPERTS[3], source="experts expert_inner width", order=_down),
+)
+# The same as one or the other form, as a checkpoint has it.
+EITHER_EXPERTS = tuple(
+    replace(slot, stored=turned if turned.order else None)
+    for slot, turned in zip(EXPERTS, TURNED_EXPERTS, strict=True)
 )
 
 

@@ -1,4 +1,4 @@
-"""State-space layers of Mamba 2's kind, as several architectures have them.
+"""State-space layers of Mamba 2's kind, and of Mamba 1's, as several architectures have them.
 
 A checkpoint has the logarithm of each head's decay, a decay and a skip for each head as vectors,
 and one norm over the inner width; GGUF has the decay itself, both as columns, and the norm as one
@@ -8,6 +8,7 @@ row for each group.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.families.keys import FULL, Keys, Sizes
@@ -16,8 +17,9 @@ from qconvert.architectures.mapped import NEGATED_EXP
 from qconvert.errors import FormatError
 from qconvert.files.gguf_writer import GgufValue
 
+In = Callable[[Config, Sizes, int], bool]
 UNLIMITED = (0.0, math.inf)
-_MOST_INNER = 1 << 24
+_MOST_INNER = MAX_STATE = 1 << 24
 LINEAR = "linear_attention"
 # Names that transformers still takes for kinds of layers.
 OLDER = {"mamba": LINEAR, "attention": FULL}
@@ -110,11 +112,16 @@ def attends(config: Config, sizes: Sizes, block: int) -> bool:
     return not recurs(config, sizes, block)
 
 
-def attending_keys(config: Config, sizes: Sizes) -> Keys:
+def attending_keys(config: Config, sizes: Sizes, attends: In = attends) -> Keys:
     """Heads of keys in each layer, none where it is a state-space layer."""
     groups = sizes.named["key"] // sizes.head_dim
-    attended = [kind == FULL for kind in kinds(config, sizes)]
+    attended = [attends(config, sizes, i) for i in range(sizes.blocks)]
     return {"attention.head_count_kv": GgufValue("UINT32", [groups if a else 0 for a in attended])}
+
+
+def others(attends: In) -> In:
+    """Whether a block has a state-space layer, where others attend."""
+    return lambda config, sizes, block: not attends(config, sizes, block)
 
 
 def require_unlimited(config: Config, field: str = "time_step_limit") -> None:
@@ -155,3 +162,60 @@ def ssm_parts(inside: str) -> dict[str, tuple[str, ...]]:
             for kind in ("weight", "bias")
         },
     }  # fmt: skip
+
+
+# Names of blocks that have a module ``mamba`` or attention, and ``feed_forward``.
+MIXED_PARTS: dict[str, tuple[str, ...]] = {
+    "pre_ff_layernorm.weight": ("ffn_norm.weight",),
+    **{
+        f"feed_forward.{n}_proj.{kind}": (f"ffn_{n}.{kind}",)
+        for n in ("gate", "up", "down")
+        for kind in ("weight", "bias")
+    },
+    **{
+        f"feed_forward.experts.{n}_proj.weight": (f"ffn_{n}_exps.weight",)
+        for n in ("gate", "up", "down")
+    },
+    "feed_forward.router.weight": ("ffn_gate_inp.weight",),
+}
+
+# --- Mamba 1: every value of the inner width is a head with decays of its own ---
+
+FIRST_SSM = (
+    Slot("ssm_in.weight", "ssm_twice width"),
+    Slot("ssm_conv1d.weight", "ssm_inner ssm_kernel", source="ssm_inner 1 ssm_kernel"),
+    Slot("ssm_conv1d.bias", "ssm_inner"),
+    Slot("ssm_x.weight", "ssm_chosen ssm_inner"),
+    Slot("ssm_dt.weight", "ssm_inner ssm_rank"),
+    Slot("ssm_dt.bias", "ssm_inner"),
+    Slot("ssm_a", "ssm_inner ssm_state", change=NEGATED_EXP),
+    Slot("ssm_d", "ssm_inner"),
+    Slot("ssm_out.weight", "width ssm_inner"),
+)
+
+
+def first_sizes(inner: int, state: int, rank: int, kernel: int) -> dict[str, int]:
+    """Dimensions: of the inner layer, a state, what time steps are made of, and a convolution."""
+    return {
+        "ssm_inner": inner,
+        "ssm_twice": 2 * inner,
+        "ssm_state": state,
+        "ssm_rank": rank,
+        "ssm_chosen": rank + 2 * state,
+        "ssm_kernel": kernel,
+    }
+
+
+def time_step_rank(config: Config, field: str, width: int) -> int:
+    """Width of what time steps are made of: a sixteenth of the model's where it is 'auto'."""
+    return -(-width // 16) if config.get(field) == "auto" else config.count(field)
+
+
+def first_keys(sizes: Sizes) -> Keys:
+    named = sizes.named
+    return {
+        "ssm.conv_kernel": named["ssm_kernel"],
+        "ssm.inner_size": named["ssm_inner"],
+        "ssm.state_size": named["ssm_state"],
+        "ssm.time_step_rank": named["ssm_rank"],
+    }

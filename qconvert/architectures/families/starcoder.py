@@ -21,8 +21,15 @@ from qconvert.architectures.families.keys import (
     plain_window,
     rotary,
 )
-from qconvert.architectures.families.row import Family, Slot
-from qconvert.architectures.families.slots import NORMS, WHOLE, attention
+from qconvert.architectures.families.row import Family
+from qconvert.architectures.families.slots import (
+    FUSED,
+    MEAN_NORMS,
+    OUTPUT_BIAS,
+    PLAIN_INNER,
+    WHOLE,
+    attention,
+)
 from qconvert.architectures.rope import PLAIN
 
 CONFIGS = (
@@ -57,17 +64,12 @@ ROWS = (
         "StarCoder 2",
         ("Starcoder2ForCausalLM",),
         "starcoder2",
-        (*WHOLE, Slot("output_norm.bias", "width")),
+        (*WHOLE, OUTPUT_BIAS),
         (
-            *NORMS,
-            Slot("attn_norm.bias", "width"),
-            Slot("ffn_norm.bias", "width"),
+            *MEAN_NORMS,
             *attention(heads=False, bias=True),
-            Slot("attn_output.bias", "width"),
-            Slot("ffn_up.weight", "inner width"),
-            Slot("ffn_up.bias", "inner"),
-            Slot("ffn_down.weight", "width inner"),
-            Slot("ffn_down.bias", "width"),
+            FUSED[-1],
+            *PLAIN_INNER,
         ),
         starcoder2_keys,
         filled_sizes,

@@ -1,4 +1,6 @@
-"""T5: encoder and decoder with a bias by distance instead of positions, or the encoder alone."""
+"""T5, MT5 and UMT5: encoder and decoder with a bias by distance instead of positions, or the
+encoder alone.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,40 @@ _ENCODER_CONFIG = replace(
     fields=MappingProxyType({**_CONFIG.fields, _FLAG: (BOOL, False)}),
     unused=tuple(name for name in _CONFIG.unused if name != _FLAG),
 )
-CONFIGS = (_CONFIG, _ENCODER_CONFIG)
+_GATED_FORM = {
+    "vocab_size": (INT, 250_112),
+    "d_ff": (INT, 1024),
+    _LAYERS: (INT, 8),
+    "num_heads": (INT, 6),
+    _FORM: (TEXT, "gated-gelu"),
+}
+
+
+_START = "decoder_start_token_id"
+# MT5 is tied whatever the flag says, and does not scale its outputs.
+_MORE_UNUSED = {"MT5": (_START, "bos_token_id", _TIED), "UMT5": (_START,)}
+
+
+def _multilingual(known: ConfigClass, kind: str, model: str) -> ConfigClass:
+    """The same of many languages, with other defaults."""
+    return replace(
+        known,
+        name=f"{kind}Config",
+        model_type=kind.lower(),
+        architectures=(f"{kind}{model}",),
+        fields=MappingProxyType({**known.fields, **_GATED_FORM}),
+        unused=(*known.unused, *_MORE_UNUSED[kind]),
+        beside=tuple(n for n in known.beside if n not in _MORE_UNUSED[kind]),
+    )
+
+
+_BOTH, _ALONE = "ForConditionalGeneration", "EncoderModel"
+CONFIGS = (
+    _CONFIG,
+    _ENCODER_CONFIG,
+    *(_multilingual(_CONFIG, kind, _BOTH) for kind in ("MT5", "UMT5")),
+    *(_multilingual(_ENCODER_CONFIG, kind, _ALONE) for kind in ("MT5", "UMT5")),
+)
 
 
 def t5_sizes(config: Config) -> Sizes:
@@ -207,39 +242,64 @@ _SHARED = "is the same matrix as 'shared.weight' in T5"
 _COPIES = (("encoder.embed_tokens.", _SHARED), ("decoder.embed_tokens.", _SHARED))
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias."
 
-ROWS = (
-    Family(
-        "T5",
-        ("T5ForConditionalGeneration",),
-        "t5",
-        (
-            _EMBEDDING,
-            Slot("enc.output_norm.weight", "width"),
-            Slot("dec.output_norm.weight", "width", factors=_output_scale),
-            Slot(OUTPUT, "vocabulary width"),
-        ),
-        (*_ENCODER, *_DECODER_BLOCK),
-        t5_keys,
-        t5_sizes,
-        None,
-        (),
-        dropped=(*_COPIES, (_UNUSED, "is not read by transformers either")),
+_T5 = Family(
+    "T5",
+    ("T5ForConditionalGeneration",),
+    "t5",
+    (
+        _EMBEDDING,
+        Slot("enc.output_norm.weight", "width"),
+        Slot("dec.output_norm.weight", "width", factors=_output_scale),
+        Slot(OUTPUT, "vocabulary width"),
     ),
-    Family(
-        "T5 encoder (such as sentence-t5)",
-        ("T5EncoderModel",),
-        "t5encoder",
-        (_EMBEDDING, Slot("enc.output_norm.weight", "width")),
-        _ENCODER,
-        t5_encoder_keys,
-        t5_encoder_sizes,
-        None,
-        (),
-        dropped=(
-            *_COPIES,
-            ("decoder.", "belongs to the decoder, which an encoder is without"),
-            ("lm_head.", "belongs to the decoder, which an encoder is without"),
-        ),
-        tied=True,
+    (*_ENCODER, *_DECODER_BLOCK),
+    t5_keys,
+    t5_sizes,
+    None,
+    (),
+    dropped=(*_COPIES, (_UNUSED, "is not read by transformers either")),
+)
+_ENCODER_ROW = Family(
+    "T5 encoder (such as sentence-t5)",
+    ("T5EncoderModel", "MT5EncoderModel"),
+    "t5encoder",
+    (_EMBEDDING, Slot("enc.output_norm.weight", "width")),
+    _ENCODER,
+    t5_encoder_keys,
+    t5_encoder_sizes,
+    None,
+    (),
+    dropped=(
+        *_COPIES,
+        ("decoder.", "belongs to the decoder, which an encoder is without"),
+        ("lm_head.", "belongs to the decoder, which an encoder is without"),
+    ),
+    tied=True,
+)
+
+
+def _in_each_block(family: Family) -> tuple[Slot, ...]:
+    """Its blocks, each with a bias by distance of its own."""
+    only = {"enc": _in_encoder, "dec": _in_decoder}
+    return tuple(
+        replace(s, only=only[s.name[:3]]) if "rel_b" in s.name else s for s in family.block
+    )
+
+
+ROWS = (
+    _T5,
+    replace(
+        _T5,
+        name="MT5",
+        classes=("MT5ForConditionalGeneration",),
+        whole=tuple(replace(s, factors=None) for s in _T5.whole),
+    ),
+    _ENCODER_ROW,
+    replace(_T5, name="UMT5", classes=("UMT5ForConditionalGeneration",), block=_in_each_block(_T5)),
+    replace(
+        _ENCODER_ROW,
+        name="UMT5 encoder",
+        classes=("UMT5EncoderModel",),
+        block=_in_each_block(_ENCODER_ROW),
     ),
 )

@@ -1,4 +1,4 @@
-"""InternVL, in transformers' form."""
+"""InternVL, in transformers' form and in its first one (``InternVLChatModel``)."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ def internvl_keys(inputs: Inputs, sizes: Sizes) -> Keys:
     ):
         tower.require(name, (wanted,))
     tower.require("hidden_act", ("gelu", "silu"))
+    whole.require("ps_version", ("v2",), "v2")  # the first one mixes rows and columns
     whole.require("projector_hidden_act", ("gelu",), "gelu")
     whole.require("vision_feature_layer", (-1,), -1)
     whole.require("vision_feature_select_strategy", ("default",), "default")
@@ -95,8 +96,13 @@ def internvl_keys(inputs: Inputs, sizes: Sizes) -> Keys:
     found = tower_keys(inputs, sizes, image=side, eps=eps, activation="hidden_act")
     found["clip.vision.projector.scale_factor"] = factor
     pictures = inputs.pictures.fields
-    least = pictures.count("min_patches", _USUAL_TILES[0])
-    most = pictures.count("max_patches", _USUAL_TILES[1])
+    least, most = (
+        pictures.count(ours, whole.count(first, usual))
+        for ours, first, usual in (
+            ("min_patches", "min_dynamic_patch", _USUAL_TILES[0]),
+            ("max_patches", "max_dynamic_patch", _USUAL_TILES[1]),
+        )
+    )
     if (least, most) != _USUAL_TILES:
         found |= {"clip.vision.preproc_min_tiles": least, "clip.vision.preproc_max_tiles": most}
     return found
@@ -104,6 +110,23 @@ def internvl_keys(inputs: Inputs, sizes: Sizes) -> Keys:
 
 _EMBEDDINGS = "vision_tower.embeddings"
 _PROJECTION = "multi_modal_projector"
+_PATCHES = f"{_EMBEDDINGS}.patch_embeddings.projection"
+_FIRST_FORM = (
+    ("vision_model.encoder.", "vision_tower.encoder."),
+    ("vision_model.embeddings.class_embedding", f"{_EMBEDDINGS}.cls_token"),
+    ("vision_model.embeddings.position_embedding", f"{_EMBEDDINGS}.position_embeddings"),
+    ("vision_model.embeddings.patch_embedding.", f"{_PATCHES}."),
+    ("mlp1.0.", f"{_PROJECTION}.layer_norm."),
+    ("mlp1.1.", f"{_PROJECTION}.linear_1."),
+    ("mlp1.3.", f"{_PROJECTION}.linear_2."),
+)
+_FIRST_NAMES = {
+    **block_names(
+        ln1="norm1", ln2="norm2", attn_q__attn_k__attn_v="attn.qkv", attn_out="attn.proj"
+    ),
+    "ls1": ("v.blk.{}.ls1.weight",),
+    "ls2": ("v.blk.{}.ls2.weight",),
+}
 
 ROWS = (
     Projector(
@@ -144,12 +167,17 @@ ROWS = (
             "lambda_2": ("v.blk.{}.ls2.weight",),
             f"{_EMBEDDINGS}.cls_token": ("v.class_embd",),
             f"{_EMBEDDINGS}.position_embeddings": ("v.position_embd.weight",),
-            **module(f"{_EMBEDDINGS}.patch_embeddings.projection", "v.patch_embd"),
+            **_FIRST_NAMES,
+            **module(_PATCHES, "v.patch_embd"),
             **module(f"{_PROJECTION}.layer_norm", "mm.model.mlp.0"),
             **module(f"{_PROJECTION}.linear_1", "mm.model.mlp.1"),
             **module(f"{_PROJECTION}.linear_2", "mm.model.mlp.3"),
         },
-        (*TOWER, ("vision_tower.encoder.layer.", "vision_tower.encoder.layers.")),
+        (
+            *_FIRST_FORM,
+            *TOWER,
+            ("vision_tower.encoder.layer.", "vision_tower.encoder.layers."),
+        ),
         ("vision_tower.", "multi_modal_projector."),
         _sizes,
         internvl_keys,
