@@ -16,7 +16,13 @@ from qconvert.architectures.llama_text import PRE_TOKENIZERS, plain_name
 from qconvert.architectures.pretokenizers import DIGIT, GPT2, NAMES
 from qconvert.architectures.special_tokens import KEYS
 from qconvert.architectures.token_check import compare_tokens
-from qconvert.architectures.tokenizer_json import SPACE, TokenizerJson, added_token, surrounding
+from qconvert.architectures.tokenizer_json import (
+    SPACE,
+    TokenizerJson,
+    added_token,
+    surrounding,
+    token_pairs,
+)
 from qconvert.architectures.tokenizers import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from qconvert.errors import UnsupportedError
 from qconvert.files.gguf_split_reader import AnyGgufModel
@@ -188,12 +194,10 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
             vocabulary.tokens[i] = vocabulary.tokens[i].replace(" ", SPACE)
     ids = {t: i for i, t in enumerate(vocabulary.tokens) if vocabulary.types[i] != UNUSED}
     pieces = vocabulary.typed(NORMAL, USER_DEFINED)
-    merges = [
-        (-scores[i], pieces[token[:cut]], pieces[token[cut:]], token[:cut], token[cut:])
-        for token, i in pieces.items()
-        for cut in range(1, len(token))
-        if token[:cut] in pieces and token[cut:] in pieces
-    ]
+    merges = sorted(
+        token_pairs(pieces),
+        key=lambda p: (-scores[pieces[p[0] + p[1]]], pieces[p[0]], pieces[p[1]]),
+    )
     spaced = vocabulary.key("add_space_prefix")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
@@ -224,7 +228,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": ids,
-            "merges": [[left, right] for *_, left, right in sorted(merges)],
+            "merges": [[left, right] for left, right in merges],
         },
     }
 

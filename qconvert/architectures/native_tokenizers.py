@@ -12,14 +12,14 @@ import base64
 import binascii
 import reprlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qconvert.architectures.llama_tokenizer import BYTE_CHARACTERS
 from qconvert.architectures.small_files import SmallFiles
-from qconvert.architectures.tokenizer_json import SPACE, added_token, surrounding
+from qconvert.architectures.tokenizer_json import SPACE, added_token, surrounding, token_pairs
 from qconvert.errors import FormatError, UnsupportedError
 
 TEKKEN = "tekken.json"
@@ -119,7 +119,7 @@ def _tekken(found: Fields, path: Path) -> NativeTokenizer:
         "model": {
             "type": "BPE",
             "vocab": named | {_letters(t): count + rank for t, rank in ranks.items()},
-            "merges": list(_merges(ranks)),
+            "merges": _merges(ranks),
             "ignore_merges": True,
         },
     }
@@ -163,7 +163,7 @@ def _tiktoken(
         "model": {
             "type": "BPE",
             "vocab": {_letters(t): rank for t, rank in ranks.items()},
-            "merges": list(_merges(ranks)),
+            "merges": _merges(ranks),
             "ignore_merges": True,
         },
     }
@@ -194,13 +194,10 @@ def _letters(token: bytes) -> str:
     return "".join(map(BYTE_CHARACTERS.__getitem__, token))
 
 
-def _merges(ranks: Mapping[bytes, int]) -> Iterator[list[str]]:
+def _merges(ranks: Mapping[bytes, int]) -> list[list[str]]:
     """All pairs of tokens that give a token, the tokens in their order, by the pair's own ranks."""
-    for token in ranks:
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        pairs = [(ranks[a], ranks[b], a, b) for a, b in cuts if a in ranks and b in ranks]
-        for _, _, left, right in sorted(pairs):
-            yield [_letters(left), _letters(right)]
+    pairs = sorted(token_pairs(ranks), key=lambda p: (ranks[p[0] + p[1]], ranks[p[0]], ranks[p[1]]))
+    return [[_letters(left), _letters(right)] for left, right in pairs]
 
 
 # --- SentencePiece --------------------------------------------------------------------------------
@@ -301,13 +298,8 @@ def _piece(message: _Message) -> _Piece:
 def _piece_merges(pieces: list[_Piece]) -> list[list[str]]:
     """All pairs of normal pieces that give one, the highest score first."""
     normal = {p.text: (-p.score, i) for i, p in enumerate(pieces) if p.kind == _NORMAL}
-    ranked = [
-        (*rank, len(text[:cut]), text[:cut], text[cut:])
-        for text, rank in normal.items()
-        for cut in range(1, len(text))
-        if text[:cut] in normal and text[cut:] in normal
-    ]
-    return [[left, right] for *_, left, right in sorted(ranked)]
+    pairs = sorted(token_pairs(normal), key=lambda p: (normal[p[0] + p[1]], len(p[0])))
+    return [[left, right] for left, right in pairs]
 
 
 def _further(settings: Mapping[str, Any], files: SmallFiles, size: int) -> list[Fields]:
