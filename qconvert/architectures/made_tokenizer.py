@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qconvert.architectures.llama_text import PRE_TOKENIZERS, plain_name
-from qconvert.architectures.pretokenizers import DIGIT, GPT2, NAMES
+from qconvert.architectures.llama_pretokenizers import BEGINNING, PRE_TOKENIZERS, plain_name
+from qconvert.architectures.pretokenizers import NAMES, pre_tokenizer_steps
 from qconvert.architectures.special_tokens import KEYS
 from qconvert.architectures.token_check import compare_tokens
 from qconvert.architectures.tokenizer_json import (
@@ -99,9 +99,8 @@ class _Vocabulary:
         self.tokens: list[str] = list(self.key("tokens") or [])
         self.types: list[int] = self.key("token_type") or [NORMAL] * len(self.tokens)
         kind, pre = self.key("model"), self.key("pre")
-        ignoring = kind == "gpt2" and PRE_TOKENIZERS.get(pre, ((), False))[1]
         defaults = {
-            "add_bos_token": kind == "llama" or ignoring,
+            "add_bos_token": kind == "llama" or (kind == "gpt2" and pre in BEGINNING),
             "add_eos_token": False,
             "add_space_prefix": kind == "llama",
             "token_type": GgufValue("INT32", self.types),
@@ -142,15 +141,6 @@ def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
     """Byte-level BPE."""
     name = plain_name(vocabulary.key("pre"))
     expressions, whole_words = next(k for k, found in NAMES.items() if found == name)
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    steps: list[dict[str, Any]] = []
-    for expression in expressions:
-        if expression == DIGIT:
-            steps.append({"type": "Digits", "individual_digits": True})
-        elif expression != GPT2:
-            pattern = {"Regex": expression}
-            split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-            steps.append(split)
     merges = [_pair(merge) for merge in vocabulary.key("merges") or []]
     return {
         "version": "1.0",
@@ -158,12 +148,14 @@ def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
         "padding": None,
         "added_tokens": vocabulary.added(),
         "normalizer": {"type": "NFC"} if name in _COMPOSING else None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [*steps, {**level, "use_regex": GPT2 in expressions}],
-        },
+        "pre_tokenizer": pre_tokenizer_steps(expressions),
         "post_processor": vocabulary.around(),
-        "decoder": level | {"use_regex": True},
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
         "model": {
             "type": "BPE",
             "dropout": None,

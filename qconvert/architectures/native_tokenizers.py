@@ -1,9 +1,9 @@
 """Tokenizers in the files of the programs that they were made with, as tokenizer.json has them.
 
 Mistral's ``tekken.json`` lists the tokens of a byte-level BPE in the order of their merges, and so
-does tiktoken's ``tiktoken.model``, which says nothing of how text is cut; ``tokenizer.model`` is a
-SentencePiece model (google/sentencepiece, sentencepiece_model.proto). What reads tokenizer.json
-then reads these, and what it refuses or warns of there, it does here.
+does tiktoken's ``tiktoken.model``, which leaves it to the model's code how text is cut;
+``tokenizer.model`` is a SentencePiece model (google/sentencepiece, sentencepiece_model.proto). What
+reads tokenizer.json then reads these, and what it refuses or warns of there, it does here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qconvert.architectures.llama_tokenizer import BYTE_CHARACTERS
+from qconvert.architectures.pretokenizers import KIMI, pre_tokenizer_steps
 from qconvert.architectures.small_files import SmallFiles
 from qconvert.architectures.tokenizer_json import SPACE, added_token, surrounding, token_pairs
 from qconvert.errors import FormatError, UnsupportedError
@@ -46,13 +47,11 @@ class NativeTokenizer:
         name: of the file.
         fields: what tokenizer.json would have.
         settings: what tokenizer_config.json would have, and need not.
-        pre_tokenizer: llama.cpp's name for how text is cut, where the model's type says it.
     """
 
     name: str
     fields: Fields
     settings: Fields
-    pre_tokenizer: str | None = None
 
 
 def native_tokenizer(files: SmallFiles, settings: Mapping[str, Any]) -> NativeTokenizer | None:
@@ -103,18 +102,7 @@ def _tekken(found: Fields, path: Path) -> NativeTokenizer:
     fields: Fields = {
         "added_tokens": [added_token(i, token, special=True) for token, i in named.items()],
         "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": pattern},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-            ],
-        },
+        "pre_tokenizer": pre_tokenizer_steps([pattern]),
         "post_processor": surrounding([("<s>", named["<s>"])], []),
         "model": {
             "type": "BPE",
@@ -136,8 +124,8 @@ def _bytes(entry: object, path: Path) -> bytes:
     return found or _broken(path, "a token without bytes", entry)
 
 
-# Whose own code cuts text in a way that llama.cpp has a name for.
-_CUT_AS = {"kimi_k2": "kimi-k2"}
+# Of types of models, what their own code cuts text by.
+_CUT_BY = {"kimi_k2": KIMI}
 
 
 def _tiktoken(
@@ -154,11 +142,11 @@ def _tiktoken(
     ranks = {token: rank for rank, token in enumerate(tokens)}
     if not 256 <= len(ranks) == len(tokens) <= MAX_TOKENS:
         _broken(path, "a token twice, or none for some bytes", len(tokens))
-    kind = (files.json("config.json") or {}).get("model_type")
+    kind = str((files.json("config.json") or {}).get("model_type"))
     fields: Fields = {
         "added_tokens": _further(settings, files, len(tokens)),
         "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        "pre_tokenizer": pre_tokenizer_steps([_CUT_BY[kind]] if kind in _CUT_BY else []),
         "post_processor": None,
         "model": {
             "type": "BPE",
@@ -167,7 +155,7 @@ def _tiktoken(
             "ignore_merges": True,
         },
     }
-    return NativeTokenizer(TIKTOKEN, fields, {}, _CUT_AS.get(str(kind)))
+    return NativeTokenizer(TIKTOKEN, fields, {})
 
 
 def _special(listed: object, count: int, path: Path) -> list[str]:
