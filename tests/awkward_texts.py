@@ -9,43 +9,40 @@ from __future__ import annotations
 import json
 import random
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tiny_models import CONFIGS, added, weights, write_directory
 
-from qconvert.architectures.pretokenizers import DIGIT, GPT2
+from qconvert.architectures.pretokenizers import pre_tokenizer_steps
 from qconvert.architectures.token_check import AWKWARD, ORDINARY
 
-# Where llama.cpp itself, whatever the file says, cuts otherwise: at marks; at every text with upper
-# case after lower, for its classes of both are all letters; at white space beyond ASCII, which is
-# none of the characters of East Asia to it.
-LETTERS_ALONE = ("gpt-4o", "tekken")
-OTHERWISE_CUT = {"tiny_aya": 0.1, "deepseek-coder": 0.01, "deepseek-llm": 0.01}
+# Where llama.cpp itself, whatever the file says, cuts otherwise: between letters and their marks;
+# numbers of more than three digits that go on without a boundary of words, and white space before
+# others; white space beyond ASCII, which is none of the characters of East Asia to it; numbers of
+# ASCII digits and others together.
+LETTERS_ALONE = ("gpt-4o", "tekken", "kimi-k2")
+OTHERWISE_CUT = {"tiny_aya": 0.1, "deepseek-coder": 0.01, "deepseek-llm": 0.01, "superbpe": 0.01}
 
 
-def trained(expressions: tuple[str, ...], ignore_merges: bool) -> dict[str, Any]:
-    """A byte-level BPE tokenizer with these expressions, trained on the texts below."""
+def trained(
+    expressions: tuple[str, ...], ignore_merges: bool, texts: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A byte-level BPE tokenizer with these expressions, trained on further texts and these."""
     import tokenizers
 
-    steps = [
-        tokenizers.pre_tokenizers.Digits(individual_digits=True)
-        if e == DIGIT
-        else tokenizers.pre_tokenizers.Split(tokenizers.Regex(e), "isolated")
-        for e in expressions
-        if e != GPT2
-    ]
-    level = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=GPT2 in expressions
-    )
     made = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=ignore_merges))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*steps, level])
+    fields = json.loads(made.to_str()) | {"pre_tokenizer": pre_tokenizer_steps(expressions)}
+    made = tokenizers.Tokenizer.from_str(json.dumps(fields))
     made.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=900, show_progress=False, initial_alphabet=level.alphabet()
+        vocab_size=900,
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
-    made.train_from_iterator([*ORDINARY * 20, *AWKWARD * 5, *awkward(2)[:200]], trainer)
-    fields: dict[str, Any] = json.loads(made.to_str())
+    made.train_from_iterator([*ORDINARY * 20, *AWKWARD * 5, *awkward(2)[:200], *texts], trainer)
+    fields = json.loads(made.to_str())
     first = len(fields["model"]["vocab"])
     fields["added_tokens"] = [added(first, "<|begin|>"), added(first + 1, "<|end|>")]
     return fields
@@ -61,12 +58,54 @@ POOL = (
 )
 
 
-def awkward(seed: int, count: int = 2000) -> list[str]:
-    """Texts of words, marks and white space in any order."""
+# What only some pre-tokenizers have an eye for: other scripts, marks, numbers and controls.
+MORE_PIECES = (
+    *("<sentinel:12>", "IMGIMGABZ", "IMGIMGABCDEZ", "!=x", "——", "12345678901", "한국어 ", "a b c"),
+    *(
+        "'Tis",
+        "we'LL",
+        "'RE",
+        "\n\n\n   ",
+        "    \t",
+        " " * 9,
+        "ABCdef",
+        "abcDEF",
+        "漢字'S",
+        "x１２３４y",
+    ),
+    *(
+        "٣٤٥٦7890",
+        "//\n///",
+        "!!\r\n/",
+        "ㄱㄴ",
+        "ㄅㄆ",
+        "แม่",
+        "កាន់",
+        "မြန်",
+        "𠀀𠀁〇",
+        "《a》",
+        "“b”…",
+    ),
+)
+MORE_POOL = (
+    "\x1c\x1f\x85\u2009\u1680〇ㄱㄅㆎก្က￥＄｡ﾊ龦鿿㐀豈𠮷⼀ꩠꧠᄀ。，、।۔،（）"
+    "｜|\ue000\ue006\U000f0000İſKßǅªʰ①²¾৩๓㈠"
+)
+
+
+def awkward(seed: int, count: int = 2000, *, more: bool = False) -> list[str]:
+    """Texts of words, marks and white space in any order.
+
+    Args:
+        seed: of their choice.
+        count: how many.
+        more: with what only some pre-tokenizers have an eye for.
+    """
     draw = random.Random(seed)
+    pieces, pool = (PIECES + MORE_PIECES, POOL + MORE_POOL) if more else (PIECES, POOL)
     return [
         "".join(
-            draw.choice(PIECES) if draw.random() < 0.3 else draw.choice(POOL)
+            draw.choice(pieces) if draw.random() < 0.3 else draw.choice(pool)
             for _ in range(draw.randint(1, 14))
         )
         for _ in range(count)

@@ -1,4 +1,4 @@
-"""Tables in formats/gguf.md, from what `make_families.py` and `make_tokenizers.py` found."""
+"""Tables in formats/gguf.md, from what `make_families.py` and its like found."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Any
 
 from conftest import ROOT
 from family_models import MORE, NARROW
+from pretokenizer_data import ORIGINS
+
+from qconvert.architectures.llama_pretokenizers import PRE_TOKENIZERS, plain_name
 
 PAGE = ROOT / "formats" / "gguf.md"
 _HEAD = """
@@ -13,8 +16,12 @@ _HEAD = """
 |---|---|---|---|---|---|
 """
 _TOKENIZERS = """
-| package | model | tokens | pre-tokenizer | other tokens for | of plain texts |
-|---|---|---|---|---|---|
+| package | model | tokens | pre-tokenizer | by the hash | other tokens for | of plain texts |
+|---|---|---|---|---|---|---|
+"""
+_PRE_TOKENIZERS = """
+| name | the same under other names | its rules are | other tokens for | of more scripts |
+|---|---|---|---|---|
 """
 
 
@@ -50,9 +57,21 @@ def with_tokenizers(page: str, figures: dict[str, Any]) -> str:
         told = found.get("refused")
         counts = "refused" if told else f"{found['different']} of {found['texts']}"
         plain = "" if told else f"{len(found['plain different'])} of {found['plain']}"
-        cells = (name, found["kind"], f"{found['rows']:,}", found.get("pre", ""), counts, plain)
+        pre, hashed = found.get("pre", ""), found["by hash"] or ""
+        cells = (name, found["kind"], f"{found['rows']:,}", pre, hashed, counts, plain)
         lines.append(f"| {' | '.join(cells)} |")
     return _between(page, "tokenizers", _TOKENIZERS + "\n".join(lines) + "\n\n")
+
+
+def with_pre_tokenizers(page: str, figures: dict[str, Any]) -> str:
+    """The page with another table of pre-tokenizers."""
+    lines = []
+    for name in dict.fromkeys(map(plain_name, PRE_TOKENIZERS)):
+        others = ", ".join(n for n in PRE_TOKENIZERS if plain_name(n) == name != n)
+        counts = [f"{n} of 2000" for n in figures["differences"].get(name, ())] or ["", ""]
+        cells = (name, others, ORIGINS.get(name, "not known"), *counts)
+        lines.append(f"| {' | '.join(cells)} |")
+    return _between(page, "pre-tokenizers", _PRE_TOKENIZERS + "\n".join(lines) + "\n\n")
 
 
 def _between(page: str, name: str, text: str) -> str:

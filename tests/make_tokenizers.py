@@ -35,6 +35,7 @@ from safetensors.numpy import save_file
 from test_llama_cpp import loaded, tokenized, write_gguf
 
 from qconvert.architectures import open_gguf_source
+from qconvert.architectures.trial_text import TEXT, trial_name
 from qconvert.errors import QconvertError
 from qconvert.files import open_model
 
@@ -104,10 +105,12 @@ class Library:
     Attributes:
         kind, tokens, rows: of its model, how many tokens that has, and how many there are in all.
         special: texts that are found in a text; the libraries of other files find none.
+        trial: llama.cpp's name by the hash of its trial text, which it has of byte-level BPE.
     """
 
     def __init__(self, place: Path) -> None:
         self.special: list[str] = []
+        self.trial: str | None = None
         if (place / NAMES[0]).exists():
             text = (place / NAMES[0]).read_text()
             fields = json.loads(text)
@@ -119,6 +122,7 @@ class Library:
             library = tokenizers.Tokenizer.from_str(text)
             library.no_truncation()
             library.no_padding()
+            self.trial = trial_name(library.encode(TEXT).ids)
             self.encode = lambda text: library.encode(text, add_special_tokens=False).ids
         elif (place / "tekken.json").exists():
             from mistral_common.tokens.tokenizers.tekken import Tekkenizer
@@ -152,7 +156,11 @@ def measured(files: dict[str, bytes], home: Path) -> dict[str, Any]:
     """What becomes of a tokenizer."""
     directory = directory_of(files, home / "model")
     library = Library(directory)
-    found: dict[str, Any] = {"kind": library.kind, "rows": library.tokens}
+    found: dict[str, Any] = {
+        "kind": library.kind,
+        "rows": library.tokens,
+        "by hash": library.trial,
+    }
     try:
         with open_model(directory) as model:
             source = open_gguf_source(model)

@@ -44,7 +44,8 @@ from qconvert.architectures.families import FAMILIES, hyper_parameters
 from qconvert.architectures.llama_tokenizer import LlamaTokenizer
 from qconvert.architectures.mapping import map_tensors
 from qconvert.architectures.model_card import card_keys
-from qconvert.architectures.pretokenizers import NAMES, pre_tokenizer_name
+from qconvert.architectures.pretokenizer_names import name_by_rules
+from qconvert.architectures.pretokenizers import NAMES
 from qconvert.architectures.source import read_config
 from qconvert.architectures.tokenizer_json import TokenizerJson
 from qconvert.architectures.tying import output_head
@@ -932,7 +933,7 @@ def test_deepseek_s_expressions_are_known_however_they_are_written() -> None:
             "model": {},
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, level]},
         }
-        assert pre_tokenizer_name(TokenizerJson(fields, Path("tokenizer.json"))) == "deepseek-v3"
+        assert name_by_rules(TokenizerJson(fields, Path("tokenizer.json"))) == "deepseek-v3"
 
 
 def test_a_merge_left_out_is_a_warning_and_keeps_the_place_of_its_token(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from awkward_texts import (
 )
 from conftest import ROOT
 from numpy.typing import NDArray
+from pretokenizer_data import TABLE, digest, uncut
 from tiny_models import CONFIGS, TOKENIZERS, added, charsmap, weights, write_directory
 
 from qconvert.architectures import open_gguf_source
@@ -37,6 +38,8 @@ from qconvert.files.gguf_writer import GgufTensor, GgufWriter
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp: pip install qconvert[llama]")
 
 GOLDEN: dict[str, Any] = json.loads((ROOT / "tests" / "golden" / "architectures.json").read_text())
+RECORDED: dict[str, Any] = json.loads(TABLE.read_text())
+CUTS = RECORDED["cuts"]
 SAMPLE = ROOT / "samples" / "tiny-llama"
 CONTEXT = 256
 EVERY = 9
@@ -315,6 +318,15 @@ def test_awkward_texts_of_every_pre_tokenizer(
             if not (marked(text) and name in LETTERS_ALONE):
                 different += found != [*before, *library.encode(text).ids, *after]
     assert different <= OTHERWISE_CUT.get(name, 0) * len(texts)
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_llama_cpp_cuts_texts_as_recorded(name: str, tmp_path: Path) -> None:
+    """test_pretokenizers.py holds our model of it against the record."""
+    directory = directory_with(uncut(RECORDED["vocabulary"]), tmp_path / "uncut")
+    with loaded(write_gguf(directory, tmp_path / "m.gguf", pre_tokenizer=name)) as model:
+        ids = [tokenized(model, text, around=False) for text in awkward(5, more=True)]
+    assert digest(ids) == CUTS[name]["tokens"]
 
 
 def test_the_trained_sample_goes_on_as_in_transformers(tmp_path: Path) -> None:

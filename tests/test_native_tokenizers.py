@@ -8,6 +8,7 @@ ids.json the tokens that sentencepiece 0.2 (bpe.model, unigram.model) and mistra
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,14 @@ def test_the_file_says_what_surrounds_a_text(
     assert call("verify", path, "--against", place).code == 0
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_the_tokens_are_compared_with_the_library_s(name: str, tmp_path: Path) -> None:
+    """Which does not take what lacks a field, and then there are none."""
+    pytest.importorskip("tokenizers")
+    source = open_gguf_source(open_model(directory(tmp_path / "m", name)))
+    assert not [note for note in source.notes if "not compared" in note]
+
+
 def test_tokenizer_config_adds_tokens_and_says_what_surrounds_a_text(
     tmp_path: Path, call: Call
 ) -> None:
@@ -118,7 +127,7 @@ def test_tokenizer_config_adds_tokens_and_says_what_surrounds_a_text(
 
 
 def test_tiktoken_s_file_is_one_of_kimi_k2(tmp_path: Path, call: Call) -> None:
-    """Whose type transformers has under another name, and whose code says how text is cut."""
+    """Whose type transformers has under another name; the expression of its code is known."""
     shapes = unfolded(TABLE["tensors"][TABLE["bases"]["deepseek_v3"]["tensors"]])
     rows = len(TEKKEN["vocab"]) + 4
     shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (rows, 64))
@@ -130,7 +139,11 @@ def test_tiktoken_s_file_is_one_of_kimi_k2(tmp_path: Path, call: Call) -> None:
     token = {"content": "[BOS]", "special": True}
     settings = {"bos_token": "[BOS]", "added_tokens_decoder": {str(rows - 4): token}}
     (place / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert call("quantize", place, "--scheme", "f32", "-o", path).code == 0
+    ran = call("quantize", place, "--scheme", "f32", "-o", path)
+    assert ran.code == 0
+    assert "pre-tokenizer 'kimi-k2': by the rules in tiktoken.model" in ran.out + ran.err
+    if importlib.util.find_spec("tokenizers"):
+        assert "not compared" not in ran.out + ran.err
     fields = GGUFReader(path).fields
     assert fields["general.architecture"].contents() == "deepseek2"
     assert fields["tokenizer.ggml.pre"].contents() == "kimi-k2"

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from qconvert.architectures.llama_text import PRE_TOKENIZERS, bert_words, split_words
+from qconvert.architectures.llama_pretokenizers import PRE_TOKENIZERS
+from qconvert.architectures.llama_text import bert_words, split_words
 from qconvert.architectures.tokenizer_json import SPACE
 from qconvert.architectures.tokenizers import (
     CONTROL,
@@ -52,6 +53,10 @@ class CannotTokenizeError(Exception):
 class LlamaTokenizer:
     """The tokenizer of a file.
 
+    Attributes:
+        kind: llama.cpp's name of the tokenizer.
+        pre_tokenizer: of byte-level BPE, its name for how text is cut.
+
     Args:
         metadata: the file's keys.
 
@@ -80,9 +85,9 @@ class LlamaTokenizer:
             (t for t, kind in zip(self.tokens, self.types, strict=True) if _is_special(t, kind)),
             key=lambda t: -len(t.encode()),
         )
-        if self.kind == "gpt2":
-            self._pre = key("pre")
-            self._whole_words = PRE_TOKENIZERS[self._pre][1]
+        self.pre_tokenizer: str | None = key("pre") if self.kind == "gpt2" else None
+        if self.pre_tokenizer is not None:
+            self._whole_words = PRE_TOKENIZERS[self.pre_tokenizer][1]
             self._ranks: dict[tuple[str, str], int] = {}
             for i, merge in enumerate(key("merges")):
                 left, _, right = merge[1:].partition(" ")
@@ -122,8 +127,8 @@ class LlamaTokenizer:
                 found.append(part)
                 after_special = True
                 continue
-            if self.kind == "gpt2":
-                found += self._byte_level(part)
+            if self.pre_tokenizer is not None:
+                found += self._byte_level(part, self.pre_tokenizer)
             elif self.kind == "bert":
                 found += self._wordpiece(part)
             elif self.kind == "llama":
@@ -157,8 +162,8 @@ class LlamaTokenizer:
 
     # --- byte-level BPE ---
 
-    def _byte_level(self, text: str) -> Iterator[int]:
-        for word in split_words(text, self._pre):
+    def _byte_level(self, text: str, pre_tokenizer: str) -> Iterator[int]:
+        for word in split_words(text, pre_tokenizer):
             encoded = "".join(BYTE_CHARACTERS[b] for b in word.encode())
             if self._whole_words and encoded in self.ids:
                 yield self.ids[encoded]

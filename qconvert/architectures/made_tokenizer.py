@@ -12,11 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qconvert.architectures.llama_text import PRE_TOKENIZERS, plain_name
-from qconvert.architectures.pretokenizers import DIGIT, GPT2, NAMES
+from qconvert.architectures.llama_pretokenizers import BEGINNING, PRE_TOKENIZERS, plain_name
+from qconvert.architectures.pretokenizers import NAMES, pre_tokenizer_steps
 from qconvert.architectures.special_tokens import KEYS
 from qconvert.architectures.token_check import compare_tokens
-from qconvert.architectures.tokenizer_json import SPACE, TokenizerJson, added_token, surrounding
+from qconvert.architectures.tokenizer_json import (
+    SPACE,
+    TokenizerJson,
+    added_token,
+    surrounding,
+    token_pairs,
+)
 from qconvert.architectures.tokenizers import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from qconvert.errors import UnsupportedError
 from qconvert.files.gguf_split_reader import AnyGgufModel
@@ -93,9 +99,8 @@ class _Vocabulary:
         self.tokens: list[str] = list(self.key("tokens") or [])
         self.types: list[int] = self.key("token_type") or [NORMAL] * len(self.tokens)
         kind, pre = self.key("model"), self.key("pre")
-        ignoring = kind == "gpt2" and PRE_TOKENIZERS.get(pre, ((), False))[1]
         defaults = {
-            "add_bos_token": kind == "llama" or ignoring,
+            "add_bos_token": kind == "llama" or (kind == "gpt2" and pre in BEGINNING),
             "add_eos_token": False,
             "add_space_prefix": kind == "llama",
             "token_type": GgufValue("INT32", self.types),
@@ -136,15 +141,6 @@ def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
     """Byte-level BPE."""
     name = plain_name(vocabulary.key("pre"))
     expressions, whole_words = next(k for k, found in NAMES.items() if found == name)
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    steps: list[dict[str, Any]] = []
-    for expression in expressions:
-        if expression == DIGIT:
-            steps.append({"type": "Digits", "individual_digits": True})
-        elif expression != GPT2:
-            pattern = {"Regex": expression}
-            split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-            steps.append(split)
     merges = [_pair(merge) for merge in vocabulary.key("merges") or []]
     return {
         "version": "1.0",
@@ -152,12 +148,14 @@ def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
         "padding": None,
         "added_tokens": vocabulary.added(),
         "normalizer": {"type": "NFC"} if name in _COMPOSING else None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [*steps, {**level, "use_regex": GPT2 in expressions}],
-        },
+        "pre_tokenizer": pre_tokenizer_steps(expressions),
         "post_processor": vocabulary.around(),
-        "decoder": level | {"use_regex": True},
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -188,12 +186,10 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
             vocabulary.tokens[i] = vocabulary.tokens[i].replace(" ", SPACE)
     ids = {t: i for i, t in enumerate(vocabulary.tokens) if vocabulary.types[i] != UNUSED}
     pieces = vocabulary.typed(NORMAL, USER_DEFINED)
-    merges = [
-        (-scores[i], pieces[token[:cut]], pieces[token[cut:]], token[:cut], token[cut:])
-        for token, i in pieces.items()
-        for cut in range(1, len(token))
-        if token[:cut] in pieces and token[cut:] in pieces
-    ]
+    merges = sorted(
+        token_pairs(pieces),
+        key=lambda p: (-scores[pieces[p[0] + p[1]]], pieces[p[0]], pieces[p[1]]),
+    )
     spaced = vocabulary.key("add_space_prefix")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
@@ -224,7 +220,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": ids,
-            "merges": [[left, right] for *_, left, right in sorted(merges)],
+            "merges": [[left, right] for left, right in merges],
         },
     }
 

@@ -1,9 +1,9 @@
 """Tokenizers in the files of the programs that they were made with, as tokenizer.json has them.
 
 Mistral's ``tekken.json`` lists the tokens of a byte-level BPE in the order of their merges, and so
-does tiktoken's ``tiktoken.model``, which says nothing of how text is cut; ``tokenizer.model`` is a
-SentencePiece model (google/sentencepiece, sentencepiece_model.proto). What reads tokenizer.json
-then reads these, and what it refuses or warns of there, it does here.
+does tiktoken's ``tiktoken.model``, which leaves it to the model's code how text is cut;
+``tokenizer.model`` is a SentencePiece model (google/sentencepiece, sentencepiece_model.proto). What
+reads tokenizer.json then reads these, and what it refuses or warns of there, it does here.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import base64
 import binascii
 import reprlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qconvert.architectures.llama_tokenizer import BYTE_CHARACTERS
+from qconvert.architectures.pretokenizers import KIMI, pre_tokenizer_steps
 from qconvert.architectures.small_files import SmallFiles
-from qconvert.architectures.tokenizer_json import SPACE, added_token, surrounding
+from qconvert.architectures.tokenizer_json import SPACE, added_token, surrounding, token_pairs
 from qconvert.errors import FormatError, UnsupportedError
 
 TEKKEN = "tekken.json"
@@ -46,13 +47,11 @@ class NativeTokenizer:
         name: of the file.
         fields: what tokenizer.json would have.
         settings: what tokenizer_config.json would have, and need not.
-        pre_tokenizer: llama.cpp's name for how text is cut, where the model's type says it.
     """
 
     name: str
     fields: Fields
     settings: Fields
-    pre_tokenizer: str | None = None
 
 
 def native_tokenizer(files: SmallFiles, settings: Mapping[str, Any]) -> NativeTokenizer | None:
@@ -103,23 +102,12 @@ def _tekken(found: Fields, path: Path) -> NativeTokenizer:
     fields: Fields = {
         "added_tokens": [added_token(i, token, special=True) for token, i in named.items()],
         "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": pattern},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-            ],
-        },
+        "pre_tokenizer": pre_tokenizer_steps([pattern]),
         "post_processor": surrounding([("<s>", named["<s>"])], []),
         "model": {
             "type": "BPE",
             "vocab": named | {_letters(t): count + rank for t, rank in ranks.items()},
-            "merges": list(_merges(ranks)),
+            "merges": _merges(ranks),
             "ignore_merges": True,
         },
     }
@@ -136,8 +124,8 @@ def _bytes(entry: object, path: Path) -> bytes:
     return found or _broken(path, "a token without bytes", entry)
 
 
-# Whose own code cuts text in a way that llama.cpp has a name for.
-_CUT_AS = {"kimi_k2": "kimi-k2"}
+# Of types of models, what their own code cuts text by.
+_CUT_BY = {"kimi_k2": KIMI}
 
 
 def _tiktoken(
@@ -154,20 +142,20 @@ def _tiktoken(
     ranks = {token: rank for rank, token in enumerate(tokens)}
     if not 256 <= len(ranks) == len(tokens) <= MAX_TOKENS:
         _broken(path, "a token twice, or none for some bytes", len(tokens))
-    kind = (files.json("config.json") or {}).get("model_type")
+    kind = str((files.json("config.json") or {}).get("model_type"))
     fields: Fields = {
         "added_tokens": _further(settings, files, len(tokens)),
         "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        "pre_tokenizer": pre_tokenizer_steps([_CUT_BY[kind]] if kind in _CUT_BY else []),
         "post_processor": None,
         "model": {
             "type": "BPE",
             "vocab": {_letters(t): rank for t, rank in ranks.items()},
-            "merges": list(_merges(ranks)),
+            "merges": _merges(ranks),
             "ignore_merges": True,
         },
     }
-    return NativeTokenizer(TIKTOKEN, fields, {}, _CUT_AS.get(str(kind)))
+    return NativeTokenizer(TIKTOKEN, fields, {})
 
 
 def _special(listed: object, count: int, path: Path) -> list[str]:
@@ -194,13 +182,10 @@ def _letters(token: bytes) -> str:
     return "".join(map(BYTE_CHARACTERS.__getitem__, token))
 
 
-def _merges(ranks: Mapping[bytes, int]) -> Iterator[list[str]]:
+def _merges(ranks: Mapping[bytes, int]) -> list[list[str]]:
     """All pairs of tokens that give a token, the tokens in their order, by the pair's own ranks."""
-    for token in ranks:
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        pairs = [(ranks[a], ranks[b], a, b) for a, b in cuts if a in ranks and b in ranks]
-        for _, _, left, right in sorted(pairs):
-            yield [_letters(left), _letters(right)]
+    pairs = sorted(token_pairs(ranks), key=lambda p: (ranks[p[0] + p[1]], ranks[p[0]], ranks[p[1]]))
+    return [[_letters(left), _letters(right)] for left, right in pairs]
 
 
 # --- SentencePiece --------------------------------------------------------------------------------
@@ -301,13 +286,8 @@ def _piece(message: _Message) -> _Piece:
 def _piece_merges(pieces: list[_Piece]) -> list[list[str]]:
     """All pairs of normal pieces that give one, the highest score first."""
     normal = {p.text: (-p.score, i) for i, p in enumerate(pieces) if p.kind == _NORMAL}
-    ranked = [
-        (*rank, len(text[:cut]), text[:cut], text[cut:])
-        for text, rank in normal.items()
-        for cut in range(1, len(text))
-        if text[:cut] in normal and text[cut:] in normal
-    ]
-    return [[left, right] for *_, left, right in sorted(ranked)]
+    pairs = sorted(token_pairs(normal), key=lambda p: (normal[p[0] + p[1]], len(p[0])))
+    return [[left, right] for left, right in pairs]
 
 
 def _further(settings: Mapping[str, Any], files: SmallFiles, size: int) -> list[Fields]:

@@ -1,18 +1,16 @@
-"""Which of llama.cpp's pre-tokenizers splits text as a tokenizer.json says.
+"""The rules of a tokenizer.json by which text is split, and llama.cpp's names for them.
 
 llama.cpp has the regular expressions compiled in and takes their name from ``tokenizer.ggml.pre``.
-Here the name is found from the expressions themselves; a set that is not in the table is refused,
-for a wrong name gives other tokens without a word.
+Each set in the table is one that llama.cpp follows under that name, as far as it can: the tests cut
+texts by both.
 """
 
 from __future__ import annotations
 
-import difflib
-import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 from qconvert.architectures.tokenizer_json import TokenizerJson
-from qconvert.errors import UnsupportedError
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -52,9 +50,21 @@ JAIS2 = (
 # Numbers, then Chinese and Japanese, then the rest, in expressions of their own.
 NUMBERS = r"\p{N}{1,3}"
 EAST_ASIAN = "[一-龥\u3040-ゟ゠-ヿ]+"
-DEEPSEEK = (
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
+_NAME = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+DEEPSEEK = rf"{_NAME}| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
+SPARK = rf"{_NAME}| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+"
+SCRIPTS = "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-\u303f\ufe30-\ufe4f]+|[ㄅ-ㄯ]+|" + EAST_ASIAN
+YOUTU = rf"{_CASED}{_CONTRACTIONS}?|{_CASED_UPPER}{_CONTRACTIONS}?|\p{{N}}|{_MARKS_SLASH}|{_SPACES}"
+EXAONE_MOE = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+_OTHER_UPPER, _OTHER_LOWER = (f"{c[:-1]}&&[^\\p{{Han}}]]" for c in (_UPPER, _LOWER))
+KIMI = (
+    rf"[\p{{Han}}]+|[^\r\n\p{{L}}\p{{N}}]?{_OTHER_UPPER}*{_OTHER_LOWER}+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_OTHER_UPPER}+{_OTHER_LOWER}*{_CONTRACTIONS}?"
+    rf"|\p{{N}}{{1,3}}|{_MARKS}|{_SPACES}"
 )
 LATIN = (  # and the other scripts with two cases
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293"
@@ -75,8 +85,12 @@ ASCII_MARKS = "[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]"
 CHINESE = "[一-龥ࠀ-一가-\ud7ff]+"
 GROUPS = r"\d{1,3}(?=(?:\d{3})*\b)"
 LINES = r"[^\n]+|[\n]+"
+# Steps that are no expressions.
 DIGIT = "<each digit by itself>"
-_SHOWN = 200  # characters of an expression in a message
+DIGITS = "<runs of digits>"
+MARK = "<each punctuation character by itself>"
+MARKS = "<runs of punctuation>"
+BYTES = "<bytes as letters>"  # what follows sees these; where it is not named it comes last
 
 # (expressions in order, whether whole words of the vocabulary skip the merges) -> name
 NAMES: dict[tuple[tuple[str, ...], bool], str] = {
@@ -102,53 +116,70 @@ NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     ): "deepseek-llm",
     ((GROUPS, O200K), False): "tiny_aya",
     ((LINES, QWEN2), False): "laguna",
+    ((MARKS, GPT2, BYTES, DIGITS, "[0-9][0-9][0-9]"), False): "falcon",
+    ((BLOOM,), False): "bloom",
+    ((BLOOM, DIGIT), False): "viking",
+    (
+        (
+            *(r"<sentinel:[0-9]+>", r"(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z"),
+            *(r"([\t\n]|    |  )", DIGIT, MARK, GPT2),
+        ),
+        False,
+    ): "chameleon",
+    ((DIGITS, r"(?=(\d{3})+(?!\d))"), False): "superbpe",
+    ((NUMBERS, EAST_ASIAN, SPARK, DIGIT), False): "spark2_5",
+    ((SCRIPTS, YOUTU), True): "youtu",
+    ((EXAONE_MOE,), False): "exaone-moe",
+    ((KIMI,), True): "kimi-k2",
 }
 # Other ways to write the same character, as some files have it, and the same expression.
-_WRITTEN = (("\r", r"\r"), ("\n", r"\n"), (r"\"", '"'))
-_SAME = {r"\p{N}": DIGIT, r"\p{N}{1}": DIGIT}
-
-# Every name that llama.cpp at 0c1e57098 loads (src/llama-vocab.cpp); it refuses any other.
-_LOADED = """
-    a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe
-    command-r dbrx deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone
-    exaone-moe exaone4 f2llmv2 falcon falcon-h1 falcon3 gemma4 gigachat glm4 glm5 gpt-2 gpt-4o
-    gpt3-finnish granite-docling granite-embed-multi-311m granite-embed-multi-97m grok-2 hunyuan
-    hunyuan-dense hy_v4 jais jais-2 jina-de jina-es jina-v1-en jina-v2-code jina-v2-de
-    jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo laguna lfm2 llada-moe llama-bpe
-    llama-v3 llama3 llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2
-    modern-bert mpt olmo phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe
-    seed-coder smaug-bpe smollm solar-open spark2_5 stablelm2 starcoder superbpe talkie tekken
-    tiny_aya trillion ufakzeka viking whitespace youtu
-"""
-LOADED = frozenset(_LOADED.split())
+_WRITTEN = (("\r", r"\r"), ("\n", r"\n"), ("\t", r"\t"), (r"\"", '"'))
+_SAME = {r"\p{N}": DIGIT, r"\p{N}{1}": DIGIT, r"\p{N}+": DIGITS}
+# Steps without an expression: type, the field that says how, and what is in it.
+_STEPS: dict[str, tuple[str, str, Any]] = {
+    DIGIT: ("Digits", "individual_digits", True),
+    DIGITS: ("Digits", "individual_digits", False),
+    MARK: ("Punctuation", "behavior", "Isolated"),
+    MARKS: ("Punctuation", "behavior", "Contiguous"),
+}
 
 
-def named_warning(name: str) -> str | None:
-    """What to say about a name that the user gives; None about one that llama.cpp loads."""
-    if name in LOADED:
-        return None
-    near = difflib.get_close_matches(name, sorted(LOADED), n=1)
-    meant = f"; did you mean '{near[0]}'?" if near else ""
-    return f"no llama.cpp that we know loads a pre-tokenizer '{name}'{meant}"
+def cut_by(tokenizer: TokenizerJson) -> tuple[str, ...] | None:
+    """Expressions, and steps that are none, in the order of a tokenizer's pre-tokenizer.
 
-
-def pre_tokenizer_name(tokenizer: TokenizerJson) -> str:
-    """The name for a byte-level BPE tokenizer.
-
-    Raises:
-        UnsupportedError: llama.cpp is not known to split text in this way.
+    None: one of its steps is of a kind that no pre-tokenizer of llama.cpp has.
     """
     expressions: list[str] = []
-    for step in tokenizer.steps("pre_tokenizer"):
+    steps = tokenizer.steps("pre_tokenizer")
+    for i, step in enumerate(steps):
         found = _expressions(step)
         if found is None:
-            raise _unknown(tokenizer, [reprlib.repr(step)])
+            return None
         expressions += found
-    ignore_merges = tokenizer.model.get("ignore_merges") is True
-    name = NAMES.get((tuple(expressions), ignore_merges))
-    if name is None:
-        raise _unknown(tokenizer, [*expressions, *(["ignore_merges"] if ignore_merges else [])])
-    return name
+        if step.get("type") == "ByteLevel" and i + 1 < len(steps):
+            expressions.append(BYTES)
+    return tuple(expressions)
+
+
+def pre_tokenizer_steps(expressions: Iterable[str]) -> dict[str, Any]:
+    """The pre-tokenizer of a tokenizer.json that cuts by expressions, and steps, of `NAMES`."""
+    steps: list[dict[str, Any]] = []
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    expressions = tuple(expressions)
+    level["use_regex"] = GPT2 in expressions
+    for expression in expressions:
+        if expression in _STEPS:
+            kind, field, value = _STEPS[expression]
+            steps.append({"type": kind, field: value})
+        elif expression == BYTES:
+            steps.append(level)
+        elif expression != GPT2:
+            pattern = {"Regex": expression}
+            split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+            steps.append(split)
+    if level not in steps:
+        steps.append(level)
+    return {"type": "Sequence", "pretokenizers": steps}
 
 
 def _expressions(step: dict[str, Any]) -> list[str] | None:
@@ -163,19 +194,9 @@ def _expressions(step: dict[str, Any]) -> list[str] | None:
             for written, usual in _WRITTEN:
                 regex = regex.replace(written, usual)
             return [_SAME.get(regex, regex)]
-    if kind == "Digits" and step.get("individual_digits") is True:
-        return [DIGIT]
+    for expression, (named, field, value) in _STEPS.items():
+        if kind == named and step.get(field) == value:
+            return [expression]
     if kind == "ByteLevel" and not step.get("add_prefix_space"):
         return [GPT2] if step.get("use_regex", True) else []
     return None
-
-
-def _unknown(tokenizer: TokenizerJson, found: list[str]) -> UnsupportedError:
-    return UnsupportedError(
-        "pre-tokenizer is none that we know in llama.cpp",
-        path=tokenizer.path,
-        found=" then ".join(e if len(e) <= _SHOWN else e[:_SHOWN] + "..." for e in found[:4]),
-        wanted=", ".join(sorted(NAMES.values())),
-        hint="if you know which of llama.cpp's it is, say --pre-tokenizer NAME",
-        code="ARCH-PRE-TOKENIZER",
-    )

@@ -265,7 +265,6 @@ def _tokenizer(files: SmallFiles, config: Config, size: int, pre_tokenizer: str 
         if native is None:
             raise _no_tokenizer(files)
         fields, name = native.fields, native.name
-        pre_tokenizer = pre_tokenizer or native.pre_tokenizer
         settings = native.settings | settings
     file = TokenizerJson(fields, files.home / name)
     vocabulary = read_vocabulary(file, size, pre_tokenizer, settings)

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping
 
 from qconvert.architectures.library_tokens import library_tokens
 from qconvert.architectures.llama_tokenizer import CannotTokenizeError, LlamaTokenizer
+from qconvert.architectures.pretokenizer_names import tell_other_name
 from qconvert.architectures.tokenizer_findings import LONG_WORD
 from qconvert.architectures.tokenizer_json import SPACE, TokenizerJson
+from qconvert.architectures.trial_text import TEXT
 from qconvert.errors import UnsupportedError
 from qconvert.files.gguf_writer import MetadataValue
 
@@ -103,13 +105,15 @@ def _library(
 ) -> dict[str, list[int]] | str:
     """The tokens of the library that defines what the file means; a text: why there are none.
 
-    Warns of other tokens before a text, or after it.
+    Warns of other tokens before a text, or after it, and of another pre-tokenizer by its hash.
     """
-    asked = [*((text, False) for text in texts), ("a", False), ("a", True)]
+    asked = [*((text, False) for text in texts), (TEXT, True), ("a", False), ("a", True)]
     found = library_tokens(tokenizer.fields, asked)
     if isinstance(found, str):
         return found
-    *each, inner, whole = found
+    *each, trial, inner, whole = found
+    if ours.pre_tokenizer is not None:
+        tell_other_name(tokenizer, ours.pre_tokenizer, trial)
     before, after = ours.around
     if whole != [*before, *inner, *after]:
         tokenizer.warnings.append(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qconvert.errors import FormatError, UnsupportedError
 
@@ -14,6 +14,7 @@ PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 SPACE = "\u2581"  # what SentencePiece writes for a space
 _SHOWN = 40  # characters of the name of a kind of step
+_Token = TypeVar("_Token", str, bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,15 @@ def surrounding(before: list[tuple[str, int]], after: list[tuple[str, int]]) -> 
             text: {"id": text, "ids": [i], "tokens": [text]} for text, i in (*before, *after)
         },
     }
+
+
+def token_pairs(tokens: Mapping[_Token, Any]) -> Iterator[tuple[_Token, _Token]]:
+    """All pairs of tokens that give a token, in the order of that and of the first's length."""
+    for token in tokens:
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in tokens and right in tokens:
+                yield left, right
 
 
 def _typed(part: Any) -> bool:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qconvert.architectures.pretokenizers import named_warning, pre_tokenizer_name
+from qconvert.architectures.pretokenizer_names import find_name, named_warning
 from qconvert.architectures.rebuilt_tokenizers import as_rebuilt
 from qconvert.architectures.tokenizer_findings import findings
-from qconvert.architectures.tokenizer_json import SPACE, TokenizerJson
+from qconvert.architectures.tokenizer_json import SPACE, TokenizerJson, token_pairs
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.files.gguf_writer import GgufValue, MetadataValue
 
@@ -89,7 +89,7 @@ def read_vocabulary(
     read, normalizers = _KINDS[kind]
     keys: Keys = {"tokenizer.ggml.model": kind, "tokenizer.ggml.pre": "default"}
     if kind == "gpt2":
-        keys["tokenizer.ggml.pre"] = pre_tokenizer or pre_tokenizer_name(tokenizer)
+        keys["tokenizer.ggml.pre"] = pre_tokenizer or find_name(tokenizer)
         if pre_tokenizer and (warning := named_warning(pre_tokenizer)):
             tokenizer.warnings.append(warning)
     beyond = _leave_out_beyond(tokenizer, size)
@@ -247,8 +247,7 @@ def _unlisted(listed: set[tuple[str, str]], table: _Table) -> list[tuple[str, st
     """Pairs of tokens that give a token without being merges, in the order of that token's id."""
     typed = zip(table.tokens, table.types, strict=True)
     normal = {token: None for token, kind in typed if token is not None and kind == NORMAL}
-    cuts = ((token[:cut], token[cut:]) for token in normal for cut in range(1, len(token)))
-    return [p for p in cuts if p not in listed and p[0] in normal and p[1] in normal]
+    return [pair for pair in token_pairs(normal) if pair not in listed]
 
 
 def _unigram(tokenizer: TokenizerJson, size: int) -> Keys:
