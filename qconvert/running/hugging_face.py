@@ -22,7 +22,8 @@ INSTALL = "pip install torch transformers, or '.[hf]' in a checkout of qconvert"
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # The tables of transformers whose classes take token ids alone and answer in one pass.
-CAUSAL = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",)
+SEEING = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"  # most of which take text alone, too
+CAUSAL = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", SEEING)
 ENCODER = (
     "MODEL_MAPPING_NAMES",
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
@@ -49,6 +50,19 @@ class Checkpoint:
     tokenizer: Any
     config: dict[str, Any]
     kind: Literal["causal", "encoder"]
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """See `language_fields`."""
+        return language_fields(self.config)
+
+
+def language_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json as they are of the language model, which models that see have in
+    a part of their own.
+    """
+    inner = config.get("text_config")
+    return config | inner if isinstance(inner, dict) else config
 
 
 def open_checkpoint(
@@ -106,12 +120,37 @@ def open_checkpoint(
         )
     model.eval().requires_grad_(False)
     plain_experts(model)
+    check_text_alone(model, path)
     if streamed:
         stream_weights(model)
         widen_if_needed(model)
     if device != CPU:
         model.to(device)
     return Checkpoint(path, model, tokenizer, config, kind)
+
+
+def check_text_alone(model: Any, path: Path) -> None:
+    """Have a model, if it is one that sees, run on a token.
+
+    Raises:
+        UnsupportedError: it cannot without pictures.
+    """
+    import torch
+    from transformers.models.auto import modeling_auto
+
+    if type(model).__name__ not in vars(modeling_auto)[SEEING].values():
+        return
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros((1, 1), dtype=torch.int64), use_cache=False)
+    except Exception as e:  # whatever a model makes of a picture that is not there
+        raise UnsupportedError(
+            "transformers does not run the model on text alone",
+            path=path,
+            found=f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}",
+            wanted="a language model, or one that sees and takes text without pictures",
+            code="HF-ARCHITECTURE",
+        ) from e
 
 
 def without_quantizer(described: Any) -> bool:

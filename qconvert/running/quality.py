@@ -201,7 +201,7 @@ def compare_models(
     import torch
 
     length = chunks.inputs.shape[1]
-    vocabulary = int(source.config.get("vocab_size") or 1)
+    vocabulary = int(getattr(source.model.config.get_text_config(), "vocab_size", None) or 1)
     batch = max(1, min(BATCH_TOKENS // length, BATCH_LOGITS // (length * vocabulary)))
     scored = slice(chunks.first, chunks.first + chunks.targets.shape[1])
     parts = []

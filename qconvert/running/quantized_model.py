@@ -29,6 +29,7 @@ from qconvert.running.device import CPU
 from qconvert.running.hugging_face import (
     CONFIG,
     Checkpoint,
+    check_text_alone,
     checked_config,
     model_class,
     open_checkpoint,
@@ -239,6 +240,7 @@ class _Builder:
                 code="HF-INTEGERS",
             )
         built.eval().requires_grad_(False)
+        check_text_alone(built, self.model.path)
         checkpoint = Checkpoint(self.model.path, built, tokenizer, config, kind)
         return QuantizedCheckpoint(
             checkpoint,

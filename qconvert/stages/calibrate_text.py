@@ -463,7 +463,7 @@ def text_pieces(
         UnsupportedError: windows longer than the model takes, or a tokenizer of another model.
         UsageError, InputError: see `token_chunks`.
     """
-    longest = checkpoint.config.get("max_position_embeddings")
+    longest = checkpoint.text.get("max_position_embeddings")
     if isinstance(longest, int) and seqlen > longest:
         raise UnsupportedError(
             "the model does not take windows that long",

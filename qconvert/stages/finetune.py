@@ -128,7 +128,7 @@ class _Windows:
 
 def _windows(source: Checkpoint, options: FinetuneOptions) -> _Windows:
     """Windows to train on, in an order that the seed decides, and others."""
-    check_positions(source.config, options.seqlen)
+    check_positions(source.text, options.seqlen)
     found = token_chunks(
         source.tokenizer, options.text, options.seqlen, options.nsamples, options.seed
     )

@@ -239,7 +239,7 @@ def _execution(quantized: QuantizedCheckpoint, options: QualityOptions) -> Execu
 
 def _seqlen(source: Checkpoint, options: QualityOptions) -> int:
     """Tokens of a window, held against the positions that the model knows."""
-    most = source.config.get("max_position_embeddings") or source.config.get("n_positions")
+    most = source.text.get("max_position_embeddings") or source.text.get("n_positions")
     limit = most if isinstance(most, int) and most > 0 else None
     if options.seqlen is None:
         return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)

@@ -56,7 +56,7 @@ def split(loaded: Checkpoint, o: TuneOptions) -> Split:
         UsageError: windows are longer than the model's positions.
         InputError: the text cannot be read or is too short.
     """
-    check_positions(loaded.config, o.seqlen)
+    check_positions(loaded.text, o.seqlen)
     encoder = loaded.kind == "encoder"
     if encoder:
         found = sentence_windows(loaded.tokenizer, o.text, o.seqlen, o.nsamples, o.seed)

@@ -22,7 +22,7 @@ from qconvert.files.saved_state import SavedState
 from qconvert.progress import Progress, Silent
 from qconvert.quantities import counted, size
 from qconvert.report import QuantizeReport, TuneReport
-from qconvert.running.hugging_face import checked_config, model_class
+from qconvert.running.hugging_face import checked_config, language_fields, model_class
 from qconvert.running.quality import BATCH_TOKENS
 from qconvert.schemes import TENSOR_SCHEMES
 from qconvert.stages.plan import PlanOptions, check_schemes, make_plan
@@ -145,8 +145,9 @@ def _needed(source: Path, options: TuneOptions) -> _Needed:
     Raises:
         InputError: the model cannot be run, or predicts no next tokens.
     """
-    config = checked_config(source)
-    _, kind = model_class(config, source)
+    checked = checked_config(source)
+    _, kind = model_class(checked, source)
+    config = language_fields(checked)
     if kind == "encoder":
         _check_encoder(options, source)
     with open_safetensors(source) as model:

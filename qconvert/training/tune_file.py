@@ -33,7 +33,7 @@ from qconvert.progress import Progress, Silent
 from qconvert.quantities import size
 from qconvert.report import TuneReport
 from qconvert.running.device import chosen_device, device_of
-from qconvert.running.hugging_face import CONFIG, checked_config
+from qconvert.running.hugging_face import CONFIG, checked_config, language_fields
 from qconvert.running.quality import BATCH_TOKENS
 from qconvert.running.quantized_model import open_quantized
 from qconvert.schemes import parse_scheme
@@ -176,7 +176,7 @@ def _needed(model: QblkModel, o: TuneOptions) -> tuple[int, int]:
     config: dict[str, Any] = {}
     for companion in model.companions:
         if companion.name == CONFIG:
-            config = json.loads(companion.read())
+            config = language_fields(json.loads(companion.read()))
     values = sum(t.size for t in model.tensors)
     of_teacher = values
     if o.teacher:
