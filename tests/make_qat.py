@@ -15,7 +15,7 @@ learned here alone.
 What `qconvert tune` gains, as the table in samples/figures.md: nearest rounding, the best without
 training (a calibration over TRAIN with --gram --fisher, made once in DIR, codes aimed at the float
 outputs over TRAIN, channels equalised where that gains), and `tune` from that calibration in so
-many steps at most. With --more TEXT the rows are the first scheme's on more and more of that text.
+many steps at most, after --blocks N steps of each block. With --more TEXT it learns from that.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def reach_rows(given: argparse.Namespace) -> Iterator[str]:
             qconvert.tune(
                 *(source,), scheme=scheme, text=given.more or given.train, output=path, force=True,
                 activations=activations, calibration=calibration, steps=steps, seed=given.seed,
-                threads=given.threads,
+                threads=given.threads, blocks=given.blocks, train=given.part,
             )  # fmt: skip
             seconds = time.perf_counter() - started
             tuned = quality(path, source, text, how, windows)
@@ -204,6 +204,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--reach", action="store_true", help="what qconvert tune gains")
+    parser.add_argument("--blocks", type=int, default=0, help="of --reach: steps of each block")
+    parser.add_argument("--part", default="all", help="of --reach: what tune trains end to end")
     parser.add_argument("--more", type=Path, help="of --reach: another text to train on")
     chosen = "numbers of the rows, from 0 on"
     parser.add_argument("--rows", type=int, nargs="+", help=chosen)
