@@ -22,7 +22,7 @@ from qconvert.report import QuantizeReport, TuneReport
 from qconvert.running.quantized_model import open_quantized
 from qconvert.stages.quantize import quantize
 from qconvert.stages.quantize_options import GgufOptions, QuantizeOptions, RepairText
-from qconvert.training.block_stage import BlockPlan, BlockStage, names_in_blocks
+from qconvert.training.block_stage import BlockPlan, BlockStage, refusing
 from qconvert.training.fixed import can_stay, held
 from qconvert.training.float_run import FloatRun
 from qconvert.training.judging import COMPENSATED, NEAREST
@@ -79,8 +79,7 @@ def placed(run: FloatRun, student: Student, base: Base, began: str) -> Student:
     o = run.options
     tensors = base.tensors
     if o.blocks and began != UNTRAINED:
-        inside = names_in_blocks(student, run.split.training.inputs[0], run.source)
-        tensors = {name: t for name, t in tensors.items() if name not in inside}
+        tensors = {name: t for name, t in tensors.items() if name not in run.in_blocks}
     student.begin_at(tensors, base.ranges)
     if student.only_scales and (not o.blocks or began == UNTRAINED):
         student.settle()
@@ -93,7 +92,7 @@ def through_blocks(
     """Train the blocks, and begin with them, or without any training where that is better."""
     o, halfway = run.options, at.halfway
     plan = BlockPlan(run.split.training.inputs[: o.blocks * o.batch], o.blocks, o.batch, at.rates)
-    with Scratch(directory / o.output.name) as scratch:
+    with refusing(run.source), Scratch(directory / o.output.name) as scratch:
         stage = BlockStage(halfway.student, run.loaded, plan, scratch, run.progress)
         halfway.blocks = len(stage.inside)
         stage.train(halfway.course, lambda: state.asked, lambda: state.between(halfway))

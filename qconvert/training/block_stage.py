@@ -9,7 +9,8 @@ al., 2024, arXiv 2407.11062, section 3.2). The whole model is trained afterwards
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,17 +48,15 @@ class BlockPlan:
     rates: Mapping[str, float]
 
 
-def names_in_blocks(student: Student, tokens: I64, source: Path) -> set[str]:
-    """The parameters that are inside of blocks.
-
-    Args:
-        tokens: of a window, (T,).
+@contextmanager
+def refusing(source: Path) -> Iterator[None]:
+    """Refuse a model that is not run block by block.
 
     Raises:
-        UnsupportedError: the model is not run block by block.
+        UnsupportedError: it is not.
     """
     try:
-        places = BlockChain(student.checkpoint, tokens).places()
+        yield
     except NoBlocks as e:
         raise UnsupportedError(
             "--blocks: the model is not run block by block",
@@ -65,8 +64,24 @@ def names_in_blocks(student: Student, tokens: I64, source: Path) -> set[str]:
             found=str(e),
             hint="leave --blocks out",
         ) from e
-    named = student.checkpoint.model.named_parameters()
-    return {name for name, p in named if id(p) in places}
+
+
+def names_in_blocks(model: Checkpoint, tokens: I64) -> set[str]:
+    """The parameters that are inside of blocks.
+
+    Args:
+        tokens: of a window, (T,).
+
+    Raises:
+        NoBlocks: the model is not run block by block.
+    """
+    chain = BlockChain(model, tokens)
+    places = chain.places()
+    hidden = chain.entering(tokens)
+    for k in range(len(chain.blocks)):
+        chain.check_together(k, hidden, hidden[::-1].copy())
+        hidden = chain.run(k, hidden)
+    return {name for name, p in model.model.named_parameters() if id(p) in places}
 
 
 class BlockStage:
@@ -161,8 +176,6 @@ class BlockStage:
         between: Callable[[], None],
     ) -> TunedBlock:
         """Train one; it stays as it was where that is better."""
-        last = len(self.plan.windows) - 1
-        self.chain.check_together(k, self.found.get(0), self.found.get(last))
         wanted, before = self._sums(k)
         start, warning = self.student.state(names), None
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qconvert.errors import UsageError
@@ -17,11 +18,13 @@ from qconvert.running.device import chosen_device, on_device
 from qconvert.running.hugging_face import open_checkpoint
 from qconvert.stages.parallel import available_threads
 from qconvert.stages.plan import PlanOptions
+from qconvert.training.block_stage import names_in_blocks, refusing
 from qconvert.training.loop import CLIP, Student, passes
 from qconvert.training.options import TuneOptions
 from qconvert.training.preparation import Training, prepare_model
 from qconvert.training.run import Run
 
+TRIED = 16  # tokens that tell whether a model is run block by block
 OBSERVED = 8  # batches that static ranges of the untrained model are taken from
 
 
@@ -29,6 +32,7 @@ class FloatRun(Run):
     """See `Run`; the model is loaded as floats.
 
     Attributes:
+        in_blocks: parameters that are inside of blocks, where those are trained first.
         exponents: by which the tensors of the last student were rescaled.
     """
 
@@ -37,6 +41,11 @@ class FloatRun(Run):
     def __init__(self, source: Path, options: TuneOptions, progress: Progress) -> None:
         threads = options.threads or available_threads()
         loaded = open_checkpoint(source, threads=threads, device=chosen_device(options.device))
+        self.in_blocks: set[str] = set()
+        if options.blocks:
+            tokens = np.arange(min(options.seqlen, TRIED))
+            with refusing(source):  # before the long work
+                self.in_blocks = names_in_blocks(loaded, tokens)
         super().__init__(source, options, progress, loaded)
 
     def prepare(self, exponents: Mapping[str, Exponents] | None = None) -> Student:
