@@ -265,6 +265,15 @@ def test_numbers_that_are_none_leave_a_block_as_it_was(
     ]
 
 
+def test_a_block_that_is_kept_stays(llama: Path, tmp_path: Path) -> None:
+    report = tuned(llama, tmp_path / "m.qblk", steps=0, keep="model.layers.1.*")
+    assert report.began == "blocks"
+    assert report.blocks[1].before_db == report.blocks[1].after_db
+    kept = segments(tmp_path / "m.qblk")["model.layers.1.mlp.up_proj.weight"]
+    weight = weights(CONFIGS["llama"])["model.layers.1.mlp.up_proj.weight"]
+    assert kept == {"data": weight.tobytes()}
+
+
 # --- an interrupt ---------------------------------------------------------------------------------
 
 

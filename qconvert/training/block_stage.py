@@ -185,7 +185,8 @@ class BlockStage:
                 between()
 
         try:
-            self._steps(k, names, wanted / len(self.plan.windows), leave)
+            if names:  # not where --keep has all of it
+                self._steps(k, names, wanted / len(self.plan.windows), leave)
             after = self._sums(k)[1]
         except (Diverged, WeightError) as e:
             after, warning = math.inf, e.message if isinstance(e, WeightError) else str(e)
