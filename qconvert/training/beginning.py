@@ -87,7 +87,7 @@ def placed(run: FloatRun, student: Student, base: Base, began: str) -> Student:
 
 
 def through_blocks(
-    run: FloatRun, report: TuneReport, at: Begun, start: Start, state: SavedState, directory: Path
+    run: FloatRun, at: Begun, start: Start, state: SavedState, directory: Path
 ) -> Begun:
     """Train the blocks, and begin with them, or without any training where that is better."""
     o, halfway = run.options, at.halfway
@@ -96,15 +96,12 @@ def through_blocks(
         stage = BlockStage(halfway.student, run.loaded, plan, scratch, run.progress)
         halfway.blocks = len(stage.inside)
         stage.train(halfway.course, lambda: state.asked, lambda: state.between(halfway))
-    for k, block in enumerate(halfway.course.blocks):
-        if block.warning:
-            report.warnings.append(f"block {k + 1} stays as it was before: {block.warning}")
     loss = validated(run, halfway.student)
     assert start.loss is not None
     if loss < start.loss:
         halfway.begin_with_blocks()
     else:
-        report.warnings.append(
+        halfway.course.left = (
             f"with trained blocks the held-out loss is {loss:.4g} nats a token, and without any "
             f"training {start.loss:.4g}: the steps begin with that"
         )

@@ -178,6 +178,7 @@ class Course:
     Attributes:
         blocks: those that were trained, in the order in which the model runs them.
         began: what the steps end to end began with, of `BLOCKS` and `UNTRAINED`; "" before that.
+        left: why they did not begin with the blocks, if there were any.
         validations: in order, the one before the first step included.
         best: the state of ``step``; None where no step was better than none.
         stopped: why no more steps were run.
@@ -186,6 +187,7 @@ class Course:
 
     blocks: list[TunedBlock] = field(default_factory=list)
     began: str = ""
+    left: str | None = None
     validations: list[TuningStep] = field(default_factory=list)
     steps_run: int = 0
     step: int = 0

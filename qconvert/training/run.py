@@ -288,8 +288,10 @@ def train_and_judge(
     report.steps_run, report.step = course.steps_run, course.step
     report.stopped, report.course = course.stopped, course.validations
     report.blocks, report.began = course.blocks, course.began
-    if course.warning:
-        report.warnings.append(course.warning)
+    for k, block in enumerate(course.blocks):
+        if block.warning:
+            report.warnings.append(f"block {k + 1} stays as it was before: {block.warning}")
+    report.warnings += [said for said in (course.left, course.warning) if said]
     if course.best:
         student.restore(course.best)
         found[TUNED] = run.scores(student.checkpoint, run.split.judging, "judge the tuned model")

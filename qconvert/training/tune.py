@@ -100,7 +100,7 @@ def tune(source: Path, options: TuneOptions, progress: Progress | None = None) -
         at, start = _begin(run, report, directory, state)
         with state.kept():
             if options.blocks and not at.halfway.course.began:
-                at = through_blocks(run, report, at, start, state, directory)
+                at = through_blocks(run, at, start, state, directory)
             train_and_judge(run, report, at, state, (NEAREST, COMPENSATED))
             _write(run, report, at.student, directory)
             state.remove()
