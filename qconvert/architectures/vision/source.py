@@ -13,7 +13,7 @@ from qconvert.architectures.families import CONFIG_CLASSES
 from qconvert.architectures.families.keys import Sizes
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.mapped import MappedModel
-from qconvert.architectures.mapping import map_tensors, renamed
+from qconvert.architectures.mapping import map_tensors
 from qconvert.architectures.small_files import SmallFiles
 from qconvert.architectures.source import (
     CONFIG,
@@ -84,7 +84,7 @@ def open_projector_source(model: Model) -> GgufSource:
     family = _as_family(row, inputs, sizes)
     part = _Part(
         model.path,
-        tuple(t for t in model.tensors if renamed(t.name, family).startswith(row.prefixes)),
+        tuple(t for t in model.tensors if family.renamed(t.name).startswith(row.prefixes)),
     )
     if not part.tensors:
         raise InputError(
