@@ -109,7 +109,7 @@ def open_projector_source(model: Model) -> GgufSource:
     others = len(model.tensors) - len(part.tensors)
     notes = (f"{others} tensors of the language model are left out: --mmproj writes what sees",)
     said = (row.said,) if row.said else ()
-    unread = unread_fields(_tower(fields), row.config, "vision_config.")
+    unread = unread_fields(fields, "vision_config", row.config)
     return GgufSource(
         mapped, metadata, row.name, tuple(dropped), unread + said, notes if others else ()
     )
