@@ -20,6 +20,7 @@ from qconvert.files.gguf_writer import GgufValue
 In = Callable[[Config, Sizes, int], bool]
 UNLIMITED = (0.0, math.inf)
 _MOST_INNER = MAX_STATE = 1 << 24
+MAX_KERNEL = 64
 LINEAR = "linear_attention"
 # Names that transformers still takes for kinds of layers.
 OLDER = {"mamba": LINEAR, "attention": FULL}
@@ -58,7 +59,7 @@ def ssm_sizes(
         "ssm_groups": parts,
         "ssm_group": inner // parts,
         "ssm_state": each,
-        "ssm_kernel": config.count(kernel, most=64),
+        "ssm_kernel": config.count(kernel, most=MAX_KERNEL),
         "ssm_mixed": mixed,
         "ssm_projected": inner + mixed + count,
     }
