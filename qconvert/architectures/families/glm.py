@@ -25,6 +25,7 @@ from qconvert.architectures.families.keys import (
     decoder_keys,
     filled_sizes,
     group_keys,
+    leading_blocks,
     partial_rotary,
     plain_sizes,
     rotary,
@@ -146,11 +147,15 @@ def glm_sizes(config: Config) -> Sizes:
 
 
 def glm4_moe_sizes(config: Config) -> Sizes:
+    return _mixed_sizes(config, leading_blocks(config, config.count("num_hidden_layers")))
+
+
+def solar_open_sizes(config: Config) -> Sizes:
+    return _mixed_sizes(config, 0)
+
+
+def _mixed_sizes(config: Config, dense: int) -> Sizes:
     inner = config.count("moe_intermediate_size")
-    blocks = config.count("num_hidden_layers")
-    dense = config.get("first_k_dense_replace", 0)
-    if dense is None or not 0 <= dense < blocks:
-        raise config.wrong("first_k_dense_replace", f"an integer from 0 to {blocks - 1}")
     return plain_sizes(
         config,
         experts=config.count("n_routed_experts", most=MAX_EXPERTS),
@@ -227,6 +232,7 @@ ROWS = (
         _MIXTURE,
         name="Solar Open",
         classes=("SolarOpenForCausalLM",),
+        sizes=solar_open_sizes,
         rope=rotary(PLAIN),
         further=None,
     ),
