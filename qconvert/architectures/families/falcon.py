@@ -20,14 +20,15 @@ from qconvert.architectures.config_classes import (
     TRAINING,
     ConfigClass,
 )
-from qconvert.architectures.families.bloom import OLDER_WIDTH, width_field
 from qconvert.architectures.families.keys import (
     GELU,
+    OLDER_WIDTH,
     Keys,
     Sizes,
     decoder_keys,
     plain_sizes,
     rotary,
+    width_field,
 )
 from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.families.slots import (
