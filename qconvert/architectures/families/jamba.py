@@ -31,6 +31,7 @@ from qconvert.architectures.families.slots import (
     WHOLE,
     attention,
     limited,
+    negated,
 )
 from qconvert.architectures.families.ssm import (
     FIRST_SSM,
@@ -40,7 +41,6 @@ from qconvert.architectures.families.ssm import (
     attending_keys,
     first_keys,
     first_sizes,
-    others,
     time_step_rank,
 )
 
@@ -147,9 +147,9 @@ ROWS = (
         (
             *NORMS,
             *limited(attention(heads=False, bias=False), _attends),
-            *limited((*FIRST_SSM, *_INSIDE_NORMS), others(_attends)),
+            *limited((*FIRST_SSM, *_INSIDE_NORMS), negated(_attends)),
             *limited(EXPERTS, _sparse),
-            *limited(GATED, others(_sparse)),
+            *limited(GATED, negated(_sparse)),
         ),
         jamba_keys,
         jamba_sizes,

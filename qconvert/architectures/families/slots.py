@@ -12,6 +12,7 @@ from qconvert.architectures.families.keys import Sizes
 from qconvert.architectures.families.row import Slot
 from qconvert.architectures.mapped import Locate, Order, Rows, strided
 
+In = Callable[[Config, Sizes, int], bool]  # in which blocks something is
 OUTPUT = "output.weight"
 WHOLE = (
     Slot("token_embd.weight", "vocabulary width"),
@@ -119,18 +120,21 @@ EXPERTS = (
 )
 
 
-def _half(first: int) -> Callable[[Sizes], Order]:
-    """Where values of a half of the columns are, turned round."""
+def turned_half(half: int, *, alternating: bool = False) -> Callable[[Sizes], Order]:
+    """Where values of a half of the columns are, turned round: of the first or second half, or
+    every second one.
+    """
 
     def order(sizes: Sizes) -> Order:
         experts, width, inner = sizes.shape("experts width expert_inner")
-        strides = (2 * width * inner, 1, 2 * inner)
-        return strided((experts, inner, width), strides, first * inner)
+        step, start = (2, half) if alternating else (1, half * inner)
+        return strided((experts, inner, width), (2 * width * inner, step, 2 * inner), start)
 
     return order
 
 
-def _down(sizes: Sizes) -> Order:
+def turned_down(sizes: Sizes) -> Order:
+    """Where values of experts' second matrices are, turned round."""
     experts, width, inner = sizes.shape("experts width expert_inner")
     return strided((experts, width, inner), (width * inner, 1, width))
 
@@ -138,9 +142,9 @@ def _down(sizes: Sizes) -> Order:
 # Experts whose matrices lie turned round, gates beside what they multiply.
 TURNED_EXPERTS = (
     EXPERTS[0],
-    replace(EXPERTS[1], source="experts width expert_gate_up", order=_half(0)),
-    replace(EXPERTS[2], source="experts width expert_gate_up", order=_half(1)),
-    replace(EXPERTS[3], source="experts expert_inner width", order=_down),
+    replace(EXPERTS[1], source="experts width expert_gate_up", order=turned_half(0)),
+    replace(EXPERTS[2], source="experts width expert_gate_up", order=turned_half(1)),
+    replace(EXPERTS[3], source="experts expert_inner width", order=turned_down),
 )
 # The same as one or the other form, as a checkpoint has it.
 EITHER_EXPERTS = tuple(
@@ -154,21 +158,20 @@ def leading_dense(config: Config, sizes: Sizes, block: int) -> bool:
     return block < sizes.named["dense"]
 
 
-def _sparse(config: Config, sizes: Sizes, block: int) -> bool:
-    return not leading_dense(config, sizes, block)
-
-
 def own_keys(config: Config, sizes: Sizes, block: int) -> bool:
     """Whether a block is among the first, whose keys and values later ones look at."""
     return block < sizes.named["own"]
 
 
-def limited(
-    slots: tuple[Slot, ...], only: Callable[[Config, Sizes, int], bool]
-) -> tuple[Slot, ...]:
+def negated(only: In) -> In:
+    """All other blocks."""
+    return lambda config, sizes, block: not only(config, sizes, block)
+
+
+def limited(slots: tuple[Slot, ...], only: In) -> tuple[Slot, ...]:
     """The same in some blocks, of those that have them at all."""
 
-    def both(slot: Slot) -> Callable[[Config, Sizes, int], bool]:
+    def both(slot: Slot) -> In:
         own = slot.only
         if own is None:
             return only
@@ -193,7 +196,7 @@ ROUTER_BIAS = Slot("exp_probs_b.bias", "experts")
 # Dense blocks first, then experts.
 LEADING_DENSE = (
     *limited(GATED, leading_dense),
-    *limited((*EXPERTS, ROUTER_BIAS, *SHARED), _sparse),
+    *limited((*EXPERTS, ROUTER_BIAS, *SHARED), negated(leading_dense)),
 )
 ROUTER_BIAS_PART: dict[str, tuple[str, ...]] = {
     "mlp.gate.e_score_correction_bias": (ROUTER_BIAS.name,)
