@@ -32,8 +32,8 @@ from qconvert.architectures.families.keys import (
 )
 from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.families.slots import (
+    ATTENTION_MEAN_NORM,
     BY_GROUP,
-    MEAN_NORMS,
     OUTPUT_BIAS,
     PLAIN_INNER,
     WHOLE,
@@ -113,7 +113,7 @@ ROWS = (
         "falcon",
         (*WHOLE, OUTPUT_BIAS),
         (
-            *MEAN_NORMS[:2],
+            *ATTENTION_MEAN_NORM,
             *limited(_NORM2, _of_attention),
             *_matrices((*BY_GROUP, *PLAIN_INNER)),
         ),

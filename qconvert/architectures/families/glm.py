@@ -33,10 +33,12 @@ from qconvert.architectures.families.keys import (
 )
 from qconvert.architectures.families.row import Family, Further, Slot
 from qconvert.architectures.families.slots import (
+    ATTENTION_NORM,
     HEAD_NORMS,
     LEADING_DENSE,
     NEXTN,
     NORMS,
+    POST_ATTENTION_NORM,
     POST_NORMS,
     ROUTER_BIAS_PART,
     WHOLE,
@@ -180,8 +182,8 @@ def glm4_moe_keys(config: Config, sizes: Sizes) -> Keys:
 
 
 _SPARSE = (
-    NORMS[0],
-    POST_NORMS[0],
+    ATTENTION_NORM,
+    POST_ATTENTION_NORM,
     *attention(heads=False, bias=None),
     *(replace(norm, flag="use_qk_norm") for norm in HEAD_NORMS),
     *LEADING_DENSE,

@@ -31,10 +31,11 @@ from qconvert.architectures.families.keys import (
 )
 from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.families.slots import (
-    EXPERTS,
-    NORMS,
-    POST_NORMS,
-    TURNED_EXPERTS,
+    ATTENTION_NORM,
+    ATTENTION_OUTPUT_BIAS,
+    POST_ATTENTION_NORM,
+    ROUTER,
+    TURNED_DOWNS,
     WHOLE,
     attention,
     turned_half,
@@ -129,11 +130,11 @@ def _half(slot: str, first: int) -> tuple[Slot, Slot]:
 
 
 _EXPERTS = (
-    EXPERTS[0],
+    ROUTER,
     Slot("ffn_gate_inp.bias", "experts"),
     *_half("ffn_gate_exps", 0),
     *_half("ffn_up_exps", 1),
-    replace(TURNED_EXPERTS[3], turned=lambda rows: rows),
+    replace(TURNED_DOWNS, turned=lambda rows: rows),
     Slot("ffn_down_exps.bias", "experts width"),
 )
 _HALVES = ("ffn_gate_exps", "ffn_up_exps")
@@ -154,10 +155,10 @@ ROWS = (
         "gpt-oss",
         WHOLE,
         (
-            NORMS[0],
-            POST_NORMS[0],
+            ATTENTION_NORM,
+            POST_ATTENTION_NORM,
             *attention(heads=False, bias=True),
-            Slot("attn_output.bias", "width"),
+            ATTENTION_OUTPUT_BIAS,
             Slot("attn_sinks.weight", "heads"),
             *_EXPERTS,
         ),

@@ -19,7 +19,7 @@ from qconvert.architectures.config_classes import (
 )
 from qconvert.architectures.families.keys import MAX_BLOCKS, SILU, Keys, Sizes
 from qconvert.architectures.families.row import Family
-from qconvert.architectures.families.slots import NORMS, WHOLE
+from qconvert.architectures.families.slots import ATTENTION_NORM, WHOLE
 from qconvert.architectures.families.ssm import (
     ENDLESS,
     FIRST_SSM,
@@ -214,7 +214,7 @@ ROWS = (
         ("MambaForCausalLM",),
         "mamba",
         WHOLE,
-        (NORMS[0], *FIRST_SSM),
+        (ATTENTION_NORM, *FIRST_SSM),
         mamba_keys,
         mamba_sizes,
         None,
@@ -225,7 +225,7 @@ ROWS = (
         ("FalconMambaForCausalLM",),
         "mamba",
         WHOLE,
-        (NORMS[0], *FIRST_SSM),
+        (ATTENTION_NORM, *FIRST_SSM),
         falcon_mamba_keys,
         mamba_sizes,
         None,
@@ -237,7 +237,7 @@ ROWS = (
         ("Mamba2ForCausalLM",),
         "mamba2",
         WHOLE,
-        (NORMS[0], *SSM),
+        (ATTENTION_NORM, *SSM),
         mamba2_keys,
         mamba2_sizes,
         None,
