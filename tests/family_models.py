@@ -597,6 +597,8 @@ MORE: dict[str, Fields] = {
         "layers_block_type": ["mamba", "mlp", "attention", "mlp", "mamba"]
     },
     "nemotron_h, latent": NARROW["nemotron_h"] | {"moe_latent_size": 32},
+    "jamba, one expert": NARROW["jamba"] | {"num_experts": 1},
+    "falcon_mamba, as published": NARROW["falcon_mamba"] | {"mixer_rms_eps": 1e-6},
     "falcon_h1, tied": NARROW["falcon_h1"] | {
         "tie_word_embeddings": True, "mamba_rms_norm": False,
     },

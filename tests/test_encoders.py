@@ -18,7 +18,7 @@ from config_cases import BASES, Directories, text, unfolded
 from conftest import ROOT, Call
 from family_models import MORE, NARROW
 from gguf import GGUFReader
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny_models import charsmap
 
 from qconvert.architectures import open_gguf_source, restored
@@ -338,6 +338,64 @@ def test_a_model_type_with_another_head_is_the_class_that_is_named(tmp_path: Pat
     labels = open_gguf_source(open_model(directory)).metadata["bert.classifier.output_labels"]
     assert isinstance(labels, GgufValue)
     assert labels.value == ["bad", "good", "neither"]
+
+
+WIDE, WORDS = (64, 64), 0  # stands for the length of the vocabulary
+# What a head for masked words has, as transformers saves it, and where the encoder is beside it.
+MASKED: dict[str, tuple[str, str, dict[str, tuple[int, ...]]]] = {
+    "eurobert": ("EuroBertForMaskedLM", "model.", {"lm_head.weight": (WORDS, 64)}),
+    "distilbert": (
+        "DistilBertForMaskedLM",
+        "distilbert.",
+        {
+            "vocab_transform.weight": WIDE, "vocab_transform.bias": (64,),
+            "vocab_layer_norm.weight": (64,), "vocab_layer_norm.bias": (64,),
+            "vocab_projector.weight": (WORDS, 64), "vocab_projector.bias": (WORDS,),
+        },
+    ),
+    "camembert": (
+        "CamembertForMaskedLM",
+        "roberta.",
+        {
+            "lm_head.dense.weight": WIDE, "lm_head.dense.bias": (64,),
+            "lm_head.layer_norm.weight": (64,), "lm_head.layer_norm.bias": (64,),
+            "lm_head.decoder.weight": (WORDS, 64), "lm_head.bias": (WORDS,),
+        },
+    ),
+    "t5-encoder": ("T5EncoderModel", "", {"lm_head.weight": (WORDS, 64)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [None, False, True])
+@pytest.mark.parametrize("name", MASKED)
+def test_an_encoder_with_a_head_is_the_encoder_without_it(
+    name: str, tied: bool | None, tmp_path: Path, call: Call
+) -> None:
+    """The head is another matrix than the token embedding, whatever the configuration says."""
+    kind, inside, head = MASKED[name]
+    config = {n: v for n, v in NARROW[name].items() if n != "tie_word_embeddings"}
+    shapes = {n: s for n, s in shapes_of(name).items() if "pooler" not in n}
+    plain = Directories(tmp_path / "plain").made(name, config, shapes)
+    named = {f"{inside}{n}": v for n, v in load_file(plain / "model.safetensors").items()}
+    drawn = np.random.default_rng(1)
+    named |= {
+        n: drawn.normal(size=[d or config["vocab_size"] for d in s]).astype(np.float32)
+        for n, s in head.items()
+    }
+    directory = Directories(tmp_path / "headed").made(name, config, shapes)
+    save_file(named, directory / "model.safetensors", metadata={"format": "pt"})
+    config |= {"architectures": [kind]} | ({} if tied is None else {"tie_word_embeddings": tied})
+    (directory / "config.json").write_text(json.dumps(config))
+    files = [tmp_path / "plain.gguf", tmp_path / "headed.gguf"]
+    for source, path in zip((plain, directory), files, strict=True):
+        ran = call("quantize", source, "--scheme", "f32", "-o", path, "--json")
+        assert ran.code == 0, ran.err
+    said = " ".join(json.loads(ran.out)["notes"])
+    assert all(f"'{n}' is left out" in said for n in head)
+    assert "equals the token embedding" not in said
+    assert call("verify", files[1], "--against", directory).code == 0
+    both = [{t.name: t.data.tobytes() for t in GGUFReader(path).tensors} for path in files]
+    assert both[0] == both[1]
 
 
 def _dense_directory(

@@ -27,6 +27,7 @@ from qconvert.architectures.mapping import map_tensors
 from qconvert.architectures.places import Place, layer_places
 from qconvert.architectures.source import read_config
 from qconvert.architectures.tying import Head
+from qconvert.errors import FormatError
 from qconvert.files import open_model
 from qconvert.model import Model, TensorInfo
 
@@ -74,6 +75,38 @@ def test_a_family_converts_and_comes_back(name: str, tmp_path: Path, call: Call)
             assert values.tobytes() == wanted.tobytes(), tensor.name
     found.model.close()
     source.close()
+
+
+def test_one_expert_of_jamba_is_a_plain_layer(tmp_path: Path, call: Call) -> None:
+    """Of ``num_experts_per_tok`` its default is 2, which nothing then reads."""
+    shapes = unfolded(TABLE["tensors"][TABLE["bases"]["jamba"]["tensors"]])
+    inside, first = "feed_forward.", "model.layers.0.feed_forward."
+    plain = {n.removeprefix(first): s for n, s in shapes.items() if n.startswith(first)}
+    found = {n: s for n, s in shapes.items() if inside not in n}
+    found |= {f"model.layers.{i}.{inside}{n}": s for i in range(4) for n, s in plain.items()}
+    fields = {n: v for n, v in NARROW["jamba"].items() if n != "num_experts_per_tok"}
+    directory = Directories(tmp_path).made("jamba", fields | {"num_experts": 1}, found)
+    path = tmp_path / "m.gguf"
+    ran = call("quantize", directory, "--scheme", "f32", "-o", path)
+    assert ran.code == 0, ran.err
+    assert call("verify", path, "--against", directory).code == 0
+    reader = GGUFReader(path)
+    assert not [k for k in reader.fields if "expert" in k]
+    assert {f"blk.{i}.ffn_gate.weight" for i in range(4)} <= {t.name for t in reader.tensors}
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("jamba", "mamba_d_conv"), ("mamba", "conv_kernel"), ("bamba", "mamba_d_conv")],
+)
+def test_a_convolution_of_more_steps_than_there_are_is_refused(name: str, field: str) -> None:
+    for steps, good in ((64, True), (65, False)):
+        family, config = read_config(NARROW[name] | {field: steps}, Path("config.json"))
+        if good:
+            assert family.sizes(config).named["ssm_kernel"] == steps
+        else:
+            with pytest.raises(FormatError, match=field):
+                family.sizes(config)
 
 
 def test_a_part_of_a_reordered_tensor_is_that_part_of_the_whole(tmp_path: Path, call: Call) -> None:

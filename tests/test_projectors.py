@@ -172,7 +172,7 @@ def in_first_form(directory: Path, place: Path) -> Path:
             "model_type": "intern_vit_6b", "architectures": ["InternVisionModel"],
             "image_size": side, "patch_size": patch, "use_flash_attn": True,
             "drop_path_rate": 0.1, "norm_type": "layer_norm", "layer_norm_eps": 1e-6,
-            "hidden_act": "gelu",
+            "hidden_act": "gelu", "qk_normalization": False,
         },
     }))  # fmt: skip
     found = {}
@@ -211,6 +211,12 @@ def test_the_first_form_of_internvl_gives_the_same_file(
         ({"select_layer": -2}, "--mmproj", "ARCH-CONFIG-VALUE"),
         ({"vision_config__norm_type": "rms_norm"}, "--mmproj", "ARCH-CONFIG-VALUE"),
         ({"vision_config__qk_normalization": True}, "--mmproj", "ARCH-CONFIG-VALUE"),
+        # the defaults of its own classes, which transformers' do not have
+        ({"ps_version": None}, "--mmproj", "ARCH-CONFIG-VALUE"),
+        ({"vision_config__norm_type": None}, "--mmproj", "ARCH-CONFIG-VALUE"),
+        ({"vision_config__qk_normalization": None}, "--mmproj", "ARCH-CONFIG-VALUE"),
+        ({"vision_config__hidden_size": None}, "--mmproj", "ARCH-SHAPE"),
+        ({"force_image_size": 28}, "--mmproj", "ARCH-CONFIG-VALUE"),
         ({"llm_config__model_type": "internlm2"}, None, "ARCH-UNKNOWN"),
         ({"llm_config": 7}, None, "ARCH-UNKNOWN"),
         ({"vision_config": []}, "--mmproj", "ARCH-NO-VISION"),
@@ -224,6 +230,34 @@ def test_what_the_first_form_cannot_be_is_refused(
     words = [directory, *([option] if option else []), "--scheme", "f16", "--json"]
     ran = call("quantize", *words, "-o", tmp_path / "m.gguf")
     assert json.loads(ran.out)["error"]["code"] == code, ran.out
+
+
+def test_the_first_form_has_at_most_six_tiles_where_it_says_nothing(
+    tmp_path: Path, call: Call
+) -> None:
+    """As InternVLChatConfig has it; of transformers' form llama.cpp's usual number stays unsaid."""
+    directory = in_first_form(made("internvl", tmp_path), tmp_path / "first")
+    changed(directory, max_dynamic_patch=None, min_dynamic_patch=None, force_image_size=None)
+    path = tmp_path / "m.gguf"
+    assert call("quantize", directory, "--mmproj", "--scheme", "f16", "-o", path).code == 0
+    found = keys(path)
+    assert found["clip.vision.preproc_min_tiles"][1] == 1
+    assert found["clip.vision.preproc_max_tiles"][1] == 6
+
+
+@pytest.mark.parametrize("option", ["--mmproj", None])
+def test_fields_of_the_first_form_that_nobody_reads_are_said(
+    option: str | None, tmp_path: Path, call: Call
+) -> None:
+    directory = in_first_form(made("internvl", tmp_path), tmp_path / "first")
+    words = [directory, *([option] if option else []), "--scheme", "f16", "--json", "--force"]
+    ran = call("quantize", *words, "-o", tmp_path / "m.gguf")
+    assert "without effect" not in ran.out
+    changed(directory, pad2square=True, dynamic_image_size=False, use_thumbnail=False)
+    ran = call("quantize", *words, "-o", tmp_path / "m.gguf")
+    assert ran.code == 0
+    said = next(w for w in json.loads(ran.out)["warnings"] if "without effect" in w)
+    assert all(n in said for n in ("pad2square", "dynamic_image_size", "use_thumbnail"))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from qconvert.architectures.rope import Rope
 _MOST_LISTED = 300  # characters
 _CUT = reprlib.Repr()
 _CUT.maxstring = 60
+_Unknown = list[tuple[str, ConfigClass | None]]
 
 
 def config_warnings(
@@ -40,11 +41,7 @@ def config_warnings(
             f"config.json has model_type '{known.model_type}', by which transformers goes, and "
             f"architectures {reprlib.repr(named)}: taken for {known.architectures[0]}"
         )
-    unknown: list[tuple[str, ConfigClass | None]]
-    unknown = [(name, known) for name in _unknown(fields, known)]
-    if known.flat and known.inner and fields.get(known.inner[0]) is None:
-        inner = known.inner[1]
-        unknown = [(n, c) for n, c in unknown if not inner.stands_outside(n)]
+    unknown = _outside(fields, known)
     if known.inner and isinstance(inside := fields.get(known.inner[0]), dict):
         where, inner = known.inner
         unknown += [(f"{where}.{name}", inner) for name in _unknown(inside, inner)]
@@ -87,14 +84,31 @@ def config_warnings(
     return tuple(found)
 
 
-def unread_fields(fields: Mapping[str, Any], known: ConfigClass, where: str) -> tuple[str, ...]:
-    """A warning about fields of an object of config.json that its class does not know."""
-    unknown: list[tuple[str, ConfigClass | None]]
-    unknown = [(f"{where}{name}", known) for name in _unknown(fields, known)]
-    return tuple(_without_effect(unknown, known))
+def unread_fields(fields: Mapping[str, Any], inside: str, known: ConfigClass) -> tuple[str, ...]:
+    """Warnings about fields that their classes do not know.
+
+    Args:
+        fields: all of the file.
+        inside: name of an object in it.
+        known: the class of that object.
+    """
+    whole = known_class(fields)
+    unknown: _Unknown
+    unknown = [(f"{inside}.{name}", known) for name in _unknown(fields[inside], known)]
+    found = _without_effect(_outside(fields, whole), whole) if whole else []
+    return (*found, *_without_effect(unknown, known))
 
 
-def _without_effect(unknown: list[tuple[str, ConfigClass | None]], known: ConfigClass) -> list[str]:
+def _outside(fields: Mapping[str, Any], known: ConfigClass) -> _Unknown:
+    """Names at the top of the file that mean nothing, and the class that does not know them."""
+    unknown: _Unknown = [(name, known) for name in _unknown(fields, known)]
+    if known.flat and known.inner and fields.get(known.inner[0]) is None:
+        inner = known.inner[1]
+        unknown = [(n, c) for n, c in unknown if not inner.stands_outside(n)]
+    return unknown
+
+
+def _without_effect(unknown: _Unknown, known: ConfigClass) -> list[str]:
     if not unknown:
         return []
     return [
@@ -117,7 +131,7 @@ def _unknown(fields: Mapping[str, Any], known: ConfigClass) -> list[str]:
     return names
 
 
-def _listed(unknown: list[tuple[str, ConfigClass | None]]) -> str:
+def _listed(unknown: _Unknown) -> str:
     """Names, as many as fit on a line."""
     text = ""
     for i, one in enumerate(unknown):

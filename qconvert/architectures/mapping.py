@@ -153,7 +153,7 @@ def _collect(
     found: dict[str, _Found] = {}
     dropped: list[Dropped] = []
     for tensor in model.tensors:
-        plain = renamed(tensor.name, family)
+        plain = family.renamed(tensor.name)
         reason = drop_reason(tensor.name, family, head.tied and not head.stands_in)
         if further and is_further(plain, family, sizes.blocks):
             plain = _of_layer(plain, family, sizes.blocks)
@@ -212,7 +212,7 @@ def further_layers(model: Tensors, family: Family, config: Config, blocks: int) 
     """
     if any(config.get(field) == 0 for field in _COUNTS):
         return 0
-    names = [renamed(t.name, family) for t in model.tensors]
+    names = [family.renamed(t.name) for t in model.tensors]
     further = [n for n in names if is_further(n, family, blocks)]
     only = f".{blocks}."
     one = all(only in _of_layer(n, family, blocks) for n in further)
@@ -220,7 +220,7 @@ def further_layers(model: Tensors, family: Family, config: Config, blocks: int) 
 
 
 def is_further(name: str, family: Family, blocks: int) -> bool:
-    """Whether a tensor belongs to such a layer, by its name as `renamed` gives it."""
+    """Whether a tensor belongs to such a layer, by its name as `Family.renamed` gives it."""
     if family.further is None:
         return False
     found = _IN_BLOCK.match(name)
@@ -247,23 +247,11 @@ def drop_reason(name: str, family: Family, tied: bool) -> str | None:
     """Why GGUF does without a tensor of the checkpoint; None when it has it."""
     if name.endswith((*_COMPUTED, *family.buffers)):
         return "is computed, not stored"
-    if tied and name.endswith(HEAD):
-        return "equals the token embedding, which it is tied to"
-    plain = renamed(name, family)
-    return next((why for start, why in family.dropped if plain.startswith(start)), None)
-
-
-def renamed(name: str, family: Family) -> str:
-    """The name as gguf-py's table has it, for checkpoints that write it otherwise."""
-    for start, instead in family.renames:
-        if name.startswith(start):
-            name = instead + name.removeprefix(start)
-    # LayerNorm of checkpoints that came from TensorFlow
-    if name.endswith(".gamma"):
-        return name.removesuffix("gamma") + "weight"
-    if name.endswith(".beta"):
-        return name.removesuffix("beta") + "bias"
-    return name
+    if why := family.useless(name):
+        return why
+    return (
+        "equals the token embedding, which it is tied to" if tied and name.endswith(HEAD) else None
+    )
 
 
 def gguf_names(

@@ -17,7 +17,6 @@ from qconvert.architectures.mapping import (
     drop_reason,
     gguf_names,
     name_table,
-    renamed,
     source_names,
 )
 from qconvert.architectures.source import read_config
@@ -80,7 +79,7 @@ def layer_places(fields: dict[str, Any], path: Path) -> Callable[[str], Place | 
         if family:
             if drop_reason(weight, family, tied=False):
                 return None
-            name, expert, _ = next(gguf_names(renamed(weight, family), family, names))
+            name, expert, _ = next(gguf_names(family.renamed(weight), family, names))
             if name is None or name.partition(".")[2].partition(".")[2] in reordered:
                 return None  # no columns that are those of the layer
             return Place(name, expert)

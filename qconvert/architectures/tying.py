@@ -51,7 +51,8 @@ def output_head(model: Model, family: Family, config: Config) -> Head:
         UnsupportedError: a head of its own, in an architecture for which llama.cpp has none.
         FormatError: ``tie_word_embeddings`` is no truth value.
     """
-    head = next((t for t in model.tensors if t.name.endswith(HEAD)), None)
+    heads = (t for t in model.tensors if t.name.endswith(HEAD))
+    head = next((t for t in heads if family.useless(t.name) is None), None)
     embedding = next((t for t in model.tensors if t.name.endswith(_EMBEDDINGS)), None)
     # A class without the field has one of that name for something else.
     of_class = config.known is None or "tie_word_embeddings" in config.known.fields

@@ -19,7 +19,7 @@ from qconvert.architectures.families.keys import (
     rotary,
 )
 from qconvert.architectures.families.row import Family
-from qconvert.architectures.families.slots import GATED, NORMS, WHOLE, attention
+from qconvert.architectures.families.slots import NORMS, UNGATED, WHOLE, attention
 from qconvert.architectures.rope import BY_PAIR
 
 CONFIGS = (
@@ -56,7 +56,7 @@ ROWS = (
         ("ArceeForCausalLM",),
         "arcee",
         WHOLE,
-        (*NORMS, *attention(heads=True, bias=False), *GATED[1:]),
+        (*NORMS, *attention(heads=True, bias=False), *UNGATED),
         arcee_keys,
         plain_sizes,
         rotary(BY_PAIR),

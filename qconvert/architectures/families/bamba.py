@@ -34,12 +34,18 @@ from qconvert.architectures.families.keys import (
     rotated,
 )
 from qconvert.architectures.families.row import Family
-from qconvert.architectures.families.slots import GATED, GATED_BIASES, NORMS, WHOLE, limited
+from qconvert.architectures.families.slots import (
+    GATED,
+    GATED_BIASES,
+    NORMS,
+    WHOLE,
+    limited,
+    negated,
+)
 from qconvert.architectures.families.ssm import (
     MIXED_PARTS,
     SSM,
     attending_keys,
-    others,
     ssm_keys,
     ssm_parts,
 )
@@ -122,7 +128,7 @@ ROWS = (
         (
             *NORMS,
             *limited(_ATTENTION, _attends),
-            *limited(SSM, others(_attends)),
+            *limited(SSM, negated(_attends)),
             *(*GATED, *GATED_BIASES),
         ),
         bamba_keys,

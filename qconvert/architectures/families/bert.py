@@ -9,7 +9,7 @@ from qconvert.architectures.config_classes import ANY, BOOL, FLOAT, INT, TEXT, T
 from qconvert.architectures.families.heads import CLASSIFIER, label_keys, labels, with_labels
 from qconvert.architectures.families.keys import GELU, Keys, Sizes, common_keys, plain_sizes
 from qconvert.architectures.families.row import Family, Slot
-from qconvert.architectures.families.slots import attention
+from qconvert.architectures.families.slots import ATTENTION_OUTPUT_BIAS, PLAIN_INNER, attention
 
 BERT_CONFIG = ConfigClass(
     "BertConfig",
@@ -86,13 +86,10 @@ BERT_WHOLE = (
 )
 BERT_BLOCK = (
     *attention(heads=False, bias=True),
-    Slot("attn_output.bias", "width"),
+    ATTENTION_OUTPUT_BIAS,
     Slot("attn_output_norm.weight", "width"),
     Slot("attn_output_norm.bias", "width"),
-    Slot("ffn_up.weight", "inner width"),
-    Slot("ffn_up.bias", "inner"),
-    Slot("ffn_down.weight", "width inner"),
-    Slot("ffn_down.bias", "width"),
+    *PLAIN_INNER,
     Slot("layer_output_norm.weight", "width"),
     Slot("layer_output_norm.bias", "width"),
 )

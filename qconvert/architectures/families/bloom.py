@@ -6,7 +6,15 @@ from types import MappingProxyType
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_classes import ANY, BOOL, FLOAT, INT, TOKENS, ConfigClass
-from qconvert.architectures.families.keys import GELU, Keys, Sizes, decoder_keys, plain_sizes
+from qconvert.architectures.families.keys import (
+    GELU,
+    OLDER_WIDTH,
+    Keys,
+    Sizes,
+    decoder_keys,
+    plain_sizes,
+    width_field,
+)
 from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.families.slots import (
     BY_GROUP,
@@ -17,7 +25,6 @@ from qconvert.architectures.families.slots import (
 )
 
 _NAMES = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
-OLDER_WIDTH = "n_embed"  # counts before hidden_size
 CONFIGS = (
     ConfigClass(
         "BloomConfig",
@@ -52,11 +59,6 @@ CONFIGS = (
 )
 
 _TRAINED = 2048  # tokens of a text in training; a model has no limit of them
-
-
-def width_field(config: Config) -> str:
-    """The field that is the width of the model."""
-    return "hidden_size" if config.stated(OLDER_WIDTH) is None else OLDER_WIDTH
 
 
 def bloom_sizes(config: Config) -> Sizes:

@@ -28,7 +28,12 @@ from qconvert.architectures.families.keys import (
     window_keys,
 )
 from qconvert.architectures.families.row import Family
-from qconvert.architectures.families.slots import GATED, NORMS, WHOLE, attention
+from qconvert.architectures.families.slots import (
+    ATTENTION_NORM,
+    GATED,
+    WITHOUT_OUTPUT,
+    attention,
+)
 from qconvert.architectures.rope import PLAIN
 
 _SIZES = ((256_000, 8192, 22_528, 40, 64), (INT_OR_NULL, None), 8192, 1e-5)
@@ -95,14 +100,14 @@ def cohere2_keys(config: Config, sizes: Sizes) -> Keys:
 
 _NORMED = 64
 # One norm for attention and the inner layer, which are added up.
-_BLOCK = (NORMS[0], *attention(heads=False, bias=False), *GATED)
+_BLOCK = (ATTENTION_NORM, *attention(heads=False, bias=False), *GATED)
 
 ROWS = (
     Family(
         "Command-R (Cohere)",
         ("CohereForCausalLM",),
         "command-r",
-        WHOLE[:-1],
+        WITHOUT_OUTPUT,
         _BLOCK,
         cohere_keys,
         filled_sizes,
@@ -114,7 +119,7 @@ ROWS = (
         "Cohere 2",
         ("Cohere2ForCausalLM",),
         "cohere2",
-        WHOLE[:-1],
+        WITHOUT_OUTPUT,
         _BLOCK,
         cohere2_keys,
         filled_sizes,

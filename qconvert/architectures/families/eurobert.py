@@ -21,7 +21,7 @@ from qconvert.architectures.families.keys import (
     rotary,
 )
 from qconvert.architectures.families.row import Family
-from qconvert.architectures.families.slots import GATED, NORMS, WHOLE, attention
+from qconvert.architectures.families.slots import GATED, NORMS, WITHOUT_OUTPUT, attention
 from qconvert.architectures.rope import PLAIN
 
 _CLASSES = ("EuroBertModel", "EuroBertForMaskedLM")
@@ -57,7 +57,7 @@ ROWS = (
         "EuroBERT",
         _CLASSES,
         "eurobert",
-        WHOLE[:-1],
+        WITHOUT_OUTPUT,
         (*NORMS, *attention(heads=False, bias=False), *GATED),
         eurobert_keys,
         filled_sizes,

@@ -20,19 +20,20 @@ from qconvert.architectures.config_classes import (
     TRAINING,
     ConfigClass,
 )
-from qconvert.architectures.families.bloom import OLDER_WIDTH, width_field
 from qconvert.architectures.families.keys import (
     GELU,
+    OLDER_WIDTH,
     Keys,
     Sizes,
     decoder_keys,
     plain_sizes,
     rotary,
+    width_field,
 )
 from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.families.slots import (
+    ATTENTION_MEAN_NORM,
     BY_GROUP,
-    MEAN_NORMS,
     OUTPUT_BIAS,
     PLAIN_INNER,
     WHOLE,
@@ -112,7 +113,7 @@ ROWS = (
         "falcon",
         (*WHOLE, OUTPUT_BIAS),
         (
-            *MEAN_NORMS[:2],
+            *ATTENTION_MEAN_NORM,
             *limited(_NORM2, _of_attention),
             *_matrices((*BY_GROUP, *PLAIN_INNER)),
         ),

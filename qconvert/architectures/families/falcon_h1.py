@@ -32,7 +32,7 @@ from qconvert.architectures.families.keys import (
     rotary,
 )
 from qconvert.architectures.families.row import Family, Slot
-from qconvert.architectures.families.slots import GATED, NORMS, WHOLE, attention
+from qconvert.architectures.families.slots import ATTENTION_NORM, GATED, WHOLE, attention
 from qconvert.architectures.families.ssm import SSM, ssm_keys, ssm_parts
 from qconvert.architectures.rope import PLAIN
 
@@ -147,7 +147,9 @@ ROWS = (
         ("FalconH1ForCausalLM",),
         "falcon-h1",
         _multiplied(WHOLE),
-        _multiplied((NORMS[0], _FFN_NORM, *attention(heads=False, bias=False), *_NORMED, *GATED)),
+        _multiplied(
+            (ATTENTION_NORM, _FFN_NORM, *attention(heads=False, bias=False), *_NORMED, *GATED)
+        ),
         falcon_keys,
         falcon_sizes,
         rotary(PLAIN),

@@ -42,6 +42,7 @@ from qconvert.architectures.families.slots import (
     POST_NORMS,
     VISION,
     WHOLE,
+    WITHOUT_OUTPUT,
     attention,
 )
 from qconvert.architectures.rope import PLAIN, Rope, read_rope_by_layer
@@ -244,7 +245,7 @@ ROWS = (
         "Gemma",
         ("GemmaForCausalLM",),
         "gemma",
-        WHOLE[:-1],
+        WITHOUT_OUTPUT,
         (*NORMS, *attention(heads=False, bias=False), *GATED),
         gemma_keys,
         plain_sizes,
@@ -257,7 +258,7 @@ ROWS = (
         "Gemma 2",
         ("Gemma2ForCausalLM",),
         "gemma2",
-        WHOLE[:-1],  # its loader has no other output matrix than the token embedding
+        WITHOUT_OUTPUT,  # its loader has no other output matrix than the token embedding
         (*NORMS, *POST_NORMS, *attention(heads=False, bias=False), *GATED),
         gemma2_keys,
         plain_sizes,
@@ -285,7 +286,7 @@ ROWS = (
         "EmbeddingGemma (encoder)",
         ("Gemma3TextModel",),
         "gemma-embedding",
-        WHOLE[:-1],
+        WITHOUT_OUTPUT,
         _BLOCK3,
         gemma3_encoder_keys,
         plain_sizes,

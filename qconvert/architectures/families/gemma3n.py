@@ -35,11 +35,12 @@ from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.families.slots import (
     AUDIO,
     GATED,
-    HEAD_NORMS,
     INSIDE,
+    KEY_NORM,
     NORMS,
     OF_LAYER,
     POST_NORMS,
+    QUERY_NORM,
     VISION,
     WHOLE,
     attention,
@@ -200,7 +201,7 @@ def _table(sizes: Sizes) -> Locate:
 
 
 _QUERY, _KEY, _VALUE, _OUTPUT = attention(heads=False, bias=False)
-_KEYS = (_KEY, _VALUE, HEAD_NORMS[1])
+_KEYS = (_KEY, _VALUE, KEY_NORM)
 _BLOCK = (
     *NORMS,
     *POST_NORMS,
@@ -208,7 +209,7 @@ _BLOCK = (
     *limited(_KEYS, own_keys),
     *limited(tuple(replace(slot, zeros=True) for slot in _KEYS), _shared_keys),
     _OUTPUT,
-    HEAD_NORMS[0],
+    QUERY_NORM,
     *GATED,
     *OF_LAYER,
     Slot("altup_correct_coef.weight", "4 4"),

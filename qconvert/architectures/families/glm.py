@@ -25,6 +25,7 @@ from qconvert.architectures.families.keys import (
     decoder_keys,
     filled_sizes,
     group_keys,
+    leading_blocks,
     partial_rotary,
     plain_sizes,
     rotary,
@@ -32,10 +33,12 @@ from qconvert.architectures.families.keys import (
 )
 from qconvert.architectures.families.row import Family, Further, Slot
 from qconvert.architectures.families.slots import (
+    ATTENTION_NORM,
     HEAD_NORMS,
     LEADING_DENSE,
     NEXTN,
     NORMS,
+    POST_ATTENTION_NORM,
     POST_NORMS,
     ROUTER_BIAS_PART,
     WHOLE,
@@ -146,11 +149,15 @@ def glm_sizes(config: Config) -> Sizes:
 
 
 def glm4_moe_sizes(config: Config) -> Sizes:
+    return _mixed_sizes(config, leading_blocks(config, config.count("num_hidden_layers")))
+
+
+def solar_open_sizes(config: Config) -> Sizes:
+    return _mixed_sizes(config, 0)
+
+
+def _mixed_sizes(config: Config, dense: int) -> Sizes:
     inner = config.count("moe_intermediate_size")
-    blocks = config.count("num_hidden_layers")
-    dense = config.get("first_k_dense_replace", 0)
-    if dense is None or not 0 <= dense < blocks:
-        raise config.wrong("first_k_dense_replace", f"an integer from 0 to {blocks - 1}")
     return plain_sizes(
         config,
         experts=config.count("n_routed_experts", most=MAX_EXPERTS),
@@ -175,8 +182,8 @@ def glm4_moe_keys(config: Config, sizes: Sizes) -> Keys:
 
 
 _SPARSE = (
-    NORMS[0],
-    POST_NORMS[0],
+    ATTENTION_NORM,
+    POST_ATTENTION_NORM,
     *attention(heads=False, bias=None),
     *(replace(norm, flag="use_qk_norm") for norm in HEAD_NORMS),
     *LEADING_DENSE,
@@ -227,6 +234,7 @@ ROWS = (
         _MIXTURE,
         name="Solar Open",
         classes=("SolarOpenForCausalLM",),
+        sizes=solar_open_sizes,
         rope=rotary(PLAIN),
         further=None,
     ),

@@ -30,7 +30,16 @@ from qconvert.architectures.families.keys import (
     window_keys,
 )
 from qconvert.architectures.families.row import Family, Slot
-from qconvert.architectures.families.slots import EXPERTS, NORMS, POST_NORMS, WHOLE, attention
+from qconvert.architectures.families.slots import (
+    ATTENTION_NORM,
+    ATTENTION_OUTPUT_BIAS,
+    POST_ATTENTION_NORM,
+    ROUTER,
+    TURNED_DOWNS,
+    WHOLE,
+    attention,
+    turned_half,
+)
 from qconvert.architectures.mapped import Order, strided
 from qconvert.architectures.rope import PLAIN, Rope, read_rope, settled
 
@@ -102,11 +111,6 @@ def gpt_oss_rope(config: Config, sizes: Sizes) -> Rope:
 # Gates and what they multiply alternate in the columns of one matrix for each expert, which takes
 # rows where GGUF has columns.
 def _half(slot: str, first: int) -> tuple[Slot, Slot]:
-    def weights(sizes: Sizes) -> Order:
-        experts, width, inner = sizes.shape("experts width expert_inner")
-        strides = (2 * width * inner, 2, 2 * inner)
-        return strided((experts, inner, width), strides, first)
-
     def biases(sizes: Sizes) -> Order:
         experts, inner = sizes.shape("experts expert_inner")
         return strided((experts, inner), (2 * inner, 2), first)
@@ -117,7 +121,7 @@ def _half(slot: str, first: int) -> tuple[Slot, Slot]:
             f"{slot}.weight",
             "experts expert_inner width",
             source=source,
-            order=weights,
+            order=turned_half(first, alternating=True),
             # Turned round, as the codes of MXFP4 lie, they alternate in the rows.
             turned=lambda rows: 2 * rows + first,
         ),
@@ -125,17 +129,12 @@ def _half(slot: str, first: int) -> tuple[Slot, Slot]:
     )
 
 
-def _down(sizes: Sizes) -> Order:
-    experts, width, inner = sizes.shape("experts width expert_inner")
-    return strided((experts, width, inner), (width * inner, 1, width), 0)
-
-
 _EXPERTS = (
-    EXPERTS[0],
+    ROUTER,
     Slot("ffn_gate_inp.bias", "experts"),
     *_half("ffn_gate_exps", 0),
     *_half("ffn_up_exps", 1),
-    replace(EXPERTS[3], source="experts expert_inner width", order=_down, turned=lambda rows: rows),
+    replace(TURNED_DOWNS, turned=lambda rows: rows),
     Slot("ffn_down_exps.bias", "experts width"),
 )
 _HALVES = ("ffn_gate_exps", "ffn_up_exps")
@@ -156,10 +155,10 @@ ROWS = (
         "gpt-oss",
         WHOLE,
         (
-            NORMS[0],
-            POST_NORMS[0],
+            ATTENTION_NORM,
+            POST_ATTENTION_NORM,
             *attention(heads=False, bias=True),
-            Slot("attn_output.bias", "width"),
+            ATTENTION_OUTPUT_BIAS,
             Slot("attn_sinks.weight", "heads"),
             *_EXPERTS,
         ),

@@ -28,9 +28,10 @@ from qconvert.architectures.families.keys import (
     plain_sizes,
     rotary,
 )
-from qconvert.architectures.families.row import Family, Slot
+from qconvert.architectures.families.row import Family
 from qconvert.architectures.families.slots import (
     ATTENTION_BIAS,
+    ATTENTION_OUTPUT_BIAS,
     EXPERTS,
     GATED,
     GATED_BIASES,
@@ -112,7 +113,7 @@ def granite_moe_keys(config: Config, sizes: Sizes) -> Keys:
 GRANITE = (
     *NORMS,
     *attention(heads=True, bias=None),
-    Slot("attn_output.bias", "width", flag=ATTENTION_BIAS),
+    replace(ATTENTION_OUTPUT_BIAS, flag=ATTENTION_BIAS),
 )
 GRANITE_PARTS = {
     "block_sparse_moe.input_linear.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),

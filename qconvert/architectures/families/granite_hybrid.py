@@ -40,10 +40,13 @@ from qconvert.architectures.families.keys import (
 )
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.families.slots import (
+    DOWN,
     EXPERTS,
+    GATE,
     GATED,
     NORMS,
     SHARED,
+    UP,
     WHOLE,
     limited,
 )
@@ -162,8 +165,8 @@ def _instead(fields: Mapping[str, Any]) -> Family | None:
 
 
 _DENSE_PARTS = {
-    "shared_mlp.input_linear.weight": (GATED[0].name, GATED[1].name),
-    "shared_mlp.output_linear.weight": (GATED[2].name,),
+    "shared_mlp.input_linear.weight": (GATE.name, UP.name),
+    "shared_mlp.output_linear.weight": (DOWN.name,),
 }
 _HYBRID = Family(
     "Granite 4 (hybrid)",

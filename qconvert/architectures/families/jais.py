@@ -14,7 +14,7 @@ from qconvert.architectures.config_classes import (
 from qconvert.architectures.families.keys import Keys, Sizes, decoder_keys, plain_sizes, rotary
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.families.slots import (
-    FUSED,
+    ATTENTION_OUTPUT_BIAS,
     MEAN_NORMS,
     OUTPUT_BIAS,
     PLAIN_INNER,
@@ -58,7 +58,7 @@ ROWS = (
         ("Jais2ForCausalLM",),
         "jais2",
         (*WHOLE, OUTPUT_BIAS),
-        (*MEAN_NORMS, *attention(heads=False, bias=True), FUSED[-1], *PLAIN_INNER),
+        (*MEAN_NORMS, *attention(heads=False, bias=True), ATTENTION_OUTPUT_BIAS, *PLAIN_INNER),
         jais2_keys,
         plain_sizes,
         rotary(PLAIN),

@@ -31,15 +31,16 @@ from qconvert.architectures.families.slots import (
     WHOLE,
     attention,
     limited,
+    negated,
 )
 from qconvert.architectures.families.ssm import (
     FIRST_SSM,
+    MAX_KERNEL,
     MAX_STATE,
     MIXED_PARTS,
     attending_keys,
     first_keys,
     first_sizes,
-    others,
     time_step_rank,
 )
 
@@ -106,7 +107,8 @@ def jamba_sizes(config: Config) -> Sizes:
     if plain.named["query"] != width:
         raise config.unlike("head_dim", "hidden_size / num_attention_heads")
     inner = config.count("mamba_expand", most=1024) * width
-    state, kernel = config.count("mamba_d_state", most=MAX_STATE), config.count("mamba_d_conv")
+    state = config.count("mamba_d_state", most=MAX_STATE)
+    kernel = config.count("mamba_d_conv", most=MAX_KERNEL)
     rank = time_step_rank(config, "mamba_dt_rank", width)
     return replace(plain, named=plain.named | first_sizes(inner, state, rank, kernel))
 
@@ -118,10 +120,13 @@ def jamba_keys(config: Config, sizes: Sizes) -> Keys:
     attending = [_attends(config, sizes, i) for i in range(sizes.blocks)]
     if all(attending) or not any(attending):
         raise config.unlike("attn_layer_period", "layers of both kinds")
+    experts: Keys = {}
+    if sizes.named["experts"] > 1:  # one is a plain layer, whatever the number that is used
+        experts = expert_keys(config, sizes)
     return (
         decoder_keys(config, sizes)
         | attending_keys(config, sizes, _attends)
-        | expert_keys(config, sizes)
+        | experts
         | first_keys(sizes)
     )
 
@@ -142,9 +147,9 @@ ROWS = (
         (
             *NORMS,
             *limited(attention(heads=False, bias=False), _attends),
-            *limited((*FIRST_SSM, *_INSIDE_NORMS), others(_attends)),
+            *limited((*FIRST_SSM, *_INSIDE_NORMS), negated(_attends)),
             *limited(EXPERTS, _sparse),
-            *limited(GATED, others(_sparse)),
+            *limited(GATED, negated(_sparse)),
         ),
         jamba_keys,
         jamba_sizes,

@@ -140,6 +140,14 @@ def _head_dim(config: Config) -> int | None:
     return config.optional_count("head_dim", MAX_HEAD)
 
 
+OLDER_WIDTH = "n_embed"  # counts before hidden_size, in classes that read it
+
+
+def width_field(config: Config) -> str:
+    """The field that is the width of a model whose class reads `OLDER_WIDTH`."""
+    return "hidden_size" if config.stated(OLDER_WIDTH) is None else OLDER_WIDTH
+
+
 def filled_sizes(config: Config) -> Sizes:
     """Sizes where llama.cpp's loader takes no other width of heads."""
     sizes = plain_sizes(config)

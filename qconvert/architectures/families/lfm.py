@@ -33,11 +33,12 @@ from qconvert.architectures.families.keys import (
 )
 from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.families.slots import (
+    EMBEDDING,
     GATED,
     HEAD_NORMS,
     LEADING_DENSE,
     NORMS,
-    WHOLE,
+    OUTPUT_MATRIX,
     attention,
     limited,
 )
@@ -186,7 +187,7 @@ _BLOCK = (
     ),
 )
 # llama.cpp has the last norm under this name.
-_ENDS = (WHOLE[0], Slot("token_embd_norm.weight", "width"), WHOLE[2])
+_ENDS = (EMBEDDING, Slot("token_embd_norm.weight", "width"), OUTPUT_MATRIX)
 _NAMES = {
     "feed_forward.expert_bias": ("exp_probs_b.bias",),
     "feed_forward.experts.w1.weight": ("ffn_gate_exps.weight",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
 from qconvert.architectures.config import Config
@@ -26,9 +27,10 @@ from qconvert.architectures.families.keys import (
     plain_window,
     rotary,
 )
-from qconvert.architectures.families.row import Family, Slot
+from qconvert.architectures.families.row import Family
 from qconvert.architectures.families.slots import (
     ATTENTION_BIAS,
+    ATTENTION_OUTPUT_BIAS,
     EXPERTS,
     GATED,
     GATED_BIASES,
@@ -137,7 +139,7 @@ def internlm3_keys(config: Config, sizes: Sizes) -> Keys:
 _LLAMA = (
     *NORMS,
     *attention(heads=True, bias=None),
-    Slot("attn_output.bias", "width", flag=ATTENTION_BIAS),
+    replace(ATTENTION_OUTPUT_BIAS, flag=ATTENTION_BIAS),
 )
 
 ROWS = (

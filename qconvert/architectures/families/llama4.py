@@ -30,16 +30,20 @@ from qconvert.architectures.families.keys import (
 )
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.families.slots import (
-    EXPERTS,
+    EXPERT_DOWNS,
+    EXPERT_GATES,
+    EXPERT_UPS,
     GATED,
     INSIDE,
     NORMS,
+    SEEN,
     SHARED,
     TURNED_EXPERTS,
     VISION,
     WHOLE,
     attention,
     limited,
+    negated,
 )
 from qconvert.architectures.rope import BY_PAIR
 
@@ -122,10 +126,6 @@ def _sparse(config: Config, sizes: Sizes, block: int) -> bool:
     return (block + 1) % sizes.named["step"] == 0
 
 
-def _dense(config: Config, sizes: Sizes, block: int) -> bool:
-    return not _sparse(config, sizes, block)
-
-
 def llama4_sizes(config: Config) -> Sizes:
     plain = expert_sizes(
         config, "num_local_experts", "intermediate_size", shared=config.count("intermediate_size")
@@ -188,7 +188,7 @@ ROWS = (
         WHOLE,
         (
             *(*NORMS, *attention(heads=False, bias=False)),
-            *limited(GATED, _dense),
+            *limited(GATED, negated(_sparse)),
             *limited((*TURNED_EXPERTS, *SHARED), _sparse),
         ),
         llama4_keys,
@@ -196,11 +196,11 @@ ROWS = (
         rotary(BY_PAIR),
         SILU,
         renames=INSIDE,
-        dropped=(*VISION, ("vision_model.", VISION[0][1]), ("model.vision_model.", VISION[0][1])),
+        dropped=(*VISION, ("vision_model.", SEEN), ("model.vision_model.", SEEN)),
         parts=MappingProxyType(
             {
-                "feed_forward.experts.gate_up_proj": (EXPERTS[1].name, EXPERTS[2].name),
-                "feed_forward.experts.down_proj": (EXPERTS[3].name,),
+                "feed_forward.experts.gate_up_proj": (EXPERT_GATES.name, EXPERT_UPS.name),
+                "feed_forward.experts.down_proj": (EXPERT_DOWNS.name,),
             }
         ),
     ),

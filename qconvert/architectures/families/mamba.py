@@ -19,10 +19,11 @@ from qconvert.architectures.config_classes import (
 )
 from qconvert.architectures.families.keys import MAX_BLOCKS, SILU, Keys, Sizes
 from qconvert.architectures.families.row import Family
-from qconvert.architectures.families.slots import NORMS, WHOLE
+from qconvert.architectures.families.slots import ATTENTION_NORM, WHOLE
 from qconvert.architectures.families.ssm import (
     ENDLESS,
     FIRST_SSM,
+    MAX_KERNEL,
     MAX_STATE,
     SSM,
     UNLIMITED,
@@ -143,6 +144,7 @@ def mamba2_keys(config: Config, sizes: Sizes) -> Keys:
 def mamba_sizes(config: Config) -> Sizes:
     width, state = config.count("hidden_size"), config.count("state_size", most=MAX_STATE)
     rank = time_step_rank(config, "time_step_rank", width)
+    kernel = config.count("conv_kernel", most=MAX_KERNEL)
     inner = config.count("expand", most=1024) * width
     if config.stated(_INNER) is not None:
         inner = config.count(_INNER, most=MAX_STATE)
@@ -152,7 +154,7 @@ def mamba_sizes(config: Config) -> Sizes:
         named={
             "vocabulary": config.count("vocab_size"),
             "width": width,
-            **first_sizes(inner, state, rank, config.count("conv_kernel", most=64)),
+            **first_sizes(inner, state, rank, kernel),
         },
     )
 
@@ -212,7 +214,7 @@ ROWS = (
         ("MambaForCausalLM",),
         "mamba",
         WHOLE,
-        (NORMS[0], *FIRST_SSM),
+        (ATTENTION_NORM, *FIRST_SSM),
         mamba_keys,
         mamba_sizes,
         None,
@@ -223,7 +225,7 @@ ROWS = (
         ("FalconMambaForCausalLM",),
         "mamba",
         WHOLE,
-        (NORMS[0], *FIRST_SSM),
+        (ATTENTION_NORM, *FIRST_SSM),
         falcon_mamba_keys,
         mamba_sizes,
         None,
@@ -235,7 +237,7 @@ ROWS = (
         ("Mamba2ForCausalLM",),
         "mamba2",
         WHOLE,
-        (NORMS[0], *SSM),
+        (ATTENTION_NORM, *SSM),
         mamba2_keys,
         mamba2_sizes,
         None,

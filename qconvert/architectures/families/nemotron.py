@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_classes import (
     BOOL,
@@ -18,12 +20,14 @@ from qconvert.architectures.families.keys import (
     filled_sizes,
     partial_rotary,
 )
-from qconvert.architectures.families.row import Family, Slot
+from qconvert.architectures.families.row import Family
 from qconvert.architectures.families.slots import (
     ATTENTION_BIAS,
-    GATED,
-    GATED_BIASES,
-    NORMS,
+    ATTENTION_OUTPUT_BIAS,
+    MEAN_NORMS,
+    OUTPUT_BIAS,
+    UNGATED,
+    UNGATED_BIASES,
     WHOLE,
     attention,
 )
@@ -60,15 +64,13 @@ ROWS = (
         "Nemotron",
         ("NemotronForCausalLM",),
         "nemotron",
-        (*WHOLE, Slot("output_norm.bias", "width")),
+        (*WHOLE, OUTPUT_BIAS),
         (
-            *NORMS,
-            Slot("attn_norm.bias", "width"),
-            Slot("ffn_norm.bias", "width"),
+            *MEAN_NORMS,
             *attention(heads=False, bias=None),
-            Slot("attn_output.bias", "width", flag=ATTENTION_BIAS),
-            *GATED[1:],
-            *GATED_BIASES[1:],
+            replace(ATTENTION_OUTPUT_BIAS, flag=ATTENTION_BIAS),
+            *UNGATED,
+            *UNGATED_BIASES,
         ),
         nemotron_keys,
         filled_sizes,

@@ -34,14 +34,15 @@ from qconvert.architectures.families.keys import (
 )
 from qconvert.architectures.families.row import Family, Further, Slot
 from qconvert.architectures.families.slots import (
-    EXPERTS,
+    ATTENTION_NORM,
     FURTHER,
-    GATED,
-    NEXTN,
-    NORMS,
-    POST_NORMS,
+    NEXTN_INPUT,
+    NEXTN_NORM,
+    POST_ATTENTION_NORM,
+    ROUTER,
     ROUTER_BIAS,
-    SHARED,
+    UNGATED,
+    UNGATED_SHARED,
     WHOLE,
     attention,
     limited,
@@ -232,15 +233,15 @@ def _latent(config: Config, sizes: Sizes, block: int) -> bool:
 
 
 _ATTENTION = attention(heads=False, bias=False)
-_MIXED = (NORMS[0], *limited(SSM, _of(LINEAR)), *limited(_ATTENTION, _of(FULL)))
+_MIXED = (ATTENTION_NORM, *limited(SSM, _of(LINEAR)), *limited(_ATTENTION, _of(FULL)))
 # Of the last layer's own there is a norm.
-_NEXTN = (*NEXTN[:3], replace(NEXTN[5], optional=False))
+_NEXTN = (*NEXTN_INPUT, replace(NEXTN_NORM, optional=False))
 _SPARSE = (
-    EXPERTS[0],
+    ROUTER,
     ROUTER_BIAS,
     Slot("ffn_up_exps.weight", "experts expert_inner latent"),
     Slot("ffn_down_exps.weight", "experts latent expert_inner"),
-    *SHARED[1:],
+    *UNGATED_SHARED,
     *limited(
         (
             Slot("ffn_latent_down.weight", "latent width"),
@@ -250,7 +251,7 @@ _SPARSE = (
     ),
 )
 _PARTS = {
-    "norm.weight": NORMS[0].name,
+    "norm.weight": ATTENTION_NORM.name,
     **{
         f"mixer.{letter}_proj.weight": f"attn_{name}.weight"
         for letter, name in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))
@@ -265,8 +266,8 @@ _PARTS = {
         f"mixer.shared_experts.{way}_proj.weight": f"ffn_{way}_shexp.weight"
         for way in ("up", "down")
     },
-    "post_norm.weight": POST_NORMS[0].name,
-    "mixer.gate.weight": EXPERTS[0].name,
+    "post_norm.weight": POST_ATTENTION_NORM.name,
+    "mixer.gate.weight": ROUTER.name,
     "mixer.gate.e_score_correction_bias": ROUTER_BIAS.name,
     "mixer.fc1_latent_proj.weight": "ffn_latent_down.weight",
     "mixer.fc2_latent_proj.weight": "ffn_latent_up.weight",
@@ -296,7 +297,7 @@ _MOE = Family(
     instead=_instead,
     said=_said,
     further=Further(
-        (NORMS[0], POST_NORMS[0], *_ATTENTION, *_SPARSE, *_NEXTN),
+        (ATTENTION_NORM, POST_ATTENTION_NORM, *_ATTENTION, *_SPARSE, *_NEXTN),
         (
             ("mtp.layers.1.norm.", "model.layers.{}.post_norm."),
             ("mtp.layers.1.final_layernorm.", "model.layers.{}.shared_head.norm."),
@@ -309,7 +310,7 @@ _ROW = replace(
     further=None,
     dropped=(("mtp.", FURTHER),),
     arch="nemotron_h",
-    block=(*_MIXED, *limited(GATED[1:], _of(_DENSE))),
+    block=(*_MIXED, *limited(UNGATED, _of(_DENSE))),
 )
 
 ROWS = (_MOE,)

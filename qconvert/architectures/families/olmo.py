@@ -32,9 +32,11 @@ from qconvert.architectures.families.keys import (
 )
 from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.families.slots import (
+    EMBEDDING,
     EXPERTS,
     GATED,
     NORMS,
+    OUTPUT_MATRIX,
     POST_NORMS,
     WHOLE,
     attention,
@@ -156,7 +158,7 @@ ROWS = (
         "OLMo",
         ("OlmoForCausalLM",),
         "olmo",
-        (WHOLE[0], WHOLE[-1]),  # its norms have no weights
+        (EMBEDDING, OUTPUT_MATRIX),  # its norms have no weights
         (*attention(heads=True, bias=False), *GATED),
         olmo_keys,
         filled_sizes,

@@ -27,8 +27,8 @@ from qconvert.architectures.families.keys import (
 )
 from qconvert.architectures.families.row import Family, Slot
 from qconvert.architectures.families.slots import (
-    FUSED,
-    MEAN_NORMS,
+    ATTENTION_MEAN_NORM,
+    ATTENTION_OUTPUT_BIAS,
     NORMS,
     OUTPUT_BIAS,
     PLAIN_INNER,
@@ -113,7 +113,12 @@ ROWS = (
         "phi2",
         (*WHOLE, OUTPUT_BIAS, Slot("output.bias", "vocabulary")),
         # One norm for attention and the inner layer, which are added up.
-        (*MEAN_NORMS[:2], *attention(heads=False, bias=True), FUSED[-1], *PLAIN_INNER),
+        (
+            *ATTENTION_MEAN_NORM,
+            *attention(heads=False, bias=True),
+            ATTENTION_OUTPUT_BIAS,
+            *PLAIN_INNER,
+        ),
         phi2_keys,
         filled_sizes,
         partial_rotary(PARTIAL, 0.5),

@@ -43,6 +43,7 @@ from qconvert.architectures.families.slots import (
     SHARED,
     SHARED_GATE,
     WHOLE,
+    WITHOUT_OUTPUT,
     attention,
 )
 from qconvert.architectures.mapped import Locate, Rows
@@ -264,7 +265,7 @@ ROWS = (
         ("Qwen3ForSequenceClassification",),
         "qwen3",
         (
-            *WHOLE[:-1],
+            *WITHOUT_OUTPUT,
             Slot("cls.output.weight", "scores width", source="labels width", rows=_scores),
         ),
         _QWEN3,

@@ -36,13 +36,13 @@ from qconvert.architectures.families.keys import (
 from qconvert.architectures.families.row import Family, Further, Slot
 from qconvert.architectures.families.sections import INTERLEAVED, sectioned
 from qconvert.architectures.families.slots import (
+    ATTENTION_NORM,
     EXPERTS,
     GATED,
     HEAD_NORMS,
     INSIDE,
     NEXTN,
-    NORMS,
-    POST_NORMS,
+    POST_ATTENTION_NORM,
     SHARED,
     SHARED_GATE,
     VISION,
@@ -324,10 +324,10 @@ _TILED = limited(
     ),
     _recurs,
 )
-_COMMON = (NORMS[0], POST_NORMS[0], *limited(_ATTENTION, attends))
+_COMMON = (ATTENTION_NORM, POST_ATTENTION_NORM, *limited(_ATTENTION, attends))
 _SHARING = (*EXPERTS, *SHARED, SHARED_GATE)
 _PARTS: dict[str, tuple[str, ...]] = {
-    "post_attention_layernorm.weight": (POST_NORMS[0].name,),
+    "post_attention_layernorm.weight": (POST_ATTENTION_NORM.name,),
     "linear_attn.in_proj_qkv.weight": ("attn_qkv.weight",),
     "linear_attn.in_proj_z.weight": ("attn_gate.weight",),
     "linear_attn.in_proj_a.weight": ("ssm_alpha.weight",),
@@ -346,7 +346,7 @@ _RENAMES = (("model.mtp.", "mtp."),)
 def _further(*network: Slot) -> Further:
     """A layer of attention that is not linear."""
     return Further(
-        (NORMS[0], POST_NORMS[0], *_ATTENTION, *network, *NEXTN),
+        (ATTENTION_NORM, POST_ATTENTION_NORM, *_ATTENTION, *network, *NEXTN),
         (
             ("mtp.layers.0.", "model.layers.{}."),
             ("mtp.fc.", "model.layers.{}.eh_proj."),

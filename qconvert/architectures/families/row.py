@@ -130,3 +130,20 @@ class Family:
     per_layer: bool = False
     said: Callable[[Config], str | None] = lambda config: None
     instead: Callable[[Mapping[str, Any]], Family | None] = lambda fields: None
+
+    def renamed(self, name: str) -> str:
+        """The name as gguf-py's table has it, for checkpoints that write it otherwise."""
+        for start, instead in self.renames:
+            if name.startswith(start):
+                name = instead + name.removeprefix(start)
+        # LayerNorm of checkpoints that came from TensorFlow
+        if name.endswith(".gamma"):
+            return name.removesuffix("gamma") + "weight"
+        if name.endswith(".beta"):
+            return name.removesuffix("beta") + "bias"
+        return name
+
+    def useless(self, name: str) -> str | None:
+        """Why llama.cpp has no use for a tensor of the source; None where it may have."""
+        plain = self.renamed(name)
+        return next((why for start, why in self.dropped if plain.startswith(start)), None)

@@ -20,7 +20,13 @@ from qconvert.architectures.families.keys import (
     rotary,
 )
 from qconvert.architectures.families.row import Family
-from qconvert.architectures.families.slots import GATED, NORMS, POST_NORMS, WHOLE, attention
+from qconvert.architectures.families.slots import (
+    ATTENTION_NORM,
+    GATED,
+    POST_ATTENTION_NORM,
+    WHOLE,
+    attention,
+)
 from qconvert.architectures.rope import PLAIN
 
 CONFIGS = (
@@ -55,7 +61,7 @@ ROWS = (
         ("SeedOssForCausalLM",),
         "seed_oss",
         WHOLE,
-        (NORMS[0], POST_NORMS[0], *attention(heads=False, bias=None), *GATED),
+        (ATTENTION_NORM, POST_ATTENTION_NORM, *attention(heads=False, bias=None), *GATED),
         seed_oss_keys,
         plain_sizes,
         rotary(PLAIN),

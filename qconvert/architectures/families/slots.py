@@ -12,12 +12,13 @@ from qconvert.architectures.families.keys import Sizes
 from qconvert.architectures.families.row import Slot
 from qconvert.architectures.mapped import Locate, Order, Rows, strided
 
+In = Callable[[Config, Sizes, int], bool]  # in which blocks something is
 OUTPUT = "output.weight"
-WHOLE = (
-    Slot("token_embd.weight", "vocabulary width"),
-    Slot("output_norm.weight", "width"),
-    Slot(OUTPUT, "vocabulary width"),
-)
+EMBEDDING = Slot("token_embd.weight", "vocabulary width")
+OUTPUT_NORM = Slot("output_norm.weight", "width")
+OUTPUT_MATRIX = Slot(OUTPUT, "vocabulary width")
+WITHOUT_OUTPUT = (EMBEDDING, OUTPUT_NORM)
+WHOLE = (*WITHOUT_OUTPUT, OUTPUT_MATRIX)
 
 
 ATTENTION_BIAS = "attention_bias"
@@ -42,26 +43,26 @@ def attention(heads: bool, bias: bool | None, flag: str = ATTENTION_BIAS) -> tup
     return tuple(found)
 
 
-NORMS = (Slot("attn_norm.weight", "width"), Slot("ffn_norm.weight", "width"))
+ATTENTION_NORM = Slot("attn_norm.weight", "width")
+INNER_NORM = Slot("ffn_norm.weight", "width")
+NORMS = (ATTENTION_NORM, INNER_NORM)
 # Norms that take the mean away, each with a bias; layers of BERT's kind before gates came.
 OUTPUT_BIAS = Slot("output_norm.bias", "width")
-MEAN_NORMS = (
-    NORMS[0],
-    Slot("attn_norm.bias", "width"),
-    NORMS[1],
-    Slot("ffn_norm.bias", "width"),
-)
+ATTENTION_MEAN_NORM = (ATTENTION_NORM, Slot("attn_norm.bias", "width"))
+INNER_MEAN_NORM = (INNER_NORM, Slot("ffn_norm.bias", "width"))
+MEAN_NORMS = (*ATTENTION_MEAN_NORM, *INNER_MEAN_NORM)
 PLAIN_INNER = (
     Slot("ffn_up.weight", "inner width"),
     Slot("ffn_up.bias", "inner"),
     Slot("ffn_down.weight", "width inner"),
     Slot("ffn_down.bias", "width"),
 )
+ATTENTION_OUTPUT_BIAS = Slot("attn_output.bias", "width")
 FUSED = (
     Slot("attn_qkv.weight", "fused width"),
     Slot("attn_qkv.bias", "fused"),
     Slot("attn_output.weight", "width query"),
-    Slot("attn_output.bias", "width"),
+    ATTENTION_OUTPUT_BIAS,
 )
 
 
@@ -95,52 +96,55 @@ def turned_round(slot: Slot) -> Slot:
     return replace(slot, source=" ".join(reversed(slot.shape.split())), order=order)
 
 
-HEAD_NORMS = (Slot("attn_q_norm.weight", "head"), Slot("attn_k_norm.weight", "head"))
-POST_NORMS = (
-    Slot("post_attention_norm.weight", "width"),
-    Slot("post_ffw_norm.weight", "width"),
-)
-GATED = (
-    Slot("ffn_gate.weight", "inner width"),
-    Slot("ffn_up.weight", "inner width"),
-    Slot("ffn_down.weight", "width inner"),
-)
+QUERY_NORM = Slot("attn_q_norm.weight", "head")
+KEY_NORM = Slot("attn_k_norm.weight", "head")
+HEAD_NORMS = (QUERY_NORM, KEY_NORM)
+POST_ATTENTION_NORM = Slot("post_attention_norm.weight", "width")
+POST_NORMS = (POST_ATTENTION_NORM, Slot("post_ffw_norm.weight", "width"))
+GATE = Slot("ffn_gate.weight", "inner width")
+UP = Slot("ffn_up.weight", "inner width")
+DOWN = Slot("ffn_down.weight", "width inner")
+UNGATED = (UP, DOWN)
+GATED = (GATE, *UNGATED)
 MLP_BIAS = "mlp_bias"
-GATED_BIASES = (
-    Slot("ffn_gate.bias", "inner", flag=MLP_BIAS),
+UNGATED_BIASES = (
     Slot("ffn_up.bias", "inner", flag=MLP_BIAS),
     Slot("ffn_down.bias", "width", flag=MLP_BIAS),
 )
-EXPERTS = (
-    Slot("ffn_gate_inp.weight", "experts width"),
-    Slot("ffn_gate_exps.weight", "experts expert_inner width"),
-    Slot("ffn_up_exps.weight", "experts expert_inner width"),
-    Slot("ffn_down_exps.weight", "experts width expert_inner"),
-)
+GATED_BIASES = (Slot("ffn_gate.bias", "inner", flag=MLP_BIAS), *UNGATED_BIASES)
+ROUTER = Slot("ffn_gate_inp.weight", "experts width")
+EXPERT_GATES = Slot("ffn_gate_exps.weight", "experts expert_inner width")
+EXPERT_UPS = Slot("ffn_up_exps.weight", "experts expert_inner width")
+EXPERT_DOWNS = Slot("ffn_down_exps.weight", "experts width expert_inner")
+EXPERTS = (ROUTER, EXPERT_GATES, EXPERT_UPS, EXPERT_DOWNS)
 
 
-def _half(first: int) -> Callable[[Sizes], Order]:
-    """Where values of a half of the columns are, turned round."""
+def turned_half(half: int, *, alternating: bool = False) -> Callable[[Sizes], Order]:
+    """Where values of a half of the columns are, turned round: of the first or second half, or
+    every second one.
+    """
 
     def order(sizes: Sizes) -> Order:
         experts, width, inner = sizes.shape("experts width expert_inner")
-        strides = (2 * width * inner, 1, 2 * inner)
-        return strided((experts, inner, width), strides, first * inner)
+        step, start = (2, half) if alternating else (1, half * inner)
+        return strided((experts, inner, width), (2 * width * inner, step, 2 * inner), start)
 
     return order
 
 
-def _down(sizes: Sizes) -> Order:
+def _turned_down(sizes: Sizes) -> Order:
+    """Where values of experts' second matrices are, turned round."""
     experts, width, inner = sizes.shape("experts width expert_inner")
     return strided((experts, width, inner), (width * inner, 1, width))
 
 
 # Experts whose matrices lie turned round, gates beside what they multiply.
+TURNED_DOWNS = replace(EXPERT_DOWNS, source="experts expert_inner width", order=_turned_down)
 TURNED_EXPERTS = (
-    EXPERTS[0],
-    replace(EXPERTS[1], source="experts width expert_gate_up", order=_half(0)),
-    replace(EXPERTS[2], source="experts width expert_gate_up", order=_half(1)),
-    replace(EXPERTS[3], source="experts expert_inner width", order=_down),
+    ROUTER,
+    replace(EXPERT_GATES, source="experts width expert_gate_up", order=turned_half(0)),
+    replace(EXPERT_UPS, source="experts width expert_gate_up", order=turned_half(1)),
+    TURNED_DOWNS,
 )
 # The same as one or the other form, as a checkpoint has it.
 EITHER_EXPERTS = tuple(
@@ -154,21 +158,20 @@ def leading_dense(config: Config, sizes: Sizes, block: int) -> bool:
     return block < sizes.named["dense"]
 
 
-def _sparse(config: Config, sizes: Sizes, block: int) -> bool:
-    return not leading_dense(config, sizes, block)
-
-
 def own_keys(config: Config, sizes: Sizes, block: int) -> bool:
     """Whether a block is among the first, whose keys and values later ones look at."""
     return block < sizes.named["own"]
 
 
-def limited(
-    slots: tuple[Slot, ...], only: Callable[[Config, Sizes, int], bool]
-) -> tuple[Slot, ...]:
+def negated(only: In) -> In:
+    """All other blocks."""
+    return lambda config, sizes, block: not only(config, sizes, block)
+
+
+def limited(slots: tuple[Slot, ...], only: In) -> tuple[Slot, ...]:
     """The same in some blocks, of those that have them at all."""
 
-    def both(slot: Slot) -> Callable[[Config, Sizes, int], bool]:
+    def both(slot: Slot) -> In:
         own = slot.only
         if own is None:
             return only
@@ -182,18 +185,18 @@ def _shared(config: Config, sizes: Sizes, block: int) -> bool:
 
 
 # An expert that every token has.
-SHARED = (
-    Slot("ffn_gate_shexp.weight", "shared width", only=_shared),
+UNGATED_SHARED = (
     Slot("ffn_up_shexp.weight", "shared width", only=_shared),
     Slot("ffn_down_shexp.weight", "width shared", only=_shared),
 )
+SHARED = (Slot("ffn_gate_shexp.weight", "shared width", only=_shared), *UNGATED_SHARED)
 
 # What a router's weights are increased by where it chooses, not where it weighs.
 ROUTER_BIAS = Slot("exp_probs_b.bias", "experts")
 # Dense blocks first, then experts.
 LEADING_DENSE = (
     *limited(GATED, leading_dense),
-    *limited((*EXPERTS, ROUTER_BIAS, *SHARED), _sparse),
+    *limited((*EXPERTS, ROUTER_BIAS, *SHARED), negated(leading_dense)),
 )
 ROUTER_BIAS_PART: dict[str, tuple[str, ...]] = {
     "mlp.gate.e_score_correction_bias": (ROUTER_BIAS.name,)
@@ -214,12 +217,12 @@ INSIDE = (
     ("language_model.lm_head.", "lm_head."),
 )
 _HEARD = "belongs to the audio part, which is a file of its own in llama.cpp"
-_SEEN = "belongs to the vision part, a file of its own in llama.cpp, which --mmproj writes"
+SEEN = "belongs to the vision part, a file of its own in llama.cpp, which --mmproj writes"
 
 
 def seen(*parts: str, end: str = ".") -> tuple[tuple[str, str], ...]:
     """Modules that turn images into tokens, inside the model or beside it."""
-    return tuple((f"{inside}{part}{end}", _SEEN) for inside in ("", "model.") for part in parts)
+    return tuple((f"{inside}{part}{end}", SEEN) for inside in ("", "model.") for part in parts)
 
 
 VISION = seen("vision_tower", "multi_modal_projector", "embed_vision", "visual")
@@ -232,13 +235,17 @@ FURTHER = "predicts further tokens at once, which llama.cpp does not do with thi
 
 # What joins the embedding of a token with the hidden state before it, and what there is of an
 # embedding, a last norm and an output matrix of the layer's own.
-NEXTN = (
+NEXTN_INPUT = (
     Slot("nextn.eh_proj.weight", "width both_widths"),
     Slot("nextn.enorm.weight", "width"),
     Slot("nextn.hnorm.weight", "width"),
+)
+NEXTN_NORM = Slot("nextn.shared_head_norm.weight", "width", optional=True)
+NEXTN = (
+    *NEXTN_INPUT,
     Slot("nextn.embed_tokens.weight", "vocabulary width", optional=True),
     Slot("nextn.shared_head_head.weight", "vocabulary width", optional=True),
-    Slot("nextn.shared_head_norm.weight", "width", optional=True),
+    NEXTN_NORM,
 )
 NEXTN_PARTS = {
     **{f"{name}.weight": (f"nextn.{name}.weight",) for name in ("eh_proj", "enorm", "hnorm")},

@@ -8,18 +8,18 @@ row for each group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.families.keys import FULL, Keys, Sizes
 from qconvert.architectures.families.row import Slot
+from qconvert.architectures.families.slots import In
 from qconvert.architectures.mapped import NEGATED_EXP
 from qconvert.errors import FormatError
 from qconvert.files.gguf_writer import GgufValue
 
-In = Callable[[Config, Sizes, int], bool]
 UNLIMITED = (0.0, math.inf)
 _MOST_INNER = MAX_STATE = 1 << 24
+MAX_KERNEL = 64
 LINEAR = "linear_attention"
 # Names that transformers still takes for kinds of layers.
 OLDER = {"mamba": LINEAR, "attention": FULL}
@@ -58,7 +58,7 @@ def ssm_sizes(
         "ssm_groups": parts,
         "ssm_group": inner // parts,
         "ssm_state": each,
-        "ssm_kernel": config.count(kernel, most=64),
+        "ssm_kernel": config.count(kernel, most=MAX_KERNEL),
         "ssm_mixed": mixed,
         "ssm_projected": inner + mixed + count,
     }
@@ -117,11 +117,6 @@ def attending_keys(config: Config, sizes: Sizes, attends: In = attends) -> Keys:
     groups = sizes.named["key"] // sizes.head_dim
     attended = [attends(config, sizes, i) for i in range(sizes.blocks)]
     return {"attention.head_count_kv": GgufValue("UINT32", [groups if a else 0 for a in attended])}
-
-
-def others(attends: In) -> In:
-    """Whether a block has a state-space layer, where others attend."""
-    return lambda config, sizes, block: not attends(config, sizes, block)
 
 
 def require_unlimited(config: Config, field: str = "time_step_limit") -> None:

@@ -19,8 +19,16 @@ from qconvert.architectures.families.keys import (
     filled_sizes,
     partial_rotary,
 )
-from qconvert.architectures.families.row import Family, Slot
-from qconvert.architectures.families.slots import GATED, NORMS, WHOLE, attention
+from qconvert.architectures.families.row import Family
+from qconvert.architectures.families.slots import (
+    ATTENTION_MEAN_NORM,
+    GATED,
+    INNER_MEAN_NORM,
+    OUTPUT_BIAS,
+    WHOLE,
+    attention,
+    limited,
+)
 from qconvert.architectures.rope import PARTIAL
 
 CONFIGS = (
@@ -58,12 +66,10 @@ ROWS = (
         "StableLM",
         ("StableLmForCausalLM",),
         "stablelm",
-        (*WHOLE, Slot("output_norm.bias", "width")),
+        (*WHOLE, OUTPUT_BIAS),
         (
-            NORMS[0],
-            Slot("attn_norm.bias", "width"),
-            Slot("ffn_norm.weight", "width", only=_in_turn),
-            Slot("ffn_norm.bias", "width", only=_in_turn),
+            *ATTENTION_MEAN_NORM,
+            *limited(INNER_MEAN_NORM, _in_turn),
             *attention(heads=False, bias=None, flag="use_qkv_bias"),
             *GATED,
         ),

@@ -23,7 +23,7 @@ from qconvert.architectures.families.keys import (
 )
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.families.slots import (
-    FUSED,
+    ATTENTION_OUTPUT_BIAS,
     MEAN_NORMS,
     OUTPUT_BIAS,
     PLAIN_INNER,
@@ -68,7 +68,7 @@ ROWS = (
         (
             *MEAN_NORMS,
             *attention(heads=False, bias=True),
-            FUSED[-1],
+            ATTENTION_OUTPUT_BIAS,
             *PLAIN_INNER,
         ),
         starcoder2_keys,

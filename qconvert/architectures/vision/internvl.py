@@ -90,6 +90,8 @@ def internvl_keys(inputs: Inputs, sizes: Sizes) -> Keys:
     whole.require("vision_feature_layer", (-1,), -1)
     whole.require("vision_feature_select_strategy", ("default",), "default")
     side, patches = image_grid(inputs)
+    if whole.get("force_image_size"):  # of the first form, where it differs
+        raise whole.unlike("force_image_size", f"'vision_config.image_size', {side}")
     factor = _factor(inputs)
     check_grouping(patches, factor, whole, "downsample_ratio")
     eps = tower.number("layer_norm_eps")

@@ -13,7 +13,7 @@ from qconvert.architectures.families import CONFIG_CLASSES
 from qconvert.architectures.families.keys import Sizes
 from qconvert.architectures.families.row import Family
 from qconvert.architectures.mapped import MappedModel
-from qconvert.architectures.mapping import map_tensors, renamed
+from qconvert.architectures.mapping import map_tensors
 from qconvert.architectures.small_files import SmallFiles
 from qconvert.architectures.source import (
     CONFIG,
@@ -84,7 +84,7 @@ def open_projector_source(model: Model) -> GgufSource:
     family = _as_family(row, inputs, sizes)
     part = _Part(
         model.path,
-        tuple(t for t in model.tensors if renamed(t.name, family).startswith(row.prefixes)),
+        tuple(t for t in model.tensors if family.renamed(t.name).startswith(row.prefixes)),
     )
     if not part.tensors:
         raise InputError(
@@ -109,7 +109,7 @@ def open_projector_source(model: Model) -> GgufSource:
     others = len(model.tensors) - len(part.tensors)
     notes = (f"{others} tensors of the language model are left out: --mmproj writes what sees",)
     said = (row.said,) if row.said else ()
-    unread = unread_fields(_tower(fields), row.config, "vision_config.")
+    unread = unread_fields(fields, "vision_config", row.config)
     return GgufSource(
         mapped, metadata, row.name, tuple(dropped), unread + said, notes if others else ()
     )
