@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qconvert.architectures.llama_pretokenizers import BEGINNING, PRE_TOKENIZERS, plain_name
+from qconvert.architectures.llama_pretokenizers import BEGINNING, plain_name
 from qconvert.architectures.pretokenizers import NAMES, pre_tokenizer_steps
 from qconvert.architectures.special_tokens import KEYS
 from qconvert.architectures.token_check import compare_tokens
@@ -55,7 +55,7 @@ def made_tokenizer(gguf: AnyGgufModel) -> MadeTokenizer:
         keys["general.name"] = gguf.metadata["general.name"]
     vocabulary = _Vocabulary(keys)
     kind = vocabulary.key("model")
-    if kind == "gpt2" and vocabulary.key("pre") in PRE_TOKENIZERS:
+    if kind == "gpt2" and plain_name(vocabulary.key("pre")) in NAMES.values():
         fields = _byte_level(vocabulary)
     elif kind == "llama" and vocabulary.key("scores"):
         fields = _sentencepiece(vocabulary)
