@@ -58,6 +58,15 @@ def find_name(tokenizer: TokenizerJson) -> str:
     Raises:
         UnsupportedError: llama.cpp is not known to split text in this way.
     """
+    if tokenizer.cut_unknown:
+        raise UnsupportedError(
+            "pre-tokenizer is not known",
+            path=tokenizer.path,
+            found=tokenizer.cut_unknown,
+            wanted="llama.cpp's name for how the model's own code cuts text",
+            hint="if you know which it is, say --pre-tokenizer NAME",
+            code="ARCH-PRE-TOKENIZER",
+        )
     if (name := name_by_rules(tokenizer)) is not None:
         tokenizer.notes.append(f"pre-tokenizer '{name}': by the rules in {tokenizer.path.name}")
         return name
