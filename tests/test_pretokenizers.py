@@ -18,7 +18,7 @@ from conftest import ROOT, Call
 from family_document import PAGE, with_pre_tokenizers
 from pretokenizer_data import TABLE, digest, keys
 
-from qconvert.architectures import open_gguf_source, pretokenizer_names, trial_text
+from qconvert.architectures import open_gguf_source, pretokenizer_names, token_check, trial_text
 from qconvert.architectures.llama_pretokenizers import BEGINNING, PRE_TOKENIZERS, plain_name
 from qconvert.architectures.llama_tokenizer import LlamaTokenizer
 from qconvert.architectures.pretokenizer_names import LOADED, name_by_rules
@@ -236,3 +236,27 @@ def test_the_rules_stay_where_the_hash_says_otherwise(
     assert pre == "qwen2"
     assert "'qwen2' was named" in warnings
     assert "would write 'llama-bpe'" in warnings
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_name_that_contradicts_the_rules_is_warned_of_without_a_hash(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tokenizers")
+    rules = next(key for key, name in NAMES.items() if name == "llama-bpe")
+    directory = directory_with(trained(*rules), tmp_path / "m")
+    monkeypatch.setattr(trial_text, "_NAMES", {})
+    if not installed:
+        monkeypatch.setattr(token_check, "library_tokens", lambda fields, texts: "missing")
+
+    def warned(given: str) -> list[str]:
+        with open_model(directory) as model:
+            source = open_gguf_source(model, pre_tokenizer=given)
+        return [text for text in source.warnings if "was named" in text]
+
+    for given in ("qwen2", "whitespace"):
+        assert warned(given) == [
+            f"pre-tokenizer '{given}' was named; the rules in tokenizer.json are those of "
+            "'llama-bpe'"
+        ]
+    assert warned("llama-bpe") == warned("glm4") == []  # which cut in the same way

@@ -35,19 +35,28 @@ _LOADED = """
 LOADED = frozenset(_LOADED.split())
 
 
-def named_warning(name: str) -> str | None:
-    """What to say about a name that the user gives; None about one that llama.cpp loads."""
-    if name in LOADED:
-        return None
-    near = difflib.get_close_matches(name, sorted(LOADED), n=1)
-    meant = f"; did you mean '{near[0]}'?" if near else ""
-    return f"no llama.cpp that we know loads a pre-tokenizer '{name}'{meant}"
+def named_warnings(tokenizer: TokenizerJson, name: str) -> list[str]:
+    """What to say about a name that the user gives: llama.cpp does not load it, or the tokenizer's
+    rules are those of another.
+    """
+    found = []
+    if name not in LOADED:
+        near = difflib.get_close_matches(name, sorted(LOADED), n=1)
+        meant = f"; did you mean '{near[0]}'?" if near else ""
+        found.append(f"no llama.cpp that we know loads a pre-tokenizer '{name}'{meant}")
+    rules = name_by_rules(tokenizer)
+    if rules is not None and rules != plain_name(name):
+        found.append(
+            f"pre-tokenizer '{name}' was named; the rules in {tokenizer.path.name} are those of "
+            f"'{rules}'"
+        )
+    return found
 
 
 def name_by_rules(tokenizer: TokenizerJson) -> str | None:
     """The name for a byte-level BPE tokenizer by its rules; None: not known by them."""
     expressions = cut_by(tokenizer)
-    if expressions is None:
+    if expressions is None or tokenizer.cut_unknown:
         return None
     return NAMES.get((expressions, tokenizer.model.get("ignore_merges") is True))
 
