@@ -188,12 +188,23 @@ def test_a_tokenizer_of_unknown_rules_is_known_by_its_hash(
         assert open_gguf_source(model).metadata["tokenizer.ggml.pre"] == "afmoe"
 
 
-def test_a_tokenizer_that_cuts_nothing_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("expressions", "ignore_merges", "found"),
+    [
+        ((), False, "no expression at all"),
+        ((), True, "no expression at all; ignore_merges is true"),
+        (("x", "y"), True, "x then y; ignore_merges is true"),
+        (tuple("vwxyz"), True, "v then w then x then y; ignore_merges is true"),
+    ],
+)
+def test_a_refusal_lists_the_expressions_and_apart_from_them_whether_merges_are_skipped(
+    expressions: tuple[str, ...], ignore_merges: bool, found: str, tmp_path: Path
+) -> None:
     pytest.importorskip("tokenizers")
-    directory = directory_with(trained((), False), tmp_path / "m")
+    directory = directory_with(trained(expressions, ignore_merges), tmp_path / "m")
     with pytest.raises(UnsupportedError) as refusal:
         open_gguf_source(open_model(directory))
-    assert refusal.value.found == "no expression at all"
+    assert refusal.value.found == found
 
 
 def test_without_the_library_an_unknown_tokenizer_says_so(

@@ -18,6 +18,7 @@ from qconvert.architectures.trial_text import TEXT, trial_hash, trial_name
 from qconvert.errors import UnsupportedError
 
 _SHOWN = 200  # characters of an expression in a message
+_SHOWN_STEPS = 4
 
 # Every name that llama.cpp at 0c1e57098 loads (src/llama-vocab.cpp); it refuses any other.
 _LOADED = """
@@ -119,12 +120,14 @@ def _unknown(tokenizer: TokenizerJson, hashed: str) -> UnsupportedError:
     if expressions is None:
         shown = [reprlib.repr(step) for step in tokenizer.steps("pre_tokenizer")]
     else:
-        merging = ["ignore_merges"] if tokenizer.model.get("ignore_merges") is True else []
-        shown = [e if len(e) <= _SHOWN else e[:_SHOWN] + "..." for e in [*expressions, *merging]]
+        shown = [e if len(e) <= _SHOWN else e[:_SHOWN] + "..." for e in expressions]
+    found = " then ".join(shown[:_SHOWN_STEPS]) or "no expression at all"
+    if tokenizer.model.get("ignore_merges") is True:
+        found += "; ignore_merges is true"
     return UnsupportedError(
         "pre-tokenizer is none that we know in llama.cpp",
         path=tokenizer.path,
-        found=" then ".join(shown[:4]) or "no expression at all",
+        found=found,
         wanted=f"the rules of one of {len(NAMES)} that we know, or a hash that llama.cpp knows",
         hint=f"{hashed}; if you know which of llama.cpp's it is, say --pre-tokenizer NAME",
         code="ARCH-PRE-TOKENIZER",
