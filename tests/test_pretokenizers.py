@@ -30,6 +30,19 @@ from qconvert.files import open_model
 
 FOUND: dict[str, Any] = json.loads(TABLE.read_text())
 TRIALS: dict[str, list[int]] = json.loads((ROOT / "tests" / "data" / "trial_ids.json").read_text())
+# As its src/llama-vocab.cpp at 0c1e57098 compares them.
+NAMED_THERE = """
+    a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe
+    command-r dbrx deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone
+    exaone-moe exaone4 f2llmv2 falcon falcon-h1 falcon3 gemma4 gigachat glm4 glm5 gpt-2 gpt-4o
+    gpt3-finnish granite-docling granite-embed-multi-311m granite-embed-multi-97m grok-2 hunyuan
+    hunyuan-dense hy_v4 jais jais-2 jina-de jina-es jina-v1-en jina-v2-code jina-v2-de
+    jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo laguna lfm2 llada-moe llama-bpe
+    llama-v3 llama3 llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2
+    modern-bert mpt olmo phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe
+    seed-coder smaug-bpe smollm solar-open spark2_5 stablelm2 starcoder superbpe talkie tekken
+    tiny_aya trillion ufakzeka viking whitespace youtu
+"""
 # Of SentencePiece's BPE, and of one without bytes: not of byte-level BPE.
 OTHERS = {"gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace"}
 
@@ -46,6 +59,7 @@ def test_texts_are_cut_as_llama_cpp_cut_them(name: str) -> None:
 
 
 def test_every_name_of_byte_level_bpe_is_known() -> None:
+    assert set(NAMED_THERE.split()) == LOADED
     assert set(FOUND["cuts"]) == set(PRE_TOKENIZERS) == LOADED - OTHERS
     assert {n for n, found in FOUND["cuts"].items() if found["begins"]} == BEGINNING
     assert set(NAMES.values()) == set(FOUND["differences"])

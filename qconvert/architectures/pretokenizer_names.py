@@ -11,7 +11,7 @@ import difflib
 import reprlib
 
 from qconvert.architectures.library_tokens import library_tokens
-from qconvert.architectures.llama_pretokenizers import plain_name
+from qconvert.architectures.llama_pretokenizers import PRE_TOKENIZERS, plain_name
 from qconvert.architectures.pretokenizers import NAMES, cut_by
 from qconvert.architectures.tokenizer_json import TokenizerJson
 from qconvert.architectures.trial_text import TEXT, trial_hash, trial_name
@@ -20,20 +20,12 @@ from qconvert.errors import UnsupportedError
 _SHOWN = 200  # characters of an expression in a message
 _SHOWN_STEPS = 4
 
-# Every name that llama.cpp at 0c1e57098 loads (src/llama-vocab.cpp); it refuses any other.
-_LOADED = """
-    a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe
-    command-r dbrx deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone
-    exaone-moe exaone4 f2llmv2 falcon falcon-h1 falcon3 gemma4 gigachat glm4 glm5 gpt-2 gpt-4o
-    gpt3-finnish granite-docling granite-embed-multi-311m granite-embed-multi-97m grok-2 hunyuan
-    hunyuan-dense hy_v4 jais jais-2 jina-de jina-es jina-v1-en jina-v2-code jina-v2-de
-    jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo laguna lfm2 llada-moe llama-bpe
-    llama-v3 llama3 llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2
-    modern-bert mpt olmo phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe
-    seed-coder smaug-bpe smollm solar-open spark2_5 stablelm2 starcoder superbpe talkie tekken
-    tiny_aya trillion ufakzeka viking whitespace youtu
-"""
-LOADED = frozenset(_LOADED.split())
+# Every name that llama.cpp at 0c1e57098 loads (src/llama-vocab.cpp); it refuses any other. Beside
+# those of byte-level BPE: of SentencePiece's BPE, and of one without bytes.
+LOADED = frozenset(PRE_TOKENIZERS) | {
+    *("gemma4", "granite-embed-multi-311m", "sarvam-moe"),
+    "whitespace",
+}
 
 
 def named_warnings(tokenizer: TokenizerJson, name: str) -> list[str]:
