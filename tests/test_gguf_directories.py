@@ -359,6 +359,27 @@ LEFT_OUT = {
 }
 
 
+# Names whose tokenizers compose characters, and the family that they are named for: transformers
+# builds that into its tokenizers (Qwen2's and Command-R's differ from llama.cpp's tokens at such
+# texts alone: "Real tokenizers" in formats/gguf.md).
+COMPOSING = {
+    "qwen2": "qwen2",
+    "qwen35": "qwen3_5",
+    "command-r": "cohere",
+    "olmo": "olmo",
+    "mpt": "mpt",
+}
+
+
+@pytest.mark.parametrize("name", COMPOSING)
+def test_transformers_composes_in_these_families(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    auto = pytest.importorskip("transformers.models.auto.tokenization_auto")
+    kind = getattr(transformers, auto.TOKENIZER_MAPPING_NAMES[COMPOSING[name]])
+    normalizer = kind(vocab={"a": 0}, merges=[]).backend_tokenizer.normalizer
+    assert normalizer.normalize_str("cafe\u0301") == "caf\u00e9"
+
+
 @pytest.fixture(scope="module")
 def byte_level_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("named")
@@ -389,6 +410,9 @@ def test_a_tokenizer_of_any_pre_tokenizer_is_made_or_left_out_and_said(
     assert set(found.files) == (
         set() if name in LEFT_OUT else {"tokenizer.json", "tokenizer_config.json"}
     )
+    if found.files:
+        normalizer = json.loads(found.files["tokenizer.json"])["normalizer"]
+        assert normalizer == ({"type": "NFC"} if name in COMPOSING else None)
     why = f"the directory has no tokenizer, for its kind is 'gpt2', pre-tokenizer '{name}'"
     assert [why in warning for warning in found.warnings if "no tokenizer" in warning] == (
         [True] if name in LEFT_OUT else []
