@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from test_restored import exact_in_a_sum, halves
 from tiny_models import CONFIGS, TOKENIZERS, weights, write_directory
 
 import qconvert
+from qconvert.architectures import made_tokenizer, token_check
+from qconvert.architectures.llama_pretokenizers import plain_name
+from qconvert.architectures.pretokenizer_names import LOADED
+from qconvert.cli.main import main
+from qconvert.files import open_model
 
 SAMPLE = ROOT / "samples" / "tiny-llama"
 DECODERS = [name for name in CONFIGS if name != "bert"]
@@ -345,10 +351,79 @@ def test_the_option_is_for_gguf_files_into_directories(tmp_path: Path, call: Cal
     assert (done.code, "raw GGUF" in done.err) == (3, True), done.err
 
 
-def test_a_tokenizer_of_an_unknown_kind_is_left_out_and_said(tmp_path: Path, call: Call) -> None:
-    directory = write_directory(tmp_path / "tiny", "qwen3")
-    made = as_gguf(directory, tmp_path / "m.gguf", call)
-    source = with_key(made, "tokenizer.ggml.pre", "str:sarvam-moe", call, tmp_path)
+# Names that llama.cpp loads whose rules no tokenizer.json of ours says: two of byte-level BPE that
+# are known by name alone, four of other kinds of tokenizers.
+LEFT_OUT = {
+    *("default", "afmoe"),
+    *("gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace"),
+}
+
+
+# Names whose tokenizers compose characters, and the family that they are named for: transformers
+# builds that into its tokenizers (Qwen2's and Command-R's differ from llama.cpp's tokens at such
+# texts alone: "Real tokenizers" in formats/gguf.md).
+COMPOSING = {
+    "qwen2": "qwen2",
+    "qwen35": "qwen3_5",
+    "command-r": "cohere",
+    "olmo": "olmo",
+    "mpt": "mpt",
+}
+
+
+@pytest.mark.parametrize("name", COMPOSING)
+def test_transformers_composes_in_these_families(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    auto = pytest.importorskip("transformers.models.auto.tokenization_auto")
+    kind = getattr(transformers, auto.TOKENIZER_MAPPING_NAMES[COMPOSING[name]])
+    normalizer = kind(vocab={"a": 0}, merges=[]).backend_tokenizer.normalizer
+    assert normalizer.normalize_str("cafe\u0301") == "caf\u00e9"
+
+
+@pytest.fixture(scope="module")
+def byte_level_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("named")
+    source, made = write_directory(place / "tiny", "qwen3"), place / "m.gguf"
+    assert main(["quantize", str(source), "--scheme", "f32", "-o", str(made)]) == 0
+    return made
+
+
+class Renamed:
+    """A GGUF file with another name of its pre-tokenizer."""
+
+    def __init__(self, gguf: Any, name: str) -> None:
+        self.path, self.metadata, self._gguf, self._name = gguf.path, gguf.metadata, gguf, name
+
+    def value(self, key: str) -> Any:
+        return ("STRING", self._name) if key == "tokenizer.ggml.pre" else self._gguf.value(key)
+
+
+@pytest.mark.parametrize("name", sorted(LOADED))
+def test_a_tokenizer_of_any_pre_tokenizer_is_made_or_left_out_and_said(
+    name: str, byte_level_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if plain_name(name) != name:  # the library is asked once about all names of the same
+        monkeypatch.setattr(token_check, "library_tokens", lambda fields, texts: "not asked")
+    with closing(open_model(byte_level_gguf)) as opened:
+        gguf: Any = Renamed(opened, name)
+        found = made_tokenizer(gguf)
+    assert set(found.files) == (
+        set() if name in LEFT_OUT else {"tokenizer.json", "tokenizer_config.json"}
+    )
+    if found.files:
+        normalizer = json.loads(found.files["tokenizer.json"])["normalizer"]
+        assert normalizer == ({"type": "NFC"} if name in COMPOSING else None)
+    why = f"the directory has no tokenizer, for its kind is 'gpt2', pre-tokenizer '{name}'"
+    assert [why in warning for warning in found.warnings if "no tokenizer" in warning] == (
+        [True] if name in LEFT_OUT else []
+    )
+
+
+@pytest.mark.parametrize("name", ["default", "sarvam-moe"])
+def test_a_tokenizer_of_an_unknown_kind_is_left_out_and_said(
+    name: str, byte_level_gguf: Path, tmp_path: Path, call: Call
+) -> None:
+    source = with_key(byte_level_gguf, "tokenizer.ggml.pre", f"str:{name}", call, tmp_path)
     done = call("quantize", source, "--scheme", "f32", "--format", "hf", "-o", tmp_path / "out")
     assert done.code == 0, done.err
     assert "the directory has no tokenizer" in done.err

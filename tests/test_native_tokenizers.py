@@ -160,8 +160,21 @@ def test_tiktoken_s_file_is_one_of_kimi_k2(tmp_path: Path, call: Call) -> None:
     lines[300] = lines[300][1:]
     (place / "tiktoken.model").write_text("\n".join(lines))
     ran = call("quantize", place, "--scheme", "f32", "-o", tmp_path / "n.gguf")
+    told = "tiktoken.model does not say how text is cut"
+    said = " ".join(ran.err.split())
     assert ran.code == 3
-    assert "--pre-tokenizer" in ran.err
+    assert f"found {told}" in said
+    assert "--pre-tokenizer NAME" in said
+    assert "ignore_merges" not in said  # what stands for its rules is none of the tokenizer
+    assert "hash" not in said
+    for name in ("gpt-2", "qwen2", "bloom"):
+        line = ("quantize", place, "--scheme", "f32", "--pre-tokenizer", name, "--force")
+        ran = call(*line, "-o", tmp_path / "n.gguf")
+        said = " ".join((ran.out + ran.err).split())
+        assert ran.code == 0, said
+        assert f"tokens were not compared: {told}" in said
+        assert "other tokens" not in said
+        assert "would write" not in said
 
 
 def varint(number: int) -> bytes:

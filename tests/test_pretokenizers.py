@@ -18,7 +18,7 @@ from conftest import ROOT, Call
 from family_document import PAGE, with_pre_tokenizers
 from pretokenizer_data import TABLE, digest, keys
 
-from qconvert.architectures import open_gguf_source, pretokenizer_names, trial_text
+from qconvert.architectures import open_gguf_source, pretokenizer_names, token_check, trial_text
 from qconvert.architectures.llama_pretokenizers import BEGINNING, PRE_TOKENIZERS, plain_name
 from qconvert.architectures.llama_tokenizer import LlamaTokenizer
 from qconvert.architectures.pretokenizer_names import LOADED, name_by_rules
@@ -30,6 +30,19 @@ from qconvert.files import open_model
 
 FOUND: dict[str, Any] = json.loads(TABLE.read_text())
 TRIALS: dict[str, list[int]] = json.loads((ROOT / "tests" / "data" / "trial_ids.json").read_text())
+# As its src/llama-vocab.cpp at 0c1e57098 compares them.
+NAMED_THERE = """
+    a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe
+    command-r dbrx deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone
+    exaone-moe exaone4 f2llmv2 falcon falcon-h1 falcon3 gemma4 gigachat glm4 glm5 gpt-2 gpt-4o
+    gpt3-finnish granite-docling granite-embed-multi-311m granite-embed-multi-97m grok-2 hunyuan
+    hunyuan-dense hy_v4 jais jais-2 jina-de jina-es jina-v1-en jina-v2-code jina-v2-de
+    jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo laguna lfm2 llada-moe llama-bpe
+    llama-v3 llama3 llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2
+    modern-bert mpt olmo phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe
+    seed-coder smaug-bpe smollm solar-open spark2_5 stablelm2 starcoder superbpe talkie tekken
+    tiny_aya trillion ufakzeka viking whitespace youtu
+"""
 # Of SentencePiece's BPE, and of one without bytes: not of byte-level BPE.
 OTHERS = {"gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace"}
 
@@ -46,6 +59,7 @@ def test_texts_are_cut_as_llama_cpp_cut_them(name: str) -> None:
 
 
 def test_every_name_of_byte_level_bpe_is_known() -> None:
+    assert set(NAMED_THERE.split()) == LOADED
     assert set(FOUND["cuts"]) == set(PRE_TOKENIZERS) == LOADED - OTHERS
     assert {n for n, found in FOUND["cuts"].items() if found["begins"]} == BEGINNING
     assert set(NAMES.values()) == set(FOUND["differences"])
@@ -188,12 +202,23 @@ def test_a_tokenizer_of_unknown_rules_is_known_by_its_hash(
         assert open_gguf_source(model).metadata["tokenizer.ggml.pre"] == "afmoe"
 
 
-def test_a_tokenizer_that_cuts_nothing_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("expressions", "ignore_merges", "found"),
+    [
+        ((), False, "no expression at all"),
+        ((), True, "no expression at all; ignore_merges is true"),
+        (("x", "y"), True, "x then y; ignore_merges is true"),
+        (tuple("vwxyz"), True, "v then w then x then y; ignore_merges is true"),
+    ],
+)
+def test_a_refusal_lists_the_expressions_and_apart_from_them_whether_merges_are_skipped(
+    expressions: tuple[str, ...], ignore_merges: bool, found: str, tmp_path: Path
+) -> None:
     pytest.importorskip("tokenizers")
-    directory = directory_with(trained((), False), tmp_path / "m")
+    directory = directory_with(trained(expressions, ignore_merges), tmp_path / "m")
     with pytest.raises(UnsupportedError) as refusal:
         open_gguf_source(open_model(directory))
-    assert refusal.value.found == "no expression at all"
+    assert refusal.value.found == found
 
 
 def test_without_the_library_an_unknown_tokenizer_says_so(
@@ -236,3 +261,27 @@ def test_the_rules_stay_where_the_hash_says_otherwise(
     assert pre == "qwen2"
     assert "'qwen2' was named" in warnings
     assert "would write 'llama-bpe'" in warnings
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_name_that_contradicts_the_rules_is_warned_of_without_a_hash(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tokenizers")
+    rules = next(key for key, name in NAMES.items() if name == "llama-bpe")
+    directory = directory_with(trained(*rules), tmp_path / "m")
+    monkeypatch.setattr(trial_text, "_NAMES", {})
+    if not installed:
+        monkeypatch.setattr(token_check, "library_tokens", lambda fields, texts: "missing")
+
+    def warned(given: str) -> list[str]:
+        with open_model(directory) as model:
+            source = open_gguf_source(model, pre_tokenizer=given)
+        return [text for text in source.warnings if "was named" in text]
+
+    for given in ("qwen2", "whitespace"):
+        assert warned(given) == [
+            f"pre-tokenizer '{given}' was named; the rules in tokenizer.json are those of "
+            "'llama-bpe'"
+        ]
+    assert warned("llama-bpe") == warned("glm4") == []  # which cut in the same way

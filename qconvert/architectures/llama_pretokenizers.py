@@ -10,7 +10,13 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 
-from qconvert.architectures.pretokenizers import ASCII_MARKS, CHINESE, EAST_ASIAN, LATIN, SCRIPTS
+from qconvert.architectures.pretokenizers import (
+    ASCII_MARKS,
+    DEEPSEEK_CJK,
+    EAST_ASIAN,
+    LATIN,
+    SCRIPTS,
+)
 
 _WHITE_SPACE = frozenset(
     [
@@ -23,8 +29,8 @@ _WHITE_SPACE = frozenset(
 # characters: a text that has them itself is classed like any other.
 _CLASSES = {"L": "\ue000", "N": "\ue001", "P": "\ue002", "S": "\ue003", "M": "\ue004"}
 _OTHER = "\ue005"
-_CHINESE = "\ue006"  # letters of one script
-_CHINESE_RANGES = (
+_HAN = "\ue006"  # letters of what it takes for \p{Han}, in expressions that name it
+_HAN_RANGES = (
     *(("\u3400", "\u4dbf"), ("\u4e00", "\u9fff"), ("\uf900", "\ufaff")),
     *(("\U00020000", "\U0002a6df"), ("\U0002a700", "\U0002ebef"), ("\U0002f800", "\U0002fa1f")),
 )
@@ -32,7 +38,7 @@ _SPACE_CLASS = "\x0b"
 
 _S = r" \t\n\x0b\f\r"  # white space, for a set
 _ALPHABETS = r"A-Za-z\ue000"  # letters of all other scripts
-_L = rf"{_ALPHABETS}{_CHINESE}"
+_L = rf"{_ALPHABETS}{_HAN}"
 _N = r"0-9\ue001"
 _CONTRACTED = r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
 _LETTERS = rf"[^\r\n{_L}{_N}]?[{_L}]+"
@@ -122,7 +128,7 @@ PRE_TOKENIZERS: dict[str, tuple[tuple[str | Plain, ...], bool]] = {
     "deepseek-coder": (
         (
             Plain(r"[\r\n]"),
-            *(rf"[{_S}]?[{_L}]+", rf"[{_S}]?[{_P}]+", Plain(CHINESE), _DIGITS),
+            *(rf"[{_S}]?[{_L}]+", rf"[{_S}]?[{_P}]+", Plain(DEEPSEEK_CJK), _DIGITS),
         ),
         False,
     ),
@@ -130,7 +136,7 @@ PRE_TOKENIZERS: dict[str, tuple[tuple[str | Plain, ...], bool]] = {
         (
             Plain(r"[\r\n]"),
             *(Plain(rf"\s?[{LATIN}]+"), Plain(rf"\s?{ASCII_MARKS}+"), Plain(r"\s+\Z")),
-            *(Plain(CHINESE), rf"[{_N}]+"),
+            *(Plain(DEEPSEEK_CJK), rf"[{_N}]+"),
         ),
         False,
     ),
@@ -167,7 +173,7 @@ PRE_TOKENIZERS: dict[str, tuple[tuple[str | Plain, ...], bool]] = {
     "afmoe": ((_GROUPS, Plain(_ASIAN), _DEEPSEEK), False),
     "kimi-k2": (
         (
-            rf"{_CHINESE}+|[^\r\n{_L}{_N}]?[{_ALPHABETS}]+(?:{_CONTRACTED})?|[{_N}]{{1,3}}"
+            rf"{_HAN}+|[^\r\n{_L}{_N}]?[{_ALPHABETS}]+(?:{_CONTRACTED})?|[{_N}]{{1,3}}"
             rf"|{_OTHERS}[\r\n]*|{_BLANK}",
         ),
         False,
@@ -225,6 +231,6 @@ def _class_of(character: str) -> str:
     if is_space(character):
         return _SPACE_CLASS
     found = _CLASSES.get(unicodedata.category(character)[0], _OTHER)
-    if found == _CLASSES["L"] and any(low <= character <= high for low, high in _CHINESE_RANGES):
-        return _CHINESE
+    if found == _CLASSES["L"] and any(low <= character <= high for low, high in _HAN_RANGES):
+        return _HAN
     return found

@@ -64,7 +64,7 @@ def bert_words(text: str, *, lowercase: bool, strip_accents: bool) -> list[str]:
         if lowercase:
             character = character.lower()[0]
         ascii_symbol = ord(character) < 0x7F and category[0] == "S"
-        if category[0] == "P" or ascii_symbol or _is_chinese(ord(character)):
+        if category[0] == "P" or ascii_symbol or _is_bert_chinese(ord(character)):
             if words[-1]:
                 words.append("")
             words[-1] = character
@@ -74,7 +74,9 @@ def bert_words(text: str, *, lowercase: bool, strip_accents: bool) -> list[str]:
     return [word for word in words if word]
 
 
-_CHINESE = (
+# What llama.cpp's WordPiece takes for Chinese characters: BERT's own ranges, but that one of those
+# begins at U+2B820.
+_BERT_CHINESE = (
     (0x4E00, 0x9FFF),
     (0x3400, 0x4DBF),
     (0x20000, 0x2A6DF),
@@ -86,5 +88,5 @@ _CHINESE = (
 )
 
 
-def _is_chinese(code: int) -> bool:
-    return any(low <= code <= high for low, high in _CHINESE)
+def _is_bert_chinese(code: int) -> bool:
+    return any(low <= code <= high for low, high in _BERT_CHINESE)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qconvert.architectures.llama_pretokenizers import BEGINNING, PRE_TOKENIZERS, plain_name
+from qconvert.architectures.llama_pretokenizers import BEGINNING, plain_name
 from qconvert.architectures.pretokenizers import NAMES, pre_tokenizer_steps
 from qconvert.architectures.special_tokens import KEYS
 from qconvert.architectures.token_check import compare_tokens
@@ -30,8 +30,9 @@ from qconvert.files.gguf_writer import GgufValue, MetadataValue
 
 _PREFIX = "tokenizer.ggml."
 _TODO = "copy the tokenizer of the original model into the directory, or give it with --config"
-# Texts are composed first; llama.cpp does not, and no key says it.
-_COMPOSING = frozenset({"qwen2"})
+# Whose tokenizers compose characters first; llama.cpp does not, and no key says it. Others that cut
+# text in the same way do not, so that this goes by the very name.
+_COMPOSING = frozenset({"qwen2", "qwen35", "command-r", "olmo", "mpt"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def made_tokenizer(gguf: AnyGgufModel) -> MadeTokenizer:
         keys["general.name"] = gguf.metadata["general.name"]
     vocabulary = _Vocabulary(keys)
     kind = vocabulary.key("model")
-    if kind == "gpt2" and vocabulary.key("pre") in PRE_TOKENIZERS:
+    if kind == "gpt2" and plain_name(vocabulary.key("pre")) in NAMES.values():
         fields = _byte_level(vocabulary)
     elif kind == "llama" and vocabulary.key("scores"):
         fields = _sentencepiece(vocabulary)
@@ -139,7 +140,8 @@ class _Vocabulary:
 
 def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
     """Byte-level BPE."""
-    name = plain_name(vocabulary.key("pre"))
+    pre = vocabulary.key("pre")
+    name = plain_name(pre)
     expressions, whole_words = next(k for k, found in NAMES.items() if found == name)
     merges = [_pair(merge) for merge in vocabulary.key("merges") or []]
     return {
@@ -147,7 +149,7 @@ def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": vocabulary.added(),
-        "normalizer": {"type": "NFC"} if name in _COMPOSING else None,
+        "normalizer": {"type": "NFC"} if pre in _COMPOSING else None,
         "pre_tokenizer": pre_tokenizer_steps(expressions),
         "post_processor": vocabulary.around(),
         "decoder": {

@@ -47,11 +47,14 @@ class NativeTokenizer:
         name: of the file.
         fields: what tokenizer.json would have.
         settings: what tokenizer_config.json would have, and need not.
+        cut_unknown: a sentence where neither the file nor the type of the model says how text is
+            cut; the pre-tokenizer in the fields is then none.
     """
 
     name: str
     fields: Fields
     settings: Fields
+    cut_unknown: str | None = None
 
 
 def native_tokenizer(files: SmallFiles, settings: Mapping[str, Any]) -> NativeTokenizer | None:
@@ -155,7 +158,13 @@ def _tiktoken(
             "ignore_merges": True,
         },
     }
-    return NativeTokenizer(TIKTOKEN, fields, {})
+    unknown = None
+    if kind not in _CUT_BY:
+        unknown = (
+            f"{TIKTOKEN} does not say how text is cut, and the code of a model of type "
+            f"{kind[:_SHOWN]!r}, which does, is not known"
+        )
+    return NativeTokenizer(TIKTOKEN, fields, {}, unknown)
 
 
 def _special(listed: object, count: int, path: Path) -> list[str]:

@@ -11,43 +11,45 @@ import difflib
 import reprlib
 
 from qconvert.architectures.library_tokens import library_tokens
-from qconvert.architectures.llama_pretokenizers import plain_name
+from qconvert.architectures.llama_pretokenizers import PRE_TOKENIZERS, plain_name
 from qconvert.architectures.pretokenizers import NAMES, cut_by
 from qconvert.architectures.tokenizer_json import TokenizerJson
 from qconvert.architectures.trial_text import TEXT, trial_hash, trial_name
 from qconvert.errors import UnsupportedError
 
 _SHOWN = 200  # characters of an expression in a message
+_SHOWN_STEPS = 4
 
-# Every name that llama.cpp at 0c1e57098 loads (src/llama-vocab.cpp); it refuses any other.
-_LOADED = """
-    a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe
-    command-r dbrx deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone
-    exaone-moe exaone4 f2llmv2 falcon falcon-h1 falcon3 gemma4 gigachat glm4 glm5 gpt-2 gpt-4o
-    gpt3-finnish granite-docling granite-embed-multi-311m granite-embed-multi-97m grok-2 hunyuan
-    hunyuan-dense hy_v4 jais jais-2 jina-de jina-es jina-v1-en jina-v2-code jina-v2-de
-    jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo laguna lfm2 llada-moe llama-bpe
-    llama-v3 llama3 llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2
-    modern-bert mpt olmo phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe
-    seed-coder smaug-bpe smollm solar-open spark2_5 stablelm2 starcoder superbpe talkie tekken
-    tiny_aya trillion ufakzeka viking whitespace youtu
-"""
-LOADED = frozenset(_LOADED.split())
+# Every name that llama.cpp at 0c1e57098 loads (src/llama-vocab.cpp); it refuses any other. Beside
+# those of byte-level BPE: of SentencePiece's BPE, and of one without bytes.
+LOADED = frozenset(PRE_TOKENIZERS) | {
+    *("gemma4", "granite-embed-multi-311m", "sarvam-moe"),
+    "whitespace",
+}
 
 
-def named_warning(name: str) -> str | None:
-    """What to say about a name that the user gives; None about one that llama.cpp loads."""
-    if name in LOADED:
-        return None
-    near = difflib.get_close_matches(name, sorted(LOADED), n=1)
-    meant = f"; did you mean '{near[0]}'?" if near else ""
-    return f"no llama.cpp that we know loads a pre-tokenizer '{name}'{meant}"
+def named_warnings(tokenizer: TokenizerJson, name: str) -> list[str]:
+    """What to say about a name that the user gives: llama.cpp does not load it, or the tokenizer's
+    rules are those of another.
+    """
+    found = []
+    if name not in LOADED:
+        near = difflib.get_close_matches(name, sorted(LOADED), n=1)
+        meant = f"; did you mean '{near[0]}'?" if near else ""
+        found.append(f"no llama.cpp that we know loads a pre-tokenizer '{name}'{meant}")
+    rules = name_by_rules(tokenizer)
+    if rules is not None and rules != plain_name(name):
+        found.append(
+            f"pre-tokenizer '{name}' was named; the rules in {tokenizer.path.name} are those of "
+            f"'{rules}'"
+        )
+    return found
 
 
 def name_by_rules(tokenizer: TokenizerJson) -> str | None:
     """The name for a byte-level BPE tokenizer by its rules; None: not known by them."""
     expressions = cut_by(tokenizer)
-    if expressions is None:
+    if expressions is None or tokenizer.cut_unknown:
         return None
     return NAMES.get((expressions, tokenizer.model.get("ignore_merges") is True))
 
@@ -58,6 +60,15 @@ def find_name(tokenizer: TokenizerJson) -> str:
     Raises:
         UnsupportedError: llama.cpp is not known to split text in this way.
     """
+    if tokenizer.cut_unknown:
+        raise UnsupportedError(
+            "pre-tokenizer is not known",
+            path=tokenizer.path,
+            found=tokenizer.cut_unknown,
+            wanted="llama.cpp's name for how the model's own code cuts text",
+            hint="if you know which it is, say --pre-tokenizer NAME",
+            code="ARCH-PRE-TOKENIZER",
+        )
     if (name := name_by_rules(tokenizer)) is not None:
         tokenizer.notes.append(f"pre-tokenizer '{name}': by the rules in {tokenizer.path.name}")
         return name
@@ -101,12 +112,14 @@ def _unknown(tokenizer: TokenizerJson, hashed: str) -> UnsupportedError:
     if expressions is None:
         shown = [reprlib.repr(step) for step in tokenizer.steps("pre_tokenizer")]
     else:
-        merging = ["ignore_merges"] if tokenizer.model.get("ignore_merges") is True else []
-        shown = [e if len(e) <= _SHOWN else e[:_SHOWN] + "..." for e in [*expressions, *merging]]
+        shown = [e if len(e) <= _SHOWN else e[:_SHOWN] + "..." for e in expressions]
+    found = " then ".join(shown[:_SHOWN_STEPS]) or "no expression at all"
+    if tokenizer.model.get("ignore_merges") is True:
+        found += "; ignore_merges is true"
     return UnsupportedError(
         "pre-tokenizer is none that we know in llama.cpp",
         path=tokenizer.path,
-        found=" then ".join(shown[:4]) or "no expression at all",
+        found=found,
         wanted=f"the rules of one of {len(NAMES)} that we know, or a hash that llama.cpp knows",
         hint=f"{hashed}; if you know which of llama.cpp's it is, say --pre-tokenizer NAME",
         code="ARCH-PRE-TOKENIZER",

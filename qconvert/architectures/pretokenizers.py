@@ -82,7 +82,8 @@ LATIN = (  # and the other scripts with two cases
     "\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
 ASCII_MARKS = "[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]"
-CHINESE = "[一-龥ࠀ-一가-\ud7ff]+"
+# Of DeepSeek's first tokenizers. Its second range takes in all scripts from U+0800 to the first.
+DEEPSEEK_CJK = "[一-龥ࠀ-一가-\ud7ff]+"
 GROUPS = r"\d{1,3}(?=(?:\d{3})*\b)"
 LINES = r"[^\n]+|[\n]+"
 # Steps that are no expressions.
@@ -109,9 +110,9 @@ NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     ((O200K,), True): "granite-embed-multi-97m",
     ((NUMBERS, RUNS), True): "minicpm5",
     ((NUMBERS, EAST_ASIAN, DEEPSEEK), False): "deepseek-v3",
-    ((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CHINESE, DIGIT), False): "deepseek-coder",
+    ((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_CJK, DIGIT), False): "deepseek-coder",
     (
-        (r"[\r\n]", rf"\s?[{LATIN}]+", rf"\s?{ASCII_MARKS}+", r"\s+$", CHINESE, DIGIT),
+        (r"[\r\n]", rf"\s?[{LATIN}]+", rf"\s?{ASCII_MARKS}+", r"\s+$", DEEPSEEK_CJK, DIGIT),
         False,
     ): "deepseek-llm",
     ((GROUPS, O200K), False): "tiny_aya",

@@ -259,14 +259,14 @@ def _tokenizer(files: SmallFiles, config: Config, size: int, pre_tokenizer: str 
     }
     if config.known and (named := CLASSES.get(config.known.model_type)):
         settings.setdefault("tokenizer_class", named)
-    fields, name = files.json(TOKENIZER), TOKENIZER
+    fields, name, cut_unknown = files.json(TOKENIZER), TOKENIZER, None
     if fields is None:
         native = native_tokenizer(files, settings)
         if native is None:
             raise _no_tokenizer(files)
-        fields, name = native.fields, native.name
+        fields, name, cut_unknown = native.fields, native.name, native.cut_unknown
         settings = native.settings | settings
-    file = TokenizerJson(fields, files.home / name)
+    file = TokenizerJson(fields, files.home / name, cut_unknown)
     vocabulary = read_vocabulary(file, size, pre_tokenizer, settings)
     keys = vocabulary.keys | special_token_keys(file, vocabulary, settings, config)
     templates = chat_templates(files, settings)

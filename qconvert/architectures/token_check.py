@@ -60,6 +60,9 @@ def compare_tokens(tokenizer: TokenizerJson, metadata: Mapping[str, MetadataValu
     Raises:
         UnsupportedError: most texts get other tokens, or llama.cpp would end the process.
     """
+    if tokenizer.cut_unknown:  # the library would cut by no rules at all
+        tokenizer.notes.append(f"tokens were not compared: {tokenizer.cut_unknown}")
+        return
     try:
         ours = LlamaTokenizer(metadata)
     except KeyError as error:  # named by the user: nothing is known of how it cuts

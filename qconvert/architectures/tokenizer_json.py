@@ -41,13 +41,16 @@ class TokenizerJson:
         added: tokens beside the vocabulary, or in it and treated on their own.
         warnings: in which cases llama.cpp will give other tokens; whoever reads the file adds them.
         notes: what else is to be said of the tokens.
+        cut_unknown: a sentence where the file does not say how text is cut, so that its
+            pre-tokenizer is not the model's.
 
     Raises:
         FormatError: the object has not these parts.
     """
 
-    def __init__(self, fields: dict[str, Any], path: Path) -> None:
+    def __init__(self, fields: dict[str, Any], path: Path, cut_unknown: str | None = None) -> None:
         self.path = path
+        self.cut_unknown = cut_unknown
         self.fields = fields
         model = fields.get("model")
         if not isinstance(model, dict):

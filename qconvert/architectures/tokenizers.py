@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qconvert.architectures.pretokenizer_names import find_name, named_warning
+from qconvert.architectures.pretokenizer_names import find_name, named_warnings
 from qconvert.architectures.rebuilt_tokenizers import as_rebuilt
 from qconvert.architectures.tokenizer_findings import findings
 from qconvert.architectures.tokenizer_json import SPACE, TokenizerJson, token_pairs
@@ -90,8 +90,8 @@ def read_vocabulary(
     keys: Keys = {"tokenizer.ggml.model": kind, "tokenizer.ggml.pre": "default"}
     if kind == "gpt2":
         keys["tokenizer.ggml.pre"] = pre_tokenizer or find_name(tokenizer)
-        if pre_tokenizer and (warning := named_warning(pre_tokenizer)):
-            tokenizer.warnings.append(warning)
+        if pre_tokenizer:
+            tokenizer.warnings += named_warnings(tokenizer, pre_tokenizer)
     beyond = _leave_out_beyond(tokenizer, size)
     keys |= read(tokenizer, size)
     tokenizer.warnings += findings(tokenizer, kind)
