@@ -23,7 +23,8 @@ CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # The tables of transformers whose classes take token ids alone and answer in one pass.
 SEEING = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"  # most of which take text alone, too
-CAUSAL = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", SEEING)
+LANGUAGE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+CAUSAL = (LANGUAGE, SEEING)
 ENCODER = (
     "MODEL_MAPPING_NAMES",
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
@@ -130,15 +131,15 @@ def open_checkpoint(
 
 
 def check_text_alone(model: Any, path: Path) -> None:
-    """Have a model, if it is one that sees, run on a token.
+    """Have a model run on a token, if it is known as one that sees and not as a language model.
 
     Raises:
         UnsupportedError: it cannot without pictures.
     """
     import torch
-    from transformers.models.auto import modeling_auto
 
-    if type(model).__name__ not in vars(modeling_auto)[SEEING].values():
+    name = type(model).__name__
+    if _among(name, LANGUAGE) or not _among(name, SEEING):
         return
     try:
         with torch.no_grad():
@@ -250,8 +251,6 @@ def model_class(config: dict[str, Any], path: Path) -> tuple[str, Literal["causa
     Raises:
         UnsupportedError: none, several, or one that text alone does not run.
     """
-    from transformers.models.auto import modeling_auto
-
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and len(named) == 1 else None
     tables: tuple[tuple[Literal["causal", "encoder"], tuple[str, ...]], ...] = (
@@ -260,10 +259,8 @@ def model_class(config: dict[str, Any], path: Path) -> tuple[str, Literal["causa
     )
     if isinstance(name, str) and not config.get("is_encoder_decoder"):
         for kind, names in tables:
-            for table in names:
-                for known in getattr(modeling_auto, table).values():
-                    if name == known or (isinstance(known, tuple) and name in known):
-                        return name, kind
+            if any(_among(name, table) for table in names):
+                return name, kind
     raise UnsupportedError(
         "not an architecture that text alone can be run through",
         path=path / CONFIG,
@@ -271,6 +268,14 @@ def model_class(config: dict[str, Any], path: Path) -> tuple[str, Literal["causa
         wanted="one causal language model or encoder of transformers",
         code="HF-ARCHITECTURE",
     )
+
+
+def _among(name: str, table: str) -> bool:
+    """Whether a table of transformers has a class of this name."""
+    from transformers.models.auto import modeling_auto
+
+    classes = getattr(modeling_auto, table).values()
+    return any(name == known or (isinstance(known, tuple) and name in known) for known in classes)
 
 
 def refuse_loading(e: Exception, path: Path) -> NoReturn:

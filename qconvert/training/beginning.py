@@ -55,8 +55,8 @@ class Start:
     Attributes:
         base: what training can begin with.
         errors: of rounding to nearest.
-        loss: mean of a token of the validation windows without training; None where no blocks have
-            to be better than that.
+        loss: mean of a token of the validation windows without training; None where no blocks will
+            have to be better than that.
     """
 
     base: Base
@@ -106,7 +106,7 @@ def through_blocks(
             f"training {start.loss:.4g}: the steps begin with that"
         )
         halfway.student = placed(run, run.prepare(start.base.exponents), start.base, UNTRAINED)
-        halfway.optimiser, halfway.course.began = adam(halfway.student), UNTRAINED
+        halfway.optimiser, halfway.course.began = adam(halfway.student.parameters), UNTRAINED
     return replace(at, rates=rates_of(halfway.student, o.rate, start.errors))
 
 

@@ -29,7 +29,15 @@ from qconvert.running.hidden_states import HELD_BYTES, HiddenStates
 from qconvert.running.hugging_face import Checkpoint
 from qconvert.running.quality import I64
 from qconvert.running.tuning import deterministic, schedule
-from qconvert.training.loop import Course, Diverged, Student, passes
+from qconvert.training.loop import (
+    Course,
+    Diverged,
+    Student,
+    adam,
+    check_gradients,
+    passes,
+    set_rates,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,20 +217,17 @@ class BlockStage:
         """
         plan, parameters = self.plan, list(names.values())
         wanting = [p.requires_grad for p in parameters]
-        optimiser = torch.optim.Adam([{"params": [p], "lr": 0.0} for p in parameters])
+        optimiser, rates = adam(names), [plan.rates[name] for name in names]
         for p in parameters:
             p.requires_grad_(True)
         with torch.enable_grad(), self.student.observing():
             for step in range(1, plan.steps + 1):
                 leave()
-                for group, name in zip(optimiser.param_groups, names, strict=True):
-                    group["lr"] = plan.rates[name] * schedule(step, plan.steps)
+                set_rates(optimiser, rates, schedule(step, plan.steps))
                 optimiser.zero_grad(set_to_none=True)
                 taken = np.arange((step - 1) * plan.batch, step * plan.batch) % len(plan.windows)
                 self._step(k, taken, unit, f"step {step} of {plan.steps}")
-                for name, p in names.items():
-                    if p.grad is not None and not torch.isfinite(p.grad).all():
-                        raise Diverged(f"the gradient of '{name}' is not finite at step {step}")
+                check_gradients(names, f" at step {step}")
                 optimiser.step()
         for p, before in zip(parameters, wanting, strict=True):
             p.grad = None

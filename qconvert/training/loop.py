@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -219,10 +219,27 @@ class Diverged(Exception):
     """A loss or a gradient that is no number any more; says where it was first so."""
 
 
-def adam(student: Student) -> torch.optim.Optimizer:
-    """The optimiser of a student, whose rates `train` sets."""
-    groups = [{"params": [p], "lr": 0.0} for p in student.parameters.values()]
+def adam(parameters: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """The optimiser of named parameters, whose rates `set_rates` sets."""
+    groups = [{"params": [p], "lr": 0.0} for p in parameters.values()]
     return torch.optim.Adam(groups or [{"params": []}])
+
+
+def set_rates(optimiser: torch.optim.Optimizer, rates: Sequence[float], share: float) -> None:
+    """Give each parameter a share of its rate."""
+    for group, rate in zip(optimiser.param_groups, rates, strict=True):
+        group["lr"] = rate * share
+
+
+def check_gradients(parameters: Mapping[str, Any], where: str = "") -> None:
+    """Refuse gradients that are no numbers.
+
+    Raises:
+        Diverged: names the first.
+    """
+    for name, parameter in parameters.items():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            raise Diverged(f"the gradient of '{name}' is not finite{where}")
 
 
 def train(
@@ -259,8 +276,7 @@ def train(
         for step in range(course.steps_run + 1, plan.steps + 1):
             if step == half + 1:
                 student.freeze()  # so that weights settle on ranges that stay
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule(step, plan.steps)
+            set_rates(optimiser, rates, schedule(step, plan.steps))
             optimiser.zero_grad(set_to_none=True)
             begun = time.perf_counter()
             try:
@@ -362,9 +378,7 @@ def _step(student: Student, reference: Checkpoint, plan: Plan, clock: _Clock, st
                 raise Diverged(f"the loss is {total}, {_first_bad(student, inputs[part])}")
             loss.backward()
             clock.progress.advance(inputs[part].size, f"step {step}")
-    for name, parameter in student.parameters.items():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            raise Diverged(f"the gradient of '{name}' is not finite")
+    check_gradients(student.parameters)
     return total
 
 

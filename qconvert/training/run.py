@@ -256,7 +256,7 @@ def begun(
         asked: of `asked_of`.
         state: which `check_resumed` has nothing against.
     """
-    halfway = TuningState(student, Course(), adam(student), asked, run.options.steps)
+    halfway = TuningState(student, Course(), adam(student.parameters), asked, run.options.steps)
     if run.options.resume:
         if state.path.exists():
             halfway.take_over(state)

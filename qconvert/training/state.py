@@ -89,7 +89,7 @@ class TuningState:
             student.settle()
         elif student.training.weights.keys() & student.parameters.keys():
             student.keep_scales()
-        self.optimiser = adam(student)
+        self.optimiser = adam(student.parameters)
 
     def _in_blocks(self) -> Mapping[str, torch.Tensor]:
         """What changes while blocks are trained."""

@@ -197,11 +197,11 @@ def _begin(
     if base.exponents:
         student = run.prepare(base.exponents)
     start = Start(base, rounding_errors(student), None)
-    if o.blocks:
+    phase = began(state) if o.resume and state.path.exists() else ""
+    if o.blocks and not phase:
         start = replace(start, loss=validated(run, placed(run, student, base, UNTRAINED)))
         student = run.prepare(base.exponents)
-    resumed = o.resume and state.path.exists()
-    placed(run, student, base, began(state) if resumed else "")
+    placed(run, student, base, phase)
     report.trained_tensors = len(
         {name.rpartition("/")[0] or name for name in student.earlier | student.parameters}
     )
