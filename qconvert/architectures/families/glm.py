@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from qconvert.architectures.config import Config
 from qconvert.architectures.config_classes import (
@@ -61,6 +62,15 @@ _GLM4 = ConfigClass(
     TRAINING,
     DECODER,
 )
+_EXPERT_FIELDS: dict[str, Any] = {  # of both classes with experts
+    "num_experts_per_tok": (INT, 8),
+    "n_shared_experts": (INT, 1),
+    "n_routed_experts": (INT, 128),
+    "routed_scaling_factor": (FLOAT, 1.0),
+    "n_group": (INT, 1),
+    "topk_group": (INT, 1),
+    "norm_topk_prob": (BOOL, True),
+}
 _SOLAR = decoder_fields(
     (196_608, 4096, 0, 48, 64),
     (INT, 8),
@@ -68,13 +78,7 @@ _SOLAR = decoder_fields(
     1e-5,
     attention_bias=(BOOL, False),
     moe_intermediate_size=(INT, 1280),
-    num_experts_per_tok=(INT, 8),
-    n_shared_experts=(INT, 1),
-    n_routed_experts=(INT, 128),
-    routed_scaling_factor=(FLOAT, 1.0),
-    n_group=(INT, 1),
-    topk_group=(INT, 1),
-    norm_topk_prob=(BOOL, True),
+    **_EXPERT_FIELDS,
     head_dim=(INT, 128),
 )
 CONFIGS = (
@@ -118,14 +122,8 @@ CONFIGS = (
             1e-5,
             attention_bias=(BOOL, False),
             moe_intermediate_size=(INT, 1408),
-            num_experts_per_tok=(INT, 8),
-            n_shared_experts=(INT, 1),
-            n_routed_experts=(INT, 128),
-            routed_scaling_factor=(FLOAT, 1.0),
-            n_group=(INT, 1),
-            topk_group=(INT, 1),
             first_k_dense_replace=(INT, 1),
-            norm_topk_prob=(BOOL, True),
+            **_EXPERT_FIELDS,
             use_qk_norm=(BOOL, False),
         ),
         (*TRAINING, "output_router_logits", "num_mtp_layers"),
